@@ -1,0 +1,1 @@
+"""SequeL's framework-neutral core: tasks, the plan, settings and the orchestrator; imports neither torch nor jax."""

@@ -1,0 +1,103 @@
+"""One plan: every random choice that a sample depends on, as integers, in NumPy, outside both frameworks.
+
+All numbers come from the counter-based generator Philox through `random_raw`, one 64-bit word per item at the item's own
+counter. So any stretch of a stream can be computed alone, in chunks of any length, without generator state, and on any NumPy
+version (the methods of `Generator` promise neither).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sequel_core.task import AnySplit, FloatArray, IntArray, Samples
+
+WORDS_PER_COUNTER = 4
+CHUNK_BYTES = 1 << 22
+
+
+def words(*key: object, count: int, start: int = 0) -> NDArray[np.uint64]:
+    """Return items `start` to `start + count - 1` of the random stream that is named by `key`, uint64 `[count]`.
+
+    Args:
+        key: what the stream is for, for example `(seed, "batches", task, epoch)`; equal keys give equal streams.
+        count: number of words, >= 0.
+        start: index of the first word, >= 0.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    counter, skip = divmod(start, WORDS_PER_COUNTER)
+    philox = np.random.Philox(key=int.from_bytes(digest, "little"), counter=counter)
+    return philox.random_raw(skip + count)[skip:]
+
+
+def uniform(*key: object, count: int, start: int = 0) -> FloatArray:
+    """Return floats in [0, 1) with 53 random bits, float64 `[count]`; see `words`."""
+    return (words(*key, count=count, start=start) >> np.uint64(11)) * 2.0**-53
+
+
+def permutation(*key: object, count: int) -> IntArray:
+    """Return a uniform random order of `0..count-1`, int64 `[count]`; see `words`."""
+    return np.argsort(words(*key, count=count), kind="stable").astype(np.int64)
+
+
+def check_batch_size(task: int, num_samples: int, batch_size: int) -> None:
+    """Raise ValueError where a task has not one whole batch."""
+    if batch_size > num_samples:
+        raise ValueError(
+            f"batch_size must be <= the samples of a task, got {batch_size} with {num_samples} training samples in task "
+            f"{task}; lower batch_size or raise subset"
+        )
+
+
+def epoch_batches(seed: int, task: int, epoch: int, num_samples: int, batch_size: int) -> IntArray:
+    """Return the batches of one epoch as positions in the training split, int64 `[steps, batch_size]`.
+
+    Every epoch is a new order of the whole split; the incomplete last batch is dropped.
+
+    Raises:
+        ValueError: the split is smaller than one batch.
+    """
+    check_batch_size(task, num_samples, batch_size)
+    steps = num_samples // batch_size
+    order = permutation(seed, "batches", task, epoch, count=num_samples)
+    return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def consolidation_order(seed: int, task: int, num_samples: int) -> IntArray:
+    """Return the order in which end-of-task work (Fisher, importances) reads the training split, int64 `[num_samples]`."""
+    return permutation(seed, "consolidation", task, count=num_samples)
+
+
+def take_in_chunks(split: AnySplit, positions: IntArray) -> Iterator[Samples]:
+    """Yield samples for positions `[n, ...]` a chunk of leading rows at a time, so that pixel maps work on many images at once.
+
+    Yields:
+        Samples whose arrays begin with the chunk's shape `[rows, ...]`.
+    """
+    shape = split.parts[0].images.shape[1:]
+    per_row = int(np.prod(positions.shape[1:], dtype=np.int64)) * int(np.prod(shape))
+    rows = max(1, CHUNK_BYTES // max(1, per_row))
+    for start in range(0, len(positions), rows):
+        block = positions[start : start + rows]
+        x, y, t = split.take(block.reshape(-1))
+        yield Samples(x.reshape(*block.shape, *shape), y.reshape(block.shape), t.reshape(block.shape))
+
+
+def initial_weights(seed: int, path: str, shape: tuple[int, ...], fan_in: int) -> FloatArray:
+    """Return the initial values of one array of a built-in backbone: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as torch's layers.
+
+    Args:
+        seed: of the run.
+        path: the array's name in the canonical layout, for example `dense_0/kernel`.
+        shape: in the canonical layout (Flax's: `[in, out]`, `[H, W, in, out]`).
+        fan_in: inputs of one output unit; biases use their kernel's.
+
+    Returns:
+        float64 of the given shape.
+    """
+    bound = 1.0 / np.sqrt(fan_in)
+    draws = uniform(seed, "initial weights", path, count=int(np.prod(shape, dtype=np.int64)))
+    return ((2.0 * draws - 1.0) * bound).reshape(shape)

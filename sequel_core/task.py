@@ -1,0 +1,360 @@
+"""Tasks and benchmarks as arrays: what is learned, without loaders and without any framework.
+
+A task never copies its data set: a split is a view (row indices and one fixed pixel map) of arrays that all tasks share,
+so that memory does not grow with the number of tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+UInt8Array = NDArray[np.uint8]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+FloatArray = NDArray[np.float64]
+
+Scenario = Literal["domain", "task", "class"]
+
+
+class Batch(NamedTuple):
+    """One training batch; in PyTorch the images are `[B, C, H, W]`, everywhere else `[B, H, W, C]`."""
+
+    x: Any  # images [B, H, W, C], uint8 from our own data
+    y: Any  # labels [B]
+    t: Any  # task index of each sample [B], from 0
+    plan: Any = ()  # the plan's integers for this step; empty for methods that need none
+
+
+class Samples(NamedTuple):
+    """Samples taken from a split."""
+
+    x: UInt8Array  # [n, H, W, C]
+    y: IntArray  # [n]
+    t: IntArray  # [n]
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """`(x / 255 - mean) / std` per channel, written as `x * scale + shift` so that both frameworks do the same arithmetic.
+
+    Args:
+        mean: channel means of the inputs scaled to [0, 1].
+        std: channel standard deviations of the same, > 0.
+    """
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ValueError(
+                f"normalisation needs one mean and one std per channel, got {len(self.mean)} and {len(self.std)}"
+            )
+        if min(self.std) <= 0:
+            raise ValueError(f"normalisation std must be > 0, got {self.std}")
+
+    @property
+    def scale(self) -> FloatArray:
+        """Factor of a uint8 image, `1 / (255 std)`, shape `[C]`."""
+        return 1.0 / (255.0 * np.asarray(self.std, np.float64))
+
+    @property
+    def shift(self) -> FloatArray:
+        """Offset of a uint8 image, `-mean / std`, shape `[C]`."""
+        return -np.asarray(self.mean, np.float64) / np.asarray(self.std, np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class PixelMap:
+    """A fixed linear map of pixels: `out[p] = sum_k weights[p, k] * in[indices[p, k]]`, the same for every channel.
+
+    A permutation or a nearest-neighbour rotation has one source per pixel and no weights; a bilinear rotation has four.
+
+    Args:
+        indices: source pixel (row-major) of each target pixel, int `[H * W, K]`; -1 reads a black pixel.
+        weights: float `[H * W, K]`, or None for weights of one (then K must be 1).
+    """
+
+    indices: NDArray[np.int32]
+    weights: NDArray[np.float32] | None = None
+
+    def __post_init__(self) -> None:
+        if self.indices.ndim != 2:
+            raise ValueError(f"pixel map indices must be [H * W, K], got shape {self.indices.shape}")
+        if self.weights is None and self.indices.shape[1] != 1:
+            raise ValueError(f"pixel map with {self.indices.shape[1]} sources per pixel needs weights")
+        if self.weights is not None and self.weights.shape != self.indices.shape:
+            raise ValueError(f"pixel map weights have shape {self.weights.shape}, indices {self.indices.shape}")
+
+    def __call__(self, images: UInt8Array) -> UInt8Array:
+        """Return the mapped images, uint8 `[N, H, W, C]`; weighted sums are rounded half to even."""
+        n, height, width, channels = images.shape
+        if height * width != len(self.indices):
+            raise ValueError(f"pixel map is for {len(self.indices)} pixels, the images have {height} x {width}")
+        pixels = images.reshape(n, height * width, channels)
+        black = self.indices < 0
+        sources = np.where(black, 0, self.indices)
+        if self.weights is None:
+            out = np.take(pixels, sources[:, 0], axis=1)
+            if black.any():
+                out[:, black[:, 0]] = 0
+        else:
+            weights = np.where(black, np.float32(0), self.weights)
+            total = np.zeros(pixels.shape, np.float32)
+            for k in range(sources.shape[1]):
+                total += np.take(pixels, sources[:, k], axis=1) * weights[None, :, k, None]
+            out = np.rint(total).clip(0, 255).astype(np.uint8)
+        return out.reshape(images.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Part of a data set: shared arrays, optionally a subset of rows and a pixel map.
+
+    Args:
+        images: uint8 `[N, H, W, C]`, an array or a memory map.
+        labels: int64 `[N]`.
+        task: index of the task that the samples belong to, from 0.
+        indices: rows that belong to the split, `[n]`; None for all.
+        pixel_map: applied to images as they are taken.
+
+    Raises:
+        ValueError: arrays of another type, shape or length.
+    """
+
+    images: UInt8Array
+    labels: IntArray
+    task: int = 0
+    indices: IntArray | None = None
+    pixel_map: PixelMap | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != np.uint8 or self.images.ndim != 4:
+            raise ValueError(
+                "images must be uint8 [N, H, W, C], got "
+                f"{self.images.dtype} {list(self.images.shape)}; convert with (255 * x).astype(np.uint8)"
+            )
+        if self.labels.ndim != 1 or not np.issubdtype(self.labels.dtype, np.integer):
+            raise ValueError(f"labels must be integers [N], got {self.labels.dtype} {list(self.labels.shape)}")
+        if len(self.images) != len(self.labels):
+            raise ValueError(f"images and labels differ in number: {len(self.images)} and {len(self.labels)}")
+
+    def __len__(self) -> int:
+        return len(self.labels) if self.indices is None else len(self.indices)
+
+    @property
+    def parts(self) -> tuple[Split, ...]:
+        """The splits that this one is made of: itself."""
+        return (self,)
+
+    @cached_property
+    def targets(self) -> IntArray:
+        """Labels of the split's samples, int64 `[n]`."""
+        labels = self.labels if self.indices is None else self.labels[self.indices]
+        return np.asarray(labels, np.int64)
+
+    def take(self, positions: IntArray) -> Samples:
+        """Return the samples at these positions of the split, `[n]`, pixel map applied."""
+        rows = positions if self.indices is None else self.indices[positions]
+        images = np.asarray(self.images[rows])
+        if self.pixel_map is not None:
+            images = self.pixel_map(images)
+        return Samples(images, self.targets[positions], np.full(len(positions), self.task, np.int64))
+
+    def head(self, count: int | None) -> Split:
+        """Return the first `count` samples (all for None); views are nested, data is not copied."""
+        if count is None or count >= len(self):
+            return self
+        rows = np.arange(count, dtype=np.int64) if self.indices is None else self.indices[:count]
+        return replace(self, indices=rows)
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedSplit:
+    """Several splits, one after the other; each sample keeps its own task index and pixel map."""
+
+    parts: tuple[Split, ...]
+
+    @cached_property
+    def _offsets(self) -> IntArray:
+        return np.cumsum([0, *(len(part) for part in self.parts)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._offsets[-1])
+
+    @cached_property
+    def targets(self) -> IntArray:
+        """Labels of the split's samples, int64 `[n]`."""
+        return np.concatenate([np.empty(0, np.int64), *(part.targets for part in self.parts)])
+
+    def take(self, positions: IntArray) -> Samples:
+        """Return the samples at these positions, `[n]`, in the order asked for."""
+        owner = np.searchsorted(self._offsets, positions, side="right") - 1
+        images = np.empty((len(positions), *self.parts[0].images.shape[1:]), np.uint8)
+        tasks = np.empty(len(positions), np.int64)
+        for k in np.unique(owner):
+            here = owner == k
+            samples = self.parts[k].take(positions[here] - self._offsets[k])
+            images[here], tasks[here] = samples.x, samples.t
+        return Samples(images, self.targets[positions], tasks)
+
+
+AnySplit = Split | JoinedSplit
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One task of a stream.
+
+    Args:
+        index: position in the stream, from 0.
+        name: for people.
+        classes: labels that occur, after any relabelling by a class order.
+        train: training samples, at least one.
+        test: test samples, at least one.
+        validation: held-out training samples; may be empty.
+
+    Raises:
+        ValueError: no training or no test samples, or a label that `classes` lacks.
+    """
+
+    index: int
+    name: str
+    classes: tuple[int, ...]
+    train: AnySplit
+    test: AnySplit
+    validation: AnySplit
+
+    def __post_init__(self) -> None:
+        for name in ("train", "test"):
+            if len(getattr(self, name)) == 0:
+                raise ValueError(f"task {self.index} ({self.name}) has no {name} samples; it needs at least one")
+        for name in ("train", "validation", "test"):
+            strangers = np.setdiff1d(getattr(self, name).targets, self.classes)
+            if len(strangers):
+                raise ValueError(
+                    f"task {self.index} ({self.name}): {name} labels {strangers[:5].tolist()} are not among its classes "
+                    f"{list(self.classes)}"
+                )
+
+    def split(self, name: str) -> AnySplit:
+        """Return the split called train, validation or test."""
+        split: AnySplit = getattr(self, name)
+        return split
+
+
+class StreamSpec(NamedTuple):
+    """What a model has to know of a stream before its first task."""
+
+    image_shape: tuple[int, int, int]  # (H, W, C)
+    num_classes: int
+    num_tasks: int
+    scenario: Scenario
+    mask: BoolArray  # [T, num_classes], True where the class belongs to the task
+    normalisation: Normalisation
+
+    @property
+    def masks_logits(self) -> bool:
+        """Whether training and testing see only the logits of a sample's own task."""
+        return self.scenario == "task"
+
+
+@dataclass(frozen=True, eq=False)
+class Benchmark:
+    """A stream of tasks.
+
+    Args:
+        name: as in configs, for example `rotatedmnist`.
+        tasks: in order, at least one.
+        num_classes: width of the output.
+        scenario: `domain` (one head, the same classes in every task), `task` (logits outside the sample's task are masked in
+            training and testing) or `class` (no mask; the masked accuracy is reported beside the plain one).
+        normalisation: of uint8 images, applied inside the step.
+        settings: the arguments that made it, recorded with every run.
+
+    Raises:
+        ValueError: no task, tasks out of order, a class outside the head, or images of different shapes.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    num_classes: int
+    scenario: Scenario
+    normalisation: Normalisation = Normalisation()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ValueError(f"benchmark {self.name} has no tasks; it needs at least one")
+        if self.scenario not in get_args(Scenario):
+            raise ValueError(f"scenario must be one of {', '.join(get_args(Scenario))}, got {self.scenario!r}")
+        for i, task in enumerate(self.tasks):
+            if task.index != i:
+                raise ValueError(f"tasks must be numbered from 0 in order: task {i} has index {task.index}")
+            outside = [c for c in task.classes if not 0 <= c < self.num_classes]
+            if outside:
+                raise ValueError(
+                    f"task {i} ({task.name}) has labels {outside[:5]} outside the head's 0..{self.num_classes - 1}; "
+                    "raise num_classes or relabel"
+                )
+            for part in (*task.train.parts, *task.validation.parts, *task.test.parts):
+                if part.images.shape[1:] != self.image_shape:
+                    raise ValueError(f"task {i} has images {part.images.shape[1:]}, task 0 has {self.image_shape}")
+        channels = self.image_shape[-1]
+        if len(self.normalisation.mean) not in (1, channels):
+            raise ValueError(
+                f"normalisation has {len(self.normalisation.mean)} channels, the images {channels}; give 1 or {channels}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        height, width, channels = self.tasks[0].train.parts[0].images.shape[1:]
+        return height, width, channels
+
+    @property
+    def mask(self) -> BoolArray:
+        """`[T, num_classes]`, True where a class belongs to a task."""
+        mask = np.zeros((len(self.tasks), self.num_classes), np.bool_)
+        for task in self.tasks:
+            mask[task.index, list(task.classes)] = True
+        return mask
+
+    @property
+    def spec(self) -> StreamSpec:
+        """What a model has to know of the stream."""
+        return StreamSpec(
+            self.image_shape, self.num_classes, len(self), self.scenario, self.mask, self.normalisation
+        )
+
+    def joined(self, i: int) -> Task:
+        """Return tasks 0 to i as one task with index i: their training, validation and test streams joined.
+
+        Raises:
+            ValueError: i is not the index of a task.
+        """
+        if not 0 <= i < len(self):
+            raise ValueError(f"joined(i) needs 0 <= i < {len(self)}, got {i}")
+        seen = self.tasks[: i + 1]
+        return Task(
+            index=i,
+            name=f"tasks 0 to {i}",
+            classes=tuple(sorted({c for task in seen for c in task.classes})),
+            train=join([task.train for task in seen]),
+            validation=join([task.validation for task in seen]),
+            test=join([task.test for task in seen]),
+        )
+
+
+def join(splits: Sequence[AnySplit]) -> JoinedSplit:
+    """Return the splits one after the other."""
+    return JoinedSplit(tuple(part for split in splits for part in split.parts))
