@@ -215,9 +215,28 @@ class TrainingHParams(Settings):
         return self.epochs_per_task[task]
 
 
+@dataclass(frozen=True)
+class BackboneHParams(Settings):
+    """Settings of a built-in backbone."""
+
+    type: ClassVar[str]
+
+
+@dataclass(frozen=True)
+class MLPHParams(BackboneHParams):
+    """Multi-layer perceptron: dense layers with ReLU, then one dense layer to the classes."""
+
+    type: ClassVar[str] = "mlp"
+
+    widths: tuple[int, ...] = setting((256, 256), "units of each hidden layer, in order", ge=1)
+    dropout: float = setting(0.0, "probability of dropping a hidden unit while training", ge=0, lt=1)
+
+
 ALGORITHMS: dict[str, type[AlgorithmHParams]] = {
     cls.name: cls for cls in (NaiveHParams, JointHParams, EWCHParams)
 }
+
+BACKBONES: dict[str, type[BackboneHParams]] = {cls.type: cls for cls in (MLPHParams,)}
 
 
 def defaults(cls: type[Settings]) -> dict[str, Any]:
