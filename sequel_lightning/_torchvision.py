@@ -1,10 +1,10 @@
 """Makes torchvision importable beside a PyTorch build that its compiled part does not fit.
 
-Import it before torchvision. Where the compiled part cannot be loaded (a CUDA build of torchvision beside a CPU
-build of PyTorch), torchvision goes on without it, then fails at import all the same, because it describes two
-operators that nobody has declared. Declaring them is enough: data sets, transforms, models and image grids are plain
-PyTorch. The detection operators themselves stay unavailable and say so when called. Where the compiled part loads,
-nothing is declared.
+Import it before torchvision. Where the compiled part cannot be loaded (a CUDA build of torchvision beside a
+CPU build of PyTorch), torchvision goes on without it, then fails at import all the same, because it
+describes two operators that nobody has declared. Declaring them is enough: data sets, transforms, models
+and image grids are plain PyTorch. The detection operators themselves stay unavailable and say so when
+called. Where the compiled part loads, nothing is declared.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCHEMAS = {
 
 
 def _load_compiled_part(folder: str) -> None:
-    """Load torchvision's extension, or go on without it where it does not load, as torchvision itself does."""
+    """Load torchvision's extension, or go on without it where it does not load, as torchvision does."""
     compiled = FileFinder(folder, (ExtensionFileLoader, EXTENSION_SUFFIXES)).find_spec("_C")
     if compiled is not None and compiled.origin is not None:
         try:

@@ -1,0 +1,49 @@
+# make run    virtual environment, install, then the main job: both frameworks, Naive against EWC, on real images
+# make test   the same install, then ruff, mypy and pytest
+# make slow   the tests that take minutes
+# make clean  remove what these made; runs/ stays
+#
+# Needs Python >= 3.11 with venv and nothing else; another interpreter: make PYTHON=python3.12 run
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+FILES := $(VENV)/.package-files
+
+.PHONY: run test slow install clean FORCE
+.DELETE_ON_ERROR:
+
+run: install
+	$(BIN)/sequel demo
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+slow: install
+	$(BIN)/pytest -m slow
+
+install: $(STAMP)
+
+# A strict editable install links each file, so it has to be made again when a file comes or goes: $(FILES) is
+# rewritten only where the list of files has changed.
+$(STAMP): pyproject.toml constraints.txt $(FILES)
+	$(BIN)/pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict --editable '.[all,dev]'
+	touch $@
+
+$(FILES): FORCE | $(BIN)/python
+	@find sequel_core sequel_lightning sequel_flax benchmarks configs -type f \
+		\( -name '*.py' -o -name '*.yaml' -o -name py.typed \) | LC_ALL=C sort > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+FORCE:
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"SequeL needs Python >= 3.11, got {sys.version}")'
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	find sequel_core sequel_lightning sequel_flax benchmarks configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
