@@ -153,9 +153,9 @@ class Split:
         """The splits that this one is made of: itself."""
         return (self,)
 
-    @cached_property
+    @property
     def targets(self) -> IntArray:
-        """Labels of the split's samples, int64 `[n]`."""
+        """Labels of the split's samples, int64 `[n]`; not kept: many splits share one array."""
         labels = self.labels if self.indices is None else self.labels[self.indices]
         return np.asarray(labels, np.int64)
 
@@ -165,7 +165,8 @@ class Split:
         images = np.asarray(self.images[rows])
         if self.pixel_map is not None:
             images = self.pixel_map(images)
-        return Samples(images, self.targets[positions], np.full(len(positions), self.task, np.int64))
+        labels = np.asarray(self.labels[rows], np.int64)
+        return Samples(images, labels, np.full(len(positions), self.task, np.int64))
 
     def head(self, count: int | None) -> Split:
         """Return the first `count` samples (all for None); views are nested, data is not copied."""
@@ -188,21 +189,21 @@ class JoinedSplit:
     def __len__(self) -> int:
         return int(self._offsets[-1])
 
-    @cached_property
+    @property
     def targets(self) -> IntArray:
-        """Labels of the split's samples, int64 `[n]`."""
+        """Labels of the split's samples, int64 `[n]`; not kept."""
         return np.concatenate([np.empty(0, np.int64), *(part.targets for part in self.parts)])
 
     def take(self, positions: IntArray) -> Samples:
         """Return the samples at these positions, `[n]`, in the order asked for."""
         owner = np.searchsorted(self._offsets, positions, side="right") - 1
         images = np.empty((len(positions), *self.parts[0].images.shape[1:]), np.uint8)
-        tasks = np.empty(len(positions), np.int64)
+        labels, tasks = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
         for k in np.unique(owner):
             here = owner == k
             samples = self.parts[k].take(positions[here] - self._offsets[k])
-            images[here], tasks[here] = samples.x, samples.t
-        return Samples(images, self.targets[positions], tasks)
+            images[here], labels[here], tasks[here] = samples
+        return Samples(images, labels, tasks)
 
 
 AnySplit = Split | JoinedSplit
@@ -236,11 +237,12 @@ class Task:
             if len(getattr(self, name)) == 0:
                 raise ValueError(f"task {self.index} ({self.name}) has no {name} samples; it needs at least one")
         for name in ("train", "validation", "test"):
-            strangers = np.setdiff1d(getattr(self, name).targets, self.classes)
+            targets = getattr(self, name).targets
+            strangers = targets[~np.isin(targets, self.classes)]
             if len(strangers):
                 raise ValueError(
-                    f"task {self.index} ({self.name}): {name} labels {strangers[:5].tolist()} are not among its classes "
-                    f"{list(self.classes)}"
+                    f"task {self.index} ({self.name}): {name} labels {np.unique(strangers)[:5].tolist()} are not "
+                    f"among its classes {list(self.classes)}"
                 )
 
     def split(self, name: str) -> AnySplit:

@@ -1,0 +1,41 @@
+"""Continual-learning benchmarks as arrays: streams of tasks, and the data sets that they are views of."""
+
+if __name__ != "sequel_benchmarks":
+    raise ImportError(
+        f"this package is imported as sequel_benchmarks, not as {__name__}; install it with: pip install -e ."
+    )
+
+from sequel_benchmarks.data import DATASETS, DataSet, Fetched, data_directory, fetch, load
+from sequel_benchmarks.digits import PermutedDigits, RotatedDigits, SplitDigits
+from sequel_benchmarks.mnist import PermutedMNIST, RotatedMNIST, SplitMNIST
+from sequel_benchmarks.streams import PermutedSettings, RotatedSettings, SplitSettings, permute, rotate, split
+from sequel_core.task import Benchmark
+
+BENCHMARKS: dict[str, type[Benchmark]] = {
+    cls.__name__.lower(): cls
+    for cls in (SplitMNIST, PermutedMNIST, RotatedMNIST, SplitDigits, PermutedDigits, RotatedDigits)
+}
+"""The benchmarks under the names that configs give them."""
+
+__all__ = [
+    "BENCHMARKS",
+    "DATASETS",
+    "Benchmark",
+    "DataSet",
+    "Fetched",
+    "PermutedDigits",
+    "PermutedMNIST",
+    "PermutedSettings",
+    "RotatedDigits",
+    "RotatedMNIST",
+    "RotatedSettings",
+    "SplitDigits",
+    "SplitMNIST",
+    "SplitSettings",
+    "data_directory",
+    "fetch",
+    "load",
+    "permute",
+    "rotate",
+    "split",
+]

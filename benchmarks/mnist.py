@@ -1,0 +1,145 @@
+"""MNIST as a stream of tasks: SplitMNIST, PermutedMNIST and RotatedMNIST."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from sequel_benchmarks.data import NUM_CLASSES, load
+from sequel_benchmarks.pixels import Interpolation
+from sequel_benchmarks.streams import (
+    Inputs,
+    PermutedSettings,
+    RotatedSettings,
+    SplitSettings,
+    permute,
+    rotate,
+    split,
+)
+from sequel_core.task import Benchmark, Scenario
+
+
+class SplitMNIST(Benchmark):
+    """MNIST, its ten classes divided among the tasks.
+
+    Args:
+        num_tasks: 1, 2, 5 or 10.
+        scenario: `task` or `class` (labels of the whole stream, ten outputs), or `domain` (labels within the
+            task).
+        class_order: the classes in the order of the stream: None as they are, `seeded`, or a list of all ten;
+            task t's labels are `t k` to `t k + k - 1`, with k = 10 / num_tasks.
+        subset: training samples per task, >= 1, chosen by the seed; None for all.
+        validation: fraction of the training samples that is held out, in [0, 1), before subset applies to the
+            rest.
+        inputs: `standardised` (mean 0, deviation 1) or `unit` (in [0, 1]).
+        seed: of the stream, >= 0, apart from the training seed.
+        data_dir: see `data_directory`.
+
+    Raises:
+        ValueError: an argument out of range, more samples asked for than there are, or data that is missing
+            or damaged.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tasks: int = 5,
+        scenario: Scenario = "task",
+        class_order: Literal["seeded"] | tuple[int, ...] | None = None,
+        subset: int | None = None,
+        validation: float = 0.0,
+        inputs: Inputs = "standardised",
+        seed: int = 0,
+        data_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        settings = SplitSettings(num_tasks, scenario, subset, validation, inputs, seed, class_order)
+        settings.order(NUM_CLASSES)  # refuses a wrong number of tasks or order before any data is read
+        super().__init__(**vars(split(load("mnist", data_dir), settings)))
+
+
+class PermutedMNIST(Benchmark):
+    """MNIST, the pixels of each task in an order of its own.
+
+    Args:
+        num_tasks: >= 1.
+        scenario: `domain`; the tasks have the same classes.
+        first_identity: leave the first task's pixels as they are.
+        subset: training samples per task, >= 1, chosen by the seed for each task; None for all.
+        validation: fraction of the training images that is held out of every task, in [0, 1), before subset
+            applies to the rest.
+        inputs: `standardised` (mean 0, deviation 1) or `unit` (in [0, 1]).
+        seed: of the stream, >= 0, apart from the training seed.
+        data_dir: see `data_directory`.
+
+    Raises:
+        ValueError: an argument out of range, more samples asked for than there are, or data that is missing
+            or damaged.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tasks: int = 10,
+        scenario: Scenario = "domain",
+        first_identity: bool = False,
+        subset: int | None = None,
+        validation: float = 0.0,
+        inputs: Inputs = "standardised",
+        seed: int = 0,
+        data_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        settings = PermutedSettings(num_tasks, scenario, subset, validation, inputs, seed, first_identity)
+        super().__init__(**vars(permute(load("mnist", data_dir), settings)))
+
+
+class RotatedMNIST(Benchmark):
+    """MNIST, the images of each task rotated counter-clockwise by an angle of its own.
+
+    Args:
+        num_tasks: >= 1.
+        scenario: `domain`; the tasks have the same classes.
+        rotation: `fixed` (task t turns by t * per_task_rotation, or by angles[t]), `bins` (uniform in
+            [t, t + 1) * per_task_rotation) or `uniform` (uniform in [0, 180)).
+        per_task_rotation: degrees; None for 180 / num_tasks.
+        angles: degrees of each task, in place of rotation and per_task_rotation.
+        interpolation: `bilinear`, or `nearest`.
+        subset: training samples per task, >= 1, chosen by the seed for each task; None for all.
+        validation: fraction of the training images that is held out of every task, in [0, 1), before subset
+            applies to the rest.
+        inputs: `standardised` (mean 0, deviation 1) or `unit` (in [0, 1]).
+        seed: of the stream, >= 0, apart from the training seed.
+        data_dir: see `data_directory`.
+
+    Raises:
+        ValueError: an argument out of range, more samples asked for than there are, or data that is missing
+            or damaged.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tasks: int = 20,
+        scenario: Scenario = "domain",
+        rotation: Literal["fixed", "bins", "uniform"] = "fixed",
+        per_task_rotation: float | None = None,
+        angles: tuple[float, ...] | None = None,
+        interpolation: Interpolation = "bilinear",
+        subset: int | None = None,
+        validation: float = 0.0,
+        inputs: Inputs = "standardised",
+        seed: int = 0,
+        data_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        settings = RotatedSettings(
+            num_tasks,
+            scenario,
+            subset,
+            validation,
+            inputs,
+            seed,
+            rotation,
+            per_task_rotation,
+            angles,
+            interpolation,
+        )
+        super().__init__(**vars(rotate(load("mnist", data_dir), settings)))
