@@ -57,10 +57,10 @@ def average_accuracy(matrix: ArrayLike) -> float:
 def forgetting(matrix: ArrayLike) -> float:
     """Return `1/(T-1) sum_{j<T-1} (max_{i<T-1} R[i, j] - R[T-1, j])`, in [-1, 1]; positive is forgetting.
 
-    The best accuracy is taken before the last task, so a task that ends at its best counts negative. Rows i < j
-    (task j not yet trained) take part where they were evaluated. Nan for T = 1.
+    The best accuracy is taken before the last task, so a task that ends at its best counts negative. Rows
+    i < j (task j not yet trained) take part where they were evaluated. Nan for T = 1.
 
-    Source: Chaudhry et al. 2018, arXiv 1801.10112, eq. 3, and the code of A-GEM, arXiv 1812.00420.
+    Source: Chaudhry et al. 2018, arXiv 1801.10112, and the code of A-GEM, arXiv 1812.00420.
     """
     r = check_matrix(matrix)
     return float("nan") if len(r) == 1 else _mean_drop_from_best(r, len(r) - 1)
@@ -91,8 +91,8 @@ def bwt(matrix: ArrayLike) -> float:
 def fwt(matrix: ArrayLike, baseline: ArrayLike) -> float:
     """Return the forward transfer `1/(T-1) sum_{j>=1} (R[j-1, j] - b_j)`, in [-1, 1].
 
-    What earlier tasks give to a task that is not yet trained. Nan for T = 1, and where tasks were not evaluated
-    before their training.
+    What earlier tasks give to a task that is not yet trained. Nan for T = 1, and where tasks were not
+    evaluated before their training.
 
     Args:
         matrix: `[T, T]`.
@@ -130,9 +130,9 @@ def average_incremental_accuracy(matrix: ArrayLike) -> float:
 def worst_case_accuracy(matrix: ArrayLike) -> float:
     """Return `1/T R[T-1, T-1] + (1 - 1/T) mean_{j<T-1} min_{i>j} R[i, j]`, in [0, 1].
 
-    Past tasks count with the lowest accuracy that they had after their own training (min-ACC), the last task with
-    its accuracy now. The source looks at every training iteration; here only the ends of tasks are looked at, so
-    that a drop which recovers within a task is not seen. T = 1 gives `R[0, 0]`.
+    Past tasks count with the lowest accuracy that they had since later tasks were trained (min-ACC), the last
+    task with its accuracy now. The source looks at every training iteration; here only the ends of tasks are
+    looked at, so that a drop which recovers within a task is not seen. T = 1 gives `R[0, 0]`.
 
     Source: De Lange et al. 2023, arXiv 2205.13452, "WC-ACC".
     """

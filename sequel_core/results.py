@@ -1,0 +1,338 @@
+"""The run directory: what a run leaves behind, and how it is read back.
+
+    config.yaml            the model, the optimizer, the benchmark and all settings
+    metrics.jsonl          one record per line, in the order they were made
+    accuracy_matrix.csv    R[i, j], T x T with a header row of tasks, empty where not evaluated
+    summary.json           the metrics, steps, seconds, memory and versions; there once the run has ended
+    weights.npz            the final weights, in the canonical layout
+
+Every file but `metrics.jsonl`, which grows, is written under a temporary name and then renamed: a file that
+is there is whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from sequel_core.metrics import check_matrix, summarise
+from sequel_core.task import FloatArray
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+MATRIX = "accuracy_matrix.csv"
+SUMMARY = "summary.json"
+WEIGHTS = "weights.npz"
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return a value as dicts, lists, text, numbers, booleans and None; NumPy's scalars become Python's."""
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(f"{name}.{key}", item) for key, item in value.items()}
+    if isinstance(value, Iterable):
+        return [_plain(f"{name}[{i}]", item) for i, item in enumerate(value)]
+    raise ValueError(f"{name} must be a plain value (text, number, list, mapping), got {value!r}")
+
+
+def _finite(value: Any) -> Any:
+    """Return a plain value with None for nan and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Writes the files of one run; make it with `create`."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: str | Path | None = None) -> RunDirectory:
+        """Make the directory of a new run.
+
+        Args:
+            path: an empty directory, or one that does not exist yet; None for a new one under `runs/` in the
+                working directory, named by the time.
+
+        Raises:
+            ValueError: the path is a file, is not empty or cannot be written.
+        """
+        if path is None:
+            stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
+            names = (Path("runs") / (f"{stem}_{k}" if k else stem) for k in count())
+            target = next(name for name in names if not name.exists())
+        else:
+            target = Path(path)
+        if target.exists() and not target.is_dir():
+            raise ValueError(f"run_dir must be a directory, got the file {target}; choose another path")
+        try:
+            target.mkdir(parents=True, exist_ok=path is not None)
+            occupied = next(target.iterdir(), None)
+            with tempfile.TemporaryFile(dir=target):
+                pass  # the only test of a right to write that holds for every file system and user
+        except FileExistsError:
+            return cls.create(path)  # another run took the name in the meantime
+        except OSError as error:
+            raise ValueError(
+                f"run_dir must be a directory that can be written, got {target} ({error.strerror}); "
+                "choose another path"
+            ) from error
+        if occupied is not None:
+            raise ValueError(
+                f"run_dir must be empty or new, got {target}, which holds {occupied.name}; choose another "
+                "path or remove what it holds"
+            )
+        return cls(target)
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write `config.yaml`.
+
+        Raises:
+            ValueError: something in it is not a plain value.
+        """
+        plain = _plain("config", config)
+        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=sys.maxsize)
+        _write(self.path / CONFIG, text.encode())
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Add one line to `metrics.jsonl`; nan and infinity become null.
+
+        Raises:
+            ValueError: something in it is not a plain value.
+        """
+        line = json.dumps(_finite(_plain("record", record)), allow_nan=False, ensure_ascii=False)
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def write_matrix(self, matrix: FloatArray) -> None:
+        """Write `accuracy_matrix.csv`, `[T, T]`, with every digit that a float64 needs.
+
+        Raises:
+            ValueError: not a matrix of accuracies, see `sequel_core.metrics.check_matrix`.
+        """
+        r = check_matrix(matrix)
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow([f"task_{j}" for j in range(len(r))])
+        rows.writerows([["" if math.isnan(value) else repr(value) for value in row] for row in r.tolist()])
+        _write(self.path / MATRIX, text.getvalue().encode())
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`; nan and infinity become null.
+
+        Raises:
+            ValueError: something in it is not a plain value.
+        """
+        plain = _finite(_plain("summary", summary))
+        text = json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False)
+        _write(self.path / SUMMARY, (text + "\n").encode())
+
+    def write_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
+        """Write `weights.npz`: arrays by name, readable without pickle.
+
+        Raises:
+            ValueError: an array of Python objects.
+        """
+        arrays: dict[str, Any] = {name: np.asarray(array) for name, array in weights.items()}
+        for name, array in arrays.items():
+            if array.dtype.hasobject:
+                raise ValueError(f"weights must be arrays of numbers, got objects in {name}")
+        content = io.BytesIO()
+        np.savez(content, **arrays)
+        _write(self.path / WEIGHTS, content.getvalue())
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a run found.
+
+    The metrics are fractions, as `sequel_core.metrics` defines them; nan where undefined.
+    """
+
+    run_dir: Path | None
+    config: dict[str, Any]
+    matrix: FloatArray  # [T, T], nan where not evaluated
+    summary: dict[str, Any]
+
+    def _metric(self, name: str) -> float:
+        value = self.summary.get(name)
+        return float("nan") if value is None else float(value)
+
+    @property
+    def average_accuracy(self) -> float:
+        """Accuracy after the last task, mean over tasks."""
+        return self._metric("average_accuracy")
+
+    @property
+    def forgetting(self) -> float:
+        """Best accuracy before the last task minus the final one, mean over past tasks."""
+        return self._metric("forgetting")
+
+    @property
+    def forgetting_with_final(self) -> float:
+        """Best accuracy, the final one included, minus the final one, mean over past tasks."""
+        return self._metric("forgetting_with_final")
+
+    @property
+    def bwt(self) -> float:
+        """Backward transfer."""
+        return self._metric("bwt")
+
+    @property
+    def fwt(self) -> float:
+        """Forward transfer; nan unless every task was evaluated before its training."""
+        return self._metric("fwt")
+
+    @property
+    def learning_accuracy(self) -> float:
+        """Accuracy on a task just after its training, mean over tasks."""
+        return self._metric("learning_accuracy")
+
+    @property
+    def average_incremental_accuracy(self) -> float:
+        """Average accuracy of the tasks seen, mean over the stream."""
+        return self._metric("average_incremental_accuracy")
+
+    @property
+    def worst_case_accuracy(self) -> float:
+        """Lowest accuracy of each past task and the final one of the last, mean over tasks."""
+        return self._metric("worst_case_accuracy")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError("it holds no mapping")
+    return config
+
+
+def _read_matrix(path: Path) -> FloatArray:
+    with path.open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    if len(rows) != len(header) or any(len(row) != len(header) for row in rows):
+        raise ValueError(f"it must hold {len(header)} rows of {len(header)}, one per task of its header")
+    return check_matrix([[float(cell) if cell else math.nan for cell in row] for row in rows])
+
+
+def _read_summary(path: Path) -> dict[str, Any]:
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(summary, dict):
+        raise ValueError("it holds no mapping")
+    return summary
+
+
+def load_result(directory: str | Path) -> Result:
+    """Read a run directory.
+
+    A run that has not ended has no `summary.json`; its summary is `{"status": "unfinished"}` and the metrics
+    of the matrix, which is `[0, 0]` before the first evaluation.
+
+    Raises:
+        ValueError: not a run directory, or a damaged file, which is named.
+    """
+    path = Path(directory)
+    if not (path / CONFIG).is_file():
+        raise ValueError(f"directory must be a run directory, got {path}, which has no {CONFIG}")
+    found: dict[str, Any] = {}
+    for name, read in ((CONFIG, _read_config), (MATRIX, _read_matrix), (SUMMARY, _read_summary)):
+        if (path / name).is_file():
+            try:
+                found[name] = read(path / name)
+            except (ValueError, yaml.YAMLError) as error:
+                raise ValueError(f"{path / name} is damaged: {error}") from error
+    matrix = found.get(MATRIX, np.empty((0, 0), np.float64))
+    if SUMMARY not in found:
+        found[SUMMARY] = {"status": "unfinished", **(summarise(matrix) if matrix.size else {})}
+    return Result(path, found[CONFIG], matrix, found[SUMMARY])
+
+
+def load_weights(directory: str | Path) -> dict[str, NDArray[Any]]:
+    """Read the weights of a run directory, by name.
+
+    Raises:
+        ValueError: no weights there, or a damaged file.
+    """
+    path = Path(directory) / WEIGHTS
+    if not path.is_file():
+        raise ValueError(f"directory must hold {WEIGHTS}, got {path.parent}; the run has not ended")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def peak_memory_bytes() -> int | None:
+    """Return the most resident memory that this process has had, in bytes; None where that is not known.
+
+    Linux's own high-water mark comes first, because `ru_maxrss` of a child starts at its parent's.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, of this package and of the numerical libraries that are loaded."""
+    modules = {
+        "numpy": "numpy",
+        "torch": "torch",
+        "pytorch-lightning": "pytorch_lightning",
+        "jax": "jax",
+        "flax": "flax",
+        "optax": "optax",
+        "sequel-cl": "sequel_core",
+    }
+    found = {"python": platform.python_version()}
+    for distribution, module in modules.items():
+        if module in sys.modules:
+            found[distribution] = metadata.version(distribution)
+    return found
