@@ -1,0 +1,28 @@
+"""What every test starts from: the same seeds, the same examples, and no silent broadcasting in JAX."""
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # read by jax when, and only when, a test imports it
+
+settings.register_profile("sequel", derandomize=True, deadline=None)
+settings.load_profile("sequel")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    yield
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
