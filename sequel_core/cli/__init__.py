@@ -1,0 +1,86 @@
+"""The `sequel` command: `main` for use in-process, `entry_point` for the shell."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module, metadata
+
+from sequel_core.config import nearest
+from sequel_core.learner import DivergenceError
+
+COMMANDS = {
+    "run": "run an experiment, or a sweep of them with -m",
+    "data": "fetch and check data sets",
+    "list": "show algorithms, benchmarks, backbones, optimizers and experiments, with their settings",
+    "bench": "measure training steps per second against hand-written loops",
+    "demo": "naive finetuning against EWC in both frameworks, on bundled data",
+}
+USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
+
+HELP = """usage: sequel COMMAND [ARGUMENTS]
+
+Continual learning in PyTorch Lightning and in JAX/Flax: the same algorithms, the same numbers.
+
+commands:
+{commands}
+
+options:
+  -h, --help     show this, or a command's own help: sequel run --help
+  --version      show the version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        argv: the arguments, without the program's name; None for those of the process.
+
+    Returns:
+        The exit code: 0 for success, 1 for a run that failed, 2 for input that cannot be used (one line on
+        standard error says why), 130 for an interruption.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except DivergenceError as error:
+        return _say(FAILED, str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _say(USER_ERROR, f"{where}{error.strerror or error}")
+    except ValueError as error:
+        return _say(USER_ERROR, str(error))
+    except KeyboardInterrupt:
+        return _say(INTERRUPTED, "interrupted")
+    except SystemExit as stop:  # argparse, after its help
+        return stop.code if isinstance(stop.code, int) else 0
+
+
+def entry_point() -> None:
+    """Run the process's command line and exit."""
+    sys.exit(main())
+
+
+def _dispatch(arguments: list[str]) -> int:
+    command, *rest = arguments or ["--help"]
+    if command in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+        print(HELP.format(commands="\n".join(lines)), end="")
+        return 0
+    if command == "--version":
+        print(f"sequel {metadata.version('sequel-cl')}")
+        return 0
+    if command not in COMMANDS:
+        raise ValueError(
+            f"command must be one of {', '.join(COMMANDS)}, got {command!r}{nearest(command, COMMANDS)}"
+        )
+    module = {"list": "catalogue"}.get(command, command)
+    run: Callable[[list[str]], int] = import_module(f"sequel_core.cli.{module}").main
+    return run(rest)
+
+
+def _say(code: int, message: str) -> int:
+    print(f"sequel: {' '.join(message.split())}", file=sys.stderr)
+    return code

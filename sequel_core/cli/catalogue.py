@@ -1,0 +1,86 @@
+"""`sequel list`: what there is, with its settings."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from importlib import import_module, resources
+
+from rich.console import Console
+from rich.table import Table
+
+from sequel_core.cli.arguments import Parser
+from sequel_core.config import Setting, check_name, choices, settings
+from sequel_core.hparams import ALGORITHMS, BACKBONES
+
+KINDS = ("algo", "benchmark", "backbone", "optimizer", "training", "experiment")
+
+
+def main(args: Sequence[str]) -> int:
+    """Show tables of algorithms, benchmarks, ... with their settings; all for no argument.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    parser = Parser(prog="sequel list", description="Show what there is, with settings, defaults and ranges.")
+    parser.add_argument("kind", nargs="?", metavar="KIND", help=", ".join(KINDS))
+    kind = parser.parse_args(args).kind
+    if kind is not None:
+        kind = kind.removesuffix("s")
+        check_name("kind", kind, KINDS)
+    console = Console()
+    for name in KINDS if kind is None else [kind]:
+        for table in _tables(name):
+            console.print(table)
+    return 0
+
+
+def _tables(kind: str) -> Iterable[Table]:
+    if kind == "experiment":
+        yield _experiments()
+    elif kind == "training":
+        yield _settings(
+            "training=...", "how a learner trains and evaluates", settings("training"), "training"
+        )
+    else:
+        for name in choices(kind):
+            yield _settings(f"{kind}={name}", _describe(kind, name), settings(kind, name), kind)
+
+
+def _describe(kind: str, name: str) -> str:
+    """Return the first line of the description of a choice."""
+    if kind == "optimizer":
+        return "the same arithmetic in both frameworks"
+    table = ALGORITHMS if kind == "algo" else BACKBONES
+    owner = import_module("sequel_benchmarks").BENCHMARKS[name] if kind == "benchmark" else table[name]
+    return (inspect.getdoc(owner) or "").partition("\n")[0]
+
+
+def _settings(title: str, text: str, specs: Iterable[Setting], section: str) -> Table:
+    table = Table(title=f"[bold]{title}[/bold]  {text}", title_justify="left", title_style="")
+    for column in ("setting", "default", "range", "meaning"):
+        table.add_column(column, overflow="fold")
+    for spec in specs:
+        default = (
+            "null"
+            if spec.default is None
+            else str(spec.default).lower()
+            if spec.default in (True, False)
+            else ""
+        )
+        table.add_row(f"{section}.{spec.key}", default or str(spec.default), spec.allowed, spec.help)
+    return table
+
+
+def _experiments() -> Table:
+    """Return a table of the shipped experiments with the first lines of their files."""
+    table = Table(title="[bold]+experiment=...[/bold]", title_justify="left", title_style="")
+    table.add_column("name")
+    table.add_column("about", overflow="fold")
+    files = resources.files("sequel_configs").joinpath("experiment").iterdir()
+    for path in sorted(files, key=lambda item: item.name):
+        if path.name.endswith(".yaml"):
+            lines = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
+            about = [line for line in lines if not line.startswith("@package")]
+            table.add_row(path.name.removesuffix(".yaml"), "\n".join(about))
+    return table

@@ -1,0 +1,270 @@
+"""From a command line to a checked experiment: files, shipped experiments, overrides; composed with Hydra."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra import compose as compose_groups
+from hydra import initialize_config_module
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from sequel_core.config import (
+    SECTIONS,
+    SPELLINGS,
+    ExperimentConfig,
+    Layer,
+    alias,
+    build,
+    canonical,
+    check_name,
+    choices,
+    drop_foreign,
+    flatten,
+    merge,
+    nearest,
+    nest,
+)
+
+CONFIGS = "sequel_configs"
+PLACES = ("file", "experiment", "run_dir")
+"""Keys that say where settings come from and where results go; they are not part of an experiment."""
+
+
+class Composed(NamedTuple):
+    """An experiment, and what the user should be told about how it came about."""
+
+    config: ExperimentConfig
+    notes: list[str]
+
+
+class Request(NamedTuple):
+    """A command line as Hydra takes it."""
+
+    overrides: list[str]  # legal for Hydra's own composition, whatever the experiment
+    hydra: list[str]  # Hydra's own settings
+    run_dir: str | None
+
+
+def experiments() -> list[str]:
+    """Return the names of the shipped experiments."""
+    files = resources.files(CONFIGS).joinpath("experiment").iterdir()
+    return sorted(path.name.removesuffix(".yaml") for path in files if path.name.endswith(".yaml"))
+
+
+def compose(overrides: Sequence[str]) -> Composed:
+    """Return the experiment that a command line describes.
+
+    The groups that the names select (`algo`, `benchmark`, `backbone`, `optimizer`) come first; a file's keys
+    win over theirs, the overrides over both. Where an override selects another algorithm, benchmark, ... than
+    the file, the file's settings of that section which the new choice lacks are dropped, with a note.
+
+    Args:
+        overrides: Hydra overrides, and at most one FILE, `file=FILE` or `experiment=NAME`; no sweeps.
+
+    Raises:
+        ValueError: something that cannot be read, an unknown name or key, or a value out of range; one line.
+    """
+    with _hydra() as loader:
+        line = _values(_parse(with_file(overrides), loader))
+        file = _file(line)
+        line_layer = canonical(line)
+        default = canonical(_plain(compose_groups("config")))
+        file_layer = canonical(file)
+        notes = []
+        for section, key in SECTIONS.items():
+            path = f"{section}.{key}"
+            before = file_layer.get(path, default[path])
+            name = str(line_layer.setdefault(path, before))
+            check_name(section, name, choices(section))
+            if name != before:
+                dropped = drop_foreign(file_layer, section, name)
+                if file and section in ("algo", "benchmark"):
+                    dropped += [
+                        key for key in list(file_layer) if key.startswith("expected.") and file_layer.pop(key)
+                    ]
+                if dropped:
+                    notes.append(
+                        f"{section}={name} in place of {before}: dropped the file's {', '.join(dropped)}"
+                    )
+        names = {section: line_layer[f"{section}.{key}"] for section, key in SECTIONS.items()}
+        groups = canonical(_plain(compose_groups("config", [f"{key}={name}" for key, name in names.items()])))
+    for key in PLACES:
+        groups.pop(key, None)
+    return Composed(build(_resolve(merge(groups, file_layer, line_layer))), notes)
+
+
+def with_file(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with a FILE among them written as `file='FILE'`, its path absolute.
+
+    Raises:
+        ValueError: no such file, or more than one.
+    """
+    files = [text for text in arguments if "=" not in text and not text.startswith(("~", "-"))]
+    if len(files) > 1:
+        raise ValueError(f"give one FILE, got {' and '.join(files)}; overrides are written key=value")
+    written = []
+    for text in arguments:
+        if text in files:
+            if not Path(text).is_file():
+                hint = nearest(text, [*experiments(), *(f"{key}=" for key in (*SECTIONS, "mode", "seed"))])
+                if text in experiments():
+                    hint = f"; did you mean +experiment={text}?"
+                raise ValueError(f"{text} is neither a file nor an override such as algo=ewc{hint}")
+            written.append(f"file={quoted(str(Path(text).absolute()))}")
+        else:
+            written.append(text)
+    return written
+
+
+def quoted(text: str) -> str:
+    """Return text as Hydra reads it literally in an override's value."""
+    return "'" + text.replace("\\'", "\\\\'").replace("'", "\\'") + "'"
+
+
+def request(arguments: Sequence[str], sweep: bool) -> Request:
+    """Return a command line in the form that Hydra's own composition accepts for any experiment.
+
+    Groups get their one spelling, every other key `++`; what it all means is left to `compose` in the job.
+
+    Args:
+        arguments: overrides, and at most one FILE.
+        sweep: whether values may be lists to sweep over (`algo=ewc,naive`).
+
+    Raises:
+        ValueError: an argument that cannot be read, or a sweep where none is asked for.
+    """
+    plain, hydra, run_dir = [], [], None
+    with _hydra() as loader:
+        for override in _parse(with_file(arguments), loader):
+            key = override.key_or_group
+            if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+                if key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir"):
+                    raise ValueError(f"{key} is set by the command; use run_dir=DIR")
+                hydra.append(str(override.input_line))
+                continue
+            if not sweep:
+                _single(override)
+            if key == "run_dir":
+                value = _single(override).value()
+                run_dir = None if value is None else str(value)
+                continue
+            text = str(override.input_line).partition("=")[2]
+            section, _, inner = SPELLINGS.get(key, key).partition(".")
+            if section in SECTIONS and inner in ("", SECTIONS[section]) and not text.startswith("{"):
+                swept = override.is_sweep_override()
+                names = list(override.sweep_string_iterator()) if swept else [str(override.value())]
+                names = [alias(f"{section}.{SECTIONS[section]}", name.strip("'\"")) for name in names]
+                for name in names:
+                    check_name(section, name, choices(section))
+                plain.append(f"{section}={','.join(names)}")
+            elif key == "experiment":
+                plain.append(f"experiment={text}")
+            else:
+                plain.append(f"++{key}={text}")
+    return Request(plain, hydra, run_dir)
+
+
+@contextmanager
+def _hydra() -> Iterator[ConfigLoader]:
+    """Open Hydra on the shipped groups; its errors become one-line ValueErrors."""
+    try:
+        with initialize_config_module(CONFIGS, job_name="sequel", version_base="1.3"):
+            yield GlobalHydra.instance().config_loader()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(one_line(error)) from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parse(arguments: Sequence[str], loader: ConfigLoader) -> list[Override]:
+    parser = OverridesParser.create(config_loader=loader)
+    parsed = []
+    for text in arguments:
+        try:
+            override = parser.parse_overrides([text])[0]
+        except HydraException as error:
+            raise ValueError(f"cannot read the override {text!r}: {one_line(error)}") from error
+        if override.is_delete():
+            raise ValueError(f"{text} would delete a setting; give it a value instead, for example key=null")
+        if override.package is not None:
+            raise ValueError(f"{text} names a package; write {override.key_or_group}=... without it")
+        parsed.append(override)
+    return parsed
+
+
+def _single(override: Override) -> Override:
+    if override.is_sweep_override():
+        raise ValueError(f"{override.input_line} has several values; use `sequel run -m` to sweep over them")
+    return override
+
+
+def _values(parsed: Sequence[Override]) -> Layer:
+    """Return the overrides' values as a flat layer; of two for one key the later wins."""
+    layer: Layer = {}
+    for override in parsed:
+        key = override.key_or_group
+        if key != "hydra" and not key.startswith(("hydra.", "hydra/")):
+            value = _single(override).value()
+            layer = merge(layer, flatten({key: value}))
+    return layer
+
+
+def _file(line: Layer) -> Mapping[str, Any]:
+    """Take the places out of the command line's values and return what the file or experiment says."""
+    file, experiment, _ = (line.pop(key, None) for key in PLACES)
+    if file is not None and experiment is not None:
+        raise ValueError(f"give a FILE or experiment=NAME, got both: {file} and {experiment}")
+    if file is not None:
+        return _read(Path(str(file)))
+    if experiment is None:
+        return {}
+    check_name("experiment", experiment, experiments())
+    with resources.as_file(resources.files(CONFIGS).joinpath("experiment", f"{experiment}.yaml")) as path:
+        return _read(path)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """Return a configuration file's values."""
+    try:
+        content = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a YAML file of settings: {one_line(error)}") from error
+    values = OmegaConf.to_container(content)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold settings such as `algo:`, got a list")
+    for key in PLACES:
+        if key in values:
+            raise ValueError(f"{path} cannot set {key}; give it on the command line")
+    return {str(key): value for key, value in values.items()}
+
+
+def _plain(config: Any) -> Mapping[str, Any]:
+    values = OmegaConf.to_container(config)
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def _resolve(flat: Layer) -> Layer:
+    """Return the layer with interpolations such as `${optimizer.lr}` replaced by what they point at."""
+    if not any("${" in str(value) for value in flat.values()):
+        return flat
+    spelt = flat | {old: flat[new] for old, new in SPELLINGS.items() if new in flat and old not in flat}
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(nest(spelt)), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(one_line(error)) from error
+    values = flatten(resolved) if isinstance(resolved, dict) else {}
+    return {key: values[key] for key in flat if key in values}

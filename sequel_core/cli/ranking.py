@@ -1,0 +1,106 @@
+"""The table at the end of a sweep: its runs, ranked by accuracy on validation samples."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from sequel_core.results import Result, load_result
+
+VALIDATION, TEST = "validation_average_accuracy", "average_accuracy"
+FILE = "sweep.csv"
+
+
+class Job(NamedTuple):
+    """One run of a sweep."""
+
+    directory: Path
+    overrides: Mapping[str, str]  # what the sweep varied
+
+
+class _Row(NamedTuple):
+    job: Job
+    validation: float  # average accuracy, a fraction; nan where not measured
+    test: float
+    seconds: float
+    status: str
+
+
+def rank(jobs: Sequence[Job], directory: Path, console: Console) -> int:
+    """Print the runs in one table, best first, and write it as `sweep.csv`.
+
+    The table is ranked by accuracy on validation samples where every finished run has it, else on test samples;
+    its heading says which. Failed runs come last.
+
+    Args:
+        jobs: the runs, in the order in which they were started.
+        directory: where `sweep.csv` goes.
+        console: where the table goes.
+
+    Returns:
+        The exit code: 1 where a run failed, else 0.
+    """
+    rows = [_row(job) for job in jobs]
+    finished = [row for row in rows if row.status == "finished"]
+    validated = bool(finished) and not any(math.isnan(row.validation) for row in finished)
+
+    def score(row: _Row) -> tuple[bool, float]:
+        value = row.validation if validated else row.test
+        return row.status != "finished", math.inf if math.isnan(value) else -value
+
+    rows.sort(key=score)
+    keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
+    header = ["run", *keys, VALIDATION, TEST, "seconds", "status"]
+    with (directory / FILE).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["rank", *header])
+        for place, row in enumerate(rows, 1):
+            numbers = [repr(value) if math.isfinite(value) else "" for value in row[1:4]]
+            values = [row.job.overrides.get(key, "") for key in keys]
+            writer.writerow([place, row.job.directory.name, *values, *numbers, row.status])
+    table = Table(title=f"ranked by {'validation' if validated else 'test'} accuracy", title_justify="left")
+    for column in ("run", *keys):
+        table.add_column(column, overflow="fold")
+    for column in ("validation accuracy", "test accuracy", "seconds"):
+        table.add_column(column, justify="right")
+    table.add_column("status", overflow="fold")
+    for row in rows:
+        percent = [
+            f"{100 * value:.2f} %" if math.isfinite(value) else "" for value in (row.validation, row.test)
+        ]
+        seconds = f"{row.seconds:.1f}" if math.isfinite(row.seconds) else ""
+        values = [row.job.overrides.get(key, "") for key in keys]
+        table.add_row(row.job.directory.name, *values, *percent, seconds, row.status)
+    console.print(table)
+    console.print(f"written to {directory / FILE}", highlight=False, soft_wrap=True)
+    return 0 if len(finished) == len(rows) else 1
+
+
+def _row(job: Job) -> _Row:
+    """Read what a run left in its directory."""
+    try:
+        result: Result | None = load_result(job.directory)
+    except ValueError:
+        result = None
+    error = job.directory / "error.txt"
+    failure = error.read_text(encoding="utf-8").strip().splitlines() if error.is_file() else []
+    if result is None:
+        return _Row(job, math.nan, math.nan, math.nan, f"failed: {failure[-1]}" if failure else "not started")
+    status = str(result.summary.get("status", "unfinished"))
+    if failure and status not in ("finished", "diverged"):
+        status = f"failed: {failure[-1]}"
+    seconds = result.summary.get("seconds") or {}
+    validation = result.summary.get(VALIDATION)
+    return _Row(
+        job,
+        math.nan if validation is None else float(validation),
+        result.average_accuracy,
+        float(seconds.get("total", math.nan)),
+        status,
+    )

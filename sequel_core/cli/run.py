@@ -1,0 +1,280 @@
+"""`sequel run`: one experiment, or a sweep; composed and checked first, then handed over to Hydra."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from importlib import import_module
+from itertools import count
+from pathlib import Path
+
+import hydra
+import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from sequel_core import learner
+from sequel_core.cli.arguments import Parser
+from sequel_core.cli.compose import CONFIGS, compose, one_line, quoted, request
+from sequel_core.cli.ranking import Job, rank
+from sequel_core.config import ExperimentConfig, build_benchmark, settings
+from sequel_core.learner import DivergenceError
+from sequel_core.results import Result, RunDirectory
+
+VALIDATION = 0.1
+REPEATS = {"mode", "seed", "training.seed", "benchmark.seed"}
+"""Settings that repeat an experiment; a sweep over them alone chooses nothing."""
+
+ERROR = "error.txt"
+FULL_ERROR = "HYDRA_FULL_ERROR"  # makes hydra.main raise instead of printing and exiting
+EXAMPLES = """examples:
+  sequel run algo=ewc benchmark=rotateddigits mode=jax
+  sequel run experiment.yaml optimizer.lr=0.1         a file in the format of the paper, with a change
+  sequel run +experiment=naive_rotatedmnist           a shipped experiment; see: sequel list experiment
+  sequel run -m algo=naive,ewc seed=0,1,2             a sweep: every combination, then one table
+  sequel run -m +experiment=ewc_rotatedmnist benchmark.batch_size=10,20,30 optimizer.lr=0.01,0.1
+  sequel run algo=ewc run_dir=results --cfg           show the composed settings and stop
+
+A file's settings win over the groups', the command line's over both. `sequel list` shows all settings.
+"""
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command line of `sequel run`.
+
+    Returns:
+        0, or 1 where a run of a sweep failed.
+
+    Raises:
+        ValueError: input that cannot be used, before any work is done.
+        DivergenceError: the training loss became nan or infinite.
+    """
+    parser = Parser(
+        prog="sequel run",
+        description="Run an experiment or a sweep.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("arguments", nargs="*", metavar="FILE|KEY=VALUE", help="a file and Hydra overrides")
+    parser.add_argument(
+        "-m", "--multirun", action="store_true", help="run every combination of comma-separated values"
+    )
+    parser.add_argument("--cfg", action="store_true", help="print the composed settings and stop")
+    options = parser.parse_intermixed_args(args)
+    console = Console()
+    if options.multirun:
+        return _sweep(options.arguments, console, options.cfg)
+    asked = request(options.arguments, sweep=False)
+    composed = compose(asked.overrides)
+    _tell(console, composed.notes)
+    if options.cfg:
+        console.print(_yaml(composed.config), end="", markup=False, highlight=False, soft_wrap=True)
+        return 0
+    with _reserved(asked.run_dir) as run_dir:
+        _launch([*asked.overrides, *asked.hydra, f"hydra.run.dir={quoted(str(run_dir))}"])
+    return 0
+
+
+def job(_: DictConfig) -> float:
+    """Run one job that Hydra starts: compose, build, run, in the directory that Hydra gives it.
+
+    Returns:
+        What a sweep is ranked by, a fraction; nan for a run of a sweep that failed, whose directory says why.
+
+    Raises:
+        ValueError: something wrong that only the built stream or learner could tell (single runs).
+        DivergenceError: the loss became nan or infinite (single runs).
+    """
+    context = HydraConfig.get()
+    overrides, run_dir = list(context.overrides.task), Path(context.runtime.output_dir)
+    if context.mode != RunMode.MULTIRUN:
+        return ranked_by(execute(compose(overrides).config, run_dir))
+    Console().rule(f"run {run_dir.name}: {' '.join(text.lstrip('+') for text in overrides)}", align="left")
+    try:
+        composed = compose(overrides)
+        if (
+            context.runtime.choices["hydra/sweeper"] != "basic"
+        ):  # whose jobs are checked before the first starts
+            _tell(Console(), composed.notes)
+        return ranked_by(execute(composed.config, run_dir))
+    except Exception as error:
+        expected = isinstance(error, ValueError | OSError | DivergenceError)
+        run_dir.joinpath(ERROR).write_text(f"{one_line(error)}\n" if expected else traceback.format_exc())
+        print(f"sequel: run {run_dir.name} failed: {one_line(error)}", file=sys.stderr)
+        return math.nan
+
+
+def execute(config: ExperimentConfig, run_dir: Path) -> Result:
+    """Run one experiment and print what was expected beside what was measured.
+
+    Raises:
+        ValueError: something wrong that only the built stream or learner could tell.
+        DivergenceError: the loss became nan or infinite; what was recorded until then is kept.
+    """
+    benchmark = build_benchmark(config)
+    plugin = learner.plugin(config.mode)
+    model = plugin.build_learner(config, benchmark, run_dir)
+    result: Result = import_module("sequel_core.sequencer").run(
+        model,
+        benchmark,
+        run_dir=run_dir,
+        evaluate_every=config.evaluate_every,
+        evaluate_on=config.evaluate_on,
+        evaluate_future=config.evaluate_future,
+        config=config.plain(),
+        progress=None,
+    )
+    _compare(Console(), config, result)
+    return result
+
+
+def ranked_by(result: Result) -> float:
+    """Return a run's accuracy on validation samples, on test samples where there are none; a fraction."""
+    value = result.summary.get("validation_average_accuracy")
+    return float(result.average_accuracy if value is None else value)
+
+
+def _compare(console: Console, config: ExperimentConfig, result: Result) -> None:
+    """Print the published results beside the measured ones."""
+    source = f" ({config.source})" if config.source else ""
+    for key, value in config.expected.items():
+        if key == "avg_acc":
+            measured = 100 * result.average_accuracy
+            console.print(
+                f"average accuracy: measured {measured:.2f} %, expected {value:g} %{source}", highlight=False
+            )
+        else:
+            console.print(
+                f"{key}: measured {result.summary.get(key, 'not')}, expected {value}{source}", highlight=False
+            )
+
+
+def _sweep(arguments: Sequence[str], console: Console, show: bool) -> int:
+    """Compose and check every job, then run all of them through Hydra and print one table."""
+    asked = request(arguments, sweep=True)
+    own_sweeper = any(text.lstrip("+").startswith("hydra/sweeper=") for text in asked.hydra)
+    jobs = [] if own_sweeper else _jobs(asked.overrides)
+    composed = [compose(overrides) for overrides in jobs]
+    overrides = list(asked.overrides)
+    varied = {key for key in _keys(overrides) if len({_value(key, texts) for texts in jobs}) > 1}
+    if varied - REPEATS and not any(_validates(item.config) for item in composed):
+        overrides.append(f"++benchmark.validation={VALIDATION}")
+        jobs = _jobs(overrides)
+        composed = [compose(texts) for texts in jobs]
+        console.print(
+            f"benchmark.validation={VALIDATION}: the sweep is ranked on training samples that are held out for "
+            "validation; set benchmark.validation=0 to rank it on test samples",
+            highlight=False,
+        )
+    _tell(console, [note for item in composed for note in item.notes])
+    if show:
+        for texts, item in zip(jobs, composed, strict=True):
+            console.print(
+                f"# {' '.join(texts)}\n{_yaml(item.config)}", markup=False, highlight=False, soft_wrap=True
+            )
+        return 0
+    checked: set[str] = set()
+    for texts, item in zip(jobs, composed, strict=True):
+        fingerprint = repr(
+            (item.config.benchmark, item.config.training, item.config.evaluate_on, item.config.algo)
+        )
+        if fingerprint not in checked:
+            try:
+                build_benchmark(item.config)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error} (in the run {' '.join(text.lstrip('+') for text in texts)})"
+                ) from error
+            checked.add(fingerprint)
+    with _reserved(asked.run_dir or _sweep_directory()) as directory:
+        _launch([*overrides, *asked.hydra, f"hydra.sweep.dir={quoted(str(directory))}", "--multirun"])
+        directory.joinpath("multirun.yaml").unlink(missing_ok=True)
+    shown = sorted(varied, key=[text.lstrip("+").partition("=")[0] for text in overrides].index)
+    rows = [
+        Job(directory / str(i), {key: _value(key, texts) for key in shown}) for i, texts in enumerate(jobs)
+    ]
+    if own_sweeper:
+        rows = [Job(path, {}) for path in sorted(directory.iterdir()) if path.is_dir()]
+    return rank(rows, directory, console)
+
+
+def _jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """Return the overrides of every run of a sweep, in the order in which Hydra's own sweeper starts them."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return BasicSweeper.split_arguments(parsed, None)[0]
+
+
+def _keys(overrides: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(text.lstrip("+").partition("=")[0] for text in overrides))
+
+
+def _value(key: str, overrides: Sequence[str]) -> str:
+    """Return the value of a key among overrides, the last one's; empty where it is not given."""
+    found = [text.partition("=")[2] for text in overrides if text.lstrip("+").partition("=")[0] == key]
+    return found[-1] if found else ""
+
+
+def _validates(config: ExperimentConfig) -> bool:
+    """Whether `benchmark.validation` is given, or the benchmark has no such setting."""
+    known = {spec.key for spec in settings("benchmark", config.benchmark.name)}
+    return "validation" in config.benchmark.arguments or "validation" not in known
+
+
+def _sweep_directory() -> str:
+    stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_sweep"
+    names = (Path("runs") / (f"{stem}_{k}" if k else stem) for k in count())
+    return str(next(name for name in names if not name.exists()))
+
+
+@contextmanager
+def _reserved(run_dir: str | None) -> Iterator[Path]:
+    """Make the directory of a run, and take away again what was made where nothing was written into it."""
+    wanted = None if run_dir is None else Path(run_dir)
+    made = [path for path in (wanted, Path("runs")) if path is not None and not path.exists()]
+    path = RunDirectory.create(run_dir).path.absolute()
+    if run_dir is None:
+        made.insert(0, path)
+    try:
+        yield path
+    finally:
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _launch(arguments: Sequence[str]) -> None:
+    """Let Hydra start `job` for the overrides; errors come out as they were raised."""
+    program = hydra.main(config_path=f"pkg://{CONFIGS}", config_name="config", version_base="1.3")(job)
+    before, full_error = sys.argv, os.environ.get(FULL_ERROR)
+    sys.argv, os.environ[FULL_ERROR] = ["sequel", *arguments], "1"
+    try:
+        program()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(one_line(error)) from error
+    finally:
+        sys.argv = before
+        if full_error is None:
+            del os.environ[FULL_ERROR]
+        else:
+            os.environ[FULL_ERROR] = full_error
+
+
+def _tell(console: Console, notes: Sequence[str]) -> None:
+    for note in dict.fromkeys(notes):
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _yaml(config: ExperimentConfig) -> str:
+    return str(yaml.safe_dump(config.plain(), sort_keys=False))

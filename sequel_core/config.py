@@ -1,0 +1,587 @@
+"""The configuration of one experiment: its schema, the spellings it accepts, and its checks.
+
+A configuration is handled as *layers* of flat values (`{"algo.name": "ewc", "optimizer.lr": 0.01, ...}`): the
+groups', the file's and the command line's, each brought to one spelling by `canonical`, joined by `merge` and
+checked by `build`.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import difflib
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
+from types import UnionType
+from typing import Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from sequel_core.hparams import (
+    ALGORITHMS,
+    BACKBONES,
+    AlgorithmHParams,
+    BackboneHParams,
+    MLPHParams,
+    NaiveHParams,
+    OptimizerHParams,
+    Settings,
+    TrainingHParams,
+    allowed,
+)
+from sequel_core.learner import PLUGINS, EvaluateEvery, Mode
+from sequel_core.plan import check_batch_size
+from sequel_core.task import Benchmark
+
+S = TypeVar("S", bound=Settings)
+EvaluateOn = Literal["test", "validation"]
+
+SECTIONS = {"algo": "name", "benchmark": "name", "backbone": "type", "optimizer": "type"}
+"""The groups that a name selects, and the key that holds the name in a file."""
+
+SPELLINGS = {
+    "seed": "training.seed",
+    "training.epoch_per_task": "training.epochs_per_task",
+    "benchmark.batch_size": "training.batch_size",
+    "benchmark.eval_batch_size": "training.eval_batch_size",
+    "optimizer.lr_decay": "algo.lr_decay",
+    "optimizer.learning_rate": "optimizer.lr",
+    "algo.type": "algo.name",
+    "benchmark.type": "benchmark.name",
+    "backbone.name": "backbone.type",
+    "optimizer.name": "optimizer.type",
+}
+"""Keys that the paper's files, the original library or the command line spell differently."""
+
+NAMES = {
+    "mode": {"lightning": "pytorch", "torch": "pytorch", "flax": "jax"},
+    "algo.name": {"der++": "derpp", "stablesgd": "stable_sgd"},
+}
+"""Values that are spelt differently."""
+
+TRAINER = {
+    "accelerator": "auto",
+    "devices": "auto",
+    "strategy": "auto",
+    "precision": "32-true",
+    "accumulate_grad_batches": 1,
+    "deterministic": None,
+    "benchmark": None,
+    "detect_anomaly": False,
+    "profiler": None,
+}
+"""Settings of Lightning's Trainer that a configuration may give, with their defaults."""
+
+WANDB = ("entity", "project", "group", "name", "tags", "mode")
+"""Settings of Weights & Biases; `mode` is online, offline or disabled."""
+
+EVALUATION = ("evaluate_every", "evaluate_on", "evaluate_future")
+DOCUMENTATION = ("expected", "version", "source", "comment")
+SHAPE = ("widths", "width", "n_hidden_layers")
+
+Layer = dict[str, Any]
+
+
+class BenchmarkConfig(NamedTuple):
+    """A benchmark by name, with the arguments that were given."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """One experiment, checked.
+
+    Args:
+        mode: the framework, `pytorch` or `jax`.
+        algo: the algorithm's settings.
+        benchmark: the stream; its seed is `benchmark.arguments["seed"]`, apart from the training seed.
+        backbone: the network's settings.
+        optimizer: the optimizer's settings.
+        training: batch sizes, epochs, seed, ...
+        trainer: of Lightning's Trainer, see `TRAINER`; only with mode pytorch.
+        wandb: Weights & Biases tracking, see `WANDB`; None for none.
+        evaluate_every: `task`, `epoch` or a number of steps >= 1.
+        evaluate_on: the split that the accuracy matrix is measured on, `test` or `validation`.
+        evaluate_future: evaluate the tasks not yet seen, too, as forward transfer needs.
+        num_classes: of the backbone, where a file says it; must be the benchmark's.
+        expected: published results, recorded and printed beside the measured ones; `avg_acc` is in percent.
+        version: of the library that a file was written for; recorded only.
+        source: of the expected results; recorded only.
+        comment: recorded only.
+
+    Raises:
+        ValueError: a value out of range, or a setting that the mode cannot use.
+    """
+
+    mode: Mode = "pytorch"
+    algo: AlgorithmHParams = field(default_factory=NaiveHParams)
+    benchmark: BenchmarkConfig = field(default_factory=lambda: BenchmarkConfig("rotateddigits", {}))
+    backbone: BackboneHParams = field(default_factory=MLPHParams)
+    optimizer: OptimizerHParams = field(default_factory=OptimizerHParams)
+    training: TrainingHParams = field(default_factory=TrainingHParams)
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    wandb: Mapping[str, Any] | None = None
+    evaluate_every: EvaluateEvery = "task"
+    evaluate_on: EvaluateOn = "test"
+    evaluate_future: bool = False
+    num_classes: int | None = None
+    expected: Mapping[str, Any] = field(default_factory=dict)
+    version: str | None = None
+    source: str | None = None
+    comment: str | None = None
+
+    def __post_init__(self) -> None:
+        check_name("mode", self.mode, PLUGINS)
+        every = self.evaluate_every
+        if every not in ("task", "epoch") and not (_whole(every) and int(every) >= 1):
+            raise ValueError(f"evaluate_every must be task, epoch or a number of steps >= 1, got {every!r}")
+        check_name("evaluate_on", self.evaluate_on, get_args(EvaluateOn))
+        if not isinstance(self.evaluate_future, bool):
+            raise ValueError(f"evaluate_future must be true or false, got {self.evaluate_future!r}")
+        changed = [key for key, value in self.trainer.items() if value != TRAINER.get(key)]
+        if self.mode == "jax" and changed:
+            raise ValueError(
+                f"trainer.{changed[0]} is a setting of Lightning's Trainer, got {self.trainer[changed[0]]!r} "
+                "with mode=jax; drop it or set mode=pytorch"
+            )
+        if self.wandb is not None and self.wandb.get("mode") not in (None, "online", "offline", "disabled"):
+            raise ValueError(f"wandb.mode must be online, offline or disabled, got {self.wandb['mode']!r}")
+
+    def plain(self) -> dict[str, Any]:
+        """Return all settings, defaults included, as plain values under the names that a file gives them."""
+        given = {"name": self.benchmark.name, **self.benchmark.arguments}
+        stream = {spec.key: spec.default for spec in settings("benchmark", self.benchmark.name)}
+        values = {
+            "mode": self.mode,
+            "algo": {"name": self.algo.name, **asdict(self.algo)},
+            "benchmark": {"name": self.benchmark.name, **stream, **given},
+            "backbone": {"type": self.backbone.type, **asdict(self.backbone)},
+            "optimizer": {
+                "type": self.optimizer.type,
+                **{s.key: getattr(self.optimizer, s.key) for s in settings("optimizer", self.optimizer.type)},
+            },
+            "training": asdict(self.training),
+            "trainer": dict(self.trainer),
+            "wandb": None if self.wandb is None else dict(self.wandb),
+            **{key: getattr(self, key) for key in EVALUATION},
+            **{key: getattr(self, key) for key in DOCUMENTATION if getattr(self, key)},
+        }
+        return cast(dict[str, Any], _plain(values))
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+class Setting(NamedTuple):
+    """What is known of one setting."""
+
+    key: str
+    default: Any
+    allowed: str  # the range of a number, for example ">= 0", or the values to choose from; may be empty
+    help: str
+
+
+def _benchmarks() -> Mapping[str, Callable[..., Benchmark]]:
+    table: Mapping[str, Callable[..., Benchmark]] = import_module("sequel_benchmarks").BENCHMARKS
+    return table
+
+
+def choices(section: str) -> list[str]:
+    """Return the names that a section (`algo`, `benchmark`, `backbone` or `optimizer`) can have."""
+    if section == "benchmark":
+        return list(_benchmarks())
+    if section == "optimizer":
+        return list(get_args(get_type_hints(OptimizerHParams)["type"]))
+    return list(ALGORITHMS) if section == "algo" else list(BACKBONES)
+
+
+def settings(section: str, name: str = "") -> list[Setting]:
+    """Return the settings of a section, for the algorithm, benchmark, ... of this name.
+
+    Args:
+        section: `algo`, `benchmark`, `backbone`, `optimizer`, `training`, `trainer` or `wandb`.
+        name: one of `choices(section)`; not needed for the last three.
+    """
+    if section == "benchmark":
+        return _arguments(_benchmarks()[name])
+    if section == "algo":
+        return _fields(ALGORITHMS[name])
+    if section == "backbone":
+        return _fields(BACKBONES[name])
+    if section == "optimizer":
+        foreign = ("beta1", "beta2", "eps") if name == "sgd" else ("momentum", "nesterov")
+        return [spec for spec in _fields(OptimizerHParams) if spec.key not in ("type", *foreign)]
+    if section == "training":
+        return _fields(TrainingHParams)
+    table = TRAINER if section == "trainer" else dict.fromkeys(WANDB)
+    return [Setting(key, default, "", "") for key, default in table.items()]
+
+
+def _fields(cls: type[Settings]) -> list[Setting]:
+    hints = get_type_hints(cls)
+    return [
+        Setting(
+            spec.name,
+            spec.default,
+            allowed(spec) or ", ".join(_literals(hints[spec.name])),
+            spec.metadata.get("help", ""),
+        )
+        for spec in fields(cls)
+    ]
+
+
+def _literals(hint: Any) -> list[str]:
+    """Return the values of the Literals in an annotation; a tuple's items do not count."""
+    if get_origin(hint) is Literal:
+        return [str(value) for value in get_args(hint)]
+    if get_origin(hint) in (Union, UnionType):
+        return [value for option in get_args(hint) for value in _literals(option)]
+    return []
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    return get_type_hints(function.__init__ if inspect.isclass(function) else function)
+
+
+def _arguments(function: Callable[..., Any]) -> list[Setting]:
+    """Return the settings that a benchmark's signature and docstring describe."""
+    hints, text = _hints(function), inspect.getdoc(function) or ""
+    found = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            lines = text.partition("Args:")[2].splitlines()
+            heads = [i for i, line in enumerate(lines) if line.strip().startswith(f"{parameter.name}:")]
+            words = ""
+            for start in heads[:1]:
+                indent = len(lines[start]) - len(lines[start].lstrip())
+                words = lines[start].partition(":")[2].strip()
+                for line in lines[start + 1 :]:
+                    if len(line) - len(line.lstrip()) <= indent:
+                        break
+                    words += f" {line.strip()}"
+            default = None if parameter.default is parameter.empty else parameter.default
+            rule = ", ".join(_literals(hints.get(parameter.name)))
+            found.append(Setting(parameter.name, default, rule, words))
+    return found
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """Return `; did you mean X?` for the candidate that is most like the word, or an empty text."""
+    match = difflib.get_close_matches(word, list(candidates), n=1)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def check_name(key: str, value: Any, names: Iterable[str]) -> None:
+    """Raise ValueError, with the nearest name, where a value is not one of the names."""
+    names = list(names)
+    if value not in names:
+        hint = nearest(str(value), names)
+        raise ValueError(f"{key} must be one of {', '.join(names)}, got {value!r}{hint}")
+
+
+def flatten(values: Mapping[Any, Any], prefix: str = "") -> Layer:
+    """Return nested values as a flat layer; an empty mapping stays a value."""
+    flat: Layer = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{path}.")
+        else:
+            flat[path] = value
+    return flat
+
+
+def nest(flat: Layer) -> dict[str, Any]:
+    """Return a flat layer as nested values."""
+    values: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split(".")
+        inner = values
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{path} cannot be set: {parent} is a value, not a group of settings")
+        inner[last] = value
+    return values
+
+
+def canonical(values: Mapping[str, Any]) -> Layer:
+    """Return one layer's nested or flat values as a flat layer in the one spelling that `build` reads.
+
+    Raises:
+        ValueError: two spellings of one setting with different values.
+    """
+    layer = flatten(values)
+    for section, key in SECTIONS.items():
+        if section in layer:
+            value = layer.pop(section)
+            if not isinstance(value, str):
+                raise ValueError(f"{section} must be a name or settings with `{key}`, got {value!r}")
+            _move(layer, section, value, f"{section}.{key}")
+    for old, new in SPELLINGS.items():
+        if old in layer:
+            _move(layer, old, layer.pop(old), new)
+    for key in ("mode", *(f"{section}.{key}" for section, key in SECTIONS.items())):
+        if isinstance(layer.get(key), str):
+            layer[key] = alias(key, layer[key])
+    widths = layer.get("backbone.widths")
+    for key in SHAPE[1:]:
+        if isinstance(widths, list | tuple) and f"backbone.{key}" in layer:
+            value = layer.pop(f"backbone.{key}")
+            if {*widths} != {value} if key == "width" else len(widths) != value:
+                raise ValueError(
+                    f"backbone.widths and backbone.{key} differ: {widths} and {value!r}; give one of them"
+                )
+    return layer
+
+
+def _move(layer: Layer, old: str, value: Any, new: str) -> None:
+    if new in layer and alias(new, layer[new]) != alias(new, value):
+        raise ValueError(f"{new} and {old} differ: {layer[new]!r} and {value!r}; give one of them")
+    layer[new] = value
+
+
+def alias(key: str, value: Any) -> Any:
+    """Return the one spelling of a value of `mode`, `algo.name`, ...; anything but text as it is."""
+    if not isinstance(value, str):
+        return value
+    return NAMES.get(key, {}).get(value.lower(), value.lower()) if key in _NAMED else value
+
+
+_NAMED = {"mode", *(f"{section}.{key}" for section, key in SECTIONS.items())}
+
+
+def merge(*layers: Layer) -> Layer:
+    """Join canonical layers, the later ones winning.
+
+    A value for a whole group (`wandb: null`) replaces its settings below, and the other way round; `widths`
+    replaces `width` and `n_hidden_layers` of lower layers.
+    """
+    merged: Layer = {}
+    for layer in layers:
+        for path in layer:
+            for other in list(merged):
+                if other.startswith(f"{path}.") or (path.startswith(f"{other}.") and not merged[other]):
+                    del merged[other]
+        if "backbone.widths" in layer or {"backbone.width", "backbone.n_hidden_layers"} <= layer.keys():
+            for key in SHAPE:
+                merged.pop(f"backbone.{key}", None)
+        merged |= layer
+    return merged
+
+
+def drop_foreign(layer: Layer, section: str, name: str) -> list[str]:
+    """Remove the settings of a section that its choice `name` does not have; return what was removed."""
+    extra = (*SHAPE, "num_classes") if section == "backbone" else ()
+    known = {
+        f"{section}.{key}" for key in (SECTIONS[section], *extra, *(s.key for s in settings(section, name)))
+    }
+    foreign = [path for path in layer if path.startswith(f"{section}.") and path not in known]
+    for path in foreign:
+        del layer[path]
+    return foreign
+
+
+def _widths(group: dict[str, Any]) -> None:
+    """Replace `width` and `n_hidden_layers` by `widths`."""
+    width, count = group.pop("width", None), group.pop("n_hidden_layers", None)
+    for key, value in (("width", width), ("n_hidden_layers", count)):
+        if value is not None and not (_whole(value) and value >= 1):
+            raise ValueError(f"backbone.{key} must be a whole number >= 1, got {value!r}")
+    if width is None and count is None:
+        return
+    known = group.get("widths", MLPHParams().widths)
+    if count is None:
+        count = len(known)
+    if width is None:
+        if len(set(known)) != 1:
+            raise ValueError(
+                f"backbone.n_hidden_layers needs backbone.width beside it, got widths {list(known)}; "
+                "give widths instead"
+            )
+        width = known[0]
+    group["widths"] = (width,) * count
+
+
+def _check_keys(section: str, group: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError at the first key that is not a setting, naming the nearest one with its range."""
+    known = {spec.key: spec for spec in settings(section, name)}
+    for key in group:
+        if key in known:
+            continue
+        owner = name or section
+        others = [
+            other
+            for other in (choices(section) if name else [])
+            if key in {spec.key for spec in settings(section, other)}
+        ]
+        match = difflib.get_close_matches(key, known, n=1)
+        if others:
+            hint = f"; it belongs to {', '.join(others)}"
+        elif match:
+            rule = known[match[0]].allowed
+            hint = f"; did you mean {section}.{match[0]}{f' ({rule})' if rule else ''}?"
+        else:
+            hint = f"; its settings are {', '.join(known) or 'none'}"
+        raise ValueError(f"{section}.{key} is not a setting of {owner}{hint}")
+
+
+def _settings(cls: type[S], section: str, group: Mapping[str, Any]) -> S:
+    try:
+        return cls(**group)
+    except ValueError as error:
+        raise ValueError(f"{section}.{error}") from error
+
+
+def _argument(key: str, value: Any, hint: Any) -> Any:
+    """Return a benchmark's argument in its annotation's type; ranges are checked by the benchmark itself."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        if value is None and type(None) in args:
+            return None
+        errors = []
+        for option in args:
+            if option is type(None) or get_origin(option) is os.PathLike:
+                continue  # a file gives paths as text
+            try:
+                return _argument(key, value, option)
+            except ValueError as error:
+                errors.append(str(error))
+        start = f"{key} must be "
+        rules = " or ".join(error.removeprefix(start).partition(", got ")[0] for error in errors)
+        raise ValueError(f"{start}{rules}, got {value!r}")
+    if origin is Literal:
+        if value not in args:
+            check_name(key, value, map(str, args))
+        return value
+    if origin in (tuple, list, collections.abc.Sequence, collections.abc.Iterable):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ValueError(f"{key} must be a list, got {value!r}")
+        return tuple(_argument(key, item, args[0]) for item in value) if args else tuple(value)
+    wanted: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+        bool: ("true or false", lambda v: isinstance(v, bool)),
+        int: ("a whole number", _whole),
+        float: ("a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool)),
+        str: ("text", lambda v: isinstance(v, str)),
+    }
+    if hint in wanted:
+        rule, fits = wanted[hint]
+        if not fits(value):
+            raise ValueError(f"{key} must be {rule}, got {value!r}")
+    return value
+
+
+def _check_top(values: Mapping[str, Any]) -> None:
+    groups = (*SECTIONS, "training", "trainer", "wandb")
+    known = ("mode", *groups, *EVALUATION, *DOCUMENTATION)
+    for key, value in values.items():
+        if key not in known:
+            inner = {"seed": "seed"}
+            for section in groups:
+                for name in choices(section) if section in SECTIONS else [""]:
+                    inner |= {spec.key: f"{section}.{spec.key}" for spec in settings(section, name)}
+            match = difflib.get_close_matches(key, [*known, *inner], n=1)
+            if match:
+                raise ValueError(f"{key} is not a setting; did you mean {inner.get(match[0], match[0])}?")
+            raise ValueError(f"{key} is not a setting; there are {', '.join(known)}")
+        if key in groups and not isinstance(value, Mapping) and not (key == "wandb" and value is None):
+            raise ValueError(f"{key} must be a group of settings, got {value!r}")
+
+
+def build(flat: Layer) -> ExperimentConfig:
+    """Return the experiment that merged canonical values describe.
+
+    Raises:
+        ValueError: an unknown name or key (the nearest one is suggested), or a value out of range.
+    """
+    values = nest(flat)
+    for section, key in SECTIONS.items():
+        if isinstance(values.get(section), Mapping):
+            check_name(section, values[section].get(key), choices(section))
+    _check_top(values)
+    groups: dict[str, dict[str, Any]] = {}
+    names: dict[str, str] = {}
+    for section, key in SECTIONS.items():
+        groups[section] = dict(values[section])
+        names[section] = groups[section].pop(key)
+    num_classes = groups["backbone"].pop("num_classes", None)
+    _widths(groups["backbone"])
+    for section in SECTIONS:
+        _check_keys(section, groups[section], names[section])
+    for section in ("training", "trainer"):
+        groups[section] = dict(values.get(section, {}))
+        _check_keys(section, groups[section], "")
+    wandb = values.get("wandb")
+    _check_keys("wandb", wandb or {}, "")
+    hints = _hints(_benchmarks()[names["benchmark"]])
+    given = groups["benchmark"].items()
+    arguments = {key: _argument(f"benchmark.{key}", value, hints.get(key)) for key, value in given}
+    expected = values.get("expected") or {}
+    if not isinstance(expected, Mapping):
+        raise ValueError(f"expected must be a group such as `avg_acc: 46.3`, got {expected!r}")
+    average = expected.get("avg_acc", 0.0)
+    if isinstance(average, bool) or not isinstance(average, int | float) or not 0 <= average <= 100:
+        raise ValueError(f"expected.avg_acc must be a percentage >= 0 and <= 100, got {average!r}")
+    others: dict[str, Any] = {key: values[key] for key in EVALUATION if key in values}
+    others |= {key: str(values[key]) for key in ("version", "source", "comment") if key in values}
+    optimizer = {"type": names["optimizer"], **groups["optimizer"]}
+    return ExperimentConfig(
+        mode=values.get("mode", "pytorch"),
+        algo=_settings(ALGORITHMS[names["algo"]], "algo", groups["algo"]),
+        benchmark=BenchmarkConfig(names["benchmark"], arguments),
+        backbone=_settings(BACKBONES[names["backbone"]], "backbone", groups["backbone"]),
+        optimizer=_settings(OptimizerHParams, "optimizer", optimizer),
+        training=_settings(TrainingHParams, "training", groups["training"]),
+        trainer=groups["trainer"],
+        wandb=None if wandb is None else dict(wandb),
+        num_classes=num_classes,
+        expected=dict(expected),
+        **others,
+    )
+
+
+def build_benchmark(config: ExperimentConfig) -> Benchmark:
+    """Build the experiment's stream and check the settings that depend on it, before any training.
+
+    Raises:
+        ValueError: arguments out of range, missing or damaged data, `num_classes` other than the benchmark's,
+            a batch larger than a task, too few entries of `epochs_per_task`, or an evaluation on validation
+            samples that there are not.
+    """
+    name, arguments = config.benchmark
+    try:
+        benchmark = _benchmarks()[name](**arguments)
+    except ValueError as error:
+        start = str(error).partition(" ")[0]
+        known = start in {spec.key for spec in settings("benchmark", name)}
+        raise ValueError(f"benchmark.{error}" if known else str(error)) from error
+    if config.num_classes not in (None, benchmark.num_classes):
+        raise ValueError(
+            f"backbone.num_classes must be the benchmark's {benchmark.num_classes}, "
+            f"got {config.num_classes!r}; leave it out"
+        )
+    joint = config.algo.name == "joint"
+    for task in [next(config.algo.training_tasks(benchmark))] if joint else benchmark.tasks:
+        check_batch_size(task.index, len(task.train), config.training.batch_size)
+    try:
+        config.training.epochs(len(benchmark) - 1)
+    except ValueError as error:
+        raise ValueError(f"training.{error}") from error
+    empty = next((task.index for task in benchmark.tasks if len(task.validation) == 0), None)
+    if config.evaluate_on == "validation" and empty is not None:
+        raise ValueError(
+            f"evaluate_on=validation needs validation samples, got none in task {empty}; "
+            "set benchmark.validation, for example to 0.1"
+        )
+    return benchmark
