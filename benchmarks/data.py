@@ -55,7 +55,13 @@ MIRRORS = (
 )
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 UNSIGNED_BYTES = 0x08  # the IDX format's code of the element type
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+UNWRITABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.ENOTDIR,
+)  # the last two: a file is there
 
 PUBLISHED = {  # sha256 of the decoded arrays, little-endian, in the order of `Arrays`
     "digits": "baf28f27679133d98ad47fbbc536d40e7686677b11af67b4d0080dbfd724cac2",
@@ -199,9 +205,8 @@ def read_idx(path: Path) -> UInt8Array:
     if len(content) < start or len(content) != expected:
         fault = "truncated" if len(content) < max(start, expected) else "too long"
         raise ValueError(
-            f"{path} is {fault}: its header says {' x '.join(map(str, shape))}, {expected} bytes in all, it "
-            "has "
-            f"{len(content)}; delete it and fetch it again"
+            f"{path} is {fault}: its header says {' x '.join(map(str, shape))}, {expected} bytes in all, "
+            f"it has {len(content)}; delete it and fetch it again"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
@@ -223,9 +228,8 @@ def _check(arrays: Arrays, sources: Sequence[str], num_classes: int) -> None:
             )
         if len(images) != len(labels) or len(labels) == 0:
             raise ValueError(
-                f"{image_source} and {label_source} must hold equally many, at least one, got {len(images)} "
-                "images and "
-                f"{len(labels)} labels"
+                f"{image_source} and {label_source} must hold equally many, at least one, got "
+                f"{len(images)} images and {len(labels)} labels"
             )
         if labels.min() < 0 or labels.max() >= num_classes:
             row = int(np.flatnonzero((labels < 0) | (labels >= num_classes))[0])
@@ -264,8 +268,8 @@ def _mnist(root: Path) -> Arrays:
             with FileLock(folder / ".lock"):
                 if not all(path.is_file() for path in caches):  # another process may have been first
                     arrays = _read_mnist(_idx_files(root) or _download(root))
-                    for path, array in zip(caches, arrays, strict=True):
-                        _save(path, array)
+                    for path, name in zip(caches, Arrays._fields, strict=True):
+                        _save(path, getattr(arrays, name))
         except OSError as error:
             if error.errno not in UNWRITABLE:
                 raise

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sequel_core import plan
-from sequel_core.task import PixelMap
+from sequel_core.task import FloatArray, PixelMap
 
 Interpolation = Literal["nearest", "bilinear"]
 
@@ -44,7 +45,7 @@ def rotation(height: int, width: int, angle: float, interpolation: Interpolation
     column = np.round(x * cos - y * sin + (width - 1) / 2, 9).reshape(-1)
     row = np.round(x * sin + y * cos + (height - 1) / 2, 9).reshape(-1)
 
-    def sources(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    def sources(rows: FloatArray, columns: FloatArray) -> NDArray[np.int32]:
         inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
         return np.where(inside, rows * width + columns, -1).astype(np.int32)
 
