@@ -56,7 +56,8 @@ class Progress(NamedTuple):
     task_steps: int  # steps that this task has in all
     loss: float  # mean since the last report
     accuracy: float  # the same, of the training batches
-    learning_rate: float
+    learning_rate: float  # nan where the optimizer does not tell
+    extra: Mapping[str, float]  # the user's own metrics since the last report
 
 
 class FitMonitor(NamedTuple):
@@ -66,11 +67,16 @@ class FitMonitor(NamedTuple):
     on_evaluate: Callable[[], None]  # when due, by evaluate_every
     evaluate_every: EvaluateEvery = "task"  # "task": never within fit_task; "epoch"; or a number of steps
 
-    def due(self, task_step: int, epoch_end: bool) -> bool:
-        """Whether an evaluation is due after `task_step` steps of the task."""
+    def due(self, task_step: int, steps: int, epoch_end: bool) -> bool:
+        """Whether an evaluation is due after `task_step` steps of the task, `steps` of them since the last question."""
         if isinstance(self.evaluate_every, int):
-            return task_step % self.evaluate_every == 0
+            return crossed(task_step, steps, self.evaluate_every)
         return self.evaluate_every == "epoch" and epoch_end
+
+
+def crossed(done: int, steps: int, interval: int) -> bool:
+    """Whether a multiple of `interval` lies among the last `steps` of `done` steps."""
+    return done // interval > (done - steps) // interval
 
 
 class Learner(Protocol):

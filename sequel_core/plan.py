@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from sequel_core.task import AnySplit, FloatArray, IntArray, Samples
+from sequel_core.task import AnySplit, BoolArray, FloatArray, IntArray, Samples, Task
 
 WORDS_PER_COUNTER = 4
 CHUNK_BYTES = 1 << 22
@@ -66,9 +66,25 @@ def epoch_batches(seed: int, task: int, epoch: int, num_samples: int, batch_size
     return order[: steps * batch_size].reshape(steps, batch_size)
 
 
-def consolidation_order(seed: int, task: int, num_samples: int) -> IntArray:
-    """Return the order in which end-of-task work (Fisher, importances) reads the training split, int64 `[num_samples]`."""
-    return permutation(seed, "consolidation", task, count=num_samples)
+def consolidation_batches(seed: int, task: Task, batch_size: int) -> Iterator[Samples]:
+    """Yield the training samples of a task once, in the random order of end-of-task work (Fisher, importances).
+
+    The last batch may be incomplete: this work counts samples, not batches.
+    """
+    order = permutation(seed, "consolidation", task.index, count=len(task.train))
+    for start in range(0, len(order), batch_size):
+        yield task.train.take(order[start : start + batch_size])
+
+
+def evaluation_batches(split: AnySplit, batch_size: int) -> Iterator[tuple[Samples, BoolArray]]:
+    """Yield all samples in order, every batch of the same size, with which of them count, bool `[batch_size]`.
+
+    The last batch is filled up with copies of the first sample that do not count.
+    """
+    for start in range(0, len(split), batch_size):
+        positions = np.arange(start, start + batch_size)
+        valid = positions < len(split)
+        yield split.take(np.where(valid, positions, 0)), valid
 
 
 def take_in_chunks(split: AnySplit, positions: IntArray) -> Iterator[Samples]:

@@ -1,0 +1,25 @@
+"""SequeL for Flax: continual-learning algorithms as pure step functions over a TrainState; imports no torch."""
+
+from __future__ import annotations
+
+from sequel_flax.algorithms import ALGORITHMS, ewc, joint, naive
+from sequel_flax.backbones import MLP, initial_params
+from sequel_flax.build import build_learner, make_learner
+from sequel_flax.bundle import Algorithm, State
+from sequel_flax.learner import FlaxLearner
+from sequel_flax.optimizers import build_optimizer
+
+__all__ = [
+    "ALGORITHMS",
+    "MLP",
+    "Algorithm",
+    "FlaxLearner",
+    "State",
+    "build_learner",
+    "build_optimizer",
+    "ewc",
+    "initial_params",
+    "joint",
+    "make_learner",
+    "naive",
+]

@@ -1,0 +1,231 @@
+"""FlaxLearner: one jitted step, dispatched one by one or scanned several at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import clu.metrics
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax.training.train_state import TrainState
+from flax.traverse_util import flatten_dict
+
+from sequel_core import plan
+from sequel_core.hparams import TrainingHParams
+from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress, crossed
+from sequel_core.task import AnySplit, Batch, FloatArray, IntArray, Samples, StreamSpec, Task
+from sequel_flax.backbones import initial_params
+from sequel_flax.bundle import Algorithm, State, cross_entropy, get_learning_rate, mask_logits
+from sequel_flax.optimizers import clip_by_global_norm
+from sequel_flax.writers import MetricWriter
+
+NEVER = np.iinfo(np.int32).max
+SCANNED_STEPS = 32
+
+
+TrainMetrics = clu.metrics.Collection.create(
+    accuracy=clu.metrics.Accuracy, loss=clu.metrics.Average.from_output("loss")
+)
+"""Default metrics of the training batches; a class of your own must resolve its annotations (no postponed evaluation)."""
+
+
+class Tally(NamedTuple):
+    """What is summed on the device between two reports."""
+
+    metrics: clu.metrics.Collection
+    first_bad_step: jax.Array  # the first step whose loss was not finite, int32 (); NEVER without one
+
+
+class FlaxLearner:
+    """Runs an algorithm bundle over tasks.
+
+    Args:
+        algorithm: for example `ewc(EWCHParams())`.
+        model: a linen module, called as `model(x, train=...)` with images `[B, H, W, C]`.
+        tx: optimizer; `lr_decay` needs one made with `optax.inject_hyperparams`.
+        spec: of the benchmark (`benchmark.spec`).
+        training: batch size, epochs, clipping, seed, dtype.
+        metrics: a `clu.metrics.Collection` class, fed with `loss`, `logits` and `labels`; those named accuracy and loss are
+            shown as progress.
+        writers: objects with the methods of clu's MetricWriter.
+        steps_per_call: steps of one compiled call: 1 dispatches each step, more scans over them. None chooses 1 on a CPU, where
+            XLA's convolutions are slow within a loop, and 32 on an accelerator.
+
+    Raises:
+        ValueError: a setting that the model or the optimizer cannot follow.
+    """
+
+    mode: Mode = "jax"
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        model: nn.Module,
+        tx: optax.GradientTransformation,
+        spec: StreamSpec,
+        training: TrainingHParams | None = None,
+        *,
+        metrics: type[clu.metrics.Collection] = TrainMetrics,
+        writers: Sequence[MetricWriter] = (),
+        steps_per_call: int | None = None,
+    ) -> None:
+        if steps_per_call is not None and steps_per_call < 1:
+            raise ValueError(f"steps_per_call must be >= 1, got {steps_per_call}")
+        self.algorithm = algorithm
+        self.hparams = algorithm.hparams
+        self.training = training or TrainingHParams()
+        self.spec = spec
+        self.model = model
+        self.writers = tuple(writers)
+        self.steps_per_call = steps_per_call or (1 if jax.default_backend() == "cpu" else SCANNED_STEPS)
+        self.metrics = metrics
+        if self.training.grad_clip is not None:
+            tx = optax.chain(clip_by_global_norm(self.training.grad_clip), tx)
+        params = initial_params(model, spec, self.training.seed, self.training.dtype)
+        self.ts = strong_types(TrainState.create(apply_fn=model.apply, params=params, tx=tx))
+        self.state = strong_types(algorithm.init(self.ts, spec))
+        self._step = jax.jit(self._traced_step, donate_argnums=(0, 1, 2))
+        self._scan = jax.jit(self._traced_scan, donate_argnums=(0, 1, 2))
+        self._count = jax.jit(self._traced_count)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps since the start of the stream."""
+        return int(self.ts.step)
+
+    # -- what is compiled; the state is an argument, only what never changes is read from self
+
+    def _traced_step(
+        self, ts: TrainState, state: State, tally: Tally, batch: Batch
+    ) -> tuple[TrainState, State, Tally]:
+        step = ts.step
+        ts, state, outputs = self.algorithm.train_step(ts, state, batch)
+        metrics = tally.metrics.merge(self.metrics.single_from_model_output(**outputs))
+        bad = jnp.where(jnp.isfinite(outputs["loss"]), NEVER, step)
+        return ts, state, Tally(metrics, jnp.minimum(tally.first_bad_step, bad.astype(jnp.int32)))
+
+    def _traced_scan(
+        self, ts: TrainState, state: State, tally: Tally, batches: Batch
+    ) -> tuple[TrainState, State, Tally]:
+        def body(carry: tuple[TrainState, State, Tally], batch: Batch) -> tuple[Any, None]:
+            return self._traced_step(*carry, batch), None
+
+        return jax.lax.scan(body, (ts, state, tally), batches)[0]
+
+    def _traced_count(self, ts: TrainState, state: State, batch: Batch, valid: jax.Array) -> tuple[jax.Array, ...]:
+        logits = self.algorithm.predict(ts, state, batch.x, batch.t)
+        hits = (logits.argmax(-1) == batch.y) & valid
+        masked = mask_logits(logits, jnp.asarray(self.spec.mask)[batch.t])
+        masked_hits = (masked.argmax(-1) == batch.y) & valid
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.y)
+        return hits.sum(), masked_hits.sum(), jnp.where(valid, losses, 0).sum()
+
+    # -- the Learner protocol
+
+    def fit_task(self, task: Task, monitor: FitMonitor) -> None:
+        """Train on one task, then do the algorithm's end-of-task work; see `sequel_core.learner.Learner`."""
+        training, size = self.training, self.training.batch_size
+        plan.check_batch_size(task.index, len(task.train), size)
+        ts, state = self.algorithm.start_task(self.ts, self.state, task)
+        self.ts, self.state = strong_types(ts), strong_types(state)
+        epochs, steps_per_epoch = training.epochs(task.index), len(task.train) // size
+        first, done = self.step, 0
+        tally = self._empty_tally()
+        for epoch in range(epochs):
+            order = plan.epoch_batches(training.seed, task.index, epoch, len(task.train), size)
+            for call, steps in self._calls(task.train, order):
+                self.ts, self.state, tally = (self._step if steps == 1 else self._scan)(
+                    self.ts, self.state, tally, call
+                )
+                done += steps
+                epoch_end = done == (epoch + 1) * steps_per_epoch
+                if epoch_end or crossed(done, steps, training.log_every_n_steps):
+                    bad = int(tally.first_bad_step)
+                    if bad != NEVER:
+                        raise DivergenceError(task.index, *divmod(bad - first, steps_per_epoch))
+                    values = {name: float(value) for name, value in tally.metrics.compute().items()}
+                    monitor.on_progress(
+                        Progress(
+                            step=first + done,
+                            epoch=epoch,
+                            task_step=done,
+                            task_steps=epochs * steps_per_epoch,
+                            loss=values.pop("loss", math.nan),
+                            accuracy=values.pop("accuracy", math.nan),
+                            learning_rate=self._learning_rate(),
+                            extra=values,
+                        )
+                    )
+                    tally = self._empty_tally()
+                if monitor.due(done, steps, epoch_end):
+                    monitor.on_evaluate()
+        batches = (jax.device_put(as_batch(s)) for s in plan.consolidation_batches(training.seed, task, size))
+        ts, state = self.algorithm.end_task(self.ts, self.state, batches)
+        self.ts, self.state = strong_types(ts), strong_types(state)
+
+    def evaluate(self, task: Task, split: str) -> Evaluation:
+        """Count correct predictions on a split of a task; see `sequel_core.learner.Learner`."""
+        samples = task.split(split)
+        counts = [
+            self._count(self.ts, self.state, as_batch(chunk), valid)
+            for chunk, valid in plan.evaluation_batches(samples, self.training.eval_batch_size)
+        ]
+        correct, masked_correct, loss = np.asarray(jax.device_get(counts), np.float64).sum(axis=0)
+        return Evaluation(int(correct), len(samples), float(loss) / len(samples), int(masked_correct))
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Write numbers with every writer, at the current step."""
+        for writer in self.writers:
+            writer.write_scalars(self.step, metrics)
+
+    def weights(self) -> dict[str, FloatArray]:
+        """Return the weights in the canonical layout, which is Flax's own."""
+        leaves = flatten_dict(jax.device_get(self.ts.params), sep="/")
+        return {path: np.asarray(leaf) for path, leaf in sorted(leaves.items())}
+
+    def describe(self) -> dict[str, Any]:
+        """Return the model and the parameter table's totals as plain values."""
+        leaves = jax.tree.leaves(self.ts.params)
+        return {"model": repr(self.model), "parameters": int(sum(leaf.size for leaf in leaves))}
+
+    def close(self) -> None:
+        """Flush and close the writers."""
+        for writer in self.writers:
+            writer.flush()
+            writer.close()
+
+    # -- parts of the above
+
+    def _empty_tally(self) -> Tally:
+        return Tally(self.metrics.empty(), jnp.asarray(NEVER, jnp.int32))
+
+    def _learning_rate(self) -> float:
+        rate = get_learning_rate(self.ts.opt_state)
+        return math.nan if rate is None else float(rate)
+
+    def _calls(self, split: AnySplit, order: IntArray) -> Iterator[tuple[Batch, int]]:
+        """Yield what one compiled call takes, and its number of steps: the rest of a chunk goes step by step."""
+        per_call = self.steps_per_call
+        for samples in plan.take_in_chunks(split, order):
+            x, y, t, _ = as_batch(samples)
+            steps = len(y)
+            whole = steps - steps % per_call if per_call > 1 else 0
+            for k in range(0, whole, per_call):
+                yield Batch(x[k : k + per_call], y[k : k + per_call], t[k : k + per_call]), per_call
+            for k in range(whole, steps):
+                yield Batch(x[k], y[k], t[k]), 1
+
+
+def as_batch(samples: Samples) -> Batch:
+    """Return samples as the step takes them: 32-bit labels and task ids, with or without 64-bit JAX."""
+    return Batch(samples.x, samples.y.astype(np.int32), samples.t.astype(np.int32))
+
+
+def strong_types(tree: Any) -> Any:
+    """Return the tree with every leaf an array of a definite type, so that the step is compiled once."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), tree)

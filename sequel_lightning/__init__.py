@@ -1,0 +1,26 @@
+"""SequeL for PyTorch Lightning: continual-learning algorithms as LightningModules; imports no jax."""
+
+from __future__ import annotations
+
+import sequel_lightning._torchvision  # noqa: F401  first: torchmetrics and Lightning import torchvision
+from sequel_lightning.algorithms import ALGORITHMS, EWC, Joint, Naive
+from sequel_lightning.backbones import MLP, initialise
+from sequel_lightning.build import build_learner, build_optimizer, make_learner
+from sequel_lightning.data import TaskDataModule
+from sequel_lightning.learner import LightningLearner
+from sequel_lightning.module import ContinualModule
+
+__all__ = [
+    "ALGORITHMS",
+    "EWC",
+    "MLP",
+    "ContinualModule",
+    "Joint",
+    "LightningLearner",
+    "Naive",
+    "TaskDataModule",
+    "build_learner",
+    "build_optimizer",
+    "initialise",
+    "make_learner",
+]

@@ -1,0 +1,42 @@
+"""Multi-layer perceptron. Mirror: sequel_flax/backbones/mlp.py."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Sequential):
+    """Hidden layers of ReLU units, each followed by dropout, and a linear head.
+
+    Args:
+        widths: units of each hidden layer.
+        num_classes: outputs.
+        dropout: probability that a hidden unit is dropped, in [0, 1).
+        image_shape: (H, W, C) of the images.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (256, 256),
+        num_classes: int = 10,
+        dropout: float = 0.0,
+        image_shape: tuple[int, int, int] = (28, 28, 1),
+    ) -> None:
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        fan_in = image_shape[0] * image_shape[1] * image_shape[2]
+        for i, width in enumerate(widths):
+            layers[f"dense_{i}"] = nn.Linear(fan_in, width)
+            layers[f"relu_{i}"] = nn.ReLU()
+            if dropout:
+                layers[f"dropout_{i}"] = nn.Dropout(dropout)
+            fan_in = width
+        layers["head"] = nn.Linear(fan_in, num_classes)
+        super().__init__(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits `[B, num_classes]` of images `[B, C, H, W]`, whose pixels are read in the order H, W, C."""
+        logits: Tensor = super().forward(x.movedim(-3, -1).flatten(1))
+        return logits

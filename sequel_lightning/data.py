@@ -1,0 +1,112 @@
+"""TaskDataModule: one task for one `Trainer.fit`, in the batches of the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from sequel_core import plan
+from sequel_core.task import AnySplit, Batch, Samples, Task
+
+
+def as_batch(samples: Samples) -> Batch:
+    """Return samples as tensors, images `[..., B, C, H, W]`, without a copy."""
+    x, y, t = (torch.from_numpy(a) for a in samples)
+    return Batch(x.movedim(-1, -3), y, t)
+
+
+class PlannedBatches:
+    """The training batches of a task, epoch after epoch, as the plan has them; it can be resumed at any batch.
+
+    Iterating gives the batches of the current epoch: the Trainer's, or the first where there is no Trainer.
+    """
+
+    def __init__(self, datamodule: TaskDataModule) -> None:
+        self._datamodule = datamodule
+        self._epoch = 0
+        self._position = 0
+        self._resume: dict[str, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self._datamodule.task.train) // self._datamodule.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        module = self._datamodule
+        self._epoch = module.trainer.current_epoch if module.trainer is not None else 0
+        resume, self._resume = self._resume, None
+        self._position = resume["position"] if resume is not None and resume["epoch"] == self._epoch else 0
+        order = plan.epoch_batches(
+            module.seed, module.task.index, self._epoch, len(module.task.train), module.batch_size
+        )
+        for samples in plan.take_in_chunks(module.task.train, order[self._position :]):
+            for x, y, t in zip(*as_batch(samples)[:3], strict=True):
+                self._position += 1
+                yield Batch(x, y, t)
+
+    def consolidation_batches(self) -> Iterator[Batch]:
+        """Yield the training samples once, in the plan's order for end-of-task work; the last batch may be incomplete."""
+        module = self._datamodule
+        for samples in plan.consolidation_batches(module.seed, module.task, module.batch_size):
+            yield as_batch(samples)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return where in the plan the iteration stands."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there at the next iteration of the same epoch."""
+        self._resume = dict(state)
+
+
+class EvaluationBatches:
+    """The samples of a split in order; the last batch may be incomplete."""
+
+    def __init__(self, split: AnySplit, batch_size: int) -> None:
+        self._split = split
+        self._batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._split) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for samples, valid in plan.evaluation_batches(self._split, self._batch_size):
+            x, y, t, _ = as_batch(samples)
+            count = int(valid.sum())
+            yield Batch(x[:count], y[:count], t[:count])
+
+
+class TaskDataModule(pl.LightningDataModule):
+    """The data of one task.
+
+    Args:
+        task: for example `benchmark.tasks[0]`.
+        batch_size: training samples per step; the incomplete last batch of an epoch is dropped.
+        eval_batch_size: samples per validation or test step.
+        seed: of the order of batches.
+
+    Raises:
+        ValueError: the task has fewer training samples than a batch.
+    """
+
+    def __init__(self, task: Task, batch_size: int = 10, eval_batch_size: int = 1000, seed: int = 0) -> None:
+        super().__init__()
+        plan.check_batch_size(task.index, len(task.train), batch_size)
+        self.task = task
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
+
+    def train_dataloader(self) -> Any:
+        """Return the planned training batches."""
+        return PlannedBatches(self)
+
+    def val_dataloader(self) -> Any:
+        """Return the validation batches; an empty list where the task has no validation samples."""
+        return EvaluationBatches(self.task.validation, self.eval_batch_size) if len(self.task.validation) else []
+
+    def test_dataloader(self) -> Any:
+        """Return the test batches."""
+        return EvaluationBatches(self.task.test, self.eval_batch_size)

@@ -1,0 +1,210 @@
+"""LightningLearner: one Trainer.fit per task, run by the orchestrator."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import Logger
+from torch.nn import functional as F
+
+from sequel_core import plan
+from sequel_core.hparams import TrainingHParams
+from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
+from sequel_core.task import FloatArray, StreamSpec, Task
+from sequel_lightning.backbones import canonical_weights
+from sequel_lightning.data import EvaluationBatches, TaskDataModule
+from sequel_lightning.module import ContinualModule, evaluating, mask_logits
+
+TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+SEEDS = 2**63
+
+
+class LightningLearner:
+    """Runs a ContinualModule over tasks, with a new Trainer for each.
+
+    Args:
+        module: for example `EWC(net, optimizer, EWCHParams(), benchmark.spec)`.
+        training: batch size, epochs, clipping, seed, dtype.
+        trainer: further arguments of `pytorch_lightning.Trainer`: accelerator, devices, precision, accumulate_grad_batches, ...
+        callbacks: given to every Trainer as fresh copies, so that early stopping starts anew with each task.
+        loggers: kept across tasks; their x-axis is the number of steps since the start of the stream.
+
+    Raises:
+        ValueError: a module without a spec, a dtype that the network has not, or `trainer` sets what the learner sets.
+    """
+
+    mode: Mode = "pytorch"
+
+    def __init__(
+        self,
+        module: ContinualModule,
+        training: TrainingHParams | None = None,
+        *,
+        trainer: Mapping[str, Any] | None = None,
+        callbacks: Sequence[Callback] = (),
+        loggers: Sequence[Logger] = (),
+    ) -> None:
+        if module.spec is None:
+            raise ValueError("the module has no spec; construct it with spec=benchmark.spec")
+        self.module = module
+        self.hparams = module.algorithm_hparams
+        self.training = training or TrainingHParams()
+        self.spec: StreamSpec = module.spec
+        self.callbacks = tuple(callbacks)
+        self.loggers = tuple(loggers)
+        dtypes = {p.dtype for p in module.net.parameters()}
+        if dtypes != {TORCH_DTYPES[self.training.dtype]}:
+            raise ValueError(
+                f"dtype={self.training.dtype} but the network's weights are {', '.join(map(str, dtypes))}; "
+                f"convert them with net.to({TORCH_DTYPES[self.training.dtype]}) before the module is made"
+            )
+        self._settings = self._trainer_settings(dict(trainer or {}))
+        self._trainer = self._make_trainer(max_epochs=0)
+
+    @property
+    def step(self) -> int:
+        """Training steps since the start of the stream."""
+        return self.module.steps_done
+
+    def fit_task(self, task: Task, monitor: FitMonitor) -> None:
+        """Train on one task, then do the algorithm's end-of-task work; see `sequel_core.learner.Learner`."""
+        training = self.training
+        data = TaskDataModule(task, training.batch_size, training.eval_batch_size, training.seed)
+        torch.manual_seed(int(plan.words(training.seed, "dropout", task.index, count=1)[0]) % SEEDS)
+        self._trainer = self._make_trainer(
+            max_epochs=training.epochs(task.index),
+            callbacks=[*copy.deepcopy(self.callbacks), _Monitor(task, training, monitor)],
+        )
+        self.module.train()
+        with quiet():
+            self._trainer.fit(self.module, datamodule=data)
+
+    def evaluate(self, task: Task, split: str) -> Evaluation:
+        """Count correct predictions on a split of a task; see `sequel_core.learner.Learner`."""
+        device = self._trainer.strategy.root_device
+        module = self.module.to(device)
+        mask = torch.from_numpy(self.spec.mask).to(device)
+        counts = torch.zeros(3, dtype=torch.float64, device=device)
+        samples = task.split(split)
+        with evaluating(module), torch.no_grad(), self._trainer.precision_plugin.forward_context():
+            for batch in EvaluationBatches(samples, self.training.eval_batch_size):
+                x, y, t = (tensor.to(device) for tensor in batch[:3])
+                logits = module.predict(x, t)
+                masked = mask_logits(logits, mask[t])
+                counts[0] += (logits.argmax(-1) == y).sum()
+                counts[1] += (masked.argmax(-1) == y).sum()
+                counts[2] += F.cross_entropy(logits, y, reduction="sum")
+        correct, masked_correct, loss = counts.tolist()
+        return Evaluation(int(correct), len(samples), loss / len(samples), int(masked_correct))
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Send numbers to every logger, at the current step."""
+        for logger in self.loggers:
+            logger.log_metrics(dict(metrics), step=self.step)
+
+    def weights(self) -> dict[str, FloatArray]:
+        """Return the network's weights in the canonical layout."""
+        return canonical_weights(self.module.net)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the model and its number of parameters as plain values."""
+        parameters = sum(p.numel() for p in self.module.net.parameters())
+        return {"model": repr(self.module.net), "parameters": parameters}
+
+    def close(self) -> None:
+        """Flush and close the loggers."""
+        for logger in self.loggers:
+            logger.save()
+            logger.finalize("success")
+
+    # -- parts of the above
+
+    def _trainer_settings(self, trainer: dict[str, Any]) -> dict[str, Any]:
+        training = self.training
+        ours = {
+            "max_epochs": "training.epochs_per_task",
+            "gradient_clip_val": "training.grad_clip",
+            "log_every_n_steps": "training.log_every_n_steps",
+            "logger": "loggers",
+            "callbacks": "callbacks",
+        }
+        for name, instead in ours.items():
+            if name in trainer:
+                raise ValueError(f"trainer.{name} is set by the learner; use {instead}")
+        if training.dtype == "float64" and trainer.setdefault("precision", "64-true") not in ("64-true", "64", 64):
+            raise ValueError(f"dtype=float64 needs trainer.precision=64-true, got {trainer['precision']!r}")
+        quietly = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        return {
+            **quietly,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": None if self.callbacks else 0,
+            **trainer,
+            "gradient_clip_val": training.grad_clip,
+            "log_every_n_steps": training.log_every_n_steps,
+            "logger": list(self.loggers) or False,
+        }
+
+    def _make_trainer(self, **arguments: Any) -> pl.Trainer:
+        with quiet():
+            return pl.Trainer(**self._settings, **arguments)
+
+
+class _Monitor(Callback):
+    """Reports progress and evaluates when due."""
+
+    def __init__(self, task: Task, training: TrainingHParams, monitor: FitMonitor) -> None:
+        self._task = task
+        self._monitor = monitor
+        self._steps_per_epoch = len(task.train) // training.batch_size
+        self._steps = self._steps_per_epoch * training.epochs(task.index)
+        self._every_step = isinstance(monitor.evaluate_every, int)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        report = pl_module.report
+        if report is None and not self._every_step:
+            return
+        done = trainer.current_epoch * self._steps_per_epoch + batch_idx + 1
+        if report is not None:
+            if report.first_bad_step is not None:
+                where = divmod(done - report.first_bad_step, self._steps_per_epoch)
+                raise DivergenceError(self._task.index, *where)
+            self._monitor.on_progress(
+                Progress(
+                    step=pl_module.steps_done,
+                    epoch=trainer.current_epoch,
+                    task_step=done,
+                    task_steps=self._steps,
+                    loss=report.loss,
+                    accuracy=report.accuracy,
+                    learning_rate=trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan,
+                    extra=report.extra,
+                )
+            )
+        if self._monitor.due(done, 1, batch_idx + 1 == self._steps_per_epoch):
+            self._monitor.on_evaluate()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Lightning from repeating its hardware report, and advice that does not fit, for every task."""
+    log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+            yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,339 @@
+"""ContinualModule: what every continual-learning algorithm shares as a LightningModule.
+
+One `Trainer.fit` is one task, under any Trainer, with no orchestrator:
+
+    module = EWC(net, partial(torch.optim.SGD, lr=0.1), EWCHParams(), benchmark.spec)
+    for task in benchmark.tasks:
+        Trainer(max_epochs=1).fit(module, datamodule=TaskDataModule(task))
+
+Because Lightning's hooks also fire on resume, after an exception and within a tuner, the module keeps two persistent buffers: the
+index of the task and the phase it is in. A task starts in `on_train_start` only from a phase other than training; its end-of-task
+work runs once, when training ran to its end or was stopped on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torchmetrics import MetricCollection
+
+from sequel_core.hparams import AlgorithmHParams
+from sequel_core.task import Batch, StreamSpec
+
+Params = dict[str, Tensor]
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Any]
+
+IDLE, TRAINING, CONSOLIDATED = 0, 1, 2
+
+
+class Report(NamedTuple):
+    """Means of the training batches since the last report."""
+
+    loss: float
+    accuracy: float
+    first_bad_step: int | None  # how many steps before the end of the report the loss was first not finite
+    extra: dict[str, float]  # the user's own metrics
+
+
+class ContinualModule(pl.LightningModule):
+    """A network that learns tasks one after another; subclasses are the algorithms.
+
+    Args:
+        net: called with images `[B, C, H, W]`, returns logits `[B, num_classes]`.
+        optimizer: factory over parameters, for example `partial(torch.optim.SGD, lr=0.1)`; it may return whatever
+            `configure_optimizers` may, a scheduler included.
+        hparams: settings of the algorithm.
+        spec: of the stream (`benchmark.spec`): the mask of each task and the normalisation of uint8 images. Without one, logits
+            are not masked and images must come normalised.
+        metrics: updated with `(logits, labels)` at every training step, logged and reset with the loss.
+
+    Raises:
+        ValueError: in `fit`, for a Trainer that has nothing left to run, more than one process, or a learning-rate decay
+            beside a scheduler.
+    """
+
+    hparams_class: type[AlgorithmHParams]
+    task_index: Tensor
+    phase: Tensor
+    mask: Tensor | None  # bool [T, num_classes]; None where logits are not masked
+    scale: Tensor | None  # of uint8 images, [C, 1, 1], in the dtype of the weights
+    shift: Tensor | None  # of uint8 images, [C, 1, 1]
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerFactory,
+        hparams: AlgorithmHParams,
+        spec: StreamSpec | None = None,
+        metrics: MetricCollection | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(hparams, self.hparams_class):
+            raise ValueError(
+                f"{type(self).__name__} needs {self.hparams_class.__name__}, got {type(hparams).__name__}"
+            )
+        self.net = net
+        self.optimizer_factory = optimizer
+        self.algorithm_hparams = hparams
+        self.spec = spec
+        self.metrics = metrics
+        self.steps_done = 0
+        self.report: Report | None = None
+        self.register_buffer("task_index", torch.tensor(-1))
+        self.register_buffer("phase", torch.tensor(IDLE))
+        like = next(net.parameters())
+        for name in ("scale", "shift"):
+            value = torch.as_tensor(getattr(spec.normalisation, name), dtype=like.dtype).reshape(-1, 1, 1) if spec else None
+            self.register_buffer(name, value, persistent=False)
+        mask = torch.from_numpy(spec.mask) if spec is not None and spec.masks_logits else None
+        self.register_buffer("mask", mask, persistent=False)
+        self._recent: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._carried_optimizer: dict[str, Any] | None = None
+        self._fitting = False
+
+    # -- the algorithm: subclasses override these, in the order of the Flax bundle
+
+    def start_task(self) -> None:
+        """Begin task `self.task_index`."""
+
+    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return the training loss of a batch, shape (); the mean cross-entropy unless a subclass adds to it."""
+        return F.cross_entropy(logits, batch.y)
+
+    def end_task(self, batches: Iterable[Batch]) -> None:
+        """Do the end-of-task work on batches of the task's training samples, each sample once."""
+
+    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the logits `[B, num_classes]` that are evaluated."""
+        return self.forward(x, t)
+
+    # -- the network
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return the logits `[B, num_classes]`, masked to the task of each sample where the scenario says so.
+
+        Args:
+            x: images `[B, C, H, W]`; uint8 is normalised, anything else is taken as it is.
+            t: task index of each sample `[B]`.
+        """
+        logits: Tensor = self.net(self.normalise(x))
+        return logits if self.mask is None else mask_logits(logits, self.mask[t])
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Return images in the dtype of the weights; uint8 as `(x / 255 - mean) / std`."""
+        if x.dtype != torch.uint8 or self.scale is None:
+            return x
+        return torch.addcmul(self.shift, x.to(self.scale.dtype), self.scale)
+
+    def params(self) -> Params:
+        """Return the parameters of the network by name."""
+        return dict(self.net.named_parameters())
+
+    def frozen_params(self) -> Params:
+        """Return copies of the parameters that no gradient reaches."""
+        return {name: p.detach().clone() for name, p in self.net.named_parameters()}
+
+    def as_batch(self, batch: Any) -> Batch:
+        """Return a loader's batch, `(x, y)`, `(x, y, t)` or a Batch, as a Batch."""
+        if isinstance(batch, Batch):
+            return batch
+        x, y, *rest = batch
+        t = rest[0] if rest else self.task_index.clamp(min=0).expand(len(y))
+        return Batch(x, y, t)
+
+    # -- Lightning: training
+
+    def setup(self, stage: str) -> None:
+        """Refuse what the algorithms do not support."""
+        if self.trainer.world_size > 1:
+            raise ValueError(
+                f"data-parallel training is not supported yet, got world_size={self.trainer.world_size}; use devices=1"
+            )
+        self._fitting = False
+
+    def configure_optimizers(self) -> Any:
+        """Return what the factory made, with the learning rate of the task and, unless reset, the last task's state."""
+        configured = self.optimizer_factory([p for p in self.net.parameters() if p.requires_grad])
+        hparams = self.algorithm_hparams
+        if not isinstance(configured, Optimizer):
+            if hparams.lr_decay != 1.0:
+                raise ValueError(
+                    f"lr_decay={hparams.lr_decay} and a learning-rate scheduler both set the learning rate; "
+                    "use lr_decay=1 or an optimizer alone"
+                )
+            return configured
+        rates = [group["lr"] for group in configured.param_groups]
+        if self._carried_optimizer is not None and not hparams.reset_optimizer:
+            configured.load_state_dict(self._carried_optimizer)
+        task = int(self.task_index) if self.phase == TRAINING else self._next_task()
+        for group, rate in zip(configured.param_groups, rates, strict=True):
+            group["lr"] = rate * hparams.learning_rate_factor(task, rate) if hparams.lr_decay != 1.0 else rate
+        return configured
+
+    def on_fit_start(self) -> None:
+        """Refuse a spent Trainer; from here on hooks belong to a real fit, before it to a tuner."""
+        loop = self.trainer.fit_loop
+        spent_epochs = self.trainer.max_epochs not in (None, -1) and self.trainer.current_epoch >= (self.trainer.max_epochs or 0)
+        spent_steps = self.trainer.max_steps != -1 and loop.epoch_loop.global_step >= self.trainer.max_steps
+        if self.trainer.ckpt_path is None and (spent_epochs or spent_steps):
+            raise ValueError(
+                f"this Trainer is spent: max_epochs={self.trainer.max_epochs} or max_steps={self.trainer.max_steps} is reached, "
+                "so fit would train nothing; make a new Trainer for each task"
+            )
+        self._fitting = not self.trainer.fast_dev_run
+
+    def on_train_start(self) -> None:
+        """Begin the next task, unless this fit resumes one."""
+        self.train()
+        self._recent.clear()
+        if not self._fitting or self.phase == TRAINING:
+            return
+        self.task_index.fill_(self._next_task())
+        self.phase.fill_(TRAINING)
+        self.start_task()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of a batch; the means of several steps are logged at the Trainer's log interval."""
+        batch = self.as_batch(batch)
+        logits = self.forward(batch.x, batch.t)
+        loss = self.loss(logits, batch)
+        self._recent.append((loss.detach(), logits.detach(), batch.y))
+        if self.metrics is not None:
+            self.metrics.update(logits.detach(), batch.y)
+        self.steps_done += 1
+        interval = self.trainer.log_every_n_steps
+        self.report = None
+        if (interval and (batch_idx + 1) % interval == 0) or batch_idx + 1 == self.trainer.num_training_batches:
+            self._make_report()
+        return loss
+
+    def on_train_end(self) -> None:
+        """Do the end-of-task work, once."""
+        if self._fitting and self.phase == TRAINING:
+            self._consolidate()
+
+    def on_fit_end(self) -> None:
+        """Do the end-of-task work of a task that was resumed from a checkpoint made after its last step."""
+        if self._fitting and self.phase == TRAINING:
+            self._consolidate()
+        self._fitting = False
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch; one that is on the CPU already is passed through untouched."""
+        if device.type == "cpu" and isinstance(batch, Batch):
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    # -- Lightning: evaluation
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log `val/loss` and `val/accuracy` of the task's validation samples."""
+        self._evaluation_step(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log `test/loss` and `test/accuracy` of the task's test samples."""
+        self._evaluation_step(batch, "test")
+
+    def _evaluation_step(self, batch: Any, name: str) -> None:
+        batch = self.as_batch(batch)
+        logits = self.predict(batch.x, batch.t)
+        scores = {f"{name}/loss": F.cross_entropy(logits, batch.y), f"{name}/accuracy": accuracy(logits, batch.y)}
+        self.log_dict(scores, on_epoch=True, prog_bar=True, batch_size=len(batch.y))
+
+    # -- Lightning: checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what is not a buffer: the step count and the carried optimizer state."""
+        checkpoint["sequel"] = {"steps_done": self.steps_done, "carried_optimizer": self._carried_optimizer}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Read back what `on_save_checkpoint` added."""
+        self.steps_done = checkpoint["sequel"]["steps_done"]
+        self._carried_optimizer = checkpoint["sequel"]["carried_optimizer"]
+
+    # -- parts of the above
+
+    def _next_task(self) -> int:
+        task = getattr(getattr(self.trainer, "datamodule", None), "task", None)
+        return int(self.task_index) + 1 if task is None else int(task.index)
+
+    def _make_report(self) -> None:
+        losses = torch.stack([loss for loss, _, _ in self._recent])
+        logits = torch.cat([logits for _, logits, _ in self._recent])
+        labels = torch.cat([labels for _, _, labels in self._recent])
+        bad = (~losses.isfinite()).nonzero()
+        extra = {k: float(v) for k, v in self.metrics.compute().items()} if self.metrics is not None else {}
+        self.report = Report(
+            loss=float(losses.mean()),
+            accuracy=float(accuracy(logits, labels)),
+            first_bad_step=len(losses) - int(bad[0]) if len(bad) else None,
+            extra=extra,
+        )
+        self._recent.clear()
+        if self.metrics is not None:
+            self.metrics.reset()
+        scores = {"train/loss": self.report.loss, "train/accuracy": self.report.accuracy, **extra}
+        self.log_dict(scores, prog_bar=True, logger=False)
+        for logger in self.loggers:
+            logger.log_metrics(scores, step=self.steps_done)
+
+    def _consolidate(self) -> None:
+        loader = self.trainer.train_dataloader
+        batches = loader.consolidation_batches() if hasattr(loader, "consolidation_batches") else loader
+        precision = self.trainer.precision_plugin
+        with evaluating(self), torch.enable_grad(), precision.forward_context():
+            self.end_task(
+                self.as_batch(self.transfer_batch_to_device(precision.convert_input(batch), self.device, 0)) for batch in batches
+            )
+        optimizers = self.trainer.optimizers
+        if not self.algorithm_hparams.reset_optimizer and len(optimizers) == 1:
+            self._carried_optimizer = optimizers[0].state_dict()
+        self.phase.fill_(CONSOLIDATED)
+
+
+class StateTree(nn.Module):
+    """Tensors by parameter name, as buffers: they move, checkpoint and load into a fresh module like any other."""
+
+    def __init__(self, tensors: Params) -> None:
+        """Hold these tensors; their names and shapes never change."""
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name.replace(".", "/"), tensor)
+
+    def get(self) -> Params:
+        """Return the tensors by parameter name."""
+        return {name.replace("/", "."): tensor for name, tensor in self._buffers.items() if tensor is not None}
+
+    def set(self, tensors: Params) -> None:
+        """Copy new values into the tensors."""
+        for name, tensor in self.get().items():
+            tensor.copy_(tensors[name])
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the fraction of labels `[B]` that have the greatest logit `[B, num_classes]`, shape ()."""
+    return (logits.argmax(-1) == labels).float().mean()
+
+
+def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
+    """Return the logits `[B, num_classes]` with the least number of their dtype where the mask is False."""
+    return logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode for a while; afterwards every submodule has the mode that it had."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in modes:
+            submodule.training = training
