@@ -275,7 +275,7 @@ def _mnist(root: Path) -> Arrays:
                 raise
             files = _idx_files(root)
             if files is None:
-                raise ValueError(_missing(root, f"and it cannot be written: {error}")) from error
+                raise ValueError(_missing(root, f"it cannot be written ({error})")) from error
             return _read_mnist(files)
     arrays = Arrays(*(_load(path) for path in caches))
     _check_mnist(arrays, caches)
@@ -356,7 +356,7 @@ def _download(root: Path) -> list[Path]:
     Raises:
         ValueError: no mirror does; says which folder and files are expected.
     """
-    faults = []
+    faults: list[Exception] = []
     for mirror in MIRRORS:
         try:
             return [
@@ -374,15 +374,15 @@ def _download(root: Path) -> list[Path]:
         except (OSError, ValueError) as error:  # no network, an HTTP error, another checksum
             if isinstance(error, OSError) and error.errno in UNWRITABLE:
                 raise
-            faults.append(f"{mirror}: {error}")
-    raise ValueError(_missing(root, f"and it could not be downloaded: {'; '.join(faults)}"))
+            faults.append(error)
+    reasons = (str(e) if isinstance(e, ValueError) else type(e).__name__ for e in faults)
+    why = "; ".join(f"{mirror}: {reason}" for mirror, reason in zip(MIRRORS, reasons, strict=True))
+    raise ValueError(_missing(root, f"it could not be downloaded ({why})")) from faults[-1]
 
 
 def _missing(root: Path, why: str) -> str:
     return (
-        f"MNIST is not in the data directory {root}, {why}. Expected {', '.join(IDX_FILES)} (gunzipped or "
-        ".gz) in "
-        f"{root / 'MNIST' / 'raw'} or {root / 'mnist'}. Put them there, name another data directory in "
-        "SEQUEL_DATA_DIR, or "
-        "run `sequel data mnist` where there is a network"
+        f"MNIST is not in the data directory {root}. Expected in {root / 'MNIST' / 'raw'} or "
+        f"{root / 'mnist'}, gunzipped or .gz: {', '.join(IDX_FILES)}; {why}. Put them there, name another data directory "
+        "in SEQUEL_DATA_DIR, or run `sequel data mnist` where there is a network"
     )

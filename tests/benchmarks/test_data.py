@@ -301,7 +301,7 @@ def test_users_arrays_are_checked() -> None:
     images, labels = np.zeros((3, 4, 4, 1), np.uint8), np.arange(3)
     assert DataSet("mine", images, labels.astype(np.int32), images, labels, 3).train_labels.dtype == np.int64
     with pytest.raises(ValueError, match=r"mine: train_images must hold uint8 \[N, H, W, C\].*float64"):
-        DataSet("mine", images.astype(float), labels, images, labels, 3)  # type: ignore[arg-type]
+        DataSet("mine", images.astype(float), labels, images, labels, 3)
     with pytest.raises(
         ValueError, match=r"mine: test_labels must hold labels in 0\.\.1, got 2 at position 2"
     ):

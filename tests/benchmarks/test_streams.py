@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def own_data(per_class: int = 20, num_classes: int = 6) -> DataSet:
         images = rng.integers(0, 256, (count, 4, 4, 1), dtype=np.uint8)
         images[:, 0, 0, 0], images[:, 0, 1, 0] = np.arange(count), labels
         arrays += [images, labels]
-    return DataSet("own", *arrays, num_classes)
+    return DataSet("own", arrays[0], arrays[1], arrays[2], arrays[3], num_classes)
 
 
 def rows(task: Task, name: str = "train") -> list[int]:
@@ -146,14 +147,15 @@ def signature(stream: Benchmark) -> bytes:
 
 def test_one_seed_decides_the_stream() -> None:
     data = own_data()
-    for make in (
+    makers: list[Callable[[int], Benchmark]] = [
         lambda seed: split(data, SplitSettings(2, subset=10, seed=seed)),
         lambda seed: split(data, SplitSettings(2, seed=seed, class_order="seeded")),
         lambda seed: permute(data, PermutedSettings(3, seed=seed)),
         lambda seed: rotate(data, RotatedSettings(3, seed=seed, rotation="bins")),
         lambda seed: rotate(data, RotatedSettings(3, seed=seed, rotation="uniform")),
         lambda seed: permute(data, PermutedSettings(1, subset=10, seed=seed, first_identity=True)),
-    ):
+    ]
+    for make in makers:
         assert signature(make(3)) == signature(make(3))
         assert signature(make(3)) != signature(make(5))
     fixed = [signature(rotate(data, RotatedSettings(3, seed=seed))) for seed in (0, 1)]
@@ -259,54 +261,59 @@ def test_split_tasks_share_arrays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "match"),
+    ("benchmark", "arguments", "match"),
     [
         (
-            lambda: SplitDigits(num_tasks=3),
+            SplitDigits,
+            {"num_tasks": 3},
             "num_tasks must divide the 10 classes, got 3; use one of 1, 2, 5, 10",
         ),
-        (lambda: SplitDigits(num_tasks=0), "num_tasks must be .*>= 1.*got 0"),
-        (lambda: SplitDigits(num_tasks=20), "num_tasks must divide the 10 classes, got 20"),
+        (SplitDigits, {"num_tasks": 0}, "num_tasks must be .*>= 1.*got 0"),
+        (SplitDigits, {"num_tasks": 20}, "num_tasks must divide the 10 classes, got 20"),
         (
-            lambda: SplitDigits(class_order=(0, 1, 2)),
+            SplitDigits,
+            {"class_order": (0, 1, 2)},
             r"class_order must name each class 0..9 once, got \[0, 1, 2\]",
         ),
-        (lambda: SplitDigits(class_order=(0, 0, 2, 3, 4, 5, 6, 7, 8, 9)), "class_order must name each class"),
-        (lambda: SplitDigits(class_order="random"), "class_order must be one of seeded"),
-        (lambda: SplitDigits(scenario="tsak"), "scenario must be one of domain, task, class, got 'tsak'"),
-        (lambda: RotatedDigits(scenario="task"), "scenario must be domain .* got 'task'; .* split benchmark"),
-        (lambda: PermutedDigits(scenario="class"), "scenario must be domain .* got 'class'"),
+        (SplitDigits, {"class_order": (0, 0, 2, 3, 4, 5, 6, 7, 8, 9)}, "class_order must name each class"),
+        (SplitDigits, {"class_order": "random"}, "class_order must be one of seeded"),
+        (SplitDigits, {"scenario": "tsak"}, "scenario must be one of domain, task, class, got 'tsak'"),
+        (RotatedDigits, {"scenario": "task"}, "scenario must be domain .* got 'task'; .* split benchmark"),
+        (PermutedDigits, {"scenario": "class"}, "scenario must be domain .* got 'class'"),
         (
-            lambda: SplitDigits(subset=1000),
+            SplitDigits,
+            {"subset": 1000},
             "subset must be <= the training samples of a task, got 1000 with 288",
         ),
         (
-            lambda: RotatedDigits(subset=1439),
+            RotatedDigits,
+            {"subset": 1439},
             "subset must be <= the training samples of a task, got 1439 with 1438",
         ),
-        (lambda: RotatedDigits(subset=1400, validation=0.5), "got 1400 with 719"),
-        (lambda: RotatedDigits(subset=0), "subset must be .*>= 1.*got 0"),
-        (lambda: RotatedDigits(validation=1.0), "validation must be >= 0 and < 1, got 1.0"),
-        (lambda: RotatedDigits(validation=-0.1), "validation must be >= 0 and < 1, got -0.1"),
-        (lambda: RotatedDigits(validation=1e-6), "validation must leave at least one sample on each side"),
-        (lambda: RotatedDigits(inputs="raw"), "inputs must be one of standardised, unit, got 'raw'"),
-        (lambda: RotatedDigits(seed=-1), "seed must be >= 0, got -1"),
-        (lambda: RotatedDigits(interpolation="cubic"), "interpolation must be one of nearest, bilinear"),
-        (lambda: RotatedDigits(rotation="random"), "rotation must be one of fixed, bins, uniform"),
+        (RotatedDigits, {"subset": 1400, "validation": 0.5}, "got 1400 with 719"),
+        (RotatedDigits, {"subset": 0}, "subset must be .*>= 1.*got 0"),
+        (RotatedDigits, {"validation": 1.0}, "validation must be >= 0 and < 1, got 1.0"),
+        (RotatedDigits, {"validation": -0.1}, "validation must be >= 0 and < 1, got -0.1"),
+        (RotatedDigits, {"validation": 1e-6}, "validation must leave at least one sample on each side"),
+        (RotatedDigits, {"inputs": "raw"}, "inputs must be one of standardised, unit, got 'raw'"),
+        (RotatedDigits, {"seed": -1}, "seed must be >= 0, got -1"),
+        (RotatedDigits, {"interpolation": "cubic"}, "interpolation must be one of nearest, bilinear"),
+        (RotatedDigits, {"rotation": "random"}, "rotation must be one of fixed, bins, uniform"),
         (
-            lambda: RotatedDigits(angles=(1.0, 2.0)),
+            RotatedDigits,
+            {"angles": (1.0, 2.0)},
             "angles must have one angle per task, got 2 with num_tasks=5",
         ),
-        (lambda: RotatedDigits(num_tasks=1, angles=(1.0,), per_task_rotation=9), "angles takes the place"),
-        (lambda: RotatedDigits(rotation="uniform", per_task_rotation=9), "per_task_rotation has no meaning"),
-        (lambda: RotatedDigits(per_task_rotation=float("nan")), "per_task_rotation must be finite"),
-        (lambda: PermutedDigits(num_tasks=2.5), "num_tasks must be a whole number"),
-        (lambda: PermutedDigits(first_identity="no"), "first_identity must be true or false"),
+        (RotatedDigits, {"num_tasks": 1, "angles": (1.0,), "per_task_rotation": 9}, "angles takes the place"),
+        (RotatedDigits, {"rotation": "uniform", "per_task_rotation": 9}, "per_task_rotation has no meaning"),
+        (RotatedDigits, {"per_task_rotation": float("nan")}, "per_task_rotation must be finite"),
+        (PermutedDigits, {"num_tasks": 2.5}, "num_tasks must be a whole number"),
+        (PermutedDigits, {"first_identity": "no"}, "first_identity must be true or false"),
     ],
 )
-def test_bad_arguments(make: Any, match: str) -> None:
+def test_bad_arguments(benchmark: type[Benchmark], arguments: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        make()
+        benchmark(**arguments)
 
 
 def test_arguments_are_checked_before_data_is_looked_for(tmp_path: Path) -> None:
