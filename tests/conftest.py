@@ -3,7 +3,6 @@
 import os
 import random
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,11 +15,10 @@ settings.load_profile("sequel")
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
+def _seeded() -> None:
     random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
-    yield
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 
 from sequel_core import plan
-from sequel_core.task import JoinedSplit, PixelMap, Split, Task
+from sequel_core.task import JoinedSplit, PixelMap, Samples, Split, Task
 
 MASK = (1 << 64) - 1
 
 
 def _philox4x64(counter: list[int], key: list[int]) -> list[int]:
-    """Return one block of Philox-4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
+    """Return a block of Philox-4x64-10, Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"."""
     for _ in range(10):
         high0, low0 = divmod(0xD2E7470EE14C6C93 * counter[0], 1 << 64)
         high1, low1 = divmod(0xCA5A826395121157 * counter[2], 1 << 64)
@@ -139,7 +139,7 @@ def test_the_dropped_rest_is_a_different_one_each_epoch() -> None:
     dropped = [
         set(range(11)) - set(plan.epoch_batches(0, 0, e, 11, 10).reshape(-1).tolist()) for e in range(40)
     ]
-    assert len(set.union(*dropped)) >= 9  # of 11; one in 40 draws misses a given sample with probability 0.02
+    assert len(set.union(*dropped)) >= 9  # of 11; the chance that 40 epochs keep a given one is 0.02
 
 
 def test_take_in_chunks_is_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,9 +152,9 @@ def test_take_in_chunks_is_take(monkeypatch: pytest.MonkeyPatch) -> None:
         got = list(plan.take_in_chunks(split, positions))
         assert len(got) == chunks
         assert np.concatenate([samples.x for samples in got]).shape == (5, 3, 2, 2, 1)
-        for k, array in enumerate(expected):
-            joined = np.concatenate([samples[k] for samples in got])
-            np.testing.assert_array_equal(joined.reshape(array.shape), array)
+        for name in Samples._fields:
+            joined, want = np.concatenate([getattr(samples, name) for samples in got]), getattr(expected, name)
+            np.testing.assert_array_equal(joined.reshape(want.shape), want)
 
 
 def test_consolidation_reads_every_sample_once_in_random_order() -> None:
