@@ -381,8 +381,9 @@ def _download(root: Path) -> list[Path]:
 
 
 def _missing(root: Path, why: str) -> str:
+    folders = f"{root / 'MNIST' / 'raw'} or {root / 'mnist'}"
     return (
-        f"MNIST is not in the data directory {root}. Expected in {root / 'MNIST' / 'raw'} or "
-        f"{root / 'mnist'}, gunzipped or .gz: {', '.join(IDX_FILES)}; {why}. Put them there, name another data directory "
-        "in SEQUEL_DATA_DIR, or run `sequel data mnist` where there is a network"
+        f"MNIST is not in the data directory {root}. Expected in {folders}, gunzipped or .gz: "
+        f"{', '.join(IDX_FILES)}; {why}. Put them there, name another data directory in SEQUEL_DATA_DIR, or "
+        "run `sequel data mnist` where there is a network"
     )
