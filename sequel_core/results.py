@@ -296,7 +296,7 @@ def load_weights(directory: str | Path) -> dict[str, NDArray[Any]]:
     if not path.is_file():
         raise ValueError(f"directory must hold {WEIGHTS}, got {path.parent}; the run has not ended")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged: {error}") from error

@@ -153,7 +153,10 @@ def test_take_in_chunks_is_take(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(got) == chunks
         assert np.concatenate([samples.x for samples in got]).shape == (5, 3, 2, 2, 1)
         for name in Samples._fields:
-            joined, want = np.concatenate([getattr(samples, name) for samples in got]), getattr(expected, name)
+            joined, want = (
+                np.concatenate([getattr(samples, name) for samples in got]),
+                getattr(expected, name),
+            )
             np.testing.assert_array_equal(joined.reshape(want.shape), want)
 
 
