@@ -1,0 +1,44 @@
+import json
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import sequel_benchmarks
+import sequel_core
+
+TORCH = {"torch", "torchvision", "torchmetrics", "pytorch_lightning", "lightning_fabric"}
+JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
+
+
+def loaded_by(*modules: str) -> set[str]:
+    """Return the top-level packages that a fresh interpreter holds after importing these modules."""
+    code = (
+        "import importlib, json, sys\n"
+        f"for name in {modules!r}: importlib.import_module(name)\n"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    return set(json.loads(child.stdout.splitlines()[-1]))
+
+
+def test_the_core_and_the_benchmarks_load_no_framework() -> None:
+    modules = [
+        module.name
+        for package in (sequel_core, sequel_benchmarks)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    ]
+    assert {"sequel_core.metrics", "sequel_core.results", "sequel_core.plan"} <= set(modules)
+    assert not loaded_by("sequel_core", "sequel_benchmarks", *modules) & (TORCH | JAX)
+
+
+@pytest.mark.parametrize(
+    ("package", "own", "other"), [("sequel_flax", "jax", TORCH), ("sequel_lightning", "torch", JAX)]
+)
+def test_a_plug_in_loads_its_own_framework_only(package: str, own: str, other: set[str]) -> None:
+    loaded = loaded_by(package)
+    assert own in loaded
+    assert not loaded & other
+    assert "tensorflow" not in loaded
