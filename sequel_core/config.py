@@ -571,8 +571,7 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
             f"backbone.num_classes must be the benchmark's {benchmark.num_classes}, "
             f"got {config.num_classes!r}; leave it out"
         )
-    joint = config.algo.name == "joint"
-    for task in [next(config.algo.training_tasks(benchmark))] if joint else benchmark.tasks:
+    for task in benchmark.tasks:
         check_batch_size(task.index, len(task.train), config.training.batch_size)
     try:
         config.training.epochs(len(benchmark) - 1)

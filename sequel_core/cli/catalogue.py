@@ -59,7 +59,7 @@ def _describe(kind: str, name: str) -> str:
 def _settings(title: str, text: str, specs: Iterable[Setting], section: str) -> Table:
     table = Table(title=f"[bold]{title}[/bold]  {text}", title_justify="left", title_style="")
     for column in ("setting", "default", "range", "meaning"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "setting")
     for spec in specs:
         default = (
             "null"

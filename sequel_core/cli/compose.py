@@ -76,7 +76,7 @@ def compose(overrides: Sequence[str]) -> Composed:
         ValueError: something that cannot be read, an unknown name or key, or a value out of range; one line.
     """
     with _hydra() as loader:
-        line = _values(_parse(with_file(overrides), loader))
+        line = _values(_parse(with_paths(overrides), loader))
         file = _file(line)
         line_layer = canonical(line)
         default = canonical(_plain(compose_groups("config")))
@@ -104,8 +104,8 @@ def compose(overrides: Sequence[str]) -> Composed:
     return Composed(build(_resolve(merge(groups, file_layer, line_layer))), notes)
 
 
-def with_file(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with a FILE among them written as `file='FILE'`, its path absolute.
+def with_paths(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with paths that Hydra can read: FILE as `file='FILE'`, absolute, and `run_dir='DIR'`.
 
     Raises:
         ValueError: no such file, or more than one.
@@ -122,6 +122,8 @@ def with_file(arguments: Sequence[str]) -> list[str]:
                     hint = f"; did you mean +experiment={text}?"
                 raise ValueError(f"{text} is neither a file nor an override such as algo=ewc{hint}")
             written.append(f"file={quoted(str(Path(text).absolute()))}")
+        elif text.startswith("run_dir=") and text[8:9] not in ("'", '"') and text != "run_dir=null":
+            written.append(f"run_dir={quoted(text[8:])}")
         else:
             written.append(text)
     return written
@@ -146,7 +148,7 @@ def request(arguments: Sequence[str], sweep: bool) -> Request:
     """
     plain, hydra, run_dir = [], [], None
     with _hydra() as loader:
-        for override in _parse(with_file(arguments), loader):
+        for override in _parse(with_paths(arguments), loader):
             key = override.key_or_group
             if key == "hydra" or key.startswith(("hydra.", "hydra/")):
                 if key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir"):
@@ -177,12 +179,16 @@ def request(arguments: Sequence[str], sweep: bool) -> Request:
 
 @contextmanager
 def _hydra() -> Iterator[ConfigLoader]:
-    """Open Hydra on the shipped groups; its errors become one-line ValueErrors."""
+    """Open Hydra on the shipped groups, also inside one of its jobs; its errors become ValueErrors."""
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
     try:
         with initialize_config_module(CONFIGS, job_name="sequel", version_base="1.3"):
             yield GlobalHydra.instance().config_loader()
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(one_line(error)) from error
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def one_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from sequel_core.results import Result, load_result
 
-VALIDATION, TEST = "validation_average_accuracy", "average_accuracy"
+VALIDATION, TEST = "validation_average_accuracy", "test_average_accuracy"
 FILE = "sweep.csv"
 
 
@@ -35,8 +35,8 @@ class _Row(NamedTuple):
 def rank(jobs: Sequence[Job], directory: Path, console: Console) -> int:
     """Print the runs in one table, best first, and write it as `sweep.csv`.
 
-    The table is ranked by accuracy on validation samples where every finished run has it, else on test samples;
-    its heading says which. Failed runs come last.
+    The table is ranked by accuracy on validation samples where every finished run has it, else on test
+    samples; its heading says which. Failed runs come last.
 
     Args:
         jobs: the runs, in the order in which they were started.
@@ -96,11 +96,6 @@ def _row(job: Job) -> _Row:
     if failure and status not in ("finished", "diverged"):
         status = f"failed: {failure[-1]}"
     seconds = result.summary.get("seconds") or {}
-    validation = result.summary.get(VALIDATION)
-    return _Row(
-        job,
-        math.nan if validation is None else float(validation),
-        result.average_accuracy,
-        float(seconds.get("total", math.nan)),
-        status,
-    )
+    accuracies = [result.summary.get(key) for key in (VALIDATION, TEST)]
+    validation, test = (math.nan if value is None else float(value) for value in accuracies)
+    return _Row(job, validation, test, float(seconds.get("total", math.nan)), status)

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from importlib import import_module
@@ -82,8 +82,19 @@ def main(args: Sequence[str]) -> int:
     if options.cfg:
         console.print(_yaml(composed.config), end="", markup=False, highlight=False, soft_wrap=True)
         return 0
+    failures: list[Exception] = []
+
+    def attempt(given: DictConfig) -> float:
+        try:
+            return job(given)
+        except Exception as error:  # Hydra would print its own account of it
+            failures.append(error)
+            return math.nan
+
     with _reserved(asked.run_dir) as run_dir:
-        _launch([*asked.overrides, *asked.hydra, f"hydra.run.dir={quoted(str(run_dir))}"])
+        _launch(attempt, [*asked.overrides, *asked.hydra, f"hydra.run.dir={quoted(str(run_dir))}"])
+    if failures:
+        raise failures[0]
     return 0
 
 
@@ -174,9 +185,10 @@ def _sweep(arguments: Sequence[str], console: Console, show: bool) -> int:
         jobs = _jobs(overrides)
         composed = [compose(texts) for texts in jobs]
         console.print(
-            f"benchmark.validation={VALIDATION}: the sweep is ranked on training samples that are held out for "
-            "validation; set benchmark.validation=0 to rank it on test samples",
+            f"note: benchmark.validation={VALIDATION}, to rank the sweep on held-out training samples; "
+            "set benchmark.validation=0 to rank it on test samples",
             highlight=False,
+            soft_wrap=True,
         )
     _tell(console, [note for item in composed for note in item.notes])
     if show:
@@ -199,7 +211,7 @@ def _sweep(arguments: Sequence[str], console: Console, show: bool) -> int:
                 ) from error
             checked.add(fingerprint)
     with _reserved(asked.run_dir or _sweep_directory()) as directory:
-        _launch([*overrides, *asked.hydra, f"hydra.sweep.dir={quoted(str(directory))}", "--multirun"])
+        _launch(job, [*overrides, *asked.hydra, f"hydra.sweep.dir={quoted(str(directory))}", "--multirun"])
         directory.joinpath("multirun.yaml").unlink(missing_ok=True)
     shown = sorted(varied, key=[text.lstrip("+").partition("=")[0] for text in overrides].index)
     rows = [
@@ -254,9 +266,9 @@ def _reserved(run_dir: str | None) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _launch(arguments: Sequence[str]) -> None:
-    """Let Hydra start `job` for the overrides; errors come out as they were raised."""
-    program = hydra.main(config_path=f"pkg://{CONFIGS}", config_name="config", version_base="1.3")(job)
+def _launch(task: Callable[[DictConfig], float], arguments: Sequence[str]) -> None:
+    """Let Hydra start a task for the overrides; errors come out as they were raised."""
+    program = hydra.main(config_path=f"pkg://{CONFIGS}", config_name="config", version_base="1.3")(task)
     before, full_error = sys.argv, os.environ.get(FULL_ERROR)
     sys.argv, os.environ[FULL_ERROR] = ["sequel", *arguments], "1"
     try:
@@ -273,7 +285,7 @@ def _launch(arguments: Sequence[str]) -> None:
 
 def _tell(console: Console, notes: Sequence[str]) -> None:
     for note in dict.fromkeys(notes):
-        console.print(f"note: {note}", highlight=False, markup=False)
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _yaml(config: ExperimentConfig) -> str:

@@ -1,0 +1,79 @@
+"""A learner in NumPy, so that the command can be tested without a framework."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sequel_core import learner
+from sequel_core.config import ExperimentConfig
+from sequel_core.learner import DivergenceError, Evaluation, FitMonitor
+from sequel_core.task import Benchmark, FloatArray, Task
+
+
+class NearestMean:
+    """Predicts the class whose training images of the latest task have the nearest mean.
+
+    The optimizer's rate decides between that (at least 0.01) and class 0 for every image; at 100 it diverges.
+    """
+
+    def __init__(self, config: ExperimentConfig, benchmark: Benchmark) -> None:
+        self.config = config
+        self.mode = config.mode
+        self.hparams = config.algo
+        self.training = config.training
+        self.spec = benchmark.spec
+        self.step = 0
+        self.means = np.zeros((benchmark.num_classes, int(np.prod(benchmark.image_shape))))
+
+    def fit_task(self, task: Task, monitor: FitMonitor) -> None:
+        x, y, _ = task.train.take(np.arange(len(task.train)))
+        if self.config.optimizer.lr >= 100:
+            raise DivergenceError(task.index, 0, 0)
+        if self.config.optimizer.lr >= 0.01:
+            for k in np.unique(y):
+                self.means[k] = x[y == k].reshape(-1, self.means.shape[1]).mean(0)
+        self.step += 1
+
+    def evaluate(self, task: Task, split: str) -> Evaluation:
+        part = task.split(split)
+        x, y, _ = part.take(np.arange(len(part)))
+        distance = ((x.reshape(len(x), 1, -1) - self.means) ** 2).sum(-1)
+        correct = int((distance.argmin(1) == y).sum())
+        return Evaluation(correct, len(y), 0.0, correct)
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Log nowhere."""
+
+    def weights(self) -> dict[str, FloatArray]:
+        return {"means": self.means}
+
+    def describe(self) -> dict[str, Any]:
+        return {"model": "nearest mean"}
+
+    def threads(self) -> int:
+        return 1
+
+    def close(self) -> None:
+        """Hold nothing open."""
+
+
+class Plugin:
+    """What `sequel_core.learner.plugin` returns, in NumPy; keeps the configurations that it was asked for."""
+
+    def __init__(self) -> None:
+        self.built: list[ExperimentConfig] = []
+
+    def build_learner(self, config: ExperimentConfig, benchmark: Benchmark, run_dir: Path) -> NearestMean:
+        self.built.append(config)
+        return NearestMean(config, benchmark)
+
+
+@pytest.fixture
+def numpy_plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Plugin:
+    plugin = Plugin()
+    monkeypatch.setattr(learner, "plugin", lambda mode: plugin)
+    monkeypatch.chdir(tmp_path)
+    return plugin

@@ -1,0 +1,88 @@
+"""The command itself: help, version, lists, data, and what it does not load."""
+
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from sequel_core.cli import COMMANDS, main
+from sequel_core.cli.compose import experiments
+from sequel_core.config import SECTIONS, choices
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ([], ["--help"], ["-h"]):
+        assert main(line) == 0
+        out = capsys.readouterr().out
+        assert all(f"  {name} " in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["run", "data", "list"])
+def test_every_command_has_its_own_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: sequel {command}")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"sequel {metadata.version('sequel-cl')}\n"
+
+
+def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rum"]) == 2
+    assert capsys.readouterr().err == (
+        "sequel: command must be one of run, data, list, bench, demo, got 'rum'; did you mean run?\n"
+    )
+
+
+def test_list_shows_every_choice_and_its_settings(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for section in SECTIONS:
+        assert all(f"{section}={name}  " in out for name in choices(section))
+    assert all(name in out for name in experiments())
+    line = next(line for line in out.splitlines() if "algo.ewc_lambda" in line)
+    assert [cell.strip() for cell in line.split("│")[1:4]] == ["algo.ewc_lambda", "1.0", ">= 0"]
+
+
+def test_list_of_one_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "algos"]) == 0
+    assert "benchmark" not in capsys.readouterr().out
+    assert main(["list", "benchmrk"]) == 2
+    assert capsys.readouterr().err == (
+        "sequel: kind must be one of algo, benchmark, backbone, optimizer, training, experiment, "
+        "got 'benchmrk'; did you mean benchmark?\n"
+    )
+
+
+def test_data_checks_the_bundled_digits(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["data", "digits"]) == 0
+    out = capsys.readouterr().out
+    assert "bundled with scikit-learn" in out
+    assert "8 x 8 x 1" in out
+    assert "as published" in out
+    assert main(["data", "digit"]) == 2
+    assert "did you mean digits?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [(["--help"], 0), (["run", "--help"], 0), (["run", "algo=ewcc"], 2), (["run", "algo=ewc", "--cfg"], 0)],
+)
+def test_help_and_refusals_load_no_framework(line: list[str], code: int) -> None:
+    heavy = ("torch", "jax", "sklearn", "pytorch_lightning", "flax")
+    program = (
+        "import sys; from sequel_core.cli import main; code = main(sys.argv[1:]);"
+        f" sys.exit(99 if any(name in sys.modules for name in {heavy}) else code)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", program, *line], capture_output=True, check=False).returncode
+        == code
+    )

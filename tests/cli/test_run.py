@@ -1,0 +1,218 @@
+"""`sequel run`: what it prints, writes and returns; with a learner in NumPy."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from sequel_core.cli import main
+from sequel_core.results import load_result
+from tests.cli.conftest import Plugin
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SMALL = ["benchmark.num_tasks=2", "benchmark.subset=200"]
+
+
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+def files(directory: Path) -> set[str]:
+    return {path.name for path in directory.iterdir()}
+
+
+def test_one_run_leaves_its_directory_and_nothing_else(
+    numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["run", "algo=ewc", *SMALL, "run_dir=it's a run", "expected.avg_acc=50", "source=a paper"]
+    assert main(line) == 0
+    assert files(tmp_path) == {"it's a run"}
+    left = files(tmp_path / "it's a run")
+    assert left.isdisjoint({".hydra", "main.log", "sequel.log", "multirun.yaml", "error.txt"})
+    assert {"config.yaml", "summary.json", "accuracy_matrix.csv"} <= left
+    result = load_result(tmp_path / "it's a run")
+    assert result.matrix.shape == (2, 2)
+    assert result.matrix[0, 0] > 0.8
+    assert result.matrix[1, 1] > 0.8
+    assert result.matrix[1, 0] < 0.4
+    measured = 100 * result.average_accuracy
+    assert last_line(capsys.readouterr().out) == (
+        f"average accuracy: measured {measured:.2f} %, expected 50 % (a paper)"
+    )
+    (config,) = numpy_plugin.built
+    assert config.algo.name == "ewc"
+
+
+def test_without_run_dir_a_run_gets_a_new_directory_under_runs(numpy_plugin: Plugin, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert main(["run", *SMALL]) == 0
+    assert files(tmp_path) == {"runs"}
+    assert len(files(tmp_path / "runs")) == 2
+
+
+@pytest.mark.parametrize("mode", ["pytorch", "jax"])
+def test_the_papers_file_runs_in_both_modes(numpy_plugin: Plugin, tmp_path: Path, mode: str) -> None:
+    file = FIXTURES / "code2_ewc.yaml"
+    # The paper's file with the bundled digits in place of MNIST, which a test may not have.
+    assert main(["run", str(file), f"mode={mode}", "benchmark=rotateddigits", "run_dir=out"]) == 0
+    (config,) = numpy_plugin.built
+    assert config.mode == mode
+    assert config.benchmark == ("rotateddigits", {"num_tasks": 20, "per_task_rotation": 9})
+    assert load_result(tmp_path / "out").matrix.shape == (20, 20)
+
+
+def test_a_sweep_ranks_its_runs_by_validation_accuracy(
+    numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["run", "-m", *SMALL, "benchmark.batch_size=10,20,30", "optimizer.lr=0.001,0.1", "run_dir=sweep"]
+    assert main(line) == 0
+    assert files(tmp_path) == {"sweep"}
+    assert files(tmp_path / "sweep") == {"0", "1", "2", "3", "4", "5", "sweep.csv"}
+    assert [(c.training.batch_size, c.optimizer.lr) for c in numpy_plugin.built] == [
+        (10, 0.001), (10, 0.1), (20, 0.001), (20, 0.1), (30, 0.001), (30, 0.1),
+    ]  # fmt: skip
+    assert {c.benchmark.arguments["validation"] for c in numpy_plugin.built} == {0.1}
+    with (tmp_path / "sweep" / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rank"] for row in rows] == list("123456")
+    assert [row["optimizer.lr"] for row in rows] == ["0.1"] * 3 + ["0.001"] * 3
+    assert {row["status"] for row in rows} == {"finished"}
+    best = json.loads((tmp_path / "sweep" / rows[0]["run"] / "summary.json").read_text())
+    assert float(rows[0]["validation_average_accuracy"]) == best["validation_average_accuracy"]
+    assert float(rows[0]["test_average_accuracy"]) == best["average_accuracy"]
+    out = capsys.readouterr().out
+    assert "note: benchmark.validation=0.1" in out
+    assert "ranked by validation accuracy" in out
+
+
+def test_a_sweep_over_modes_and_seeds_alone_holds_nothing_out(
+    numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "--multirun", "mode=pytorch,flax", "seed=range(2)", *SMALL]) == 0
+    assert [(c.mode, c.training.seed) for c in numpy_plugin.built] == [
+        ("pytorch", 0), ("pytorch", 1), ("jax", 0), ("jax", 1),
+    ]  # fmt: skip
+    assert all("validation" not in c.benchmark.arguments for c in numpy_plugin.built)
+    assert "ranked by test accuracy" in capsys.readouterr().out
+    (sweep,) = (tmp_path / "runs").iterdir()
+    assert sweep.name.endswith("_sweep")
+
+
+def test_a_sweep_may_ask_for_test_accuracy(numpy_plugin: Plugin, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "-m", "optimizer.lr=0.001,0.1", "benchmark.validation=0", *SMALL]) == 0
+    out = capsys.readouterr().out
+    assert "ranked by test accuracy" in out
+    assert "note:" not in out
+
+
+def test_a_sweep_over_algorithms_experiments_and_files(numpy_plugin: Plugin, tmp_path: Path) -> None:
+    assert main(["run", "-m", "+experiment=naive_rotateddigits,ewc_rotateddigits", *SMALL]) == 0
+    assert [c.algo.name for c in numpy_plugin.built] == ["naive", "ewc"]
+    numpy_plugin.built.clear()
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.yaml").write_text(f"optimizer: {{lr: 0.{'ab'.index(name) + 1}}}\n")
+    assert main(["run", "-m", "file=a.yaml,b.yaml", "algo.name=Naive,ewc", *SMALL]) == 0
+    assert [(c.optimizer.lr, c.algo.name) for c in numpy_plugin.built] == [
+        (0.1, "naive"), (0.1, "ewc"), (0.2, "naive"), (0.2, "ewc"),
+    ]  # fmt: skip
+
+
+def test_a_sweep_of_a_list_valued_setting(numpy_plugin: Plugin) -> None:
+    assert main(["run", "-m", "backbone.widths=[8],[8,8]", *SMALL]) == 0
+    assert [c.backbone.widths for c in numpy_plugin.built] == [(8,), (8, 8)]  # type: ignore[attr-defined]
+
+
+def test_a_bad_job_stops_a_sweep_before_any_run(
+    numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "-m", "optimizer.lr=0.1,-1", *SMALL]) == 2
+    assert capsys.readouterr().err == "sequel: optimizer.lr must be >= 0, got -1.0\n"
+    assert main(["run", "-m", "benchmark.batch_size=10,300", *SMALL, "benchmark.validation=0"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sequel: batch_size must be <= the samples of a task, got 300 with 200 training")
+    assert error.count("\n") == 1
+    assert numpy_plugin.built == []
+    assert files(tmp_path) == set()
+
+
+def test_a_run_that_fails_does_not_stop_the_others(
+    numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "-m", "optimizer.lr=100,0.1", "run_dir=sweep", *SMALL]) == 1
+    captured = capsys.readouterr()
+    assert "no longer finite at task 0" in captured.err
+    with (tmp_path / "sweep" / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert (rows[0]["run"], rows[0]["status"]) == ("1", "finished")
+    assert rows[1]["status"] == "diverged"
+
+
+def test_divergence_is_one_line_and_exit_code_1(
+    numpy_plugin: Plugin, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "optimizer.lr=100", *SMALL]) == 1
+    assert last_line(capsys.readouterr().err).startswith(
+        "sequel: the training loss is no longer finite at task 0, epoch 0, step 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["algo=ewcc"], "algo must be one of naive, joint, ewc, got 'ewcc'; did you mean ewc?"),
+        (["benchmark=splitdigits", "benchmark.num_tasks=3"],
+         "benchmark.num_tasks must divide the 10 classes, got 3; use one of 1, 2, 5, 10"),
+        (["benchmark.batch_size=2000"], "batch_size must be <= the samples of a task, got 2000 with "),
+        (["backbone.num_classes=9"], "backbone.num_classes must be the benchmark's 10, got 9; leave it out"),
+        (["training.epochs_per_task=[1,2]"], "training.epochs_per_task must be a number or have one entry"),
+        (["evaluate_on=validation"], "evaluate_on=validation needs validation samples, got none in task 0; "
+         "set benchmark.validation, for example to 0.1"),
+        (["benchmark=splitmnist", "benchmark.data_dir=nowhere"], ""),
+        (["nofile.yaml"], "nofile.yaml is neither a file nor an override such as algo=ewc"),
+        (["algo=ewc,naive"], "algo=ewc,naive has several values; use `sequel run -m` to sweep over them"),
+        (["hydra.run.dir=a"], "hydra.run.dir is set by the command; use run_dir=DIR"),
+        (["hydra/launcher=nosuch"], "In 'hydra/config': Could not find 'hydra/launcher/nosuch'"),
+        (["run_dir=file"], "run_dir must be a directory, got the file file"),
+        (["run_dir=full"], "run_dir must be empty or new, got full, which holds a"),
+        (["--nosuch"], "unrecognized arguments: --nosuch; see sequel run --help"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(
+    line: list[str], message: str, numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    assert main(["run", *line]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"sequel: {message}")
+    assert captured.err.count("\n") == 1
+    assert numpy_plugin.built == []
+    assert files(tmp_path) - {"nowhere"} == {"file", "full"}
+
+
+def test_a_run_directory_that_was_there_stays_when_a_run_fails(numpy_plugin: Plugin, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    assert main(["run", "run_dir=mine", "backbone.num_classes=9"]) == 2
+    assert files(tmp_path) == {"mine"}
+
+
+def test_cfg_prints_a_file_that_runs_the_same(
+    numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "algo=ewc", "algo.ewc_lambda=3", *SMALL, "--cfg"]) == 0
+    (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
+    assert numpy_plugin.built == []
+    assert main(["run", "algo=ewc", "algo.ewc_lambda=3", *SMALL]) == 0
+    assert main(["run", "shown.yaml"]) == 0
+    first, second = numpy_plugin.built
+    assert first.plain() == second.plain()
+
+
+def test_interruption(numpy_plugin: Plugin, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(numpy_plugin, "build_learner", interrupt)
+    assert main(["run", *SMALL]) == 130
