@@ -112,6 +112,10 @@ class Learner(Protocol):
         """Return the model, the optimizer and all settings as plain values, for the run's `config.yaml`."""
         ...
 
+    def threads(self) -> int:
+        """Return the number of threads that arithmetic runs on; another number may round differently."""
+        ...
+
     def close(self) -> None:
         """Flush and close the loggers."""
         ...

@@ -129,6 +129,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+def quadratic_penalty(params: Params, anchor: Params, importance: Params) -> jax.Array:
+    """Return 1/2 * sum_i F_i (theta_i - theta*_i)^2 over all parameters, shape ()."""
+    terms = jax.tree.map(lambda p, a, f: jnp.sum(f * (p - a) ** 2), params, anchor, importance)
+    return 0.5 * jax.tree.reduce(jnp.add, terms)
+
+
 def train_step(
     ts: TrainState, state: State, batch: Batch, penalty: Callable[[Params, Any], jax.Array] | None = None
 ) -> tuple[TrainState, State, Outputs]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -149,14 +150,16 @@ class FlaxLearner:
                     if bad != NEVER:
                         raise DivergenceError(task.index, *divmod(bad - first, steps_per_epoch))
                     values = {name: float(value) for name, value in tally.metrics.compute().items()}
+                    loss, accuracy = values.pop("loss", math.nan), values.pop("accuracy", math.nan)
+                    self.log({"train/loss": loss, "train/accuracy": accuracy, **values})
                     monitor.on_progress(
                         Progress(
                             step=first + done,
                             epoch=epoch,
                             task_step=done,
                             task_steps=epochs * steps_per_epoch,
-                            loss=values.pop("loss", math.nan),
-                            accuracy=values.pop("accuracy", math.nan),
+                            loss=loss,
+                            accuracy=accuracy,
                             learning_rate=self._learning_rate(),
                             extra=values,
                         )
@@ -192,6 +195,10 @@ class FlaxLearner:
         """Return the model and the parameter table's totals as plain values."""
         leaves = jax.tree.leaves(self.ts.params)
         return {"model": repr(self.model), "parameters": int(sum(leaf.size for leaf in leaves))}
+
+    def threads(self) -> int:
+        """Return the number of cores that XLA's thread pool takes on a CPU."""
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def close(self) -> None:
         """Flush and close the writers."""

@@ -73,7 +73,7 @@ class LightningLearner:
     @property
     def step(self) -> int:
         """Training steps since the start of the stream."""
-        return self.module.steps_done
+        return self.module.tally.steps_done
 
     def fit_task(self, task: Task, monitor: FitMonitor) -> None:
         """Train on one task, then do the algorithm's end-of-task work; see `sequel_core.learner.Learner`."""
@@ -119,6 +119,10 @@ class LightningLearner:
         """Return the model and its number of parameters as plain values."""
         parameters = sum(p.numel() for p in self.module.net.parameters())
         return {"model": repr(self.module.net), "parameters": parameters}
+
+    def threads(self) -> int:
+        """Return the number of threads of PyTorch's operators."""
+        return torch.get_num_threads()
 
     def close(self) -> None:
         """Flush and close the loggers."""
@@ -171,7 +175,7 @@ class _Monitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        report = pl_module.report
+        report = pl_module.tally.report
         if report is None and not self._every_step:
             return
         done = trainer.current_epoch * self._steps_per_epoch + batch_idx + 1
@@ -181,7 +185,7 @@ class _Monitor(Callback):
                 raise DivergenceError(self._task.index, *where)
             self._monitor.on_progress(
                 Progress(
-                    step=pl_module.steps_done,
+                    step=pl_module.tally.steps_done,
                     epoch=trainer.current_epoch,
                     task_step=done,
                     task_steps=self._steps,

@@ -30,6 +30,7 @@ from sequel_flax.bundle import (
     forward,
     init_stream,
     predict,
+    quadratic_penalty,
     start_task,
     train_step,
 )
@@ -47,8 +48,7 @@ class EWCState(NamedTuple):
 
 def penalty(params: Params, state: EWCState) -> jax.Array:
     """Return 1/2 * sum_i F_i (theta_i - theta*_i)^2, shape ()."""
-    terms = jax.tree.map(lambda p, a, f: jnp.sum(f * (p - a) ** 2), params, state.anchor, state.importance)
-    return 0.5 * jax.tree.reduce(jnp.add, terms)
+    return quadratic_penalty(params, state.anchor, state.importance)
 
 
 def consolidate(params: Params, state: EWCState, fisher: Params, hparams: EWCHParams) -> EWCState:

@@ -23,7 +23,7 @@ from torchmetrics import MetricCollection
 
 from sequel_core.hparams import EWCHParams
 from sequel_core.task import Batch, StreamSpec
-from sequel_lightning.module import ContinualModule, OptimizerFactory, Params, StateTree
+from sequel_lightning.module import ContinualModule, OptimizerFactory, Params, StateTree, quadratic_penalty
 
 
 class EWCState(NamedTuple):
@@ -35,8 +35,7 @@ class EWCState(NamedTuple):
 
 def penalty(params: Params, state: EWCState) -> Tensor:
     """Return 1/2 * sum_i F_i (theta_i - theta*_i)^2, shape ()."""
-    terms = [(state.importance[k] * (p - state.anchor[k]) ** 2).sum() for k, p in params.items()]
-    return 0.5 * torch.stack(terms).sum()
+    return quadratic_penalty(params, state.anchor, state.importance)
 
 
 def consolidate(params: Params, state: EWCState, fisher: Params, hparams: EWCHParams) -> EWCState:
