@@ -35,7 +35,7 @@ def words(*key: object, count: int, start: int = 0) -> NDArray[np.uint64]:
 
 def uniform(*key: object, count: int, start: int = 0) -> FloatArray:
     """Return floats in [0, 1) with 53 random bits, float64 `[count]`; see `words`."""
-    return (words(*key, count=count, start=start) >> np.uint64(11)) * 2.0**-53
+    return (words(*key, count=count, start=start) >> np.uint64(11)) * np.float64(2.0**-53)
 
 
 def permutation(*key: object, count: int) -> IntArray:
@@ -114,6 +114,6 @@ def initial_weights(seed: int, path: str, shape: tuple[int, ...], fan_in: int) -
     Returns:
         float64 of the given shape.
     """
-    bound = 1.0 / np.sqrt(fan_in)
+    bound = float(1.0 / np.sqrt(fan_in))
     draws = uniform(seed, "initial weights", path, count=int(np.prod(shape, dtype=np.int64)))
     return ((2.0 * draws - 1.0) * bound).reshape(shape)

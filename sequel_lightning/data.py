@@ -110,3 +110,9 @@ class TaskDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> Any:
         """Return the test batches."""
         return EvaluationBatches(self.task.test, self.eval_batch_size)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch; one that is on the CPU already is passed through untouched."""
+        if device.type == "cpu":
+            return batch
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)

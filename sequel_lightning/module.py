@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -234,12 +235,6 @@ class ContinualModule(pl.LightningModule):
             self._consolidate()
         self._fitting = False
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch; one that is on the CPU already is passed through untouched."""
-        if device.type == "cpu" and isinstance(batch, Batch):
-            return batch
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
-
     # -- Lightning: evaluation
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -299,7 +294,7 @@ class ContinualModule(pl.LightningModule):
         precision = self.trainer.precision_plugin
         with evaluating(self), torch.enable_grad(), precision.forward_context():
             self.end_task(
-                self.as_batch(self.transfer_batch_to_device(precision.convert_input(batch), self.device, 0)) for batch in batches
+                self.as_batch(move_data_to_device(precision.convert_input(batch), self.device)) for batch in batches
             )
         optimizers = self.trainer.optimizers
         if not self.algorithm_hparams.reset_optimizer and len(optimizers) == 1:

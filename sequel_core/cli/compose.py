@@ -105,7 +105,7 @@ def compose(overrides: Sequence[str]) -> Composed:
 
 
 def with_paths(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with paths that Hydra can read: FILE as `file='FILE'`, absolute, and `run_dir='DIR'`.
+    """Return the arguments with paths that Hydra can read: `file='FILE'`, absolute, and `run_dir='DIR'`.
 
     Raises:
         ValueError: no such file, or more than one.
