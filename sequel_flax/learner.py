@@ -106,7 +106,8 @@ class FlaxLearner:
     ) -> tuple[TrainState, State, Tally]:
         step = ts.step
         ts, state, outputs = self.algorithm.train_step(ts, state, batch)
-        metrics = tally.metrics.merge(self.metrics.single_from_model_output(**outputs))
+        merged = tally.metrics.merge(self.metrics.single_from_model_output(**outputs))
+        metrics = jax.tree.map(lambda old, new: new.astype(old.dtype), tally.metrics, merged)
         bad = jnp.where(jnp.isfinite(outputs["loss"]), NEVER, step)
         return ts, state, Tally(metrics, jnp.minimum(tally.first_bad_step, bad.astype(jnp.int32)))
 

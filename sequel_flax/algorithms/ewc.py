@@ -4,7 +4,8 @@
     F_{k,i} = 1/N sum_n (d log p(y_n | x_n) / d theta_i)^2 at theta*_k, one gradient per sample, y_n the label
 
 The sum over past tasks k collapses exactly, but for a constant, into one anchor: importance = sum_k F_k and
-anchor = sum_k F_k theta*_k / sum_k F_k. The online variant (Schwarz et al. 2018, https://arxiv.org/abs/1805.06370) decays the
+anchor = sum_k F_k theta*_k / sum_k F_k, kept as theta* + share (anchor - theta*), so that a weight that never moved has exactly no
+penalty (Adam would turn a rounding error into a step). The online variant (Schwarz et al. 2018, https://arxiv.org/abs/1805.06370) decays the
 importance by gamma and anchors at the latest theta*.
 
 Mirror: sequel_lightning/algorithms/ewc.py
@@ -57,10 +58,8 @@ def consolidate(params: Params, state: EWCState, fisher: Params, hparams: EWCHPa
         importance = jax.tree.map(lambda f, new: hparams.gamma * f + new, state.importance, fisher)
         return EWCState(jax.tree.map(jnp.copy, params), importance)
     importance = jax.tree.map(jnp.add, state.importance, fisher)
-    anchor = jax.tree.map(
-        lambda p, a, old, new, total: jnp.where(total > 0, (old * a + new * p) / jnp.where(total > 0, total, 1), p),
-        params, state.anchor, state.importance, fisher, importance,
-    )  # fmt: skip
+    share = jax.tree.map(lambda f, total: f / jnp.where(total > 0, total, 1), state.importance, importance)
+    anchor = jax.tree.map(lambda p, a, share: p + share * (a - p), params, state.anchor, share)
     return EWCState(anchor, importance)
 
 

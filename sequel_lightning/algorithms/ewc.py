@@ -4,7 +4,8 @@
     F_{k,i} = 1/N sum_n (d log p(y_n | x_n) / d theta_i)^2 at theta*_k, one gradient per sample, y_n the label
 
 The sum over past tasks k collapses exactly, but for a constant, into one anchor: importance = sum_k F_k and
-anchor = sum_k F_k theta*_k / sum_k F_k. The online variant (Schwarz et al. 2018, https://arxiv.org/abs/1805.06370) decays the
+anchor = sum_k F_k theta*_k / sum_k F_k, kept as theta* + share (anchor - theta*), so that a weight that never moved has exactly no
+penalty (Adam would turn a rounding error into a step). The online variant (Schwarz et al. 2018, https://arxiv.org/abs/1805.06370) decays the
 importance by gamma and anchors at the latest theta*.
 
 Mirror: sequel_flax/algorithms/ewc.py
@@ -44,14 +45,8 @@ def consolidate(params: Params, state: EWCState, fisher: Params, hparams: EWCHPa
         importance = {k: hparams.gamma * f + fisher[k] for k, f in state.importance.items()}
         return EWCState(params, importance)
     importance = {k: f + fisher[k] for k, f in state.importance.items()}
-    anchor = {
-        k: torch.where(
-            total > 0,
-            (state.importance[k] * state.anchor[k] + fisher[k] * params[k]) / torch.where(total > 0, total, 1),
-            params[k],
-        )
-        for k, total in importance.items()
-    }
+    share = {k: f / torch.where(importance[k] > 0, importance[k], 1) for k, f in state.importance.items()}
+    anchor = {k: p + share[k] * (state.anchor[k] - p) for k, p in params.items()}
     return EWCState(anchor, importance)
 
 

@@ -1,0 +1,110 @@
+"""The table that every parity test walks: algorithms x settings, on three tasks of at least 200 steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from sequel_benchmarks import RotatedDigits
+
+import sequel_flax
+import sequel_lightning
+from sequel_core.hparams import (
+    AlgorithmHParams,
+    EWCHParams,
+    JointHParams,
+    NaiveHParams,
+    OptimizerHParams,
+    TrainingHParams,
+)
+from sequel_core.learner import FitMonitor, Learner
+from sequel_core.task import Benchmark, FloatArray
+
+WIDTHS = (32, 24)
+SILENT = FitMonitor(on_progress=lambda progress: None, on_evaluate=lambda: None)
+
+SGD = OptimizerHParams(lr=0.05)
+OPTIMIZERS: dict[str, tuple[OptimizerHParams, dict[str, Any]]] = {
+    "sgd": (SGD, {}),
+    "momentum": (OptimizerHParams(lr=0.02, momentum=0.9), {}),
+    "nesterov and weight decay": (OptimizerHParams(lr=0.02, momentum=0.8, nesterov=True, weight_decay=0.01), {}),
+    "adam": (OptimizerHParams(type="adam", lr=0.002), {}),
+    "adam and weight decay": (OptimizerHParams(type="adam", lr=0.002, weight_decay=0.01), {}),
+    "adamw": (OptimizerHParams(type="adamw", lr=0.002, weight_decay=0.1), {}),
+    "clipping": (SGD, {"grad_clip": 0.5}),
+    "two epochs": (SGD, {"epochs_per_task": (1, 2, 1)}),
+}
+"""Name: optimizer, and what differs in the training settings."""
+
+DECAY: dict[str, Any] = {"lr_decay": 0.7, "min_lr": 0.01}
+CARRY: dict[str, Any] = {"lr_decay": 0.7, "reset_optimizer": False}
+
+CASES: list[tuple[AlgorithmHParams, str]] = [
+    *((NaiveHParams(), name) for name in OPTIMIZERS),
+    (NaiveHParams(**DECAY), "momentum"),
+    (NaiveHParams(**CARRY), "momentum"),
+    (NaiveHParams(**CARRY), "adam"),
+    (JointHParams(), "sgd"),
+    (JointHParams(**DECAY), "adam"),
+    (JointHParams(policy="once", lr_decay=0.7), "momentum"),
+    *((EWCHParams(ewc_lambda=20, fisher_samples=101), name) for name in OPTIMIZERS),
+    (EWCHParams(ewc_lambda=50, fisher_samples=None, **DECAY), "sgd"),
+    (EWCHParams(ewc_lambda=20, fisher_samples=100, **CARRY), "adam"),
+    (EWCHParams(ewc_lambda=10, accumulation="online", gamma=0.8, fisher_samples=50), "sgd"),
+    (EWCHParams(ewc_lambda=50, accumulation="online", gamma=0.8, fisher_samples=50, **CARRY), "momentum"),
+]
+
+
+def name_of(case: tuple[AlgorithmHParams, str]) -> str:
+    """Return a readable test name."""
+    hparams, optimizer = case
+    changed = {k: v for k, v in vars(hparams).items() if v != type(hparams)().__dict__[k]}
+    return f"{hparams.name} {optimizer} {changed}"
+
+
+@cache
+def benchmark() -> Benchmark:
+    """Three rotations of the digits, 205 batches of 7 each."""
+    return RotatedDigits(num_tasks=3)
+
+
+def training(**changes: Any) -> TrainingHParams:
+    """Return the training settings of the parity runs."""
+    return TrainingHParams(batch_size=7, dtype="float64", seed=3, **changes)
+
+
+def torch_learner(hparams: AlgorithmHParams, optimizer: OptimizerHParams, **changes: Any) -> Learner:
+    """Return a LightningLearner; its Trainers are real ones."""
+    stream = benchmark()
+    net = sequel_lightning.MLP(WIDTHS, stream.num_classes, image_shape=stream.image_shape)
+    factory = sequel_lightning.build_optimizer(optimizer)
+    return sequel_lightning.make_learner(hparams, net, factory, stream, training(**changes))
+
+
+def flax_learner(
+    hparams: AlgorithmHParams, optimizer: OptimizerHParams, steps_per_call: int = 1, **changes: Any
+) -> Learner:
+    """Return a FlaxLearner, dispatched (1) or scanned (more)."""
+    stream = benchmark()
+    net = sequel_flax.MLP(WIDTHS, stream.num_classes)
+    tx = sequel_flax.build_optimizer(optimizer)
+    return sequel_flax.make_learner(hparams, net, tx, stream, training(**changes), steps_per_call=steps_per_call)
+
+
+@cache
+def trained(framework: Callable[..., Learner], hparams: AlgorithmHParams, optimizer: str) -> dict[str, FloatArray]:
+    """Return the weights after all tasks."""
+    settings, changes = OPTIMIZERS[optimizer]
+    learner = framework(hparams, settings, **changes)
+    for task in learner.hparams.training_tasks(benchmark()):
+        learner.fit_task(task, SILENT)
+    assert learner.step >= 200
+    return learner.weights()
+
+
+def difference(a: dict[str, FloatArray], b: dict[str, FloatArray]) -> float:
+    """Return the greatest relative difference of an array, |a - b| / |b| in the Euclidean norm."""
+    assert a.keys() == b.keys()
+    return max(float(np.linalg.norm(a[k] - b[k]) / np.linalg.norm(b[k])) for k in a)

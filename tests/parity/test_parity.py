@@ -1,0 +1,83 @@
+"""Both versions of an algorithm end with the same weights: real Trainer against real Flax learner, three tasks, float64."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams
+from tests.parity.cases import (
+    CASES,
+    OPTIMIZERS,
+    SGD,
+    SILENT,
+    benchmark,
+    difference,
+    flax_learner,
+    name_of,
+    torch_learner,
+    trained,
+)
+
+scanned = partial(flax_learner, steps_per_call=8)
+
+
+@pytest.mark.parametrize(("hparams", "optimizer"), CASES, ids=map(name_of, CASES))
+def test_same_weights_in_both_frameworks(hparams: AlgorithmHParams, optimizer: str) -> None:
+    assert difference(trained(flax_learner, hparams, optimizer), trained(torch_learner, hparams, optimizer)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("hparams", "optimizer"),
+    [(NaiveHParams(), "momentum"), (EWCHParams(ewc_lambda=20, fisher_samples=101), "adam")],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_scanned_steps_are_the_dispatched_steps(hparams: AlgorithmHParams, optimizer: str) -> None:
+    assert difference(trained(scanned, hparams, optimizer), trained(torch_learner, hparams, optimizer)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("hparams", "optimizer"), [c for c in CASES if isinstance(c[0], EWCHParams)], ids=lambda v: str(v)[:40]
+)
+def test_a_usual_strength_moves_the_weights(hparams: EWCHParams, optimizer: str) -> None:
+    common = {k: getattr(hparams, k) for k in ("lr_decay", "min_lr", "reset_optimizer")}
+    naive = trained(flax_learner, NaiveHParams(**common), optimizer)
+    assert difference(trained(flax_learner, hparams, optimizer), naive) > 1e-3
+
+
+@pytest.mark.parametrize("framework", [torch_learner, flax_learner, scanned], ids=["torch", "flax", "scanned"])
+def test_strength_zero_is_naive_exactly(framework: object) -> None:
+    zero = trained(framework, EWCHParams(ewc_lambda=0, fisher_samples=20), "momentum")  # type: ignore[arg-type]
+    naive = trained(framework, NaiveHParams(), "momentum")  # type: ignore[arg-type]
+    for name, array in naive.items():
+        np.testing.assert_array_equal(zero[name], array)
+
+
+def test_same_accuracies_and_losses_in_both_frameworks() -> None:
+    learners = [make(NaiveHParams(), SGD) for make in (torch_learner, flax_learner)]
+    for learner in learners:
+        learner.fit_task(benchmark().tasks[0], SILENT)
+    for task in benchmark().tasks:
+        torch_, flax_ = (learner.evaluate(task, "test") for learner in learners)
+        assert torch_[:2] == flax_[:2]
+        assert torch_.masked_correct == flax_.masked_correct
+        np.testing.assert_allclose(torch_.loss, flax_.loss, rtol=1e-10)
+
+
+def test_initial_weights_are_torch_layers_distribution() -> None:
+    weights = flax_learner(NaiveHParams(), SGD).weights()
+    assert difference(weights, torch_learner(NaiveHParams(), SGD).weights()) == 0
+    for name, fan_in in (("dense_0", 64), ("dense_1", 32), ("head", 24)):
+        draws = np.concatenate([weights[f"{name}/kernel"].ravel(), weights[f"{name}/bias"]]) * np.sqrt(fan_in)
+        assert np.abs(draws).max() < 1
+        np.testing.assert_allclose(draws.mean(), 0, atol=4 / np.sqrt(3 * draws.size))
+        np.testing.assert_allclose(draws.var(), 1 / 3, rtol=0.25)
+
+
+def test_every_optimizer_of_the_table_differs() -> None:
+    ends = [trained(flax_learner, NaiveHParams(), name) for name in OPTIMIZERS]
+    for i, a in enumerate(ends):
+        for b in ends[:i]:
+            assert difference(a, b) > 1e-3
