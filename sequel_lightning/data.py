@@ -104,8 +104,8 @@ class TaskDataModule(pl.LightningDataModule):
         return PlannedBatches(self)
 
     def val_dataloader(self) -> Any:
-        """Return the validation batches; an empty list where the task has no validation samples."""
-        return EvaluationBatches(self.task.validation, self.eval_batch_size) if len(self.task.validation) else []
+        """Return the validation batches; where the task has none, an empty iterator (Lightning warns of anything of length 0)."""
+        return EvaluationBatches(self.task.validation, self.eval_batch_size) if len(self.task.validation) else iter(())
 
     def test_dataloader(self) -> Any:
         """Return the test batches."""

@@ -1,0 +1,3 @@
+"""Lets the tests import Lightning, which imports torchvision, beside any PyTorch build."""
+
+import sequel_lightning._torchvision  # noqa: F401

@@ -1,0 +1,132 @@
+"""What the tests of the Lightning plug-in are put together from: a tiny stream, modules, Trainers, and exact comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import nn
+
+from sequel_core.hparams import AlgorithmHParams, EWCHParams
+from sequel_core.task import Benchmark, Normalisation, Scenario, Split, Task
+from sequel_lightning import ALGORITHMS, MLP, ContinualModule, TaskDataModule, initialise
+from sequel_lightning.module import OptimizerFactory
+
+BATCH, STEPS, SIDE, CLASSES = 4, 5, 3, 4
+MOMENTUM = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+ADAM = partial(torch.optim.Adam, lr=0.01)
+
+
+def stream(num_tasks: int = 3, scenario: Scenario = "domain", validation: int = 0, steps: int = STEPS) -> Benchmark:
+    """Noisy images whose brightest pixel tells the class; the tasks differ in which pixel that is.
+
+    In the task and class scenarios every task has two of the classes, else all. Two training samples do not fill a batch.
+    """
+    rng = np.random.default_rng(1)
+    shared = scenario == "domain"
+    per_task = CLASSES if shared else 2
+    tasks = []
+    for t in range(num_tasks):
+        classes = np.arange(per_task) + (0 if shared else t * per_task)
+        splits = []
+        for n in (BATCH * steps + 2, validation, 23):
+            labels = rng.choice(classes, n)
+            images = rng.integers(0, 200, (n, SIDE * SIDE), dtype=np.uint8)
+            images[np.arange(n), (labels + t) % (SIDE * SIDE)] += 55
+            splits.append(Split(images.reshape(n, SIDE, SIDE, 1), labels, t))
+        train, held_out, test = splits
+        tasks.append(Task(t, f"task {t}", tuple(classes.tolist()), train=train, test=test, validation=held_out))
+    num_classes = CLASSES if shared else per_task * num_tasks
+    return Benchmark("tiny", tuple(tasks), num_classes, scenario, Normalisation((0.4,), (0.25,)))
+
+
+def network(benchmark: Benchmark) -> nn.Module:
+    return initialise(MLP((8,), benchmark.num_classes, image_shape=benchmark.image_shape), seed=0)
+
+
+def module(
+    benchmark: Benchmark, hparams: AlgorithmHParams | None = None, optimizer: OptimizerFactory = MOMENTUM, **options: Any
+) -> ContinualModule:
+    hparams = hparams or EWCHParams(ewc_lambda=10.0)
+    options.setdefault("spec", benchmark.spec)
+    return ALGORITHMS[hparams.name](network(benchmark), optimizer, hparams, **options)
+
+
+def trainer(epochs: int | None = 1, **options: Any) -> pl.Trainer:
+    options = {"logger": False, "enable_checkpointing": False, **options}
+    return pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=2,
+        **options,
+    )
+
+
+def data(benchmark: Benchmark, task: int, **options: Any) -> TaskDataModule:
+    return TaskDataModule(benchmark.tasks[task], BATCH, **options)
+
+
+def learn(
+    model: ContinualModule, benchmark: Benchmark, task: int, epochs: int = 1, ckpt_path: str | None = None, **options: Any
+) -> pl.Trainer:
+    """Fit one task with a new Trainer and return the Trainer."""
+    new = trainer(epochs, **options)
+    new.fit(model, datamodule=data(benchmark, task), ckpt_path=ckpt_path)
+    return new
+
+
+def everything(model: ContinualModule) -> dict[str, Any]:
+    """Return copies of all that a module carries from step to step and from task to task."""
+    carried = model._carried_optimizer or {"state": {}, "param_groups": []}
+    momenta = {f"{i}/{k}": torch.as_tensor(v) for i, s in carried["state"].items() for k, v in s.items()}
+    tensors = {k: v.detach().clone() for k, v in {**model.state_dict(), **momenta}.items()}
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in carried["param_groups"]]
+    return {"tensors": tensors, "groups": groups, "steps_done": model.tally.steps_done}
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["tensors"].keys() == expected["tensors"].keys()
+    differ = [k for k, v in expected["tensors"].items() if not torch.equal(found["tensors"][k], v)]
+    assert differ == []
+    assert found["groups"] == expected["groups"]
+    assert found["steps_done"] == expected["steps_done"]
+
+
+def position(model: ContinualModule) -> tuple[int, int]:
+    """Return the task's index and the phase."""
+    return int(model.task_index), int(model.phase)
+
+
+def counted(model: ContinualModule) -> list[int]:
+    """Make a module note the task of every end-of-task work in the list that is returned."""
+    calls: list[int] = []
+    original = model.end_task
+
+    def end_task(batches: Any) -> None:
+        calls.append(int(model.task_index))
+        original(batches)
+
+    object.__setattr__(model, "end_task", end_task)
+    return calls
+
+
+class At(Callback):
+    """Calls a function in the hooks that are named, for every step or for one step (from 1) of the fit."""
+
+    def __init__(self, act: Callable[[pl.Trainer, str], None], *hooks: str, step: int | None = None) -> None:
+        for name in hooks:
+            setattr(self, name, partial(self._act, act, name, step))
+
+    @staticmethod
+    def _act(
+        act: Callable[[pl.Trainer, str], None], name: str, step: int | None, trainer: pl.Trainer, *_: Any, **__: Any
+    ) -> None:
+        if step is None or trainer.global_step == step:
+            act(trainer, name)
