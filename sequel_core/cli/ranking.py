@@ -64,16 +64,18 @@ def rank(jobs: Sequence[Job], directory: Path, console: Console) -> int:
             numbers = [repr(value) if math.isfinite(value) else "" for value in row[1:4]]
             values = [row.job.overrides.get(key, "") for key in keys]
             writer.writerow([place, row.job.directory.name, *values, *numbers, row.status])
+    shown = [
+        name for name in ("validation", "test") if any(math.isfinite(getattr(row, name)) for row in rows)
+    ]
     table = Table(title=f"ranked by {'validation' if validated else 'test'} accuracy", title_justify="left")
     for column in ("run", *keys):
         table.add_column(column, overflow="fold")
-    for column in ("validation accuracy", "test accuracy", "seconds"):
+    for column in (*(f"{name} accuracy" for name in shown), "seconds"):
         table.add_column(column, justify="right")
     table.add_column("status", overflow="fold")
     for row in rows:
-        percent = [
-            f"{100 * value:.2f} %" if math.isfinite(value) else "" for value in (row.validation, row.test)
-        ]
+        accuracies = [getattr(row, name) for name in shown]
+        percent = [f"{100 * value:.2f} %" if math.isfinite(value) else "" for value in accuracies]
         seconds = f"{row.seconds:.1f}" if math.isfinite(row.seconds) else ""
         values = [row.job.overrides.get(key, "") for key in keys]
         table.add_row(row.job.directory.name, *values, *percent, seconds, row.status)

@@ -1,0 +1,64 @@
+"""The command with both real frameworks, on the bundled digits."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sequel_core.cli import main
+from sequel_core.results import load_result
+
+CODE2 = str(Path(__file__).parent / "fixtures" / "code2_ewc.yaml")
+DIGITS = ["benchmark=rotateddigits", "benchmark.num_tasks=2", "benchmark.per_task_rotation=90"]
+
+
+@pytest.mark.parametrize("algo", ["naive", "joint", "ewc"])
+def test_both_frameworks_agree(algo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    matrices = []
+    for mode in ("pytorch", "jax"):
+        line = [CODE2, *DIGITS, f"algo={algo}", f"mode={mode}", "backbone.dropout=0", "wandb=null"]
+        assert main(["run", *line, "expected.avg_acc=60", f"run_dir={tmp_path / mode}"]) == 0
+        result = load_result(tmp_path / mode)
+        assert result.config["mode"] == mode
+        assert result.config["algo"]["lr_decay"] == 0.8
+        assert f"measured {100 * result.average_accuracy:.2f} %, expected 60 %" in capsys.readouterr().out
+        matrices.append(result.matrix)
+    assert matrices[0][0, 0] > 0.7  # one class in ten by chance
+    np.testing.assert_allclose(matrices[0], matrices[1], atol=0.01)
+
+
+def test_a_sweep_over_frameworks(tmp_path: Path) -> None:
+    line = [
+        "-m",
+        "mode=pytorch,jax",
+        "algo=naive,ewc",
+        *DIGITS,
+        "benchmark.subset=100",
+        f"run_dir={tmp_path / 'sweep'}",
+    ]
+    assert main(["run", *line]) == 0
+    rows = (tmp_path / "sweep" / "sweep.csv").read_text().splitlines()
+    assert rows[0] == "rank,run,mode,algo,validation_average_accuracy,test_average_accuracy,seconds,status"
+    assert len(rows) == 5
+
+
+@pytest.mark.parametrize("mode", ["pytorch", "jax"])
+def test_the_papers_file_with_its_wandb_block_runs_offline(mode: str, tmp_path: Path) -> None:
+    line = [CODE2, *DIGITS, "benchmark.subset=100", f"mode={mode}", "wandb.mode=offline", "run_dir=run"]
+    program = "import sys; from sequel_core.cli import main; sys.exit(main(sys.argv[1:]))"
+    # A process of its own, because wandb keeps threads and a state of the whole process.
+    subprocess.run([sys.executable, "-c", program, "run", *line], cwd=tmp_path, check=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+    assert len(list((tmp_path / "run").rglob("*.wandb"))) == 1
+    assert load_result(tmp_path / "run").summary["status"] == "finished"
+
+
+def test_divergence_keeps_what_was_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [*DIGITS, "mode=jax", "optimizer.lr=1e20", f"run_dir={tmp_path / 'run'}"]
+    assert main(["run", *line]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("sequel: the training loss is no longer finite at task 0, epoch 0")
+    assert error.count("\n") == 1
+    assert load_result(tmp_path / "run").summary["status"] == "diverged"
