@@ -21,7 +21,8 @@ def as_batch(samples: Samples) -> Batch:
 class PlannedBatches:
     """The training batches of a task, epoch after epoch, as the plan has them; it can be resumed at any batch.
 
-    Iterating gives the batches of the current epoch: the Trainer's, or the first where there is no Trainer.
+    Iterating gives the batches of the current epoch: the Trainer's, or the first where there is no Trainer. The length is never 0,
+    so that a batch size larger than the task (a tuner may set one) is refused by the plan, where Lightning would train nothing.
     """
 
     def __init__(self, datamodule: TaskDataModule) -> None:
@@ -31,7 +32,7 @@ class PlannedBatches:
         self._resume: dict[str, int] | None = None
 
     def __len__(self) -> int:
-        return len(self._datamodule.task.train) // self._datamodule.batch_size
+        return max(1, len(self._datamodule.task.train) // self._datamodule.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         module = self._datamodule

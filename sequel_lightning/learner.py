@@ -12,7 +12,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.loggers import Logger
 from torch.nn import functional as F
 
@@ -146,9 +146,10 @@ class LightningLearner:
                 raise ValueError(f"trainer.{name} is set by the learner; use {instead}")
         if training.dtype == "float64" and trainer.setdefault("precision", "64-true") not in ("64-true", "64", 64):
             raise ValueError(f"dtype=float64 needs trainer.precision=64-true, got {trainer['precision']!r}")
-        quietly = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
         return {
-            **quietly,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in self.callbacks),
             "num_sanity_val_steps": 0,
             "limit_val_batches": None if self.callbacks else 0,
             **trainer,
@@ -168,9 +169,12 @@ class _Monitor(Callback):
     def __init__(self, task: Task, training: TrainingHParams, monitor: FitMonitor) -> None:
         self._task = task
         self._monitor = monitor
-        self._steps_per_epoch = len(task.train) // training.batch_size
-        self._steps = self._steps_per_epoch * training.epochs(task.index)
+        self._epochs = training.epochs(task.index)
+        self._steps_per_epoch = 0
         self._every_step = isinstance(monitor.evaluate_every, int)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._steps_per_epoch = int(trainer.num_training_batches)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -188,7 +192,7 @@ class _Monitor(Callback):
                     step=pl_module.tally.steps_done,
                     epoch=trainer.current_epoch,
                     task_step=done,
-                    task_steps=self._steps,
+                    task_steps=self._steps_per_epoch * self._epochs,
                     loss=report.loss,
                     accuracy=report.accuracy,
                     learning_rate=trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan,

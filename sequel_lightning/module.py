@@ -13,20 +13,20 @@ work runs once, when training ran to its end or was stopped on purpose.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from sequel_core.hparams import AlgorithmHParams
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.task import Batch, StreamSpec, Task
 
 Params = dict[str, Tensor]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Any]
@@ -160,11 +160,13 @@ class ContinualModule(pl.LightningModule):
     # -- Lightning: training
 
     def setup(self, stage: str) -> None:
-        """Refuse what the algorithms do not support."""
+        """Refuse what the algorithms do not support; let the loggers' x-axis go on where the last Trainer's ended."""
         if self.trainer.world_size > 1:
             raise ValueError(
                 f"data-parallel training is not supported yet, got world_size={self.trainer.world_size}; use devices=1"
             )
+        first = int(stage == "fit")  # the number of a fit's first step; Lightning would begin every fit at 0
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.tally.steps_done + first
         self._fitting = False
 
     def configure_optimizers(self) -> Any:
@@ -180,7 +182,7 @@ class ContinualModule(pl.LightningModule):
             return configured
         rates = [group["lr"] for group in configured.param_groups]
         if self._carried_optimizer is not None and not hparams.reset_optimizer:
-            configured.load_state_dict(self._carried_optimizer)
+            configured.load_state_dict(copy.deepcopy(self._carried_optimizer))  # it would share the tensors
         task = int(self.task_index) if self.phase == TRAINING else self._next_task()
         for group, rate in zip(configured.param_groups, rates, strict=True):
             group["lr"] = rate * hparams.learning_rate_factor(task, rate) if hparams.lr_decay != 1.0 else rate
@@ -202,6 +204,8 @@ class ContinualModule(pl.LightningModule):
         """Begin the next task, unless this fit resumes one."""
         self.train()
         self.tally.outputs.clear()
+        if self.metrics is not None:
+            self.metrics.reset()
         if not self._fitting or self.phase == TRAINING:
             return
         self.task_index.fill_(self._next_task())
@@ -266,7 +270,7 @@ class ContinualModule(pl.LightningModule):
 
     def _next_task(self) -> int:
         task = getattr(getattr(self.trainer, "datamodule", None), "task", None)
-        return int(self.task_index) + 1 if task is None else int(task.index)
+        return task.index if isinstance(task, Task) else int(self.task_index) + 1
 
     def _make_report(self) -> None:
         losses, logits, labels = zip(*self.tally.outputs, strict=True)
@@ -286,16 +290,18 @@ class ContinualModule(pl.LightningModule):
         scores = {"train/loss": report.loss, "train/accuracy": report.accuracy, **extra}
         self.log_dict(scores, prog_bar=True, logger=False)
         for logger in self.loggers:
-            logger.log_metrics(scores, step=self.tally.steps_done)
+            logger.log_metrics(scores, step=self.trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _prepared(self, batch: Any) -> Batch:
+        """Return a loader's batch as a training step gets it: converted, moved, and through the hooks for batches."""
+        batch = self._on_before_batch_transfer(self.trainer.precision_plugin.convert_input(batch))
+        return self.as_batch(self.trainer.strategy.batch_to_device(batch, self.device))
 
     def _consolidate(self) -> None:
         loader = self.trainer.train_dataloader
         batches = loader.consolidation_batches() if hasattr(loader, "consolidation_batches") else loader
-        precision = self.trainer.precision_plugin
-        with evaluating(self), torch.enable_grad(), precision.forward_context():
-            self.end_task(
-                self.as_batch(move_data_to_device(precision.convert_input(batch), self.device)) for batch in batches
-            )
+        with evaluating(self), torch.enable_grad(), self.trainer.precision_plugin.forward_context():
+            self.end_task(map(self._prepared, batches))
         optimizers = self.trainer.optimizers
         if not self.algorithm_hparams.reset_optimizer and len(optimizers) == 1:
             self._carried_optimizer = optimizers[0].state_dict()

@@ -22,7 +22,9 @@ MOMENTUM = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAM = partial(torch.optim.Adam, lr=0.01)
 
 
-def stream(num_tasks: int = 3, scenario: Scenario = "domain", validation: int = 0, steps: int = STEPS) -> Benchmark:
+def stream(
+    num_tasks: int = 3, scenario: Scenario = "domain", validation: int = 0, steps: int = STEPS
+) -> Benchmark:
     """Noisy images whose brightest pixel tells the class; the tasks differ in which pixel that is.
 
     In the task and class scenarios every task has two of the classes, else all. Two training samples do not fill a batch.
@@ -40,7 +42,9 @@ def stream(num_tasks: int = 3, scenario: Scenario = "domain", validation: int = 
             images[np.arange(n), (labels + t) % (SIDE * SIDE)] += 55
             splits.append(Split(images.reshape(n, SIDE, SIDE, 1), labels, t))
         train, held_out, test = splits
-        tasks.append(Task(t, f"task {t}", tuple(classes.tolist()), train=train, test=test, validation=held_out))
+        tasks.append(
+            Task(t, f"task {t}", tuple(classes.tolist()), train=train, test=test, validation=held_out)
+        )
     num_classes = CLASSES if shared else per_task * num_tasks
     return Benchmark("tiny", tuple(tasks), num_classes, scenario, Normalisation((0.4,), (0.25,)))
 
@@ -50,7 +54,10 @@ def network(benchmark: Benchmark) -> nn.Module:
 
 
 def module(
-    benchmark: Benchmark, hparams: AlgorithmHParams | None = None, optimizer: OptimizerFactory = MOMENTUM, **options: Any
+    benchmark: Benchmark,
+    hparams: AlgorithmHParams | None = None,
+    optimizer: OptimizerFactory = MOMENTUM,
+    **options: Any,
 ) -> ContinualModule:
     hparams = hparams or EWCHParams(ewc_lambda=10.0)
     options.setdefault("spec", benchmark.spec)
@@ -74,7 +81,12 @@ def data(benchmark: Benchmark, task: int, **options: Any) -> TaskDataModule:
 
 
 def learn(
-    model: ContinualModule, benchmark: Benchmark, task: int, epochs: int = 1, ckpt_path: str | None = None, **options: Any
+    model: ContinualModule,
+    benchmark: Benchmark,
+    task: int,
+    epochs: int = 1,
+    ckpt_path: str | None = None,
+    **options: Any,
 ) -> pl.Trainer:
     """Fit one task with a new Trainer and return the Trainer."""
     new = trainer(epochs, **options)
@@ -126,7 +138,12 @@ class At(Callback):
 
     @staticmethod
     def _act(
-        act: Callable[[pl.Trainer, str], None], name: str, step: int | None, trainer: pl.Trainer, *_: Any, **__: Any
+        act: Callable[[pl.Trainer, str], None],
+        name: str,
+        step: int | None,
+        trainer: pl.Trainer,
+        *_: Any,
+        **__: Any,
     ) -> None:
         if step is None or trainer.global_step == step:
             act(trainer, name)

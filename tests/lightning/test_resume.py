@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
-import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 
 from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams
 from sequel_lightning.module import OptimizerFactory
@@ -16,12 +14,10 @@ from tests.lightning.parts import (
     At,
     assert_same,
     counted,
-    data,
     everything,
     learn,
     module,
     stream,
-    trainer,
 )
 
 EPOCHS = 2
@@ -38,7 +34,12 @@ HOOKS = ("on_train_batch_end", "on_validation_end", "on_train_epoch_end", "on_tr
         (EWCHParams(ewc_lambda=10.0, lr_decay=0.8, reset_optimizer=False), MOMENTUM, 6),
         (EWCHParams(ewc_lambda=10.0, lr_decay=0.8), ADAM, 0),
     ],
-    ids=["naive-momentum-reset", "naive-adam-carry-validation", "ewc-momentum-carry-validation", "ewc-adam-reset"],
+    ids=[
+        "naive-momentum-reset",
+        "naive-adam-carry-validation",
+        "ewc-momentum-carry-validation",
+        "ewc-adam-reset",
+    ],
 )
 def test_resume_at_any_moment_is_bit_identical(
     hparams: AlgorithmHParams, optimizer: OptimizerFactory, validation: int, task: int, tmp_path: Path
