@@ -1,4 +1,4 @@
-"""What the tests of the Lightning plug-in are put together from: a tiny stream, modules, Trainers, and exact comparison."""
+"""Parts of the Lightning plug-in's tests: a tiny stream, modules, Trainers, and exact comparison."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def stream(
 ) -> Benchmark:
     """Noisy images whose brightest pixel tells the class; the tasks differ in which pixel that is.
 
-    In the task and class scenarios every task has two of the classes, else all. Two training samples do not fill a batch.
+    In the task and class scenarios every task has two of the classes, else all. Two training samples fill no batch.
     """
     rng = np.random.default_rng(1)
     shared = scenario == "domain"

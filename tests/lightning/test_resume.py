@@ -21,7 +21,7 @@ from tests.lightning.parts import (
 )
 
 EPOCHS = 2
-# Not on_train_epoch_start: from the second epoch on Lightning 2.6 itself leaves out the epoch when it resumes from there.
+# Not on_train_epoch_start: resuming from there, Lightning 2.6 leaves out the epoch, from the second one on.
 HOOKS = ("on_train_batch_end", "on_validation_end", "on_train_epoch_end", "on_train_end")
 
 

@@ -1,4 +1,4 @@
-"""Which fits begin a task and which end one: exceptions, tuners, dry runs, early stops, interrupts and spent Trainers."""
+"""Which fits begin a task and which end one: failures, tuners, dry runs, early stops, spent Trainers."""
 
 from functools import partial
 from pathlib import Path

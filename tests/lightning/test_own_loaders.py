@@ -1,0 +1,233 @@
+"""A user's own loaders, metrics, schedulers and Trainer settings."""
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.tuner import Tuner
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from sequel_core.hparams import EWCHParams, NaiveHParams
+from sequel_core.task import Benchmark
+from sequel_lightning import EWC, ContinualModule
+from tests.lightning.parts import (
+    BATCH,
+    CLASSES,
+    MOMENTUM,
+    STEPS,
+    At,
+    counted,
+    data,
+    everything,
+    learn,
+    module,
+    network,
+    position,
+    stream,
+    trainer,
+)
+
+# Lightning's remark on any module with a validation_step that is fitted without validation data.
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+
+ALL = EWCHParams(ewc_lambda=10.0, fisher_samples=None)
+
+
+def arrays(benchmark: Benchmark, task: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a task's training samples as a user might hold them: normalised floats, labels, task indices."""
+    split = benchmark.tasks[task].train
+    x, y, t = (torch.from_numpy(a) for a in split.take(np.arange(len(split))))
+    mean, std = benchmark.normalisation.mean[0], benchmark.normalisation.std[0]
+    return ((x.float() / 255 - mean) / std).movedim(-1, 1), y, t
+
+
+def own_loader(benchmark: Benchmark, task: int, with_task: bool, batch_size: int = BATCH) -> DataLoader[Any]:
+    x, y, t = arrays(benchmark, task)
+    dataset = TensorDataset(x, y, t) if with_task else TensorDataset(x, y)
+    return DataLoader(dataset, batch_size=batch_size, drop_last=False)
+
+
+def fisher_by_hand(model: ContinualModule, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Return the mean over samples of the squared gradient, one backward pass per sample."""
+    total = {k: torch.zeros_like(p) for k, p in model.net.named_parameters()}
+    for one, label in zip(x, y, strict=True):
+        model.zero_grad()
+        F.cross_entropy(model.net(one[None]), label[None]).backward()
+        for k, p in model.net.named_parameters():
+            assert p.grad is not None
+            total[k] += p.grad**2 / len(y)
+    model.zero_grad()
+    return total
+
+
+@pytest.mark.parametrize("with_task", [False, True])
+@pytest.mark.parametrize("with_spec", [False, True])
+def test_own_loaders_train_and_consolidate(with_task: bool, with_spec: bool) -> None:
+    benchmark = stream()
+    model = module(benchmark, ALL, **({} if with_spec else {"spec": None}))
+    assert isinstance(model, EWC)
+    for task in range(2):
+        trainer().fit(model, own_loader(benchmark, task, with_task))
+        assert position(model) == (task, 2)
+        if task == 0:
+            expected = fisher_by_hand(model, *arrays(benchmark, 0)[:2])
+            for k, f in model.importance.get().items():
+                torch.testing.assert_close(f, expected[k], rtol=1e-4, atol=1e-7)
+    assert model.tally.steps_done == 2 * (STEPS + 1)
+
+
+def test_own_loader_equals_a_loop_written_by_hand() -> None:
+    benchmark = stream()
+    model, net = module(benchmark, NaiveHParams(), spec=None), network(benchmark)
+    loader = own_loader(benchmark, 0, with_task=False)
+    trainer(2).fit(model, loader)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        for x, y in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), y).backward()
+            optimizer.step()
+    for found, expected in zip(model.net.parameters(), net.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_users_datamodule_hooks_reach_the_end_of_task_work() -> None:
+    class Scaled(pl.LightningDataModule):
+        """Images in [0, 255], normalised by the hooks for batches; its `task` is none of ours."""
+
+        task = "digits"
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            x, y, t = arrays(benchmark, 0)
+            return DataLoader(TensorDataset(x * 64, y, t), BATCH)
+
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [batch[0] / 8, *batch[1:]]
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [batch[0] / 8, *batch[1:]]
+
+    benchmark = stream()
+    model, plain = module(benchmark, ALL), module(benchmark, ALL)
+    trainer().fit(model, datamodule=Scaled())
+    trainer().fit(plain, own_loader(benchmark, 0, with_task=True))
+    assert position(model) == (0, 2)
+    found, expected = everything(model)["tensors"], everything(plain)["tensors"]
+    assert all(torch.equal(found[k], v) for k, v in expected.items())
+
+
+def test_resuming_within_an_epoch_of_a_plain_loader_warns(tmp_path: Path) -> None:
+    benchmark = stream()
+    path = str(tmp_path / "third.ckpt")
+    keep = At(lambda trainer, hook: trainer.save_checkpoint(path), "on_train_batch_end", step=3)
+    trainer(callbacks=[keep]).fit(module(benchmark), own_loader(benchmark, 0, with_task=True))
+    resumed = module(benchmark)
+    calls = counted(resumed)
+    with pytest.warns(UserWarning, match="your dataloader is not resumable"):
+        trainer().fit(resumed, own_loader(benchmark, 0, with_task=True), ckpt_path=path)
+    assert calls == [0]
+    assert resumed.tally.steps_done == STEPS + 1
+
+
+def test_own_metrics_are_updated_logged_and_reset() -> None:
+    benchmark = stream()
+    metrics = MetricCollection({"own": MulticlassAccuracy(CLASSES, average="micro")})
+    model = module(benchmark, NaiveHParams(), partial(torch.optim.SGD, lr=0.0), spec=None, metrics=metrics)
+    loader = own_loader(benchmark, 0, with_task=False)
+    seen: list[float] = []
+    note = At(lambda t, _: seen.append(float(t.callback_metrics["own"])), "on_train_batch_end", step=2)
+    last = At(lambda t, _: seen.append(float(t.callback_metrics["own"])), "on_train_epoch_end")
+    trainer(callbacks=[note, last]).fit(model, loader)
+    correct = [float((model.net(x).argmax(-1) == y).sum()) for x, y in loader]
+    assert seen == pytest.approx([sum(correct[:2]) / (2 * BATCH), sum(correct[4:]) / (BATCH + 2)])
+
+
+def test_a_search_leaves_nothing_in_the_users_metrics(tmp_path: Path) -> None:
+    benchmark = stream()
+    metrics = MetricCollection({"own": MulticlassAccuracy(CLASSES, average="micro")})
+    model = module(benchmark, metrics=metrics)
+    searching = trainer(default_root_dir=tmp_path)
+    Tuner(searching).lr_find(model, datamodule=data(benchmark, 0), update_attr=False, num_training=3)
+    totals: list[int] = []
+    first = At(lambda t, _: totals.append(int(metrics["own"].tp)), "on_train_batch_start", step=0)
+    learn(model, benchmark, 0, callbacks=[first])
+    assert totals == [0]
+
+
+def test_own_scheduler_sets_the_learning_rate() -> None:
+    def scheduled(params: Iterable[torch.nn.Parameter]) -> dict[str, Any]:
+        optimizer = torch.optim.SGD(params, lr=0.2)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    benchmark = stream()
+    model = module(benchmark, optimizer=scheduled)
+    rates: list[float] = []
+    note = At(lambda t, _: rates.append(t.optimizers[0].param_groups[0]["lr"]), "on_train_batch_start")
+    for task in range(2):
+        learn(model, benchmark, task, callbacks=[note])
+    assert rates == pytest.approx([0.2, 0.2, 0.1, 0.1, 0.05] * 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "clip", "accumulate"),
+    [({"gradient_clip_val": 0.1}, 0.1, 1), ({"accumulate_grad_batches": 2}, None, 2)],
+    ids=["clip", "accumulate"],
+)
+def test_clipping_and_accumulation_are_the_trainers(
+    settings: dict[str, Any], clip: float | None, accumulate: int
+) -> None:
+    benchmark = stream()
+    model, net = module(benchmark, ALL, spec=None), network(benchmark)
+    loader = own_loader(benchmark, 0, with_task=False)
+    trainer(**settings).fit(model, loader)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    for i, (x, y) in enumerate(loader, 1):
+        (F.cross_entropy(net(x), y) / accumulate).backward()
+        if i % accumulate == 0:
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    for found, expected in zip(model.net.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    assert position(model) == (0, 2)
+
+
+def test_double_precision_is_the_trainers() -> None:
+    benchmark = stream()
+    model = module(benchmark, ALL)
+    net = network(benchmark).double()
+    for task in range(2):
+        learn(model, benchmark, task, precision="64-true")
+    assert isinstance(model, EWC)
+    tensors = [*model.net.parameters(), *model.anchor.get().values(), *model.importance.get().values()]
+    assert {v.dtype for v in tensors} == {torch.float64}
+    twin = EWC(net, MOMENTUM, ALL, benchmark.spec)
+    for task in range(2):
+        learn(twin, benchmark, task, precision="64-true")
+    for found, expected in zip(model.net.parameters(), twin.net.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_mixed_precision_stays_near_single() -> None:
+    benchmark = stream()
+    mixed, single = module(benchmark, ALL), module(benchmark, ALL)
+    for task in range(2):
+        learn(mixed, benchmark, task, precision="bf16-mixed")
+        learn(single, benchmark, task)
+    assert isinstance(mixed, EWC)
+    assert isinstance(single, EWC)
+    assert {v.dtype for v in mixed.importance.get().values()} == {torch.float32}
+    found, expected = (torch.cat([p.detach().flatten() for p in m.net.parameters()]) for m in (mixed, single))
+    difference = float((found - expected).norm() / expected.norm())
+    assert 0 < difference < 0.05
