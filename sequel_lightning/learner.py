@@ -22,7 +22,7 @@ from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Mode, P
 from sequel_core.task import FloatArray, StreamSpec, Task
 from sequel_lightning.backbones import canonical_weights
 from sequel_lightning.data import EvaluationBatches, TaskDataModule
-from sequel_lightning.module import ContinualModule, evaluating, mask_logits
+from sequel_lightning.module import ContinualModule, Tally, evaluating, mask_logits
 
 TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SEEDS = 2**63
@@ -82,7 +82,7 @@ class LightningLearner:
         torch.manual_seed(int(plan.words(training.seed, "dropout", task.index, count=1)[0]) % SEEDS)
         self._trainer = self._make_trainer(
             max_epochs=training.epochs(task.index),
-            callbacks=[*copy.deepcopy(self.callbacks), _Monitor(task, training, monitor)],
+            callbacks=[*copy.deepcopy(self.callbacks), _Monitor(task, training, monitor, self.module.tally)],
         )
         self.module.train()
         with quiet():
@@ -166,9 +166,10 @@ class LightningLearner:
 class _Monitor(Callback):
     """Reports progress and evaluates when due."""
 
-    def __init__(self, task: Task, training: TrainingHParams, monitor: FitMonitor) -> None:
+    def __init__(self, task: Task, training: TrainingHParams, monitor: FitMonitor, tally: Tally) -> None:
         self._task = task
         self._monitor = monitor
+        self._tally = tally
         self._epochs = training.epochs(task.index)
         self._steps_per_epoch = 0
         self._every_step = isinstance(monitor.evaluate_every, int)
@@ -179,7 +180,7 @@ class _Monitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        report = pl_module.tally.report
+        report = self._tally.report
         if report is None and not self._every_step:
             return
         done = trainer.current_epoch * self._steps_per_epoch + batch_idx + 1
@@ -189,7 +190,7 @@ class _Monitor(Callback):
                 raise DivergenceError(self._task.index, *where)
             self._monitor.on_progress(
                 Progress(
-                    step=pl_module.tally.steps_done,
+                    step=self._tally.steps_done,
                     epoch=trainer.current_epoch,
                     task_step=done,
                     task_steps=self._steps_per_epoch * self._epochs,

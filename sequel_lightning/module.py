@@ -190,15 +190,15 @@ class ContinualModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse a spent Trainer; from here on hooks belong to a real fit, before it to a tuner."""
-        loop = self.trainer.fit_loop
-        spent_epochs = self.trainer.max_epochs not in (None, -1) and self.trainer.current_epoch >= (self.trainer.max_epochs or 0)
-        spent_steps = self.trainer.max_steps != -1 and loop.epoch_loop.global_step >= self.trainer.max_steps
-        if self.trainer.ckpt_path is None and (spent_epochs or spent_steps):
+        trainer: Any = self.trainer
+        spent_epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch >= trainer.max_epochs
+        spent_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+        if trainer.ckpt_path is None and (spent_epochs or spent_steps):
             raise ValueError(
-                f"this Trainer is spent: max_epochs={self.trainer.max_epochs} or max_steps={self.trainer.max_steps} is reached, "
-                "so fit would train nothing; make a new Trainer for each task"
+                f"this Trainer is spent: max_epochs={trainer.max_epochs} or max_steps={trainer.max_steps} is "
+                "reached, so fit would train nothing; make a new Trainer for each task"
             )
-        self._fitting = not self.trainer.fast_dev_run
+        self._fitting = not trainer.fast_dev_run
 
     def on_train_start(self) -> None:
         """Begin the next task, unless this fit resumes one."""
@@ -219,7 +219,8 @@ class ContinualModule(pl.LightningModule):
         loss = self.loss(logits, batch)
         if self.metrics is not None:
             self.metrics.update(logits.detach(), batch.y)
-        tally, trainer = self.tally, self.trainer
+        tally = self.tally
+        trainer: Any = self.trainer
         tally.outputs.append((loss.detach(), logits.detach(), batch.y))
         tally.steps_done += 1
         tally.report = None
@@ -273,8 +274,9 @@ class ContinualModule(pl.LightningModule):
         return task.index if isinstance(task, Task) else int(self.task_index) + 1
 
     def _make_report(self) -> None:
-        losses, logits, labels = zip(*self.tally.outputs, strict=True)
-        losses, logits, labels = torch.stack(losses), torch.cat(logits), torch.cat(labels)
+        losses = torch.stack([loss for loss, _, _ in self.tally.outputs])
+        logits = torch.cat([logits for _, logits, _ in self.tally.outputs])
+        labels = torch.cat([labels for _, _, labels in self.tally.outputs])
         bad = (~losses.isfinite()).nonzero()
         extra = {k: float(v) for k, v in self.metrics.compute().items()} if self.metrics is not None else {}
         report = Report(
@@ -298,7 +300,7 @@ class ContinualModule(pl.LightningModule):
         return self.as_batch(self.trainer.strategy.batch_to_device(batch, self.device))
 
     def _consolidate(self) -> None:
-        loader = self.trainer.train_dataloader
+        loader: Any = self.trainer.train_dataloader
         batches = loader.consolidation_batches() if hasattr(loader, "consolidation_batches") else loader
         with evaluating(self), torch.enable_grad(), self.trainer.precision_plugin.forward_context():
             self.end_task(map(self._prepared, batches))
@@ -351,7 +353,7 @@ class QuadraticPenalty(torch.autograd.Function):
 def quadratic_penalty(params: Params, anchor: Params, importance: Params) -> Tensor:
     """Return 1/2 * sum_i F_i (theta_i - theta*_i)^2 over all parameters, shape (); differentiable in `params` once."""
     names = params.keys()
-    penalty: Tensor = QuadraticPenalty.apply(
+    penalty: Tensor = QuadraticPenalty.apply(  # type: ignore[no-untyped-call]
         len(params), *params.values(), *(anchor[k] for k in names), *(importance[k] for k in names)
     )
     return penalty

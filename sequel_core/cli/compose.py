@@ -247,6 +247,8 @@ def _read(path: Path) -> Mapping[str, Any]:
     """Return a configuration file's values."""
     try:
         content = OmegaConf.load(path)
+    except OSError as error:
+        raise ValueError(f"file must be a file that can be read, got {path} ({error.strerror})") from error
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a YAML file of settings: {one_line(error)}") from error
     values = OmegaConf.to_container(content)

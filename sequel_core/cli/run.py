@@ -224,8 +224,11 @@ def _sweep(arguments: Sequence[str], console: Console, show: bool) -> int:
 
 def _jobs(overrides: Sequence[str]) -> list[list[str]]:
     """Return the overrides of every run of a sweep, in the order in which Hydra's own sweeper starts them."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return BasicSweeper.split_arguments(parsed, None)[0]
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        return BasicSweeper.split_arguments(parsed, None)[0]
+    except HydraException as error:
+        raise ValueError(one_line(error)) from error
 
 
 def _keys(overrides: Sequence[str]) -> list[str]:

@@ -1,0 +1,131 @@
+"""`sequel bench`: training steps per second of each algorithm, beside hand-written loops of the same method.
+
+Machines are noisy, so only ratios within one run mean much: all contenders take turns in one process, and medians are compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from sequel_core.cli.arguments import Parser
+from sequel_core.config import check_name
+from sequel_core.hparams import ALGORITHMS, EWCHParams
+from sequel_core.learner import PLUGINS, Mode, plugin
+from sequel_core.plan import words
+from sequel_core.task import Benchmark, Normalisation, Split, Task
+
+SHAPE = (28, 28, 1)
+CLASSES = 10
+ROUNDS = 7
+STEPS = {"pytorch": 300, "jax": 2000}
+BENCHED = {"ewc": EWCHParams(fisher_samples=1)}
+"""Settings other than the defaults: the end of a task is not what is measured."""
+
+Contenders = Mapping[str, Callable[[], float]]
+"""Name: a function that trains for all steps and returns the seconds; the first is ours, the others are references."""
+
+
+class Row(NamedTuple):
+    """One comparison."""
+
+    algo: str
+    mode: Mode
+    batch_size: int
+    steps_per_second: float
+    reference: str
+    ratio: float  # ours / the reference
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command line of `sequel bench`.
+
+    Returns:
+        0.
+
+    Raises:
+        ValueError: an unknown algorithm or mode, or a number out of range.
+    """
+    parser = Parser(prog="sequel bench", description="Training steps per second beside hand-written loops.")
+    parser.add_argument("--algo", nargs="+", default=list(ALGORITHMS), help="algorithms (default: all)")
+    parser.add_argument("--mode", nargs="+", default=list(PLUGINS), help="pytorch, jax (default: both)")
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[10, 64], help="default: 10 64")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each contender (default: {ROUNDS})")
+    parser.add_argument("--steps", type=int, help=f"steps of a turn (default: {STEPS})")
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
+    options = parser.parse_args(args)
+    for name in options.algo:
+        check_name("algo", name, ALGORITHMS)
+    for mode in options.mode:
+        check_name("mode", mode, PLUGINS)
+        plugin(mode)
+    for name in ("rounds", "steps"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be >= 1, got {getattr(options, name)}")
+    if min(options.batch_size) < 1:
+        raise ValueError(f"--batch-size must be >= 1, got {min(options.batch_size)}")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise ValueError(f"--json must lie in a directory that exists, got {options.json}")
+
+    console = Console()
+    rows: list[Row] = []
+    cases = [(mode, size, algo) for mode in options.mode for size in options.batch_size for algo in options.algo]
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for mode, size, algo in progress.track(cases, description="measuring"):
+            rows += measure(algo, mode, size, options.steps or STEPS[mode], options.rounds)
+    console.print(_table(rows, options.rounds))
+    if options.json is not None:
+        options.json.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
+    return 0
+
+
+def measure(algo: str, mode: Mode, batch_size: int, steps: int, rounds: int) -> list[Row]:
+    """Return one row per reference: medians of `rounds` turns, taken alternately, of `steps` steps each."""
+    bench = import_module(f"{PLUGINS[mode]}.bench")
+    hparams = BENCHED.get(algo, ALGORITHMS[algo]())
+    contenders: Contenders = bench.contenders(hparams, stream(batch_size * steps), batch_size)
+    for contender in contenders.values():
+        contender()  # compiles and warms up
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            seconds[name].append(contender())
+    ours, *references = seconds
+    rate = {name: steps / median(taken) for name, taken in seconds.items()}
+    return [Row(algo, mode, batch_size, rate[ours], name, rate[ours] / rate[name]) for name in references]
+
+
+def stream(samples: int) -> Benchmark:
+    """Return one task of random images of MNIST's shape."""
+    pixels = words("bench", "images", count=-(-samples * int(np.prod(SHAPE)) // 8)).view(np.uint8)
+    images = pixels[: samples * int(np.prod(SHAPE))].reshape(samples, *SHAPE)
+    labels = (words("bench", "labels", count=samples) % np.uint64(CLASSES)).astype(np.int64)
+    split = Split(images, labels)
+    task = Task(0, "random images", tuple(range(CLASSES)), split, split.head(1), split.head(0))
+    return Benchmark("bench", (task,), CLASSES, "domain", Normalisation((0.1307,), (0.3081,)))
+
+
+def _table(rows: Sequence[Row], rounds: int) -> Table:
+    table = Table(title=f"Training steps per second, MLP 256-256, median of {rounds}")
+    columns: dict[str, dict[str, Any]] = {
+        "algorithm": {}, "mode": {}, "batch": {"justify": "right"}, "steps/s": {"justify": "right"},
+        "reference": {}, "reference steps/s": {"justify": "right"}, "ratio": {"justify": "right"},
+    }  # fmt: skip
+    for name, style in columns.items():
+        table.add_column(name, **style)
+    for row in rows:
+        reference = row.steps_per_second / row.ratio
+        table.add_row(
+            row.algo, row.mode, str(row.batch_size), f"{row.steps_per_second:,.0f}", row.reference,
+            f"{reference:,.0f}", f"{row.ratio:.2f}",
+        )  # fmt: skip
+    return table
