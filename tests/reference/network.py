@@ -1,0 +1,65 @@
+"""A multi-layer perceptron and its gradient by hand, in float64 NumPy.
+
+    h_0 = x, a_l = h_l W_l + b_l, h_{l+1} = max(a_l, 0), p = softmax(a_L)
+    L = -mean_n log p_{n, y_n};  dL/da_L = (p - onehot(y)) / N
+    dL/dW_l = h_l^T dL/da_l, dL/db_l = sum_n dL/da_l, dL/da_{l-1} = (dL/da_l W_l^T) * [a_{l-1} > 0]
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sequel_core.plan import initial_weights
+from sequel_core.task import BoolArray, FloatArray, IntArray
+
+Weights = dict[str, FloatArray]  # layer/kernel [in, out], layer/bias [out]
+
+
+def initial(seed: int, sizes: list[int]) -> Weights:
+    """Return the plan's initial weights of a network with these layer sizes, input and output included."""
+    names = [*(f"dense_{i}" for i in range(len(sizes) - 2)), "head"]
+    weights = {}
+    for name, fan_in, fan_out in zip(names, sizes[:-1], sizes[1:], strict=True):
+        for path, shape in ((f"{name}/kernel", (fan_in, fan_out)), (f"{name}/bias", (fan_out,))):
+            weights[path] = initial_weights(seed, path, shape, fan_in)
+    return weights
+
+
+def layers(weights: Weights) -> list[str]:
+    """Return the names of the layers from input to output."""
+    return [*(f"dense_{i}" for i in range(len(weights) // 2 - 1)), "head"]
+
+
+def logits(weights: Weights, x: FloatArray) -> tuple[FloatArray, list[FloatArray]]:
+    """Return the outputs `[N, C]` and the inputs of each layer, for pixels `[N, D]`."""
+    names, inputs = layers(weights), [x]
+    for name in names[:-1]:
+        inputs.append(np.maximum(inputs[-1] @ weights[f"{name}/kernel"] + weights[f"{name}/bias"], 0))
+    return inputs[-1] @ weights["head/kernel"] + weights["head/bias"], inputs
+
+
+def log_softmax(a: FloatArray, mask: BoolArray | None) -> FloatArray:
+    """Return log p `[N, C]`; classes outside the mask have probability 0."""
+    if mask is not None:
+        a = np.where(mask, a, -np.inf)
+    a = a - a.max(axis=1, keepdims=True)
+    return np.asarray(a - np.log(np.exp(a).sum(axis=1, keepdims=True)))
+
+
+def loss(weights: Weights, x: FloatArray, y: IntArray, mask: BoolArray | None = None) -> float:
+    """Return the mean cross-entropy."""
+    return float(-log_softmax(logits(weights, x)[0], mask)[np.arange(len(y)), y].mean())
+
+
+def gradient(weights: Weights, x: FloatArray, y: IntArray, mask: BoolArray | None = None) -> Weights:
+    """Return the gradient of the mean cross-entropy."""
+    a, inputs = logits(weights, x)
+    delta = np.exp(log_softmax(a, mask))
+    delta[np.arange(len(y)), y] -= 1
+    delta /= len(y)
+    found: Weights = {}
+    for name, h in zip(reversed(layers(weights)), reversed(inputs), strict=True):
+        found[f"{name}/kernel"] = h.T @ delta
+        found[f"{name}/bias"] = delta.sum(axis=0)
+        delta = (delta @ weights[f"{name}/kernel"].T) * (h > 0)
+    return found
