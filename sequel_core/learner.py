@@ -86,7 +86,11 @@ class Learner(Protocol):
     hparams: AlgorithmHParams
     training: TrainingHParams
     spec: StreamSpec
-    step: int  # optimizer steps since the start of the stream
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps since the start of the stream."""
+        ...
 
     def fit_task(self, task: Task, monitor: FitMonitor) -> None:
         """Train on one task, then do the algorithm's end-of-task work.
