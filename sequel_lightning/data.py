@@ -19,10 +19,11 @@ def as_batch(samples: Samples) -> Batch:
 
 
 class PlannedBatches:
-    """The training batches of a task, epoch after epoch, as the plan has them; it can be resumed at any batch.
+    """The training batches of a task, epoch after epoch, as the plan has them; resumable at any batch.
 
-    Iterating gives the batches of the current epoch: the Trainer's, or the first where there is no Trainer. The length is never 0,
-    so that a batch size larger than the task (a tuner may set one) is refused by the plan, where Lightning would train nothing.
+    Iterating gives the batches of the current epoch: the Trainer's, or the first where there is no Trainer.
+    The length is never 0, so that a batch size larger than the task (a tuner may set one) is refused by the
+    plan, where Lightning would train nothing.
     """
 
     def __init__(self, datamodule: TaskDataModule) -> None:
@@ -48,7 +49,7 @@ class PlannedBatches:
                 yield Batch(x, y, t)
 
     def consolidation_batches(self) -> Iterator[Batch]:
-        """Yield the training samples once, in the plan's order for end-of-task work; the last batch may be incomplete."""
+        """Yield the training samples once, in the plan's order for that; the last batch may be incomplete."""
         module = self._datamodule
         for samples in plan.consolidation_batches(module.seed, module.task, module.batch_size):
             yield as_batch(samples)
@@ -105,8 +106,9 @@ class TaskDataModule(pl.LightningDataModule):
         return PlannedBatches(self)
 
     def val_dataloader(self) -> Any:
-        """Return the validation batches; where the task has none, an empty iterator (Lightning warns of anything of length 0)."""
-        return EvaluationBatches(self.task.validation, self.eval_batch_size) if len(self.task.validation) else iter(())
+        """Return the validation batches; where there are none, an iterator: Lightning warns of length 0."""
+        validation = self.task.validation
+        return EvaluationBatches(validation, self.eval_batch_size) if len(validation) else iter(())
 
     def test_dataloader(self) -> Any:
         """Return the test batches."""

@@ -34,12 +34,14 @@ class LightningLearner:
     Args:
         module: for example `EWC(net, optimizer, EWCHParams(), benchmark.spec)`.
         training: batch size, epochs, clipping, seed, dtype.
-        trainer: further arguments of `pytorch_lightning.Trainer`: accelerator, devices, precision, accumulate_grad_batches, ...
+        trainer: further arguments of `pytorch_lightning.Trainer`: accelerator, devices, precision,
+            accumulate_grad_batches, ...
         callbacks: given to every Trainer as fresh copies, so that early stopping starts anew with each task.
         loggers: kept across tasks; their x-axis is the number of steps since the start of the stream.
 
     Raises:
-        ValueError: a module without a spec, a dtype that the network has not, or `trainer` sets what the learner sets.
+        ValueError: a module without a spec, a dtype that the network has not, or `trainer` sets what the
+            learner sets.
     """
 
     mode: Mode = "pytorch"
@@ -144,7 +146,8 @@ class LightningLearner:
         for name, instead in ours.items():
             if name in trainer:
                 raise ValueError(f"trainer.{name} is set by the learner; use {instead}")
-        if training.dtype == "float64" and trainer.setdefault("precision", "64-true") not in ("64-true", "64", 64):
+        double = "64-true", "64", 64
+        if training.dtype == "float64" and trainer.setdefault("precision", "64-true") not in double:
             raise ValueError(f"dtype=float64 needs trainer.precision=64-true, got {trainer['precision']!r}")
         return {
             "enable_progress_bar": False,
@@ -185,6 +188,7 @@ class _Monitor(Callback):
             return
         done = trainer.current_epoch * self._steps_per_epoch + batch_idx + 1
         if report is not None:
+            optimizers = trainer.optimizers
             if report.first_bad_step is not None:
                 where = divmod(done - report.first_bad_step, self._steps_per_epoch)
                 raise DivergenceError(self._task.index, *where)
@@ -196,7 +200,7 @@ class _Monitor(Callback):
                     task_steps=self._steps_per_epoch * self._epochs,
                     loss=report.loss,
                     accuracy=report.accuracy,
-                    learning_rate=trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else math.nan,
+                    learning_rate=optimizers[0].param_groups[0]["lr"] if optimizers else math.nan,
                     extra=report.extra,
                 )
             )

@@ -6,9 +6,10 @@ One `Trainer.fit` is one task, under any Trainer, with no orchestrator:
     for task in benchmark.tasks:
         Trainer(max_epochs=1).fit(module, datamodule=TaskDataModule(task))
 
-Because Lightning's hooks also fire on resume, after an exception and within a tuner, the module keeps two persistent buffers: the
-index of the task and the phase it is in. A task starts in `on_train_start` only from a phase other than training; its end-of-task
-work runs once, when training ran to its end or was stopped on purpose.
+Because Lightning's hooks also fire on resume, after an exception and within a tuner, the module keeps two
+persistent buffers: the index of the task and the phase it is in. A task starts in `on_train_start` only from
+a phase other than training; its end-of-task work runs once, when training ran to its end or was stopped on
+purpose.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Report(NamedTuple):
 
 
 class Tally:
-    """Outputs of the steps since the last report, and what is counted; a plain object, because a module's attributes are slow."""
+    """Outputs since the last report, and counts; a plain object, because a module's attributes are slow."""
 
     def __init__(self) -> None:
         self.steps_done = 0  # since the start of the stream
@@ -57,16 +58,16 @@ class ContinualModule(pl.LightningModule):
 
     Args:
         net: called with images `[B, C, H, W]`, returns logits `[B, num_classes]`.
-        optimizer: factory over parameters, for example `partial(torch.optim.SGD, lr=0.1)`; it may return whatever
+        optimizer: factory over parameters, for example `partial(torch.optim.SGD, lr=0.1)`; it may return what
             `configure_optimizers` may, a scheduler included.
         hparams: settings of the algorithm.
-        spec: of the stream (`benchmark.spec`): the mask of each task and the normalisation of uint8 images. Without one, logits
-            are not masked and images must come normalised.
+        spec: of the stream (`benchmark.spec`): the mask of each task and the normalisation of uint8 images.
+            Without one, logits are not masked and images must come normalised.
         metrics: updated with `(logits, labels)` at every training step, logged and reset with the loss.
 
     Raises:
-        ValueError: in `fit`, for a Trainer that has nothing left to run, more than one process, or a learning-rate decay
-            beside a scheduler.
+        ValueError: in `fit`, for a Trainer that has nothing left to run, more than one process, or a
+            learning-rate decay beside a scheduler.
     """
 
     hparams_class: type[AlgorithmHParams]
@@ -99,7 +100,9 @@ class ContinualModule(pl.LightningModule):
         self.register_buffer("phase", torch.tensor(IDLE))
         like = next(net.parameters())
         for name in ("scale", "shift"):
-            value = torch.as_tensor(getattr(spec.normalisation, name), dtype=like.dtype).reshape(-1, 1, 1) if spec else None
+            value = None
+            if spec is not None:
+                value = torch.as_tensor(getattr(spec.normalisation, name), dtype=like.dtype).reshape(-1, 1, 1)
             self.register_buffer(name, value, persistent=False)
         mask = torch.from_numpy(spec.mask) if spec is not None and spec.masks_logits else None
         self.register_buffer("mask", mask, persistent=False)
@@ -112,7 +115,7 @@ class ContinualModule(pl.LightningModule):
         """Begin task `self.task_index`."""
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the training loss of a batch, shape (); the mean cross-entropy unless a subclass adds to it."""
+        """Return the training loss of a batch, shape (): the mean cross-entropy; subclasses add to it."""
         return F.cross_entropy(logits, batch.y)
 
     def end_task(self, batches: Iterable[Batch]) -> None:
@@ -160,17 +163,18 @@ class ContinualModule(pl.LightningModule):
     # -- Lightning: training
 
     def setup(self, stage: str) -> None:
-        """Refuse what the algorithms do not support; let the loggers' x-axis go on where the last Trainer's ended."""
+        """Refuse what is not supported; let the loggers' x-axis go on where the last Trainer's ended."""
         if self.trainer.world_size > 1:
             raise ValueError(
-                f"data-parallel training is not supported yet, got world_size={self.trainer.world_size}; use devices=1"
+                "data-parallel training is not supported yet, "
+                f"got world_size={self.trainer.world_size}; use devices=1"
             )
         first = int(stage == "fit")  # the number of a fit's first step; Lightning would begin every fit at 0
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.tally.steps_done + first
         self._fitting = False
 
     def configure_optimizers(self) -> Any:
-        """Return what the factory made, with the learning rate of the task and, unless reset, the last task's state."""
+        """Return what the factory made, with the task's learning rate and, unless reset, the last state."""
         configured = self.optimizer_factory([p for p in self.net.parameters() if p.requires_grad])
         hparams = self.algorithm_hparams
         if not isinstance(configured, Optimizer):
@@ -253,14 +257,18 @@ class ContinualModule(pl.LightningModule):
     def _evaluation_step(self, batch: Any, name: str) -> None:
         batch = self.as_batch(batch)
         logits = self.predict(batch.x, batch.t)
-        scores = {f"{name}/loss": F.cross_entropy(logits, batch.y), f"{name}/accuracy": accuracy(logits, batch.y)}
+        loss = F.cross_entropy(logits, batch.y)
+        scores = {f"{name}/loss": loss, f"{name}/accuracy": accuracy(logits, batch.y)}
         self.log_dict(scores, on_epoch=True, prog_bar=True, batch_size=len(batch.y))
 
     # -- Lightning: checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is not a buffer: the step count and the carried optimizer state."""
-        checkpoint["sequel"] = {"steps_done": self.tally.steps_done, "carried_optimizer": self._carried_optimizer}
+        checkpoint["sequel"] = {
+            "steps_done": self.tally.steps_done,
+            "carried_optimizer": self._carried_optimizer,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Read back what `on_save_checkpoint` added."""
@@ -295,7 +303,7 @@ class ContinualModule(pl.LightningModule):
             logger.log_metrics(scores, step=self.trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def _prepared(self, batch: Any) -> Batch:
-        """Return a loader's batch as a training step gets it: converted, moved, and through the hooks for batches."""
+        """Return a loader's batch as a training step gets it: converted, moved, through the batch hooks."""
         batch = self._on_before_batch_transfer(self.trainer.precision_plugin.convert_input(batch))
         return self.as_batch(self.trainer.strategy.batch_to_device(batch, self.device))
 
@@ -311,7 +319,7 @@ class ContinualModule(pl.LightningModule):
 
 
 class StateTree(nn.Module):
-    """Tensors by parameter name, as buffers: they move, checkpoint and load into a fresh module like any other."""
+    """Tensors by parameter name, as buffers: they move, checkpoint and load into a fresh module."""
 
     def __init__(self, tensors: Params) -> None:
         """Hold these tensors; their names and shapes never change."""
@@ -321,7 +329,7 @@ class StateTree(nn.Module):
 
     def get(self) -> Params:
         """Return the tensors by parameter name."""
-        return {name.replace("/", "."): tensor for name, tensor in self._buffers.items() if tensor is not None}
+        return {name.replace("/", "."): t for name, t in self._buffers.items() if t is not None}
 
     def set(self, tensors: Params) -> None:
         """Copy new values into the tensors."""
@@ -330,7 +338,9 @@ class StateTree(nn.Module):
 
 
 class QuadraticPenalty(torch.autograd.Function):
-    """1/2 * sum_i F_i (theta_i - theta*_i)^2 with its gradient F (theta - theta*) written out: half the time of autograd's.
+    """1/2 * sum_i F_i (theta_i - theta*_i)^2, its gradient F (theta - theta*) written out.
+
+    That takes half of autograd's time.
 
     Arguments of `apply`: the number n of parameters, then n parameters, n anchors and n importances.
     """
@@ -351,7 +361,7 @@ class QuadraticPenalty(torch.autograd.Function):
 
 
 def quadratic_penalty(params: Params, anchor: Params, importance: Params) -> Tensor:
-    """Return 1/2 * sum_i F_i (theta_i - theta*_i)^2 over all parameters, shape (); differentiable in `params` once."""
+    """Return 1/2 * sum_i F_i (theta_i - theta*_i)^2, shape (); differentiable in `params`, once."""
     names = params.keys()
     penalty: Tensor = QuadraticPenalty.apply(  # type: ignore[no-untyped-call]
         len(params), *params.values(), *(anchor[k] for k in names), *(importance[k] for k in names)

@@ -27,7 +27,7 @@ def stream(
 ) -> Benchmark:
     """Noisy images whose brightest pixel tells the class; the tasks differ in which pixel that is.
 
-    In the task and class scenarios every task has two of the classes, else all. Two training samples fill no batch.
+    In the task and class scenarios every task has two of the classes, else all. Two samples fill no batch.
     """
     rng = np.random.default_rng(1)
     shared = scenario == "domain"
@@ -89,8 +89,9 @@ def learn(
     **options: Any,
 ) -> pl.Trainer:
     """Fit one task with a new Trainer and return the Trainer."""
+    weights_only = options.pop("weights_only", None)
     new = trainer(epochs, **options)
-    new.fit(model, datamodule=data(benchmark, task), ckpt_path=ckpt_path)
+    new.fit(model, datamodule=data(benchmark, task), ckpt_path=ckpt_path, weights_only=weights_only)
     return new
 
 

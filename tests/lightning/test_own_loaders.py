@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.tuner import Tuner
+from pytorch_lightning.tuner.tuning import Tuner
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -73,7 +73,7 @@ def fisher_by_hand(model: ContinualModule, x: Tensor, y: Tensor) -> dict[str, Te
 @pytest.mark.parametrize("with_spec", [False, True])
 def test_own_loaders_train_and_consolidate(with_task: bool, with_spec: bool) -> None:
     benchmark = stream()
-    model = module(benchmark, ALL, **({} if with_spec else {"spec": None}))
+    model = module(benchmark, ALL, spec=benchmark.spec if with_spec else None)
     assert isinstance(model, EWC)
     for task in range(2):
         trainer().fit(model, own_loader(benchmark, task, with_task))
@@ -157,10 +157,10 @@ def test_a_search_leaves_nothing_in_the_users_metrics(tmp_path: Path) -> None:
     model = module(benchmark, metrics=metrics)
     searching = trainer(default_root_dir=tmp_path)
     Tuner(searching).lr_find(model, datamodule=data(benchmark, 0), update_attr=False, num_training=3)
-    totals: list[int] = []
-    first = At(lambda t, _: totals.append(int(metrics["own"].tp)), "on_train_batch_start", step=0)
+    updates: list[int] = []
+    first = At(lambda t, _: updates.append(metrics["own"].update_count), "on_train_batch_start", step=0)
     learn(model, benchmark, 0, callbacks=[first])
-    assert totals == [0]
+    assert updates == [0]
 
 
 def test_own_scheduler_sets_the_learning_rate() -> None:

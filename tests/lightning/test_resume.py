@@ -1,9 +1,12 @@
 """A checkpoint of any moment of a task, loaded into a fresh module, ends as if nothing had happened."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams
 from sequel_lightning.module import OptimizerFactory
@@ -68,3 +71,61 @@ def test_resume_at_any_moment_is_bit_identical(
             assert calls == ([] if "after_fit" in path else [task])
         except AssertionError as error:
             raise AssertionError(f"resumed from {Path(path).name}") from error
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_checkpoints_of_model_checkpoint_are_plain_and_carry_the_stream_on(tmp_path: Path) -> None:
+    """Every step's checkpoint loads with weights_only; the next task, too, ends as if uninterrupted."""
+    hparams = EWCHParams(ewc_lambda=10.0, lr_decay=0.8, reset_optimizer=False)
+    benchmark = stream(validation=6)
+    straight = module(benchmark, hparams, ADAM)
+    learn(straight, benchmark, 0)
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    learn(straight, benchmark, 1, callbacks=[keep], enable_checkpointing=True)
+    learn(straight, benchmark, 2)
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    assert len(paths) == STEPS
+    for path in paths:
+        plain = torch.load(path, weights_only=True)
+        assert plain["sequel"]["steps_done"] == STEPS + plain["global_step"]
+        assert {"anchor.head/weight", "importance.head/weight", "task_index", "phase"} <= plain[
+            "state_dict"
+        ].keys()
+        resumed = module(benchmark, hparams, ADAM)
+        again = ModelCheckpoint(tmp_path, filename="again-{step}", every_n_train_steps=1)
+        learn(
+            resumed,
+            benchmark,
+            1,
+            ckpt_path=str(path),
+            weights_only=True,
+            callbacks=[again],
+            enable_checkpointing=True,
+        )
+        learn(resumed, benchmark, 2)
+        assert_same(everything(resumed), everything(straight))
+
+
+def test_resume_where_validation_runs_within_the_epoch(tmp_path: Path) -> None:
+    benchmark = stream(validation=6)
+    straight = module(benchmark, optimizer=ADAM)
+    saved: list[str] = []
+
+    def save(trainer: pl.Trainer, hook: str) -> None:
+        saved.append(str(tmp_path / f"{len(saved):02d}-{hook}.ckpt"))
+        trainer.save_checkpoint(saved[-1])
+
+    options: dict[str, Any] = {"val_check_interval": 2, "num_sanity_val_steps": 0}
+    learn(
+        straight,
+        benchmark,
+        0,
+        EPOCHS,
+        callbacks=[At(save, "on_validation_end", "on_train_batch_end")],
+        **options,
+    )
+    assert len(saved) == EPOCHS * (STEPS + STEPS // 2)
+    for path in saved:
+        resumed = module(benchmark, optimizer=ADAM)
+        learn(resumed, benchmark, 0, EPOCHS, ckpt_path=path, **options)
+        assert_same(everything(resumed), everything(straight))

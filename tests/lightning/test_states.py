@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
 from pytorch_lightning.strategies import SingleDeviceStrategy
-from pytorch_lightning.tuner import Tuner
+from pytorch_lightning.tuner.tuning import Tuner
 from torch import nn
 
 from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams
@@ -55,6 +55,7 @@ def interrupt(trainer: pl.Trainer, hook: str) -> None:
 def test_an_exception_leaves_the_task_open_and_the_next_fit_goes_on_with_it(hook: str) -> None:
     benchmark = stream()
     model = module(benchmark)
+    assert isinstance(model, EWC)
     calls = counted(model)
     learn(model, benchmark, 0)
     importance = {k: v.clone() for k, v in model.importance.get().items()}
