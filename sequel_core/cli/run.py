@@ -161,15 +161,11 @@ def _compare(console: Console, config: ExperimentConfig, result: Result) -> None
     """Print the published results beside the measured ones."""
     source = f" ({config.source})" if config.source else ""
     for key, value in config.expected.items():
+        text = f"{key}: measured {result.summary.get(key, 'not')}, expected {value}"
         if key == "avg_acc":
             measured = 100 * result.average_accuracy
-            console.print(
-                f"average accuracy: measured {measured:.2f} %, expected {value:g} %{source}", highlight=False
-            )
-        else:
-            console.print(
-                f"{key}: measured {result.summary.get(key, 'not')}, expected {value}{source}", highlight=False
-            )
+            text = f"average accuracy: measured {measured:.2f} %, expected {value:g} %"
+        console.print(f"{text}{source}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _sweep(arguments: Sequence[str], console: Console, show: bool) -> int:

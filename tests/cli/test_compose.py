@@ -1,13 +1,14 @@
 """Files, shipped experiments and overrides become one checked experiment."""
 
 from contextlib import suppress
+from importlib import resources
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sequel_core.cli.compose import compose, experiments
+from sequel_core.cli.compose import compose, experiments, request
 from sequel_core.config import EVALUATION, SECTIONS, ExperimentConfig, choices, flatten, nest, settings
 from sequel_core.hparams import EWCHParams, MLPHParams, NaiveHParams, OptimizerHParams, TrainingHParams
 
@@ -137,6 +138,14 @@ def test_published_numbers(name: str, expected: float) -> None:
     assert compose([f"+experiment={name}"]).config.expected["avg_acc"] == expected
 
 
+@pytest.mark.parametrize("name", experiments())
+def test_a_shipped_experiment_says_where_it_comes_from(name: str) -> None:
+    text = resources.files("sequel_configs").joinpath("experiment", f"{name}.yaml").read_text()
+    for word in ("Paper: ", f"Command: sequel run +experiment={name}\n", "Running time: ", "Expected: "):
+        assert f"\n# {word}" in text
+    assert "@" not in text.removeprefix("# @package _global_")
+
+
 BAD = [
     ([CODE3], "algo must be one of naive, joint, ewc, got 'mcsgd'"),
     ([CODE4], "algo must be one of naive, joint, ewc, got 'lamaml'"),
@@ -196,6 +205,7 @@ BAD = [
     (["experiment=ewc_rotated"], "experiment must be one of "),
     ([CODE2, CODE3], "give one FILE, got "),
     ([CODE2, "experiment=ewc_rotatedmnist"], "give a FILE or experiment=NAME, got both: "),
+    (["file=no.yaml"], "file must be a file that can be read, got no.yaml (No such file or directory)"),
     (["no.yaml"], "no.yaml is neither a file nor an override such as algo=ewc"),
     (["ewc_rotatedmnist"], "ewc_rotatedmnist is neither a file nor an override such as algo=ewc; "
      "did you mean +experiment=ewc_rotatedmnist?"),
@@ -278,9 +288,20 @@ VALUES = st.one_of(
 )
 def test_any_overrides_compose_or_are_refused_in_words(line: list[tuple[str, str, str]]) -> None:
     with suppress(ValueError):
-        assert (
-            compose([f"{prefix}{key}={value}" for prefix, key, value in line]).config.training.batch_size >= 1
-        )
+        config = compose([f"{prefix}{key}={value}" for prefix, key, value in line]).config
+        assert config.training.batch_size >= 1
+
+
+SWEEPS = st.sampled_from(["1,2", "a,b", "choice(1,2)", "range(3)", "glob(*)", "interval(0,1)", "naive,der++"])
+PLACES = st.sampled_from(["run_dir", "file", "experiment", "hydra.verbose", "algo@x", "algo.name"])
+LINES = st.tuples(st.sampled_from(["", "+", "++"]), st.sampled_from(KEYS) | PLACES, VALUES | SWEEPS)
+
+
+@given(st.lists(LINES, max_size=4))
+def test_any_sweep_is_read_or_refused_in_words(line: list[tuple[str, str, str]]) -> None:
+    with suppress(ValueError):
+        asked = request([f"{prefix}{key}={value}" for prefix, key, value in line], sweep=True)
+        assert all("=" in text for text in asked.overrides)
 
 
 @given(
