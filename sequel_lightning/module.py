@@ -51,6 +51,7 @@ class Tally:
         self.steps_done = 0  # since the start of the stream
         self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, logits, labels
         self.report: Report | None = None  # made by the latest step, if it made one
+        self.after_step: Callable[[pl.Trainer, int], None] | None = None  # the learner's, while it fits
 
 
 class ContinualModule(pl.LightningModule):
@@ -232,6 +233,11 @@ class ContinualModule(pl.LightningModule):
         if (interval and (batch_idx + 1) % interval == 0) or batch_idx + 1 == trainer.num_training_batches:
             self._make_report()
         return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Let the learner look at the step."""
+        if self.tally.after_step is not None:
+            self.tally.after_step(self.trainer, batch_idx)
 
     def on_train_end(self) -> None:
         """Do the end-of-task work, once."""
