@@ -1,4 +1,4 @@
-"""SequeL's framework-neutral core: tasks, the plan, settings and the orchestrator; imports neither torch nor jax."""
+"""SequeL's framework-neutral core: tasks, plan, settings, orchestrator; imports neither torch nor jax."""
 
 from __future__ import annotations
 

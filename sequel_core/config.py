@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections.abc
 import difflib
 import inspect
+import netrc
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -149,6 +150,17 @@ class ExperimentConfig:
         if self.wandb is not None and self.wandb.get("mode") not in (None, "online", "offline", "disabled"):
             raise ValueError(f"wandb.mode must be online, offline or disabled, got {self.wandb['mode']!r}")
 
+    def wandb_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `wandb.init`; offline where neither a mode nor an API key is to be found."""
+        given = {key: value for key, value in (self.wandb or {}).items() if value is not None}
+        if (
+            "mode" not in given
+            and not {"WANDB_MODE", "WANDB_API_KEY"} & set(os.environ)
+            and not _has_netrc_key()
+        ):
+            given["mode"] = "offline"
+        return given
+
     def plain(self) -> dict[str, Any]:
         """Return all settings, defaults included, as plain values under the names that a file gives them."""
         given = {"name": self.benchmark.name, **self.benchmark.arguments}
@@ -169,6 +181,13 @@ class ExperimentConfig:
             **{key: getattr(self, key) for key in DOCUMENTATION if getattr(self, key)},
         }
         return cast(dict[str, Any], _plain(values))
+
+
+def _has_netrc_key() -> bool:
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _whole(value: Any) -> bool:

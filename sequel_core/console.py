@@ -1,4 +1,4 @@
-"""What a run shows: one rich progress display on a terminal, a line per task elsewhere, and a table at the end."""
+"""What a run shows: a rich progress display on a terminal, a line per task, and a table at the end."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ class Display:
     def start(self, task: Task, epochs: int) -> None:
         """Begin a task."""
         title = f"task {task.index + 1}/{len(self._benchmark)} {task.name}"
-        self._bar = self._bars.add_task(title + (f", {epochs} epochs" if epochs > 1 else ""), total=None, note="")
+        self._bar = self._bars.add_task(
+            title + (f", {epochs} epochs" if epochs > 1 else ""), total=None, note=""
+        )
 
     def update(self, progress: Progress) -> None:
         """Move the bar of the current task."""
@@ -70,7 +72,8 @@ class Display:
             self._bar = None
         seen = row[: task.index + 1]
         self._console.print(
-            f"task {task.index + 1}/{len(self._benchmark)} {task.name}: accuracy {_percent(row[task.index])}, "
+            f"task {task.index + 1}/{len(self._benchmark)} {task.name}: "
+            f"accuracy {_percent(row[task.index])}, "
             f"average {_percent(float(np.mean(seen)))} over {len(seen)} seen",
             highlight=False,
         )
@@ -89,7 +92,10 @@ class Display:
                 table.add_row(name.replace("_", " "), _percent(summary[name]))
         seconds = summary["seconds"]
         table.add_row("steps", str(summary["steps"]))
-        table.add_row("seconds", f"{seconds['total']:.1f} (train {seconds['train']:.1f}, evaluate {seconds['evaluate']:.1f})")
+        table.add_row(
+            "seconds",
+            f"{seconds['total']:.1f} (train {seconds['train']:.1f}, evaluate {seconds['evaluate']:.1f})",
+        )
         table.add_row("results", str(result.run_dir))
         self._console.print(table)
 

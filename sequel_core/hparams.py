@@ -1,6 +1,7 @@
-"""Settings as frozen dataclasses: one per algorithm, shared by both plug-ins, and the schema of the configuration files.
+"""Settings as frozen dataclasses, shared by both plug-ins, and the schema of the configuration files.
 
-Every field carries its range; construction checks it and raises a ValueError that names the field, the rule and the value.
+Every field carries its range; construction checks it and raises a ValueError that names the field, the rule
+and the value.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ class AlgorithmHParams(Settings):
     reset_optimizer: bool = setting(True, "start every task with a fresh optimizer state")
 
     def learning_rate_factor(self, task: int, learning_rate: float) -> float:
-        """Return max(learning_rate * lr_decay^task, min_lr) / learning_rate, the factor at a task (from 0)."""
+        """Return max(learning_rate * lr_decay^task, min_lr) / learning_rate; tasks count from 0."""
         decayed = learning_rate * self.lr_decay**task
         return float(max(decayed, min(self.min_lr, learning_rate)) / learning_rate)
 
@@ -142,7 +143,7 @@ class JointHParams(AlgorithmHParams):
 
     policy: Literal["cumulative", "once"] = setting(
         "cumulative",
-        "cumulative: at task i go on with the same network on tasks 0 to i; once: train from initialisation on all tasks",
+        "cumulative: at task i go on with the same network on tasks 0 to i; once: from initialisation on all",
     )
 
     def training_tasks(self, benchmark: Benchmark) -> Iterator[Task]:
@@ -158,9 +159,12 @@ class EWCHParams(AlgorithmHParams):
 
     name: ClassVar[str] = "ewc"
 
-    ewc_lambda: float = setting(1.0, "strength lambda of the penalty lambda/2 * sum F (theta - theta*)^2", ge=0)
+    ewc_lambda: float = setting(
+        1.0, "strength lambda of the penalty lambda/2 * sum F (theta - theta*)^2", ge=0
+    )
     accumulation: Literal["separate", "online"] = setting(
-        "separate", "separate: one anchor per task (collapsed exactly); online: one anchor, importances decayed by gamma"
+        "separate",
+        "separate: one anchor per task (collapsed exactly); online: one anchor, importances decayed by gamma",
     )
     gamma: float = setting(1.0, "decay of past importances, read only by accumulation=online", ge=0, le=1)
     fisher_samples: int | None = setting(1024, "samples of the Fisher estimate of a task; null for all", ge=1)
@@ -170,7 +174,9 @@ class EWCHParams(AlgorithmHParams):
 class OptimizerHParams(Settings):
     """One of the built-in optimizers, the same arithmetic in both frameworks."""
 
-    type: Literal["sgd", "adam", "adamw"] = setting("sgd", "sgd, adam (weight decay in the gradient) or adamw (decoupled)")
+    type: Literal["sgd", "adam", "adamw"] = setting(
+        "sgd", "sgd, adam (weight decay in the gradient) or adamw (decoupled)"
+    )
     lr: float = setting(0.01, "learning rate", ge=0)
     momentum: float = setting(0.0, "of sgd", ge=0, lt=1)
     nesterov: bool = setting(False, "Nesterov momentum, of sgd")
@@ -182,7 +188,9 @@ class OptimizerHParams(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.type != "sgd" and (self.momentum or self.nesterov):
-            raise ValueError(f"momentum and nesterov belong to sgd, got type={self.type} momentum={self.momentum}")
+            raise ValueError(
+                f"momentum and nesterov belong to sgd, got type={self.type} momentum={self.momentum}"
+            )
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum > 0, got momentum=0.0")
 
@@ -193,8 +201,12 @@ class TrainingHParams(Settings):
 
     batch_size: int = setting(10, "training samples per step", ge=1)
     eval_batch_size: int = setting(1000, "samples per evaluation step", ge=1)
-    epochs_per_task: int | tuple[int, ...] = setting(1, "epochs of each task: a number, or a list with one per task", ge=1)
-    grad_clip: float | None = setting(None, "greatest global norm of the gradient; null for no clipping", gt=0)
+    epochs_per_task: int | tuple[int, ...] = setting(
+        1, "epochs of each task: a number, or a list with one per task", ge=1
+    )
+    grad_clip: float | None = setting(
+        None, "greatest global norm of the gradient; null for no clipping", gt=0
+    )
     dtype: Dtype = setting("float32", "of the weights and of all arithmetic")
     seed: int = setting(0, "of initial weights, batches and dropout", ge=0)
     log_every_n_steps: int = setting(50, "steps between two records of loss and accuracy", ge=1)
@@ -209,8 +221,8 @@ class TrainingHParams(Settings):
             return self.epochs_per_task
         if task >= len(self.epochs_per_task):
             raise ValueError(
-                f"epochs_per_task must be a number or have one entry per task, got {len(self.epochs_per_task)} entries "
-                f"and no one for task {task}"
+                "epochs_per_task must be a number or have one entry per task, "
+                f"got {len(self.epochs_per_task)} entries and none for task {task}"
             )
         return self.epochs_per_task[task]
 

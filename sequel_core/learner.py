@@ -68,7 +68,7 @@ class FitMonitor(NamedTuple):
     evaluate_every: EvaluateEvery = "task"  # "task": never within fit_task; "epoch"; or a number of steps
 
     def due(self, task_step: int, steps: int, epoch_end: bool) -> bool:
-        """Whether an evaluation is due after `task_step` steps of the task, `steps` of them since the last question."""
+        """Whether an evaluation is due after `task_step` steps of the task, `steps` of them new."""
         if isinstance(self.evaluate_every, int):
             return crossed(task_step, steps, self.evaluate_every)
         return self.evaluate_every == "epoch" and epoch_end

@@ -1,8 +1,8 @@
 """One plan: every random choice that a sample depends on, as integers, in NumPy, outside both frameworks.
 
-All numbers come from the counter-based generator Philox through `random_raw`, one 64-bit word per item at the item's own
-counter. So any stretch of a stream can be computed alone, in chunks of any length, without generator state, and on any NumPy
-version (the methods of `Generator` promise neither).
+All numbers come from the counter-based generator Philox through `random_raw`, one 64-bit word per item at the
+item's own counter. So any stretch of a stream can be computed alone, in chunks of any length, without
+generator state, and on any NumPy version (the methods of `Generator` promise neither).
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ CHUNK_BYTES = 1 << 22
 
 
 def words(*key: object, count: int, start: int = 0) -> NDArray[np.uint64]:
-    """Return items `start` to `start + count - 1` of the random stream that is named by `key`, uint64 `[count]`.
+    """Return items `start` to `start + count - 1` of the random stream named `key`, uint64 `[count]`.
 
     Args:
-        key: what the stream is for, for example `(seed, "batches", task, epoch)`; equal keys give equal streams.
+        key: what the stream is for, for example `(seed, "batches", task, epoch)`; equal keys give equal
+            streams.
         count: number of words, >= 0.
         start: index of the first word, >= 0.
     """
@@ -47,8 +48,8 @@ def check_batch_size(task: int, num_samples: int, batch_size: int) -> None:
     """Raise ValueError where a task has not one whole batch."""
     if batch_size > num_samples:
         raise ValueError(
-            f"batch_size must be <= the samples of a task, got {batch_size} with {num_samples} training samples in task "
-            f"{task}; lower batch_size or raise subset"
+            f"batch_size must be <= the samples of a task, got {batch_size} with {num_samples} training "
+            f"samples in task {task}; lower batch_size or raise subset"
         )
 
 
@@ -67,7 +68,7 @@ def epoch_batches(seed: int, task: int, epoch: int, num_samples: int, batch_size
 
 
 def consolidation_batches(seed: int, task: Task, batch_size: int) -> Iterator[Samples]:
-    """Yield the training samples of a task once, in the random order of end-of-task work (Fisher, importances).
+    """Yield the training samples of a task once, in the random order of end-of-task work (Fisher, ...).
 
     The last batch may be incomplete: this work counts samples, not batches.
     """
@@ -77,7 +78,7 @@ def consolidation_batches(seed: int, task: Task, batch_size: int) -> Iterator[Sa
 
 
 def evaluation_batches(split: AnySplit, batch_size: int) -> Iterator[tuple[Samples, BoolArray]]:
-    """Yield all samples in order, every batch of the same size, with which of them count, bool `[batch_size]`.
+    """Yield all samples in order, in batches of one size, with which of them count, bool `[batch_size]`.
 
     The last batch is filled up with copies of the first sample that do not count.
     """
@@ -88,7 +89,9 @@ def evaluation_batches(split: AnySplit, batch_size: int) -> Iterator[tuple[Sampl
 
 
 def take_in_chunks(split: AnySplit, positions: IntArray) -> Iterator[Samples]:
-    """Yield samples for positions `[n, ...]` a chunk of leading rows at a time, so that pixel maps work on many images at once.
+    """Yield samples for positions `[n, ...]`, a chunk of leading rows at a time.
+
+    Pixel maps then work on many images at once.
 
     Yields:
         Samples whose arrays begin with the chunk's shape `[rows, ...]`.
@@ -103,7 +106,9 @@ def take_in_chunks(split: AnySplit, positions: IntArray) -> Iterator[Samples]:
 
 
 def initial_weights(seed: int, path: str, shape: tuple[int, ...], fan_in: int) -> FloatArray:
-    """Return the initial values of one array of a built-in backbone: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as torch's layers.
+    """Return the initial values of one array of a built-in backbone.
+
+    They are U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as in torch's layers.
 
     Args:
         seed: of the run.

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,24 +39,29 @@ def run(
         learner: with an algorithm, in one of the frameworks.
         benchmark: the stream that the learner was made for.
         run_dir: an empty or new directory; None for a new one under `runs/`.
-        evaluate_every: after each task; with `"epoch"` or a number of steps also within it. The accuracy matrix always holds
-            what was measured after each task.
-        evaluate_on: the split that the matrix is measured on, `test` or `validation`; the other one, where the benchmark has it,
-            is measured once, at the end.
-        evaluate_future: evaluate all tasks, also those to come and, before training, the untrained network: what forward
-            transfer needs. Otherwise only the tasks seen so far.
-        config: what to record as the run's configuration; None for what the learner and the benchmark tell of themselves.
+        evaluate_every: after each task; with `"epoch"` or a number of steps also within it. The accuracy
+            matrix always holds what was measured after each task.
+        evaluate_on: the split that the matrix is measured on, `test` or `validation`; the other one, where
+            the benchmark has it, is measured once, at the end.
+        evaluate_future: evaluate all tasks, also those to come and, before training, the untrained network:
+            what forward transfer needs. Otherwise only the tasks seen so far.
+        config: what to record as the run's configuration; None for what the learner and the benchmark tell of
+            themselves.
         progress: False to print nothing; None to show progress bars on a terminal only.
 
     Returns:
         The accuracy matrix `[T, T]` and the summary; the same is in `run_dir`, for `sequel_core.load_result`.
 
     Raises:
-        ValueError: a setting that does not fit the benchmark, or a run directory that cannot be used; nothing was trained.
-        DivergenceError: the loss is no longer finite; what was recorded until then is kept, with status `diverged`.
+        ValueError: a setting that does not fit the benchmark, or a run directory that cannot be used; nothing
+            was trained.
+        DivergenceError: the loss is no longer finite; what was recorded until then is kept, with status
+            `diverged`.
     """
     _check(learner, benchmark, evaluate_on)
-    recorder = _Recorder(learner, benchmark, RunDirectory.create(run_dir), evaluate_on, Display(benchmark, progress))
+    recorder = _Recorder(
+        learner, benchmark, RunDirectory.create(run_dir), evaluate_on, Display(benchmark, progress)
+    )
     recorder.directory.write_config(_describe(learner, benchmark) if config is None else config)
     everything = range(len(benchmark))
     with recorder.display, recorder.finishing():
@@ -64,8 +70,8 @@ def run(
         for task in learner.hparams.training_tasks(benchmark):
             seen = everything if evaluate_future else everything[: task.index + 1]
             monitor = FitMonitor(
-                on_progress=lambda p, task=task: recorder.progress(task, p),
-                on_evaluate=lambda task=task, seen=seen: recorder.evaluate(seen, after=task.index, within=True),
+                on_progress=partial(recorder.progress, task),
+                on_evaluate=partial(recorder.evaluate_within, seen, task.index),
                 evaluate_every=evaluate_every,
             )
             recorder.display.start(task, learner.training.epochs(task.index))
@@ -84,8 +90,8 @@ def _check(learner: Learner, benchmark: Benchmark, evaluate_on: EvaluateOn) -> N
     spec, made_for = benchmark.spec, learner.spec
     if (spec.image_shape, spec.num_classes) != (made_for.image_shape, made_for.num_classes):
         raise ValueError(
-            f"the learner was made for images {made_for.image_shape} and {made_for.num_classes} classes, benchmark "
-            f"{benchmark.name} has {spec.image_shape} and {spec.num_classes}; make it with this benchmark"
+            f"the learner was made for {made_for.num_classes} classes and images {made_for.image_shape}, "
+            f"benchmark {benchmark.name} has {spec.num_classes} and {spec.image_shape}; make it with this benchmark"
         )
     if evaluate_on not in ("test", "validation"):
         raise ValueError(f"evaluate_on must be test or validation, got {evaluate_on!r}")
@@ -94,7 +100,8 @@ def _check(learner: Learner, benchmark: Benchmark, evaluate_on: EvaluateOn) -> N
         learner.training.epochs(task.index)
         if evaluate_on == "validation" and not len(task.validation):
             raise ValueError(
-                f"evaluate_on=validation needs validation samples, task {task.index} has none; set benchmark.validation=0.1"
+                f"evaluate_on=validation needs validation samples, task {task.index} has none; "
+                "set benchmark.validation=0.1"
             )
 
 
@@ -112,7 +119,12 @@ class _Recorder:
     """Evaluates and writes down what a run measures."""
 
     def __init__(
-        self, learner: Learner, benchmark: Benchmark, directory: RunDirectory, split: EvaluateOn, display: Display
+        self,
+        learner: Learner,
+        benchmark: Benchmark,
+        directory: RunDirectory,
+        split: EvaluateOn,
+        display: Display,
     ) -> None:
         self.learner, self.benchmark, self.directory, self.split = learner, benchmark, directory, split
         self.display = display
@@ -156,12 +168,18 @@ class _Recorder:
         row = np.full(len(self.benchmark), np.nan)
         for j, evaluation in found.items():
             row[j] = evaluation.accuracy
-            self._record(evaluation, {"after_task": after, "within_task": within, "task": j, "split": self.split})
+            self._record(
+                evaluation, {"after_task": after, "within_task": within, "task": j, "split": self.split}
+            )
         self.extra["masked_average_accuracy"] = float(np.mean([e.masked_accuracy for e in found.values()]))
         scores = {f"{self.split}/accuracy/task_{j}": e.accuracy for j, e in found.items()}
         self.learner.log({**scores, f"{self.split}/average_accuracy": float(np.nanmean(row))})
         self.last = (time.perf_counter(), self.learner.step)
         return row
+
+    def evaluate_within(self, tasks: range, after: int) -> None:
+        """Evaluate tasks while the training on task `after` goes on."""
+        self.evaluate(tasks, after, within=True)
 
     def final_evaluation(self) -> None:
         """Evaluate the split that the matrix is not measured on, where every task has one."""
@@ -171,7 +189,9 @@ class _Recorder:
                 found = [self.learner.evaluate(task, other) for task in self.benchmark.tasks]
             last = len(self.benchmark) - 1
             for j, evaluation in enumerate(found):
-                self._record(evaluation, {"after_task": last, "within_task": False, "task": j, "split": other})
+                self._record(
+                    evaluation, {"after_task": last, "within_task": False, "task": j, "split": other}
+                )
             self.extra[f"{other}_average_accuracy"] = float(np.mean([e.accuracy for e in found]))
 
     def _record(self, evaluation: Evaluation, where: Mapping[str, Any]) -> None:
@@ -214,7 +234,12 @@ class _Recorder:
             f"{self.split}_average_accuracy": found["average_accuracy"],
             **extra,
             "steps": self.learner.step,
-            "seconds": {"train": train, "evaluate": evaluate, "other": total - train - evaluate, "total": total},
+            "seconds": {
+                "train": train,
+                "evaluate": evaluate,
+                "other": total - train - evaluate,
+                "total": total,
+            },
             "peak_memory_bytes": peak_memory_bytes(),
             "threads": self.learner.threads(),
             "versions": versions(),

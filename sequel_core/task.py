@@ -1,7 +1,7 @@
 """Tasks and benchmarks as arrays: what is learned, without loaders and without any framework.
 
-A task never copies its data set: a split is a view (row indices and one fixed pixel map) of arrays that all tasks share,
-so that memory does not grow with the number of tasks.
+A task never copies its data set: a split is a view (row indices and one fixed pixel map) of arrays that all
+tasks share, so that memory does not grow with the number of tasks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Samples(NamedTuple):
 
 @dataclass(frozen=True)
 class Normalisation:
-    """`(x / 255 - mean) / std` per channel, written as `x * scale + shift` so that both frameworks do the same arithmetic.
+    """`(x / 255 - mean) / std` per channel, written as `x * scale + shift`.
+
+    Both frameworks then do the same arithmetic.
 
     Args:
         mean: channel means of the inputs scaled to [0, 1].
@@ -54,7 +56,7 @@ class Normalisation:
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean:
             raise ValueError(
-                f"normalisation needs one mean and one std per channel, got {len(self.mean)} and {len(self.std)}"
+                f"normalisation needs a mean and a std per channel, got {len(self.mean)} and {len(self.std)}"
             )
         if min(self.std) <= 0:
             raise ValueError(f"normalisation std must be > 0, got {self.std}")
@@ -72,9 +74,10 @@ class Normalisation:
 
 @dataclass(frozen=True, eq=False)
 class PixelMap:
-    """A fixed linear map of pixels: `out[p] = sum_k weights[p, k] * in[indices[p, k]]`, the same for every channel.
+    """A fixed linear map of pixels: `out[p] = sum_k weights[p, k] * in[indices[p, k]]`.
 
-    A permutation or a nearest-neighbour rotation has one source per pixel and no weights; a bilinear rotation has four.
+    A permutation or a nearest-neighbour rotation has one source per pixel and no weights; a bilinear rotation
+    has four.
 
     Args:
         indices: source pixel (row-major) of each target pixel, int `[H * W, K]`; -1 reads a black pixel.
@@ -90,13 +93,17 @@ class PixelMap:
         if self.weights is None and self.indices.shape[1] != 1:
             raise ValueError(f"pixel map with {self.indices.shape[1]} sources per pixel needs weights")
         if self.weights is not None and self.weights.shape != self.indices.shape:
-            raise ValueError(f"pixel map weights have shape {self.weights.shape}, indices {self.indices.shape}")
+            raise ValueError(
+                f"pixel map weights have shape {self.weights.shape}, indices {self.indices.shape}"
+            )
 
     def __call__(self, images: UInt8Array) -> UInt8Array:
         """Return the mapped images, uint8 `[N, H, W, C]`; weighted sums are rounded half to even."""
         n, height, width, channels = images.shape
         if height * width != len(self.indices):
-            raise ValueError(f"pixel map is for {len(self.indices)} pixels, the images have {height} x {width}")
+            raise ValueError(
+                f"pixel map is for {len(self.indices)} pixels, the images have {height} x {width}"
+            )
         pixels = images.reshape(n, height * width, channels)
         black = self.indices < 0
         sources = np.where(black, 0, self.indices)
@@ -141,7 +148,9 @@ class Split:
                 f"{self.images.dtype} {list(self.images.shape)}; convert with (255 * x).astype(np.uint8)"
             )
         if self.labels.ndim != 1 or not np.issubdtype(self.labels.dtype, np.integer):
-            raise ValueError(f"labels must be integers [N], got {self.labels.dtype} {list(self.labels.shape)}")
+            raise ValueError(
+                f"labels must be integers [N], got {self.labels.dtype} {list(self.labels.shape)}"
+            )
         if len(self.images) != len(self.labels):
             raise ValueError(f"images and labels differ in number: {len(self.images)} and {len(self.labels)}")
 
@@ -235,14 +244,16 @@ class Task:
     def __post_init__(self) -> None:
         for name in ("train", "test"):
             if len(getattr(self, name)) == 0:
-                raise ValueError(f"task {self.index} ({self.name}) has no {name} samples; it needs at least one")
+                raise ValueError(
+                    f"task {self.index} ({self.name}) has no {name} samples; it needs at least one"
+                )
         for name in ("train", "validation", "test"):
             targets = getattr(self, name).targets
             strangers = targets[~np.isin(targets, self.classes)]
             if len(strangers):
                 raise ValueError(
-                    f"task {self.index} ({self.name}): {name} labels {np.unique(strangers)[:5].tolist()} are not "
-                    f"among its classes {list(self.classes)}"
+                    f"task {self.index} ({self.name}): {name} labels "
+                    f"{np.unique(strangers)[:5].tolist()} are not among its classes {list(self.classes)}"
                 )
 
     def split(self, name: str) -> AnySplit:
@@ -275,8 +286,9 @@ class Benchmark:
         name: as in configs, for example `rotatedmnist`.
         tasks: in order, at least one.
         num_classes: width of the output.
-        scenario: `domain` (one head, the same classes in every task), `task` (logits outside the sample's task are masked in
-            training and testing) or `class` (no mask; the masked accuracy is reported beside the plain one).
+        scenario: `domain` (one head, the same classes in every task), `task` (logits outside the sample's
+            task are masked in training and testing) or `class` (no mask; the masked accuracy is reported
+            beside the plain one).
         normalisation: of uint8 images, applied inside the step.
         settings: the arguments that made it, recorded with every run.
 
@@ -295,23 +307,28 @@ class Benchmark:
         if not self.tasks:
             raise ValueError(f"benchmark {self.name} has no tasks; it needs at least one")
         if self.scenario not in get_args(Scenario):
-            raise ValueError(f"scenario must be one of {', '.join(get_args(Scenario))}, got {self.scenario!r}")
+            raise ValueError(
+                f"scenario must be one of {', '.join(get_args(Scenario))}, got {self.scenario!r}"
+            )
         for i, task in enumerate(self.tasks):
             if task.index != i:
                 raise ValueError(f"tasks must be numbered from 0 in order: task {i} has index {task.index}")
             outside = [c for c in task.classes if not 0 <= c < self.num_classes]
             if outside:
                 raise ValueError(
-                    f"task {i} ({task.name}) has labels {outside[:5]} outside the head's 0..{self.num_classes - 1}; "
+                    f"task {i} ({task.name}) has labels {outside[:5]}, the head 0..{self.num_classes - 1}; "
                     "raise num_classes or relabel"
                 )
             for part in (*task.train.parts, *task.validation.parts, *task.test.parts):
                 if part.images.shape[1:] != self.image_shape:
-                    raise ValueError(f"task {i} has images {part.images.shape[1:]}, task 0 has {self.image_shape}")
+                    raise ValueError(
+                        f"task {i} has images {part.images.shape[1:]}, task 0 has {self.image_shape}"
+                    )
         channels = self.image_shape[-1]
         if len(self.normalisation.mean) not in (1, channels):
             raise ValueError(
-                f"normalisation has {len(self.normalisation.mean)} channels, the images {channels}; give 1 or {channels}"
+                f"normalisation has {len(self.normalisation.mean)} channels, the images {channels}; "
+                f"give 1 or {channels}"
             )
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""SequeL for Flax: continual-learning algorithms as pure step functions over a TrainState; imports no torch."""
+"""SequeL for Flax: continual-learning algorithms as pure step functions; imports no torch."""
 
 from __future__ import annotations
 

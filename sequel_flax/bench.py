@@ -1,4 +1,4 @@
-"""Hand-written JAX loops, without Flax, optax or this library, that `sequel bench` compares the learner with."""
+"""Hand-written JAX loops, without Flax or optax, that `sequel bench` compares the learner with."""
 
 from __future__ import annotations
 
@@ -24,11 +24,17 @@ RATE = 0.01
 SILENT = FitMonitor(on_progress=lambda progress: None, on_evaluate=lambda: None)
 
 
-def contenders(hparams: AlgorithmHParams, benchmark: Benchmark, batch_size: int) -> dict[str, Callable[[], float]]:
-    """Return functions that train on the benchmark's first task for one epoch and return the seconds, ours first."""
+def contenders(
+    hparams: AlgorithmHParams, benchmark: Benchmark, batch_size: int
+) -> dict[str, Callable[[], float]]:
+    """Return functions that train on the first task for one epoch and return the seconds, ours first."""
     model = MLP(WIDTHS, benchmark.num_classes)
     learner = make_learner(
-        hparams, model, build_optimizer(OptimizerHParams(lr=RATE)), benchmark, TrainingHParams(batch_size=batch_size)
+        hparams,
+        model,
+        build_optimizer(OptimizerHParams(lr=RATE)),
+        benchmark,
+        TrainingHParams(batch_size=batch_size),
     )
     task = benchmark.tasks[0]
 

@@ -36,7 +36,8 @@ def make_learner(
 
     Args:
         hparams: settings of the algorithm, for example `EWCHParams(ewc_lambda=1)`.
-        model: a built-in network starts from the weights that the plan has for `training.seed`, any other from `model.init`.
+        model: a built-in network starts from the weights that the plan has for `training.seed`, any other
+            from `model.init`.
         optimizer: for example `optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)`.
         benchmark: whose tasks will be learned.
         training: batch size, epochs, clipping, seed, dtype.
@@ -69,5 +70,5 @@ def build_learner(config: ExperimentConfig, benchmark: Benchmark, run_dir: Path)
         build_optimizer(config.optimizer),
         benchmark,
         config.training,
-        loggers=[WandbWriter(run_dir, config.wandb)] if config.wandb is not None else (),
+        loggers=[WandbWriter(run_dir, config.wandb_arguments())] if config.wandb is not None else (),
     )

@@ -5,7 +5,8 @@
         ts, state, outputs = train_step(ts, state, batch)  # train_step = jax.jit(algorithm.train_step)
     ts, state = algorithm.end_task(ts, state, batches)
 
-State is always an argument, never a closure: a compiled step that closes over the anchor of task 1 keeps it for ever.
+State is always an argument, never a closure: a compiled step that closes over the anchor of task 1 keeps it
+for ever.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class StreamState(NamedTuple):
 
 
 class State(NamedTuple):
-    """The state of an algorithm: the stream's part and its own; the same shapes from the first task to the last."""
+    """The state of an algorithm: the stream's part and its own; its shapes never change."""
 
     stream: StreamState
     memory: Any  # the algorithm's own, for example EWCState; () where there is none
@@ -83,7 +84,9 @@ def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, see
     )
 
 
-def start_task(ts: TrainState, state: State, task: Task, hparams: AlgorithmHParams) -> tuple[TrainState, State]:
+def start_task(
+    ts: TrainState, state: State, task: Task, hparams: AlgorithmHParams
+) -> tuple[TrainState, State]:
     """Begin a task: a fresh optimizer where `reset_optimizer` says so, and the decayed learning rate."""
     first = int(state.stream.task) < 0
     opt_state = ts.tx.init(ts.params) if hparams.reset_optimizer and not first else ts.opt_state
@@ -95,7 +98,9 @@ def start_task(ts: TrainState, state: State, task: Task, hparams: AlgorithmHPara
     return ts.replace(opt_state=opt_state), state._replace(stream=stream)
 
 
-def forward(ts: TrainState, params: Params, state: State, x: jax.Array, t: jax.Array, *, train: bool) -> jax.Array:
+def forward(
+    ts: TrainState, params: Params, state: State, x: jax.Array, t: jax.Array, *, train: bool
+) -> jax.Array:
     """Return the logits `[B, num_classes]`, masked to the task of each sample where the scenario says so.
 
     Args:
@@ -126,19 +131,20 @@ def mask_logits(logits: jax.Array, mask: jax.Array) -> jax.Array:
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Return the mean cross-entropy of logits `[B, num_classes]` and labels `[B]`, shape ()."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
 def quadratic_penalty(params: Params, anchor: Params, importance: Params) -> jax.Array:
     """Return 1/2 * sum_i F_i (theta_i - theta*_i)^2 over all parameters, shape ()."""
     terms = jax.tree.map(lambda p, a, f: jnp.sum(f * (p - a) ** 2), params, anchor, importance)
-    return 0.5 * jax.tree.reduce(jnp.add, terms)
+    penalty: jax.Array = 0.5 * jax.tree.reduce(jnp.add, terms)
+    return penalty
 
 
 def train_step(
     ts: TrainState, state: State, batch: Batch, penalty: Callable[[Params, Any], jax.Array] | None = None
 ) -> tuple[TrainState, State, Outputs]:
-    """Take one optimizer step on the batch's mean cross-entropy, plus `penalty(params, state.memory)` where there is one."""
+    """Take one optimizer step on the mean cross-entropy, plus `penalty(params, state.memory)` if given."""
 
     def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
         logits = forward(ts, params, state, batch.x, batch.t, train=True)
@@ -160,6 +166,6 @@ def end_task(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[Tr
 
 
 def get_learning_rate(opt_state: optax.OptState) -> jax.Array | None:
-    """Return the learning rate that `optax.inject_hyperparams` keeps in the state; None without one, or with a schedule."""
+    """Return the rate that `optax.inject_hyperparams` keeps; None without it, or with a schedule."""
     found = optax.tree_utils.tree_get_all_with_path(opt_state, "learning_rate")
     return found[0][1] if len(found) == 1 and isinstance(found[0][1], jax.Array) else None

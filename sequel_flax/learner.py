@@ -21,7 +21,7 @@ from sequel_core.hparams import TrainingHParams
 from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress, crossed
 from sequel_core.task import AnySplit, Batch, FloatArray, IntArray, Samples, StreamSpec, Task
 from sequel_flax.backbones import initial_params
-from sequel_flax.bundle import Algorithm, State, cross_entropy, get_learning_rate, mask_logits
+from sequel_flax.bundle import Algorithm, State, get_learning_rate, mask_logits
 from sequel_flax.optimizers import clip_by_global_norm
 from sequel_flax.writers import MetricWriter
 
@@ -32,7 +32,7 @@ SCANNED_STEPS = 32
 TrainMetrics = clu.metrics.Collection.create(
     accuracy=clu.metrics.Accuracy, loss=clu.metrics.Average.from_output("loss")
 )
-"""Default metrics of the training batches; a class of your own must resolve its annotations (no postponed evaluation)."""
+"""Default metrics of the training batches."""
 
 
 class Tally(NamedTuple):
@@ -51,11 +51,11 @@ class FlaxLearner:
         tx: optimizer; `lr_decay` needs one made with `optax.inject_hyperparams`.
         spec: of the benchmark (`benchmark.spec`).
         training: batch size, epochs, clipping, seed, dtype.
-        metrics: a `clu.metrics.Collection` class, fed with `loss`, `logits` and `labels`; those named accuracy and loss are
-            shown as progress.
+        metrics: a `clu.metrics.Collection` class, fed with `loss`, `logits` and `labels`; those named
+            accuracy and loss are shown as progress.
         writers: objects with the methods of clu's MetricWriter.
-        steps_per_call: steps of one compiled call: 1 dispatches each step, more scans over them. None chooses 1 on a CPU, where
-            XLA's convolutions are slow within a loop, and 32 on an accelerator.
+        steps_per_call: steps of one compiled call: 1 dispatches each step, more scans over them. None chooses
+            1 on a CPU, where XLA's convolutions are slow within a loop, and 32 on an accelerator.
 
     Raises:
         ValueError: a setting that the model or the optimizer cannot follow.
@@ -90,6 +90,7 @@ class FlaxLearner:
         params = initial_params(model, spec, self.training.seed, self.training.dtype)
         self.ts = strong_types(TrainState.create(apply_fn=model.apply, params=params, tx=tx))
         self.state = strong_types(algorithm.init(self.ts, spec))
+        self._empty = jax.device_get(Tally(strong_types(metrics.empty()), jnp.asarray(NEVER, jnp.int32)))
         self._step = jax.jit(self._traced_step, donate_argnums=(0, 1, 2))
         self._scan = jax.jit(self._traced_scan, donate_argnums=(0, 1, 2))
         self._count = jax.jit(self._traced_count)
@@ -119,7 +120,9 @@ class FlaxLearner:
 
         return jax.lax.scan(body, (ts, state, tally), batches)[0]
 
-    def _traced_count(self, ts: TrainState, state: State, batch: Batch, valid: jax.Array) -> tuple[jax.Array, ...]:
+    def _traced_count(
+        self, ts: TrainState, state: State, batch: Batch, valid: jax.Array
+    ) -> tuple[jax.Array, ...]:
         logits = self.algorithm.predict(ts, state, batch.x, batch.t)
         hits = (logits.argmax(-1) == batch.y) & valid
         masked = mask_logits(logits, jnp.asarray(self.spec.mask)[batch.t])
@@ -137,7 +140,7 @@ class FlaxLearner:
         self.ts, self.state = strong_types(ts), strong_types(state)
         epochs, steps_per_epoch = training.epochs(task.index), len(task.train) // size
         first, done = self.step, 0
-        tally = self._empty_tally()
+        tally, learning_rate = self._empty, self._learning_rate()
         for epoch in range(epochs):
             order = plan.epoch_batches(training.seed, task.index, epoch, len(task.train), size)
             for call, steps in self._calls(task.train, order):
@@ -147,10 +150,8 @@ class FlaxLearner:
                 done += steps
                 epoch_end = done == (epoch + 1) * steps_per_epoch
                 if epoch_end or crossed(done, steps, training.log_every_n_steps):
-                    bad = int(tally.first_bad_step)
-                    if bad != NEVER:
-                        raise DivergenceError(task.index, *divmod(bad - first, steps_per_epoch))
-                    values = {name: float(value) for name, value in tally.metrics.compute().items()}
+                    values = self._read(tally, task, first, steps_per_epoch)
+                    tally = self._empty
                     loss, accuracy = values.pop("loss", math.nan), values.pop("accuracy", math.nan)
                     self.log({"train/loss": loss, "train/accuracy": accuracy, **values})
                     monitor.on_progress(
@@ -161,11 +162,10 @@ class FlaxLearner:
                             task_steps=epochs * steps_per_epoch,
                             loss=loss,
                             accuracy=accuracy,
-                            learning_rate=self._learning_rate(),
+                            learning_rate=learning_rate,
                             extra=values,
                         )
                     )
-                    tally = self._empty_tally()
                 if monitor.due(done, steps, epoch_end):
                     monitor.on_evaluate()
         batches = (jax.device_put(as_batch(s)) for s in plan.consolidation_batches(training.seed, task, size))
@@ -209,15 +209,21 @@ class FlaxLearner:
 
     # -- parts of the above
 
-    def _empty_tally(self) -> Tally:
-        return Tally(self.metrics.empty(), jnp.asarray(NEVER, jnp.int32))
+    def _read(self, tally: Tally, task: Task, first: int, steps_per_epoch: int) -> dict[str, float]:
+        """Return the metrics of a tally; wait for the steps that it counts."""
+        tally = jax.device_get(
+            tally
+        )  # computed in NumPy: on the device every operation would be dispatched alone
+        if tally.first_bad_step != NEVER:
+            raise DivergenceError(task.index, *divmod(int(tally.first_bad_step) - first, steps_per_epoch))
+        return {name: float(value) for name, value in tally.metrics.compute().items()}
 
     def _learning_rate(self) -> float:
         rate = get_learning_rate(self.ts.opt_state)
         return math.nan if rate is None else float(rate)
 
     def _calls(self, split: AnySplit, order: IntArray) -> Iterator[tuple[Batch, int]]:
-        """Yield what one compiled call takes, and its number of steps: the rest of a chunk goes step by step."""
+        """Yield what one compiled call takes, and its steps: the rest of a chunk goes step by step."""
         per_call = self.steps_per_call
         for samples in plan.take_in_chunks(split, order):
             x, y, t, _ = as_batch(samples)

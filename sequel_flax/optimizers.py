@@ -32,7 +32,8 @@ def build_optimizer(hparams: OptimizerHParams) -> optax.GradientTransformation:
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Scale the gradient by `min(1, max_norm / (norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_` does.
 
-    Optax's transformation of the same name divides by the norm alone, which moves the weights by about 1e-6, relative.
+    Optax's transformation of the same name divides by the norm alone, which moves the weights by about 1e-6,
+    relative.
     """
 
     def update(

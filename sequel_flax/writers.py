@@ -1,4 +1,4 @@
-"""Where a Flax run sends its numbers: objects with the methods of clu's MetricWriter, so that one of clu's can be passed too."""
+"""Where a Flax run sends its numbers: objects with the methods of clu's MetricWriter."""
 
 from __future__ import annotations
 

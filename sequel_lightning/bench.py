@@ -27,7 +27,7 @@ SILENT = FitMonitor(on_progress=lambda progress: None, on_evaluate=lambda: None)
 
 
 class BareModule(pl.LightningModule):
-    """The least LightningModule that trains the network: normalisation, cross-entropy and, for EWC, the penalty."""
+    """The least LightningModule that trains the network: cross-entropy and, for EWC, the penalty."""
 
     def __init__(self, net: nn.Module, scale: Tensor, shift: Tensor, penalised: bool) -> None:
         super().__init__()
@@ -36,6 +36,7 @@ class BareModule(pl.LightningModule):
         self.past = [(p.detach().clone(), torch.ones_like(p)) for p in net.parameters()] if penalised else []
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss."""
         x, y = batch
         loss = F.cross_entropy(self.net(x.float() * self.scale + self.shift), y)
         for p, (anchor, importance) in zip(self.net.parameters(), self.past, strict=False):
@@ -43,6 +44,7 @@ class BareModule(pl.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return plain SGD."""
         return torch.optim.SGD(self.net.parameters(), lr=RATE)
 
 
@@ -59,8 +61,10 @@ class Batches:
         return iter(self._batches)
 
 
-def contenders(hparams: AlgorithmHParams, benchmark: Benchmark, batch_size: int) -> dict[str, Callable[[], float]]:
-    """Return functions that train on the benchmark's first task for one epoch and return the seconds, ours first."""
+def contenders(
+    hparams: AlgorithmHParams, benchmark: Benchmark, batch_size: int
+) -> dict[str, Callable[[], float]]:
+    """Return functions that train on the first task for one epoch and return the seconds, ours first."""
     task = benchmark.tasks[0]
     training = TrainingHParams(batch_size=batch_size)
     net = initialise(MLP(WIDTHS, benchmark.num_classes, image_shape=benchmark.image_shape), training.seed)
@@ -83,7 +87,7 @@ def contenders(hparams: AlgorithmHParams, benchmark: Benchmark, batch_size: int)
 
     def bare() -> float:
         module = BareModule(copy.deepcopy(net), scale, shift, penalised)
-        off: dict[str, Any] = {name: False for name in ("logger", "enable_checkpointing", "enable_progress_bar")}
+        off: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
         with quiet():
             start = time.perf_counter()
             pl.Trainer(max_epochs=1, enable_model_summary=False, **off).fit(module, batches)

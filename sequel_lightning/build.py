@@ -56,7 +56,8 @@ def make_learner(
 
     Args:
         hparams: settings of the algorithm, for example `EWCHParams(ewc_lambda=1)`.
-        model: a built-in network starts from the weights that the plan has for `training.seed`, any other as it is.
+        model: a built-in network starts from the weights that the plan has for `training.seed`, any other as
+            it is.
         optimizer: factory over parameters, for example `partial(torch.optim.SGD, lr=0.1)`.
         benchmark: whose tasks will be learned.
         training: batch size, epochs, clipping, seed, dtype.
@@ -71,7 +72,13 @@ def make_learner(
 
 
 def build_learner(config: ExperimentConfig, benchmark: Benchmark, run_dir: Path) -> LightningLearner:
-    """Return the learner of an experiment's configuration."""
+    """Return the learner of an experiment's configuration.
+
+    On a CPU a multi-layer perceptron runs on one thread unless OMP_NUM_THREADS says otherwise: its
+    operators are too small to share, and waiting threads cost a busy machine nine tenths of the rate.
+    """
+    if config.backbone.type == "mlp" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     model = BACKBONES[config.backbone.type](
         **vars(config.backbone), num_classes=benchmark.num_classes, image_shape=benchmark.image_shape
     )
@@ -81,7 +88,7 @@ def build_learner(config: ExperimentConfig, benchmark: Benchmark, run_dir: Path)
         build_optimizer(config.optimizer),
         benchmark,
         config.training,
-        loggers=[wandb_logger(run_dir, config.wandb)] if config.wandb is not None else (),
+        loggers=[wandb_logger(run_dir, config.wandb_arguments())] if config.wandb is not None else (),
         trainer={**config.trainer, "default_root_dir": os.fspath(run_dir)},
     )
 

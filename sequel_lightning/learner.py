@@ -13,7 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import Logger, WandbLogger
 from torch.nn import functional as F
 
 from sequel_core import plan
@@ -134,6 +134,8 @@ class LightningLearner:
         for logger in self.loggers:
             logger.save()
             logger.finalize("success")
+            if isinstance(logger, WandbLogger) and logger._experiment is not None:
+                logger.experiment.finish()  # Lightning leaves it open, and the next run would join it
 
     # -- parts of the above
 

@@ -1,6 +1,7 @@
 """`sequel bench`: training steps per second of each algorithm, beside hand-written loops of the same method.
 
-Machines are noisy, so only ratios within one run mean much: all contenders take turns in one process, and medians are compared.
+Machines are noisy, so only ratios within one run mean much: all contenders take turns in one process, and
+medians are compared.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ BENCHED = {"ewc": EWCHParams(fisher_samples=1)}
 """Settings other than the defaults: the end of a task is not what is measured."""
 
 Contenders = Mapping[str, Callable[[], float]]
-"""Name: a function that trains for all steps and returns the seconds; the first is ours, the others are references."""
+"""Name: a function that trains for all steps and returns the seconds; the first is ours."""
 
 
 class Row(NamedTuple):
@@ -59,7 +60,9 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--algo", nargs="+", default=list(ALGORITHMS), help="algorithms (default: all)")
     parser.add_argument("--mode", nargs="+", default=list(PLUGINS), help="pytorch, jax (default: both)")
     parser.add_argument("--batch-size", nargs="+", type=int, default=[10, 64], help="default: 10 64")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"turns of each contender (default: {ROUNDS})")
+    parser.add_argument(
+        "--rounds", type=int, default=ROUNDS, help=f"turns of each contender (default: {ROUNDS})"
+    )
     parser.add_argument("--steps", type=int, help=f"steps of a turn (default: {STEPS})")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args(args)
@@ -78,7 +81,9 @@ def main(args: Sequence[str]) -> int:
 
     console = Console()
     rows: list[Row] = []
-    cases = [(mode, size, algo) for mode in options.mode for size in options.batch_size for algo in options.algo]
+    cases = [
+        (mode, size, algo) for mode in options.mode for size in options.batch_size for algo in options.algo
+    ]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for mode, size, algo in progress.track(cases, description="measuring"):
             rows += measure(algo, mode, size, options.steps or STEPS[mode], options.rounds)

@@ -1,4 +1,4 @@
-"""`sequel demo`: naive finetuning against EWC in both frameworks on scikit-learn's bundled digits, in one table."""
+"""`sequel demo`: naive finetuning against EWC in both frameworks on bundled digits, in one table."""
 
 from __future__ import annotations
 

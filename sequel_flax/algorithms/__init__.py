@@ -1,4 +1,4 @@
-"""Continual-learning algorithms as bundles of pure functions, one file each; mirrored in `sequel_lightning.algorithms`."""
+"""Algorithms as bundles of pure functions, one file each; mirrored in `sequel_lightning.algorithms`."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Elastic weight consolidation (Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796).
 
-    L = CE(f(x), y) + lambda/2 * sum_k sum_i F_{k,i} (theta_i - theta*_{k,i})^2                          (paper, eq. 3)
+    L = CE(f(x), y) + lambda/2 * sum_k sum_i F_{k,i} (theta_i - theta*_{k,i})^2                      (eq. 3)
     F_{k,i} = 1/N sum_n (d log p(y_n | x_n) / d theta_i)^2 at theta*_k, one gradient per sample, y_n the label
 
 The sum over past tasks k collapses exactly, but for a constant, into one anchor: importance = sum_k F_k and
-anchor = sum_k F_k theta*_k / sum_k F_k, kept as theta* + share (anchor - theta*), so that a weight that never moved has exactly no
-penalty (Adam would turn a rounding error into a step). The online variant (Schwarz et al. 2018, https://arxiv.org/abs/1805.06370) decays the
-importance by gamma and anchors at the latest theta*.
+anchor = sum_k F_k theta*_k / sum_k F_k, kept as theta* + share (anchor - theta*), so that a weight that never
+moved has exactly no penalty (Adam would turn a rounding error into a step). The online variant (Schwarz et
+al. 2018, https://arxiv.org/abs/1805.06370) decays the importance by gamma and anchors at the latest theta*.
 
 Mirror: sequel_lightning/algorithms/ewc.py
 """
@@ -35,7 +35,6 @@ from sequel_flax.bundle import (
     start_task,
     train_step,
 )
-
 
 Model = tuple[TrainState, State]
 
@@ -83,7 +82,7 @@ def _add_squared_gradient(total: Params, params: Params, model: Model, batch: Ba
 
 
 def diagonal_fisher(params: Params, model: Model, batches: Iterable[Batch], samples: int | None) -> Params:
-    """Return the mean of squared per-sample gradients over the first `samples` samples (None for all) of the batches."""
+    """Return the mean squared per-sample gradient over the first `samples` samples (None for all)."""
     total, count = jax.tree.map(jnp.zeros_like, params), 0
     for batch in batches:
         wanted = len(batch.y) if samples is None else min(len(batch.y), samples - count)
@@ -99,8 +98,8 @@ def ewc(hparams: EWCHParams, seed: int = 0) -> Algorithm:
     """Return elastic weight consolidation.
 
     Args:
-        hparams: settings; the published RotatedMNIST number (48.5, MC-SGD paper) comes from another variant, with a min-max
-            normalised Fisher.
+        hparams: settings; the published RotatedMNIST number (48.5, MC-SGD paper) comes from another variant,
+            with a min-max normalised Fisher.
         seed: of dropout.
     """
 

@@ -1,6 +1,6 @@
 """Joint training: the steps of naive finetuning on the union of tasks, the usual upper bound.
 
-    L = CE(f(x), y), (x, y) from tasks 0 to i at stage i (`policy="cumulative"`), or from all tasks, once (`policy="once"`)
+    L = CE(f(x), y), (x, y) from tasks 0 to i at stage i ("cumulative") or from all tasks ("once")
 
 What is trained on is chosen by `JointHParams.training_tasks`; the step is the same.
 

@@ -29,19 +29,20 @@ def initial_params(model: nn.Module, spec: StreamSpec, seed: int, dtype: Dtype =
         dtype: of the parameters.
 
     Raises:
-        ValueError: the model does not return `[B, num_classes]`, or float64 is asked for while JAX has it switched off.
+        ValueError: the model does not return `[B, num_classes]`, or float64 is asked for while JAX has it
+            switched off.
     """
-    if dtype == "float64" and not jax.config.jax_enable_x64:
+    if dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError(
-            'dtype=float64 needs 64-bit JAX; call jax.config.update("jax_enable_x64", True) before anything else'
+            'dtype=float64 needs 64-bit JAX; call jax.config.update("jax_enable_x64", True) first'
         )
     image = jnp.zeros((1, *spec.image_shape), dtype)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(seed), image, train=False))["params"]
     logits = jax.eval_shape(lambda params: model.apply({"params": params}, image, train=False), shapes)
     if logits.shape != (1, spec.num_classes):
         raise ValueError(
-            f"the model must return logits [B, {spec.num_classes}] for images [B, {', '.join(map(str, spec.image_shape))}], "
-            f"got {list(logits.shape)} for B=1; set num_classes={spec.num_classes}"
+            f"the model must return logits [B, {spec.num_classes}] for images {[1, *spec.image_shape]}, got"
+            f" {list(logits.shape)} for B=1; set num_classes={spec.num_classes}"
         )
     if isinstance(model, tuple(BACKBONES.values())):
         leaves = flatten_dict(shapes, sep="/")

@@ -1,12 +1,12 @@
 """Elastic weight consolidation (Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796).
 
-    L = CE(f(x), y) + lambda/2 * sum_k sum_i F_{k,i} (theta_i - theta*_{k,i})^2                          (paper, eq. 3)
+    L = CE(f(x), y) + lambda/2 * sum_k sum_i F_{k,i} (theta_i - theta*_{k,i})^2                      (eq. 3)
     F_{k,i} = 1/N sum_n (d log p(y_n | x_n) / d theta_i)^2 at theta*_k, one gradient per sample, y_n the label
 
 The sum over past tasks k collapses exactly, but for a constant, into one anchor: importance = sum_k F_k and
-anchor = sum_k F_k theta*_k / sum_k F_k, kept as theta* + share (anchor - theta*), so that a weight that never moved has exactly no
-penalty (Adam would turn a rounding error into a step). The online variant (Schwarz et al. 2018, https://arxiv.org/abs/1805.06370) decays the
-importance by gamma and anchors at the latest theta*.
+anchor = sum_k F_k theta*_k / sum_k F_k, kept as theta* + share (anchor - theta*), so that a weight that never
+moved has exactly no penalty (Adam would turn a rounding error into a step). The online variant (Schwarz et
+al. 2018, https://arxiv.org/abs/1805.06370) decays the importance by gamma and anchors at the latest theta*.
 
 Mirror: sequel_flax/algorithms/ewc.py
 """
@@ -57,12 +57,16 @@ def squared_gradients(params: Params, model: ContinualModule, batch: Batch) -> P
         weights = {f"net.{k}": p for k, p in params.items()}
         return F.cross_entropy(functional_call(model, weights, (x[None], t[None])), y[None])
 
-    per_sample = vmap(grad(negative_log_likelihood), in_dims=(None, 0, 0, 0))(params, batch.x, batch.y, batch.t)
+    per_sample = vmap(grad(negative_log_likelihood), in_dims=(None, 0, 0, 0))(
+        params, batch.x, batch.y, batch.t
+    )
     return {k: (g**2).sum(0) for k, g in per_sample.items()}
 
 
-def diagonal_fisher(params: Params, model: ContinualModule, batches: Iterable[Batch], samples: int | None) -> Params:
-    """Return the mean of squared per-sample gradients over the first `samples` samples (None for all) of the batches."""
+def diagonal_fisher(
+    params: Params, model: ContinualModule, batches: Iterable[Batch], samples: int | None
+) -> Params:
+    """Return the mean squared per-sample gradient over the first `samples` samples (None for all)."""
     total, count = {k: torch.zeros_like(p) for k, p in params.items()}, 0
     for batch in batches:
         wanted = len(batch.y) if samples is None else min(len(batch.y), samples - count)
@@ -77,7 +81,8 @@ def diagonal_fisher(params: Params, model: ContinualModule, batches: Iterable[Ba
 class EWC(ContinualModule):
     """Elastic weight consolidation.
 
-    The published RotatedMNIST number (48.5, MC-SGD paper) comes from another variant, with a min-max normalised Fisher.
+    The published RotatedMNIST number (48.5, MC-SGD paper) comes from another variant, with a min-max
+    normalised Fisher.
     """
 
     hparams_class = EWCHParams
@@ -102,7 +107,9 @@ class EWC(ContinualModule):
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return cross-entropy plus lambda times the penalty, shape ()."""
-        return super().loss(logits, batch) + self.algorithm_hparams.ewc_lambda * penalty(self.params(), self.state)
+        return super().loss(logits, batch) + self.algorithm_hparams.ewc_lambda * penalty(
+            self.params(), self.state
+        )
 
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Add the task's Fisher to the importance and move the anchor."""

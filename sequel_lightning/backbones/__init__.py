@@ -16,7 +16,7 @@ BACKBONES: dict[str, type[nn.Module]] = {"mlp": MLP}
 
 
 def canonical_name(net: nn.Module, name: str) -> str:
-    """Return the name of a parameter in the canonical layout, which is Flax's: `dense_0.weight` is `dense_0/kernel`."""
+    """Return a parameter's name in the canonical layout, Flax's: `dense_0/kernel` for `dense_0.weight`."""
     owner, _, leaf = name.rpartition(".")
     if leaf == "weight":
         leaf = "kernel" if isinstance(net.get_submodule(owner), nn.Linear) else "scale"
@@ -24,7 +24,7 @@ def canonical_name(net: nn.Module, name: str) -> str:
 
 
 def canonical_weights(net: nn.Module) -> dict[str, FloatArray]:
-    """Return copies of the parameters in the canonical layout: `layer/kernel` `[in, out]`, `layer/bias` `[out]`."""
+    """Return copies of the parameters in the canonical layout: `layer/kernel` `[in, out]`, `layer/bias`."""
     weights = {}
     for name, p in sorted(net.named_parameters()):
         path, array = canonical_name(net, name), p.detach().cpu().numpy()
@@ -34,7 +34,7 @@ def canonical_weights(net: nn.Module) -> dict[str, FloatArray]:
 
 @torch.no_grad()
 def initialise(net: nn.Module, seed: int) -> nn.Module:
-    """Set a built-in network to the initial weights of the plan, in its own dtype, and return it; any other stays as it is.
+    """Set a built-in network to the initial weights of the plan and return it; any other stays as it is.
 
     Args:
         net: changed in place.

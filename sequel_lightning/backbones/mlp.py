@@ -37,6 +37,8 @@ class MLP(nn.Sequential):
         super().__init__(layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits `[B, num_classes]` of images `[B, C, H, W]`, whose pixels are read in the order H, W, C."""
-        logits: Tensor = super().forward(x.movedim(-3, -1).flatten(1))
-        return logits
+        """Return logits `[B, num_classes]` of images `[B, C, H, W]`, read in the order H, W, C."""
+        x = x.movedim(-3, -1).flatten(1)
+        for layer in self:
+            x = layer(x)
+        return x

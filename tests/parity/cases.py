@@ -7,10 +7,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from sequel_benchmarks import RotatedDigits
 
 import sequel_flax
 import sequel_lightning
+from sequel_benchmarks import RotatedDigits
 from sequel_core.hparams import (
     AlgorithmHParams,
     EWCHParams,
@@ -29,7 +29,10 @@ SGD = OptimizerHParams(lr=0.05)
 OPTIMIZERS: dict[str, tuple[OptimizerHParams, dict[str, Any]]] = {
     "sgd": (SGD, {}),
     "momentum": (OptimizerHParams(lr=0.02, momentum=0.9), {}),
-    "nesterov and weight decay": (OptimizerHParams(lr=0.02, momentum=0.8, nesterov=True, weight_decay=0.01), {}),
+    "nesterov and weight decay": (
+        OptimizerHParams(lr=0.02, momentum=0.8, nesterov=True, weight_decay=0.01),
+        {},
+    ),
     "adam": (OptimizerHParams(type="adam", lr=0.002), {}),
     "adam and weight decay": (OptimizerHParams(type="adam", lr=0.002, weight_decay=0.01), {}),
     "adamw": (OptimizerHParams(type="adamw", lr=0.002, weight_decay=0.1), {}),
@@ -90,11 +93,15 @@ def flax_learner(
     stream = benchmark()
     net = sequel_flax.MLP(WIDTHS, stream.num_classes)
     tx = sequel_flax.build_optimizer(optimizer)
-    return sequel_flax.make_learner(hparams, net, tx, stream, training(**changes), steps_per_call=steps_per_call)
+    return sequel_flax.make_learner(
+        hparams, net, tx, stream, training(**changes), steps_per_call=steps_per_call
+    )
 
 
 @cache
-def trained(framework: Callable[..., Learner], hparams: AlgorithmHParams, optimizer: str) -> dict[str, FloatArray]:
+def trained(
+    framework: Callable[..., Learner], hparams: AlgorithmHParams, optimizer: str
+) -> dict[str, FloatArray]:
     """Return the weights after all tasks."""
     settings, changes = OPTIMIZERS[optimizer]
     learner = framework(hparams, settings, **changes)

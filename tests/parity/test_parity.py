@@ -1,4 +1,4 @@
-"""Both versions of an algorithm end with the same weights: real Trainer against real Flax learner, three tasks, float64."""
+"""Both versions of an algorithm end with the same weights: three tasks, float64, the real learners."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ scanned = partial(flax_learner, steps_per_call=8)
 
 @pytest.mark.parametrize(("hparams", "optimizer"), CASES, ids=map(name_of, CASES))
 def test_same_weights_in_both_frameworks(hparams: AlgorithmHParams, optimizer: str) -> None:
-    assert difference(trained(flax_learner, hparams, optimizer), trained(torch_learner, hparams, optimizer)) < 1e-10
+    assert (
+        difference(trained(flax_learner, hparams, optimizer), trained(torch_learner, hparams, optimizer))
+        < 1e-10
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,7 +38,9 @@ def test_same_weights_in_both_frameworks(hparams: AlgorithmHParams, optimizer: s
     ids=lambda value: getattr(value, "name", value),
 )
 def test_scanned_steps_are_the_dispatched_steps(hparams: AlgorithmHParams, optimizer: str) -> None:
-    assert difference(trained(scanned, hparams, optimizer), trained(torch_learner, hparams, optimizer)) < 1e-10
+    assert (
+        difference(trained(scanned, hparams, optimizer), trained(torch_learner, hparams, optimizer)) < 1e-10
+    )
 
 
 @pytest.mark.parametrize(
@@ -47,10 +52,12 @@ def test_a_usual_strength_moves_the_weights(hparams: EWCHParams, optimizer: str)
     assert difference(trained(flax_learner, hparams, optimizer), naive) > 1e-3
 
 
-@pytest.mark.parametrize("framework", [torch_learner, flax_learner, scanned], ids=["torch", "flax", "scanned"])
+@pytest.mark.parametrize(
+    "framework", [torch_learner, flax_learner, scanned], ids=["torch", "flax", "scanned"]
+)
 def test_strength_zero_is_naive_exactly(framework: object) -> None:
-    zero = trained(framework, EWCHParams(ewc_lambda=0, fisher_samples=20), "momentum")  # type: ignore[arg-type]
-    naive = trained(framework, NaiveHParams(), "momentum")  # type: ignore[arg-type]
+    zero = trained(framework, EWCHParams(ewc_lambda=0, fisher_samples=20), "momentum")
+    naive = trained(framework, NaiveHParams(), "momentum")
     for name, array in naive.items():
         np.testing.assert_array_equal(zero[name], array)
 
