@@ -58,7 +58,7 @@ def run(
         DivergenceError: the loss is no longer finite; what was recorded until then is kept, with status
             `diverged`.
     """
-    _check(learner, benchmark, evaluate_on)
+    _check(learner, benchmark, evaluate_every, evaluate_on)
     recorder = _Recorder(
         learner, benchmark, RunDirectory.create(run_dir), evaluate_on, Display(benchmark, progress)
     )
@@ -86,12 +86,19 @@ def run(
     return result
 
 
-def _check(learner: Learner, benchmark: Benchmark, evaluate_on: EvaluateOn) -> None:
+def _check(
+    learner: Learner, benchmark: Benchmark, evaluate_every: EvaluateEvery, evaluate_on: EvaluateOn
+) -> None:
     spec, made_for = benchmark.spec, learner.spec
     if (spec.image_shape, spec.num_classes) != (made_for.image_shape, made_for.num_classes):
         raise ValueError(
             f"the learner was made for {made_for.num_classes} classes and images {made_for.image_shape}, "
-            f"benchmark {benchmark.name} has {spec.num_classes} and {spec.image_shape}; make it with this benchmark"
+            f"benchmark {benchmark.name} has {spec.num_classes} and {spec.image_shape}; "
+            "make it with this benchmark"
+        )
+    if evaluate_every not in ("task", "epoch") and not (type(evaluate_every) is int and evaluate_every > 0):
+        raise ValueError(
+            f"evaluate_every must be task, epoch or a number of steps >= 1, got {evaluate_every!r}"
         )
     if evaluate_on not in ("test", "validation"):
         raise ValueError(f"evaluate_on must be test or validation, got {evaluate_on!r}")
