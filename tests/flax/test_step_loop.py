@@ -1,0 +1,148 @@
+"""A bundle in a user's own loop, its optimizer across tasks, and how often the step is compiled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax import monitoring
+
+from sequel_core import run
+from sequel_core.hparams import AlgorithmHParams, EWCHParams, JointHParams, NaiveHParams
+from sequel_core.learner import FitMonitor, Progress
+from sequel_flax import ALGORITHMS, ewc
+from sequel_flax.bundle import get_learning_rate
+from tests.flax.parts import SILENT, STEPS, flat, learner, rotated, same, settings, sgd, user_loop
+
+EWC = EWCHParams(ewc_lambda=30, fisher_samples=20, lr_decay=0.8)
+
+
+@pytest.fixture
+def compiled() -> Iterator[Counter[str]]:
+    """How often XLA compiled each function."""
+    found: Counter[str] = Counter()
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found[str(kwargs["fun_name"])] += 1
+
+    monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("hparams", [NaiveHParams(lr_decay=0.8), EWC], ids=lambda h: h.name)
+def test_a_plain_loop_is_the_run(hparams: AlgorithmHParams, tmp_path: Path) -> None:
+    with jax.enable_x64(True):
+        training = settings(dtype="float64", epochs_per_task=(2, 1, 1))
+        ts, _, losses = user_loop(ALGORITHMS[hparams.name](hparams), rotated(), training, sgd())
+        whole = learner(hparams, training=training)
+        run(whole, rotated(), run_dir=tmp_path, progress=False)
+    assert len(losses) == whole.step == 4 * STEPS
+    found = whole.weights()
+    for name, array in flat(ts.params).items():
+        assert array.dtype == np.float64
+        np.testing.assert_allclose(found[name], array, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "hparams", [EWC, EWCHParams(accumulation="online", reset_optimizer=False)], ids=["separate", "online"]
+)
+def test_a_donating_loop_keeps_the_anchors(hparams: EWCHParams) -> None:
+    kept = user_loop(ewc(hparams), rotated(), settings(), sgd())
+    donated = user_loop(ewc(hparams), rotated(), settings(), sgd(), donate_argnums=(0, 1))
+    assert donated[2] == kept[2]
+    for a, b in zip(donated[:2], kept[:2], strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("hparams", "dtype", "steps_per_call"),
+    [
+        (NaiveHParams(lr_decay=0.8), "float32", 1),
+        (NaiveHParams(lr_decay=0.8, reset_optimizer=False), "float64", 2),
+        (JointHParams(lr_decay=0.8), "float32", 1),
+        (EWC, "float32", 1),
+        (EWCHParams(fisher_samples=20, lr_decay=0.8, reset_optimizer=False), "float64", 1),
+        (EWC, "float32", 2),
+    ],
+    ids=lambda value: value.name if isinstance(value, AlgorithmHParams) else str(value),
+)
+def test_one_compilation_of_the_step_per_run(
+    hparams: AlgorithmHParams, dtype: str, steps_per_call: int, compiled: Counter[str], tmp_path: Path
+) -> None:
+    with jax.enable_x64(dtype == "float64"):
+        training = settings(dtype=dtype, grad_clip=1.0, eval_batch_size=100)
+        five = learner(hparams, rotated(5), training, steps_per_call=steps_per_call)
+        result = run(five, rotated(5), run_dir=tmp_path, progress=False)
+    assert result.summary["steps"] >= 5 * STEPS
+    assert compiled["jit(_traced_step)"] == 1  # where steps are scanned, the rest of a task's
+    assert compiled["jit(_traced_scan)"] == (steps_per_call > 1)
+    assert compiled["jit(_traced_count)"] == 1
+
+
+def test_the_learning_rate_decays_to_its_floor() -> None:
+    hparams = NaiveHParams(lr_decay=0.5, min_lr=0.03)
+    four = learner(hparams, rotated(4))
+    shown: list[Progress] = []
+    kept = []
+    for task in rotated(4).tasks:
+        four.fit_task(task, FitMonitor(shown.append, lambda: None))
+        kept.append(float(optax.tree_utils.tree_get(four.ts.opt_state, "learning_rate")))
+    np.testing.assert_allclose(kept, [0.1, 0.05, 0.03, 0.03], rtol=1e-6)
+    np.testing.assert_allclose([p.learning_rate for p in shown], kept, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reset", [True, False])
+@pytest.mark.parametrize("lr_decay", [1.0, 0.8])
+def test_momentum_at_the_start_of_a_task(reset: bool, lr_decay: float) -> None:
+    two = learner(NaiveHParams(reset_optimizer=reset, lr_decay=lr_decay))
+    two.fit_task(rotated().tasks[0], SILENT)
+    trace = flat(optax.tree_utils.tree_get(two.ts.opt_state, "trace"))
+    ts, _ = two.algorithm.start_task(two.ts, two.state, rotated().tasks[1])
+    started = flat(optax.tree_utils.tree_get(ts.opt_state, "trace"))
+    assert all(np.abs(v).max() > 0 for v in trace.values())
+    assert same(started, {k: np.zeros_like(v) if reset else v for k, v in trace.items()})
+
+
+FALLING = optax.piecewise_constant_schedule(0.1, {STEPS: 0.0})
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [optax.sgd(0.1), optax.sgd(FALLING), sgd(FALLING), optax.chain(optax.clip(1.0), optax.adam(0.1))],
+    ids=["plain", "schedule", "injected schedule", "chain"],
+)
+def test_a_learning_rate_that_cannot_be_set_is_refused_with_lr_decay_only(tx: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"lr_decay=0\.8 needs an optimizer whose learning rate can be set; build"
+    ):
+        learner(NaiveHParams(lr_decay=0.8), tx=tx)
+    assert get_learning_rate(learner(NaiveHParams(), tx=tx).ts.opt_state) is None
+
+
+def test_a_chain_around_an_optimizer_with_a_learning_rate_is_taken() -> None:
+    chained = learner(NaiveHParams(lr_decay=0.8), tx=optax.chain(optax.clip(1.0), sgd()))
+    for task in rotated().tasks:
+        chained.fit_task(task, SILENT)
+    kept = optax.tree_utils.tree_get(chained.ts.opt_state, "learning_rate")
+    np.testing.assert_allclose(kept, 0.1 * 0.8**2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reset", [True, False])
+@pytest.mark.parametrize("injected", [True, False])
+def test_a_users_schedule_runs_on_unless_the_optimizer_is_reset(reset: bool, injected: bool) -> None:
+    tx = sgd(FALLING, momentum=None) if injected else optax.sgd(FALLING)
+    two = learner(NaiveHParams(reset_optimizer=reset), tx=tx)
+    shown: list[Progress] = []
+    two.fit_task(rotated().tasks[0], FitMonitor(shown.append, lambda: None))
+    assert np.isnan(shown[-1].learning_rate)
+    first = two.weights()
+    two.fit_task(rotated().tasks[1], SILENT)
+    assert same(two.weights(), first) is not reset
