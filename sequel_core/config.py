@@ -153,11 +153,8 @@ class ExperimentConfig:
     def wandb_arguments(self) -> dict[str, Any]:
         """Return the arguments of `wandb.init`; offline where neither a mode nor an API key is to be found."""
         given = {key: value for key, value in (self.wandb or {}).items() if value is not None}
-        if (
-            "mode" not in given
-            and not {"WANDB_MODE", "WANDB_API_KEY"} & set(os.environ)
-            and not _has_netrc_key()
-        ):
+        told = "mode" in given or "WANDB_MODE" in os.environ or "WANDB_API_KEY" in os.environ
+        if not told and not _has_netrc_key():
             given["mode"] = "offline"
         return given
 
