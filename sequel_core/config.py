@@ -151,7 +151,7 @@ class ExperimentConfig:
             raise ValueError(f"wandb.mode must be online, offline or disabled, got {self.wandb['mode']!r}")
 
     def wandb_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `wandb.init`; offline where neither a mode nor an API key is to be found."""
+        """Return the arguments of `wandb.init`; offline without a mode and without an API key."""
         given = {key: value for key, value in (self.wandb or {}).items() if value is not None}
         told = "mode" in given or "WANDB_MODE" in os.environ or "WANDB_API_KEY" in os.environ
         if not told and not _has_netrc_key():

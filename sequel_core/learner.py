@@ -67,16 +67,13 @@ class FitMonitor(NamedTuple):
     on_evaluate: Callable[[], None]  # when due, by evaluate_every
     evaluate_every: EvaluateEvery = "task"  # "task": never within fit_task; "epoch"; or a number of steps
 
-    def due(self, task_step: int, steps: int, epoch_end: bool) -> bool:
-        """Whether an evaluation is due after `task_step` steps of the task, `steps` of them new."""
+    def due(self, task_step: int, task_steps: int, epoch_end: bool) -> bool:
+        """Whether an evaluation is due; after the last step of a task comes the task's own."""
+        if task_step == task_steps:
+            return False
         if isinstance(self.evaluate_every, int):
-            return crossed(task_step, steps, self.evaluate_every)
+            return task_step % self.evaluate_every == 0
         return self.evaluate_every == "epoch" and epoch_end
-
-
-def crossed(done: int, steps: int, interval: int) -> bool:
-    """Whether a multiple of `interval` lies among the last `steps` of `done` steps."""
-    return done // interval > (done - steps) // interval
 
 
 class Learner(Protocol):
@@ -102,6 +99,10 @@ class Learner(Protocol):
 
     def evaluate(self, task: Task, split: str) -> Evaluation:
         """Count correct predictions on a task's `test`, `validation` or `train` split."""
+        ...
+
+    def log_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Send the run's configuration to the framework's own loggers."""
         ...
 
     def log(self, metrics: Mapping[str, float]) -> None:

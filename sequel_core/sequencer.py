@@ -62,7 +62,9 @@ def run(
     recorder = _Recorder(
         learner, benchmark, RunDirectory.create(run_dir), evaluate_on, Display(benchmark, progress)
     )
-    recorder.directory.write_config(_describe(learner, benchmark) if config is None else config)
+    described = _describe(learner, benchmark) if config is None else config
+    recorder.directory.write_config(described)
+    learner.log_hparams(described)
     everything = range(len(benchmark))
     with recorder.display, recorder.finishing():
         if evaluate_future:

@@ -26,6 +26,12 @@ Params = Any
 Outputs = dict[str, jax.Array]
 
 
+tree_zeros_like = jax.jit(optax.tree_utils.tree_zeros_like)
+tree_add = jax.jit(optax.tree_utils.tree_add)
+tree_scale = jax.jit(optax.tree_utils.tree_scale)
+"""Arithmetic of trees, compiled whole: outside a step every leaf's operation would be compiled alone."""
+
+
 class StreamState(NamedTuple):
     """What every algorithm keeps of the stream."""
 

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 
 from sequel_core import plan
 from sequel_core.hparams import TrainingHParams
-from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress, crossed
+from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
 from sequel_core.task import AnySplit, Batch, FloatArray, IntArray, Samples, StreamSpec, Task
 from sequel_flax.backbones import initial_params
 from sequel_flax.bundle import Algorithm, State, get_learning_rate, mask_logits
@@ -26,7 +26,7 @@ from sequel_flax.optimizers import clip_by_global_norm
 from sequel_flax.writers import MetricWriter
 
 NEVER = np.iinfo(np.int32).max
-SCANNED_STEPS = 32
+LOOPED_STEPS = 50
 
 
 TrainMetrics = clu.metrics.Collection.create(
@@ -54,8 +54,8 @@ class FlaxLearner:
         metrics: a `clu.metrics.Collection` class, fed with `loss`, `logits` and `labels`; those named
             accuracy and loss are shown as progress.
         writers: objects with the methods of clu's MetricWriter.
-        steps_per_call: steps of one compiled call: 1 dispatches each step, more scans over them. None chooses
-            1 on a CPU, where XLA's convolutions are slow within a loop, and 32 on an accelerator.
+        steps_per_call: at most so many steps in one compiled call; 1 dispatches each step alone. None chooses
+            1 for a network with convolutions on a CPU, where XLA runs them slowly within a loop, else 50.
 
     Raises:
         ValueError: a setting that the model or the optimizer cannot follow.
@@ -83,7 +83,7 @@ class FlaxLearner:
         self.spec = spec
         self.model = model
         self.writers = tuple(writers)
-        self.steps_per_call = steps_per_call or (1 if jax.default_backend() == "cpu" else SCANNED_STEPS)
+        self.steps_per_call = steps_per_call
         self.metrics = metrics
         if self.training.grad_clip is not None:
             tx = optax.chain(clip_by_global_norm(self.training.grad_clip), tx)
@@ -92,7 +92,7 @@ class FlaxLearner:
         self.state = strong_types(algorithm.init(self.ts, spec))
         self._empty = jax.device_get(Tally(strong_types(metrics.empty()), jnp.asarray(NEVER, jnp.int32)))
         self._step = jax.jit(self._traced_step, donate_argnums=(0, 1, 2))
-        self._scan = jax.jit(self._traced_scan, donate_argnums=(0, 1, 2))
+        self._loop = jax.jit(self._traced_loop, donate_argnums=(0, 1, 2))
         self._count = jax.jit(self._traced_count)
 
     @property
@@ -112,13 +112,16 @@ class FlaxLearner:
         bad = jnp.where(jnp.isfinite(outputs["loss"]), NEVER, step)
         return ts, state, Tally(metrics, jnp.minimum(tally.first_bad_step, bad.astype(jnp.int32)))
 
-    def _traced_scan(
-        self, ts: TrainState, state: State, tally: Tally, batches: Batch
+    def _traced_loop(
+        self, ts: TrainState, state: State, tally: Tally, batches: Batch, steps: int
     ) -> tuple[TrainState, State, Tally]:
-        def body(carry: tuple[TrainState, State, Tally], batch: Batch) -> tuple[Any, None]:
-            return self._traced_step(*carry, batch), None
+        """Take the first `steps` of the batches; that number may change without compiling again."""
 
-        return jax.lax.scan(body, (ts, state, tally), batches)[0]
+        def body(k: int, carry: tuple[TrainState, State, Tally]) -> tuple[TrainState, State, Tally]:
+            return self._traced_step(*carry, jax.tree.map(lambda a: a[k], batches))
+
+        end: tuple[TrainState, State, Tally] = jax.lax.fori_loop(0, steps, body, (ts, state, tally))
+        return end
 
     def _traced_count(
         self, ts: TrainState, state: State, batch: Batch, valid: jax.Array
@@ -141,15 +144,19 @@ class FlaxLearner:
         epochs, steps_per_epoch = training.epochs(task.index), len(task.train) // size
         first, done = self.step, 0
         tally, learning_rate = self._empty, self._learning_rate()
+        every = (
+            monitor.evaluate_every if isinstance(monitor.evaluate_every, int) else training.log_every_n_steps
+        )
         for epoch in range(epochs):
             order = plan.epoch_batches(training.seed, task.index, epoch, len(task.train), size)
-            for call, steps in self._calls(task.train, order):
-                self.ts, self.state, tally = (self._step if steps == 1 else self._scan)(
-                    self.ts, self.state, tally, call
-                )
+            for batches, steps in self._calls(task.train, order, done, (training.log_every_n_steps, every)):
+                if self.steps_per_call == 1:
+                    self.ts, self.state, tally = self._step(self.ts, self.state, tally, batches)
+                else:
+                    self.ts, self.state, tally = self._loop(self.ts, self.state, tally, batches, steps)
                 done += steps
                 epoch_end = done == (epoch + 1) * steps_per_epoch
-                if epoch_end or crossed(done, steps, training.log_every_n_steps):
+                if epoch_end or done % training.log_every_n_steps == 0:
                     values = self._read(tally, task, first, steps_per_epoch)
                     tally = self._empty
                     loss, accuracy = values.pop("loss", math.nan), values.pop("accuracy", math.nan)
@@ -166,10 +173,11 @@ class FlaxLearner:
                             extra=values,
                         )
                     )
-                if monitor.due(done, steps, epoch_end):
+                if monitor.due(done, epochs * steps_per_epoch, epoch_end):
                     monitor.on_evaluate()
-        batches = (jax.device_put(as_batch(s)) for s in plan.consolidation_batches(training.seed, task, size))
-        ts, state = self.algorithm.end_task(self.ts, self.state, batches)
+        samples = plan.consolidation_batches(training.seed, task, size)
+        kept = (jax.device_put(as_batch(chunk)) for chunk in samples)
+        ts, state = self.algorithm.end_task(self.ts, self.state, kept)
         self.ts, self.state = strong_types(ts), strong_types(state)
 
     def evaluate(self, task: Task, split: str) -> Evaluation:
@@ -181,6 +189,11 @@ class FlaxLearner:
         ]
         correct, masked_correct, loss = np.asarray(jax.device_get(counts), np.float64).sum(axis=0)
         return Evaluation(int(correct), len(samples), float(loss) / len(samples), int(masked_correct))
+
+    def log_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Write the run's configuration with every writer."""
+        for writer in self.writers:
+            writer.write_hparams(hparams)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Write numbers with every writer, at the current step."""
@@ -222,17 +235,36 @@ class FlaxLearner:
         rate = get_learning_rate(self.ts.opt_state)
         return math.nan if rate is None else float(rate)
 
-    def _calls(self, split: AnySplit, order: IntArray) -> Iterator[tuple[Batch, int]]:
-        """Yield what one compiled call takes, and its steps: the rest of a chunk goes step by step."""
-        per_call = self.steps_per_call
+    def _calls(
+        self, split: AnySplit, order: IntArray, done: int, intervals: Sequence[int]
+    ) -> Iterator[tuple[Batch, int]]:
+        """Yield what each compiled call takes, and its steps; none goes past a multiple of an interval."""
         for samples in plan.take_in_chunks(split, order):
             x, y, t, _ = as_batch(samples)
-            steps = len(y)
-            whole = steps - steps % per_call if per_call > 1 else 0
-            for k in range(0, whole, per_call):
-                yield Batch(x[k : k + per_call], y[k : k + per_call], t[k : k + per_call]), per_call
-            for k in range(whole, steps):
-                yield Batch(x[k], y[k], t[k]), 1
+            if self.steps_per_call is None:
+                self.steps_per_call = self._choose_steps_per_call(Batch(x[0], y[0], t[0]))
+            if self.steps_per_call == 1:
+                yield from ((Batch(x[k], y[k], t[k]), 1) for k in range(len(y)))
+                done += len(y)
+                continue
+            k = 0
+            while k < len(y):
+                steps = min(self.steps_per_call, len(y) - k, *(n - done % n for n in intervals))
+                yield Batch(*(filled(a[k : k + steps], self.steps_per_call) for a in (x, y, t))), steps
+                k, done = k + steps, done + steps
+
+    def _choose_steps_per_call(self, batch: Batch) -> int:
+        if jax.default_backend() != "cpu":
+            return LOOPED_STEPS
+        traced = jax.make_jaxpr(self.algorithm.train_step)(self.ts, self.state, batch)
+        return 1 if "conv_general_dilated" in str(traced) else LOOPED_STEPS
+
+
+def filled(rows: np.ndarray, count: int) -> np.ndarray:
+    """Return the rows `[n, ...]` with zeros after them, `[count, ...]`; the rows themselves if n is count."""
+    if len(rows) == count:
+        return rows
+    return np.concatenate([rows, np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)])
 
 
 def as_batch(samples: Samples) -> Batch:

@@ -103,4 +103,4 @@ def contenders(
             optimizer.step()
         return time.perf_counter() - start
 
-    return {"sequel": ours, "bare LightningModule": bare, "plain PyTorch loop": plain}
+    return {"sequel": ours, "bare LightningModule": bare, "PyTorch loop": plain}

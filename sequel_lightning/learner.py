@@ -111,6 +111,11 @@ class LightningLearner:
         correct, masked_correct, loss = counts.tolist()
         return Evaluation(int(correct), len(samples), loss / len(samples), int(masked_correct))
 
+    def log_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Send the run's configuration to every logger."""
+        for logger in self.loggers:
+            logger.log_hyperparams(dict(hparams))
+
     def log(self, metrics: Mapping[str, float]) -> None:
         """Send numbers to every logger, at the current step."""
         for logger in self.loggers:
@@ -205,7 +210,7 @@ class _Watcher:
                     extra=report.extra,
                 )
             )
-        if self._monitor.due(done, 1, batch_idx + 1 == steps_per_epoch):
+        if self._monitor.due(done, steps_per_epoch * self._epochs, batch_idx + 1 == steps_per_epoch):
             self._monitor.on_evaluate()
 
 

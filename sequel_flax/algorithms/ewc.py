@@ -34,6 +34,9 @@ from sequel_flax.bundle import (
     quadratic_penalty,
     start_task,
     train_step,
+    tree_add,
+    tree_scale,
+    tree_zeros_like,
 )
 
 Model = tuple[TrainState, State]
@@ -51,6 +54,7 @@ def penalty(params: Params, state: EWCState) -> jax.Array:
     return quadratic_penalty(params, state.anchor, state.importance)
 
 
+@partial(jax.jit, static_argnames="hparams")
 def consolidate(params: Params, state: EWCState, fisher: Params, hparams: EWCHParams) -> EWCState:
     """Return the state with one more task in it: its Fisher `fisher`, taken at `params`."""
     if hparams.accumulation == "online":
@@ -64,7 +68,7 @@ def consolidate(params: Params, state: EWCState, fisher: Params, hparams: EWCHPa
 
 def squared_gradients(params: Params, model: Model, batch: Batch) -> Params:
     """Return the sum over the batch's samples of the squared gradient of log p(y | x), in evaluation mode."""
-    total = jax.tree.map(jnp.zeros_like, params)
+    total = tree_zeros_like(params)
     for n in range(len(batch.y)):
         total = _add_squared_gradient(total, params, model, batch, n)
     return total
@@ -83,15 +87,15 @@ def _add_squared_gradient(total: Params, params: Params, model: Model, batch: Ba
 
 def diagonal_fisher(params: Params, model: Model, batches: Iterable[Batch], samples: int | None) -> Params:
     """Return the mean squared per-sample gradient over the first `samples` samples (None for all)."""
-    total, count = jax.tree.map(jnp.zeros_like, params), 0
+    total, count = tree_zeros_like(params), 0
     for batch in batches:
         wanted = len(batch.y) if samples is None else min(len(batch.y), samples - count)
         new = squared_gradients(params, model, Batch(batch.x[:wanted], batch.y[:wanted], batch.t[:wanted]))
-        total = jax.tree.map(jnp.add, total, new)
+        total = tree_add(total, new)
         count += wanted
         if count == samples:
             break
-    return jax.tree.map(lambda f: f / count, total)
+    return tree_scale(1 / count, total)
 
 
 def ewc(hparams: EWCHParams, seed: int = 0) -> Algorithm:

@@ -98,7 +98,7 @@ def test_runs_are_repeatable(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("every", "steps_per_call", "within"),
-    [("task", 1, []), ("epoch", 1, [5, 10]), (3, 1, [3, 6, 9]), (3, 2, [4, 7, 9]), (99, 1, [])],
+    [("task", 1, []), ("epoch", 1, [5]), (3, 1, [3, 6, 9]), (3, 2, [3, 6, 9]), (99, 1, [])],
 )
 def test_evaluate_every(every: Any, steps_per_call: int, within: list[int], tmp_path: Path) -> None:
     model = learner(NaiveHParams(), training=settings(epochs_per_task=2), steps_per_call=steps_per_call)

@@ -82,8 +82,8 @@ def test_one_compilation_of_the_step_per_run(
         five = learner(hparams, rotated(5), training, steps_per_call=steps_per_call)
         result = run(five, rotated(5), run_dir=tmp_path, progress=False)
     assert result.summary["steps"] >= 5 * STEPS
-    assert compiled["jit(_traced_step)"] == 1  # where steps are scanned, the rest of a task's
-    assert compiled["jit(_traced_scan)"] == (steps_per_call > 1)
+    assert compiled["jit(_traced_step)"] == (steps_per_call == 1)
+    assert compiled["jit(_traced_loop)"] == (steps_per_call > 1)
     assert compiled["jit(_traced_count)"] == 1
 
 
