@@ -226,6 +226,7 @@ class Recorder:
     def __init__(self) -> None:
         self.scalars: list[tuple[int, dict[str, float]]] = []
         self.ends: list[str] = []
+        self.hparams: list[dict[str, Any]] = []
 
     def write_summaries(self, step: int, values: Any, metadata: Any = None) -> None:
         raise AssertionError
@@ -235,7 +236,7 @@ class Recorder:
         self.scalars.append((step, dict(scalars)))
 
     def write_hparams(self, hparams: Any) -> None:
-        raise AssertionError
+        self.hparams.append(dict(hparams))
 
     def flush(self) -> None:
         self.ends.append("flush")
@@ -263,6 +264,7 @@ def test_a_writer_gets_every_number_with_growing_steps(tmp_path: Path) -> None:
     assert steps["test/average_accuracy"] == trained_at
     assert last["test/average_accuracy"] == pytest.approx(result.average_accuracy)
     assert [step for step, _ in writers[1].scalars] == [step for step, _ in writers[0].scalars]
+    assert [w.hparams for w in writers] == [[result.config]] * 2
     assert [w.ends for w in writers] == [["flush", "close"]] * 2
 
 

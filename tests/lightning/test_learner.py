@@ -165,7 +165,7 @@ def test_progress_is_reported_with_the_means_since_the_last_report() -> None:
         assert report.accuracy == pytest.approx(np.mean(accuracies[part]))
 
 
-@pytest.mark.parametrize(("every", "calls"), [("task", 0), ("epoch", 4), (3, 6), (1, 20)])
+@pytest.mark.parametrize(("every", "calls"), [("task", 0), ("epoch", 2), (3, 6), (1, 18)])
 def test_evaluation_is_called_for_when_due(every: Any, calls: int) -> None:
     benchmark = stream()
     made = learner(benchmark, training={"epochs_per_task": 2})
@@ -173,8 +173,8 @@ def test_evaluation_is_called_for_when_due(every: Any, calls: int) -> None:
     for task in benchmark.tasks[:2]:
         made.fit_task(task, FitMonitor(lambda p: None, lambda: at.append(made.step), every))
     assert len(at) == calls
-    assert at == {"task": [], "epoch": [5, 10, 15, 20], 3: [3, 6, 9, 13, 16, 19]}.get(
-        every, list(range(1, 21))
+    assert at == {"task": [], "epoch": [5, 15], 3: [3, 6, 9, 13, 16, 19]}.get(
+        every, [step for step in range(1, 20) if step != 10]
     )
 
 
@@ -184,7 +184,7 @@ def test_evaluation_and_reports_follow_limited_epochs() -> None:
     at: list[int] = []
     reports: list[Progress] = []
     made.fit_task(benchmark.tasks[0], FitMonitor(reports.append, lambda: at.append(made.step), "epoch"))
-    assert at == [3, 6]
+    assert at == [3]
     assert [(r.task_step, r.task_steps) for r in reports] == [(2, 6), (3, 6), (5, 6), (6, 6)]
 
 
