@@ -148,9 +148,11 @@ class _Recorder:
     def timed(self, kind: str) -> Iterator[None]:
         """Add the time spent to `kind`, and take it away from `train` where an evaluation lies within it."""
         start, inside = time.perf_counter(), self.seconds["evaluate"]
-        yield
-        spent = time.perf_counter() - start
-        self.seconds[kind] += spent - (self.seconds["evaluate"] - inside if kind == "train" else 0)
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[kind] += spent - (self.seconds["evaluate"] - inside if kind == "train" else 0)
 
     def progress(self, task: Task, progress: Progress) -> None:
         """Record loss and accuracy of the training batches."""

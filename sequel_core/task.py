@@ -21,6 +21,9 @@ FloatArray = NDArray[np.float64]
 
 Scenario = Literal["domain", "task", "class"]
 
+BLOCK = 256
+"""Images that a weighted pixel map works on at a time."""
+
 
 class Batch(NamedTuple):
     """One training batch; in PyTorch the images are `[B, C, H, W]`, everywhere else `[B, H, W, C]`."""
@@ -112,11 +115,14 @@ class PixelMap:
             if black.any():
                 out[:, black[:, 0]] = 0
         else:
-            weights = np.where(black, np.float32(0), self.weights)
-            total = np.zeros(pixels.shape, np.float32)
-            for k in range(sources.shape[1]):
-                total += np.take(pixels, sources[:, k], axis=1) * weights[None, :, k, None]
-            out = np.rint(total).clip(0, 255).astype(np.uint8)
+            weights = np.where(black, np.float32(0), self.weights)[:, :, None]  # [H * W, K, 1]
+            out = np.empty_like(pixels)
+            for start in range(0, n, BLOCK):  # few enough images for their sums to stay in the cache
+                block = pixels[start : start + BLOCK]
+                total = np.take(block, sources[:, 0], axis=1) * weights[:, 0]
+                for k in range(1, sources.shape[1]):
+                    total += np.take(block, sources[:, k], axis=1) * weights[:, k]
+                out[start : start + BLOCK] = np.rint(total).clip(0, 255)
         return out.reshape(images.shape)
 
 
