@@ -212,7 +212,7 @@ def test_joined_task_is_every_stream_up_to_it() -> None:
         ({"tasks": (task_of(1),)}, "tasks must be numbered from 0 in order: task 0 has index 1"),
         (
             {"num_classes": 1},
-            r"task 0 \(task 0\) has labels \[1\] outside the head's 0..0; raise num_classes or",
+            r"task 0 \(task 0\) has labels \[1\], the head 0..0; raise num_classes or",
         ),
         (
             {"tasks": (task_of(0), task_of(1, shape=(3, 3, 1)))},
@@ -240,7 +240,7 @@ def test_normalisation_is_scale_and_shift() -> None:
 
 
 def test_bad_normalisation() -> None:
-    with pytest.raises(ValueError, match="one mean and one std per channel, got 1 and 2"):
+    with pytest.raises(ValueError, match="a mean and a std per channel, got 1 and 2"):
         Normalisation((0.0,), (1.0, 1.0))
     with pytest.raises(ValueError, match="std must be > 0"):
         Normalisation((0.0,), (0.0,))
