@@ -34,6 +34,8 @@ def main(args: Sequence[str]) -> int:
         "--run-dir", type=Path, help="where to keep the four runs (default: a new one under runs/)"
     )
     options = parser.parse_args(args)
+    for mode in PLUGINS:
+        plugin(mode)  # both or none
     directory = options.run_dir or Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_demo"
     console = Console()
     results: dict[tuple[str, str], Result] = {}
