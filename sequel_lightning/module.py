@@ -229,8 +229,8 @@ class ContinualModule(pl.LightningModule):
         tally.outputs.append((loss.detach(), logits.detach(), batch.y))
         tally.steps_done += 1
         tally.report = None
-        interval = trainer.log_every_n_steps
-        if (interval and (batch_idx + 1) % interval == 0) or batch_idx + 1 == trainer.num_training_batches:
+        done, interval = batch_idx + 1, trainer.log_every_n_steps
+        if (interval and done % interval == 0) or done == trainer.num_training_batches:
             self._make_report()
         return loss
 
@@ -304,7 +304,8 @@ class ContinualModule(pl.LightningModule):
         if self.metrics is not None:
             self.metrics.reset()
         scores = {"train/loss": report.loss, "train/accuracy": report.accuracy, **extra}
-        self.log_dict(scores, prog_bar=True, logger=False)
+        if self.trainer.callbacks:  # who alone reads them; Lightning then looks at each at every step
+            self.log_dict(scores, prog_bar=True, logger=False)
         for logger in self.loggers:
             logger.log_metrics(scores, step=self.trainer.fit_loop.epoch_loop._batches_that_stepped)
 

@@ -9,13 +9,9 @@ Mirror: sequel_lightning/algorithms/joint.py
 
 from __future__ import annotations
 
-from functools import partial
-
-from flax.training.train_state import TrainState
-
 from sequel_core.hparams import JointHParams
-from sequel_core.task import StreamSpec
-from sequel_flax.bundle import Algorithm, State, end_task, init_stream, predict, start_task, train_step
+from sequel_flax.algorithms.naive import naive
+from sequel_flax.bundle import Algorithm
 
 
 def joint(hparams: JointHParams, seed: int = 0) -> Algorithm:
@@ -25,15 +21,4 @@ def joint(hparams: JointHParams, seed: int = 0) -> Algorithm:
         hparams: settings.
         seed: of dropout.
     """
-
-    def init(ts: TrainState, spec: StreamSpec) -> State:
-        return State(init_stream(ts, spec, hparams, seed), memory=())
-
-    return Algorithm(
-        init=init,
-        start_task=partial(start_task, hparams=hparams),
-        train_step=train_step,
-        end_task=end_task,
-        predict=predict,
-        hparams=hparams,
-    )
+    return naive(hparams, seed)

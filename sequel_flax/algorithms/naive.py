@@ -11,12 +11,12 @@ from functools import partial
 
 from flax.training.train_state import TrainState
 
-from sequel_core.hparams import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams
 from sequel_core.task import StreamSpec
 from sequel_flax.bundle import Algorithm, State, end_task, init_stream, predict, start_task, train_step
 
 
-def naive(hparams: NaiveHParams, seed: int = 0) -> Algorithm:
+def naive(hparams: AlgorithmHParams, seed: int = 0) -> Algorithm:
     """Return naive finetuning.
 
     Args:
