@@ -304,10 +304,11 @@ class ContinualModule(pl.LightningModule):
         if self.metrics is not None:
             self.metrics.reset()
         scores = {"train/loss": report.loss, "train/accuracy": report.accuracy, **extra}
-        if self.trainer.callbacks:  # who alone reads them; Lightning then looks at each at every step
+        trainer: Any = self.trainer
+        if trainer.callbacks:  # who alone reads them; Lightning then looks at each at every step
             self.log_dict(scores, prog_bar=True, logger=False)
         for logger in self.loggers:
-            logger.log_metrics(scores, step=self.trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(scores, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def _prepared(self, batch: Any) -> Batch:
         """Return a loader's batch as a training step gets it: converted, moved, through the batch hooks."""

@@ -44,6 +44,9 @@ class NearestMean:
         correct = int((distance.argmin(1) == y).sum())
         return Evaluation(correct, len(y), 0.0, correct)
 
+    def log_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Log nowhere."""
+
     def log(self, metrics: Mapping[str, float]) -> None:
         """Log nowhere."""
 
