@@ -86,12 +86,14 @@ class LightningLearner:
             max_epochs=training.epochs(task.index), callbacks=copy.deepcopy(list(self.callbacks))
         )
         self.module.train()
-        self.module.tally.after_step = _Watcher(task, training, monitor, self.module.tally)
+        data.trainer = self._trainer  # not attached: Lightning looks up its batch hooks at every step
+        tally = self.module.tally
+        tally.next_task, tally.after_step = task.index, _Watcher(task, training, monitor, tally)
         try:
             with quiet():
-                self._trainer.fit(self.module, datamodule=data)
+                self._trainer.fit(self.module, data.train_dataloader(), data.val_dataloader())
         finally:
-            self.module.tally.after_step = None
+            tally.next_task = tally.after_step = None
 
     def evaluate(self, task: Task, split: str) -> Evaluation:
         """Count correct predictions on a split of a task; see `sequel_core.learner.Learner`."""

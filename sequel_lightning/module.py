@@ -51,6 +51,7 @@ class Tally:
         self.steps_done = 0  # since the start of the stream
         self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, logits, labels
         self.report: Report | None = None  # made by the latest step, if it made one
+        self.next_task: int | None = None  # the learner's, while it fits; else the data module tells
         self.after_step: Callable[[pl.Trainer, int], None] | None = None  # the learner's, while it fits
 
 
@@ -284,6 +285,8 @@ class ContinualModule(pl.LightningModule):
     # -- parts of the above
 
     def _next_task(self) -> int:
+        if self.tally.next_task is not None:
+            return self.tally.next_task
         task = getattr(getattr(self.trainer, "datamodule", None), "task", None)
         return task.index if isinstance(task, Task) else int(self.task_index) + 1
 
