@@ -104,7 +104,7 @@ class LightningLearner:
         samples = task.split(split)
         with evaluating(module), torch.no_grad(), self._trainer.precision_plugin.forward_context():
             for batch in EvaluationBatches(samples, self.training.eval_batch_size):
-                x, y, t = (tensor.to(device) for tensor in batch[:3])
+                x, y, t = (tensor.to(device) for tensor in batch)
                 logits = module.predict(x, t)
                 masked = mask_logits(logits, mask[t])
                 counts[0] += (logits.argmax(-1) == y).sum()

@@ -158,9 +158,10 @@ class ContinualModule(pl.LightningModule):
         """Return a loader's batch, `(x, y)`, `(x, y, t)` or a Batch, as a Batch."""
         if isinstance(batch, Batch):
             return batch
-        x, y, *rest = batch
-        t = rest[0] if rest else self.task_index.clamp(min=0).expand(len(y))
-        return Batch(x, y, t)
+        if len(batch) > 2:
+            return Batch(*batch)
+        x, y = batch
+        return Batch(x, y, self.task_index.clamp(min=0).expand(len(y)))
 
     # -- Lightning: training
 
