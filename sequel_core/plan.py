@@ -8,7 +8,9 @@ generator state, and on any NumPy version (the methods of `Generator` promise ne
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,8 @@ from sequel_core.task import AnySplit, BoolArray, FloatArray, IntArray, Samples,
 
 WORDS_PER_COUNTER = 4
 CHUNK_BYTES = 1 << 22
+
+T = TypeVar("T")
 
 
 def words(*key: object, count: int, start: int = 0) -> NDArray[np.uint64]:
@@ -82,10 +86,13 @@ def evaluation_batches(split: AnySplit, batch_size: int) -> Iterator[tuple[Sampl
 
     The last batch is filled up with copies of the first sample that do not count.
     """
-    for start in range(0, len(split), batch_size):
+
+    def take(start: int) -> tuple[Samples, BoolArray]:
         positions = np.arange(start, start + batch_size)
         valid = positions < len(split)
-        yield split.take(np.where(valid, positions, 0)), valid
+        return split.take(np.where(valid, positions, 0)), valid
+
+    return one_ahead(take, range(0, len(split), batch_size))
 
 
 def take_in_chunks(split: AnySplit, positions: IntArray) -> Iterator[Samples]:
@@ -99,10 +106,28 @@ def take_in_chunks(split: AnySplit, positions: IntArray) -> Iterator[Samples]:
     shape = split.parts[0].images.shape[1:]
     per_row = int(np.prod(positions.shape[1:], dtype=np.int64)) * int(np.prod(shape))
     rows = max(1, CHUNK_BYTES // max(1, per_row))
-    for start in range(0, len(positions), rows):
+
+    def take(start: int) -> Samples:
         block = positions[start : start + rows]
         x, y, t = split.take(block.reshape(-1))
-        yield Samples(x.reshape(*block.shape, *shape), y.reshape(block.shape), t.reshape(block.shape))
+        return Samples(x.reshape(*block.shape, *shape), y.reshape(block.shape), t.reshape(block.shape))
+
+    return one_ahead(take, range(0, len(positions), rows))
+
+
+def one_ahead(take: Callable[[int], T], starts: range) -> Iterator[T]:
+    """Yield `take(start)` for every start; a thread takes the next one while this one is used.
+
+    NumPy gathers and maps pixels without holding the interpreter's lock.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for start in starts:
+            now, coming = coming, pool.submit(take, start)
+            if now is not None:
+                yield now.result()
+        if coming is not None:
+            yield coming.result()
 
 
 def initial_weights(seed: int, path: str, shape: tuple[int, ...], fan_in: int) -> FloatArray:
