@@ -39,8 +39,9 @@ class BareModule(pl.LightningModule):
         """Return the loss."""
         x, y = batch
         loss = F.cross_entropy(self.net(x.float() * self.scale + self.shift), y)
-        for p, (anchor, importance) in zip(self.net.parameters(), self.past, strict=False):
-            loss = loss + 0.5 * (importance * (p - anchor) ** 2).sum()
+        if self.past:
+            for p, (anchor, importance) in zip(self.net.parameters(), self.past, strict=True):
+                loss = loss + 0.5 * (importance * (p - anchor) ** 2).sum()
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
