@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -249,8 +249,3 @@ ALGORITHMS: dict[str, type[AlgorithmHParams]] = {
 }
 
 BACKBONES: dict[str, type[BackboneHParams]] = {cls.type: cls for cls in (MLPHParams,)}
-
-
-def defaults(cls: type[Settings]) -> dict[str, Any]:
-    """Return the default of every field of a settings class."""
-    return {spec.name: spec.default for spec in fields(cls) if spec.default is not MISSING}

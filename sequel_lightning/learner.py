@@ -23,7 +23,7 @@ from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Mode, P
 from sequel_core.task import FloatArray, StreamSpec, Task
 from sequel_lightning.backbones import canonical_weights
 from sequel_lightning.data import EvaluationBatches, TaskDataModule
-from sequel_lightning.module import ContinualModule, Tally, evaluating, mask_logits
+from sequel_lightning.module import ContinualModule, Tally, evaluating, mask_logits, refuse_data_parallel
 
 TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SEEDS = 2**63
@@ -72,6 +72,7 @@ class LightningLearner:
             )
         self._settings = self._trainer_settings(dict(trainer or {}))
         self._trainer = self._make_trainer(max_epochs=0)
+        refuse_data_parallel(self._trainer)  # here, before Lightning starts the other processes
 
     @property
     def step(self) -> int:
@@ -168,6 +169,7 @@ class LightningLearner:
             "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in self.callbacks),
             "num_sanity_val_steps": 0,
             "profiler": NoProfiler(),
+            "devices": 1,
             "limit_val_batches": None if self.callbacks else 0,
             **{name: value for name, value in trainer.items() if (name, value) != ("profiler", None)},
             "gradient_clip_val": training.grad_clip,

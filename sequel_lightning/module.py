@@ -170,11 +170,7 @@ class ContinualModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what is not supported; let the loggers' x-axis go on where the last Trainer's ended."""
-        if self.trainer.world_size > 1:
-            raise ValueError(
-                "data-parallel training is not supported yet, "
-                f"got world_size={self.trainer.world_size}; use devices=1"
-            )
+        refuse_data_parallel(self.trainer)
         first = int(stage == "fit")  # the number of a fit's first step; Lightning would begin every fit at 0
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.tally.steps_done + first
         self._fitting = False
@@ -383,6 +379,14 @@ def quadratic_penalty(params: Params, anchor: Params, importance: Params) -> Ten
         len(params), *params.values(), *(anchor[k] for k in names), *(importance[k] for k in names)
     )
     return penalty
+
+
+def refuse_data_parallel(trainer: pl.Trainer) -> None:
+    """Raise ValueError for a Trainer of more than one process: importances would differ between them."""
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"data-parallel training is not supported yet, got world_size={trainer.world_size}; use devices=1"
+        )
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

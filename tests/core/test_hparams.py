@@ -13,7 +13,6 @@ from sequel_core.hparams import (
     Settings,
     TrainingHParams,
     allowed,
-    defaults,
     setting,
 )
 
@@ -69,9 +68,8 @@ def test_ranges_as_text() -> None:
     assert texts["flag"] == ""
 
 
-def test_defaults_build_the_default() -> None:
+def test_every_setting_says_what_it_means() -> None:
     for cls in (*ALGORITHMS.values(), OptimizerHParams, TrainingHParams):
-        assert cls(**defaults(cls)) == cls()
         assert all(spec.metadata["help"] for spec in fields(cls))
 
 

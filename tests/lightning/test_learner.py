@@ -331,3 +331,8 @@ def test_gradients_are_clipped_to_the_training_setting() -> None:
     assert not torch.equal(
         everything(free)["tensors"]["net.head.weight"], own.net.get_parameter("head.weight")
     )
+
+
+def test_several_processes_are_refused_before_any_is_started() -> None:
+    with pytest.raises(ValueError, match="not supported yet, got world_size=2; use devices=1"):
+        learner(stream(), trainer={"accelerator": "cpu", "devices": 2})
