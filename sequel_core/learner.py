@@ -86,7 +86,7 @@ class Learner(Protocol):
 
     @property
     def step(self) -> int:
-        """Optimizer steps since the start of the stream."""
+        """Training steps (batches) since the start of the stream."""
         ...
 
     def fit_task(self, task: Task, monitor: FitMonitor) -> None:

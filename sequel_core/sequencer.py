@@ -64,9 +64,9 @@ def run(
     )
     described = _describe(learner, benchmark) if config is None else config
     recorder.directory.write_config(described)
-    learner.log_hparams(described)
     everything = range(len(benchmark))
     with recorder.display, recorder.finishing():
+        learner.log_hparams(described)
         if evaluate_future:
             recorder.baseline = recorder.evaluate(everything, after=None)
         for task in learner.hparams.training_tasks(benchmark):
@@ -182,7 +182,9 @@ class _Recorder:
             self._record(
                 evaluation, {"after_task": after, "within_task": within, "task": j, "split": self.split}
             )
-        self.extra["masked_average_accuracy"] = float(np.mean([e.masked_accuracy for e in found.values()]))
+        if self.benchmark.scenario == "class":
+            masked = [evaluation.masked_accuracy for evaluation in found.values()]
+            self.extra["masked_average_accuracy"] = float(np.mean(masked))
         scores = {f"{self.split}/accuracy/task_{j}": e.accuracy for j, e in found.items()}
         self.learner.log({**scores, f"{self.split}/average_accuracy": float(np.nanmean(row))})
         self.last = (time.perf_counter(), self.learner.step)
@@ -234,9 +236,6 @@ class _Recorder:
         train, evaluate = self.seconds["train"], self.seconds["evaluate"]
         found = metrics.summarise(self.matrix, self.baseline)
         extra = dict(self.extra)
-        masked = extra.pop("masked_average_accuracy", None)
-        if self.benchmark.scenario == "class":
-            extra["masked_average_accuracy"] = masked
         return {
             "status": extra.pop("status"),
             "mode": self.learner.mode,

@@ -1,4 +1,4 @@
-"""FlaxLearner: one jitted step, dispatched one by one or scanned several at a time."""
+"""FlaxLearner: one jitted step, dispatched one by one or looped over within one call."""
 
 from __future__ import annotations
 
@@ -144,12 +144,12 @@ class FlaxLearner:
         epochs, steps_per_epoch = training.epochs(task.index), len(task.train) // size
         first, done = self.step, 0
         tally, learning_rate = self._empty, self._learning_rate()
-        every = (
-            monitor.evaluate_every if isinstance(monitor.evaluate_every, int) else training.log_every_n_steps
-        )
+        intervals = [training.log_every_n_steps]
+        if isinstance(monitor.evaluate_every, int):
+            intervals.append(monitor.evaluate_every)
         for epoch in range(epochs):
             order = plan.epoch_batches(training.seed, task.index, epoch, len(task.train), size)
-            for batches, steps in self._calls(task.train, order, done, (training.log_every_n_steps, every)):
+            for batches, steps in self._calls(task.train, order, done, intervals):
                 if self.steps_per_call == 1:
                     self.ts, self.state, tally = self._step(self.ts, self.state, tally, batches)
                 else:
@@ -224,9 +224,7 @@ class FlaxLearner:
 
     def _read(self, tally: Tally, task: Task, first: int, steps_per_epoch: int) -> dict[str, float]:
         """Return the metrics of a tally; wait for the steps that it counts."""
-        tally = jax.device_get(
-            tally
-        )  # computed in NumPy: on the device every operation would be dispatched alone
+        tally = jax.device_get(tally)  # NumPy computes them: JAX would dispatch every operation alone
         if tally.first_bad_step != NEVER:
             raise DivergenceError(task.index, *divmod(int(tally.first_bad_step) - first, steps_per_epoch))
         return {name: float(value) for name, value in tally.metrics.compute().items()}
