@@ -48,6 +48,9 @@ SPELLINGS = {
     "optimizer.lr_decay": "algo.lr_decay",
     "optimizer.learning_rate": "optimizer.lr",
     "algo.type": "algo.name",
+    "algo.memory_size": "algo.mem_size",
+    "algo.memory_batch_size": "algo.mem_batch_size",
+    "algo.memory_group_by": "algo.memory",
     "benchmark.type": "benchmark.name",
     "backbone.name": "backbone.type",
     "optimizer.name": "optimizer.type",
@@ -56,7 +59,8 @@ SPELLINGS = {
 
 NAMES = {
     "mode": {"lightning": "pytorch", "torch": "pytorch", "flax": "jax"},
-    "algo.name": {"der++": "derpp", "stablesgd": "stable_sgd"},
+    "algo.name": {"der++": "derpp", "stablesgd": "stable_sgd", "stable-sgd": "stable_sgd", "a-gem": "agem"},
+    "algo.memory": {"task": "task_quota", "uniform": "task_quota", "class": "class_quota"},
 }
 """Values that are spelt differently."""
 
@@ -348,7 +352,7 @@ def canonical(values: Mapping[str, Any]) -> Layer:
     for old, new in SPELLINGS.items():
         if old in layer:
             _move(layer, old, layer.pop(old), new)
-    for key in ("mode", *(f"{section}.{key}" for section, key in SECTIONS.items())):
+    for key in _NAMED:
         if isinstance(layer.get(key), str):
             layer[key] = alias(key, layer[key])
     widths = layer.get("backbone.widths")
@@ -375,7 +379,7 @@ def alias(key: str, value: Any) -> Any:
     return NAMES.get(key, {}).get(value.lower(), value.lower()) if key in _NAMED else value
 
 
-_NAMED = {"mode", *(f"{section}.{key}" for section, key in SECTIONS.items())}
+_NAMED = {"mode", "algo.memory", *(f"{section}.{key}" for section, key in SECTIONS.items())}
 
 
 def merge(*layers: Layer) -> Layer:
@@ -572,7 +576,7 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
 
     Raises:
         ValueError: arguments out of range, missing or damaged data, `num_classes` other than the benchmark's,
-            a batch larger than a task, too few entries of `epochs_per_task`, or an evaluation on validation
+            a batch larger than a task, a memory that does not fit batch or stream, too few entries of `epochs_per_task`, or an evaluation on validation
             samples that there are not.
     """
     name, arguments = config.benchmark
@@ -593,6 +597,10 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
         config.training.epochs(len(benchmark) - 1)
     except ValueError as error:
         raise ValueError(f"training.{error}") from error
+    try:
+        config.algo.check(benchmark.spec, config.training.batch_size)
+    except ValueError as error:
+        raise ValueError(f"algo.{error}") from error
     empty = next((task.index for task in benchmark.tasks if len(task.validation) == 0), None)
     if config.evaluate_on == "validation" and empty is not None:
         raise ValueError(

@@ -12,9 +12,10 @@ from dataclasses import Field, dataclass, field, fields
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-from sequel_core.task import Benchmark, Task
+from sequel_core.task import Benchmark, StreamSpec, Task
 
 Dtype = Literal["float32", "float64"]
+MemoryPolicy = Literal["reservoir", "ring", "class_balanced", "task_balanced", "task_quota", "class_quota"]
 
 
 def setting(
@@ -127,6 +128,9 @@ class AlgorithmHParams(Settings):
         """Yield what to train on, stage by stage; a stage's index says after which task it stands."""
         yield from benchmark.tasks
 
+    def check(self, spec: StreamSpec, batch_size: int) -> None:
+        """Raise ValueError where the settings do not fit a stream or its batches."""
+
 
 @dataclass(frozen=True)
 class NaiveHParams(AlgorithmHParams):
@@ -168,6 +172,155 @@ class EWCHParams(AlgorithmHParams):
     )
     gamma: float = setting(1.0, "decay of past importances, read only by accumulation=online", ge=0, le=1)
     fisher_samples: int | None = setting(1024, "samples of the Fisher estimate of a task; null for all", ge=1)
+
+
+@dataclass(frozen=True)
+class SIHParams(AlgorithmHParams):
+    """Synaptic intelligence (Zenke et al. 2017)."""
+
+    name: ClassVar[str] = "si"
+
+    si_lambda: float = setting(0.1, "strength c of the penalty c * sum Omega (theta - theta*)^2", ge=0)
+    xi: float = setting(0.1, "damping of the squared displacement that importances are divided by", gt=0)
+    clamp: bool = setting(False, "keep importances at zero or above, as the official code does")
+
+
+@dataclass(frozen=True)
+class MASHParams(AlgorithmHParams):
+    """Memory aware synapses (Aljundi et al. 2018)."""
+
+    name: ClassVar[str] = "mas"
+
+    mas_lambda: float = setting(
+        1.0, "strength lambda of the penalty lambda * sum Omega (theta - theta*)^2", ge=0
+    )
+    gradients: Literal["sample", "batch"] = setting(
+        "sample", "absolute values of the gradient of each sample, or of each batch's sum (the official code)"
+    )
+    mas_samples: int | None = setting(None, "samples of the importances of a task; null for all", ge=1)
+
+
+@dataclass(frozen=True)
+class LFLHParams(AlgorithmHParams):
+    """Less-forgetting learning (Jung et al. 2016)."""
+
+    name: ClassVar[str] = "lfl"
+
+    lfl_lambda: float = setting(
+        0.001, "strength lambda_e of lambda_e/2 * ||f(x) - f_old(x)||^2, f the last hidden features", ge=0
+    )
+    freeze_head: bool = setting(True, "keep the last layer as the first task left it")
+
+
+@dataclass(frozen=True)
+class StableSGDHParams(AlgorithmHParams):
+    """Stable SGD (Mirzadeh et al. 2020); dropout and momentum are the backbone's and the optimizer's."""
+
+    name: ClassVar[str] = "stable_sgd"
+
+    lr_decay: float = setting(0.8, "factor gamma of the learning rate from one task to the next", gt=0, le=1)
+    min_lr: float = setting(5e-5, "floor of the decayed learning rate", ge=0)
+    decay_first: bool = setting(
+        True, "task t (from 0) has lr * gamma^(t + 1), as in the official code; false for lr * gamma^t"
+    )
+
+    def learning_rate_factor(self, task: int, learning_rate: float) -> float:
+        """Return max(learning_rate * lr_decay^(task + 1), min_lr) / learning_rate; see `decay_first`."""
+        return super().learning_rate_factor(task + self.decay_first, learning_rate)
+
+
+@dataclass(frozen=True)
+class ReplayHParams(AlgorithmHParams):
+    """Settings of methods that keep samples of the stream; see `sequel_core.memory`."""
+
+    memory: MemoryPolicy = setting(
+        "reservoir",
+        "reservoir: every sample seen alike; ring: the latest of each class of each task; class_balanced, "
+        "task_balanced: equal parts for those seen so far; task_quota, class_quota: an equal part of each "
+        "task, or of each class of each task, replayed from the next task on",
+    )
+    mem_size: int = setting(200, "samples kept in all; 0 for none, which is naive finetuning", ge=0)
+    per_task_memory_samples: int | None = setting(
+        None, "samples kept of each task, in place of mem_size; null for mem_size", ge=0
+    )
+    mem_batch_size: int = setting(10, "samples drawn from the memory at a step, without replacement", ge=1)
+
+    def slots(self, num_tasks: int) -> int:
+        """Return the number of samples that the memory holds."""
+        per_task = self.per_task_memory_samples
+        return self.mem_size if per_task is None else per_task * num_tasks
+
+    def parts(self, spec: StreamSpec) -> int:
+        """Return into how many parts of fixed and equal size the memory is divided; 1 for no division."""
+        if self.memory == "task_quota":
+            return spec.num_tasks
+        return int(spec.mask.sum()) if self.memory in ("ring", "class_quota") else 1
+
+    def check(self, spec: StreamSpec, batch_size: int) -> None:
+        """Raise ValueError for a memory that fits neither the batches nor the parts it is divided into."""
+        size, parts = self.slots(spec.num_tasks), self.parts(spec)
+        name = "mem_size" if self.per_task_memory_samples is None else "per_task_memory_samples"
+        got = f"got {getattr(self, name)}" + (f" ({size} in all)" if name != "mem_size" else "")
+        if 0 < size < batch_size:
+            raise ValueError(
+                f"{name} must be 0 or give at least batch_size={batch_size} slots, so that the samples of a "
+                f"step fit, {got}; raise {name} or lower batch_size"
+            )
+        if 0 < size < self.mem_batch_size:
+            raise ValueError(
+                f"mem_batch_size must be <= the {size} samples of the memory, got {self.mem_batch_size}; "
+                f"lower mem_batch_size or raise {name}"
+            )
+        if size % parts:
+            nearest = {size // parts * parts, -(-size // parts) * parts} - {0}
+            owner = "task" if self.memory == "task_quota" else "class of each task"
+            raise ValueError(
+                f"{name} must divide into the {parts} equal parts of memory={self.memory}, one for each "
+                f"{owner}, {got}; use a total of {' or '.join(map(str, sorted(nearest)))}"
+            )
+
+
+@dataclass(frozen=True)
+class AGEMHParams(ReplayHParams):
+    """Averaged gradient episodic memory (Chaudhry et al. 2019)."""
+
+    name: ClassVar[str] = "agem"
+
+    memory: Literal["ring", "task_quota", "class_quota"] = setting(
+        "ring",
+        "ring: the latest samples of each class of each task; task_quota, class_quota: a uniform choice of "
+        "each task, or of each class of each task",
+    )
+    mem_size: int = setting(1000, "samples kept in all; 0 for none, which is naive finetuning", ge=0)
+    mem_batch_size: int = setting(256, "samples of past tasks that the reference gradient is taken on", ge=1)
+
+
+@dataclass(frozen=True)
+class ERHParams(ReplayHParams):
+    """Experience replay (Chaudhry et al. 2019)."""
+
+    name: ClassVar[str] = "er"
+
+
+@dataclass(frozen=True)
+class DERHParams(ReplayHParams):
+    """Dark experience replay (Buzzega et al. 2020)."""
+
+    name: ClassVar[str] = "der"
+
+    alpha: float = setting(0.1, "weight of the squared distance to the stored logits", ge=0)
+    distance: Literal["sum", "mean"] = setting(
+        "sum", "of squares over classes: sum (the paper's norm) or mean (its code and tuned alphas)"
+    )
+
+
+@dataclass(frozen=True)
+class DERppHParams(DERHParams):
+    """DER++, dark experience replay with labels (Buzzega et al. 2020)."""
+
+    name: ClassVar[str] = "derpp"
+
+    beta: float = setting(0.5, "weight of the cross-entropy of a second draw from the memory", ge=0)
 
 
 @dataclass(frozen=True)
@@ -245,7 +398,20 @@ class MLPHParams(BackboneHParams):
 
 
 ALGORITHMS: dict[str, type[AlgorithmHParams]] = {
-    cls.name: cls for cls in (NaiveHParams, JointHParams, EWCHParams)
+    cls.name: cls
+    for cls in (
+        NaiveHParams,
+        JointHParams,
+        EWCHParams,
+        SIHParams,
+        MASHParams,
+        LFLHParams,
+        StableSGDHParams,
+        AGEMHParams,
+        ERHParams,
+        DERHParams,
+        DERppHParams,
+    )
 }
 
 BACKBONES: dict[str, type[BackboneHParams]] = {cls.type: cls for cls in (MLPHParams,)}

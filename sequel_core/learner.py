@@ -117,6 +117,10 @@ class Learner(Protocol):
         """Return the model, the optimizer and all settings as plain values, for the run's `config.yaml`."""
         ...
 
+    def memory_bytes(self) -> int:
+        """Return the bytes of all that the algorithm keeps of past tasks: anchors, samples, logits, ..."""
+        ...
+
     def threads(self) -> int:
         """Return the number of threads that arithmetic runs on; another number may round differently."""
         ...

@@ -19,6 +19,7 @@ from sequel_core.task import AnySplit, BoolArray, FloatArray, IntArray, Samples,
 
 WORDS_PER_COUNTER = 4
 CHUNK_BYTES = 1 << 22
+BLOCK_NUMBERS = 4096
 
 T = TypeVar("T")
 
@@ -41,6 +42,24 @@ def words(*key: object, count: int, start: int = 0) -> NDArray[np.uint64]:
 def uniform(*key: object, count: int, start: int = 0) -> FloatArray:
     """Return floats in [0, 1) with 53 random bits, float64 `[count]`; see `words`."""
     return (words(*key, count=count, start=start) >> np.uint64(11)) * np.float64(2.0**-53)
+
+
+class Uniforms:
+    """The floats of one key, see `uniform`, computed a block at a time: short stretches cost little."""
+
+    def __init__(self, *key: object) -> None:
+        """Name the stream."""
+        self._key = key
+        self._start = 0
+        self._block: list[float] = []
+
+    def take(self, start: int, count: int) -> list[float]:
+        """Return items `start` to `start + count - 1`."""
+        first = start - self._start
+        if first < 0 or first + count > len(self._block):
+            self._block = uniform(*self._key, count=max(count, BLOCK_NUMBERS), start=start).tolist()
+            self._start, first = start, 0
+        return self._block[first : first + count]
 
 
 def permutation(*key: object, count: int) -> IntArray:

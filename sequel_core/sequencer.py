@@ -250,6 +250,7 @@ class _Recorder:
                 "other": total - train - evaluate,
                 "total": total,
             },
+            "memory_bytes": self.learner.memory_bytes(),
             "peak_memory_bytes": peak_memory_bytes(),
             "threads": self.learner.threads(),
             "versions": versions(),

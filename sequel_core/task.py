@@ -277,6 +277,7 @@ class StreamSpec(NamedTuple):
     scenario: Scenario
     mask: BoolArray  # [T, num_classes], True where the class belongs to the task
     normalisation: Normalisation
+    image_dtype: str = "uint8"  # of the images in a batch, as a replay memory keeps them: uint8, float32, ...
 
     @property
     def masks_logits(self) -> bool:

@@ -56,6 +56,9 @@ class NearestMean:
     def describe(self) -> dict[str, Any]:
         return {"model": "nearest mean"}
 
+    def memory_bytes(self) -> int:
+        return self.means.nbytes
+
     def threads(self) -> int:
         return 1
 
