@@ -20,16 +20,11 @@ import optax
 from flax.training.train_state import TrainState
 
 from sequel_core.hparams import AlgorithmHParams
+from sequel_core.memory import NoPlanner, Planner
 from sequel_core.task import Batch, StreamSpec, Task
 
 Params = Any
 Outputs = dict[str, jax.Array]
-
-
-tree_zeros_like = jax.jit(optax.tree_utils.tree_zeros_like)
-tree_add = jax.jit(optax.tree_utils.tree_add)
-tree_scale = jax.jit(optax.tree_utils.tree_scale)
-"""Arithmetic of trees, compiled whole: outside a step every leaf's operation would be compiled alone."""
 
 
 class StreamState(NamedTuple):
@@ -47,7 +42,7 @@ class State(NamedTuple):
     """The state of an algorithm: the stream's part and its own; its shapes never change."""
 
     stream: StreamState
-    memory: Any  # the algorithm's own, for example EWCState; () where there is none
+    memory: Any  # the algorithm's own, for example QuadraticState; () where there is none
 
 
 class Algorithm(NamedTuple):
@@ -59,6 +54,7 @@ class Algorithm(NamedTuple):
     end_task: Callable[[TrainState, State, Iterable[Batch]], tuple[TrainState, State]]
     predict: Callable[[TrainState, State, jax.Array, jax.Array], jax.Array]  # x, t -> logits [B, num_classes]
     hparams: AlgorithmHParams
+    planner: Callable[[StreamSpec], Planner] = lambda spec: NoPlanner()  # fills `Batch.plan`, on the host
 
 
 def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, seed: int = 0) -> StreamState:
@@ -117,9 +113,40 @@ def forward(
         t: task index of each sample `[B]`.
         train: whether dropout is active.
     """
-    stream = state.stream
-    rngs = {"dropout": jax.random.fold_in(stream.dropout_key, ts.step)} if train else None
-    logits = ts.apply_fn({"params": params}, normalise(stream, x), train=train, rngs=rngs)
+    return masked(state.stream, network(ts, params, state, x, train=train), t)
+
+
+def network(
+    ts: TrainState,
+    params: Params,
+    state: State,
+    x: jax.Array,
+    *,
+    train: bool,
+    draw: int = 0,
+    method: str | None = None,
+) -> jax.Array:
+    """Return what the network says of images, unmasked; see `forward`.
+
+    Args:
+        ts: for the model and the step, which dropout depends on.
+        params: weights.
+        state: of the algorithm.
+        x: images `[B, H, W, C]`.
+        train: whether dropout is active.
+        draw: number of the pass within the step; each drops its own units.
+        method: of the module; None for logits `[B, num_classes]`, `features` for the last hidden layer.
+    """
+    key = jax.random.fold_in(state.stream.dropout_key, ts.step)
+    rngs = {"dropout": jax.random.fold_in(key, draw) if draw else key} if train else None
+    out: jax.Array = ts.apply_fn(
+        {"params": params}, normalise(state.stream, x), train=train, rngs=rngs, method=method
+    )
+    return out
+
+
+def masked(stream: StreamState, logits: jax.Array, t: jax.Array) -> jax.Array:
+    """Return the logits `[B, num_classes]`, masked to the tasks `[B]` where the scenario says so."""
     return logits if stream.mask is None else mask_logits(logits, stream.mask[t])
 
 
@@ -138,13 +165,6 @@ def mask_logits(logits: jax.Array, mask: jax.Array) -> jax.Array:
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Return the mean cross-entropy of logits `[B, num_classes]` and labels `[B]`, shape ()."""
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-
-
-def quadratic_penalty(params: Params, anchor: Params, importance: Params) -> jax.Array:
-    """Return 1/2 * sum_i F_i (theta_i - theta*_i)^2 over all parameters, shape ()."""
-    terms = jax.tree.map(lambda p, a, f: jnp.sum(f * (p - a) ** 2), params, anchor, importance)
-    penalty: jax.Array = 0.5 * jax.tree.reduce(jnp.add, terms)
-    return penalty
 
 
 def train_step(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import clu.metrics
@@ -23,6 +24,7 @@ from sequel_core.task import AnySplit, Batch, FloatArray, IntArray, Samples, Str
 from sequel_flax.backbones import initial_params
 from sequel_flax.bundle import Algorithm, State, get_learning_rate, mask_logits
 from sequel_flax.optimizers import clip_by_global_norm
+from sequel_flax.replay import Memory, stored_samples
 from sequel_flax.writers import MetricWriter
 
 NEVER = np.iinfo(np.int32).max
@@ -81,6 +83,8 @@ class FlaxLearner:
         self.hparams = algorithm.hparams
         self.training = training or TrainingHParams()
         self.spec = spec
+        self.hparams.check(spec, self.training.batch_size)
+        self.planner = algorithm.planner(spec)
         self.model = model
         self.writers = tuple(writers)
         self.steps_per_call = steps_per_call
@@ -200,6 +204,20 @@ class FlaxLearner:
         for writer in self.writers:
             writer.write_scalars(self.step, metrics)
 
+    def memory_samples(self) -> Samples:
+        """Return copies of the samples that a replay method holds, images `[n, H, W, C]`.
+
+        Raises:
+            ValueError: the algorithm keeps no samples.
+        """
+        if not isinstance(self.state.memory, Memory):
+            raise ValueError(f"{self.hparams.name} keeps no samples; er, der, derpp and agem do")
+        return stored_samples(self.state.memory)
+
+    def memory_bytes(self) -> int:
+        """Return the bytes of all that the algorithm keeps of past tasks."""
+        return int(sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.memory)))
+
     def weights(self) -> dict[str, FloatArray]:
         """Return the weights in the canonical layout, which is Flax's own."""
         leaves = flatten_dict(jax.device_get(self.ts.params), sep="/")
@@ -238,17 +256,20 @@ class FlaxLearner:
     ) -> Iterator[tuple[Batch, int]]:
         """Yield what each compiled call takes, and its steps; none goes past a multiple of an interval."""
         for samples in plan.take_in_chunks(split, order):
-            x, y, t, _ = as_batch(samples)
+            chunk = as_batch(samples)
             if self.steps_per_call is None:
-                self.steps_per_call = self._choose_steps_per_call(Batch(x[0], y[0], t[0]))
-            if self.steps_per_call == 1:
-                yield from ((Batch(x[k], y[k], t[k]), 1) for k in range(len(y)))
-                done += len(y)
-                continue
-            k = 0
-            while k < len(y):
-                steps = min(self.steps_per_call, len(y) - k, *(n - done % n for n in intervals))
-                yield Batch(*(filled(a[k : k + steps], self.steps_per_call) for a in (x, y, t))), steps
+                first = rows(chunk, 0)
+                planned = first._replace(plan=self.algorithm.planner(self.spec).next(first.y, first.t))
+                self.steps_per_call = self._choose_steps_per_call(planned)
+            k, count = 0, len(chunk.y)
+            while k < count:
+                steps = min(self.steps_per_call, count - k, *(n - done % n for n in intervals))
+                part = rows(chunk, slice(k, k + steps))
+                part = part._replace(plan=self.planner.next(part.y, part.t))
+                if self.steps_per_call == 1:
+                    yield rows(part, 0), 1
+                else:
+                    yield jax.tree.map(partial(filled, count=self.steps_per_call), part), steps
                 k, done = k + steps, done + steps
 
     def _choose_steps_per_call(self, batch: Batch) -> int:
@@ -256,6 +277,12 @@ class FlaxLearner:
             return LOOPED_STEPS
         traced = jax.make_jaxpr(self.algorithm.train_step)(self.ts, self.state, batch)
         return 1 if "conv_general_dilated" in str(traced) else LOOPED_STEPS
+
+
+def rows(batch: Batch, which: int | slice) -> Batch:
+    """Return these rows of every array of a batch."""
+    part: Batch = jax.tree.map(lambda a: a[which], batch)
+    return part
 
 
 def filled(rows: np.ndarray, count: int) -> np.ndarray:

@@ -67,7 +67,7 @@ def make_learner(
     """
     training = training or TrainingHParams()
     net = initialise(model.to(TORCH_DTYPES[training.dtype]), training.seed)
-    module = ALGORITHMS[hparams.name](net, optimizer, hparams, benchmark.spec, metrics)
+    module = ALGORITHMS[hparams.name](net, optimizer, hparams, benchmark.spec, metrics, training.seed)
     return LightningLearner(module, training, loggers=loggers, **options)
 
 

@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from sequel_core import plan
 from sequel_core.hparams import TrainingHParams
 from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
-from sequel_core.task import FloatArray, StreamSpec, Task
+from sequel_core.task import FloatArray, Samples, StreamSpec, Task
 from sequel_lightning.backbones import canonical_weights
 from sequel_lightning.data import EvaluationBatches, TaskDataModule
 from sequel_lightning.module import ContinualModule, Tally, evaluating, mask_logits, refuse_data_parallel
+from sequel_lightning.replay import ReplayModule, stored_samples
 
 TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SEEDS = 2**63
@@ -62,6 +63,7 @@ class LightningLearner:
         self.hparams = module.algorithm_hparams
         self.training = training or TrainingHParams()
         self.spec: StreamSpec = module.spec
+        self.hparams.check(self.spec, self.training.batch_size)
         self.callbacks = tuple(callbacks)
         self.loggers = tuple(loggers)
         dtypes = {p.dtype for p in module.net.parameters()}
@@ -124,6 +126,20 @@ class LightningLearner:
         """Send numbers to every logger, at the current step."""
         for logger in self.loggers:
             logger.log_metrics(dict(metrics), step=self.step)
+
+    def memory_samples(self) -> Samples:
+        """Return copies of the samples that a replay method holds, images `[n, H, W, C]`.
+
+        Raises:
+            ValueError: the algorithm keeps no samples.
+        """
+        if not isinstance(self.module, ReplayModule):
+            raise ValueError(f"{self.hparams.name} keeps no samples; er, der, derpp and agem do")
+        return stored_samples(self.module.state)
+
+    def memory_bytes(self) -> int:
+        """Return the bytes of all that the algorithm keeps of past tasks."""
+        return self.module.memory_bytes()
 
     def weights(self) -> dict[str, FloatArray]:
         """Return the network's weights in the canonical layout."""

@@ -18,6 +18,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -67,6 +68,7 @@ class ContinualModule(pl.LightningModule):
         spec: of the stream (`benchmark.spec`): the mask of each task and the normalisation of uint8 images.
             Without one, logits are not masked and images must come normalised.
         metrics: updated with `(logits, labels)` at every training step, logged and reset with the loss.
+        seed: of the plan, for methods that choose samples.
 
     Raises:
         ValueError: in `fit`, for a Trainer that has nothing left to run, more than one process, or a
@@ -87,6 +89,7 @@ class ContinualModule(pl.LightningModule):
         hparams: AlgorithmHParams,
         spec: StreamSpec | None = None,
         metrics: MetricCollection | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if not isinstance(hparams, self.hparams_class):
@@ -98,6 +101,7 @@ class ContinualModule(pl.LightningModule):
         self.algorithm_hparams = hparams
         self.spec = spec
         self.metrics = metrics
+        self.seed = seed
         self.tally = Tally()
         self.register_buffer("task_index", torch.tensor(-1))
         self.register_buffer("phase", torch.tensor(IDLE))
@@ -121,6 +125,11 @@ class ContinualModule(pl.LightningModule):
         """Return the training loss of a batch, shape (): the mean cross-entropy; subclasses add to it."""
         return F.cross_entropy(logits, batch.y)
 
+    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
+        logits = self.forward(batch.x, batch.t)
+        return self.loss(logits, batch), logits
+
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Do the end-of-task work on batches of the task's training samples, each sample once."""
 
@@ -137,7 +146,15 @@ class ContinualModule(pl.LightningModule):
             x: images `[B, C, H, W]`; uint8 is normalised, anything else is taken as it is.
             t: task index of each sample `[B]`.
         """
+        return self.masked(self.network(x), t)
+
+    def network(self, x: Tensor) -> Tensor:
+        """Return the logits of all classes `[B, num_classes]`, unmasked."""
         logits: Tensor = self.net(self.normalise(x))
+        return logits
+
+    def masked(self, logits: Tensor, t: Tensor) -> Tensor:
+        """Return the logits `[B, num_classes]`, masked to the tasks `[B]` where the scenario says so."""
         mask = self._buffers["mask"]
         return logits if mask is None else mask_logits(logits, mask[t])
 
@@ -156,6 +173,13 @@ class ContinualModule(pl.LightningModule):
     def frozen_params(self) -> Params:
         """Return copies of the parameters that no gradient reaches."""
         return {name: p.detach().clone() for name, p in self.net.named_parameters()}
+
+    def memory_bytes(self) -> int:
+        """Return the bytes of all that the algorithm keeps of past tasks: anchors, samples, logits, ..."""
+        common = {"task_index", "phase", "mask", "scale", "shift"}
+        tensors = chain(self.named_parameters(), self.named_buffers())
+        own = (a for name, a in tensors if not name.startswith(("net.", "metrics.")) and name not in common)
+        return sum(a.nbytes for a in own)
 
     def as_batch(self, batch: Any) -> Batch:
         """Return a loader's batch, `(x, y)`, `(x, y, t)` or a Batch, as a Batch."""
@@ -221,8 +245,7 @@ class ContinualModule(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch; the means of several steps are logged at the Trainer's log interval."""
         batch = self.as_batch(batch)
-        logits = self.forward(batch.x, batch.t)
-        loss = self.loss(logits, batch)
+        loss, logits = self.objective(batch)
         if self.metrics is not None:
             self.metrics.update(logits.detach(), batch.y)
         tally = self.tally
@@ -347,38 +370,6 @@ class StateTree(nn.Module):
         """Copy new values into the tensors."""
         for name, tensor in self.get().items():
             tensor.copy_(tensors[name])
-
-
-class QuadraticPenalty(torch.autograd.Function):
-    """1/2 * sum_i F_i (theta_i - theta*_i)^2, its gradient F (theta - theta*) written out.
-
-    That takes half of autograd's time.
-
-    Arguments of `apply`: the number n of parameters, then n parameters, n anchors and n importances.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, n: int, *tensors: Tensor) -> Tensor:
-        """Return the penalty, shape ()."""
-        distance = torch._foreach_sub(tensors[:n], tensors[n : 2 * n])
-        ctx.gradient = torch._foreach_mul(tensors[2 * n :], distance)
-        terms = [torch.dot(g.flatten(), d.flatten()) for g, d in zip(ctx.gradient, distance, strict=True)]
-        return 0.5 * torch.stack(terms).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *factors: Tensor) -> Any:
-        """Return the gradient of the parameters; anchors and importances get none."""
-        gradient = torch._foreach_mul(ctx.gradient, factors[0])
-        return None, *gradient, *[None] * (2 * len(gradient))
-
-
-def quadratic_penalty(params: Params, anchor: Params, importance: Params) -> Tensor:
-    """Return 1/2 * sum_i F_i (theta_i - theta*_i)^2, shape (); differentiable in `params`, once."""
-    names = params.keys()
-    penalty: Tensor = QuadraticPenalty.apply(  # type: ignore[no-untyped-call]
-        len(params), *params.values(), *(anchor[k] for k in names), *(importance[k] for k in names)
-    )
-    return penalty
 
 
 def refuse_data_parallel(trainer: pl.Trainer) -> None:

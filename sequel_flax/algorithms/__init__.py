@@ -4,11 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sequel_flax.algorithms.ewc import EWCState, ewc
+from sequel_flax.algorithms.agem import agem
+from sequel_flax.algorithms.der import der
+from sequel_flax.algorithms.derpp import derpp
+from sequel_flax.algorithms.er import er
+from sequel_flax.algorithms.ewc import ewc
 from sequel_flax.algorithms.joint import joint
+from sequel_flax.algorithms.lfl import lfl
+from sequel_flax.algorithms.mas import mas
 from sequel_flax.algorithms.naive import naive
+from sequel_flax.algorithms.si import si
+from sequel_flax.algorithms.stable_sgd import stable_sgd
 from sequel_flax.bundle import Algorithm
 
-__all__ = ["ALGORITHMS", "EWCState", "ewc", "joint", "naive"]
+__all__ = [
+    "ALGORITHMS",
+    "agem",
+    "der",
+    "derpp",
+    "er",
+    "ewc",
+    "joint",
+    "lfl",
+    "mas",
+    "naive",
+    "si",
+    "stable_sgd",
+]
 
-ALGORITHMS: dict[str, Callable[..., Algorithm]] = {"naive": naive, "joint": joint, "ewc": ewc}
+ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
+    "naive": naive,
+    "joint": joint,
+    "ewc": ewc,
+    "si": si,
+    "mas": mas,
+    "lfl": lfl,
+    "stable_sgd": stable_sgd,
+    "agem": agem,
+    "er": er,
+    "der": der,
+    "derpp": derpp,
+}

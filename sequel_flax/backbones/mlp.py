@@ -21,11 +21,22 @@ class MLP(nn.Module):
     num_classes: int = 10
     dropout: float = 0.0
 
-    @nn.compact
+    def setup(self) -> None:
+        """Name the layers as they are in the canonical layout."""
+        for i, width in enumerate(self.widths):
+            setattr(self, f"dense_{i}", nn.Dense(width))
+            setattr(self, f"Dropout_{i}", nn.Dropout(self.dropout))
+        self.head = nn.Dense(self.num_classes)
+
+    def features(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Return the last hidden layer `[B, D]` of images `[B, H, W, C]`."""
+        x = x.reshape((x.shape[0], -1))
+        for i in range(len(self.widths)):
+            x = nn.relu(getattr(self, f"dense_{i}")(x))
+            x = getattr(self, f"Dropout_{i}")(x, deterministic=not train)
+        return x
+
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Return logits `[B, num_classes]` of images `[B, H, W, C]`."""
-        x = x.reshape((x.shape[0], -1))
-        for i, width in enumerate(self.widths):
-            x = nn.relu(nn.Dense(width, name=f"dense_{i}")(x))
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(self.num_classes, name="head")(x)
+        logits: jax.Array = self.head(self.features(x, train))
+        return logits

@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
-from sequel_lightning.algorithms.ewc import EWC, EWCState
+from sequel_lightning.algorithms.agem import AGEM
+from sequel_lightning.algorithms.der import DER
+from sequel_lightning.algorithms.derpp import DERpp
+from sequel_lightning.algorithms.er import ER
+from sequel_lightning.algorithms.ewc import EWC
 from sequel_lightning.algorithms.joint import Joint
+from sequel_lightning.algorithms.lfl import LFL
+from sequel_lightning.algorithms.mas import MAS
 from sequel_lightning.algorithms.naive import Naive
+from sequel_lightning.algorithms.si import SI
+from sequel_lightning.algorithms.stable_sgd import StableSGD
 from sequel_lightning.module import ContinualModule
 
-__all__ = ["ALGORITHMS", "EWC", "EWCState", "Joint", "Naive"]
+__all__ = [
+    "AGEM",
+    "ALGORITHMS",
+    "DER",
+    "ER",
+    "EWC",
+    "LFL",
+    "MAS",
+    "SI",
+    "DERpp",
+    "Joint",
+    "Naive",
+    "StableSGD",
+]
 
-ALGORITHMS: dict[str, type[ContinualModule]] = {"naive": Naive, "joint": Joint, "ewc": EWC}
+ALGORITHMS: dict[str, type[ContinualModule]] = {
+    "naive": Naive,
+    "joint": Joint,
+    "ewc": EWC,
+    "si": SI,
+    "mas": MAS,
+    "lfl": LFL,
+    "stable_sgd": StableSGD,
+    "agem": AGEM,
+    "er": ER,
+    "der": DER,
+    "derpp": DERpp,
+}

@@ -14,71 +14,31 @@ Mirror: sequel_flax/algorithms/ewc.py
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from sequel_core.hparams import EWCHParams
 from sequel_core.task import Batch, StreamSpec
-from sequel_lightning.module import ContinualModule, OptimizerFactory, Params, StateTree, quadratic_penalty
+from sequel_lightning.module import OptimizerFactory, Params
+from sequel_lightning.quadratic import Model, QuadraticModule, mean_gradients
 
 
-class EWCState(NamedTuple):
-    """What EWC remembers of past tasks; both trees have the structure of the parameters."""
-
-    anchor: Params  # theta*, where the penalty is least
-    importance: Params  # F, sum over past tasks of the diagonal Fisher, >= 0; all 0 before the first
-
-
-def penalty(params: Params, state: EWCState) -> Tensor:
-    """Return 1/2 * sum_i F_i (theta_i - theta*_i)^2, shape ()."""
-    return quadratic_penalty(params, state.anchor, state.importance)
+def negative_log_likelihood(params: Params, model: Model, batch: Batch) -> Tensor:
+    """Return -log p(y | x) of a batch of one sample, in evaluation mode, shape ()."""
+    weights = {f"net.{k}": p for k, p in params.items()}
+    return F.cross_entropy(functional_call(model, weights, (batch.x, batch.t)), batch.y)
 
 
-def consolidate(params: Params, state: EWCState, fisher: Params, hparams: EWCHParams) -> EWCState:
-    """Return the state with one more task in it: its Fisher `fisher`, taken at `params`."""
-    if hparams.accumulation == "online":
-        importance = {k: hparams.gamma * f + fisher[k] for k, f in state.importance.items()}
-        return EWCState(params, importance)
-    importance = {k: f + fisher[k] for k, f in state.importance.items()}
-    share = {k: f / torch.where(importance[k] > 0, importance[k], 1) for k, f in state.importance.items()}
-    anchor = {k: p + share[k] * (state.anchor[k] - p) for k, p in params.items()}
-    return EWCState(anchor, importance)
-
-
-def squared_gradients(params: Params, model: ContinualModule, batch: Batch) -> Params:
-    """Return the sum over the batch's samples of the squared gradient of log p(y | x), in evaluation mode."""
-
-    def negative_log_likelihood(params: Params, x: Tensor, y: Tensor, t: Tensor) -> Tensor:
-        weights = {f"net.{k}": p for k, p in params.items()}
-        return F.cross_entropy(functional_call(model, weights, (x[None], t[None])), y[None])
-
-    per_sample = vmap(grad(negative_log_likelihood), in_dims=(None, 0, 0, 0))(
-        params, batch.x, batch.y, batch.t
-    )
-    return {k: (g**2).sum(0) for k, g in per_sample.items()}
-
-
-def diagonal_fisher(
-    params: Params, model: ContinualModule, batches: Iterable[Batch], samples: int | None
-) -> Params:
+def diagonal_fisher(params: Params, model: Model, batches: Iterable[Batch], samples: int | None) -> Params:
     """Return the mean squared per-sample gradient over the first `samples` samples (None for all)."""
-    total, count = {k: torch.zeros_like(p) for k, p in params.items()}, 0
-    for batch in batches:
-        wanted = len(batch.y) if samples is None else min(len(batch.y), samples - count)
-        new = squared_gradients(params, model, Batch(batch.x[:wanted], batch.y[:wanted], batch.t[:wanted]))
-        total = {k: f + new[k] for k, f in total.items()}
-        count += wanted
-        if count == samples:
-            break
-    return {k: f / count for k, f in total.items()}
+    return mean_gradients(params, model, batches, negative_log_likelihood, torch.square, samples)
 
 
-class EWC(ContinualModule):
+class EWC(QuadraticModule):
     """Elastic weight consolidation.
 
     The published RotatedMNIST number (48.5, MC-SGD paper) comes from another variant, with a min-max
@@ -95,26 +55,14 @@ class EWC(ContinualModule):
         hparams: EWCHParams,
         spec: StreamSpec | None = None,
         metrics: MetricCollection | None = None,
+        seed: int = 0,
     ) -> None:
-        super().__init__(net, optimizer, hparams, spec, metrics)
-        self.anchor = StateTree(self.frozen_params())
-        self.importance = StateTree({k: torch.zeros_like(p) for k, p in self.frozen_params().items()})
+        super().__init__(net, optimizer, hparams, spec, metrics, seed)
+        online = hparams.accumulation == "online"
+        self.strength = hparams.ewc_lambda
+        self.separate = not online
+        self.gamma = hparams.gamma if online else 1.0
 
-    @property
-    def state(self) -> EWCState:
-        """What is remembered of past tasks."""
-        return EWCState(self.anchor.get(), self.importance.get())
-
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return cross-entropy plus lambda times the penalty, shape ()."""
-        return super().loss(logits, batch) + self.algorithm_hparams.ewc_lambda * penalty(
-            self.params(), self.state
-        )
-
-    def end_task(self, batches: Iterable[Batch]) -> None:
-        """Add the task's Fisher to the importance and move the anchor."""
-        params = self.frozen_params()
-        fisher = diagonal_fisher(params, self, batches, self.algorithm_hparams.fisher_samples)
-        state = consolidate(params, self.state, fisher, self.algorithm_hparams)
-        self.anchor.set(state.anchor)
-        self.importance.set(state.importance)
+    def importances(self, params: Params, batches: Iterable[Batch]) -> Params:
+        """Return the diagonal Fisher of a task."""
+        return diagonal_fisher(params, self, batches, self.algorithm_hparams.fisher_samples)

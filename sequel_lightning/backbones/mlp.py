@@ -18,6 +18,8 @@ class MLP(nn.Sequential):
         image_shape: (H, W, C) of the images.
     """
 
+    head: nn.Linear
+
     def __init__(
         self,
         widths: Sequence[int] = (256, 256),
@@ -36,9 +38,15 @@ class MLP(nn.Sequential):
         layers["head"] = nn.Linear(fan_in, num_classes)
         super().__init__(layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits `[B, num_classes]` of images `[B, C, H, W]`, read in the order H, W, C."""
+    def features(self, x: Tensor) -> Tensor:
+        """Return the last hidden layer `[B, D]` of images `[B, C, H, W]`, read in the order H, W, C."""
         x = x.movedim(-3, -1).flatten(1)
         for layer in self:
-            x = layer(x)
+            if layer is not self.head:
+                x = layer(x)
         return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits `[B, num_classes]` of images `[B, C, H, W]`."""
+        logits: Tensor = self.head(self.features(x))
+        return logits

@@ -2,18 +2,34 @@ import math
 from dataclasses import FrozenInstanceError, dataclass, fields
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sequel_core.hparams import (
     ALGORITHMS,
+    AGEMHParams,
+    DERHParams,
+    DERppHParams,
+    ERHParams,
     EWCHParams,
     JointHParams,
+    LFLHParams,
+    MASHParams,
+    MemoryPolicy,
     NaiveHParams,
     OptimizerHParams,
+    ReplayHParams,
     Settings,
+    SIHParams,
+    StableSGDHParams,
     TrainingHParams,
     allowed,
     setting,
+)
+from sequel_core.task import Normalisation, StreamSpec
+
+SPEC = StreamSpec(  # three tasks with five classes of theirs
+    (2, 2, 1), 4, 3, "class", np.array([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]], np.bool_), Normalisation()
 )
 
 
@@ -87,6 +103,39 @@ def test_settings_cannot_be_changed() -> None:
         (EWCHParams, {"accumulation": "sum"}, "accumulation must be one of separate, online, got 'sum'"),
         (NaiveHParams, {"lr_decay": 0}, "lr_decay must be > 0 and <= 1, got 0.0"),
         (JointHParams, {"policy": "all"}, "policy must be one of cumulative, once, got 'all'"),
+        (SIHParams, {"si_lambda": -0.1}, "si_lambda must be >= 0, got -0.1"),
+        (SIHParams, {"xi": 0}, "xi must be > 0, got 0.0"),
+        (SIHParams, {"clamp": 1}, "clamp must be true or false, got 1"),
+        (MASHParams, {"mas_lambda": -1}, "mas_lambda must be >= 0, got -1.0"),
+        (MASHParams, {"gradients": "mean"}, "gradients must be one of sample, batch, got 'mean'"),
+        (MASHParams, {"mas_samples": 0}, "mas_samples must be >= 1, got 0"),
+        (LFLHParams, {"lfl_lambda": -1e-3}, "lfl_lambda must be >= 0, got -0.001"),
+        (LFLHParams, {"freeze_head": None}, "freeze_head must be true or false, got None"),
+        (StableSGDHParams, {"lr_decay": 0}, "lr_decay must be > 0 and <= 1, got 0.0"),
+        (StableSGDHParams, {"lr_decay": 1.25}, "lr_decay must be > 0 and <= 1, got 1.25"),
+        (StableSGDHParams, {"min_lr": -1e-5}, "min_lr must be >= 0, got -1e-05"),
+        (StableSGDHParams, {"decay_first": "no"}, "decay_first must be true or false, got 'no'"),
+        (ERHParams, {"mem_size": -1}, "mem_size must be >= 0, got -1"),
+        (ERHParams, {"mem_size": 10.5}, "mem_size must be a whole number >= 0, got 10.5"),
+        (ERHParams, {"mem_size": None}, "mem_size must be a number >= 0, got None"),
+        (ERHParams, {"per_task_memory_samples": -2}, "per_task_memory_samples must be >= 0, got -2"),
+        (ERHParams, {"mem_batch_size": 0}, "mem_batch_size must be >= 1, got 0"),
+        (
+            ERHParams,
+            {"memory": "fifo"},
+            "memory must be one of reservoir, ring, class_balanced, task_balanced, task_quota, class_quota, "
+            "got 'fifo'",
+        ),
+        *(
+            (AGEMHParams, {"memory": memory}, f"one of ring, task_quota, class_quota, got '{memory}'")
+            for memory in ("reservoir", "class_balanced", "task_balanced")
+        ),
+        (AGEMHParams, {"mem_batch_size": 0}, "mem_batch_size must be >= 1, got 0"),
+        (DERHParams, {"alpha": -0.5}, "alpha must be >= 0, got -0.5"),
+        (DERHParams, {"distance": "max"}, "distance must be one of sum, mean, got 'max'"),
+        (DERHParams, {"memory": "all"}, "memory must be one of reservoir, ring, "),
+        (DERppHParams, {"alpha": -0.5}, "alpha must be >= 0, got -0.5"),
+        (DERppHParams, {"beta": -0.5}, "beta must be >= 0, got -0.5"),
         (OptimizerHParams, {"type": "rmsprop"}, "type must be one of sgd, adam, adamw, got 'rmsprop'"),
         (OptimizerHParams, {"momentum": 1}, "momentum must be >= 0 and < 1, got 1.0"),
         (
@@ -112,6 +161,100 @@ def test_learning_rate_decays_to_its_floor() -> None:
     rates = [0.1 * hparams.learning_rate_factor(task, 0.1) for task in range(5)]
     assert rates == pytest.approx([0.1, 0.05, 0.025, 0.02, 0.02])
     assert NaiveHParams(min_lr=1.0).learning_rate_factor(3, 0.1) == 1.0  # a floor never raises the rate
+
+
+@pytest.mark.parametrize(
+    ("settings", "rates"),
+    [
+        ({"decay_first": True, "min_lr": 0}, [0.05, 0.025, 0.0125, 0.00625]),  # 0.1 * 0.5^(t + 1)
+        ({"decay_first": False, "min_lr": 0}, [0.1, 0.05, 0.025, 0.0125]),  # 0.1 * 0.5^t
+        ({"decay_first": True, "min_lr": 0.02}, [0.05, 0.025, 0.02, 0.02]),
+        ({"decay_first": False, "min_lr": 0.02}, [0.1, 0.05, 0.025, 0.02]),
+        ({"decay_first": True, "min_lr": 0.2}, [0.1, 0.1, 0.1, 0.1]),  # a floor never raises the rate
+        ({"decay_first": False, "min_lr": 0.2}, [0.1, 0.1, 0.1, 0.1]),
+        ({"lr_decay": 1, "min_lr": 0}, [0.1, 0.1, 0.1, 0.1]),
+    ],
+)
+def test_stable_sgd_decays_from_the_first_task_or_the_second(
+    settings: dict[str, Any], rates: list[float]
+) -> None:
+    hparams = StableSGDHParams(**{"lr_decay": 0.5, **settings})
+    assert [0.1 * hparams.learning_rate_factor(task, 0.1) for task in range(4)] == pytest.approx(rates)
+
+
+def test_stable_sgd_by_default_decays_by_a_fifth_down_to_its_floor() -> None:
+    hparams = StableSGDHParams()
+    rates = [0.1 * hparams.learning_rate_factor(task, 0.1) for task in (0, 1, 2, 33, 34, 60)]
+    # 0.1 * 0.8^34 = 5.07e-5, 0.1 * 0.8^35 = 4.06e-5
+    assert rates == pytest.approx([0.08, 0.064, 0.0512, 5.0706024e-5, 5e-5, 5e-5])
+
+
+def test_algorithms_without_a_rule_of_their_own_do_not_decay() -> None:
+    for name, cls in ALGORITHMS.items():
+        factors = [cls().learning_rate_factor(task, 0.1) for task in range(3)]
+        assert factors == (pytest.approx([0.8, 0.64, 0.512]) if name == "stable_sgd" else [1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("memory", "parts"),
+    [
+        ("reservoir", 1),
+        ("ring", 5),
+        ("class_balanced", 1),
+        ("task_balanced", 1),
+        ("task_quota", 3),
+        ("class_quota", 5),
+    ],
+)
+def test_a_memory_has_its_slots_and_parts(memory: MemoryPolicy, parts: int) -> None:
+    assert ERHParams(memory=memory).parts(SPEC) == parts
+    assert ERHParams(memory=memory, mem_size=30).slots(3) == 30
+    per_task = ERHParams(memory=memory, mem_size=1, per_task_memory_samples=10)
+    assert [per_task.slots(tasks) for tasks in (1, 3)] == [10, 30]
+    assert ERHParams(memory=memory, per_task_memory_samples=0).slots(3) == 0
+    for fits in (ERHParams(memory=memory, mem_size=30), per_task, ERHParams(memory=memory, mem_size=0)):
+        fits.check(SPEC, batch_size=30)
+
+
+@pytest.mark.parametrize(
+    ("hparams", "message"),
+    [
+        (
+            ERHParams(mem_size=15),
+            "mem_size must be 0 or give at least batch_size=16 slots, so that the samples of a step fit, "
+            "got 15; raise mem_size or lower batch_size",
+        ),
+        (
+            ERHParams(per_task_memory_samples=5),
+            "per_task_memory_samples must be 0 or give at least batch_size=16 slots, so that the samples of "
+            "a step fit, got 5 (15 in all); raise per_task_memory_samples or lower batch_size",
+        ),
+        (
+            DERppHParams(mem_size=16, mem_batch_size=17),
+            "mem_batch_size must be <= the 16 samples of the memory, got 17; lower mem_batch_size or raise "
+            "mem_size",
+        ),
+        (
+            AGEMHParams(mem_size=1001),
+            "mem_size must divide into the 5 equal parts of memory=ring, one for each class of each task, "
+            "got 1001; use a total of 1000 or 1005",
+        ),
+        (
+            ERHParams(memory="task_quota", mem_size=20),
+            "mem_size must divide into the 3 equal parts of memory=task_quota, one for each task, got 20; "
+            "use a total of 18 or 21",
+        ),
+        (
+            ERHParams(memory="class_quota", per_task_memory_samples=6),
+            "per_task_memory_samples must divide into the 5 equal parts of memory=class_quota, one for each "
+            "class of each task, got 6 (18 in all); use a total of ",
+        ),
+    ],
+)
+def test_a_memory_that_does_not_fit_is_refused(hparams: ReplayHParams, message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared below
+        hparams.check(SPEC, batch_size=16)
+    assert str(error.value).startswith(message)
 
 
 def test_epochs_are_one_number_or_one_per_task() -> None:

@@ -12,11 +12,19 @@ import sequel_flax
 import sequel_lightning
 from sequel_benchmarks import RotatedDigits
 from sequel_core.hparams import (
+    AGEMHParams,
     AlgorithmHParams,
+    DERHParams,
+    DERppHParams,
+    ERHParams,
     EWCHParams,
     JointHParams,
+    LFLHParams,
+    MASHParams,
     NaiveHParams,
     OptimizerHParams,
+    SIHParams,
+    StableSGDHParams,
     TrainingHParams,
 )
 from sequel_core.learner import FitMonitor, Learner
@@ -57,6 +65,33 @@ CASES: list[tuple[AlgorithmHParams, str]] = [
     (EWCHParams(ewc_lambda=20, fisher_samples=100, **CARRY), "adam"),
     (EWCHParams(ewc_lambda=10, accumulation="online", gamma=0.8, fisher_samples=50), "sgd"),
     (EWCHParams(ewc_lambda=50, accumulation="online", gamma=0.8, fisher_samples=50, **CARRY), "momentum"),
+    *((SIHParams(si_lambda=5, xi=0.1), name) for name in OPTIMIZERS),
+    (SIHParams(si_lambda=2, xi=0.01, clamp=True, **CARRY), "adam"),
+    (MASHParams(mas_lambda=0.01, mas_samples=101), "sgd"),
+    (MASHParams(mas_lambda=0.01, **CARRY), "adam"),
+    (MASHParams(mas_lambda=0.05, gradients="batch", mas_samples=100), "clipping"),
+    (LFLHParams(lfl_lambda=0.1), "nesterov and weight decay"),
+    (LFLHParams(lfl_lambda=0.1), "clipping"),
+    (LFLHParams(lfl_lambda=0.05, **CARRY), "adam"),
+    (LFLHParams(lfl_lambda=0.1, freeze_head=False), "sgd"),
+    (StableSGDHParams(lr_decay=0.7), "momentum"),
+    (StableSGDHParams(lr_decay=0.5, decay_first=False, min_lr=0.01), "adam"),
+    (AGEMHParams(mem_size=60, mem_batch_size=20), "sgd"),
+    (AGEMHParams(mem_size=120, mem_batch_size=64), "clipping"),
+    (AGEMHParams(memory="task_quota", mem_size=60, mem_batch_size=60, **CARRY), "momentum"),
+    (AGEMHParams(memory="class_quota", mem_size=60, mem_batch_size=20), "adam"),
+    (ERHParams(mem_size=50, mem_batch_size=9), "sgd"),
+    (ERHParams(mem_size=50, mem_batch_size=50), "clipping"),
+    (ERHParams(memory="ring", mem_size=60, mem_batch_size=7), "momentum"),
+    (ERHParams(memory="class_balanced", mem_size=50, mem_batch_size=7, **CARRY), "adam"),
+    (ERHParams(memory="task_balanced", mem_size=50, mem_batch_size=7), "two epochs"),
+    (ERHParams(memory="task_quota", per_task_memory_samples=20, mem_batch_size=7), "sgd"),
+    (DERHParams(mem_size=50, mem_batch_size=9), "sgd"),
+    (DERHParams(mem_size=50, mem_batch_size=7, alpha=0.5, distance="mean", **CARRY), "momentum"),
+    (DERHParams(memory="class_quota", mem_size=60, mem_batch_size=7), "clipping"),
+    (DERppHParams(mem_size=50, mem_batch_size=9), "sgd"),
+    (DERppHParams(mem_size=50, mem_batch_size=7, alpha=0.5, beta=1, distance="mean"), "adam"),
+    (DERppHParams(memory="ring", mem_size=60, mem_batch_size=7), "nesterov and weight decay"),
 ]
 
 

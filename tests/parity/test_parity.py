@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import pytest
 
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams
+from sequel_core.hparams import (
+    AGEMHParams,
+    AlgorithmHParams,
+    DERHParams,
+    DERppHParams,
+    ERHParams,
+    EWCHParams,
+    LFLHParams,
+    MASHParams,
+    NaiveHParams,
+    SIHParams,
+    StableSGDHParams,
+)
+from sequel_core.learner import Learner
 from tests.parity.cases import (
     CASES,
     OPTIMIZERS,
@@ -21,6 +35,7 @@ from tests.parity.cases import (
     trained,
 )
 
+Make = Callable[..., Learner]
 scanned = partial(flax_learner, steps_per_call=8)
 
 
@@ -32,31 +47,40 @@ def test_same_weights_in_both_frameworks(hparams: AlgorithmHParams, optimizer: s
     )
 
 
-@pytest.mark.parametrize(
-    ("hparams", "optimizer"),
-    [(NaiveHParams(), "momentum"), (EWCHParams(ewc_lambda=20, fisher_samples=101), "adam")],
-    ids=lambda value: getattr(value, "name", value),
-)
+ONE_EACH = {hparams.name: (hparams, optimizer) for hparams, optimizer in reversed(CASES)}
+OWN = [case for case in CASES if case[0].name not in ("naive", "joint")]
+ZERO = [
+    EWCHParams(ewc_lambda=0, fisher_samples=20),
+    SIHParams(si_lambda=0),
+    MASHParams(mas_lambda=0, mas_samples=20),
+    LFLHParams(lfl_lambda=0, freeze_head=False),
+    StableSGDHParams(lr_decay=1),
+    *(cls(mem_size=0) for cls in (AGEMHParams, ERHParams, DERHParams, DERppHParams)),
+    DERHParams(alpha=0, mem_size=50, mem_batch_size=7),
+    DERppHParams(alpha=0, beta=0, mem_size=50, mem_batch_size=7),
+]
+
+
+@pytest.mark.parametrize(("hparams", "optimizer"), ONE_EACH.values(), ids=ONE_EACH)
 def test_scanned_steps_are_the_dispatched_steps(hparams: AlgorithmHParams, optimizer: str) -> None:
     assert (
         difference(trained(scanned, hparams, optimizer), trained(torch_learner, hparams, optimizer)) < 1e-10
     )
 
 
-@pytest.mark.parametrize(
-    ("hparams", "optimizer"), [c for c in CASES if isinstance(c[0], EWCHParams)], ids=lambda v: str(v)[:40]
-)
-def test_a_usual_strength_moves_the_weights(hparams: EWCHParams, optimizer: str) -> None:
-    common = {k: getattr(hparams, k) for k in ("lr_decay", "min_lr", "reset_optimizer")}
-    naive = trained(flax_learner, NaiveHParams(**common), optimizer)
+@pytest.mark.parametrize(("hparams", "optimizer"), OWN, ids=map(name_of, OWN))
+def test_a_usual_strength_moves_the_weights(hparams: AlgorithmHParams, optimizer: str) -> None:
+    common = ("reset_optimizer",) if hparams.name == "stable_sgd" else ("lr_decay", "min_lr", "reset_optimizer")
+    naive = trained(flax_learner, NaiveHParams(**{k: getattr(hparams, k) for k in common}), optimizer)
     assert difference(trained(flax_learner, hparams, optimizer), naive) > 1e-3
 
 
 @pytest.mark.parametrize(
     "framework", [torch_learner, flax_learner, scanned], ids=["torch", "flax", "scanned"]
 )
-def test_strength_zero_is_naive_exactly(framework: object) -> None:
-    zero = trained(framework, EWCHParams(ewc_lambda=0, fisher_samples=20), "momentum")
+@pytest.mark.parametrize("hparams", ZERO, ids=lambda h: f"{h.name} {getattr(h, 'mem_size', '')}")
+def test_strength_zero_is_naive_exactly(framework: Make, hparams: AlgorithmHParams) -> None:
+    zero = trained(framework, hparams, "momentum")
     naive = trained(framework, NaiveHParams(), "momentum")
     for name, array in naive.items():
         np.testing.assert_array_equal(zero[name], array)

@@ -1,8 +1,8 @@
 """A multi-layer perceptron and its gradient by hand, in float64 NumPy.
 
     h_0 = x, a_l = h_l W_l + b_l, h_{l+1} = max(a_l, 0), p = softmax(a_L)
-    L = -mean_n log p_{n, y_n};  dL/da_L = (p - onehot(y)) / N
-    dL/dW_l = h_l^T dL/da_l, dL/db_l = sum_n dL/da_l, dL/da_{l-1} = (dL/da_l W_l^T) * [a_{l-1} > 0]
+    CE = -mean_n log p_{n, y_n};  dCE/da_L = (p - onehot(y)) / N
+    for any L: dL/dW_l = h_l^T dL/da_l, dL/db_l = sum_n dL/da_l, dL/da_{l-1} = (dL/da_l W_l^T) * [a_{l-1} > 0]
 """
 
 from __future__ import annotations
@@ -30,12 +30,48 @@ def layers(weights: Weights) -> list[str]:
     return [*(f"dense_{i}" for i in range(len(weights) // 2 - 1)), "head"]
 
 
+def zeros(weights: Weights) -> Weights:
+    """Return zeros of the same shapes."""
+    return {k: np.zeros_like(p) for k, p in weights.items()}
+
+
+def plus(a: Weights, b: Weights) -> Weights:
+    """Return the sum."""
+    return {k: p + b[k] for k, p in a.items()}
+
+
+def dot(a: Weights, b: Weights) -> float:
+    """Return the inner product over all arrays together."""
+    return float(sum((p * b[k]).sum() for k, p in a.items()))
+
+
 def logits(weights: Weights, x: FloatArray) -> tuple[FloatArray, list[FloatArray]]:
     """Return the outputs `[N, C]` and the inputs of each layer, for pixels `[N, D]`."""
     names, inputs = layers(weights), [x]
     for name in names[:-1]:
         inputs.append(np.maximum(inputs[-1] @ weights[f"{name}/kernel"] + weights[f"{name}/bias"], 0))
     return inputs[-1] @ weights["head/kernel"] + weights["head/bias"], inputs
+
+
+def backward(
+    weights: Weights, inputs: list[FloatArray], d_logits: FloatArray, d_features: FloatArray | float = 0.0
+) -> Weights:
+    """Return dL/dweights of any L.
+
+    Args:
+        weights: of the network.
+        inputs: of each layer, as `logits` returns them.
+        d_logits: dL/dlogits `[N, C]`.
+        d_features: what else L gains with the inputs of the last layer `[N, H]`.
+    """
+    found: Weights = {}
+    delta, extra = d_logits, d_features
+    for name, h in zip(reversed(layers(weights)), reversed(inputs), strict=True):
+        found[f"{name}/kernel"] = h.T @ delta
+        found[f"{name}/bias"] = delta.sum(axis=0)
+        delta = (delta @ weights[f"{name}/kernel"].T + extra) * (h > 0)
+        extra = 0.0
+    return found
 
 
 def log_softmax(a: FloatArray, mask: BoolArray | None) -> FloatArray:
@@ -56,10 +92,4 @@ def gradient(weights: Weights, x: FloatArray, y: IntArray, mask: BoolArray | Non
     a, inputs = logits(weights, x)
     delta = np.exp(log_softmax(a, mask))
     delta[np.arange(len(y)), y] -= 1
-    delta /= len(y)
-    found: Weights = {}
-    for name, h in zip(reversed(layers(weights)), reversed(inputs), strict=True):
-        found[f"{name}/kernel"] = h.T @ delta
-        found[f"{name}/bias"] = delta.sum(axis=0)
-        delta = (delta @ weights[f"{name}/kernel"].T) * (h > 0)
-    return found
+    return backward(weights, inputs, delta / len(y))

@@ -1,0 +1,83 @@
+"""Averaged gradient episodic memory (Chaudhry et al. 2019, https://arxiv.org/abs/1812.00420).
+
+    g <- g - (g . g_ref / g_ref . g_ref) g_ref  if g . g_ref < 0, else g                             (eq. 11)
+
+g is the gradient of the batch's cross-entropy and g_ref that of a draw from the samples of past tasks; without
+any, in the first task, g stays as it is. The projection comes before clipping and the optimizer. The ring of
+the official code is written while a task is trained on and read from the next one on; its sizes are 25
+(MNIST) or 13 (CIFAR) samples of each class and task, 256 a draw. RotatedMNIST (55.3, MC-SGD paper) has one
+sample of each class and task, all of which are drawn.
+
+Mirror: sequel_lightning/algorithms/agem.py
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training.train_state import TrainState
+
+from sequel_core.hparams import AGEMHParams
+from sequel_core.memory import MemoryPlanner
+from sequel_core.task import Batch, StreamSpec
+from sequel_flax.bundle import (
+    Algorithm,
+    Outputs,
+    Params,
+    State,
+    end_task,
+    init_stream,
+    predict,
+    start_task,
+)
+from sequel_flax.replay import Seen, draws, empty_memory, look, mean_cross_entropy, store
+
+
+def project(gradient: Params, reference: Params) -> Params:
+    """Return the gradient without its part against the reference; a zero reference changes nothing."""
+    along = optax.tree_utils.tree_vdot(gradient, reference)
+    norm = optax.tree_utils.tree_vdot(reference, reference)
+    factor = jnp.where(along < 0, along / jnp.where(norm > 0, norm, 1), 0)
+    return jax.tree.map(lambda g, r: g - factor * r, gradient, reference)
+
+
+def agem(hparams: AGEMHParams, seed: int = 0) -> Algorithm:
+    """Return A-GEM.
+
+    Args:
+        hparams: settings.
+        seed: of dropout and of the memory.
+    """
+
+    def init(ts: TrainState, spec: StreamSpec) -> State:
+        memory = empty_memory(spec, hparams.slots(spec.num_tasks), dtype=None)
+        return State(init_stream(ts, spec, hparams, seed), memory)
+
+    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+        own, past = draws(state.memory, batch)
+
+        def loss_fn(params: Params) -> tuple[jax.Array, Seen]:
+            (seen,) = look(ts, params, state, [own], together=False)
+            return mean_cross_entropy(seen), seen
+
+        def reference_fn(params: Params) -> jax.Array:
+            return mean_cross_entropy(*look(ts, params, state, [past], together=False))
+
+        (loss, seen), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
+        projected = project(gradient, jax.grad(reference_fn)(ts.params))
+        memory = store(state.memory, batch.plan.write, batch, seen.logits)
+        outputs = {"loss": loss, "logits": seen.masked, "labels": batch.y}
+        return ts.apply_gradients(grads=projected), state._replace(memory=memory), outputs
+
+    return Algorithm(
+        init=init,
+        start_task=partial(start_task, hparams=hparams),
+        train_step=train_step,
+        end_task=end_task,
+        predict=predict,
+        hparams=hparams,
+        planner=lambda spec: MemoryPlanner(hparams, spec, seed, past_only=True),
+    )

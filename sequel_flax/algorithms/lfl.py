@@ -1,0 +1,111 @@
+"""Less-forgetting learning (Jung et al. 2016, https://arxiv.org/abs/1607.00122).
+
+    L = CE(f(x), y) + lambda_e/2 * mean_n ||h(x_n; theta) - h(x_n; theta_old)||^2               (eq. 3, lambda_c 1)
+
+h is the last hidden layer, theta_old are the weights at the end of the last task, and x are samples of the
+current task. The old network is in evaluation mode. The last layer, which decides on the features, stays as
+the first task left it (`freeze_head`): no gradient, no weight decay, no part in the norm that clipping sees.
+
+The network needs `features(x)`, the last hidden layer, and a last layer called `head`.
+
+Mirror: sequel_lightning/algorithms/lfl.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.training.train_state import TrainState
+
+from sequel_core.hparams import LFLHParams
+from sequel_core.task import Batch, StreamSpec
+from sequel_flax.bundle import (
+    Algorithm,
+    Outputs,
+    Params,
+    State,
+    cross_entropy,
+    init_stream,
+    masked,
+    network,
+    predict,
+    start_task,
+)
+
+
+class LFLState(NamedTuple):
+    """What LFL remembers of past tasks."""
+
+    anchor: Params  # theta_old, weights at the end of the last task
+    learned: jax.Array  # 1 once a task has ended, before that 0, shape ()
+
+
+def feature_distance(features: jax.Array, old: jax.Array) -> jax.Array:
+    """Return 1/2 * mean_n ||h(x_n) - h_old(x_n)||^2 of features `[B, D]`, shape ()."""
+    return 0.5 * jnp.mean(jnp.sum((features - old) ** 2, axis=1))
+
+
+def lfl(hparams: LFLHParams, seed: int = 0) -> Algorithm:
+    """Return less-forgetting learning.
+
+    Args:
+        hparams: settings.
+        seed: of dropout.
+
+    Raises:
+        ValueError: in `init`, for a network without `features` or `head`.
+    """
+
+    def init(ts: TrainState, spec: StreamSpec) -> State:
+        image = jnp.zeros((1, *spec.image_shape), jax.tree.leaves(ts.params)[0].dtype)
+        call = partial(ts.apply_fn, {"params": ts.params}, image, train=False, method="features")
+        try:
+            jax.eval_shape(call)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                "lfl needs a network with a method features(x, train), the last hidden layer, which setup's "
+                f"head turns into logits; got one without: {error}"
+            ) from error
+        if "head" not in ts.params:
+            raise ValueError(f"lfl needs a last layer called head, got the layers {', '.join(ts.params)}")
+        memory = LFLState(jax.tree.map(jnp.copy, ts.params), jnp.zeros((), image.dtype))
+        return State(init_stream(ts, spec, hparams, seed), memory)
+
+    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+        anchor, learned = state.memory
+        old = network(ts, anchor, state, batch.x, train=False, method="features")
+
+        def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
+            features = network(ts, params, state, batch.x, train=True, method="features")
+            head = ts.apply_fn({"params": params}, features, method=lambda module, h: module.head(h))
+            logits = masked(state.stream, head, batch.t)
+            pull = learned * hparams.lfl_lambda * feature_distance(features, old)
+            return cross_entropy(logits, batch.y) + pull, logits
+
+        (loss, logits), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
+        if hparams.freeze_head:
+            gradient = {**gradient, "head": jax.tree.map(lambda g: (1 - learned) * g, gradient["head"])}
+        after = ts.apply_gradients(grads=gradient)
+        if hparams.freeze_head:
+            keep = partial(jnp.where, learned > 0)
+            after = after.replace(
+                params={**after.params, "head": jax.tree.map(keep, ts.params["head"], after.params["head"])}
+            )
+        return after, state, {"loss": loss, "logits": logits, "labels": batch.y}
+
+    def end_task(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
+        anchor = jax.tree.map(jnp.copy, ts.params)
+        return ts, state._replace(memory=LFLState(anchor, jnp.ones_like(state.memory.learned)))
+
+    return Algorithm(
+        init=init,
+        start_task=partial(start_task, hparams=hparams),
+        train_step=train_step,
+        end_task=end_task,
+        predict=predict,
+        hparams=hparams,
+    )

@@ -1,0 +1,194 @@
+"""A memory of samples beside the batch: what A-GEM, ER, DER and DER++ share.
+
+    L = loss(batch, draws), draws of the memory as it was before the step; then the batch is written to it
+
+Which sample sits in which slot, and which slots a step reads, comes with the batch (`Batch.plan`, from
+`sequel_core.memory`). A new method of this kind needs only its loss of what the network says of the batch and
+of the draws.
+
+Mirror: sequel_lightning/replay.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training.train_state import TrainState
+
+from sequel_core.hparams import ReplayHParams
+from sequel_core.memory import MemoryPlanner, StepPlan
+from sequel_core.task import Batch, Samples, StreamSpec
+from sequel_flax.bundle import (
+    Algorithm,
+    Outputs,
+    Params,
+    State,
+    end_task,
+    init_stream,
+    masked,
+    network,
+    predict,
+    start_task,
+)
+
+
+class Memory(NamedTuple):
+    """Copies of samples; M slots."""
+
+    x: jax.Array  # images [M, H, W, C], in the dtype that they come in
+    y: jax.Array  # labels, int32 [M]
+    t: jax.Array  # task indices, int32 [M]; -1 where a slot is empty
+    logits: jax.Array | None  # [M, num_classes], as the network gave them when it was trained on the sample
+
+
+class Recalled(NamedTuple):
+    """Samples as a step takes them: its batch, or a draw from the memory."""
+
+    x: jax.Array  # images [N, H, W, C]
+    y: jax.Array  # labels [N]
+    t: jax.Array  # task indices [N]
+    stored: jax.Array | None  # logits that the memory holds [N, num_classes]
+    valid: jax.Array  # False for what only fills up a draw, bool [N]
+
+
+class Seen(NamedTuple):
+    """What the network says of samples."""
+
+    logits: jax.Array  # of all classes [N, num_classes]
+    masked: jax.Array  # the same, masked to the task of each sample where the scenario says so
+    y: jax.Array  # labels [N]
+    stored: jax.Array | None  # logits that the memory holds [N, num_classes]
+    valid: jax.Array  # False for what does not count, bool [N]
+
+
+Loss = Callable[[Seen, Sequence[Seen]], jax.Array]
+
+
+def empty_memory(spec: StreamSpec, slots: int, dtype: jnp.dtype | None) -> Memory:
+    """Return a memory of so many empty slots; `dtype` of the logits, None for none."""
+    return Memory(
+        x=jnp.zeros((slots, *spec.image_shape), spec.image_dtype),
+        y=jnp.zeros(slots, jnp.int32),
+        t=jnp.full(slots, -1, jnp.int32),
+        logits=None if dtype is None else jnp.zeros((slots, spec.num_classes), dtype),
+    )
+
+
+def recall(memory: Memory, slots: jax.Array) -> Recalled:
+    """Return the samples in these slots `[N]`; those beyond the last slot are not valid."""
+    x, y, t, stored = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), memory)
+    return Recalled(x, y, jnp.maximum(t, 0), stored, slots < len(memory.y))
+
+
+def store(memory: Memory, slots: jax.Array, batch: Batch, logits: jax.Array) -> Memory:
+    """Return the memory with the batch in these slots `[B]`; beyond the last slot nothing is kept."""
+    new = Memory(batch.x, batch.y, batch.t, None if memory.logits is None else logits)
+    return jax.tree.map(lambda a, b: a.at[slots].set(b.astype(a.dtype), mode="drop"), memory, new)
+
+
+def stored_samples(memory: Memory) -> Samples:
+    """Return copies of the samples that the memory holds, in the order of slots, images `[n, H, W, C]`."""
+    x, y, t = (np.asarray(a) for a in jax.device_get(memory[:3]))
+    held = t >= 0
+    return Samples(x[held], y[held].astype(np.int64), t[held].astype(np.int64))
+
+
+def mean_cross_entropy(*seen: Seen) -> jax.Array:
+    """Return the mean cross-entropy of all samples that count, 0 without any, shape ()."""
+    losses = [optax.softmax_cross_entropy_with_integer_labels(s.masked, s.y) for s in seen]
+    return mean_of_valid(jnp.concatenate(losses), jnp.concatenate([s.valid for s in seen]))
+
+
+def mean_of_valid(values: jax.Array, valid: jax.Array) -> jax.Array:
+    """Return the mean of the values `[N]` that are valid `[N]`, 0 without any, shape ()."""
+    return jnp.sum(jnp.where(valid, values, 0)) / jnp.maximum(jnp.sum(valid), 1)
+
+
+def look(
+    ts: TrainState, params: Params, state: State, samples: Sequence[Recalled], together: bool
+) -> list[Seen]:
+    """Return what the network says of samples in training mode: in one pass together, or in one for each."""
+    if together:
+        images = jnp.concatenate([s.x for s in samples])
+        out = network(ts, params, state, images, train=True)
+        logits = jnp.split(out, np.cumsum([len(s.y) for s in samples])[:-1])
+    else:
+        logits = [network(ts, params, state, s.x, train=True, draw=k) for k, s in enumerate(samples)]
+    return [
+        Seen(out, masked(state.stream, out, s.t), s.y, s.stored, s.valid)
+        for out, s in zip(logits, samples, strict=True)
+    ]
+
+
+def draws(memory: Memory, batch: Batch) -> list[Recalled]:
+    """Return the batch, then each of its plan's draws from the memory.
+
+    Raises:
+        ValueError: the batch has no plan, or its images have not the memory's dtype.
+    """
+    if not isinstance(batch.plan, StepPlan):
+        raise ValueError(
+            "the batch has no plan, which says what to write to the memory and what to read; make one planner "
+            "with algorithm.planner(spec) and give Batch(x, y, t, planner.next(y, t))"
+        )
+    if batch.x.dtype != memory.x.dtype:
+        raise ValueError(
+            f"the memory holds {memory.x.dtype} images, the batch has {batch.x.dtype}; "
+            f"give spec._replace(image_dtype='{batch.x.dtype}')"
+        )
+    own = Recalled(batch.x, batch.y, batch.t, None, jnp.ones(len(batch.y), jnp.bool_))
+    reads = batch.plan.reads
+    return [own, *(recall(memory, reads[k]) for k in range(len(reads)))]
+
+
+def replay(
+    hparams: ReplayHParams,
+    seed: int,
+    loss: Loss,
+    num_draws: int = 1,
+    together: bool = False,
+    keep_logits: bool = False,
+) -> Algorithm:
+    """Return the algorithm that trains on `loss(batch, draws)`.
+
+    Args:
+        hparams: settings, the memory's among them.
+        seed: of dropout and of the memory.
+        loss: of what the network says of the batch and of each draw.
+        num_draws: independent draws of a step.
+        together: one pass of the network for the batch and the draws, else one for each.
+        keep_logits: whether the memory holds the logits of its samples.
+    """
+
+    def init(ts: TrainState, spec: StreamSpec) -> State:
+        dtype = jax.tree.leaves(ts.params)[0].dtype if keep_logits else None
+        memory = empty_memory(spec, hparams.slots(spec.num_tasks), dtype)
+        return State(init_stream(ts, spec, hparams, seed), memory)
+
+    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+        samples = draws(state.memory, batch)
+
+        def loss_fn(params: Params) -> tuple[jax.Array, Seen]:
+            own, *drawn = look(ts, params, state, samples, together)
+            return loss(own, drawn), own
+
+        (value, own), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
+        memory = store(state.memory, batch.plan.write, batch, own.logits)
+        outputs = {"loss": value, "logits": own.masked, "labels": batch.y}
+        return ts.apply_gradients(grads=gradient), state._replace(memory=memory), outputs
+
+    return Algorithm(
+        init=init,
+        start_task=partial(start_task, hparams=hparams),
+        train_step=train_step,
+        end_task=end_task,
+        predict=predict,
+        hparams=hparams,
+        planner=lambda spec: MemoryPlanner(hparams, spec, seed, num_draws),
+    )

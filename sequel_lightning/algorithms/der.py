@@ -1,0 +1,44 @@
+"""Dark experience replay (Buzzega et al. 2020, https://arxiv.org/abs/2004.07211).
+
+    L = CE(f(x), y) + alpha * E_(x', z) ||z - f(x')||^2                                              (eq. 5)
+
+z are the logits that the network gave for x' when it was trained on it, before the step, in training mode and
+of all classes, unmasked; (x', z) is a draw from the memory, a reservoir that is read as soon as it holds
+anything. `distance="sum"` is the squared norm of the paper; its code, and so its tuned alphas, take the mean
+over classes (`"mean"`), a tenth of it for ten classes.
+
+Mirror: sequel_flax/algorithms/der.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from sequel_core.hparams import DERHParams
+from sequel_lightning.replay import ReplayModule, Seen, mean_cross_entropy, mean_of_valid
+
+
+def logit_distance(draw: Seen, hparams: DERHParams) -> Tensor:
+    """Return the mean over a draw of ||z - f(x')||^2, 0 for an empty one, shape ()."""
+    squares = (draw.stored - draw.logits).square()
+    norms = squares.sum(1) if hparams.distance == "sum" else squares.mean(1)
+    return mean_of_valid(norms, draw.valid)
+
+
+def replay_loss(batch: Seen, draws: Sequence[Seen], hparams: DERHParams) -> Tensor:
+    """Return the cross-entropy of the batch plus alpha times the distance of the draw, shape ()."""
+    return mean_cross_entropy(batch) + hparams.alpha * logit_distance(draws[0], hparams)
+
+
+class DER(ReplayModule):
+    """Dark experience replay."""
+
+    hparams_class = DERHParams
+    algorithm_hparams: DERHParams
+    keep_logits = True
+
+    def replay_loss(self, batch: Seen, draws: Sequence[Seen]) -> Tensor:
+        """Return the training loss, shape ()."""
+        return replay_loss(batch, draws, self.algorithm_hparams)

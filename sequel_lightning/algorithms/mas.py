@@ -1,0 +1,61 @@
+"""Memory aware synapses (Aljundi et al. 2018, https://arxiv.org/abs/1711.09601).
+
+    L = CE(f(x), y) + lambda * sum_i Omega_i (theta_i - theta*_i)^2                                  (eq. 4)
+    Omega_i <- Omega_i + 1/N sum_n |d ||f(x_n)||^2 / d theta_i| at theta*, one gradient per sample   (eq. 2, 3)
+
+f are the logits of all classes, unmasked; labels are not used. theta* are the weights at the end of the last
+task. The official code takes one gradient for each batch, of the sum of its ||f||^2 (`gradients="batch"`);
+then the batch size matters, and strengths are not comparable.
+
+Mirror: sequel_flax/algorithms/mas.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torchmetrics import MetricCollection
+
+from sequel_core.hparams import MASHParams
+from sequel_core.task import Batch, StreamSpec
+from sequel_lightning.module import OptimizerFactory, Params
+from sequel_lightning.quadratic import Model, QuadraticModule, mean_gradients
+
+
+def squared_norm(params: Params, model: Model, batch: Batch) -> Tensor:
+    """Return the sum over a batch of ||f(x)||^2, in evaluation mode, shape ()."""
+    logits: Tensor = functional_call(model.net, params, (model.normalise(batch.x),))
+    return logits.square().sum()
+
+
+def sensitivity(params: Params, model: Model, batches: Iterable[Batch], hparams: MASHParams) -> Params:
+    """Return the mean absolute gradient of ||f(x)||^2 over a task's samples."""
+    return mean_gradients(
+        params, model, batches, squared_norm, torch.abs, hparams.mas_samples, hparams.gradients == "batch"
+    )
+
+
+class MAS(QuadraticModule):
+    """Memory aware synapses."""
+
+    hparams_class = MASHParams
+    algorithm_hparams: MASHParams
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerFactory,
+        hparams: MASHParams,
+        spec: StreamSpec | None = None,
+        metrics: MetricCollection | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(net, optimizer, hparams, spec, metrics, seed)
+        self.strength = 2 * hparams.mas_lambda
+
+    def importances(self, params: Params, batches: Iterable[Batch]) -> Params:
+        """Return the sensitivity of the outputs to the weights on a task."""
+        return sensitivity(params, self, batches, self.algorithm_hparams)

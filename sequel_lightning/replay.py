@@ -1,0 +1,210 @@
+"""A memory of samples beside the batch: what A-GEM, ER, DER and DER++ share.
+
+    L = loss(batch, draws), draws of the memory as it was before the step; then the batch is written to it
+
+Which sample sits in which slot, and which slots a step reads, comes with the batch (`Batch.plan`, from
+`sequel_core.memory`). A new method of this kind needs only its loss of what the network says of the batch and
+of the draws.
+
+Mirror: sequel_flax/replay.py
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MetricCollection
+
+from sequel_core.hparams import ReplayHParams
+from sequel_core.memory import MemoryPlanner, StepPlan
+from sequel_core.task import Batch, Samples, StreamSpec
+from sequel_lightning.module import ContinualModule, OptimizerFactory, StateTree
+
+Slots = NDArray[np.integer[Any]]
+
+
+class Memory(NamedTuple):
+    """Copies of samples; M slots."""
+
+    x: Tensor  # images [M, C, H, W], in the dtype that they come in
+    y: Tensor  # labels, int32 [M]
+    t: Tensor  # task indices, int32 [M]; -1 where a slot is empty
+    logits: Tensor | None  # [M, num_classes], as the network gave them when it was trained on the sample
+
+
+class Recalled(NamedTuple):
+    """Samples as a step takes them: its batch, or a draw from the memory."""
+
+    x: Tensor  # images [N, C, H, W]
+    y: Tensor  # labels [N]
+    t: Tensor  # task indices [N]
+    stored: Tensor | None  # logits that the memory holds [N, num_classes]
+    valid: Tensor  # False for what only fills up a draw, bool [N]
+
+
+class Seen(NamedTuple):
+    """What the network says of samples."""
+
+    logits: Tensor  # of all classes [N, num_classes]
+    masked: Tensor  # the same, masked to the task of each sample where the scenario says so
+    y: Tensor  # labels [N]
+    stored: Tensor | None  # logits that the memory holds [N, num_classes]
+    valid: Tensor  # False for what does not count, bool [N]
+
+
+def empty_memory(spec: StreamSpec, slots: int, dtype: torch.dtype | None) -> Memory:
+    """Return a memory of so many empty slots; `dtype` of the logits, None for none."""
+    height, width, channels = spec.image_shape
+    return Memory(
+        x=torch.zeros((slots, channels, height, width), dtype=getattr(torch, spec.image_dtype)),
+        y=torch.zeros(slots, dtype=torch.int32),
+        t=torch.full((slots,), -1, dtype=torch.int32),
+        logits=None if dtype is None else torch.zeros((slots, spec.num_classes), dtype=dtype),
+    )
+
+
+def recall(memory: Memory, slots: Slots) -> Recalled:
+    """Return the samples in these slots `[N]`, without those beyond the last slot."""
+    index = torch.from_numpy(slots[slots < len(memory.y)]).to(memory.y.device, torch.int64)
+    x, y, t, stored = (None if a is None else a[index] for a in memory)
+    return Recalled(x, y.long(), t.long(), stored, torch.ones_like(y, dtype=torch.bool))
+
+
+def store(memory: Memory, slots: Slots, batch: Batch, logits: Tensor) -> Memory:
+    """Return the memory with the batch in these slots `[B]`, changed in place; beyond them nothing is kept."""
+    kept = np.flatnonzero(slots < len(memory.y))
+    source, index = (torch.from_numpy(a).to(memory.y.device, torch.int64) for a in (kept, slots[kept]))
+    for a, b in zip(memory, (batch.x, batch.y, batch.t, logits.detach()), strict=True):
+        if a is not None:
+            a[index] = b[source].to(a.dtype)
+    return memory
+
+
+def stored_samples(memory: Memory) -> Samples:
+    """Return copies of the samples that the memory holds, in the order of slots, images `[n, H, W, C]`."""
+    held = memory.t >= 0
+    x, y, t = (a[held].cpu().numpy() for a in memory[:3])
+    return Samples(np.moveaxis(x, 1, -1).copy(), y.astype(np.int64), t.astype(np.int64))
+
+
+def mean_cross_entropy(*seen: Seen) -> Tensor:
+    """Return the mean cross-entropy of all samples that count, 0 without any, shape ()."""
+    losses = [F.cross_entropy(s.masked, s.y, reduction="none") for s in seen]
+    return mean_of_valid(torch.cat(losses), torch.cat([s.valid for s in seen]))
+
+
+def mean_of_valid(values: Tensor, valid: Tensor) -> Tensor:
+    """Return the mean of the values `[N]` that are valid `[N]`, 0 without any, shape ()."""
+    return torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)
+
+
+def look(module: ContinualModule, samples: Sequence[Recalled], together: bool) -> list[Seen]:
+    """Return what the network says of samples: in one pass together, or in one for each."""
+    if together:
+        out = module.network(torch.cat([s.x for s in samples]))
+        logits = list(out.split([len(s.y) for s in samples]))
+    else:
+        logits = []
+        for s in samples:  # an empty draw has no pass of its own
+            logits.append(module.network(s.x) if len(s.y) or not logits else logits[0][:0])
+    return [
+        Seen(out, module.masked(out, s.t), s.y, s.stored, s.valid)
+        for out, s in zip(logits, samples, strict=True)
+    ]
+
+
+def draws(memory: Memory, batch: Batch) -> list[Recalled]:
+    """Return the batch, then each of its plan's draws from the memory.
+
+    Raises:
+        ValueError: the batch has no plan, or its images have not the memory's dtype.
+    """
+    if not isinstance(batch.plan, StepPlan):
+        raise ValueError(
+            "the batch has no plan, which says what to write to the memory and what to read; give "
+            "Batch(x, y, t, planner.next(y, t))"
+        )
+    if batch.x.dtype != memory.x.dtype:
+        found = str(batch.x.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"the memory holds {str(memory.x.dtype).removeprefix('torch.')} images, the batch has {found}; "
+            f"give spec._replace(image_dtype='{found}')"
+        )
+    own = Recalled(batch.x, batch.y, batch.t, None, torch.ones_like(batch.y, dtype=torch.bool))
+    return [own, *(recall(memory, slots) for slots in batch.plan.reads)]
+
+
+class ReplayModule(ContinualModule):
+    """A module that trains on `replay_loss(batch, draws)`; subclasses say which.
+
+    Raises:
+        ValueError: without a spec, or a memory that does not fit the stream.
+    """
+
+    algorithm_hparams: ReplayHParams
+    num_draws = 1  # independent draws of a step
+    past_only = False  # read past tasks alone
+    together = False  # one pass of the network for the batch and the draws, else one for each
+    keep_logits = False  # whether the memory holds the logits of its samples
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerFactory,
+        hparams: ReplayHParams,
+        spec: StreamSpec | None = None,
+        metrics: MetricCollection | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(net, optimizer, hparams, spec, metrics, seed)
+        if spec is None:
+            raise ValueError(
+                f"{type(self).__name__} keeps samples, so it needs the stream's spec, got None; "
+                "construct it with spec=benchmark.spec"
+            )
+        self.planner = MemoryPlanner(hparams, spec, seed, self.num_draws, self.past_only)
+        dtype = next(net.parameters()).dtype if self.keep_logits else None
+        memory = empty_memory(spec, self.planner.slots, dtype)
+        self.memory = StateTree({k: a for k, a in memory._asdict().items() if a is not None})
+
+    def replay_loss(self, batch: Seen, draws: Sequence[Seen]) -> Tensor:
+        """Return the training loss, shape ()."""
+        raise TypeError(f"{type(self).__name__} has to override replay_loss(batch, draws)")
+
+    @property
+    def state(self) -> Memory:
+        """The memory."""
+        return Memory(**{"logits": None, **self.memory.get()})
+
+    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss of the batch and the draws, and the batch's logits; then write the batch."""
+        batch = self.planned(batch)
+        own, *drawn = look(self, draws(self.state, batch), self.together)
+        loss = self.replay_loss(own, drawn)
+        self.remember(batch, own)
+        return loss, own.masked
+
+    def planned(self, batch: Batch) -> Batch:
+        """Return the batch with its plan; a tuner's or `fast_dev_run`'s leaves no trace."""
+        planner = self.planner if self._fitting else copy.deepcopy(self.planner)
+        return batch._replace(plan=planner.next(batch.y.cpu().numpy(), batch.t.cpu().numpy()))
+
+    def remember(self, batch: Batch, seen: Seen) -> None:
+        """Write the batch to the memory."""
+        if self._fitting:
+            store(self.state, batch.plan.write, batch, seen.logits)
+
+    def get_extra_state(self) -> Tensor:
+        """Return the planner's state, for `state_dict`."""
+        return torch.from_numpy(self.planner.state)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Set the planner's state, from `load_state_dict`."""
+        self.planner.state = state.cpu().numpy()

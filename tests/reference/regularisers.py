@@ -1,0 +1,182 @@
+"""Methods that hold on to weights or features, in float64 NumPy, written from the papers.
+
+    EWC (Kirkpatrick 2017, eq. 3)  L = CE + sum_k lambda/2 sum_i F_{k,i} (theta_i - theta*_{k,i})^2
+    online EWC (Schwarz 2018)      L = CE + lambda/2 sum_i F_i (theta_i - theta*_i)^2, F <- gamma F + F_k
+    SI (Zenke 2017)                L = CE + c sum_i Omega_i (theta_i - theta*_i)^2
+                                   step: omega <- omega - (dCE/dtheta) (theta_new - theta)
+                                   task: Omega <- Omega + omega / ((theta - theta_start)^2 + xi), omega <- 0
+    MAS (Aljundi 2018)             L = CE + lambda sum_i Omega_i (theta_i - theta*_i)^2
+                                   task: Omega <- Omega + 1/N sum_n |d ||f(x_n)||^2 / dtheta|
+    LFL (Jung 2016)                L = CE + lambda/2 mean_n ||h(x_n; theta) - h(x_n; theta_old)||^2
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from sequel_core.hparams import EWCHParams, LFLHParams, MASHParams, SIHParams
+from sequel_core.task import Samples, Task
+from tests.reference import network
+from tests.reference.network import Weights
+from tests.reference.streams import Reference
+
+
+class Term(NamedTuple):
+    """One quadratic term of EWC's penalty."""
+
+    anchor: Weights  # theta*_k
+    fisher: Weights  # F_k
+
+
+class EWC(Reference):
+    """Elastic weight consolidation; the loss is without the least value of the penalty."""
+
+    hparams: EWCHParams
+    terms: list[Term]
+
+    def start(self, theta: Weights) -> None:
+        self.terms = []
+
+    def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
+        loss, gradient = self.cross_entropy(theta, samples)
+        for term in self.terms:
+            weighted = {k: self.hparams.ewc_lambda * f for k, f in term.fisher.items()}
+            pull = {k: w * (theta[k] - term.anchor[k]) for k, w in weighted.items()}
+            gradient = network.plus(gradient, pull)
+        return loss + self.penalty(theta), gradient
+
+    def penalty(self, theta: Weights) -> float:
+        """Return the sum of the terms, minus its least value over theta, which no gradient sees."""
+
+        def literal(at: Weights) -> float:
+            sums = [((at[k] - t.anchor[k]) ** 2 * t.fisher[k]).sum() for t in self.terms for k in at]
+            return float(self.hparams.ewc_lambda / 2 * np.sum(sums))
+
+        least = {}
+        for k, p in theta.items():
+            total = np.sum([t.fisher[k] for t in self.terms], axis=0)
+            weighted = np.sum([t.fisher[k] * t.anchor[k] for t in self.terms], axis=0)
+            least[k] = np.divide(weighted, total, out=p.copy(), where=total > 0) if self.terms else p
+        return literal(theta) - literal(least)
+
+    def end_task(self, theta: Weights, task: Task) -> None:
+        fisher = self.fisher(theta, task)
+        if self.hparams.accumulation == "separate":
+            self.terms.append(Term(theta, fisher))
+            return
+        past = self.terms[0].fisher if self.terms else network.zeros(theta)
+        self.terms = [Term(theta, {k: self.hparams.gamma * past[k] + f for k, f in fisher.items()})]
+
+    def fisher(self, theta: Weights, task: Task) -> Weights:
+        """Return the mean of squared per-sample gradients, one sample at a time."""
+        x, y, mask = self.consolidation(task, self.hparams.fisher_samples)
+        total = network.zeros(theta)
+        for n in range(len(y)):
+            own = slice(n, n + 1)
+            one = network.gradient(theta, x[own], y[own], None if mask is None else mask[own])
+            total = {k: f + one[k] ** 2 for k, f in total.items()}
+        return {k: f / len(y) for k, f in total.items()}
+
+
+class Quadratic(Reference):
+    """L = CE + strength sum_i Omega_i (theta_i - theta*_i)^2, without a factor 1/2."""
+
+    anchor: Weights  # theta*
+    importance: Weights  # Omega
+
+    @property
+    def strength(self) -> float:
+        """The factor of the penalty."""
+        raise NotImplementedError
+
+    def start(self, theta: Weights) -> None:
+        self.anchor, self.importance = theta, network.zeros(theta)
+
+    def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
+        loss, gradient = self.cross_entropy(theta, samples)
+        away = {k: p - self.anchor[k] for k, p in theta.items()}
+        weighted = {k: self.strength * self.importance[k] * d for k, d in away.items()}
+        pull = {k: 2 * d for k, d in weighted.items()}
+        return loss + network.dot(weighted, away), network.plus(gradient, pull)
+
+
+class SI(Quadratic):
+    """Synaptic intelligence."""
+
+    hparams: SIHParams
+    path: Weights  # omega of the task
+    theta_start: Weights
+
+    @property
+    def strength(self) -> float:
+        return self.hparams.si_lambda
+
+    def start(self, theta: Weights) -> None:
+        super().start(theta)
+        self.path, self.theta_start = network.zeros(theta), theta
+
+    def end_step(self, theta: Weights, new: Weights, samples: Samples) -> None:
+        _, g = self.cross_entropy(theta, samples)
+        self.path = {k: w - g[k] * (new[k] - theta[k]) for k, w in self.path.items()}
+
+    def end_task(self, theta: Weights, task: Task) -> None:
+        for k, w in self.path.items():
+            moved = theta[k] - self.theta_start[k]
+            self.importance[k] = self.importance[k] + w / (moved**2 + self.hparams.xi)
+            if self.hparams.clamp:
+                self.importance[k] = np.maximum(self.importance[k], 0)
+        self.anchor, self.theta_start, self.path = theta, theta, network.zeros(theta)
+
+
+class MAS(Quadratic):
+    """Memory aware synapses; `gradients=batch` takes the absolute values of each batch's sum."""
+
+    hparams: MASHParams
+
+    @property
+    def strength(self) -> float:
+        return self.hparams.mas_lambda
+
+    def end_task(self, theta: Weights, task: Task) -> None:
+        self.anchor = theta
+        self.importance = network.plus(self.importance, self.sensitivity(theta, task))
+
+    def sensitivity(self, theta: Weights, task: Task) -> Weights:
+        """Return what the task adds to Omega: logits are neither masked nor is the label used."""
+        x, _, _ = self.consolidation(task, self.hparams.mas_samples)
+        size = 1 if self.hparams.gradients == "sample" else self.training.batch_size
+        total = network.zeros(theta)
+        for n in range(0, len(x), size):
+            f, inputs = network.logits(theta, x[n : n + size])
+            slope = network.backward(theta, inputs, 2 * f)
+            total = {k: s + abs(slope[k]) for k, s in total.items()}
+        return {k: s / len(x) for k, s in total.items()}
+
+
+class LFL(Reference):
+    """Less-forgetting learning; h is what the last layer sees, which is frozen after the first task."""
+
+    hparams: LFLHParams
+    old: Weights | None
+
+    def start(self, theta: Weights) -> None:
+        self.old = None
+
+    def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
+        loss, gradient = self.cross_entropy(theta, samples)
+        if self.old is None:
+            return loss, gradient
+        x = self.inputs(samples).x
+        a, inputs = network.logits(theta, x)
+        away = inputs[-1] - network.logits(self.old, x)[1][-1]
+        share = self.hparams.lfl_lambda / len(x)
+        pull = network.backward(theta, inputs, np.zeros_like(a), share * away)
+        gradient = network.plus(gradient, pull)
+        if self.hparams.freeze_head:
+            gradient = {k: g for k, g in gradient.items() if k not in ("head/kernel", "head/bias")}
+        return loss + share / 2 * float((away**2).sum()), gradient
+
+    def end_task(self, theta: Weights, task: Task) -> None:
+        self.old = theta
