@@ -576,8 +576,8 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
 
     Raises:
         ValueError: arguments out of range, missing or damaged data, `num_classes` other than the benchmark's,
-            a batch larger than a task, a memory that does not fit batch or stream, too few entries of `epochs_per_task`, or an evaluation on validation
-            samples that there are not.
+            a batch larger than a task, too few entries of `epochs_per_task`, an algorithm's setting that does
+            not fit batch or stream, or an evaluation on validation samples that there are not.
     """
     name, arguments = config.benchmark
     try:

@@ -16,17 +16,20 @@ from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sequel_core import plan
 from sequel_core.hparams import ReplayHParams
 from sequel_core.task import IntArray, JoinedSplit, Samples, Split, StreamSpec, Task, join
 
+SlotArray = NDArray[np.int32]
+
 
 class StepPlan(NamedTuple):
-    """What a step writes to the memory and reads from it; "none" is the number of slots."""
+    """What a step writes to the memory and reads from it; int32, "none" is the number of slots."""
 
-    write: IntArray  # slot of each sample [..., B]; none where it is not kept, or overwritten in the same step
-    reads: IntArray  # slots of each draw [..., draws, R], ascending, as before the step; none where it has less
+    write: SlotArray  # of each sample [..., B]; none where it is not kept, or overwritten in the same step
+    reads: SlotArray  # of each draw [..., draws, R], ascending, as before the step; none where it has less
 
 
 class Planner(Protocol):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sequel_core import plan
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, OptimizerHParams, TrainingHParams
+from sequel_core.hparams import AlgorithmHParams, DERHParams, DERppHParams, OptimizerHParams, TrainingHParams
 from sequel_core.learner import FitMonitor
 from sequel_core.task import Benchmark
 from sequel_flax.backbones import MLP
@@ -23,20 +23,23 @@ WIDTHS = (256, 256)
 RATE = 0.01
 SILENT = FitMonitor(on_progress=lambda progress: None, on_evaluate=lambda: None)
 
+Step = Callable[[Any, Any, jax.Array, jax.Array], tuple[Any, Any, jax.Array]]
+"""layers, what the method keeps, images, labels -> layers, what it keeps, loss."""
+
 
 def contenders(
     hparams: AlgorithmHParams, benchmark: Benchmark, batch_size: int
 ) -> dict[str, Callable[[], float]]:
-    """Return functions that train on the first task for one epoch and return the seconds, ours first."""
-    model = MLP(WIDTHS, benchmark.num_classes)
+    """Return functions that train on the second task for one epoch and return the seconds, ours first."""
+    first, task = benchmark.tasks
     learner = make_learner(
         hparams,
-        model,
+        MLP(WIDTHS, benchmark.num_classes),
         build_optimizer(OptimizerHParams(lr=RATE)),
         benchmark,
         TrainingHParams(batch_size=batch_size),
     )
-    task = benchmark.tasks[0]
+    learner.fit_task(first, SILENT)
 
     def ours() -> float:
         start = time.perf_counter()
@@ -48,44 +51,171 @@ def contenders(
     x = samples.x.reshape(-1, batch_size, *benchmark.image_shape)
     y = samples.y.astype(np.int32).reshape(-1, batch_size)
     layers = [(jnp.array(w["kernel"]), jnp.array(w["bias"])) for w in _layers(learner.ts.params)]
-    penalised = isinstance(hparams, EWCHParams)
-    past = [(jnp.copy(a), jnp.ones_like(a)) for layer in layers for a in layer] if penalised else []
     scale, shift = (float(a[0]) for a in (benchmark.normalisation.scale, benchmark.normalisation.shift))
+    step, kept = hand_written(hparams, layers, samples.x, samples.y, batch_size, scale, shift)
 
-    def loss(layers: Any, past: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        h = x.reshape(x.shape[0], -1).astype(jnp.float32) * scale + shift
-        for w, b in layers[:-1]:
-            h = jax.nn.relu(h @ w + b[None])
-        logits = h @ layers[-1][0] + layers[-1][1][None]
-        flat = [a for layer in layers for a in layer]
-        penalty = sum(jnp.sum(f * (a - anchor) ** 2) for a, (anchor, f) in zip(flat, past, strict=False))
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean() + 0.5 * penalty
+    dispatch = jax.jit(step, donate_argnums=(0, 1))
 
-    def step(layers: Any, past: Any, x: jax.Array, y: jax.Array) -> tuple[Any, jax.Array]:
-        value, gradient = jax.value_and_grad(loss)(layers, past, x, y)
-        return jax.tree.map(lambda w, g: w - RATE * g, layers, gradient), value
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def scan(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> tuple[Any, jax.Array]:
+        def body(carry: Any, batch: Any) -> tuple[Any, jax.Array]:
+            layers, kept, loss = step(*carry, *batch)
+            return (layers, kept), loss
 
-    dispatch = jax.jit(step, donate_argnums=0)
-
-    @partial(jax.jit, donate_argnums=0)
-    def scan(layers: Any, past: Any, x: jax.Array, y: jax.Array) -> tuple[Any, jax.Array]:
-        return jax.lax.scan(lambda layers, batch: step(layers, past, *batch), layers, (x, y))
+        return jax.lax.scan(body, (layers, kept), (x, y))
 
     def dispatched() -> float:
-        weights = jax.tree.map(jnp.copy, layers)
+        carry = jax.tree.map(jnp.copy, (layers, kept))
         start = time.perf_counter()
         for k in range(len(x)):
-            weights, _ = dispatch(weights, past, x[k], y[k])
-        jax.block_until_ready(weights)
+            *carry, _ = dispatch(*carry, x[k], y[k])
+        jax.block_until_ready(carry)
         return time.perf_counter() - start
 
     def scanned() -> float:
-        weights = jax.tree.map(jnp.copy, layers)
+        carry = jax.tree.map(jnp.copy, (layers, kept))
         start = time.perf_counter()
-        jax.block_until_ready(scan(weights, past, x, y))
+        jax.block_until_ready(scan(*carry, x, y))
         return time.perf_counter() - start
 
     return {"sequel": ours, "JAX step, dispatched": dispatched, "JAX step, scanned": scanned}
+
+
+def hand_written(
+    hparams: AlgorithmHParams,
+    layers: Any,
+    images: np.ndarray,
+    labels: np.ndarray,
+    batch_size: int,
+    scale: float,
+    shift: float,
+) -> tuple[Step, Any]:
+    """Return the step of the same method as one would write it alone, and what it keeps at first.
+
+    Past tasks are stood in for by ones (importances), the present weights (anchors) and the first samples
+    (memories, drawn from with JAX's own generator, with replacement).
+    """
+
+    def hidden(layers: Any, x: jax.Array) -> jax.Array:
+        h = x.reshape(x.shape[0], -1).astype(jnp.float32) * scale + shift
+        for w, b in layers[:-1]:
+            h = jax.nn.relu(h @ w + b[None])
+        return h
+
+    def network(layers: Any, x: jax.Array) -> jax.Array:
+        return hidden(layers, x) @ layers[-1][0] + layers[-1][1][None]
+
+    def mean_cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean()
+
+    def descend(layers: Any, gradient: Any) -> Any:
+        return jax.tree.map(lambda w, g: w - RATE * g, layers, gradient)
+
+    def plain(layers: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return mean_cross_entropy(network(layers, x), y)
+
+    def distance(layers: Any, kept: Any) -> jax.Array:
+        terms = jax.tree.map(lambda w, a, f: jnp.sum(f * (w - a) ** 2), layers, kept["anchor"], kept["ones"])
+        total: jax.Array = 0.5 * sum(jax.tree.leaves(terms))
+        return total
+
+    past = {"anchor": layers, "ones": jax.tree.map(jnp.ones_like, layers)}
+    name = hparams.name
+    if name in ("naive", "joint", "stable_sgd"):
+
+        def naive(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
+            loss, gradient = jax.value_and_grad(plain)(layers, x, y)
+            return descend(layers, gradient), kept, loss
+
+        return naive, ()
+    if name in ("ewc", "mas"):
+
+        def penalised(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
+            loss, gradient = jax.value_and_grad(lambda w: plain(w, x, y) + distance(w, kept))(layers)
+            return descend(layers, gradient), kept, loss
+
+        return penalised, past
+    if name == "si":
+
+        def si(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
+            loss, gradient = jax.value_and_grad(plain)(layers, x, y)
+            pull = jax.grad(distance)(layers, kept)
+            after = descend(layers, jax.tree.map(jnp.add, gradient, pull))
+            path = jax.tree.map(lambda p, g, a, b: p - g * (a - b), kept["path"], gradient, after, layers)
+            return after, {**kept, "path": path}, loss
+
+        return si, {**past, "path": jax.tree.map(jnp.zeros_like, layers)}
+    if name == "lfl":
+
+        def lfl(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
+            old = hidden(kept, x)
+
+            def loss_fn(layers: Any) -> jax.Array:
+                h = hidden(layers, x)
+                pull = 0.0005 * jnp.mean(jnp.sum((h - old) ** 2, 1))
+                return mean_cross_entropy(h @ layers[-1][0] + layers[-1][1][None], y) + pull
+
+            loss, gradient = jax.value_and_grad(loss_fn)(layers)
+            return [*descend(layers[:-1], gradient[:-1]), layers[-1]], kept, loss
+
+        return lfl, layers
+
+    size = vars(hparams)["mem_size"]
+    memory = {
+        "x": jnp.asarray(images[:size]),
+        "y": jnp.asarray(labels[:size], jnp.int32),
+        "logits": jnp.zeros((size, layers[-1][1].size)),
+        "seen": jnp.asarray(size),
+        "key": jax.random.PRNGKey(0),
+    }
+
+    def draw(memory: Any, salt: int) -> Any:
+        key = jax.random.fold_in(jax.random.fold_in(memory["key"], memory["seen"]), salt)
+        slots = jax.random.randint(key, (batch_size,), 0, size)
+        return memory["x"][slots], memory["y"][slots], memory["logits"][slots]
+
+    def keep(memory: Any, x: jax.Array, y: jax.Array, logits: jax.Array | None = None) -> Any:
+        count = memory["seen"] + jnp.arange(batch_size)
+        u = jax.random.uniform(jax.random.fold_in(memory["key"], memory["seen"]), (batch_size,))
+        slots = (u * (count + 1)).astype(jnp.int32)
+        new = {"x": x, "y": y} if logits is None else {"x": x, "y": y, "logits": logits}
+        written = {k: memory[k].at[slots].set(a, mode="drop") for k, a in new.items()}
+        return {**memory, **written, "seen": memory["seen"] + batch_size}
+
+    def er(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
+        old_x, old_y, _ = draw(kept, 1)
+        both = jnp.concatenate([x, old_x]), jnp.concatenate([y, old_y])
+        loss, gradient = jax.value_and_grad(plain)(layers, *both)
+        return descend(layers, gradient), keep(kept, x, y), loss
+
+    def der(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
+        old_x, _, old_logits = draw(kept, 1)
+
+        def loss_fn(layers: Any) -> tuple[jax.Array, jax.Array]:
+            logits = network(layers, x)
+            pull = jnp.mean(jnp.sum((network(layers, old_x) - old_logits) ** 2, 1))
+            loss = mean_cross_entropy(logits, y) + vars(hparams)["alpha"] * pull
+            if isinstance(hparams, DERppHParams):
+                more_x, more_y, _ = draw(kept, 2)
+                loss = loss + hparams.beta * plain(layers, more_x, more_y)
+            return loss, logits
+
+        (loss, logits), gradient = jax.value_and_grad(loss_fn, has_aux=True)(layers)
+        return descend(layers, gradient), keep(kept, x, y, logits), loss
+
+    def agem(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
+        loss, gradient = jax.value_and_grad(plain)(layers, x, y)
+        reference = jax.grad(plain)(layers, *draw(kept, 1)[:2])
+        along, norm = (
+            sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, reference))) for a in (gradient, reference)
+        )
+        factor = jnp.where(along < 0, along / norm, 0.0)
+        gradient = jax.tree.map(lambda g, r: g - factor * r, gradient, reference)
+        return descend(layers, gradient), keep(kept, x, y), loss
+
+    if isinstance(hparams, DERHParams):
+        return der, memory
+    return (er if name == "er" else agem), memory
 
 
 def _layers(params: Any) -> list[Any]:

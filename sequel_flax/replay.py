@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ class Recalled(NamedTuple):
     x: jax.Array  # images [N, H, W, C]
     y: jax.Array  # labels [N]
     t: jax.Array  # task indices [N]
-    stored: jax.Array | None  # logits that the memory holds [N, num_classes]
+    stored: Any  # logits that the memory holds [N, num_classes]; None where it holds none
     valid: jax.Array  # False for what only fills up a draw, bool [N]
 
 
@@ -63,7 +63,7 @@ class Seen(NamedTuple):
     logits: jax.Array  # of all classes [N, num_classes]
     masked: jax.Array  # the same, masked to the task of each sample where the scenario says so
     y: jax.Array  # labels [N]
-    stored: jax.Array | None  # logits that the memory holds [N, num_classes]
+    stored: Any  # logits that the memory holds [N, num_classes]; None where it holds none
     valid: jax.Array  # False for what does not count, bool [N]
 
 
@@ -81,15 +81,18 @@ def empty_memory(spec: StreamSpec, slots: int, dtype: jnp.dtype | None) -> Memor
 
 
 def recall(memory: Memory, slots: jax.Array) -> Recalled:
-    """Return the samples in these slots `[N]`; those beyond the last slot are not valid."""
+    """Return the samples in these slots `[N]`; what lies beyond the last slot does not count."""
     x, y, t, stored = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), memory)
     return Recalled(x, y, jnp.maximum(t, 0), stored, slots < len(memory.y))
 
 
 def store(memory: Memory, slots: jax.Array, batch: Batch, logits: jax.Array) -> Memory:
-    """Return the memory with the batch in these slots `[B]`; beyond the last slot nothing is kept."""
+    """Return the memory with the batch in these slots `[B]`; nothing is kept beyond the last slot."""
     new = Memory(batch.x, batch.y, batch.t, None if memory.logits is None else logits)
-    return jax.tree.map(lambda a, b: a.at[slots].set(b.astype(a.dtype), mode="drop"), memory, new)
+    stored: Memory = jax.tree.map(
+        lambda a, b: a.at[slots].set(b.astype(a.dtype), mode="drop"), memory, new
+    )
+    return stored
 
 
 def stored_samples(memory: Memory) -> Samples:
@@ -113,13 +116,16 @@ def mean_of_valid(values: jax.Array, valid: jax.Array) -> jax.Array:
 def look(
     ts: TrainState, params: Params, state: State, samples: Sequence[Recalled], together: bool
 ) -> list[Seen]:
-    """Return what the network says of samples in training mode: in one pass together, or in one for each."""
+    """Return what the network says of samples: in one pass together, or in one for each, in training mode."""
     if together:
         images = jnp.concatenate([s.x for s in samples])
         out = network(ts, params, state, images, train=True)
         logits = jnp.split(out, np.cumsum([len(s.y) for s in samples])[:-1])
     else:
-        logits = [network(ts, params, state, s.x, train=True, draw=k) for k, s in enumerate(samples)]
+        logits = []
+        for k, s in enumerate(samples):  # an empty draw has no pass of its own
+            empty = not len(s.y) and logits
+            logits.append(logits[0][:0] if empty else network(ts, params, state, s.x, train=True, draw=k))
     return [
         Seen(out, masked(state.stream, out, s.t), s.y, s.stored, s.valid)
         for out, s in zip(logits, samples, strict=True)
@@ -134,8 +140,8 @@ def draws(memory: Memory, batch: Batch) -> list[Recalled]:
     """
     if not isinstance(batch.plan, StepPlan):
         raise ValueError(
-            "the batch has no plan, which says what to write to the memory and what to read; make one planner "
-            "with algorithm.planner(spec) and give Batch(x, y, t, planner.next(y, t))"
+            "the batch has no plan, which says what to write to the memory and what to read; make one "
+            "planner with algorithm.planner(spec) and give Batch(x, y, t, planner.next(y, t))"
         )
     if batch.x.dtype != memory.x.dtype:
         raise ValueError(

@@ -45,7 +45,7 @@ class Recalled(NamedTuple):
     x: Tensor  # images [N, C, H, W]
     y: Tensor  # labels [N]
     t: Tensor  # task indices [N]
-    stored: Tensor | None  # logits that the memory holds [N, num_classes]
+    stored: Any  # logits that the memory holds [N, num_classes]; None where it holds none
     valid: Tensor  # False for what only fills up a draw, bool [N]
 
 
@@ -55,7 +55,7 @@ class Seen(NamedTuple):
     logits: Tensor  # of all classes [N, num_classes]
     masked: Tensor  # the same, masked to the task of each sample where the scenario says so
     y: Tensor  # labels [N]
-    stored: Tensor | None  # logits that the memory holds [N, num_classes]
+    stored: Any  # logits that the memory holds [N, num_classes]; None where it holds none
     valid: Tensor  # False for what does not count, bool [N]
 
 
@@ -71,19 +71,20 @@ def empty_memory(spec: StreamSpec, slots: int, dtype: torch.dtype | None) -> Mem
 
 
 def recall(memory: Memory, slots: Slots) -> Recalled:
-    """Return the samples in these slots `[N]`, without those beyond the last slot."""
+    """Return the samples in these slots `[N]`; what lies beyond the last slot does not count."""
     index = torch.from_numpy(slots[slots < len(memory.y)]).to(memory.y.device, torch.int64)
-    x, y, t, stored = (None if a is None else a[index] for a in memory)
+    x, y, t = (a[index] for a in memory[:3])
+    stored = None if memory.logits is None else memory.logits[index]
     return Recalled(x, y.long(), t.long(), stored, torch.ones_like(y, dtype=torch.bool))
 
 
 def store(memory: Memory, slots: Slots, batch: Batch, logits: Tensor) -> Memory:
-    """Return the memory with the batch in these slots `[B]`, changed in place; beyond them nothing is kept."""
+    """Return the memory with the batch in these slots `[B]`; nothing is kept beyond the last slot."""
     kept = np.flatnonzero(slots < len(memory.y))
     source, index = (torch.from_numpy(a).to(memory.y.device, torch.int64) for a in (kept, slots[kept]))
     for a, b in zip(memory, (batch.x, batch.y, batch.t, logits.detach()), strict=True):
         if a is not None:
-            a[index] = b[source].to(a.dtype)
+            a[index] = b[source].to(a.dtype)  # in place
     return memory
 
 
@@ -106,7 +107,7 @@ def mean_of_valid(values: Tensor, valid: Tensor) -> Tensor:
 
 
 def look(module: ContinualModule, samples: Sequence[Recalled], together: bool) -> list[Seen]:
-    """Return what the network says of samples: in one pass together, or in one for each."""
+    """Return what the network says of samples: in one pass together, or in one for each, in training mode."""
     if together:
         out = module.network(torch.cat([s.x for s in samples]))
         logits = list(out.split([len(s.y) for s in samples]))
@@ -181,7 +182,8 @@ class ReplayModule(ContinualModule):
     @property
     def state(self) -> Memory:
         """The memory."""
-        return Memory(**{"logits": None, **self.memory.get()})
+        found = self.memory.get()
+        return Memory(found["x"], found["y"], found["t"], found.get("logits"))
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss of the batch and the draws, and the batch's logits; then write the batch."""

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from sequel_core.cli.arguments import Parser
 from sequel_core.config import check_name
-from sequel_core.hparams import ALGORITHMS, EWCHParams
+from sequel_core.hparams import ALGORITHMS, AlgorithmHParams, ReplayHParams
 from sequel_core.learner import PLUGINS, Mode, plugin
 from sequel_core.plan import words
 from sequel_core.task import Benchmark, Normalisation, Split, Task
@@ -28,9 +28,10 @@ from sequel_core.task import Benchmark, Normalisation, Split, Task
 SHAPE = (28, 28, 1)
 CLASSES = 10
 ROUNDS = 7
+MEMORY = 1000
 STEPS = {"pytorch": 1000, "jax": 2000}
-BENCHED = {"ewc": EWCHParams(fisher_samples=1)}
-"""Settings other than the defaults: the end of a task is not what is measured."""
+ONE_SAMPLE = {"ewc": "fisher_samples", "mas": "mas_samples"}
+"""Samples of the work at the end of a task, which is not what is measured."""
 
 Contenders = Mapping[str, Callable[[], float]]
 """Name: a function that trains for all steps and returns the seconds; the first is ours."""
@@ -96,8 +97,9 @@ def main(args: Sequence[str]) -> int:
 def measure(algo: str, mode: Mode, batch_size: int, steps: int, rounds: int) -> list[Row]:
     """Return one row per reference: medians of `rounds` turns, taken alternately, of `steps` steps each."""
     bench = import_module(f"{PLUGINS[mode]}.bench")
-    hparams = BENCHED.get(algo, ALGORITHMS[algo]())
-    contenders: Contenders = bench.contenders(hparams, stream(batch_size * steps), batch_size)
+    contenders: Contenders = bench.contenders(
+        benched(algo, batch_size), stream(batch_size * steps), batch_size
+    )
     for contender in contenders.values():
         contender()  # compiles and warms up
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -109,14 +111,24 @@ def measure(algo: str, mode: Mode, batch_size: int, steps: int, rounds: int) -> 
     return [Row(algo, mode, batch_size, rate[ours], name, rate[ours] / rate[name]) for name in references]
 
 
+def benched(algo: str, batch_size: int) -> AlgorithmHParams:
+    """Return the settings that are measured: the defaults, and draws from the memory as large as a batch."""
+    cls = ALGORITHMS[algo]
+    if issubclass(cls, ReplayHParams):
+        return cls(mem_size=MEMORY, mem_batch_size=batch_size)
+    return cls(**{ONE_SAMPLE[algo]: 1}) if algo in ONE_SAMPLE else cls()
+
+
 def stream(samples: int) -> Benchmark:
-    """Return one task of random images of MNIST's shape."""
+    """Return two tasks of random images of MNIST's shape, the same ones; the second is what is timed."""
     pixels = words("bench", "images", count=-(-samples * int(np.prod(SHAPE)) // 8)).view(np.uint8)
     images = pixels[: samples * int(np.prod(SHAPE))].reshape(samples, *SHAPE)
     labels = (words("bench", "labels", count=samples) % np.uint64(CLASSES)).astype(np.int64)
-    split = Split(images, labels)
-    task = Task(0, "random images", tuple(range(CLASSES)), split, split.head(1), split.head(0))
-    return Benchmark("bench", (task,), CLASSES, "domain", Normalisation((0.1307,), (0.3081,)))
+    tasks = []
+    for t in range(2):
+        split = Split(images, labels, t)
+        tasks.append(Task(t, "random images", tuple(range(CLASSES)), split, split.head(1), split.head(0)))
+    return Benchmark("bench", tuple(tasks), CLASSES, "domain", Normalisation((0.1307,), (0.3081,)))
 
 
 def _table(rows: Sequence[Row], rounds: int) -> Table:

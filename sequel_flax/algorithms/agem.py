@@ -2,10 +2,10 @@
 
     g <- g - (g . g_ref / g_ref . g_ref) g_ref  if g . g_ref < 0, else g                             (eq. 11)
 
-g is the gradient of the batch's cross-entropy and g_ref that of a draw from the samples of past tasks; without
-any, in the first task, g stays as it is. The projection comes before clipping and the optimizer. The ring of
-the official code is written while a task is trained on and read from the next one on; its sizes are 25
-(MNIST) or 13 (CIFAR) samples of each class and task, 256 a draw. RotatedMNIST (55.3, MC-SGD paper) has one
+g is the gradient of the batch's cross-entropy and g_ref that of a draw from the samples of past tasks;
+without any, in the first task, g stays as it is. The projection comes before clipping and the optimizer. The
+ring of the official code is written while a task is trained on and read from the next one on; its sizes are
+25 (MNIST) or 13 (CIFAR) samples of each class and task, 256 a draw. RotatedMNIST (55.3, MC-SGD paper) has one
 sample of each class and task, all of which are drawn.
 
 Mirror: sequel_lightning/algorithms/agem.py
@@ -67,10 +67,11 @@ def agem(hparams: AGEMHParams, seed: int = 0) -> Algorithm:
             return mean_cross_entropy(*look(ts, params, state, [past], together=False))
 
         (loss, seen), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
-        projected = project(gradient, jax.grad(reference_fn)(ts.params))
+        if len(past.y):
+            gradient = project(gradient, jax.grad(reference_fn)(ts.params))
         memory = store(state.memory, batch.plan.write, batch, seen.logits)
         outputs = {"loss": loss, "logits": seen.masked, "labels": batch.y}
-        return ts.apply_gradients(grads=projected), state._replace(memory=memory), outputs
+        return ts.apply_gradients(grads=gradient), state._replace(memory=memory), outputs
 
     return Algorithm(
         init=init,

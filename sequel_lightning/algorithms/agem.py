@@ -2,10 +2,10 @@
 
     g <- g - (g . g_ref / g_ref . g_ref) g_ref  if g . g_ref < 0, else g                             (eq. 11)
 
-g is the gradient of the batch's cross-entropy and g_ref that of a draw from the samples of past tasks; without
-any, in the first task, g stays as it is. The projection comes before clipping and the optimizer. The ring of
-the official code is written while a task is trained on and read from the next one on; its sizes are 25
-(MNIST) or 13 (CIFAR) samples of each class and task, 256 a draw. RotatedMNIST (55.3, MC-SGD paper) has one
+g is the gradient of the batch's cross-entropy and g_ref that of a draw from the samples of past tasks;
+without any, in the first task, g stays as it is. The projection comes before clipping and the optimizer. The
+ring of the official code is written while a task is trained on and read from the next one on; its sizes are
+25 (MNIST) or 13 (CIFAR) samples of each class and task, 256 a draw. RotatedMNIST (55.3, MC-SGD paper) has one
 sample of each class and task, all of which are drawn.
 
 Mirror: sequel_flax/algorithms/agem.py

@@ -1,9 +1,9 @@
 """Experience replay (Chaudhry et al. 2019, https://arxiv.org/abs/1902.10486).
 
-    L = mean CE over B_n and B_M together, B_n the batch and B_M a draw from the memory              (algorithm 1)
+    L = mean CE over B_n and B_M together, B_n the batch and B_M a draw from the memory          (algorithm 1)
 
-The memory is read from the first task on, in one pass of the network with the batch, and the batch is written
-to it after the step. The reservoir holds each sample of the stream with probability M/n exactly; the ring
+The memory is read from the first task on, in one pass of the network with the batch, and the batch is then
+written to it. The reservoir holds each sample of the stream with probability M/n exactly; the ring
 holds the latest samples of each class (of each task, where tasks share classes). The published numbers have
 batches of 10 and 10; RotatedMNIST (69.2, MC-SGD paper) has one sample per class and task, `mem_size=200`.
 

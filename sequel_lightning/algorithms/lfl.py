@@ -1,6 +1,6 @@
 """Less-forgetting learning (Jung et al. 2016, https://arxiv.org/abs/1607.00122).
 
-    L = CE(f(x), y) + lambda_e/2 * mean_n ||h(x_n; theta) - h(x_n; theta_old)||^2               (eq. 3, lambda_c 1)
+    L = CE(f(x), y) + lambda_e/2 * mean_n ||h(x_n; theta) - h(x_n; theta_old)||^2          (eq. 3, lambda_c 1)
 
 h is the last hidden layer, theta_old are the weights at the end of the last task, and x are samples of the
 current task. The old network is in evaluation mode. The last layer, which decides on the features, stays as

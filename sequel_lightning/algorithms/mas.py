@@ -1,7 +1,7 @@
 """Memory aware synapses (Aljundi et al. 2018, https://arxiv.org/abs/1711.09601).
 
     L = CE(f(x), y) + lambda * sum_i Omega_i (theta_i - theta*_i)^2                                  (eq. 4)
-    Omega_i <- Omega_i + 1/N sum_n |d ||f(x_n)||^2 / d theta_i| at theta*, one gradient per sample   (eq. 2, 3)
+    Omega_i <- Omega_i + 1/N sum_n |d ||f(x_n)||^2 / d theta_i| at theta*, one gradient per sample (eq. 2, 3)
 
 f are the logits of all classes, unmasked; labels are not used. theta* are the weights at the end of the last
 task. The official code takes one gradient for each batch, of the sum of its ||f||^2 (`gradients="batch"`);

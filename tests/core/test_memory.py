@@ -111,8 +111,8 @@ def _reference_memories(
 
 
 def kept_of(memory: MemoryPolicy, size: int, spec: StreamSpec, y: IntArray, t: IntArray) -> BoolArray:
-    """Return for 4000 seeds which samples are in the memory after a stream `[n]`, bool `[4000, n]`."""
-    kept = np.zeros((4000, len(y)), np.bool_)
+    """Return for 2500 seeds which samples are in the memory after a stream `[n]`, bool `[2500, n]`."""
+    kept = np.zeros((2500, len(y)), np.bool_)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "BLOCK_NUMBERS", 1)  # a short stream needs few
         for seed, row in enumerate(kept):
@@ -382,7 +382,7 @@ def test_draws_are_uniform_and_independent_of_each_other_and_of_other_steps() ->
 
 def test_seeds_read_differently() -> None:
     zeros = np.zeros((2, 4), np.int64)
-    reads = [planner_of("reservoir", seed, 4, 2).next(zeros, zeros).reads[1, 0] for seed in range(1800)]
+    reads = [planner_of("reservoir", seed, 4, 2).next(zeros, zeros).reads[1, 0] for seed in range(1200)]
     check_uniform((tuple(row.tolist()) for row in reads), 6)
 
 
@@ -559,7 +559,7 @@ def test_the_samples_of_each_task_must_divide_into_its_classes() -> None:
         *(
             (memory, *sample)
             for memory in ("ring", *QUOTAS)
-            for sample in [(2, 0), (5, 0), (-1, 0), (1, 3), (0, -1)]
+            for sample in [(2, 0), (5, 0), (-1, 2), (1, 3), (1, -1)]
         ),
         *(("class_balanced", y, 0) for y in (5, -1)),
         *(("task_balanced", 0, t) for t in (3, -1)),

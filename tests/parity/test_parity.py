@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,8 +71,10 @@ def test_scanned_steps_are_the_dispatched_steps(hparams: AlgorithmHParams, optim
 
 @pytest.mark.parametrize(("hparams", "optimizer"), OWN, ids=map(name_of, OWN))
 def test_a_usual_strength_moves_the_weights(hparams: AlgorithmHParams, optimizer: str) -> None:
-    common = ("reset_optimizer",) if hparams.name == "stable_sgd" else ("lr_decay", "min_lr", "reset_optimizer")
-    naive = trained(flax_learner, NaiveHParams(**{k: getattr(hparams, k) for k in common}), optimizer)
+    common: dict[str, Any] = {"reset_optimizer": hparams.reset_optimizer}
+    if hparams.name != "stable_sgd":
+        common |= {"lr_decay": hparams.lr_decay, "min_lr": hparams.min_lr}
+    naive = trained(flax_learner, NaiveHParams(**common), optimizer)
     assert difference(trained(flax_learner, hparams, optimizer), naive) > 1e-3
 
 
