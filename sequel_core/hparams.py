@@ -85,7 +85,7 @@ def _coerce(name: str, value: Any, hint: Any, spec: Field[Any]) -> Any:
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise ValueError(f"{name} must be a number{_and_range(spec)}, got {value!r}")
     if hint is int:
-        if float(value) != int(value):
+        if not math.isfinite(value) or value != int(value):
             raise ValueError(f"{name} must be a whole number{_and_range(spec)}, got {value!r}")
         value = int(value)
     else:
@@ -272,11 +272,14 @@ class ReplayHParams(AlgorithmHParams):
                 f"lower mem_batch_size or raise {name}"
             )
         if size % parts:
-            nearest = {size // parts * parts, -(-size // parts) * parts} - {0}
+            unit = 1 if name == "mem_size" else spec.num_tasks
+            step = math.lcm(parts, unit)
+            totals = [k * step for k in (size // step, size // step + 1, size // step + 2)]
+            fits = [str(total // unit) for total in totals if total >= max(batch_size, self.mem_batch_size)]
             owner = "task" if self.memory == "task_quota" else "class of each task"
             raise ValueError(
                 f"{name} must divide into the {parts} equal parts of memory={self.memory}, one for each "
-                f"{owner}, {got}; use a total of {' or '.join(map(str, sorted(nearest)))}"
+                f"{owner}, {got}; use {' or '.join(fits[:2]) or f'a multiple of {step // unit}'}"
             )
 
 

@@ -106,7 +106,7 @@ class Parts:
         table: part of each task and class, int `[T, num_classes]`; -1 where a task lacks the class.
         quota: slots of a part.
         ring: keep the latest samples of a part; else each of them with the same probability.
-        past_only: tasks are read only while another one is trained on.
+        past_only: tasks are read only while another one is trained on; a batch is of its first sample's task.
     """
 
     def __init__(self, table: IntArray, quota: int, ring: bool, past_only: bool) -> None:
@@ -120,14 +120,8 @@ class Parts:
         self._readable_for: int | None = None
 
     def slot(self, y: int, t: int, u: float) -> int:
-        """Return the slot in the part of task t and class y.
-
-        Raises:
-            ValueError: the task has no such class.
-        """
-        part = self._table[t][y] if 0 <= t < len(self._table) and 0 <= y < len(self._table[0]) else -1
-        if part < 0:
-            raise ValueError(f"a sample has label {y} and task {t}, which the stream's spec does not have")
+        """Return the slot in the part of task t and class y."""
+        part = self._table[t][y]
         seen, quota = self._seen[part], self._quota
         self._seen[part] += 1
         if seen < quota:
@@ -180,14 +174,8 @@ class Balanced:
         self._filled = 0
 
     def slot(self, y: int, t: int, u: float) -> int:
-        """Return the slot of a sample of class y and task t.
-
-        Raises:
-            ValueError: no such class or task.
-        """
+        """Return the slot of a sample of class y and task t."""
         group = t if self._by_task else y
-        if not 0 <= group < len(self._seen):
-            raise ValueError(f"a sample has label {y} and task {t}, which the stream's spec does not have")
         self._seen[group] += 1
         if self._filled < self._size:
             self._members[group].append(self._filled)
@@ -240,7 +228,8 @@ class MemoryPlanner:
         past_only: read past tasks alone, as A-GEM does; only for memories with parts.
 
     Raises:
-        ValueError: the memory does not divide into its parts, or is smaller than a draw.
+        ValueError: the memory does not divide into its parts, is smaller than a draw, or has none to read the
+            past alone from.
     """
 
     def __init__(
@@ -259,16 +248,22 @@ class MemoryPlanner:
         """Return the plan of the next step, or of the next steps; see `Planner.next`.
 
         Raises:
-            ValueError: a batch larger than the memory, or a label or task that the spec does not have.
+            ValueError: a batch larger than the memory, or a label or task that the spec does not have;
+                nothing was decided.
         """
         labels, tasks = np.asarray(y), np.asarray(t)
+        if labels.shape != tasks.shape or labels.ndim not in (1, 2) or not labels.shape[-1]:
+            raise ValueError(
+                "y and t must be alike, [B] or [steps, B] with at least one sample, "
+                f"got {list(labels.shape)} and {list(tasks.shape)}"
+            )
         write = np.full(labels.shape, self.slots, np.int32)
         reads = np.full((*labels.shape[:-1], self._draws, self._drawn), self.slots, np.int32)
         if self.slots == 0:
             return StepPlan(write, reads)
-        if labels.shape[-1] > self.slots:
-            self._hparams.check(self._spec, labels.shape[-1])
         size = labels.shape[-1]
+        self._hparams.check(self._spec, size)
+        self._refuse_strangers(labels, tasks)
         keep = self._keep.take(self._seen, labels.size)
         pick = self._pick.take(self._steps * self._draws * self._drawn, reads.size)
         rows = zip(
@@ -287,11 +282,21 @@ class MemoryPlanner:
             last = {}
             for k in range(size):
                 last[self._policy.slot(row_y[k], row_t[k], keep[row * size + k])] = k
-            last.pop(self.slots, None)
             row_write[list(last.values())] = list(last)
         self._steps += labels.size // size
         self._seen += labels.size
         return StepPlan(write, reads)
+
+    def _refuse_strangers(self, labels: NDArray[Any], tasks: NDArray[Any]) -> None:
+        mask = self._spec.mask
+        inside = (labels >= 0) & (labels < mask.shape[1]) & (tasks >= 0) & (tasks < mask.shape[0])
+        known = inside & mask[np.where(inside, tasks, 0), np.where(inside, labels, 0)]
+        if not known.all():
+            y, t = int(labels[~known][0]), int(tasks[~known][0])
+            raise ValueError(
+                f"a sample has label {y} and task {t}, which the stream's spec does not have; "
+                f"it has {mask.shape[0]} tasks and {mask.shape[1]} classes, of each task those in spec.mask"
+            )
 
     @property
     def state(self) -> IntArray:
@@ -312,6 +317,8 @@ class MemoryPlanner:
 def policy(hparams: ReplayHParams, spec: StreamSpec, past_only: bool) -> Policy:
     """Return the policy that the settings name, with nothing seen."""
     size = hparams.slots(spec.num_tasks)
+    if past_only and hparams.memory in ("reservoir", "class_balanced", "task_balanced"):
+        raise ValueError(f"past_only needs a memory in parts, got memory={hparams.memory}; use ring")
     if hparams.memory == "reservoir":
         return Reservoir(size)
     if hparams.memory in ("class_balanced", "task_balanced"):
@@ -350,7 +357,7 @@ def memory_stream(samples: Samples, tasks: Collection[int] | None = None) -> Joi
         samples: of the memory, uint8 images `[n, H, W, C]`; they are copied.
         tasks: indices of the tasks whose samples are wanted; None for all.
     """
-    wanted = np.unique(samples.t) if tasks is None else sorted(tasks)
+    wanted = np.unique(samples.t) if tasks is None else sorted(set(tasks))
     parts = []
     for task in wanted:
         own = samples.t == task

@@ -103,10 +103,12 @@ def hand_written(
         return h
 
     def network(layers: Any, x: jax.Array) -> jax.Array:
-        return hidden(layers, x) @ layers[-1][0] + layers[-1][1][None]
+        logits: jax.Array = hidden(layers, x) @ layers[-1][0] + layers[-1][1][None]
+        return logits
 
     def mean_cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
-        return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean()
+        loss: jax.Array = -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean()
+        return loss
 
     def descend(layers: Any, gradient: Any) -> Any:
         return jax.tree.map(lambda w, g: w - RATE * g, layers, gradient)
@@ -116,8 +118,7 @@ def hand_written(
 
     def distance(layers: Any, kept: Any) -> jax.Array:
         terms = jax.tree.map(lambda w, a, f: jnp.sum(f * (w - a) ** 2), layers, kept["anchor"], kept["ones"])
-        total: jax.Array = 0.5 * sum(jax.tree.leaves(terms))
-        return total
+        return 0.5 * jnp.sum(jnp.stack(jax.tree.leaves(terms)))
 
     past = {"anchor": layers, "ones": jax.tree.map(jnp.ones_like, layers)}
     name = hparams.name

@@ -54,7 +54,7 @@ class Recalled(NamedTuple):
     y: jax.Array  # labels [N]
     t: jax.Array  # task indices [N]
     stored: Any  # logits that the memory holds [N, num_classes]; None where it holds none
-    valid: jax.Array  # False for what only fills up a draw, bool [N]
+    count: Any  # samples that count, the first of them; what follows only fills up a draw
 
 
 class Seen(NamedTuple):
@@ -64,7 +64,7 @@ class Seen(NamedTuple):
     masked: jax.Array  # the same, masked to the task of each sample where the scenario says so
     y: jax.Array  # labels [N]
     stored: Any  # logits that the memory holds [N, num_classes]; None where it holds none
-    valid: jax.Array  # False for what does not count, bool [N]
+    count: Any  # samples that count, the first of them
 
 
 Loss = Callable[[Seen, Sequence[Seen]], jax.Array]
@@ -83,7 +83,7 @@ def empty_memory(spec: StreamSpec, slots: int, dtype: jnp.dtype | None) -> Memor
 def recall(memory: Memory, slots: jax.Array) -> Recalled:
     """Return the samples in these slots `[N]`; what lies beyond the last slot does not count."""
     x, y, t, stored = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), memory)
-    return Recalled(x, y, jnp.maximum(t, 0), stored, slots < len(memory.y))
+    return Recalled(x, y, jnp.maximum(t, 0), stored, jnp.sum(slots < len(memory.y)))
 
 
 def store(memory: Memory, slots: jax.Array, batch: Batch, logits: jax.Array) -> Memory:
@@ -105,29 +105,35 @@ def stored_samples(memory: Memory) -> Samples:
 def mean_cross_entropy(*seen: Seen) -> jax.Array:
     """Return the mean cross-entropy of all samples that count, 0 without any, shape ()."""
     losses = [optax.softmax_cross_entropy_with_integer_labels(s.masked, s.y) for s in seen]
-    return mean_of_valid(jnp.concatenate(losses), jnp.concatenate([s.valid for s in seen]))
+    total = sum_of_first(losses[0], seen[0].count)
+    for values, s in zip(losses[1:], seen[1:], strict=True):
+        total = total + sum_of_first(values, s.count)
+    return total / jnp.maximum(sum(s.count for s in seen), 1)
 
 
-def mean_of_valid(values: jax.Array, valid: jax.Array) -> jax.Array:
-    """Return the mean of the values `[N]` that are valid `[N]`, 0 without any, shape ()."""
-    return jnp.sum(jnp.where(valid, values, 0)) / jnp.maximum(jnp.sum(valid), 1)
+def sum_of_first(values: jax.Array, count: Any) -> jax.Array:
+    """Return the sum of the first `count` of the values `[N]`, shape ()."""
+    return jnp.sum(jnp.where(jnp.arange(len(values)) < count, values, 0))
 
 
 def look(
     ts: TrainState, params: Params, state: State, samples: Sequence[Recalled], together: bool
 ) -> list[Seen]:
-    """Return what the network says of samples: in one pass together, or in one for each, in training mode."""
-    if together:
-        images = jnp.concatenate([s.x for s in samples])
-        out = network(ts, params, state, images, train=True)
-        logits = jnp.split(out, np.cumsum([len(s.y) for s in samples])[:-1])
-    else:
-        logits = []
-        for k, s in enumerate(samples):  # an empty draw has no pass of its own
-            empty = not len(s.y) and logits
-            logits.append(logits[0][:0] if empty else network(ts, params, state, s.x, train=True, draw=k))
+    """Return what the network says of samples, in training mode.
+
+    One pass is for all of them together, or one for the first and one for the others.
+    """
+    logits: list[jax.Array] = []
+    for k, part in enumerate([samples] if together else [samples[:1], samples[1:]]):
+        sizes = [len(s.y) for s in part]
+        if sum(sizes):  # an empty draw has no pass of its own
+            images = jnp.concatenate([s.x for s in part])
+            out = network(ts, params, state, images, train=True, draw=k)
+            logits += jnp.split(out, np.cumsum(sizes)[:-1])
+        else:
+            logits += [logits[0][:0] for _ in part]
     return [
-        Seen(out, masked(state.stream, out, s.t), s.y, s.stored, s.valid)
+        Seen(out, masked(state.stream, out, s.t), s.y, s.stored, s.count)
         for out, s in zip(logits, samples, strict=True)
     ]
 
@@ -148,7 +154,7 @@ def draws(memory: Memory, batch: Batch) -> list[Recalled]:
             f"the memory holds {memory.x.dtype} images, the batch has {batch.x.dtype}; "
             f"give spec._replace(image_dtype='{batch.x.dtype}')"
         )
-    own = Recalled(batch.x, batch.y, batch.t, None, jnp.ones(len(batch.y), jnp.bool_))
+    own = Recalled(batch.x, batch.y, batch.t, None, len(batch.y))
     reads = batch.plan.reads
     return [own, *(recall(memory, reads[k]) for k in range(len(reads)))]
 
@@ -168,7 +174,7 @@ def replay(
         seed: of dropout and of the memory.
         loss: of what the network says of the batch and of each draw.
         num_draws: independent draws of a step.
-        together: one pass of the network for the batch and the draws, else one for each.
+        together: one pass of the network for the batch and the draws, else one for each of the two.
         keep_logits: whether the memory holds the logits of its samples.
     """
 

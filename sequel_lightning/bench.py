@@ -40,11 +40,13 @@ class BareModule(pl.LightningModule):
     (memories, drawn from with torch's own generator, with replacement).
     """
 
+    net: Any
+
     def __init__(
         self, net: nn.Module, scale: Tensor, shift: Tensor, hparams: AlgorithmHParams, samples: Any
     ) -> None:
         super().__init__()
-        self.net: Any = net
+        self.net = net
         self.scale, self.shift = scale, shift
         self.method, self.settings = hparams.name, vars(hparams)
         self.past = [(p.detach().clone(), torch.ones_like(p)) for p in net.parameters()]
@@ -53,7 +55,7 @@ class BareModule(pl.LightningModule):
         if isinstance(hparams, ReplayHParams):
             size = hparams.mem_size
             self.seen = size
-            logits = torch.zeros(size, net.head.out_features)  # type: ignore[operator, arg-type]
+            logits = torch.zeros(size, self.net.head.out_features)
             self.memory = [samples[0][:size].clone(), samples[1][:size].clone(), logits]
 
     def pixels(self, x: Tensor) -> Tensor:
@@ -80,15 +82,15 @@ class BareModule(pl.LightningModule):
         x, y = batch
         if self.method == "er":
             old = self.draw(len(y))
-            loss = F.cross_entropy(self.net(self.pixels(torch.cat([x, old[0]]))), torch.cat([y, old[1]]))
+            both = self.net(self.pixels(torch.cat([x, old[0]]))), torch.cat([y, old[1]])
             self.keep(x, y)
-            return loss
+            return F.cross_entropy(*both)
         if self.method == "lfl":
             features = self.net.features(self.pixels(x))
             with torch.no_grad():
                 distance = self.old.features(self.pixels(x))
-            pull = 0.0005 * ((features - distance) ** 2).sum(1).mean()
-            return F.cross_entropy(self.net.head(features), y) + pull
+            pull: Tensor = 0.0005 * ((features - distance) ** 2).sum(1).mean()
+            return pull + F.cross_entropy(self.net.head(features), y)
         logits = self.net(self.pixels(x))
         loss = F.cross_entropy(logits, y)
         if self.method in ("ewc", "mas"):
@@ -135,7 +137,9 @@ class BareModule(pl.LightningModule):
         for w, g, p, old in zip(self.path, self.gradient, self.net.parameters(), before, strict=True):
             w -= g * (p.detach() - old)
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
         """Take the optimizer's step, under a Trainer."""
         self.step(lambda: optimizer.step(closure=optimizer_closure))
 
@@ -200,5 +204,6 @@ def contenders(
             module.step(optimizer.step)
         return time.perf_counter() - start
 
-    found = {"sequel": partial(fit, learner), "bare LightningModule": bare, "PyTorch loop": plain}
+    found: dict[str, Callable[[], float]] = {}
+    found |= {"sequel": partial(fit, learner), "bare LightningModule": bare, "PyTorch loop": plain}
     return found if hparams.name == "naive" else {**found, "sequel, naive": partial(fit, naive)}

@@ -46,7 +46,7 @@ class Recalled(NamedTuple):
     y: Tensor  # labels [N]
     t: Tensor  # task indices [N]
     stored: Any  # logits that the memory holds [N, num_classes]; None where it holds none
-    valid: Tensor  # False for what only fills up a draw, bool [N]
+    count: Any  # samples that count, the first of them; what follows only fills up a draw
 
 
 class Seen(NamedTuple):
@@ -56,7 +56,7 @@ class Seen(NamedTuple):
     masked: Tensor  # the same, masked to the task of each sample where the scenario says so
     y: Tensor  # labels [N]
     stored: Any  # logits that the memory holds [N, num_classes]; None where it holds none
-    valid: Tensor  # False for what does not count, bool [N]
+    count: Any  # samples that count, the first of them
 
 
 def empty_memory(spec: StreamSpec, slots: int, dtype: torch.dtype | None) -> Memory:
@@ -75,7 +75,7 @@ def recall(memory: Memory, slots: Slots) -> Recalled:
     index = torch.from_numpy(slots[slots < len(memory.y)]).to(memory.y.device, torch.int64)
     x, y, t = (a[index] for a in memory[:3])
     stored = None if memory.logits is None else memory.logits[index]
-    return Recalled(x, y.long(), t.long(), stored, torch.ones_like(y, dtype=torch.bool))
+    return Recalled(x, y.long(), t.long(), stored, len(index))
 
 
 def store(memory: Memory, slots: Slots, batch: Batch, logits: Tensor) -> Memory:
@@ -98,25 +98,33 @@ def stored_samples(memory: Memory) -> Samples:
 def mean_cross_entropy(*seen: Seen) -> Tensor:
     """Return the mean cross-entropy of all samples that count, 0 without any, shape ()."""
     losses = [F.cross_entropy(s.masked, s.y, reduction="none") for s in seen]
-    return mean_of_valid(torch.cat(losses), torch.cat([s.valid for s in seen]))
+    total = sum_of_first(losses[0], seen[0].count)
+    for values, s in zip(losses[1:], seen[1:], strict=True):
+        total = total + sum_of_first(values, s.count)
+    mean: Tensor = total / max(sum(s.count for s in seen), 1)
+    return mean
 
 
-def mean_of_valid(values: Tensor, valid: Tensor) -> Tensor:
-    """Return the mean of the values `[N]` that are valid `[N]`, 0 without any, shape ()."""
-    return torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)
+def sum_of_first(values: Tensor, count: Any) -> Tensor:
+    """Return the sum of the first `count` of the values `[N]`, shape ()."""
+    return values[:count].sum()
 
 
 def look(module: ContinualModule, samples: Sequence[Recalled], together: bool) -> list[Seen]:
-    """Return what the network says of samples: in one pass together, or in one for each, in training mode."""
-    if together:
-        out = module.network(torch.cat([s.x for s in samples]))
-        logits = list(out.split([len(s.y) for s in samples]))
-    else:
-        logits = []
-        for s in samples:  # an empty draw has no pass of its own
-            logits.append(module.network(s.x) if len(s.y) or not logits else logits[0][:0])
+    """Return what the network says of samples, in training mode.
+
+    One pass is for all of them together, or one for the first and one for the others.
+    """
+    logits: list[Tensor] = []
+    for part in [samples] if together else [samples[:1], samples[1:]]:
+        sizes = [len(s.y) for s in part]
+        if sum(sizes):  # an empty draw has no pass of its own
+            out = module.network(torch.cat([s.x for s in part]))
+            logits += out.split(sizes)
+        else:
+            logits += [logits[0][:0] for _ in part]
     return [
-        Seen(out, module.masked(out, s.t), s.y, s.stored, s.valid)
+        Seen(out, module.masked(out, s.t), s.y, s.stored, s.count)
         for out, s in zip(logits, samples, strict=True)
     ]
 
@@ -138,7 +146,7 @@ def draws(memory: Memory, batch: Batch) -> list[Recalled]:
             f"the memory holds {str(memory.x.dtype).removeprefix('torch.')} images, the batch has {found}; "
             f"give spec._replace(image_dtype='{found}')"
         )
-    own = Recalled(batch.x, batch.y, batch.t, None, torch.ones_like(batch.y, dtype=torch.bool))
+    own = Recalled(batch.x, batch.y, batch.t, None, len(batch.y))
     return [own, *(recall(memory, slots) for slots in batch.plan.reads)]
 
 
@@ -152,7 +160,7 @@ class ReplayModule(ContinualModule):
     algorithm_hparams: ReplayHParams
     num_draws = 1  # independent draws of a step
     past_only = False  # read past tasks alone
-    together = False  # one pass of the network for the batch and the draws, else one for each
+    together = False  # one pass of the network for the batch and the draws, else one for each of the two
     keep_logits = False  # whether the memory holds the logits of its samples
 
     def __init__(

@@ -60,11 +60,11 @@ def agem(hparams: AGEMHParams, seed: int = 0) -> Algorithm:
         own, past = draws(state.memory, batch)
 
         def loss_fn(params: Params) -> tuple[jax.Array, Seen]:
-            (seen,) = look(ts, params, state, [own], together=False)
+            (seen,) = look(ts, params, state, [own], together=True)
             return mean_cross_entropy(seen), seen
 
         def reference_fn(params: Params) -> jax.Array:
-            return mean_cross_entropy(*look(ts, params, state, [past], together=False))
+            return mean_cross_entropy(*look(ts, params, state, [past], together=True))
 
         (loss, seen), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
         if len(past.y):

@@ -20,14 +20,14 @@ import jax.numpy as jnp
 
 from sequel_core.hparams import DERHParams
 from sequel_flax.bundle import Algorithm
-from sequel_flax.replay import Seen, mean_cross_entropy, mean_of_valid, replay
+from sequel_flax.replay import Seen, mean_cross_entropy, replay, sum_of_first
 
 
 def logit_distance(draw: Seen, hparams: DERHParams) -> jax.Array:
     """Return the mean over a draw of ||z - f(x')||^2, 0 for an empty one, shape ()."""
     squares = (draw.stored - draw.logits) ** 2
     norms = jnp.sum(squares, axis=1) if hparams.distance == "sum" else jnp.mean(squares, axis=1)
-    return mean_of_valid(norms, draw.valid)
+    return sum_of_first(norms, draw.count) / jnp.maximum(draw.count, 1)
 
 
 def replay_loss(batch: Seen, draws: Sequence[Seen], hparams: DERHParams) -> jax.Array:

@@ -45,7 +45,7 @@ class AGEM(ReplayModule):
         """Return the cross-entropy of the batch and its logits; then write the batch."""
         batch = self.planned(batch)
         own, self._past = draws(self.state, batch)
-        (seen,) = look(self, [own], together=False)
+        (seen,) = look(self, [own], together=True)
         loss = mean_cross_entropy(seen)
         self.remember(batch, seen)
         return loss, seen.masked
@@ -56,7 +56,7 @@ class AGEM(ReplayModule):
             return
         trained = {k: p for k, p in self.params().items() if p.grad is not None}
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
-            loss = mean_cross_entropy(*look(self, [self._past], together=False))
+            loss = mean_cross_entropy(*look(self, [self._past], together=True))
         reference = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
         for k, g in project({k: p.grad for k, p in trained.items() if p.grad is not None}, reference).items():
             trained[k].grad = g

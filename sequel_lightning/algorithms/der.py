@@ -17,14 +17,15 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sequel_core.hparams import DERHParams
-from sequel_lightning.replay import ReplayModule, Seen, mean_cross_entropy, mean_of_valid
+from sequel_lightning.replay import ReplayModule, Seen, mean_cross_entropy, sum_of_first
 
 
 def logit_distance(draw: Seen, hparams: DERHParams) -> Tensor:
     """Return the mean over a draw of ||z - f(x')||^2, 0 for an empty one, shape ()."""
     squares = (draw.stored - draw.logits).square()
     norms = squares.sum(1) if hparams.distance == "sum" else squares.mean(1)
-    return mean_of_valid(norms, draw.valid)
+    distance: Tensor = sum_of_first(norms, draw.count) / max(draw.count, 1)
+    return distance
 
 
 def replay_loss(batch: Seen, draws: Sequence[Seen], hparams: DERHParams) -> Tensor:

@@ -2,7 +2,8 @@
 
     L = CE(f(x), y) + alpha * E_(x', z) ||z - f(x')||^2 + beta * E_(x'', y'') CE(f(x''), y'')        (eq. 6)
 
-Dark experience replay, and the labels of a second draw from the same memory, independent of the first.
+Dark experience replay, and the labels of a second draw from the same memory, independent of the first. Both
+draws go through the network in one pass (the official code: one each), the batch in another.
 
 Mirror: sequel_flax/algorithms/derpp.py
 """

@@ -237,17 +237,22 @@ def test_a_memory_has_its_slots_and_parts(memory: MemoryPolicy, parts: int) -> N
         (
             AGEMHParams(mem_size=1001),
             "mem_size must divide into the 5 equal parts of memory=ring, one for each class of each task, "
-            "got 1001; use a total of 1000 or 1005",
+            "got 1001; use 1000 or 1005",
         ),
         (
             ERHParams(memory="task_quota", mem_size=20),
             "mem_size must divide into the 3 equal parts of memory=task_quota, one for each task, got 20; "
-            "use a total of 18 or 21",
+            "use 18 or 21",
+        ),
+        (
+            AGEMHParams(mem_size=256),  # 255 would be less than a draw
+            "mem_size must divide into the 5 equal parts of memory=ring, one for each class of each task, "
+            "got 256; use 260 or 265",
         ),
         (
             ERHParams(memory="class_quota", per_task_memory_samples=6),
             "per_task_memory_samples must divide into the 5 equal parts of memory=class_quota, one for each "
-            "class of each task, got 6 (18 in all); use a total of ",
+            "class of each task, got 6 (18 in all); use 10 or 15",
         ),
     ],
 )
