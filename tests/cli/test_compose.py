@@ -77,6 +77,15 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_groups() -> N
         (["benchmark.eval_batch_size=5"], ["training.eval_batch_size=5"]),
         (["algo.name=EWC"], ["algo=ewc"]),
         (["optimizer.type=adam"], ["optimizer=adam"]),
+        (["algo=der++"], ["algo=derpp"]),
+        (["algo=stablesgd"], ["algo=stable_sgd"]),
+        (["algo=er", "algo.memory_size=50"], ["algo=er", "algo.mem_size=50"]),
+        (
+            ["algo={name: agem, per_task_memory_samples: 250, memory_batch_size: 9, memory_group_by: task}"],
+            ["algo=agem", "algo.per_task_memory_samples=250", "algo.mem_batch_size=9", "algo.memory=task_quota"],
+        ),
+        (["algo=er", "algo.memory_group_by=class"], ["algo=er", "algo.memory=class_quota"]),
+        (["algo=agem", "algo.memory=uniform"], ["algo=agem", "algo.memory=task_quota"]),
         (["+optimizer.weight_decay=0.1"], ["++optimizer.weight_decay=0.1"]),
         (["algo={name: ewc, ewc_lambda: 2}"], ["algo=ewc", "algo.ewc_lambda=2"]),
         (["backbone.n_hidden_layers=3", "backbone.width=8"], ["backbone.widths=[8,8,8]"]),
@@ -146,11 +155,20 @@ def test_a_shipped_experiment_says_where_it_comes_from(name: str) -> None:
     assert "@" not in text.removeprefix("# @package _global_")
 
 
+ALGOS = "naive, joint, ewc, si, mas, lfl, stable_sgd, agem, er, der, derpp"
 BAD = [
-    ([CODE3], "algo must be one of naive, joint, ewc, got 'mcsgd'"),
-    ([CODE4], "algo must be one of naive, joint, ewc, got 'lamaml'"),
-    (["algo=ewcc"], "algo must be one of naive, joint, ewc, got 'ewcc'; did you mean ewc?"),
-    (["algo=der++"], "algo must be one of naive, joint, ewc, got 'derpp'"),
+    ([CODE3], f"algo must be one of {ALGOS}, got 'mcsgd'"),
+    ([CODE4], f"algo must be one of {ALGOS}, got 'lamaml'"),
+    (["algo=ewcc"], f"algo must be one of {ALGOS}, got 'ewcc'; did you mean ewc?"),
+    (["algo=si", "algo.xi=0"], "algo.xi must be > 0, got 0.0"),
+    (["algo=der", "algo.alpha=-1"], "algo.alpha must be >= 0, got -1.0"),
+    (["algo=derpp", "algo.beta=-0.5"], "algo.beta must be >= 0, got -0.5"),
+    (["algo=er", "algo.mem_size=2.5"], "algo.mem_size must be a whole number >= 0, got 2.5"),
+    (["algo=agem", "algo.memory=reservoir"],
+     "algo.memory must be one of ring, task_quota, class_quota, got 'reservoir'"),
+    (["algo=er", "algo.mem_sise=3"], "algo.mem_sise is not a setting of er; did you mean algo.mem_size (>= 0)?"),
+    (["algo=ewc", "algo.mem_size=3"],
+     "algo.mem_size is not a setting of ewc; it belongs to agem, er, der, derpp"),
     (["mode=jaxx"], "mode must be one of pytorch, jax, got 'jaxx'; did you mean jax?"),
     (
         ["algo=ewc", "algo.ewc_lamda=1"],

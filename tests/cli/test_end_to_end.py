@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sequel_core.cli import main
+from sequel_core.hparams import ALGORITHMS
 from sequel_core.results import load_result
 
 CODE2 = str(Path(__file__).parent / "fixtures" / "code2_ewc.yaml")
@@ -27,6 +28,22 @@ def test_both_frameworks_agree(algo: str, tmp_path: Path, capsys: pytest.Capture
         matrices.append(result.matrix)
     assert matrices[0][0, 0] > 0.7  # one class in ten by chance
     np.testing.assert_allclose(matrices[0], matrices[1], atol=0.01)
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_algorithm_runs_as_it_is_in_both_frameworks(algo: str, tmp_path: Path) -> None:
+    found = {}
+    for mode in ("pytorch", "jax"):
+        line = [f"algo={algo}", *DIGITS, "benchmark.subset=300", f"mode={mode}", f"run_dir={tmp_path / mode}"]
+        assert main(["run", *line]) == 0
+        found[mode] = load_result(tmp_path / mode)
+    torch, flax = found["pytorch"], found["jax"]
+    np.testing.assert_allclose(torch.matrix, flax.matrix, atol=0.02)
+    assert torch.summary["memory_bytes"] == flax.summary["memory_bytes"]
+    assert (torch.summary["memory_bytes"] > 0) == (algo not in ("naive", "joint", "stable_sgd"))
+    if algo in ("er", "der", "derpp", "agem"):  # images, labels and tasks, and DER's logits
+        per_sample = 64 + 4 + 4 + (40 if algo.startswith("der") else 0)
+        assert torch.summary["memory_bytes"] == torch.config["algo"]["mem_size"] * per_sample
 
 
 def test_a_sweep_over_frameworks(tmp_path: Path) -> None:

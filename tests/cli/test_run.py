@@ -160,7 +160,15 @@ def test_divergence_is_one_line_and_exit_code_1(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["algo=ewcc"], "algo must be one of naive, joint, ewc, got 'ewcc'; did you mean ewc?"),
+        (["algo=ewcc"], "algo must be one of naive, joint, ewc, si, mas, lfl, stable_sgd, agem, er, der, derpp, "
+         "got 'ewcc'; did you mean ewc?"),
+        (["algo=er", "algo.mem_size=9"], "algo.mem_size must be 0 or give at least batch_size=10 slots, so that "
+         "the samples of a step fit, got 9; raise mem_size or lower batch_size"),
+        (["algo=der", "algo.mem_size=20", "algo.mem_batch_size=21"],
+         "algo.mem_batch_size must be <= the 20 samples of the memory, got 21; lower mem_batch_size or raise"),
+        (["algo=agem", "algo.mem_size=1001", "benchmark=rotateddigits", "benchmark.num_tasks=5"],
+         "algo.mem_size must divide into the 50 equal parts of memory=ring, one for each class of each task, "
+         "got 1001; use 1000 or 1050"),
         (["benchmark=splitdigits", "benchmark.num_tasks=3"],
          "benchmark.num_tasks must divide the 10 classes, got 3; use one of 1, 2, 5, 10"),
         (["benchmark.batch_size=2000"], "batch_size must be <= the samples of a task, got 2000 with "),
