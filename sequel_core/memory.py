@@ -240,6 +240,7 @@ class MemoryPlanner:
         self._hparams, self._spec, self._draws = hparams, spec, draws
         self._drawn = hparams.mem_batch_size if self.slots else 0
         self._policy = policy(hparams, spec, past_only)
+        self._known = {(int(y), int(t)) for t, y in np.argwhere(spec.mask)}
         self._keep, self._pick = (plan.Uniforms(seed, f"memory {name}") for name in ("writes", "reads"))
         self._steps = 0
         self._seen = 0
@@ -262,7 +263,8 @@ class MemoryPlanner:
         if self.slots == 0:
             return StepPlan(write, reads)
         size = labels.shape[-1]
-        self._hparams.check(self._spec, size)
+        if size > self.slots:
+            self._hparams.check(self._spec, size)
         self._refuse_strangers(labels, tasks)
         keep = self._keep.take(self._seen, labels.size)
         pick = self._pick.take(self._steps * self._draws * self._drawn, reads.size)
@@ -288,14 +290,13 @@ class MemoryPlanner:
         return StepPlan(write, reads)
 
     def _refuse_strangers(self, labels: NDArray[Any], tasks: NDArray[Any]) -> None:
-        mask = self._spec.mask
-        inside = (labels >= 0) & (labels < mask.shape[1]) & (tasks >= 0) & (tasks < mask.shape[0])
-        known = inside & mask[np.where(inside, tasks, 0), np.where(inside, labels, 0)]
-        if not known.all():
-            y, t = int(labels[~known][0]), int(tasks[~known][0])
+        strangers = {*zip(labels.ravel().tolist(), tasks.ravel().tolist(), strict=True)} - self._known
+        if strangers:
+            y, t = min(strangers)
+            num_tasks, num_classes = self._spec.mask.shape
             raise ValueError(
                 f"a sample has label {y} and task {t}, which the stream's spec does not have; "
-                f"it has {mask.shape[0]} tasks and {mask.shape[1]} classes, of each task those in spec.mask"
+                f"it has {num_tasks} tasks and {num_classes} classes, of each task those in spec.mask"
             )
 
     @property

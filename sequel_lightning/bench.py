@@ -24,7 +24,7 @@ from sequel_core.hparams import (
 from sequel_core.learner import FitMonitor
 from sequel_core.task import Benchmark
 from sequel_lightning.backbones import MLP, initialise
-from sequel_lightning.build import build_optimizer, make_learner
+from sequel_lightning.build import build_optimizer, make_learner, use_one_thread
 from sequel_lightning.data import as_batch
 from sequel_lightning.learner import LightningLearner, quiet
 
@@ -165,6 +165,7 @@ def contenders(
     hparams: AlgorithmHParams, benchmark: Benchmark, batch_size: int
 ) -> dict[str, Callable[[], float]]:
     """Return functions that train on the second task for one epoch and return the seconds, ours first."""
+    use_one_thread()
     first, task = benchmark.tasks
     training = TrainingHParams(batch_size=batch_size)
     net = initialise(MLP(WIDTHS, benchmark.num_classes, image_shape=benchmark.image_shape), training.seed)

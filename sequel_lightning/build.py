@@ -71,14 +71,20 @@ def make_learner(
     return LightningLearner(module, training, loggers=loggers, **options)
 
 
-def build_learner(config: ExperimentConfig, benchmark: Benchmark, run_dir: Path) -> LightningLearner:
-    """Return the learner of an experiment's configuration.
+def use_one_thread() -> None:
+    """Run on one thread unless OMP_NUM_THREADS says otherwise.
 
-    On a CPU a multi-layer perceptron runs on one thread unless OMP_NUM_THREADS says otherwise: its
-    operators are too small to share, and waiting threads cost a busy machine nine tenths of the rate.
+    On a CPU the operators of a multi-layer perceptron are too small to share, and waiting threads cost a busy
+    machine nine tenths of the rate.
     """
-    if config.backbone.type == "mlp" and "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+
+
+def build_learner(config: ExperimentConfig, benchmark: Benchmark, run_dir: Path) -> LightningLearner:
+    """Return the learner of an experiment's configuration; for a multi-layer perceptron, on one thread."""
+    if config.backbone.type == "mlp":
+        use_one_thread()
     model = BACKBONES[config.backbone.type](
         **vars(config.backbone), num_classes=benchmark.num_classes, image_shape=benchmark.image_shape
     )

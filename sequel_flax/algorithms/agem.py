@@ -38,10 +38,15 @@ from sequel_flax.replay import Seen, draws, empty_memory, look, mean_cross_entro
 
 def project(gradient: Params, reference: Params) -> Params:
     """Return the gradient without its part against the reference; a zero reference changes nothing."""
-    along = optax.tree_utils.tree_vdot(gradient, reference)
-    norm = optax.tree_utils.tree_vdot(reference, reference)
+    along, norm = dot(gradient, reference), dot(reference, reference)
     factor = jnp.where(along < 0, along / jnp.where(norm > 0, norm, 1), 0)
     return jax.tree.map(lambda g, r: g - factor * r, gradient, reference)
+
+
+def dot(a: Params, b: Params) -> jax.Array:
+    """Return the inner product over all parameters, shape ()."""
+    product: jax.Array = optax.tree_utils.tree_vdot(a, b)
+    return product
 
 
 def agem(hparams: AGEMHParams, seed: int = 0) -> Algorithm:

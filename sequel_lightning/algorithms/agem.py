@@ -25,12 +25,16 @@ from sequel_lightning.replay import Recalled, ReplayModule, draws, look, mean_cr
 
 def project(gradient: Params, reference: Params) -> Params:
     """Return the gradient without its part against the reference; a zero reference changes nothing."""
-    along, norm = (
-        torch.stack([torch.dot(a[k].flatten(), r.flatten()) for k, r in reference.items()]).sum()
-        for a in (gradient, reference)
-    )
-    factor = torch.where(along < 0, along / torch.where(norm > 0, norm, 1), 0)
-    return {k: g - factor * reference[k] for k, g in gradient.items()}
+    along = dot(gradient, reference)
+    if along >= 0:
+        return gradient
+    factor = along / dot(reference, reference)  # not 0, as `along` is not
+    return {k: torch.addcmul(g, factor, reference[k], value=-1) for k, g in gradient.items()}
+
+
+def dot(a: Params, b: Params) -> Tensor:
+    """Return the inner product over all parameters, shape ()."""
+    return torch.stack([torch.dot(a[k].flatten(), x.flatten()) for k, x in b.items()]).sum()
 
 
 class AGEM(ReplayModule):

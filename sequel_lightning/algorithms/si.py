@@ -39,7 +39,10 @@ class SIState(NamedTuple):
 
 def walk(path: Params, gradient: Params, before: Params, after: Params) -> Params:
     """Return omega with one more step in it: omega - g (after - before)."""
-    return {k: w - gradient[k] * (after[k] - before[k]) for k, w in path.items()}
+    names = list(path)
+    moved = torch._foreach_sub([after[k] for k in names], [before[k] for k in names])
+    torch._foreach_mul_(moved, [gradient[k] for k in names])
+    return dict(zip(names, torch._foreach_sub([path[k] for k in names], moved), strict=True))
 
 
 def consolidate(params: Params, state: SIState, hparams: SIHParams) -> SIState:
@@ -94,11 +97,12 @@ class SI(ContinualModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Keep the gradient of the cross-entropy and add the penalty's, before clipping."""
         anchor, importance = self.anchor.get(), self.importance.get()
-        self._gradient = {}
-        for k, p in self.params().items():
-            if p.grad is not None:
-                self._gradient[k] = p.grad.clone()
-                p.grad.add_(importance[k] * (p.detach() - anchor[k]), alpha=self.strength)
+        params = self.params()
+        gradient = {k: p.grad for k, p in params.items() if p.grad is not None}
+        self._gradient = {k: g.clone() for k, g in gradient.items()}
+        slope = torch._foreach_sub([params[k].detach() for k in gradient], [anchor[k] for k in gradient])
+        torch._foreach_mul_(slope, [importance[k] for k in gradient])
+        torch._foreach_add_(list(gradient.values()), slope, alpha=self.strength)
 
     def optimizer_step(
         self,
