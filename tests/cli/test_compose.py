@@ -82,7 +82,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_groups() -> N
         (["algo=er", "algo.memory_size=50"], ["algo=er", "algo.mem_size=50"]),
         (
             ["algo={name: agem, per_task_memory_samples: 250, memory_batch_size: 9, memory_group_by: task}"],
-            ["algo=agem", "algo.per_task_memory_samples=250", "algo.mem_batch_size=9", "algo.memory=task_quota"],
+            ["algo={name: agem, per_task_memory_samples: 250, mem_batch_size: 9, memory: task_quota}"],
         ),
         (["algo=er", "algo.memory_group_by=class"], ["algo=er", "algo.memory=class_quota"]),
         (["algo=agem", "algo.memory=uniform"], ["algo=agem", "algo.memory=task_quota"]),
@@ -166,7 +166,8 @@ BAD = [
     (["algo=er", "algo.mem_size=2.5"], "algo.mem_size must be a whole number >= 0, got 2.5"),
     (["algo=agem", "algo.memory=reservoir"],
      "algo.memory must be one of ring, task_quota, class_quota, got 'reservoir'"),
-    (["algo=er", "algo.mem_sise=3"], "algo.mem_sise is not a setting of er; did you mean algo.mem_size (>= 0)?"),
+    (["algo=er", "algo.mem_sise=3"],
+     "algo.mem_sise is not a setting of er; did you mean algo.mem_size (>= 0)?"),
     (["algo=ewc", "algo.mem_size=3"],
      "algo.mem_size is not a setting of ewc; it belongs to agem, er, der, derpp"),
     (["mode=jaxx"], "mode must be one of pytorch, jax, got 'jaxx'; did you mean jax?"),

@@ -160,12 +160,12 @@ def test_divergence_is_one_line_and_exit_code_1(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["algo=ewcc"], "algo must be one of naive, joint, ewc, si, mas, lfl, stable_sgd, agem, er, der, derpp, "
-         "got 'ewcc'; did you mean ewc?"),
-        (["algo=er", "algo.mem_size=9"], "algo.mem_size must be 0 or give at least batch_size=10 slots, so that "
-         "the samples of a step fit, got 9; raise mem_size or lower batch_size"),
-        (["algo=der", "algo.mem_size=20", "algo.mem_batch_size=21"],
-         "algo.mem_batch_size must be <= the 20 samples of the memory, got 21; lower mem_batch_size or raise"),
+        (["algo=ewcc"], "algo must be one of naive, joint, ewc, si, mas, lfl, stable_sgd, agem, er, der, "
+         "derpp, got 'ewcc'; did you mean ewc?"),
+        (["algo=er", "algo.mem_size=9"], "algo.mem_size must be 0 or give at least batch_size=10 slots, so "
+         "that the samples of a step fit, got 9; raise mem_size or lower batch_size"),
+        (["algo=der", "algo.mem_size=20", "algo.mem_batch_size=21"], "algo.mem_batch_size must be <= the 20 "
+         "samples of the memory, got 21; lower mem_batch_size or raise mem_size"),
         (["algo=agem", "algo.mem_size=1001", "benchmark=rotateddigits", "benchmark.num_tasks=5"],
          "algo.mem_size must divide into the 50 equal parts of memory=ring, one for each class of each task, "
          "got 1001; use 1000 or 1050"),

@@ -2,26 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+import pytest
 from flax import linen as nn
 from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict
 
 from sequel_benchmarks import RotatedDigits, SplitDigits
 from sequel_core import plan
-from sequel_core.hparams import AlgorithmHParams, TrainingHParams
+from sequel_core.hparams import (
+    AGEMHParams,
+    AlgorithmHParams,
+    DERHParams,
+    DERppHParams,
+    ERHParams,
+    EWCHParams,
+    JointHParams,
+    LFLHParams,
+    MASHParams,
+    NaiveHParams,
+    SIHParams,
+    StableSGDHParams,
+    TrainingHParams,
+)
 from sequel_core.learner import FitMonitor
-from sequel_core.task import Batch, Benchmark, FloatArray, Scenario, Task
+from sequel_core.task import Batch, Benchmark, FloatArray, Scenario, StreamSpec, Task
 from sequel_flax import ALGORITHMS, Algorithm, FlaxLearner, State
 
 BATCH, STEPS = 8, 5
 SILENT = FitMonitor(lambda progress: None, lambda: None)
+
+EWC = EWCHParams(ewc_lambda=30, fisher_samples=20, lr_decay=0.8)
+SI = SIHParams(si_lambda=2.0, xi=0.01)
+MAS = MASHParams(mas_lambda=0.1, mas_samples=20)
+LFL = LFLHParams(lfl_lambda=0.5)
+AGEM = AGEMHParams(mem_size=150, mem_batch_size=12)  # five of each class of each of three tasks
+ER = ERHParams(mem_size=20, mem_batch_size=6)  # full within the first task
+DER = DERHParams(mem_size=20, mem_batch_size=6, distance="mean")
+DERPP = DERppHParams(mem_size=20, mem_batch_size=6, memory="class_balanced")
+EVERY: tuple[AlgorithmHParams, ...] = (
+    NaiveHParams(lr_decay=0.8),
+    JointHParams(),
+    EWC,
+    SI,
+    MAS,
+    LFL,
+    StableSGDHParams(),
+    AGEM,
+    ER,
+    DER,
+    DERPP,
+)
+every_replay = pytest.mark.parametrize("hparams", [AGEM, ER, DER, DERPP], ids=lambda hparams: hparams.name)
 
 
 class Net(nn.Module):
@@ -34,6 +72,28 @@ class Net(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         x = nn.tanh(nn.Dense(self.width)(x.reshape((x.shape[0], -1))))
         return nn.Dense(self.outputs)(x)
+
+
+class Layered(nn.Module):
+    """The same written with setup, and its layers named as less-forgetting learning needs them."""
+
+    width: int = 12
+    outputs: int = 10
+
+    def setup(self) -> None:
+        self.stem = nn.Dense(self.width)
+        self.head = nn.Dense(self.outputs)
+
+    def features(self, x: jax.Array, train: bool = False) -> jax.Array:
+        return nn.tanh(self.stem(x.reshape((x.shape[0], -1))))
+
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        logits: jax.Array = self.head(self.features(x, train))
+        return logits
+
+
+def own_model(hparams: AlgorithmHParams) -> nn.Module:
+    return Layered() if hparams.name == "lfl" else Net()
 
 
 @cache
@@ -69,7 +129,7 @@ def learner(
     """Return a learner with a user's own module and optimizer; `seed` is that of dropout."""
     return FlaxLearner(
         ALGORITHMS[hparams.name](hparams, seed=seed),
-        model or Net(),
+        model or own_model(hparams),
         tx or sgd(),
         (benchmark or rotated()).spec,
         training or settings(),
@@ -90,21 +150,28 @@ def user_loop(
     benchmark: Benchmark,
     training: TrainingHParams,
     tx: optax.GradientTransformation,
+    *,
+    spec: StreamSpec | None = None,
+    images: Callable[[Any], Any] = lambda x: x,
     **jit: Any,
 ) -> tuple[TrainState, State, list[float]]:
-    """Run a bundle in a plain loop and return the loss of every step too."""
-    model = Net()
+    """Run a bundle in a plain loop and return the loss of every step too.
+
+    A user may have images of his own kind, and a spec that says so.
+    """
+    model, spec = own_model(algorithm.hparams), spec or benchmark.spec
     image = np.zeros((1, *benchmark.image_shape), training.dtype)
     params = model.init(jax.random.key(training.seed), image)["params"]
     params = jax.tree.map(lambda p: p.astype(training.dtype), params)
     ts = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-    state = algorithm.init(ts, benchmark.spec)
+    state = algorithm.init(ts, spec)
+    planner = algorithm.planner(spec)
     step = jax.jit(algorithm.train_step, **jit)
     losses = []
-    for task in benchmark.tasks:
+    for task in algorithm.hparams.training_tasks(benchmark):
         ts, state = algorithm.start_task(ts, state, task)
-        for batch in batches(task, training):
-            ts, state, outputs = step(ts, state, batch)
+        for x, y, t, _ in batches(task, training):
+            ts, state, outputs = step(ts, state, Batch(images(x), y, t, planner.next(y, t)))
             losses.append(float(outputs["loss"]))
         order = plan.consolidation_batches(training.seed, task, training.batch_size)
         ts, state = algorithm.end_task(ts, state, (Batch(*samples) for samples in order))

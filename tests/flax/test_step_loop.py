@@ -14,13 +14,39 @@ import pytest
 from jax import monitoring
 
 from sequel_core import run
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, JointHParams, NaiveHParams
+from sequel_core.hparams import (
+    AlgorithmHParams,
+    EWCHParams,
+    JointHParams,
+    NaiveHParams,
+    ReplayHParams,
+    StableSGDHParams,
+)
 from sequel_core.learner import FitMonitor, Progress
 from sequel_flax import ALGORITHMS, ewc
 from sequel_flax.bundle import get_learning_rate
-from tests.flax.parts import SILENT, STEPS, flat, learner, rotated, same, settings, sgd, user_loop
-
-EWC = EWCHParams(ewc_lambda=30, fisher_samples=20, lr_decay=0.8)
+from sequel_flax.replay import stored_samples
+from tests.flax.parts import (
+    AGEM,
+    BATCH,
+    DER,
+    DERPP,
+    ER,
+    EVERY,
+    EWC,
+    LFL,
+    MAS,
+    SI,
+    SILENT,
+    STEPS,
+    flat,
+    learner,
+    rotated,
+    same,
+    settings,
+    sgd,
+    user_loop,
+)
 
 
 @pytest.fixture
@@ -37,14 +63,23 @@ def compiled() -> Iterator[Counter[str]]:
     monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("hparams", [NaiveHParams(lr_decay=0.8), EWC], ids=lambda h: h.name)
-def test_a_plain_loop_is_the_run(hparams: AlgorithmHParams, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hparams", EVERY, ids=lambda h: h.name)
+def test_a_plain_loop_is_the_run(hparams: AlgorithmHParams, compiled: Counter[str], tmp_path: Path) -> None:
+    """In a plain loop, which may donate, and in the learner's compiled one, compiled once."""
+    donated: Any = {} if isinstance(hparams, NaiveHParams) else {"donate_argnums": (0, 1)}
     with jax.enable_x64(True):
         training = settings(dtype="float64", epochs_per_task=(2, 1, 1))
-        ts, _, losses = user_loop(ALGORITHMS[hparams.name](hparams), rotated(), training, sgd())
+        ts, state, losses = user_loop(
+            ALGORITHMS[hparams.name](hparams), rotated(), training, sgd(), **donated
+        )
         whole = learner(hparams, training=training)
         run(whole, rotated(), run_dir=tmp_path, progress=False)
-    assert len(losses) == whole.step == 4 * STEPS
+    assert compiled["jit(_traced_loop)"] == 1
+    joined = 43 // BATCH * 2 + 86 // BATCH + 129 // BATCH
+    assert len(losses) == whole.step == (joined if hparams.name == "joint" else 4 * STEPS)
+    if isinstance(hparams, ReplayHParams):
+        for ours, theirs in zip(stored_samples(state.memory), whole.memory_samples(), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
     found = whole.weights()
     for name, array in flat(ts.params).items():
         assert array.dtype == np.float64
@@ -71,6 +106,7 @@ def test_a_donating_loop_keeps_the_anchors(hparams: EWCHParams) -> None:
         (EWC, "float32", 1),
         (EWCHParams(fisher_samples=20, lr_decay=0.8, reset_optimizer=False), "float64", 1),
         (EWC, "float32", 2),
+        *((hparams, "float32", 1) for hparams in (SI, MAS, LFL, StableSGDHParams(), AGEM, ER, DER, DERPP)),
     ],
     ids=lambda value: value.name if isinstance(value, AlgorithmHParams) else str(value),
 )

@@ -7,19 +7,54 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from sequel_core.hparams import AlgorithmHParams, EWCHParams
-from sequel_core.task import Benchmark, Normalisation, Scenario, Split, Task
+from sequel_core.hparams import (
+    AGEMHParams,
+    AlgorithmHParams,
+    DERHParams,
+    DERppHParams,
+    ERHParams,
+    EWCHParams,
+    JointHParams,
+    LFLHParams,
+    MASHParams,
+    NaiveHParams,
+    SIHParams,
+    StableSGDHParams,
+)
+from sequel_core.task import Benchmark, Normalisation, Scenario, Split, StreamSpec, Task
 from sequel_lightning import ALGORITHMS, MLP, ContinualModule, TaskDataModule, initialise
 from sequel_lightning.module import OptimizerFactory
 
 BATCH, STEPS, SIDE, CLASSES = 4, 5, 3, 4
 MOMENTUM = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 ADAM = partial(torch.optim.Adam, lr=0.01)
+
+SI = SIHParams(si_lambda=2.0, xi=0.01)
+LFL = LFLHParams(lfl_lambda=0.5)
+AGEM = AGEMHParams(mem_size=24, mem_batch_size=6)  # two of each class of each task
+ER = ERHParams(mem_size=9, mem_batch_size=6)  # full within the first task
+DERPP = DERppHParams(mem_size=9, mem_batch_size=6, memory="class_balanced")
+EVERY: tuple[AlgorithmHParams, ...] = (
+    NaiveHParams(),
+    JointHParams(),
+    EWCHParams(ewc_lambda=10.0),
+    SI,
+    MASHParams(mas_lambda=0.1),
+    LFL,
+    StableSGDHParams(),
+    AGEM,
+    ER,
+    DERHParams(mem_size=9, mem_batch_size=6),
+    DERPP,
+)
+every_algorithm = pytest.mark.parametrize("hparams", EVERY, ids=lambda hparams: hparams.name)
 
 
 def stream(
@@ -51,6 +86,25 @@ def stream(
 
 def network(benchmark: Benchmark) -> nn.Module:
     return initialise(MLP((8,), benchmark.num_classes, image_shape=benchmark.image_shape), seed=0)
+
+
+def float_spec(benchmark: Benchmark) -> StreamSpec:
+    """Return the spec for a user's own loaders, whose images are floats."""
+    return benchmark.spec._replace(image_dtype="float32")
+
+
+def arrays(benchmark: Benchmark, task: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a task's training samples as a user might hold them: normalised floats, labels, task indices."""
+    split = benchmark.tasks[task].train
+    x, y, t = (torch.from_numpy(a) for a in split.take(np.arange(len(split))))
+    mean, std = benchmark.normalisation.mean[0], benchmark.normalisation.std[0]
+    return ((x.float() / 255 - mean) / std).movedim(-1, 1), y, t
+
+
+def own_loader(benchmark: Benchmark, task: int, with_task: bool, batch_size: int = BATCH) -> DataLoader[Any]:
+    x, y, t = arrays(benchmark, task)
+    dataset = TensorDataset(x, y, t) if with_task else TensorDataset(x, y)
+    return DataLoader(dataset, batch_size=batch_size, drop_last=False)
 
 
 def module(
@@ -110,6 +164,13 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert differ == []
     assert found["groups"] == expected["groups"]
     assert found["steps_done"] == expected["steps_done"]
+
+
+def assert_close(found: ContinualModule, expected: ContinualModule | nn.Module) -> None:
+    """Compare the weights with those of another module or of a network that was trained by hand."""
+    net = expected.net if isinstance(expected, ContinualModule) else expected
+    for (name, p), q in zip(found.net.named_parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=f"{name} differs")
 
 
 def position(model: ContinualModule) -> tuple[int, int]:

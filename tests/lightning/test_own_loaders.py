@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -16,21 +15,31 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from sequel_core.hparams import EWCHParams, NaiveHParams
-from sequel_core.task import Benchmark
-from sequel_lightning import EWC, ContinualModule
+from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams
+from sequel_lightning import ALGORITHMS, EWC, ContinualModule, algorithms
+from sequel_lightning.module import OptimizerFactory
 from tests.lightning.parts import (
+    ADAM,
+    AGEM,
     BATCH,
     CLASSES,
+    DERPP,
+    LFL,
     MOMENTUM,
+    SI,
     STEPS,
     At,
+    arrays,
+    assert_close,
     counted,
     data,
+    every_algorithm,
     everything,
+    float_spec,
     learn,
     module,
     network,
+    own_loader,
     position,
     stream,
     trainer,
@@ -40,20 +49,6 @@ from tests.lightning.parts import (
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 
 ALL = EWCHParams(ewc_lambda=10.0, fisher_samples=None)
-
-
-def arrays(benchmark: Benchmark, task: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a task's training samples as a user might hold them: normalised floats, labels, task indices."""
-    split = benchmark.tasks[task].train
-    x, y, t = (torch.from_numpy(a) for a in split.take(np.arange(len(split))))
-    mean, std = benchmark.normalisation.mean[0], benchmark.normalisation.std[0]
-    return ((x.float() / 255 - mean) / std).movedim(-1, 1), y, t
-
-
-def own_loader(benchmark: Benchmark, task: int, with_task: bool, batch_size: int = BATCH) -> DataLoader[Any]:
-    x, y, t = arrays(benchmark, task)
-    dataset = TensorDataset(x, y, t) if with_task else TensorDataset(x, y)
-    return DataLoader(dataset, batch_size=batch_size, drop_last=False)
 
 
 def fisher_by_hand(model: ContinualModule, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -85,6 +80,19 @@ def test_own_loaders_train_and_consolidate(with_task: bool, with_spec: bool) -> 
     assert model.tally.steps_done == 2 * (STEPS + 1)
 
 
+@every_algorithm
+@pytest.mark.parametrize("with_task", [False, True])
+def test_every_algorithm_trains_on_own_loaders(hparams: AlgorithmHParams, with_task: bool) -> None:
+    benchmark = stream()
+    model = module(benchmark, hparams, spec=float_spec(benchmark))
+    before = [p.detach().clone() for p in model.net.parameters()]
+    for task in range(2):
+        trainer().fit(model, own_loader(benchmark, task, with_task))
+        assert position(model) == (task, 2)
+    assert model.tally.steps_done == 2 * (STEPS + 1)
+    assert not any(torch.equal(p, q) for p, q in zip(model.net.parameters(), before, strict=True))
+
+
 def test_own_loader_equals_a_loop_written_by_hand() -> None:
     benchmark = stream()
     model, net = module(benchmark, NaiveHParams(), spec=None), network(benchmark)
@@ -98,6 +106,52 @@ def test_own_loader_equals_a_loop_written_by_hand() -> None:
             optimizer.step()
     for found, expected in zip(model.net.parameters(), net.parameters(), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "clip", "accumulate", "optimizer"),
+    [
+        ({}, None, 1, MOMENTUM),
+        ({"gradient_clip_val": 0.1}, 0.1, 1, MOMENTUM),
+        ({"accumulate_grad_batches": 2}, None, 2, MOMENTUM),
+        ({"accumulate_grad_batches": 4, "gradient_clip_val": 0.1}, 0.1, 4, ADAM),
+    ],
+    ids=["plain", "clip", "accumulate", "accumulate-clip-adam"],
+)
+def test_si_equals_a_loop_written_by_hand(
+    settings: dict[str, Any], clip: float | None, accumulate: int, optimizer: OptimizerFactory
+) -> None:
+    """The path is of the mean gradient of cross-entropy, without penalty and clipping, and the real step."""
+    benchmark = stream()
+    model, net = module(benchmark, SI, optimizer, spec=None), network(benchmark)
+    assert isinstance(model, algorithms.SI)
+    params = dict(net.named_parameters())
+    importance = {k: torch.zeros_like(p) for k, p in params.items()}
+    for task in range(3):
+        loader = own_loader(benchmark, task, with_task=False)
+        trainer(**settings).fit(model, loader)
+        own = optimizer(net.parameters())
+        anchor = {k: p.detach().clone() for k, p in params.items()}
+        path = {k: torch.zeros_like(p) for k, p in params.items()}
+        for i, (x, y) in enumerate(loader, 1):
+            (F.cross_entropy(net(x), y) / accumulate).backward()
+            if i % accumulate and i < len(loader):
+                continue
+            gradient = {k: p.grad.clone() for k, p in params.items() if p.grad is not None}
+            before = {k: p.detach().clone() for k, p in params.items()}
+            pull = sum((f * (params[k] - anchor[k]) ** 2).sum() for k, f in importance.items())
+            (SI.si_lambda * pull).backward()  # type: ignore[union-attr]
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+            own.step()
+            own.zero_grad()
+            for k, g in gradient.items():
+                path[k] -= g * (params[k].detach() - before[k])
+        for k, p in params.items():
+            importance[k] += path[k] / ((p.detach() - anchor[k]) ** 2 + SI.xi)
+        assert_close(model, net)
+        for k, f in model.importance.get().items():
+            torch.testing.assert_close(f, importance[k], rtol=1e-3, atol=1e-5)
 
 
 def test_a_users_datamodule_hooks_reach_the_end_of_task_work() -> None:
@@ -203,31 +257,43 @@ def test_clipping_and_accumulation_are_the_trainers(
     assert position(model) == (0, 2)
 
 
-def test_double_precision_is_the_trainers() -> None:
+MANY = pytest.mark.parametrize("hparams", [ALL, SI, LFL, AGEM, DERPP], ids=lambda hparams: hparams.name)
+
+
+@MANY
+def test_double_precision_is_the_trainers(hparams: AlgorithmHParams) -> None:
     benchmark = stream()
-    model = module(benchmark, ALL)
-    net = network(benchmark).double()
+    model = module(benchmark, hparams)
+    twin = ALGORITHMS[hparams.name](network(benchmark).double(), MOMENTUM, hparams, benchmark.spec)
     for task in range(2):
         learn(model, benchmark, task, precision="64-true")
-    assert isinstance(model, EWC)
-    tensors = [*model.net.parameters(), *model.anchor.get().values(), *model.importance.get().values()]
-    assert {v.dtype for v in tensors} == {torch.float64}
-    twin = EWC(net, MOMENTUM, ALL, benchmark.spec)
-    for task in range(2):
         learn(twin, benchmark, task, precision="64-true")
-    for found, expected in zip(model.net.parameters(), twin.net.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    found, expected = model.state_dict(), twin.state_dict()
+    assert {v.dtype for v in found.values() if v.is_floating_point()} == {torch.float64}
+    for k, v in expected.items():
+        torch.testing.assert_close(found[k], v, rtol=1e-5, atol=1e-6)
 
 
-def test_mixed_precision_stays_near_single() -> None:
+@MANY
+def test_mixed_precision_stays_near_single(hparams: AlgorithmHParams) -> None:
     benchmark = stream()
-    mixed, single = module(benchmark, ALL), module(benchmark, ALL)
+    mixed, single = module(benchmark, hparams), module(benchmark, hparams)
     for task in range(2):
         learn(mixed, benchmark, task, precision="bf16-mixed")
         learn(single, benchmark, task)
-    assert isinstance(mixed, EWC)
-    assert isinstance(single, EWC)
-    assert {v.dtype for v in mixed.importance.get().values()} == {torch.float32}
+    kept, expected_kept = mixed.state_dict(), single.state_dict()
+    assert {v.dtype for v in kept.values() if v.is_floating_point()} == {torch.float32}
+    assert all(torch.equal(v, expected_kept[k]) for k, v in kept.items() if not v.is_floating_point())
     found, expected = (torch.cat([p.detach().flatten() for p in m.net.parameters()]) for m in (mixed, single))
     difference = float((found - expected).norm() / expected.norm())
     assert 0 < difference < 0.05
+
+
+@pytest.mark.parametrize("hparams", [AGEM, DERPP], ids=lambda hparams: hparams.name)
+def test_own_float_images_in_double_precision(hparams: AlgorithmHParams) -> None:
+    benchmark = stream()
+    model = module(benchmark, hparams, spec=float_spec(benchmark))
+    for task in range(2):
+        trainer(precision="64-true").fit(model, own_loader(benchmark, task, with_task=True))
+    assert position(model) == (1, 2)
+    assert model.state_dict()["memory.x"].dtype == torch.float64

@@ -1,5 +1,6 @@
 """A checkpoint of any moment of a task, loaded into a fresh module, ends as if nothing had happened."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,16 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams
+from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams, ReplayHParams
 from sequel_lightning.module import OptimizerFactory
 from tests.lightning.parts import (
     ADAM,
+    AGEM,
+    DERPP,
+    ER,
+    LFL,
     MOMENTUM,
+    SI,
     STEPS,
     At,
     assert_same,
@@ -36,12 +42,24 @@ HOOKS = ("on_train_batch_end", "on_validation_end", "on_train_epoch_end", "on_tr
         (NaiveHParams(lr_decay=0.8, reset_optimizer=False), ADAM, 6),
         (EWCHParams(ewc_lambda=10.0, lr_decay=0.8, reset_optimizer=False), MOMENTUM, 6),
         (EWCHParams(ewc_lambda=10.0, lr_decay=0.8), ADAM, 0),
+        (SI, MOMENTUM, 6),
+        (replace(SI, lr_decay=0.8, reset_optimizer=False), ADAM, 0),
+        (replace(LFL, reset_optimizer=False), MOMENTUM, 6),
+        (replace(AGEM, lr_decay=0.8), ADAM, 0),
+        (replace(ER, reset_optimizer=False), MOMENTUM, 0),
+        (DERPP, MOMENTUM, 6),
     ],
     ids=[
         "naive-momentum-reset",
         "naive-adam-carry-validation",
         "ewc-momentum-carry-validation",
         "ewc-adam-reset",
+        "si-momentum-reset-validation",
+        "si-adam-carry",
+        "lfl-momentum-carry-validation",
+        "agem-ring-adam-reset",
+        "er-reservoir-momentum-carry",
+        "derpp-class_balanced-momentum-reset-validation",
     ],
 )
 def test_resume_at_any_moment_is_bit_identical(
@@ -61,6 +79,9 @@ def test_resume_at_any_moment_is_bit_identical(
     save(last, "after_fit")
     expected = everything(straight)
     assert expected["steps_done"] == (task + 1) * EPOCHS * STEPS
+    if isinstance(hparams, ReplayHParams):
+        plain = torch.load(saved[-1], weights_only=True)["state_dict"]
+        assert {"_extra_state", "memory.x", "memory.y", "memory.t"} <= plain.keys()
 
     for path in saved:
         resumed = module(benchmark, hparams, optimizer)

@@ -17,16 +17,23 @@ from sequel_lightning import EWC, TaskDataModule
 from sequel_lightning.module import CONSOLIDATED, IDLE, TRAINING
 from tests.lightning.parts import (
     ADAM,
+    AGEM,
     BATCH,
+    DERPP,
+    ER,
+    LFL,
     MOMENTUM,
+    SI,
     STEPS,
     At,
     assert_same,
     counted,
     data,
     everything,
+    float_spec,
     learn,
     module,
+    own_loader,
     position,
     stream,
     trainer,
@@ -165,6 +172,42 @@ def test_fast_dev_run_leaves_the_state_alone() -> None:
     learn(model, benchmark, 1, fast_dev_run=2)
     assert position(model) == (0, CONSOLIDATED)
     assert calls == [0]
+
+
+@pytest.mark.parametrize("hparams", [SI, LFL, AGEM, ER, DERPP], ids=lambda hparams: hparams.name)
+def test_a_search_and_a_dry_run_leave_no_trace(hparams: AlgorithmHParams, tmp_path: Path) -> None:
+    """Nothing moves in memory, planner, path or anchor; a dry run trains the network, and nothing else."""
+    benchmark = stream()
+    model, twin = module(benchmark, hparams), module(benchmark, hparams)
+    for task in range(2):
+        before = everything(model)
+        search = trainer(default_root_dir=tmp_path)
+        Tuner(search).lr_find(model, datamodule=data(benchmark, task), update_attr=False, num_training=7)
+        assert_same(everything(model), before)
+        learn(model, benchmark, task)
+        learn(twin, benchmark, task)
+        assert_same(everything(model), everything(twin))
+    before = everything(model)["tensors"]
+    learn(model, benchmark, 2, fast_dev_run=3)
+    after = everything(model)["tensors"]
+    changed = [k for k, v in before.items() if not torch.equal(after[k], v)]
+    assert changed
+    assert all(k.startswith("net.") for k in changed)
+
+
+@pytest.mark.xfail(reason="a search knows (x, y) batches only as the last task's", strict=True)
+@pytest.mark.parametrize("hparams", [NaiveHParams(), ER], ids=lambda hparams: hparams.name)
+def test_a_search_before_a_later_task_takes_batches_without_a_task(
+    hparams: AlgorithmHParams, tmp_path: Path
+) -> None:
+    benchmark = stream(scenario="task")
+    model = module(benchmark, hparams, spec=float_spec(benchmark))
+    loader = partial(own_loader, benchmark, with_task=False)
+    trainer().fit(model, loader(0))
+    search = trainer(default_root_dir=tmp_path)
+    found = Tuner(search).lr_find(model, loader(1), update_attr=False, num_training=4)
+    assert found is not None
+    assert max(found.results["loss"]) < 10
 
 
 def test_early_stopping_ends_the_task() -> None:

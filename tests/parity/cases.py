@@ -10,7 +10,7 @@ import numpy as np
 
 import sequel_flax
 import sequel_lightning
-from sequel_benchmarks import RotatedDigits
+from sequel_benchmarks import RotatedDigits, SplitDigits
 from sequel_core.hparams import (
     AGEMHParams,
     AlgorithmHParams,
@@ -28,7 +28,7 @@ from sequel_core.hparams import (
     TrainingHParams,
 )
 from sequel_core.learner import FitMonitor, Learner
-from sequel_core.task import Benchmark, FloatArray
+from sequel_core.task import Benchmark, FloatArray, Scenario
 
 WIDTHS = (32, 24)
 SILENT = FitMonitor(on_progress=lambda progress: None, on_evaluate=lambda: None)
@@ -103,9 +103,11 @@ def name_of(case: tuple[AlgorithmHParams, str]) -> str:
 
 
 @cache
-def benchmark() -> Benchmark:
-    """Three rotations of the digits, 205 batches of 7 each."""
-    return RotatedDigits(num_tasks=3)
+def benchmark(scenario: Scenario = "domain") -> Benchmark:
+    """Three rotations of the digits, 205 batches of 7 each; or five pairs of digits, 40 batches each."""
+    if scenario == "domain":
+        return RotatedDigits(num_tasks=3)
+    return SplitDigits(num_tasks=5, scenario=scenario, class_order="seeded")
 
 
 def training(**changes: Any) -> TrainingHParams:
@@ -113,19 +115,25 @@ def training(**changes: Any) -> TrainingHParams:
     return TrainingHParams(batch_size=7, dtype="float64", seed=3, **changes)
 
 
-def torch_learner(hparams: AlgorithmHParams, optimizer: OptimizerHParams, **changes: Any) -> Learner:
+def torch_learner(
+    hparams: AlgorithmHParams, optimizer: OptimizerHParams, scenario: Scenario = "domain", **changes: Any
+) -> Learner:
     """Return a LightningLearner; its Trainers are real ones."""
-    stream = benchmark()
+    stream = benchmark(scenario)
     net = sequel_lightning.MLP(WIDTHS, stream.num_classes, image_shape=stream.image_shape)
     factory = sequel_lightning.build_optimizer(optimizer)
     return sequel_lightning.make_learner(hparams, net, factory, stream, training(**changes))
 
 
 def flax_learner(
-    hparams: AlgorithmHParams, optimizer: OptimizerHParams, steps_per_call: int = 1, **changes: Any
+    hparams: AlgorithmHParams,
+    optimizer: OptimizerHParams,
+    scenario: Scenario = "domain",
+    steps_per_call: int = 1,
+    **changes: Any,
 ) -> Learner:
     """Return a FlaxLearner, dispatched (1) or scanned (more)."""
-    stream = benchmark()
+    stream = benchmark(scenario)
     net = sequel_flax.MLP(WIDTHS, stream.num_classes)
     tx = sequel_flax.build_optimizer(optimizer)
     return sequel_flax.make_learner(
@@ -135,12 +143,15 @@ def flax_learner(
 
 @cache
 def trained(
-    framework: Callable[..., Learner], hparams: AlgorithmHParams, optimizer: str
+    framework: Callable[..., Learner],
+    hparams: AlgorithmHParams,
+    optimizer: str,
+    scenario: Scenario = "domain",
 ) -> dict[str, FloatArray]:
     """Return the weights after all tasks."""
     settings, changes = OPTIMIZERS[optimizer]
-    learner = framework(hparams, settings, **changes)
-    for task in learner.hparams.training_tasks(benchmark()):
+    learner = framework(hparams, settings, scenario, **changes)
+    for task in learner.hparams.training_tasks(benchmark(scenario)):
         learner.fit_task(task, SILENT)
     assert learner.step >= 200
     return learner.weights()

@@ -23,6 +23,7 @@ from sequel_core.hparams import (
     StableSGDHParams,
 )
 from sequel_core.learner import Learner
+from sequel_core.task import Scenario
 from tests.parity.cases import (
     CASES,
     OPTIMIZERS,
@@ -67,6 +68,16 @@ def test_scanned_steps_are_the_dispatched_steps(hparams: AlgorithmHParams, optim
     assert (
         difference(trained(scanned, hparams, optimizer), trained(torch_learner, hparams, optimizer)) < 1e-10
     )
+
+
+@pytest.mark.parametrize("scenario", ["task", "class"])
+@pytest.mark.parametrize(("hparams", "optimizer"), ONE_EACH.values(), ids=ONE_EACH)
+def test_same_weights_in_every_scenario(
+    hparams: AlgorithmHParams, optimizer: str, scenario: Scenario
+) -> None:
+    """Replayed samples are of other tasks than the batch, each with its own mask."""
+    torch_, flax_ = (trained(make, hparams, optimizer, scenario) for make in (torch_learner, flax_learner))
+    assert difference(flax_, torch_) < 1e-10
 
 
 @pytest.mark.parametrize(("hparams", "optimizer"), OWN, ids=map(name_of, OWN))

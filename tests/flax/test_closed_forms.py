@@ -1,0 +1,161 @@
+"""The pure functions of the algorithms against NumPy, on random trees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sequel_core.hparams import DERHParams, SIHParams
+from sequel_core.task import FloatArray
+from sequel_flax.algorithms.agem import project
+from sequel_flax.algorithms.der import logit_distance
+from sequel_flax.algorithms.lfl import feature_distance
+from sequel_flax.algorithms.si import SIState, consolidate, walk
+from sequel_flax.quadratic import QuadraticState, penalty
+from sequel_flax.quadratic import consolidate as consolidate_quadratic
+from sequel_flax.replay import Seen, mean_cross_entropy
+
+pytestmark = pytest.mark.usefixtures("_double_precision")
+
+Tree = dict[str, FloatArray]
+SHAPES = {"dense.weight": (3, 4), "dense.bias": (3,), "head.weight": (2, 3)}
+
+
+@pytest.fixture
+def _double_precision() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def tree(rng: np.random.Generator) -> Tree:
+    return {k: rng.normal(size=shape) for k, shape in SHAPES.items()}
+
+
+def arrays_of(arrays: Tree) -> dict[str, jax.Array]:
+    return {k: jnp.asarray(a) for k, a in arrays.items()}
+
+
+def assert_tree(found: dict[str, jax.Array], expected: Tree) -> None:
+    assert found.keys() == expected.keys()
+    for k, a in expected.items():
+        np.testing.assert_allclose(found[k], a, rtol=1e-12, atol=1e-14, err_msg=k)
+
+
+def dot(a: Tree, b: Tree) -> float:
+    return float(sum(np.vdot(a[k], b[k]) for k in a))
+
+
+def test_a_projected_gradient_is_orthogonal_to_the_reference(rng: np.random.Generator) -> None:
+    g, r = tree(rng), tree(rng)
+    if dot(g, r) > 0:
+        r = {k: -a for k, a in r.items()}
+    found = {k: np.asarray(a) for k, a in project(arrays_of(g), arrays_of(r)).items()}
+    assert dot(g, r) < -0.1
+    assert dot(found, r) == pytest.approx(0, abs=1e-12)
+    assert dot(found, found) == pytest.approx(dot(g, g) - dot(g, r) ** 2 / dot(r, r))
+
+
+@pytest.mark.parametrize("reference", ["along", "orthogonal", "zero"])
+def test_a_gradient_that_agrees_is_left_alone(reference: str, rng: np.random.Generator) -> None:
+    g = tree(rng)
+    r = {k: np.zeros_like(a) for k, a in g.items()}
+    if reference == "along":
+        r = {k: 3 * a for k, a in g.items()}
+    elif reference == "orthogonal":
+        g["dense.bias"][:], r["dense.bias"][:] = 0, 1
+    found = project(arrays_of(g), arrays_of(r))
+    assert all(np.array_equal(found[k], a) for k, a in g.items())
+
+
+@pytest.mark.parametrize("count", [0, 3, 5])
+@pytest.mark.parametrize("distance", ["sum", "mean"])
+def test_logit_distance(distance: str, count: int, rng: np.random.Generator) -> None:
+    """Its first three are taken of a draw of five, of which the others only fill it up."""
+    stored, logits = rng.normal(size=(2, 5, 4))
+    squares = (stored - logits)[:count] ** 2
+    expected = squares.sum() / max(count, 1) / (1 if distance == "sum" else 4)
+    z, f = jnp.asarray(stored), jnp.asarray(logits)
+    seen = Seen(f, f, jnp.zeros(5, jnp.int32), z, count)
+    hparams = DERHParams(distance=distance)  # type: ignore[arg-type]
+    assert float(logit_distance(seen, hparams)) == pytest.approx(expected, rel=1e-12)
+    assert float(logit_distance(seen._replace(stored=f), hparams)) == 0
+
+
+def test_mean_cross_entropy_is_of_all_samples_that_count(rng: np.random.Generator) -> None:
+    logits, labels = rng.normal(size=(2, 5, 4)), rng.integers(0, 4, (2, 5))
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    losses = -np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+    f, y = jnp.asarray(logits), jnp.asarray(labels)
+    batch, draw = Seen(f[0], f[0], y[0], None, 5), Seen(f[1], f[1], y[1], None, 2)
+    assert float(mean_cross_entropy(batch)) == pytest.approx(losses[0].mean())
+    assert float(mean_cross_entropy(batch, draw)) == pytest.approx(
+        (losses[0].sum() + losses[1, :2].sum()) / 7
+    )
+    assert float(mean_cross_entropy(draw._replace(count=0))) == 0
+
+
+def test_feature_distance(rng: np.random.Generator) -> None:
+    h, old = rng.normal(size=(2, 6, 5))
+    found = feature_distance(jnp.asarray(h), jnp.asarray(old))
+    assert float(found) == pytest.approx(
+        np.sum([(a - b) @ (a - b) for a, b in zip(h, old, strict=True)]) / 12
+    )
+
+
+def test_walk_adds_minus_the_gradient_times_the_step(rng: np.random.Generator) -> None:
+    path, g, before, after = (tree(rng) for _ in range(4))
+    found = walk(*map(arrays_of, (path, g, before, after)))
+    assert_tree(found, {k: path[k] - g[k] * after[k] + g[k] * before[k] for k in path})
+
+
+@pytest.mark.parametrize("clamp", [False, True])
+def test_si_consolidates_the_path(clamp: bool, rng: np.random.Generator) -> None:
+    theta, anchor, omega, path = (tree(rng) for _ in range(4))
+    omega = {k: abs(a) for k, a in omega.items()}
+    expected = {k: omega[k] + path[k] / (np.square(theta[k] - anchor[k]) + 0.2) for k in path}
+    assert min(a.min() for a in expected.values()) < 0
+    if clamp:
+        expected = {k: np.where(a < 0, 0, a) for k, a in expected.items()}
+    state = SIState(arrays_of(anchor), arrays_of(omega), arrays_of(path))
+    found = consolidate(arrays_of(theta), state, SIHParams(xi=0.2, clamp=clamp))
+    assert_tree(found.importance, expected)
+    assert_tree(found.anchor, theta)
+    assert_tree(found.path, {k: np.zeros_like(a) for k, a in path.items()})
+
+
+def test_the_quadratic_penalty_and_its_gradient(rng: np.random.Generator) -> None:
+    theta, anchor, importance = (tree(rng) for _ in range(3))
+    found, slopes = jax.value_and_grad(penalty)(*map(arrays_of, (theta, anchor, importance)))
+    away = {k: theta[k] - anchor[k] for k in theta}
+    assert float(found) == pytest.approx(dot(importance, {k: a**2 for k, a in away.items()}) / 2)
+    assert_tree(slopes, {k: importance[k] * a for k, a in away.items()})
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.4])
+def test_the_past_decays_and_is_anchored_at_the_end_of_the_task(
+    gamma: float, rng: np.random.Generator
+) -> None:
+    theta, anchor, old, new = (tree(rng) for _ in range(4))
+    state = QuadraticState(arrays_of(anchor), arrays_of(old))
+    found = consolidate_quadratic(arrays_of(theta), state, arrays_of(new), gamma=gamma)
+    assert_tree(found.importance, {k: gamma * old[k] + new[k] for k in old})
+    assert_tree(found.anchor, theta)
+
+
+def test_separate_anchors_collapse_into_one_up_to_a_constant(rng: np.random.Generator) -> None:
+    """sum_k F_k (theta - theta_k)^2 differs by one number from the collapsed term, at every theta."""
+    anchors, fishers = ([tree(rng) for _ in range(3)] for _ in range(2))
+    fishers = [{k: np.maximum(a, 0) for k, a in f.items()} for f in fishers]
+    state = QuadraticState(arrays_of(anchors[0]), arrays_of({k: 0 * a for k, a in fishers[0].items()}))
+    for theta, fisher in zip(anchors, fishers, strict=True):
+        state = consolidate_quadratic(arrays_of(theta), state, arrays_of(fisher), separate=True)
+    assert_tree(state.importance, {k: fishers[0][k] + fishers[1][k] + fishers[2][k] for k in SHAPES})
+    constants = []
+    for at in (tree(rng) for _ in range(4)):
+        terms = [dot(f, {k: (at[k] - a[k]) ** 2 for k in at}) for a, f in zip(anchors, fishers, strict=True)]
+        constants.append(sum(terms) / 2 - float(penalty(arrays_of(at), *state)))
+    np.testing.assert_allclose(constants, constants[0], rtol=1e-10)

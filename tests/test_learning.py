@@ -1,0 +1,65 @@
+"""What the methods are for, on real MNIST in both frameworks: minutes each, so they run with `make slow`."""
+
+from __future__ import annotations
+
+from functools import cache
+from tempfile import mkdtemp
+
+import pytest
+
+from sequel_core import load_result
+from sequel_core.cli import main
+from sequel_core.results import Result
+
+pytestmark = pytest.mark.slow
+
+MODES = ("pytorch", "jax")
+ROTATED = ("benchmark=rotatedmnist", "benchmark.num_tasks=5", "benchmark.per_task_rotation=36")
+INCREMENTAL = ("benchmark=splitmnist", "benchmark.scenario=class")
+PERMUTED = ("benchmark=permutedmnist", "benchmark.num_tasks=10")
+STRENGTHS = {
+    "ewc": ("algo.ewc_lambda=12",),
+    "si": ("algo.si_lambda=0.5",),
+    "mas": ("algo.mas_lambda=0.01", "algo.mas_samples=2000"),
+}
+
+
+@cache
+def measured(*overrides: str) -> Result:
+    """Return the result of `sequel run` with these arguments: MLP 256-256, SGD 0.01, batch 10, one epoch."""
+    run_dir = mkdtemp()
+    assert main(["run", *overrides, f"run_dir={run_dir}"]) == 0
+    return load_result(run_dir)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stream", [ROTATED, INCREMENTAL], ids=["rotated", "class-incremental"])
+@pytest.mark.parametrize("algo", ["er", "der", "derpp"])
+def test_replay_forgets_less_than_half_of_what_naive_finetuning_forgets(
+    algo: str, stream: tuple[str, ...], mode: str
+) -> None:
+    naive = measured("algo=naive", *stream, f"mode={mode}")
+    replay = measured(f"algo={algo}", "algo.mem_size=200", *stream, f"mode={mode}")
+    assert naive.forgetting > 0.4
+    assert replay.forgetting < 0.5 * naive.forgetting
+    assert replay.average_accuracy > naive.average_accuracy
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("algo", STRENGTHS)
+def test_penalties_beat_naive_finetuning_by_five_points(algo: str, mode: str) -> None:
+    """Every other setting is the same."""
+    naive = measured("algo=naive", *PERMUTED, f"mode={mode}")
+    ours = measured(f"algo={algo}", *STRENGTHS[algo], *PERMUTED, f"mode={mode}")
+    assert ours.average_accuracy - naive.average_accuracy > 0.05
+
+
+@pytest.mark.parametrize(
+    ("algo", "stream"),
+    [("er", ROTATED), ("derpp", INCREMENTAL), ("mas", PERMUTED)],
+    ids=["er", "derpp", "mas"],
+)
+def test_both_frameworks_measure_the_same(algo: str, stream: tuple[str, ...]) -> None:
+    settings = STRENGTHS.get(algo, ("algo.mem_size=200",))
+    torch, flax = (measured(f"algo={algo}", *settings, *stream, f"mode={mode}") for mode in MODES)
+    assert abs(torch.average_accuracy - flax.average_accuracy) < 0.01
