@@ -200,7 +200,7 @@ def test_the_memory_holds_copies_of_the_batch(hparams: ReplayHParams) -> None:
 
 @pytest.mark.parametrize("policy", ["reservoir", "class_balanced"])
 def test_the_memory_holds_what_was_trained_on_and_no_more(policy: Any) -> None:
-    """Of 22 samples, the two that fill no batch never enter, though they are seen at the end of the task."""
+    """Of 22 samples, the two that fill no batch never enter."""
     task = stream().tasks[0]
     made = learner(ERHParams(mem_size=30, mem_batch_size=5, memory=policy))
     made.fit_task(task, SILENT)

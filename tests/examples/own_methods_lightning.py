@@ -1,0 +1,44 @@
+"""A regulariser is its importances, a replay method its loss: in Lightning."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from sequel_core.task import Batch
+from sequel_lightning.module import Params
+from sequel_lightning.quadratic import Model, QuadraticModule
+from sequel_lightning.replay import ReplayModule, Seen, mean_cross_entropy, sum_of_first
+from tests.examples.own_methods import ConfidentHParams, MagnitudeHParams
+
+
+def magnitudes(params: Params, model: Model, batches: Iterable[Batch]) -> Params:
+    """Return the importances of a task: the squares of the weights at its end."""
+    return {k: p.square() for k, p in params.items()}
+
+
+class Magnitude(QuadraticModule):
+    hparams_class = MagnitudeHParams
+
+    def __init__(self, net: Any, optimizer: Any, hparams: MagnitudeHParams, *others: Any) -> None:
+        super().__init__(net, optimizer, hparams, *others)
+        self.strength = hparams.strength
+
+    def importances(self, params: Params, batches: Iterable[Batch]) -> Params:
+        return magnitudes(params, self, batches)
+
+
+def replay_loss(batch: Seen, draws: Sequence[Seen], hparams: ConfidentHParams) -> Tensor:
+    """Return the cross-entropy of batch and draw plus the weighted entropy of the draw, shape ()."""
+    (draw,) = draws
+    entropy: Tensor = -(draw.logits.softmax(1) * draw.logits.log_softmax(1)).sum(1)
+    confusion: Tensor = sum_of_first(entropy, draw.count) / max(draw.count, 1)
+    return hparams.weight * confusion + mean_cross_entropy(batch, draw)
+
+
+class Confident(ReplayModule):
+    hparams_class = ConfidentHParams
+    algorithm_hparams: ConfidentHParams
+
+    def replay_loss(self, batch: Seen, draws: Sequence[Seen]) -> Tensor:
+        return replay_loss(batch, draws, self.algorithm_hparams)

@@ -1,0 +1,62 @@
+"""A user's own regulariser and replay method, in both frameworks, from what the library's own share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import sequel_flax
+import sequel_lightning
+from sequel_benchmarks import RotatedDigits
+from sequel_core.hparams import NaiveHParams, OptimizerHParams, TrainingHParams
+from sequel_core.learner import FitMonitor, Learner
+from sequel_core.task import FloatArray
+from tests.examples.own_methods import ConfidentHParams, MagnitudeHParams
+from tests.examples.own_methods_flax import confident, magnitude
+from tests.examples.own_methods_lightning import Confident, Magnitude
+
+STREAM = RotatedDigits(num_tasks=3, subset=350)
+TRAINING = TrainingHParams(batch_size=7, dtype="float64")
+SGD = OptimizerHParams(lr=0.05)
+OWN: list[tuple[Any, Any, Any]] = [
+    (MagnitudeHParams(strength=5), magnitude, Magnitude),
+    (ConfidentHParams(mem_size=50, mem_batch_size=7), confident, Confident),
+]
+
+
+@pytest.fixture(autouse=True)
+def _double_precision() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def flax_learner(algorithm: Any) -> Learner:
+    model = sequel_flax.MLP((16,), STREAM.num_classes)
+    return sequel_flax.FlaxLearner(
+        algorithm, model, sequel_flax.build_optimizer(SGD), STREAM.spec, TRAINING
+    )
+
+
+def torch_learner(module: Any, hparams: Any) -> Learner:
+    net = sequel_lightning.MLP((16,), STREAM.num_classes, image_shape=STREAM.image_shape).double()
+    made = module(sequel_lightning.initialise(net, TRAINING.seed), sequel_lightning.build_optimizer(SGD), hparams, STREAM.spec)
+    return sequel_lightning.LightningLearner(made, TRAINING)
+
+
+def trained(learner: Learner) -> dict[str, FloatArray]:
+    for task in STREAM.tasks:
+        learner.fit_task(task, FitMonitor(lambda progress: None, lambda: None))
+    return learner.weights()
+
+
+@pytest.mark.parametrize(("hparams", "bundle", "module"), OWN, ids=lambda value: getattr(value, "name", ""))
+def test_own_methods_are_the_same_in_both_frameworks(hparams: Any, bundle: Any, module: Any) -> None:
+    a, b = trained(flax_learner(bundle(hparams))), trained(torch_learner(module, hparams))
+    naive = trained(flax_learner(sequel_flax.naive(NaiveHParams())))
+    for name, array in b.items():
+        assert np.linalg.norm(a[name] - array) < 1e-10 * np.linalg.norm(array)
+        assert np.linalg.norm(a[name] - naive[name]) > 1e-3 * np.linalg.norm(array)
