@@ -3,35 +3,54 @@
 from __future__ import annotations
 
 from sequel_core.hparams import (
+    AGEMHParams,
     AlgorithmHParams,
+    DERHParams,
+    DERppHParams,
+    ERHParams,
     EWCHParams,
     JointHParams,
+    LFLHParams,
+    MASHParams,
     NaiveHParams,
     OptimizerHParams,
+    SIHParams,
+    StableSGDHParams,
     TrainingHParams,
 )
 from sequel_core.learner import DivergenceError, Learner
+from sequel_core.memory import joined_with_memory, memory_stream
 from sequel_core.results import Result, load_result, load_weights
 from sequel_core.sequencer import run
 from sequel_core.task import Batch, Benchmark, Normalisation, PixelMap, Split, Task
 
 __all__ = [
+    "AGEMHParams",
     "AlgorithmHParams",
     "Batch",
     "Benchmark",
+    "DERHParams",
+    "DERppHParams",
     "DivergenceError",
+    "ERHParams",
     "EWCHParams",
     "JointHParams",
+    "LFLHParams",
     "Learner",
+    "MASHParams",
     "NaiveHParams",
     "Normalisation",
     "OptimizerHParams",
     "PixelMap",
     "Result",
+    "SIHParams",
     "Split",
+    "StableSGDHParams",
     "Task",
     "TrainingHParams",
+    "joined_with_memory",
     "load_result",
     "load_weights",
+    "memory_stream",
     "run",
 ]

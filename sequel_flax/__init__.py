@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from sequel_flax.algorithms import ALGORITHMS, ewc, joint, naive
+from sequel_flax.algorithms import (
+    ALGORITHMS,
+    agem,
+    der,
+    derpp,
+    er,
+    ewc,
+    joint,
+    lfl,
+    mas,
+    naive,
+    si,
+    stable_sgd,
+)
 from sequel_flax.backbones import MLP, initial_params
 from sequel_flax.build import build_learner, make_learner
 from sequel_flax.bundle import Algorithm, State
@@ -15,11 +28,19 @@ __all__ = [
     "Algorithm",
     "FlaxLearner",
     "State",
+    "agem",
     "build_learner",
     "build_optimizer",
+    "der",
+    "derpp",
+    "er",
     "ewc",
     "initial_params",
     "joint",
+    "lfl",
     "make_learner",
+    "mas",
     "naive",
+    "si",
+    "stable_sgd",
 ]

@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 import sequel_lightning._torchvision  # noqa: F401  first: torchmetrics and Lightning import torchvision
-from sequel_lightning.algorithms import ALGORITHMS, EWC, Joint, Naive
+from sequel_lightning.algorithms import (
+    AGEM,
+    ALGORITHMS,
+    DER,
+    ER,
+    EWC,
+    LFL,
+    MAS,
+    SI,
+    DERpp,
+    Joint,
+    Naive,
+    StableSGD,
+)
 from sequel_lightning.backbones import MLP, initialise
 from sequel_lightning.build import build_learner, build_optimizer, make_learner
 from sequel_lightning.data import TaskDataModule
@@ -11,13 +24,21 @@ from sequel_lightning.learner import LightningLearner
 from sequel_lightning.module import ContinualModule
 
 __all__ = [
+    "AGEM",
     "ALGORITHMS",
+    "DER",
+    "ER",
     "EWC",
+    "LFL",
+    "MAS",
     "MLP",
+    "SI",
     "ContinualModule",
+    "DERpp",
     "Joint",
     "LightningLearner",
     "Naive",
+    "StableSGD",
     "TaskDataModule",
     "build_learner",
     "build_optimizer",

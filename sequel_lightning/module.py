@@ -188,6 +188,10 @@ class ContinualModule(pl.LightningModule):
         if len(batch) > 2:
             return Batch(*batch)
         x, y = batch
+        trainer: Any = self.trainer
+        ahead = trainer.state.fn == "fit" and (not self._fitting or trainer.sanity_checking)
+        if ahead and self.phase != TRAINING:  # a tuner, fast_dev_run, or the check before the task has begun
+            return Batch(x, y, torch.full_like(y, self._next_task()))
         return Batch(x, y, self.task_index.clamp(min=0).expand(len(y)))
 
     # -- Lightning: training

@@ -69,7 +69,8 @@ def agem(hparams: AGEMHParams, seed: int = 0) -> Algorithm:
             return mean_cross_entropy(seen), seen
 
         def reference_fn(params: Params) -> jax.Array:
-            return mean_cross_entropy(*look(ts, params, state, [past], together=True))
+            _, seen = look(ts, params, state, [own, past], together=False)  # drops other units than `own`
+            return mean_cross_entropy(seen)
 
         (loss, seen), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
         if len(past.y):

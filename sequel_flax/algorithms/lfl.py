@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax.training.train_state import TrainState
 
 from sequel_core.hparams import LFLHParams
@@ -49,6 +50,12 @@ def feature_distance(features: jax.Array, old: jax.Array) -> jax.Array:
     return 0.5 * jnp.mean(jnp.sum((features - old) ** 2, axis=1))
 
 
+def apply_head(module: nn.Module, features: jax.Array) -> jax.Array:
+    """Return the logits `[B, num_classes]` that a network's last layer makes of features `[B, D]`."""
+    logits: jax.Array = module.head(features)
+    return logits
+
+
 def lfl(hparams: LFLHParams, seed: int = 0) -> Algorithm:
     """Return less-forgetting learning.
 
@@ -62,9 +69,10 @@ def lfl(hparams: LFLHParams, seed: int = 0) -> Algorithm:
 
     def init(ts: TrainState, spec: StreamSpec) -> State:
         image = jnp.zeros((1, *spec.image_shape), jax.tree.leaves(ts.params)[0].dtype)
-        call = partial(ts.apply_fn, {"params": ts.params}, image, train=False, method="features")
+        call = partial(ts.apply_fn, {"params": ts.params})
         try:
-            jax.eval_shape(call)
+            features = jax.eval_shape(partial(call, train=False, method="features"), image)
+            jax.eval_shape(partial(call, method=apply_head), features)
         except (AttributeError, TypeError) as error:
             raise ValueError(
                 "lfl needs a network with a method features(x, train), the last hidden layer, which setup's "
@@ -81,8 +89,8 @@ def lfl(hparams: LFLHParams, seed: int = 0) -> Algorithm:
 
         def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
             features = network(ts, params, state, batch.x, train=True, method="features")
-            head = ts.apply_fn({"params": params}, features, method=lambda module, h: module.head(h))
-            logits = masked(state.stream, head, batch.t)
+            logits = ts.apply_fn({"params": params}, features, method=apply_head)
+            logits = masked(state.stream, logits, batch.t)
             pull = learned * hparams.lfl_lambda * feature_distance(features, old)
             return cross_entropy(logits, batch.y) + pull, logits
 

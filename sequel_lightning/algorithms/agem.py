@@ -38,7 +38,7 @@ def dot(a: Params, b: Params) -> Tensor:
 
 
 class AGEM(ReplayModule):
-    """A-GEM."""
+    """A-GEM; where the Trainer accumulates gradients, the draw of the last batch is the reference."""
 
     hparams_class = AGEMHParams
     algorithm_hparams: AGEMHParams

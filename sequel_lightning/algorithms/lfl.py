@@ -39,6 +39,12 @@ def feature_distance(features: Tensor, old: Tensor) -> Tensor:
     return 0.5 * (features - old).square().sum(1).mean()
 
 
+def apply_head(module: Any, features: Tensor) -> Tensor:
+    """Return the logits `[B, num_classes]` that a network's last layer makes of features `[B, D]`."""
+    logits: Tensor = module.head(features)
+    return logits
+
+
 class LFL(ContinualModule):
     """Less-forgetting learning.
 
@@ -80,7 +86,7 @@ class LFL(ContinualModule):
         """Return cross-entropy plus lambda_e times the distance of features, and the logits."""
         x = self.normalise(batch.x)
         features = self.net.features(x)
-        logits = self.masked(self.net.head(features), batch.t)
+        logits = self.masked(apply_head(self.net, features), batch.t)
         loss = self.loss(logits, batch)
         if self.learned > 0:
             with evaluating(self.old), torch.no_grad():

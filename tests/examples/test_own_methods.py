@@ -43,7 +43,8 @@ def flax_learner(algorithm: Any) -> Learner:
 
 def torch_learner(module: Any, hparams: Any) -> Learner:
     net = sequel_lightning.MLP((16,), STREAM.num_classes, image_shape=STREAM.image_shape).double()
-    made = module(sequel_lightning.initialise(net, TRAINING.seed), sequel_lightning.build_optimizer(SGD), hparams, STREAM.spec)
+    sequel_lightning.initialise(net, TRAINING.seed)
+    made = module(net, sequel_lightning.build_optimizer(SGD), hparams, STREAM.spec)
     return sequel_lightning.LightningLearner(made, TRAINING)
 
 

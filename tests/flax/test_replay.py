@@ -302,7 +302,6 @@ def test_the_batch_is_dropped_as_in_naive_and_the_draw_otherwise() -> None:
     assert abs(losses[1] - same_mask) > 0.05 * same_mask
 
 
-@pytest.mark.xfail(reason="the reference's pass is the step's first one, as the batch's is", strict=True)
 def test_the_reference_of_agem_drops_other_units_than_the_batch() -> None:
     """The draw has the batch's images with the other label of two, so the two gradients disagree."""
     stream = divided("task")
