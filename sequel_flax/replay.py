@@ -164,6 +164,7 @@ def replay(
     seed: int,
     loss: Loss,
     num_draws: int = 1,
+    past_only: bool = False,
     together: bool = False,
     keep_logits: bool = False,
 ) -> Algorithm:
@@ -174,6 +175,7 @@ def replay(
         seed: of dropout and of the memory.
         loss: of what the network says of the batch and of each draw.
         num_draws: independent draws of a step.
+        past_only: read past tasks alone.
         together: one pass of the network for the batch and the draws, else one for each of the two.
         keep_logits: whether the memory holds the logits of its samples.
     """
@@ -202,5 +204,5 @@ def replay(
         end_task=end_task,
         predict=predict,
         hparams=hparams,
-        planner=lambda spec: MemoryPlanner(hparams, spec, seed, num_draws),
+        planner=lambda spec: MemoryPlanner(hparams, spec, seed, num_draws, past_only),
     )

@@ -13,7 +13,7 @@ Mirror: sequel_lightning/algorithms/agem.py
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +21,9 @@ import optax
 from flax.training.train_state import TrainState
 
 from sequel_core.hparams import AGEMHParams
-from sequel_core.memory import MemoryPlanner
-from sequel_core.task import Batch, StreamSpec
-from sequel_flax.bundle import (
-    Algorithm,
-    Outputs,
-    Params,
-    State,
-    end_task,
-    init_stream,
-    predict,
-    start_task,
-)
-from sequel_flax.replay import Seen, draws, empty_memory, look, mean_cross_entropy, store
+from sequel_core.task import Batch
+from sequel_flax.bundle import Algorithm, Outputs, Params, State
+from sequel_flax.replay import Seen, draws, look, mean_cross_entropy, replay, store
 
 
 def project(gradient: Params, reference: Params) -> Params:
@@ -49,6 +39,11 @@ def dot(a: Params, b: Params) -> jax.Array:
     return product
 
 
+def batch_loss(batch: Seen, draws: Sequence[Seen]) -> jax.Array:
+    """Return the cross-entropy of the batch alone, shape ()."""
+    return mean_cross_entropy(batch)
+
+
 def agem(hparams: AGEMHParams, seed: int = 0) -> Algorithm:
     """Return A-GEM.
 
@@ -57,16 +52,12 @@ def agem(hparams: AGEMHParams, seed: int = 0) -> Algorithm:
         seed: of dropout and of the memory.
     """
 
-    def init(ts: TrainState, spec: StreamSpec) -> State:
-        memory = empty_memory(spec, hparams.slots(spec.num_tasks), dtype=None)
-        return State(init_stream(ts, spec, hparams, seed), memory)
-
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
         own, past = draws(state.memory, batch)
 
         def loss_fn(params: Params) -> tuple[jax.Array, Seen]:
             (seen,) = look(ts, params, state, [own], together=True)
-            return mean_cross_entropy(seen), seen
+            return batch_loss(seen, []), seen
 
         def reference_fn(params: Params) -> jax.Array:
             _, seen = look(ts, params, state, [own, past], together=False)  # drops other units than `own`
@@ -79,12 +70,4 @@ def agem(hparams: AGEMHParams, seed: int = 0) -> Algorithm:
         outputs = {"loss": loss, "logits": seen.masked, "labels": batch.y}
         return ts.apply_gradients(grads=gradient), state._replace(memory=memory), outputs
 
-    return Algorithm(
-        init=init,
-        start_task=partial(start_task, hparams=hparams),
-        train_step=train_step,
-        end_task=end_task,
-        predict=predict,
-        hparams=hparams,
-        planner=lambda spec: MemoryPlanner(hparams, spec, seed, past_only=True),
-    )
+    return replay(hparams, seed, batch_loss, past_only=True)._replace(train_step=train_step)

@@ -72,7 +72,8 @@ def lfl(hparams: LFLHParams, seed: int = 0) -> Algorithm:
         call = partial(ts.apply_fn, {"params": ts.params})
         try:
             features = jax.eval_shape(partial(call, train=False, method="features"), image)
-            jax.eval_shape(partial(call, method=apply_head), features)
+            if "head" in ts.params:
+                jax.eval_shape(partial(call, method=apply_head), features)
         except (AttributeError, TypeError) as error:
             raise ValueError(
                 "lfl needs a network with a method features(x, train), the last hidden layer, which setup's "

@@ -13,6 +13,8 @@ Mirror: sequel_flax/algorithms/agem.py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,7 +22,7 @@ from torch.optim import Optimizer
 from sequel_core.hparams import AGEMHParams
 from sequel_core.task import Batch
 from sequel_lightning.module import Params
-from sequel_lightning.replay import Recalled, ReplayModule, draws, look, mean_cross_entropy
+from sequel_lightning.replay import Recalled, ReplayModule, Seen, draws, look, mean_cross_entropy
 
 
 def project(gradient: Params, reference: Params) -> Params:
@@ -35,6 +37,11 @@ def project(gradient: Params, reference: Params) -> Params:
 def dot(a: Params, b: Params) -> Tensor:
     """Return the inner product over all parameters, shape ()."""
     return torch.stack([torch.dot(a[k].flatten(), x.flatten()) for k, x in b.items()]).sum()
+
+
+def batch_loss(batch: Seen, draws: Sequence[Seen]) -> Tensor:
+    """Return the cross-entropy of the batch alone, shape ()."""
+    return mean_cross_entropy(batch)
 
 
 class AGEM(ReplayModule):
@@ -53,6 +60,10 @@ class AGEM(ReplayModule):
         loss = mean_cross_entropy(seen)
         self.remember(batch, seen)
         return loss, seen.masked
+
+    def replay_loss(self, batch: Seen, draws: Sequence[Seen]) -> Tensor:
+        """Return the training loss, shape ()."""
+        return batch_loss(batch, draws)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Project the gradient, before clipping."""

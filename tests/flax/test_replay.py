@@ -142,9 +142,7 @@ class Inline(nn.Module):
         (Net(), r"lfl needs a network with a method features\(x, train\), the last hidden layer"),
         (Untrained(), r"lfl needs a network with a method features\(x, train\), the last hidden layer"),
         (Headless(), "lfl needs a last layer called head, got the layers stem, classifier|classifier, stem"),
-        pytest.param(
-            Inline(), "head", marks=pytest.mark.xfail(reason="found out only by the first step", strict=True)
-        ),
+        (Inline(), "lfl needs a network with .* setup's head turns into logits; got one without: .*head"),
     ],
     ids=["features", "train", "head", "inline head"],
 )
