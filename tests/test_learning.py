@@ -61,6 +61,7 @@ def test_penalties_beat_naive_finetuning_by_five_points(algo: str, mode: str) ->
     ids=["er", "derpp", "mas"],
 )
 def test_both_frameworks_measure_the_same(algo: str, stream: tuple[str, ...]) -> None:
-    settings = STRENGTHS.get(algo, ("algo.mem_size=200",))
-    torch, flax = (measured(f"algo={algo}", *settings, *stream, f"mode={mode}") for mode in MODES)
+    rate = (RATE[algo],) if algo in RATE else ()
+    settings = (*STRENGTHS.get(algo, ("algo.mem_size=200",)), *stream, *rate)
+    torch, flax = (measured(f"algo={algo}", *settings, f"mode={mode}") for mode in MODES)
     assert abs(torch.average_accuracy - flax.average_accuracy) < 0.01
