@@ -141,7 +141,12 @@ def test_every_shipped_experiment_composes_and_is_named_after_what_it_runs(name:
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("naive_rotatedmnist", 46.3), ("ewc_rotatedmnist", 48.5)],
+    [
+        ("naive_rotatedmnist", 46.3),
+        ("ewc_rotatedmnist", 48.5),
+        ("er_rotatedmnist", 69.2),
+        ("stable_sgd_rotatedmnist", 70.8),
+    ],
 )
 def test_published_numbers(name: str, expected: float) -> None:
     assert compose([f"+experiment={name}"]).config.expected["avg_acc"] == expected
