@@ -178,7 +178,7 @@ class ReplayModule(ContinualModule):
                 f"{type(self).__name__} keeps samples, so it needs the stream's spec, got None; "
                 "construct it with spec=benchmark.spec"
             )
-        self.planner = MemoryPlanner(hparams, spec, seed, self.num_draws, self.past_only)
+        self.planner = MemoryPlanner(hparams, spec, self.seed, self.num_draws, self.past_only)
         dtype = next(net.parameters()).dtype if self.keep_logits else None
         memory = empty_memory(spec, self.planner.slots, dtype)
         self.memory = StateTree({k: a for k, a in memory._asdict().items() if a is not None})

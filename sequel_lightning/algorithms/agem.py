@@ -27,10 +27,10 @@ from sequel_lightning.replay import Recalled, ReplayModule, Seen, draws, look, m
 
 def project(gradient: Params, reference: Params) -> Params:
     """Return the gradient without its part against the reference; a zero reference changes nothing."""
-    along = dot(gradient, reference)
-    if along >= 0:
+    along, norm = dot(gradient, reference), dot(reference, reference)
+    if not (along < 0 and norm > 0):  # a tiny reference's norm rounds to 0
         return gradient
-    factor = along / dot(reference, reference)  # not 0, as `along` is not
+    factor = along / norm
     return {k: torch.addcmul(g, factor, reference[k], value=-1) for k, g in gradient.items()}
 
 
@@ -57,7 +57,7 @@ class AGEM(ReplayModule):
         batch = self.planned(batch)
         own, self._past = draws(self.state, batch)
         (seen,) = look(self, [own], together=True)
-        loss = mean_cross_entropy(seen)
+        loss = self.replay_loss(seen, [])
         self.remember(batch, seen)
         return loss, seen.masked
 

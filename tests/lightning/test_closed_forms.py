@@ -148,3 +148,8 @@ def test_separate_anchors_collapse_into_one_up_to_a_constant(rng: np.random.Gene
         terms = [dot(f, {k: (at[k] - a[k]) ** 2 for k in at}) for a, f in zip(anchors, fishers, strict=True)]
         constants.append(sum(terms) / 2 - float(quadratic.penalty(tensors(at), *state)))
     np.testing.assert_allclose(constants, constants[0], rtol=1e-10)
+
+
+def test_a_reference_too_small_to_square_changes_nothing() -> None:
+    gradient, reference = {"w": torch.tensor([1.0, -2.0])}, {"w": torch.tensor([-1e-25, 1e-25])}
+    assert torch.equal(agem.project(gradient, reference)["w"], gradient["w"])
