@@ -59,7 +59,14 @@ SPELLINGS = {
 
 NAMES = {
     "mode": {"lightning": "pytorch", "torch": "pytorch", "flax": "jax"},
-    "algo.name": {"der++": "derpp", "stablesgd": "stable_sgd", "stable-sgd": "stable_sgd", "a-gem": "agem"},
+    "algo.name": {
+        "der++": "derpp",
+        "stablesgd": "stable_sgd",
+        "stable-sgd": "stable_sgd",
+        "a-gem": "agem",
+        "mc-sgd": "mcsgd",
+        "la-maml": "lamaml",
+    },
     "algo.memory": {"task": "task_quota", "uniform": "task_quota", "class": "class_quota"},
 }
 """Values that are spelt differently."""
@@ -82,6 +89,8 @@ WANDB = ("entity", "project", "group", "name", "tags", "mode")
 
 EVALUATION = ("evaluate_every", "evaluate_on", "evaluate_future")
 DOCUMENTATION = ("expected", "version", "source", "comment")
+SPREAD = ("std", "runs", "tolerance")
+"""What `expected` says of its `avg_acc`: the published spread, and how far below it counts as reached."""
 SHAPE = ("widths", "width", "n_hidden_layers")
 
 Layer = dict[str, Any]
@@ -111,7 +120,8 @@ class ExperimentConfig:
         evaluate_on: the split that the accuracy matrix is measured on, `test` or `validation`.
         evaluate_future: evaluate the tasks not yet seen, too, as forward transfer needs.
         num_classes: of the backbone, where a file says it; must be the benchmark's.
-        expected: published results, recorded and printed beside the measured ones; `avg_acc` is in percent.
+        expected: published results, recorded and printed beside the measured ones; `avg_acc` is in percent,
+            and so are its `std` over `runs` and the `tolerance` of `sequel reproduce`.
         version: of the library that a file was written for; recorded only.
         source: of the expected results; recorded only.
         comment: recorded only.
@@ -553,6 +563,10 @@ def build(flat: Layer) -> ExperimentConfig:
     average = expected.get("avg_acc", 0.0)
     if isinstance(average, bool) or not isinstance(average, int | float) or not 0 <= average <= 100:
         raise ValueError(f"expected.avg_acc must be a percentage >= 0 and <= 100, got {average!r}")
+    for key in SPREAD:
+        value = expected.get(key, 0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise ValueError(f"expected.{key} must be a number >= 0, got {value!r}")
     others: dict[str, Any] = {key: values[key] for key in EVALUATION if key in values}
     others |= {key: str(values[key]) for key in ("version", "source", "comment") if key in values}
     optimizer = {"type": names["optimizer"], **groups["optimizer"]}
@@ -591,16 +605,17 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
             f"backbone.num_classes must be the benchmark's {benchmark.num_classes}, "
             f"got {config.num_classes!r}; leave it out"
         )
-    for task in benchmark.tasks:
-        check_batch_size(task.index, len(task.train), config.training.batch_size)
     try:
         config.training.epochs(len(benchmark) - 1)
     except ValueError as error:
         raise ValueError(f"training.{error}") from error
     try:
-        config.algo.check(benchmark.spec, config.training.batch_size)
+        config.algo.check(benchmark.spec, config.training)
+        stages = list(config.algo.training_tasks(benchmark, config.training.seed))
     except ValueError as error:
         raise ValueError(f"algo.{error}") from error
+    for task in stages:
+        check_batch_size(task.index, len(task.train), config.training.batch_size)
     empty = next((task.index for task in benchmark.tasks if len(task.validation) == 0), None)
     if config.evaluate_on == "validation" and empty is not None:
         raise ValueError(

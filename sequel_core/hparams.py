@@ -12,6 +12,7 @@ from dataclasses import Field, dataclass, field, fields
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+from sequel_core import plan
 from sequel_core.task import Benchmark, StreamSpec, Task
 
 Dtype = Literal["float32", "float64"]
@@ -124,12 +125,17 @@ class AlgorithmHParams(Settings):
         decayed = learning_rate * self.lr_decay**task
         return float(max(decayed, min(self.min_lr, learning_rate)) / learning_rate)
 
-    def training_tasks(self, benchmark: Benchmark) -> Iterator[Task]:
-        """Yield what to train on, stage by stage; a stage's index says after which task it stands."""
+    def training_tasks(self, benchmark: Benchmark, seed: int = 0) -> Iterator[Task]:
+        """Yield what to train on, stage by stage; a stage's index says after which task it stands.
+
+        Args:
+            benchmark: the stream.
+            seed: of the run, for methods that set samples aside.
+        """
         yield from benchmark.tasks
 
-    def check(self, spec: StreamSpec, batch_size: int) -> None:
-        """Raise ValueError where the settings do not fit a stream or its batches."""
+    def check(self, spec: StreamSpec, training: TrainingHParams) -> None:
+        """Raise ValueError where the settings do not fit a stream or how it is trained on."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,7 @@ class JointHParams(AlgorithmHParams):
         "cumulative: at task i go on with the same network on tasks 0 to i; once: from initialisation on all",
     )
 
-    def training_tasks(self, benchmark: Benchmark) -> Iterator[Task]:
+    def training_tasks(self, benchmark: Benchmark, seed: int = 0) -> Iterator[Task]:
         """Yield the joined tasks: every prefix of the stream, or the whole stream once."""
         first = len(benchmark) - 1 if self.policy == "once" else 0
         for i in range(first, len(benchmark)):
@@ -230,8 +236,8 @@ class StableSGDHParams(AlgorithmHParams):
 
 
 @dataclass(frozen=True)
-class ReplayHParams(AlgorithmHParams):
-    """Settings of methods that keep samples of the stream; see `sequel_core.memory`."""
+class MemoryHParams(AlgorithmHParams):
+    """Settings of methods that keep samples as the stream goes by; see `sequel_core.memory`."""
 
     memory: MemoryPolicy = setting(
         "reservoir",
@@ -243,7 +249,11 @@ class ReplayHParams(AlgorithmHParams):
     per_task_memory_samples: int | None = setting(
         None, "samples kept of each task, in place of mem_size; null for mem_size", ge=0
     )
-    mem_batch_size: int = setting(10, "samples drawn from the memory at a step, without replacement", ge=1)
+
+    @property
+    def drawn(self) -> int:
+        """Samples that a step draws from the memory at once."""
+        return 0
 
     def slots(self, num_tasks: int) -> int:
         """Return the number of samples that the memory holds."""
@@ -256,8 +266,12 @@ class ReplayHParams(AlgorithmHParams):
             return spec.num_tasks
         return int(spec.mask.sum()) if self.memory in ("ring", "class_quota") else 1
 
-    def check(self, spec: StreamSpec, batch_size: int) -> None:
+    def check(self, spec: StreamSpec, training: TrainingHParams) -> None:
         """Raise ValueError for a memory that fits neither the batches nor the parts it is divided into."""
+        self.check_memory(spec, training.batch_size)
+
+    def check_memory(self, spec: StreamSpec, batch_size: int) -> None:
+        """Do what `check` does, of a number of samples per step."""
         size, parts = self.slots(spec.num_tasks), self.parts(spec)
         name = "mem_size" if self.per_task_memory_samples is None else "per_task_memory_samples"
         got = f"got {getattr(self, name)}" + (f" ({size} in all)" if name != "mem_size" else "")
@@ -266,21 +280,39 @@ class ReplayHParams(AlgorithmHParams):
                 f"{name} must be 0 or give at least batch_size={batch_size} slots, so that the samples of a "
                 f"step fit, {got}; raise {name} or lower batch_size"
             )
-        if 0 < size < self.mem_batch_size:
-            raise ValueError(
-                f"mem_batch_size must be <= the {size} samples of the memory, got {self.mem_batch_size}; "
-                f"lower mem_batch_size or raise {name}"
-            )
         if size % parts:
             unit = 1 if name == "mem_size" else spec.num_tasks
             step = math.lcm(parts, unit)
             totals = [k * step for k in (size // step, size // step + 1, size // step + 2)]
-            fits = [str(total // unit) for total in totals if total >= max(batch_size, self.mem_batch_size)]
+            fits = [str(total // unit) for total in totals if total >= max(batch_size, self.drawn)]
             owner = "task" if self.memory == "task_quota" else "class of each task"
             raise ValueError(
                 f"{name} must divide into the {parts} equal parts of memory={self.memory}, one for each "
                 f"{owner}, {got}; use {' or '.join(fits[:2]) or f'a multiple of {step // unit}'}"
             )
+
+
+@dataclass(frozen=True)
+class ReplayHParams(MemoryHParams):
+    """Settings of methods that draw from a memory at every step."""
+
+    mem_batch_size: int = setting(10, "samples drawn from the memory at a step, without replacement", ge=1)
+
+    @property
+    def drawn(self) -> int:
+        """Samples that a step draws from the memory at once."""
+        return self.mem_batch_size
+
+    def check_memory(self, spec: StreamSpec, batch_size: int) -> None:
+        """Do what `check` does, of a number of samples per step."""
+        size = self.slots(spec.num_tasks)
+        if batch_size <= size < self.mem_batch_size and size:
+            name = "mem_size" if self.per_task_memory_samples is None else "per_task_memory_samples"
+            raise ValueError(
+                f"mem_batch_size must be <= the {size} samples of the memory, got {self.mem_batch_size}; "
+                f"lower mem_batch_size or raise {name}"
+            )
+        super().check_memory(spec, batch_size)
 
 
 @dataclass(frozen=True)
@@ -324,6 +356,192 @@ class DERppHParams(DERHParams):
     name: ClassVar[str] = "derpp"
 
     beta: float = setting(0.5, "weight of the cross-entropy of a second draw from the memory", ge=0)
+
+
+@dataclass(frozen=True)
+class MCSGDHParams(MemoryHParams):
+    """Mode connectivity SGD (Mirzadeh et al. 2021)."""
+
+    name: ClassVar[str] = "mcsgd"
+
+    memory: Literal["task_quota", "class_quota"] = setting(
+        "task_quota", "a uniform choice of each task, or of each class of each task"
+    )
+    lmc_policy: Literal["offline", "online"] = setting(
+        "offline",
+        "when w_bar is found: offline, after the task, on the samples kept of it and of past tasks; online, "
+        "at every step, on its batch and a draw of lmc_batch_size from past tasks",
+    )
+    lmc_interpolation: Literal["linear"] = setting("linear", "the paths between weights: straight lines")
+    lmc_lr: float = setting(0.05, "learning rate of w_bar", ge=0)
+    lmc_momentum: float = setting(0.8, "momentum of w_bar", ge=0, lt=1)
+    lmc_batch_size: int = setting(64, "samples of past tasks, and of the current, in a step of w_bar", ge=1)
+    lmc_init_position: float = setting(
+        0.1, "where w_bar starts on the line from its last value (0) to w_hat (1)", ge=0, le=1
+    )
+    lmc_line_samples: int = setting(10, "intervals of the grid on a line; its points are one more", ge=2)
+    lmc_epochs: int = setting(1, "passes over the samples that w_bar is found on (offline)", ge=1)
+    lmc_steps: Literal["batch", "epoch"] = setting(
+        "batch", "one step of w_bar for each batch, or one for each pass (offline; the code's first version)"
+    )
+    lmc_gradient: Literal["sum", "plain", "prefix"] = setting(
+        "sum",
+        "sum: of the sum of losses on the lines (the paper); plain: each point's own gradient, without the "
+        "factor that its place gives it; prefix: plain with the point k of n counted n + 1 - k times, as the "
+        "official code accumulates",
+    )
+    lmc_loss: Literal["mean", "mean_over_batch_size"] = setting(
+        "mean_over_batch_size",
+        "mean cross-entropy, or the same divided by lmc_batch_size: the official code, and so its lmc_lr",
+    )
+    lmc_start: Literal["w_hat", "w_bar"] = setting(
+        "w_hat", "what the training on a task goes on from: the last w_hat (official code) or w_bar"
+    )
+
+    @property
+    def drawn(self) -> int:
+        """Samples that a step draws from the memory at once."""
+        return self.lmc_batch_size if self.lmc_policy == "online" else 0
+
+    def points(self) -> list[tuple[float, float]]:
+        """Return the place of each point on a line, in [0, 1], and the factor of its gradient."""
+        n = self.lmc_line_samples
+        factors = {"sum": [k / n for k in range(n + 1)], "plain": [1.0] * (n + 1)}
+        factors["prefix"] = [float(n + 1 - k) for k in range(n + 1)]
+        scale = 1.0 if self.lmc_loss == "mean" else 1.0 / self.lmc_batch_size
+        return [(k / n, scale * factor) for k, factor in enumerate(factors[self.lmc_gradient])]
+
+
+@dataclass(frozen=True)
+class LaMAMLHParams(ReplayHParams):
+    """La-MAML, look-ahead meta-learning (Gupta et al. 2020); C-MAML with `learn_lr=False`."""
+
+    name: ClassVar[str] = "lamaml"
+
+    glances: int = setting(5, "updates on each batch", ge=1)
+    n_inner_updates: int | None = setting(
+        None, "inner steps of an update, each on an equal part of the batch; null for one per sample", ge=1
+    )
+    second_order: bool = setting(False, "differentiate through the gradients of the inner steps")
+    learn_lr: bool = setting(True, "learn a rate of every weight; false for the fixed ones of C-MAML")
+    lr_alpha: float = setting(0.3, "learning rate of the rates", ge=0)
+    alpha_init: float = setting(0.15, "rate of every weight at first", gt=0)
+    sync_update: bool = setting(
+        False,
+        "update the weights by the optimizer, beside the rates (Sync); false: by the rates just updated",
+    )
+    grad_clip_norm: float | None = setting(
+        2.0, "greatest norm of the gradient of the weights, and of the rates; null for no clipping", gt=0
+    )
+    inner_clip: float | None = setting(
+        None, "greatest absolute value in an inner gradient, as the official CIFAR code has it", gt=0
+    )
+
+    def check(self, spec: StreamSpec, training: TrainingHParams) -> None:
+        """Raise ValueError where memory, inner steps or clipping do not fit."""
+        super().check(spec, training)
+        self.check_parts(training.batch_size)
+        if training.grad_clip is not None:
+            raise ValueError(
+                f"grad_clip_norm is what clips in lamaml, got grad_clip={training.grad_clip}; drop grad_clip"
+            )
+        if self.lr_decay != 1 and not self.sync_update:
+            raise ValueError(
+                f"lr_decay must be 1 where the rates take the optimizer's place, got {self.lr_decay}; set "
+                "sync_update=true or drop lr_decay"
+            )
+
+    def check_parts(self, batch_size: int) -> int:
+        """Return the inner steps of a batch; raise ValueError where it does not divide into them."""
+        parts = batch_size if self.n_inner_updates is None else self.n_inner_updates
+        if batch_size % parts:
+            raise ValueError(
+                f"n_inner_updates must divide batch_size={batch_size}, got {parts}; change one of them"
+            )
+        return parts
+
+
+@dataclass(frozen=True)
+class ICaRLHParams(AlgorithmHParams):
+    """iCaRL, incremental classifier and representation learning (Rebuffi et al. 2017)."""
+
+    name: ClassVar[str] = "icarl"
+
+    mem_size: int = setting(2000, "exemplars kept in all, K", ge=1)
+    quota: Literal["floor", "ceil"] = setting(
+        "floor", "exemplars of a class, K / classes seen rounded down (the paper) or up (the official code)"
+    )
+    outputs: Literal["seen", "all"] = setting(
+        "seen", "the loss is the mean over the classes seen so far, or over all (the official code)"
+    )
+    flip: bool = setting(False, "class means over the exemplars and their mirror images, for colour data")
+
+    def slots(self, num_sets: int) -> int:
+        """Return the exemplars that there is room for; `ceil` may exceed mem_size by one for each set."""
+        return self.mem_size + (num_sets if self.quota == "ceil" else 0)
+
+    def per_set(self, num_sets: int) -> int:
+        """Return the quota m of an exemplar set when there are so many."""
+        return -(-self.mem_size // num_sets) if self.quota == "ceil" else self.mem_size // num_sets
+
+    def check(self, spec: StreamSpec, training: TrainingHParams) -> None:
+        """Raise ValueError where the exemplars are fewer than the classes."""
+        sets = int(spec.mask.sum())
+        if self.mem_size < sets:
+            each = "class" if sets == spec.num_classes else "class of each task"
+            raise ValueError(
+                f"mem_size must be >= {sets}, one exemplar of each {each}, got {self.mem_size}; raise it"
+            )
+
+
+@dataclass(frozen=True)
+class KCLHParams(AlgorithmHParams):
+    """Kernel continual learning (Derakhshani et al. 2021)."""
+
+    name: ClassVar[str] = "kcl"
+
+    core_size: int = setting(
+        200, "samples of a task that are set aside for its classifier, equally many of each class", ge=1
+    )
+    kernel_type: Literal["rff", "rbf"] = setting(
+        "rff", "rff: variational random Fourier features; rbf: exp(-|a - b|^2 / (2 bandwidth^2))"
+    )
+    d_rn_f: int = setting(1024, "random bases D of the kernel rff", ge=1)
+    bandwidth: float = setting(1.0, "of the kernel rbf", gt=0)
+    tau: float = setting(0.01, "weight of KL(posterior || prior) of the bases, of the kernel rff", ge=0)
+    lmd: float = setting(0.1, "lambda of every task at first; |lambda| + 0.01 is the ridge")
+    normalisation: Literal["l2", "minmax"] = setting(
+        "l2",
+        "features of unit length, or scaled to [0, 1] by the extremes of the whole batch (the official MLP)",
+    )
+    task_parameters: Literal["own", "current"] = setting(
+        "own",
+        "lambda, gamma and beta that a sample is evaluated with: its own task's, or those of the task "
+        "trained last (the official code)",
+    )
+
+    def per_class(self, task: Task) -> int:
+        """Return the samples of each class in the coreset of a task.
+
+        Raises:
+            ValueError: core_size does not divide into the classes of the task.
+        """
+        classes = len(task.classes)
+        if self.core_size % classes:
+            raise ValueError(
+                f"core_size must divide into the {classes} classes of task {task.index}, "
+                f"got {self.core_size}; use a multiple of {classes}"
+            )
+        return self.core_size // classes
+
+    def training_tasks(self, benchmark: Benchmark, seed: int = 0) -> Iterator[Task]:
+        """Yield the tasks, each with its coreset taken from its training samples.
+
+        Raises:
+            ValueError: a class has not more samples than its part of the coreset.
+        """
+        for task in benchmark.tasks:
+            yield plan.with_coreset(task, self.per_class(task), seed)
 
 
 @dataclass(frozen=True)
@@ -414,6 +632,10 @@ ALGORITHMS: dict[str, type[AlgorithmHParams]] = {
         ERHParams,
         DERHParams,
         DERppHParams,
+        MCSGDHParams,
+        LaMAMLHParams,
+        ICaRLHParams,
+        KCLHParams,
     )
 }
 

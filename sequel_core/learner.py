@@ -35,6 +35,7 @@ class Evaluation(NamedTuple):
     total: int
     loss: float  # mean cross-entropy
     masked_correct: int  # with the logits of other tasks' classes masked
+    alternatives: Mapping[str, int] = {}  # correct by what else the algorithm can predict with
 
     @property
     def accuracy(self) -> float:

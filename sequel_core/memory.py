@@ -11,7 +11,7 @@ framework; the contents are preallocated arrays in the state of the algorithm, o
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -19,10 +19,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sequel_core import plan
-from sequel_core.hparams import ReplayHParams
-from sequel_core.task import IntArray, JoinedSplit, Samples, Split, StreamSpec, Task, join
+from sequel_core.hparams import ICaRLHParams, LaMAMLHParams, MCSGDHParams, MemoryHParams
+from sequel_core.task import (
+    AnySplit,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    JoinedSplit,
+    Samples,
+    Split,
+    StreamSpec,
+    Task,
+    join,
+)
 
 SlotArray = NDArray[np.int32]
+
+TIE = 1e-7
+"""Difference of scores below which herding takes two rows for equal."""
+
+NOISE = 1 << 20
+"""Numbers in the table that random bases are cut from."""
+
+EMBEDDED = 256
+"""Exemplars whose features are computed at a time."""
 
 
 class StepPlan(NamedTuple):
@@ -30,6 +50,14 @@ class StepPlan(NamedTuple):
 
     write: SlotArray  # of each sample [..., B]; none where it is not kept, or overwritten in the same step
     reads: SlotArray  # of each draw [..., draws, R], ascending, as before the step; none where it has less
+
+
+class MetaPlan(NamedTuple):
+    """What a step of La-MAML writes, reads and in which order it looks at its batch; int32."""
+
+    write: SlotArray  # slot of each sample [..., B], written in the first glance
+    reads: SlotArray  # slots of each glance's draw [..., glances, R]; after the first the batch is in
+    order: SlotArray  # samples of the batch in the order of each glance [..., glances, B]
 
 
 class Planner(Protocol):
@@ -225,6 +253,7 @@ class MemoryPlanner:
         spec: of the stream.
         seed: of the run.
         draws: independent draws that a step makes from the memory.
+        later_draws: further draws, from the memory as it is after the step has written to it.
         past_only: read past tasks alone, as A-GEM does; only for memories with parts.
 
     Raises:
@@ -233,12 +262,19 @@ class MemoryPlanner:
     """
 
     def __init__(
-        self, hparams: ReplayHParams, spec: StreamSpec, seed: int, draws: int = 1, past_only: bool = False
+        self,
+        hparams: MemoryHParams,
+        spec: StreamSpec,
+        seed: int,
+        draws: int = 1,
+        past_only: bool = False,
+        later_draws: int = 0,
     ) -> None:
-        hparams.check(spec, batch_size=1)
+        hparams.check_memory(spec, batch_size=1)
         self.slots = hparams.slots(spec.num_tasks)
-        self._hparams, self._spec, self._draws = hparams, spec, draws
-        self._drawn = hparams.mem_batch_size if self.slots else 0
+        self._hparams, self._spec = hparams, spec
+        self._early, self._draws = draws, draws + later_draws
+        self._drawn = hparams.drawn if self.slots else 0
         self._policy = policy(hparams, spec, past_only)
         self._known = {(int(y), int(t)) for t, y in np.argwhere(spec.mask)}
         self._keep, self._pick = (plan.Uniforms(seed, f"memory {name}") for name in ("writes", "reads"))
@@ -264,7 +300,7 @@ class MemoryPlanner:
             return StepPlan(write, reads)
         size = labels.shape[-1]
         if size > self.slots:
-            self._hparams.check(self._spec, size)
+            self._hparams.check_memory(self._spec, size)
         self._refuse_strangers(labels, tasks)
         keep = self._keep.take(self._seen, labels.size)
         pick = self._pick.take(self._steps * self._draws * self._drawn, reads.size)
@@ -272,22 +308,29 @@ class MemoryPlanner:
             labels.reshape(-1, size).tolist(),
             tasks.reshape(-1, size).tolist(),
             write.reshape(-1, size),
-            reads.reshape(-1, self._draws, self._drawn),
+            reads.reshape(labels.size // size, self._draws, self._drawn),
             strict=True,
         )
         for row, (row_y, row_t, row_write, row_reads) in enumerate(rows):
-            readable = self._policy.readable(row_t[0])
-            for draw, found in enumerate(row_reads):
-                start = (row * self._draws + draw) * self._drawn
-                chosen = distinct(pick[start : start + self._drawn], len(readable))
-                found[: len(chosen)] = [readable[k] for k in chosen]
+            start = row * self._draws * self._drawn
+            self._read(row_t[0], pick[start:], row_reads[: self._early])
             last = {}
             for k in range(size):
                 last[self._policy.slot(row_y[k], row_t[k], keep[row * size + k])] = k
             row_write[list(last.values())] = list(last)
+            if self._early < self._draws:
+                start += self._early * self._drawn
+                self._read(row_t[0], pick[start:], row_reads[self._early :])
         self._steps += labels.size // size
         self._seen += labels.size
         return StepPlan(write, reads)
+
+    def _read(self, task: int, u: Sequence[float], draws: SlotArray) -> None:
+        """Fill in the slots of some draws `[draws, R]`."""
+        readable = self._policy.readable(task)
+        for k, found in enumerate(draws):
+            chosen = distinct(u[k * self._drawn : (k + 1) * self._drawn], len(readable))
+            found[: len(chosen)] = [readable[slot] for slot in chosen]
 
     def _refuse_strangers(self, labels: NDArray[Any], tasks: NDArray[Any]) -> None:
         strangers = {*zip(labels.ravel().tolist(), tasks.ravel().tolist(), strict=True)} - self._known
@@ -315,7 +358,199 @@ class MemoryPlanner:
         self._policy.state = rest
 
 
-def policy(hparams: ReplayHParams, spec: StreamSpec, past_only: bool) -> Policy:
+class MetaPlanner:
+    """The planner of La-MAML: each glance has a draw from the memory and an order of the batch.
+
+    Args:
+        hparams: with the memory's settings and the number of glances.
+        spec: of the stream.
+        seed: of the run.
+    """
+
+    def __init__(self, hparams: LaMAMLHParams, spec: StreamSpec, seed: int) -> None:
+        self._glances = hparams.glances
+        self._memory = MemoryPlanner(hparams, spec, seed, draws=1, later_draws=hparams.glances - 1)
+        self._order = plan.Uniforms(seed, "order of glances")
+        self._seen = 0
+        self.slots = self._memory.slots
+
+    def next(self, y: Any, t: Any) -> MetaPlan:
+        """Return the plan of the next step, or of the next steps; see `Planner.next`."""
+        write, reads = self._memory.next(y, t)
+        shape = (*write.shape[:-1], self._glances, write.shape[-1])
+        keys = np.reshape(self._order.take(self._seen * self._glances, write.size * self._glances), shape)
+        self._seen += write.size
+        return MetaPlan(write, reads, np.argsort(keys, axis=-1, kind="stable").astype(np.int32))
+
+    @property
+    def state(self) -> IntArray:
+        """Samples seen, then the memory planner's, int64 `[n]`; may be set."""
+        return np.concatenate([[self._seen], self._memory.state])
+
+    @state.setter
+    def state(self, values: IntArray) -> None:
+        self._memory.state = values[1:]
+        self._seen = int(values[0])
+
+
+class BasesPlanner:
+    """The planner of variational random features: where each basis of a step begins in the table of noise.
+
+    Args:
+        count: bases of a step.
+        seed: of the run.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count = count
+        self._seed = seed
+        self._steps = 0
+
+    def next(self, y: Any, t: Any) -> SlotArray:
+        """Return positions in the table, int32 `[count]` or `[steps, count]`; see `Planner.next`."""
+        lead = np.shape(y)[:-1]
+        steps = int(np.prod(lead, dtype=np.int64))
+        start, self._steps = self._steps * self._count, self._steps + steps
+        words = plan.words(self._seed, "bases", count=steps * self._count, start=start)
+        return (words % NOISE).astype(np.int32).reshape(*lead, self._count)
+
+    @property
+    def state(self) -> IntArray:
+        """Steps planned, int64 `[1]`; may be set."""
+        return np.asarray([self._steps], np.int64)
+
+    @state.setter
+    def state(self, values: IntArray) -> None:
+        self._steps = int(values[0])
+
+
+def noise_table(seed: int) -> NDArray[np.float32]:
+    """Return the standard normal numbers that random bases are cut from, float32 `[NOISE]`.
+
+    A basis is a stretch of the table that begins at a random place and goes round at its end: fresh noise at
+    every step for the price of one integer (Salimans et al. 2017, section 3, shared noise).
+    """
+    return plan.normal(seed, "noise of bases", count=NOISE).astype(np.float32)
+
+
+def connection_batches(
+    hparams: MCSGDHParams, tasks: IntArray, task: int, seed: int
+) -> Iterator[list[tuple[SlotArray, SlotArray]]]:
+    """Yield, for each step that looks for w_bar after a task, pairs of slots `[lmc_batch_size]`.
+
+    The first of a pair hold samples of past tasks, the second of the task itself; both are in a random order
+    in each epoch. Where one kind has run out its slots are all "none", the number of slots.
+
+    Args:
+        hparams: of MC-SGD.
+        tasks: task of each slot of the memory `[M]`, -1 where it is empty.
+        task: index.
+        seed: of the run.
+    """
+    size, none = hparams.lmc_batch_size, len(tasks)
+    kinds = [np.flatnonzero((tasks >= 0) & (tasks < task)), np.flatnonzero(tasks == task)]
+    for epoch in range(hparams.lmc_epochs):
+        columns = []
+        for kind, slots in zip(("past", "current"), kinds, strict=True):
+            order = slots[plan.permutation(seed, "connection", kind, task, epoch, count=len(slots))]
+            rows = max(-(-len(s) // size) for s in kinds)
+            columns.append(np.full(rows * size, none, np.int32))
+            columns[-1][: len(order)] = order
+            columns[-1].shape = (rows, size)
+        pairs = list(zip(*columns, strict=True))
+        yield from [pairs] if hparams.lmc_steps == "epoch" else [[pair] for pair in pairs]
+
+
+def herding(features: FloatArray, count: int) -> IntArray:
+    """Return the rows whose running mean stays closest to the mean of all, in the order chosen, `[count]`.
+
+    Row k is argmin ||mu - (f + f_1 + ... + f_{k-1}) / k|| over the rows not chosen yet (Rebuffi et al. 2017,
+    algorithm 4; Welling 2009), which is argmax f . (k mu - f_1 - ... - f_{k-1}) - |f|^2 / 2. Of rows that differ
+    by less than `TIE` it is the first, so that rounding, which differs between frameworks, decides nothing.
+
+    Args:
+        features: of unit length or 0, `[n, D]`.
+        count: how many, at most n of them are returned.
+    """
+    f = np.asarray(features, np.float64)
+    mean = f.mean(axis=0)
+    wanted, used = mean.copy(), 0.5 * (f**2).sum(axis=1)
+    chosen = np.empty(min(count, len(f)), np.int64)
+    for k in range(len(chosen)):
+        score = f @ wanted - used
+        chosen[k] = np.argmax(score >= score.max() - TIE)
+        used[chosen[k]] = np.inf
+        wanted += mean - f[chosen[k]]
+    return chosen
+
+
+def renewed_exemplars(
+    hparams: ICaRLHParams,
+    mask: BoolArray,
+    task: int,
+    held: Samples,
+    found: Iterable[tuple[Samples, FloatArray]],
+) -> Samples:
+    """Return the exemplars of iCaRL after a task, as its slots hold them; task -1 is an empty slot.
+
+    There is a set for each class of each task, and all have the same quota. Past sets are cut to it, then the
+    task's own follow; classes ascend within a task, and each set is in the order of `herding`.
+
+    Args:
+        hparams: with the budget.
+        mask: classes of each task, bool `[T, num_classes]`.
+        task: index.
+        held: exemplars of past tasks, in that order.
+        found: the task's samples, batch by batch, each sample once, with their features of unit length
+            `[n, D]`; samples of other tasks are passed over. Nothing else is kept of their images.
+    """
+    images, labels, features = list(held.x), list(held.y), []
+    for (x, y, t), f in found:
+        own = t == task
+        images += list(x[own])
+        labels += list(y[own])
+        features.append(f[own])
+    sets = np.argwhere(mask[: task + 1])
+    quota, past = hparams.per_set(len(sets)), len(held.y)
+    new = np.asarray(labels[past:], np.int64)
+    points = np.concatenate(features) if features else np.empty((0, 0))
+    kept: list[int] = []
+    for owner, label in sets:
+        if owner < task:
+            kept += np.flatnonzero((held.t == owner) & (held.y == label))[:quota].tolist()
+        else:
+            rows = np.flatnonzero(new == label)
+            if len(rows):
+                kept += (past + rows[herding(points[rows], quota)]).tolist()
+    slots = hparams.slots(int(mask.sum()))
+    x = np.zeros((slots, *held.x.shape[1:]), held.x.dtype)
+    y, t = np.zeros(slots, np.int64), np.full(slots, -1, np.int64)
+    for slot, k in enumerate(kept):
+        x[slot], y[slot], t[slot] = images[k], labels[k], held.t[k] if k < past else task
+    return Samples(x, y, t)
+
+
+def exemplar_means(
+    embed: Callable[[Any], FloatArray], exemplars: Samples, num_classes: int, flip: bool
+) -> tuple[FloatArray, BoolArray]:
+    """Return the mean feature of each class, of unit length `[num_classes, D]`, and which classes have one.
+
+    Args:
+        embed: features of unit length `[n, D]` of images `[n, H, W, C]`.
+        exemplars: as the slots hold them.
+        num_classes: rows; those of classes without exemplars are 0.
+        flip: take the average with the mean over the images mirrored left to right.
+    """
+    blocks = [exemplars.x[start : start + EMBEDDED] for start in range(0, len(exemplars.y), EMBEDDED)]
+    views = (blocks, [block[:, :, ::-1] for block in blocks]) if flip else (blocks,)
+    owner = (exemplars.y == np.arange(num_classes)[:, None]) & (exemplars.t >= 0)  # [num_classes, slots]
+    weights = owner / np.maximum(owner.sum(axis=1, keepdims=True), 1)
+    means = sum(weights @ np.concatenate([embed(block) for block in view]) for view in views) / len(views)
+    norm = np.linalg.norm(means, axis=1, keepdims=True)
+    return means / np.where(norm > 0, norm, 1), owner.any(axis=1)
+
+
+def policy(hparams: MemoryHParams, spec: StreamSpec, past_only: bool) -> Policy:
     """Return the policy that the settings name, with nothing seen."""
     size = hparams.slots(spec.num_tasks)
     if past_only and hparams.memory in ("reservoir", "class_balanced", "task_balanced"):
@@ -364,6 +599,11 @@ def memory_stream(samples: Samples, tasks: Collection[int] | None = None) -> Joi
         own = samples.t == task
         parts.append(Split(samples.x[own], samples.y[own].astype(np.int64), int(task)))
     return JoinedSplit(tuple(parts))
+
+
+def joined_with_samples(split: AnySplit, samples: Samples) -> AnySplit:
+    """Return a training stream with, after it, the samples that a memory holds, task after task."""
+    return join([split, memory_stream(samples)]) if len(samples.y) else split
 
 
 def joined_with_memory(task: Task, memory: JoinedSplit) -> Task:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -62,6 +63,14 @@ class Uniforms:
         return self._block[first : first + count]
 
 
+def normal(*key: object, count: int) -> FloatArray:
+    """Return standard normal numbers, float64 `[count]` (Box & Muller 1958); see `words`."""
+    pairs = -(-count // 2)
+    u = uniform(*key, count=2 * pairs)
+    radius, angle = np.sqrt(-2.0 * np.log1p(-u[:pairs])), 2.0 * np.pi * u[pairs:]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
 def permutation(*key: object, count: int) -> IntArray:
     """Return a uniform random order of `0..count-1`, int64 `[count]`; see `words`."""
     return np.argsort(words(*key, count=count), kind="stable").astype(np.int64)
@@ -100,16 +109,42 @@ def consolidation_batches(seed: int, task: Task, batch_size: int) -> Iterator[Sa
         yield task.train.take(order[start : start + batch_size])
 
 
+def with_coreset(task: Task, per_class: int, seed: int) -> Task:
+    """Return a task with a coreset, equally many samples of each class, that its training samples lack.
+
+    Args:
+        task: its training samples stay in their order.
+        per_class: samples of each class in the coreset, which is sorted by class.
+        seed: of the run.
+
+    Raises:
+        ValueError: a class has no sample left for training.
+    """
+    targets = task.train.targets
+    chosen = []
+    for label in task.classes:
+        own = np.flatnonzero(targets == label)
+        if len(own) <= per_class:
+            raise ValueError(
+                f"core_size must leave samples of every class to train on, got {per_class} per class with "
+                f"{len(own)} of class {label} in task {task.index}; lower core_size or raise subset"
+            )
+        chosen.append(own[permutation(seed, "coreset", task.index, label, count=len(own))[:per_class]])
+    core = np.concatenate(chosen)
+    rest = np.setdiff1d(np.arange(len(targets)), core)
+    return replace(task, train=task.train.pick(rest), coreset=task.train.pick(core))
+
+
 def evaluation_batches(split: AnySplit, batch_size: int) -> Iterator[tuple[Samples, BoolArray]]:
     """Yield all samples in order, in batches of one size, with which of them count, bool `[batch_size]`.
 
-    The last batch is filled up with copies of the first sample that do not count.
+    The last batch is filled up with copies of its last sample that do not count.
     """
 
     def take(start: int) -> tuple[Samples, BoolArray]:
         positions = np.arange(start, start + batch_size)
         valid = positions < len(split)
-        return split.take(np.where(valid, positions, 0)), valid
+        return split.take(np.minimum(positions, len(split) - 1)), valid
 
     return one_ahead(take, range(0, len(split), batch_size))
 

@@ -69,7 +69,7 @@ def run(
         learner.log_hparams(described)
         if evaluate_future:
             recorder.baseline = recorder.evaluate(everything, after=None)
-        for task in learner.hparams.training_tasks(benchmark):
+        for task in learner.hparams.training_tasks(benchmark, learner.training.seed):
             seen = everything if evaluate_future else everything[: task.index + 1]
             monitor = FitMonitor(
                 on_progress=partial(recorder.progress, task),
@@ -104,9 +104,10 @@ def _check(
         )
     if evaluate_on not in ("test", "validation"):
         raise ValueError(f"evaluate_on must be test or validation, got {evaluate_on!r}")
-    for task in benchmark.tasks:
+    for task in learner.hparams.training_tasks(benchmark, learner.training.seed):
         plan.check_batch_size(task.index, len(task.train), learner.training.batch_size)
         learner.training.epochs(task.index)
+    for task in benchmark.tasks:
         if evaluate_on == "validation" and not len(task.validation):
             raise ValueError(
                 f"evaluate_on=validation needs validation samples, task {task.index} has none; "
@@ -185,6 +186,9 @@ class _Recorder:
         if self.benchmark.scenario == "class":
             masked = [evaluation.masked_accuracy for evaluation in found.values()]
             self.extra["masked_average_accuracy"] = float(np.mean(masked))
+        for name in next(iter(found.values())).alternatives:
+            others = [evaluation.alternatives[name] / evaluation.total for evaluation in found.values()]
+            self.extra[f"{name}_average_accuracy"] = float(np.mean(others))
         scores = {f"{self.split}/accuracy/task_{j}": e.accuracy for j, e in found.items()}
         self.learner.log({**scores, f"{self.split}/average_accuracy": float(np.nanmean(row))})
         self.last = (time.perf_counter(), self.learner.step)
@@ -211,6 +215,8 @@ class _Recorder:
         values = {"accuracy": evaluation.accuracy, "loss": evaluation.loss}
         if self.benchmark.scenario == "class":
             values["masked_accuracy"] = evaluation.masked_accuracy
+        others = evaluation.alternatives.items()
+        values |= {f"{name}_accuracy": correct / evaluation.total for name, correct in others}
         self.directory.append_metrics({"kind": "evaluation", "step": self.learner.step, **where, **values})
 
     @contextmanager

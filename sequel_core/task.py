@@ -183,6 +183,10 @@ class Split:
         labels = np.asarray(self.labels[rows], np.int64)
         return Samples(images, labels, np.full(len(positions), self.task, np.int64))
 
+    def pick(self, positions: IntArray) -> Split:
+        """Return the samples at these positions as a split; views are nested, data is not copied."""
+        return replace(self, indices=positions if self.indices is None else self.indices[positions])
+
     def head(self, count: int | None) -> Split:
         """Return the first `count` samples (all for None); views are nested, data is not copied."""
         if count is None or count >= len(self):
@@ -221,6 +225,19 @@ class JoinedSplit:
         return Samples(images, labels, tasks)
 
 
+    def pick(self, positions: IntArray) -> JoinedSplit:
+        """Return the samples at these positions, in the order asked for; data is not copied."""
+        owner = np.searchsorted(self._offsets, positions, side="right") - 1
+        runs = np.split(np.arange(len(positions)), np.flatnonzero(np.diff(owner)) + 1)
+        return JoinedSplit(
+            tuple(
+                self.parts[owner[run[0]]].pick(positions[run] - self._offsets[owner[run[0]]])
+                for run in runs
+                if len(run)
+            )
+        )
+
+
 AnySplit = Split | JoinedSplit
 
 
@@ -235,6 +252,7 @@ class Task:
         train: training samples, at least one.
         test: test samples, at least one.
         validation: held-out training samples; may be empty.
+        coreset: samples set aside from the training samples for a method that asks for them.
 
     Raises:
         ValueError: no training or no test samples, or a label that `classes` lacks.
@@ -246,6 +264,7 @@ class Task:
     train: AnySplit
     test: AnySplit
     validation: AnySplit
+    coreset: AnySplit | None = None
 
     def __post_init__(self) -> None:
         for name in ("train", "test"):

@@ -12,16 +12,18 @@ for ever.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 from flax.training.train_state import TrainState
 
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.memory import NoPlanner, Planner
-from sequel_core.task import Batch, StreamSpec, Task
+from sequel_core.task import AnySplit, Batch, StreamSpec, Task
 
 Params = Any
 Outputs = dict[str, jax.Array]
@@ -55,6 +57,9 @@ class Algorithm(NamedTuple):
     predict: Callable[[TrainState, State, jax.Array, jax.Array], jax.Array]  # x, t -> logits [B, num_classes]
     hparams: AlgorithmHParams
     planner: Callable[[StreamSpec], Planner] = lambda spec: NoPlanner()  # fills `Batch.plan`, on the host
+    prepare: Callable[[TrainState, StreamSpec], TrainState] = lambda ts, spec: ts  # adds own parameters
+    training_split: Callable[[State, AnySplit], AnySplit] = lambda state, split: split  # to train on
+    alternatives: Callable[[TrainState, State, jax.Array, jax.Array], Outputs] = lambda *_: {}  # as `predict`
 
 
 def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, seed: int = 0) -> StreamState:
@@ -123,7 +128,7 @@ def network(
     x: jax.Array,
     *,
     train: bool,
-    draw: int = 0,
+    draw: int | jax.Array = 0,
     method: str | None = None,
 ) -> jax.Array:
     """Return what the network says of images, unmasked; see `forward`.
@@ -138,7 +143,8 @@ def network(
         method: of the module; None for logits `[B, num_classes]`, `features` for the last hidden layer.
     """
     key = jax.random.fold_in(state.stream.dropout_key, ts.step)
-    rngs = {"dropout": jax.random.fold_in(key, draw) if draw else key} if train else None
+    first = isinstance(draw, int) and draw == 0
+    rngs = {"dropout": key if first else jax.random.fold_in(key, draw)} if train else None
     out: jax.Array = ts.apply_fn(
         {"params": params}, normalise(state.stream, x), train=train, rngs=rngs, method=method
     )
@@ -189,6 +195,34 @@ def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> jax.Arr
 def end_task(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
     """Do nothing: the end of a task for algorithms that keep nothing of it."""
     return ts, state
+
+
+def feature_width(ts: TrainState, spec: StreamSpec, name: str) -> int:
+    """Return the units of the last hidden layer, which a method of that name asks the network for.
+
+    Raises:
+        ValueError: the network has no method `features(x, train)`, or no last layer called `head`.
+    """
+    image = jnp.zeros((1, *spec.image_shape), jax.tree.leaves(ts.params)[0].dtype)
+    call = partial(ts.apply_fn, {"params": ts.params})
+    try:
+        features = jax.eval_shape(partial(call, train=False, method="features"), image)
+        if "head" in ts.params:
+            jax.eval_shape(partial(call, method=apply_head), features)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(
+            f"{name} needs a network with a method features(x, train), the last hidden layer, which setup's "
+            f"head turns into logits; got one without: {error}"
+        ) from error
+    if "head" not in ts.params:
+        raise ValueError(f"{name} needs a last layer called head, got the layers {', '.join(ts.params)}")
+    return int(features.shape[-1])
+
+
+def apply_head(module: nn.Module, features: jax.Array) -> jax.Array:
+    """Return the logits `[B, num_classes]` that a network's last layer makes of features `[B, D]`."""
+    logits: jax.Array = module.head(features)
+    return logits
 
 
 def get_learning_rate(opt_state: optax.OptState) -> jax.Array | None:

@@ -83,7 +83,7 @@ class FlaxLearner:
         self.hparams = algorithm.hparams
         self.training = training or TrainingHParams()
         self.spec = spec
-        self.hparams.check(spec, self.training.batch_size)
+        self.hparams.check(spec, self.training)
         self.planner = algorithm.planner(spec)
         self.model = model
         self.writers = tuple(writers)
@@ -92,7 +92,8 @@ class FlaxLearner:
         if self.training.grad_clip is not None:
             tx = optax.chain(clip_by_global_norm(self.training.grad_clip), tx)
         params = initial_params(model, spec, self.training.seed, self.training.dtype)
-        self.ts = strong_types(TrainState.create(apply_fn=model.apply, params=params, tx=tx))
+        ts = algorithm.prepare(TrainState.create(apply_fn=model.apply, params=params, tx=tx), spec)
+        self.ts = strong_types(ts)
         self.state = strong_types(algorithm.init(self.ts, spec))
         self._empty = jax.device_get(Tally(strong_types(metrics.empty()), jnp.asarray(NEVER, jnp.int32)))
         self._step = jax.jit(self._traced_step, donate_argnums=(0, 1, 2))
@@ -129,31 +130,34 @@ class FlaxLearner:
 
     def _traced_count(
         self, ts: TrainState, state: State, batch: Batch, valid: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    ) -> tuple[Any, ...]:
         logits = self.algorithm.predict(ts, state, batch.x, batch.t)
+        others = self.algorithm.alternatives(ts, state, batch.x, batch.t)
+        other_hits = {name: ((o.argmax(-1) == batch.y) & valid).sum() for name, o in others.items()}
         hits = (logits.argmax(-1) == batch.y) & valid
         masked = mask_logits(logits, jnp.asarray(self.spec.mask)[batch.t])
         masked_hits = (masked.argmax(-1) == batch.y) & valid
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.y)
-        return hits.sum(), masked_hits.sum(), jnp.where(valid, losses, 0).sum()
+        return hits.sum(), masked_hits.sum(), jnp.where(valid, losses, 0).sum(), other_hits
 
     # -- the Learner protocol
 
     def fit_task(self, task: Task, monitor: FitMonitor) -> None:
         """Train on one task, then do the algorithm's end-of-task work; see `sequel_core.learner.Learner`."""
         training, size = self.training, self.training.batch_size
-        plan.check_batch_size(task.index, len(task.train), size)
+        split = self.algorithm.training_split(self.state, task.train)
+        plan.check_batch_size(task.index, len(split), size)
         ts, state = self.algorithm.start_task(self.ts, self.state, task)
         self.ts, self.state = strong_types(ts), strong_types(state)
-        epochs, steps_per_epoch = training.epochs(task.index), len(task.train) // size
+        epochs, steps_per_epoch = training.epochs(task.index), len(split) // size
         first, done = self.step, 0
         tally, learning_rate = self._empty, self._learning_rate()
         intervals = [training.log_every_n_steps]
         if isinstance(monitor.evaluate_every, int):
             intervals.append(monitor.evaluate_every)
         for epoch in range(epochs):
-            order = plan.epoch_batches(training.seed, task.index, epoch, len(task.train), size)
-            for batches, steps in self._calls(task.train, order, done, intervals):
+            order = plan.epoch_batches(training.seed, task.index, epoch, len(split), size)
+            for batches, steps in self._calls(split, order, done, intervals):
                 if self.steps_per_call == 1:
                     self.ts, self.state, tally = self._step(self.ts, self.state, tally, batches)
                 else:
@@ -191,8 +195,11 @@ class FlaxLearner:
             self._count(self.ts, self.state, as_batch(chunk), valid)
             for chunk, valid in plan.evaluation_batches(samples, self.training.eval_batch_size)
         ]
-        correct, masked_correct, loss = np.asarray(jax.device_get(counts), np.float64).sum(axis=0)
-        return Evaluation(int(correct), len(samples), float(loss) / len(samples), int(masked_correct))
+        correct, masked_correct, loss, others = jax.tree.map(
+            lambda *parts: float(np.sum(parts, dtype=np.float64)), *jax.device_get(counts)
+        )
+        alternatives = {name: int(hits) for name, hits in others.items()}
+        return Evaluation(int(correct), len(samples), loss / len(samples), int(masked_correct), alternatives)
 
     def log_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Write the run's configuration with every writer."""
@@ -210,9 +217,11 @@ class FlaxLearner:
         Raises:
             ValueError: the algorithm keeps no samples.
         """
-        if not isinstance(self.state.memory, Memory):
-            raise ValueError(f"{self.hparams.name} keeps no samples; er, der, derpp and agem do")
-        return stored_samples(self.state.memory)
+        kept = self.state.memory
+        found = [part for part in (kept, *kept) if isinstance(part, Memory)]
+        if not found:
+            raise ValueError(f"{self.hparams.name} keeps no samples; er, der, derpp, agem, ... do")
+        return stored_samples(found[0])
 
     def memory_bytes(self) -> int:
         """Return the bytes of all that the algorithm keeps of past tasks."""

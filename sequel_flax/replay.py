@@ -138,13 +138,13 @@ def look(
     ]
 
 
-def draws(memory: Memory, batch: Batch) -> list[Recalled]:
-    """Return the batch, then each of its plan's draws from the memory.
+def planned(memory: Memory, batch: Batch, kind: type[Any] = StepPlan) -> Any:
+    """Return the plan of a batch.
 
     Raises:
         ValueError: the batch has no plan, or its images have not the memory's dtype.
     """
-    if not isinstance(batch.plan, StepPlan):
+    if not isinstance(batch.plan, kind):
         raise ValueError(
             "the batch has no plan, which says what to write to the memory and what to read; make one "
             "planner with algorithm.planner(spec) and give Batch(x, y, t, planner.next(y, t))"
@@ -154,8 +154,13 @@ def draws(memory: Memory, batch: Batch) -> list[Recalled]:
             f"the memory holds {memory.x.dtype} images, the batch has {batch.x.dtype}; "
             f"give spec._replace(image_dtype='{batch.x.dtype}')"
         )
+    return batch.plan
+
+
+def draws(memory: Memory, batch: Batch) -> list[Recalled]:
+    """Return the batch, then each of its plan's draws from the memory; see `planned`."""
     own = Recalled(batch.x, batch.y, batch.t, None, len(batch.y))
-    reads = batch.plan.reads
+    reads = planned(memory, batch).reads
     return [own, *(recall(memory, reads[k]) for k in range(len(reads)))]
 
 

@@ -30,22 +30,35 @@ class PlannedBatches:
 
     def __init__(self, datamodule: TaskDataModule) -> None:
         self._datamodule = datamodule
+        self._found: AnySplit | None = None
         self._epoch = 0
         self._position = 0
         self._resume: dict[str, int] | None = None
 
+    @property
+    def _split(self) -> AnySplit:
+        """What the fitted module trains on: the task's samples, or these and some of its own."""
+        if self._found is None:
+            trainer, split = self._datamodule.trainer, self._datamodule.task.train
+            fitted = getattr(trainer, "lightning_module", None)
+            if fitted is None:
+                return split
+            self._found = fitted.training_split(split) if hasattr(fitted, "training_split") else split
+        return self._found
+
     def __len__(self) -> int:
-        return max(1, len(self._datamodule.task.train) // self._datamodule.batch_size)
+        return max(1, len(self._split) // self._datamodule.batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         module = self._datamodule
         self._epoch = module.trainer.current_epoch if module.trainer is not None else 0
         resume, self._resume = self._resume, None
         self._position = resume["position"] if resume is not None and resume["epoch"] == self._epoch else 0
+        split = self._split
         order = plan.epoch_batches(
-            module.seed, module.task.index, self._epoch, len(module.task.train), module.batch_size
+            module.seed, module.task.index, self._epoch, len(split), module.batch_size
         )
-        for samples in plan.take_in_chunks(module.task.train, order[self._position :]):
+        for samples in plan.take_in_chunks(split, order[self._position :]):
             for batch in zip(*as_batch(samples)[:3], strict=True):
                 self._position += 1
                 yield batch

@@ -24,7 +24,7 @@ from sequel_core.task import FloatArray, Samples, StreamSpec, Task
 from sequel_lightning.backbones import canonical_weights
 from sequel_lightning.data import EvaluationBatches, TaskDataModule
 from sequel_lightning.module import ContinualModule, Tally, evaluating, mask_logits, refuse_data_parallel
-from sequel_lightning.replay import ReplayModule, stored_samples
+from sequel_lightning.replay import Memory, stored_samples
 
 TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SEEDS = 2**63
@@ -63,7 +63,7 @@ class LightningLearner:
         self.hparams = module.algorithm_hparams
         self.training = training or TrainingHParams()
         self.spec: StreamSpec = module.spec
-        self.hparams.check(self.spec, self.training.batch_size)
+        self.hparams.check(self.spec, self.training)
         self.callbacks = tuple(callbacks)
         self.loggers = tuple(loggers)
         dtypes = {p.dtype for p in module.net.parameters()}
@@ -92,7 +92,7 @@ class LightningLearner:
         self.module.train()
         data.trainer = self._trainer  # not attached: Lightning looks up its batch hooks at every step
         tally = self.module.tally
-        tally.next_task, tally.after_step = task.index, _Watcher(task, training, monitor, tally)
+        tally.next_task, tally.after_step = task, _Watcher(task, training, monitor, tally)
         try:
             with quiet():
                 self._trainer.fit(self.module, data.train_dataloader(), data.val_dataloader())
@@ -105,6 +105,7 @@ class LightningLearner:
         module = self.module.to(device)
         mask = torch.from_numpy(self.spec.mask).to(device)
         counts = torch.zeros(3, dtype=torch.float64, device=device)
+        others: dict[str, int] = {}
         samples = task.split(split)
         with evaluating(module), torch.no_grad(), self._trainer.precision_plugin.forward_context():
             for batch in EvaluationBatches(samples, self.training.eval_batch_size):
@@ -114,8 +115,10 @@ class LightningLearner:
                 counts[0] += (logits.argmax(-1) == y).sum()
                 counts[1] += (masked.argmax(-1) == y).sum()
                 counts[2] += F.cross_entropy(logits, y, reduction="sum")
+                for name, other in module.alternatives(x, t).items():
+                    others[name] = others.get(name, 0) + int((other.argmax(-1) == y).sum())
         correct, masked_correct, loss = counts.tolist()
-        return Evaluation(int(correct), len(samples), loss / len(samples), int(masked_correct))
+        return Evaluation(int(correct), len(samples), loss / len(samples), int(masked_correct), others)
 
     def log_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Send the run's configuration to every logger."""
@@ -133,21 +136,27 @@ class LightningLearner:
         Raises:
             ValueError: the algorithm keeps no samples.
         """
-        if not isinstance(self.module, ReplayModule):
-            raise ValueError(f"{self.hparams.name} keeps no samples; er, der, derpp and agem do")
-        return stored_samples(self.module.state)
+        kept: Any = getattr(self.module, "state", ())
+        found = [part for part in (kept, *kept) if isinstance(part, Memory)]
+        if not found:
+            raise ValueError(f"{self.hparams.name} keeps no samples; er, der, derpp, agem, ... do")
+        return stored_samples(found[0])
 
     def memory_bytes(self) -> int:
         """Return the bytes of all that the algorithm keeps of past tasks."""
         return self.module.memory_bytes()
 
     def weights(self) -> dict[str, FloatArray]:
-        """Return the network's weights in the canonical layout."""
-        return canonical_weights(self.module.net)
+        """Return the weights in the canonical layout."""
+        weights: dict[str, FloatArray] = {}
+        for name, part in self.module.trained().items():
+            prefix = f"{name}/" if name else ""
+            weights |= {f"{prefix}{path}": array for path, array in canonical_weights(part).items()}
+        return dict(sorted(weights.items()))
 
     def describe(self) -> dict[str, Any]:
         """Return the model and its number of parameters as plain values."""
-        parameters = sum(p.numel() for p in self.module.net.parameters())
+        parameters = sum(p.numel() for part in self.module.trained().values() for p in part.parameters())
         return {"model": repr(self.module.net), "parameters": parameters}
 
     def threads(self) -> int:

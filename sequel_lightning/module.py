@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
 from sequel_core.hparams import AlgorithmHParams
-from sequel_core.task import Batch, StreamSpec, Task
+from sequel_core.task import AnySplit, Batch, StreamSpec, Task
 
 Params = dict[str, Tensor]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Any]
@@ -53,7 +53,7 @@ class Tally:
         self.steps_done = 0  # since the start of the stream
         self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, logits, labels
         self.report: Report | None = None  # made by the latest step, if it made one
-        self.next_task: int | None = None  # the learner's, while it fits; else the data module tells
+        self.next_task: Task | None = None  # the learner's, while it fits; else the data module tells
         self.after_step: Callable[[pl.Trainer, int], None] | None = None  # the learner's, while it fits
 
 
@@ -76,6 +76,7 @@ class ContinualModule(pl.LightningModule):
     """
 
     hparams_class: type[AlgorithmHParams]
+    own_clipping: str = ""  # of a method that takes its steps itself: its setting that clips
     task_index: Tensor
     phase: Tensor
     mask: Tensor | None  # bool [T, num_classes]; None where logits are not masked
@@ -103,6 +104,7 @@ class ContinualModule(pl.LightningModule):
         self.metrics = metrics
         self.seed = seed
         self.tally = Tally()
+        self.automatic_optimization = not self.own_clipping
         self.register_buffer("task_index", torch.tensor(-1))
         self.register_buffer("phase", torch.tensor(IDLE))
         like = next(net.parameters())
@@ -136,6 +138,18 @@ class ContinualModule(pl.LightningModule):
     def predict(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the logits `[B, num_classes]` that are evaluated."""
         return self.forward(x, t)
+
+    def alternatives(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """Return what else can be predicted with, by name, as `predict` does: logits `[B, num_classes]`."""
+        return {}
+
+    def training_split(self, split: AnySplit) -> AnySplit:
+        """Return what the coming task trains on: its training samples, or these joined with others."""
+        return split
+
+    def trained(self) -> dict[str, nn.Module]:
+        """Return the network, under the empty name, and by name what else the optimizer trains."""
+        return {"": self.net}
 
     # -- the network
 
@@ -174,11 +188,18 @@ class ContinualModule(pl.LightningModule):
         """Return copies of the parameters that no gradient reaches."""
         return {name: p.detach().clone() for name, p in self.net.named_parameters()}
 
+    @torch.no_grad()
+    def set_params(self, params: Params) -> None:
+        """Copy new values into the parameters of the network."""
+        for name, p in self.net.named_parameters():
+            p.copy_(params[name])
+
     def memory_bytes(self) -> int:
         """Return the bytes of all that the algorithm keeps of past tasks: anchors, samples, logits, ..."""
         common = {"task_index", "phase", "mask", "scale", "shift"}
+        foreign = ("net.", "metrics.", *(f"{name}." for name in self.trained()))
         tensors = chain(self.named_parameters(), self.named_buffers())
-        own = (a for name, a in tensors if not name.startswith(("net.", "metrics.")) and name not in common)
+        own = (a for name, a in tensors if not name.startswith(foreign) and name not in common)
         return sum(a.nbytes for a in own)
 
     def as_batch(self, batch: Any) -> Batch:
@@ -203,11 +224,30 @@ class ContinualModule(pl.LightningModule):
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.tally.steps_done + first
         self._fitting = False
 
+    def configure_callbacks(self) -> list[Any]:
+        """Add none; refuse a Trainer that a method with steps of its own cannot follow."""
+        trainer: Any = self.trainer
+        clip, accumulate = trainer.gradient_clip_val, trainer.accumulate_grad_batches
+        for name, value, unused in (
+            ("gradient_clip_val", clip, not clip),
+            ("accumulate_grad_batches", accumulate, accumulate == 1),
+            ("precision", trainer.precision, getattr(trainer.precision_plugin, "scaler", None) is None),
+        ):
+            if not (self.automatic_optimization or unused) and trainer.state.fn == "fit":
+                raise ValueError(
+                    f"{self.algorithm_hparams.name} takes its steps itself: leave the Trainer's {name} out, "
+                    f"got {value}; {self.own_clipping} is what clips"
+                )
+        return []
+
     def configure_optimizers(self) -> Any:
         """Return what the factory made, with the task's learning rate and, unless reset, the last state."""
-        configured = self.optimizer_factory([p for p in self.net.parameters() if p.requires_grad])
+        parameters = [p for part in self.trained().values() for p in part.parameters() if p.requires_grad]
+        configured = self.optimizer_factory(parameters)
         hparams = self.algorithm_hparams
         if not isinstance(configured, Optimizer):
+            if not self.automatic_optimization:
+                raise ValueError(f"{hparams.name} takes its steps itself, without a scheduler; leave it out")
             if hparams.lr_decay != 1.0:
                 raise ValueError(
                     f"lr_decay={hparams.lr_decay} and a learning-rate scheduler both set the learning rate; "
@@ -312,10 +352,15 @@ class ContinualModule(pl.LightningModule):
     # -- parts of the above
 
     def _next_task(self) -> int:
+        task = self.next_task()
+        return int(self.task_index) + 1 if task is None else task.index
+
+    def next_task(self) -> Task | None:
+        """Return the task that this fit trains on; None where the loaders are of another kind than ours."""
         if self.tally.next_task is not None:
             return self.tally.next_task
         task = getattr(getattr(self.trainer, "datamodule", None), "task", None)
-        return task.index if isinstance(task, Task) else int(self.task_index) + 1
+        return task if isinstance(task, Task) else None
 
     def _make_report(self) -> None:
         losses = torch.stack([loss for loss, _, _ in self.tally.outputs])
@@ -392,6 +437,22 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
     """Return the logits `[B, num_classes]` with the least number of their dtype where the mask is False."""
     return logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+
+
+def check_features(net: nn.Module, name: str) -> None:
+    """Raise ValueError where the network lacks `features` or `head`, which a method of that name asks for."""
+    for part, what in (("features", "a method features(x), the last hidden layer"), ("head", "a head")):
+        if not callable(getattr(net, part, None)):
+            raise ValueError(
+                f"{name} needs a network with {what}, so that net(x) is net.head(net.features(x)); "
+                f"{type(net).__name__} has no {part}"
+            )
+
+
+def apply_head(module: Any, features: Tensor) -> Tensor:
+    """Return the logits `[B, num_classes]` that a network's last layer makes of features `[B, D]`."""
+    logits: Tensor = module.head(features)
+    return logits
 
 
 @contextmanager

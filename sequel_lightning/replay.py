@@ -129,13 +129,13 @@ def look(module: ContinualModule, samples: Sequence[Recalled], together: bool) -
     ]
 
 
-def draws(memory: Memory, batch: Batch) -> list[Recalled]:
-    """Return the batch, then each of its plan's draws from the memory.
+def planned(memory: Memory, batch: Batch, kind: type[Any] = StepPlan) -> Any:
+    """Return the plan of a batch.
 
     Raises:
         ValueError: the batch has no plan, or its images have not the memory's dtype.
     """
-    if not isinstance(batch.plan, StepPlan):
+    if not isinstance(batch.plan, kind):
         raise ValueError(
             "the batch has no plan, which says what to write to the memory and what to read; give "
             "Batch(x, y, t, planner.next(y, t))"
@@ -146,8 +146,13 @@ def draws(memory: Memory, batch: Batch) -> list[Recalled]:
             f"the memory holds {str(memory.x.dtype).removeprefix('torch.')} images, the batch has {found}; "
             f"give spec._replace(image_dtype='{found}')"
         )
+    return batch.plan
+
+
+def draws(memory: Memory, batch: Batch) -> list[Recalled]:
+    """Return the batch, then each of its plan's draws from the memory; see `planned`."""
     own = Recalled(batch.x, batch.y, batch.t, None, len(batch.y))
-    return [own, *(recall(memory, slots) for slots in batch.plan.reads)]
+    return [own, *(recall(memory, slots) for slots in planned(memory, batch).reads)]
 
 
 class ReplayModule(ContinualModule):
@@ -178,17 +183,26 @@ class ReplayModule(ContinualModule):
                 f"{type(self).__name__} keeps samples, so it needs the stream's spec, got None; "
                 "construct it with spec=benchmark.spec"
             )
-        self.planner = MemoryPlanner(hparams, spec, self.seed, self.num_draws, self.past_only)
+        self.planner = self.make_planner(spec)
         dtype = next(net.parameters()).dtype if self.keep_logits else None
         memory = empty_memory(spec, self.planner.slots, dtype)
         self.memory = StateTree({k: a for k, a in memory._asdict().items() if a is not None})
+
+    def make_planner(self, spec: StreamSpec) -> Any:
+        """Return what plans the steps."""
+        return MemoryPlanner(self.algorithm_hparams, spec, self.seed, self.num_draws, self.past_only)
 
     def replay_loss(self, batch: Seen, draws: Sequence[Seen]) -> Tensor:
         """Return the training loss, shape ()."""
         raise TypeError(f"{type(self).__name__} has to override replay_loss(batch, draws)")
 
     @property
-    def state(self) -> Memory:
+    def state(self) -> Any:
+        """What the method keeps: the memory, for most."""
+        return self.held
+
+    @property
+    def held(self) -> Memory:
         """The memory."""
         found = self.memory.get()
         return Memory(found["x"], found["y"], found["t"], found.get("logits"))
@@ -196,7 +210,7 @@ class ReplayModule(ContinualModule):
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss of the batch and the draws, and the batch's logits; then write the batch."""
         batch = self.planned(batch)
-        own, *drawn = look(self, draws(self.state, batch), self.together)
+        own, *drawn = look(self, draws(self.held, batch), self.together)
         loss = self.replay_loss(own, drawn)
         self.remember(batch, own)
         return loss, own.masked
@@ -209,7 +223,7 @@ class ReplayModule(ContinualModule):
     def remember(self, batch: Batch, seen: Seen) -> None:
         """Write the batch to the memory."""
         if self._fitting:
-            store(self.state, batch.plan.write, batch, seen.logits)
+            store(self.held, batch.plan.write, batch, seen.logits)
 
     def get_extra_state(self) -> Tensor:
         """Return the planner's state, for `state_dict`."""

@@ -25,8 +25,13 @@ def files(plugin: ModuleType, folder: str) -> dict[str, Path]:
 
 
 SHARED = "."
-SHARED_FILES = {"quadratic.py", "replay.py"}
-CONTAINERS = {"quadratic.py": ("quadratic", "init_quadratic"), "replay.py": ("replay",)}
+SHARED_FILES = {"coresets.py", "exemplars.py", "kernels.py", "quadratic.py", "replay.py"}
+CONTAINERS = {
+    "coresets.py": ("start_task",),
+    "exemplars.py": ("init_exemplars",),
+    "quadratic.py": ("quadratic", "init_quadratic"),
+    "replay.py": ("replay",),
+}
 """What the factory of a bundle is in Flax, where a LightningModule stands in its place."""
 TRANSLATED = {"jax.Array": "Tensor", "jax.Array | None": "Tensor | None"}
 
@@ -75,7 +80,8 @@ def states(tree: ast.Module) -> dict[str, list[tuple[str, str]]]:
 def test_the_same_files(folder: str) -> None:
     ours, theirs = FOLDERS[folder]
     assert ours.keys() == theirs.keys()
-    tables = {"algorithms": list(ALGORITHMS), "backbones": list(BACKBONES), SHARED: ["quadratic", "replay"]}
+    tables = {"algorithms": list(ALGORITHMS), "backbones": list(BACKBONES)}
+    tables[SHARED] = [name.removesuffix(".py") for name in SHARED_FILES]
     assert {f"{name}.py" for name in tables[folder]} == ours.keys() - {"__init__.py"}
 
 
@@ -115,7 +121,7 @@ def test_the_same_docstrings(folder: str, name: str) -> None:
 @pytest.mark.parametrize("plugin", [0, 1], ids=["flax", "lightning"])
 @each_twin
 def test_an_algorithm_fits_on_a_screen_or_two(folder: str, name: str, plugin: int) -> None:
-    limit = 240 if folder == SHARED else 140
+    limit = 240 if folder == SHARED else 150
     assert len(FOLDERS[folder][plugin][name].read_text().splitlines()) <= limit
 
 

@@ -11,6 +11,7 @@ from sequel_core.learner import DivergenceError
 
 COMMANDS = {
     "run": "run an experiment, or a sweep of them with -m",
+    "reproduce": "run an experiment over seeds and compare with the published number",
     "data": "fetch and check data sets",
     "list": "show algorithms, benchmarks, backbones, optimizers and experiments, with their settings",
     "bench": "measure training steps per second against hand-written loops",

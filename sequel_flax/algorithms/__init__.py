@@ -9,9 +9,13 @@ from sequel_flax.algorithms.der import der
 from sequel_flax.algorithms.derpp import derpp
 from sequel_flax.algorithms.er import er
 from sequel_flax.algorithms.ewc import ewc
+from sequel_flax.algorithms.icarl import icarl
 from sequel_flax.algorithms.joint import joint
+from sequel_flax.algorithms.kcl import kcl
+from sequel_flax.algorithms.lamaml import lamaml
 from sequel_flax.algorithms.lfl import lfl
 from sequel_flax.algorithms.mas import mas
+from sequel_flax.algorithms.mcsgd import mcsgd
 from sequel_flax.algorithms.naive import naive
 from sequel_flax.algorithms.si import si
 from sequel_flax.algorithms.stable_sgd import stable_sgd
@@ -24,9 +28,13 @@ __all__ = [
     "derpp",
     "er",
     "ewc",
+    "icarl",
     "joint",
+    "kcl",
+    "lamaml",
     "lfl",
     "mas",
+    "mcsgd",
     "naive",
     "si",
     "stable_sgd",
@@ -44,4 +52,8 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "er": er,
     "der": der,
     "derpp": derpp,
+    "icarl": icarl,
+    "lamaml": lamaml,
+    "kcl": kcl,
+    "mcsgd": mcsgd,
 }

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from flax.training.train_state import TrainState
 
 from sequel_core.hparams import LFLHParams
@@ -29,7 +28,9 @@ from sequel_flax.bundle import (
     Outputs,
     Params,
     State,
+    apply_head,
     cross_entropy,
+    feature_width,
     init_stream,
     masked,
     network,
@@ -50,12 +51,6 @@ def feature_distance(features: jax.Array, old: jax.Array) -> jax.Array:
     return 0.5 * jnp.mean(jnp.sum((features - old) ** 2, axis=1))
 
 
-def apply_head(module: nn.Module, features: jax.Array) -> jax.Array:
-    """Return the logits `[B, num_classes]` that a network's last layer makes of features `[B, D]`."""
-    logits: jax.Array = module.head(features)
-    return logits
-
-
 def lfl(hparams: LFLHParams, seed: int = 0) -> Algorithm:
     """Return less-forgetting learning.
 
@@ -68,20 +63,9 @@ def lfl(hparams: LFLHParams, seed: int = 0) -> Algorithm:
     """
 
     def init(ts: TrainState, spec: StreamSpec) -> State:
-        image = jnp.zeros((1, *spec.image_shape), jax.tree.leaves(ts.params)[0].dtype)
-        call = partial(ts.apply_fn, {"params": ts.params})
-        try:
-            features = jax.eval_shape(partial(call, train=False, method="features"), image)
-            if "head" in ts.params:
-                jax.eval_shape(partial(call, method=apply_head), features)
-        except (AttributeError, TypeError) as error:
-            raise ValueError(
-                "lfl needs a network with a method features(x, train), the last hidden layer, which setup's "
-                f"head turns into logits; got one without: {error}"
-            ) from error
-        if "head" not in ts.params:
-            raise ValueError(f"lfl needs a last layer called head, got the layers {', '.join(ts.params)}")
-        memory = LFLState(jax.tree.map(jnp.copy, ts.params), jnp.zeros((), image.dtype))
+        feature_width(ts, spec, "lfl")
+        dtype = jax.tree.leaves(ts.params)[0].dtype
+        memory = LFLState(jax.tree.map(jnp.copy, ts.params), jnp.zeros((), dtype))
         return State(init_stream(ts, spec, hparams, seed), memory)
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:

@@ -7,9 +7,13 @@ from sequel_lightning.algorithms.der import DER
 from sequel_lightning.algorithms.derpp import DERpp
 from sequel_lightning.algorithms.er import ER
 from sequel_lightning.algorithms.ewc import EWC
+from sequel_lightning.algorithms.icarl import ICaRL
 from sequel_lightning.algorithms.joint import Joint
+from sequel_lightning.algorithms.kcl import KCL
+from sequel_lightning.algorithms.lamaml import LaMAML
 from sequel_lightning.algorithms.lfl import LFL
 from sequel_lightning.algorithms.mas import MAS
+from sequel_lightning.algorithms.mcsgd import MCSGD
 from sequel_lightning.algorithms.naive import Naive
 from sequel_lightning.algorithms.si import SI
 from sequel_lightning.algorithms.stable_sgd import StableSGD
@@ -21,11 +25,15 @@ __all__ = [
     "DER",
     "ER",
     "EWC",
+    "KCL",
     "LFL",
     "MAS",
+    "MCSGD",
     "SI",
     "DERpp",
+    "ICaRL",
     "Joint",
+    "LaMAML",
     "Naive",
     "StableSGD",
 ]
@@ -42,4 +50,8 @@ ALGORITHMS: dict[str, type[ContinualModule]] = {
     "er": ER,
     "der": DER,
     "derpp": DERpp,
+    "icarl": ICaRL,
+    "lamaml": LaMAML,
+    "kcl": KCL,
+    "mcsgd": MCSGD,
 }

@@ -55,7 +55,7 @@ class AGEM(ReplayModule):
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy of the batch and its logits; then write the batch."""
         batch = self.planned(batch)
-        own, self._past = draws(self.state, batch)
+        own, self._past = draws(self.held, batch)
         (seen,) = look(self, [own], together=True)
         loss = self.replay_loss(seen, [])
         self.remember(batch, seen)

@@ -24,7 +24,14 @@ from torchmetrics import MetricCollection
 
 from sequel_core.hparams import LFLHParams
 from sequel_core.task import Batch, StreamSpec
-from sequel_lightning.module import ContinualModule, OptimizerFactory, Params, evaluating
+from sequel_lightning.module import (
+    ContinualModule,
+    OptimizerFactory,
+    Params,
+    apply_head,
+    check_features,
+    evaluating,
+)
 
 
 class LFLState(NamedTuple):
@@ -37,12 +44,6 @@ class LFLState(NamedTuple):
 def feature_distance(features: Tensor, old: Tensor) -> Tensor:
     """Return 1/2 * mean_n ||h(x_n) - h_old(x_n)||^2 of features `[B, D]`, shape ()."""
     return 0.5 * (features - old).square().sum(1).mean()
-
-
-def apply_head(module: Any, features: Tensor) -> Tensor:
-    """Return the logits `[B, num_classes]` that a network's last layer makes of features `[B, D]`."""
-    logits: Tensor = module.head(features)
-    return logits
 
 
 class LFL(ContinualModule):
@@ -66,12 +67,7 @@ class LFL(ContinualModule):
         metrics: MetricCollection | None = None,
         seed: int = 0,
     ) -> None:
-        for name, what in (("features", "a method features(x), the last hidden layer"), ("head", "a head")):
-            if not callable(getattr(net, name, None)):
-                raise ValueError(
-                    f"lfl needs a network with {what}, so that net(x) is net.head(net.features(x)); "
-                    f"{type(net).__name__} has no {name}"
-                )
+        check_features(net, "lfl")
         super().__init__(net, optimizer, hparams, spec, metrics, seed)
         self.old: Any = copy.deepcopy(net).requires_grad_(False)
         like = next(net.parameters())

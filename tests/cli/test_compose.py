@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from sequel_core.cli.compose import compose, experiments, request
 from sequel_core.config import EVALUATION, SECTIONS, ExperimentConfig, choices, flatten, nest, settings
-from sequel_core.hparams import EWCHParams, MLPHParams, NaiveHParams, OptimizerHParams, TrainingHParams
+from sequel_core.hparams import (
+    EWCHParams,
+    LaMAMLHParams,
+    MCSGDHParams,
+    MLPHParams,
+    NaiveHParams,
+    OptimizerHParams,
+    TrainingHParams,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CODE2, CODE3, CODE4 = (
@@ -31,6 +39,54 @@ def test_code_2_of_the_paper_is_read_as_it_is() -> None:
     assert config.wandb == {"entity": "ENTITY", "project": "PROJECT"}
     assert config.version == "0.0.1"
     assert compose([CODE2, "mode=jax"]).config.mode == "jax"
+
+
+def test_code_3_of_the_paper_is_read_as_it_is() -> None:
+    config, notes = compose([CODE3])
+    assert notes == []
+    assert config.mode == "pytorch"
+    assert config.algo == MCSGDHParams(
+        per_task_memory_samples=100,
+        lmc_policy="offline",
+        lmc_interpolation="linear",
+        lmc_lr=0.05,
+        lmc_momentum=0.8,
+        lmc_batch_size=64,
+        lmc_init_position=0.1,
+        lmc_line_samples=10,
+        lmc_epochs=1,
+        lr_decay=0.8,
+    )
+    assert config.backbone == MLPHParams(widths=(256, 256), dropout=0.2)
+    assert config.optimizer == OptimizerHParams(lr=0.1, momentum=0.8)
+    assert config.training == TrainingHParams(batch_size=64, eval_batch_size=1024)
+    assert config.expected == {"avg_acc": 82.3}
+
+
+def test_code_4_of_the_paper_is_read_as_it_is() -> None:
+    config, notes = compose([CODE4])
+    assert notes == []
+    assert config.algo == LaMAMLHParams(
+        glances=5,
+        n_inner_updates=5,
+        second_order=False,
+        grad_clip_norm=2.0,
+        learn_lr=True,
+        lr_alpha=0.3,
+        sync_update=False,
+        mem_size=200,
+    )
+    assert config.expected == {"avg_acc": 77.42}
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("mcsgd_rotatedmnist", CODE3), ("lamaml_rotatedmnist", CODE4)], ids=["3", "4"]
+)
+def test_the_shipped_experiments_are_the_papers_files(name: str, file: str) -> None:
+    ours, theirs = (flatten(compose([text]).config.plain()) for text in (f"+experiment={name}", file))
+    documents = ("expected", "source", "comment", "version")
+    differ = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+    assert {key.partition(".")[0] for key in differ} <= {*documents}
 
 
 def test_code_3_keeps_all_but_the_method_when_another_is_chosen() -> None:
@@ -160,10 +216,14 @@ def test_a_shipped_experiment_says_where_it_comes_from(name: str) -> None:
     assert "@" not in text.removeprefix("# @package _global_")
 
 
-ALGOS = "naive, joint, ewc, si, mas, lfl, stable_sgd, agem, er, der, derpp"
+ALGOS = "naive, joint, ewc, si, mas, lfl, stable_sgd, agem, er, der, derpp, mcsgd, lamaml, icarl, kcl"
 BAD = [
-    ([CODE3], f"algo must be one of {ALGOS}, got 'mcsgd'"),
-    ([CODE4], f"algo must be one of {ALGOS}, got 'lamaml'"),
+    ([CODE3, "algo.lmc_line_samples=1"], "algo.lmc_line_samples must be >= 2, got 1"),
+    ([CODE3, "algo.lmc_policy=on"], "algo.lmc_policy must be one of offline, online, got 'on'"),
+    ([CODE3, "algo.lmc_interpolation=bezier"], "algo.lmc_interpolation must be one of linear, got 'bezier'"),
+    ([CODE4, "algo.alpha_init=0"], "algo.alpha_init must be > 0, got 0.0"),
+    ([CODE4, "algo.second_oder=true"], "algo.second_oder is not a setting of lamaml; did you mean "
+     "algo.second_order"),
     (["algo=ewcc"], f"algo must be one of {ALGOS}, got 'ewcc'; did you mean ewc?"),
     (["algo=si", "algo.xi=0"], "algo.xi must be > 0, got 0.0"),
     (["algo=der", "algo.alpha=-1"], "algo.alpha must be >= 0, got -1.0"),

@@ -161,7 +161,20 @@ def test_divergence_is_one_line_and_exit_code_1(
     ("line", "message"),
     [
         (["algo=ewcc"], "algo must be one of naive, joint, ewc, si, mas, lfl, stable_sgd, agem, er, der, "
-         "derpp, got 'ewcc'; did you mean ewc?"),
+         "derpp, mcsgd, lamaml, icarl, kcl, got 'ewcc'; did you mean ewc?"),
+        (["algo=icarl", "algo.mem_size=9"], "algo.mem_size must be >= 50, one exemplar of each class of each "
+         "task, got 9; raise it"),
+        (["algo=icarl", "algo.mem_size=9", "benchmark=splitdigits"], "algo.mem_size must be >= 10, one exemplar "
+         "of each class, got 9; raise it"),
+        (["algo=lamaml", "algo.alpha_init=0"], "algo.alpha_init must be > 0, got 0.0"),
+        (["algo=lamaml", "algo.n_inner_updates=3"], "algo.n_inner_updates must divide batch_size=10, got 3"),
+        (["algo=lamaml", "training.grad_clip=1"], "algo.grad_clip_norm is what clips in lamaml, got "
+         "grad_clip=1.0; drop grad_clip"),
+        (["algo=lamaml", "optimizer.lr_decay=0.8"], "algo.lr_decay must be 1 where the rates take the "
+         "optimizer's place, got 0.8; set sync_update=true or drop lr_decay"),
+        (["algo=mcsgd", "algo.lmc_line_samples=1"], "algo.lmc_line_samples must be >= 2, got 1"),
+        (["algo=mcsgd", "algo.mem_size=42", "benchmark.num_tasks=5"], "algo.mem_size must divide into the 5 "
+         "equal parts of memory=task_quota, one for each task, got 42; use 40 or 45"),
         (["algo=er", "algo.mem_size=9"], "algo.mem_size must be 0 or give at least batch_size=10 slots, so "
          "that the samples of a step fit, got 9; raise mem_size or lower batch_size"),
         (["algo=der", "algo.mem_size=20", "algo.mem_batch_size=21"], "algo.mem_batch_size must be <= the 20 "

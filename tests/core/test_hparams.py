@@ -213,7 +213,7 @@ def test_a_memory_has_its_slots_and_parts(memory: MemoryPolicy, parts: int) -> N
     assert [per_task.slots(tasks) for tasks in (1, 3)] == [10, 30]
     assert ERHParams(memory=memory, per_task_memory_samples=0).slots(3) == 0
     for fits in (ERHParams(memory=memory, mem_size=30), per_task, ERHParams(memory=memory, mem_size=0)):
-        fits.check(SPEC, batch_size=30)
+        fits.check(SPEC, TrainingHParams(batch_size=30))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_a_memory_has_its_slots_and_parts(memory: MemoryPolicy, parts: int) -> N
 )
 def test_a_memory_that_does_not_fit_is_refused(hparams: ReplayHParams, message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared below
-        hparams.check(SPEC, batch_size=16)
+        hparams.check(SPEC, TrainingHParams(batch_size=16))
     assert str(error.value).startswith(message)
 
 

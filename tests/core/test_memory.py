@@ -506,8 +506,8 @@ def test_a_step_must_fit_into_the_memory(size: int) -> None:
             planner.next(labels, labels)
     np.testing.assert_array_equal(planner.state, before)
     with pytest.raises(ValueError, match=message):
-        ERHParams(mem_size=size, mem_batch_size=1).check(SPEC, size + 1)
-    ERHParams(mem_size=size, mem_batch_size=1).check(SPEC, size)
+        ERHParams(mem_size=size, mem_batch_size=1).check_memory(SPEC, size + 1)
+    ERHParams(mem_size=size, mem_batch_size=1).check_memory(SPEC, size)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -23,16 +24,20 @@ from sequel_core.hparams import (
     DERppHParams,
     ERHParams,
     EWCHParams,
+    ICaRLHParams,
     JointHParams,
+    KCLHParams,
+    LaMAMLHParams,
     LFLHParams,
     MASHParams,
+    MCSGDHParams,
     NaiveHParams,
     SIHParams,
     StableSGDHParams,
     TrainingHParams,
 )
 from sequel_core.learner import FitMonitor
-from sequel_core.task import Batch, Benchmark, FloatArray, Scenario, StreamSpec, Task
+from sequel_core.task import AnySplit, Batch, Benchmark, FloatArray, Scenario, StreamSpec, Task
 from sequel_flax import ALGORITHMS, Algorithm, FlaxLearner, State
 
 BATCH, STEPS = 8, 5
@@ -42,10 +47,15 @@ EWC = EWCHParams(ewc_lambda=30, fisher_samples=20, lr_decay=0.8)
 SI = SIHParams(si_lambda=2.0, xi=0.01)
 MAS = MASHParams(mas_lambda=0.1, mas_samples=20)
 LFL = LFLHParams(lfl_lambda=0.5)
+KCL = KCLHParams(core_size=10, d_rn_f=16)  # one of each class
 AGEM = AGEMHParams(mem_size=150, mem_batch_size=12)  # five of each class of each of three tasks
 ER = ERHParams(mem_size=20, mem_batch_size=6)  # full within the first task
 DER = DERHParams(mem_size=20, mem_batch_size=6, distance="mean")
 DERPP = DERppHParams(mem_size=20, mem_batch_size=6, memory="class_balanced")
+MCSGD = MCSGDHParams(per_task_memory_samples=10, lmc_batch_size=4, lmc_lr=0.1)
+ONLINE = replace(MCSGD, lmc_policy="online")
+LAMAML = LaMAMLHParams(mem_size=20, mem_batch_size=6, glances=2, sync_update=True, lr_alpha=0.05)
+ICARL = ICaRLHParams(mem_size=50)  # one of each class of each of five tasks
 EVERY: tuple[AlgorithmHParams, ...] = (
     NaiveHParams(lr_decay=0.8),
     JointHParams(),
@@ -53,11 +63,16 @@ EVERY: tuple[AlgorithmHParams, ...] = (
     SI,
     MAS,
     LFL,
+    KCL,
     StableSGDHParams(),
     AGEM,
     ER,
     DER,
     DERPP,
+    ICARL,
+    MCSGD,
+    ONLINE,
+    LAMAML,
 )
 every_replay = pytest.mark.parametrize("hparams", [AGEM, ER, DER, DERPP], ids=lambda hparams: hparams.name)
 
@@ -93,13 +108,18 @@ class Layered(nn.Module):
 
 
 def own_model(hparams: AlgorithmHParams) -> nn.Module:
-    return Layered() if hparams.name == "lfl" else Net()
+    return Layered() if hparams.name in ("lfl", "icarl", "kcl") else Net()
 
 
 @cache
-def rotated(num_tasks: int = 3, validation: float = 0.0) -> Benchmark:
+def rotated(num_tasks: int = 3, validation: float = 0.0, subset: int = BATCH * STEPS + 3) -> Benchmark:
     """Rotated digits, five steps a task."""
-    return RotatedDigits(num_tasks=num_tasks, subset=BATCH * STEPS + 3, validation=validation)
+    return RotatedDigits(num_tasks=num_tasks, subset=subset, validation=validation)
+
+
+def own_stream(hparams: AlgorithmHParams, num_tasks: int = 3) -> Benchmark:
+    """The same; for KCL with enough samples of every class, which is six steps without a coreset of ten."""
+    return rotated(num_tasks, subset=63) if hparams.name == "kcl" else rotated(num_tasks)
 
 
 @cache
@@ -137,12 +157,12 @@ def learner(
     )
 
 
-def batches(task: Task, training: TrainingHParams) -> Iterable[Batch]:
+def batches(task: Task, training: TrainingHParams, split: AnySplit | None = None) -> Iterable[Batch]:
+    """Yield the batches of a task, or of what a method trains on in its place."""
+    split = task.train if split is None else split
     for epoch in range(training.epochs(task.index)):
-        for rows in plan.epoch_batches(
-            training.seed, task.index, epoch, len(task.train), training.batch_size
-        ):
-            yield Batch(*task.train.take(rows))
+        for rows in plan.epoch_batches(training.seed, task.index, epoch, len(split), training.batch_size):
+            yield Batch(*split.take(rows))
 
 
 def user_loop(
@@ -164,13 +184,15 @@ def user_loop(
     params = model.init(jax.random.key(training.seed), image)["params"]
     params = jax.tree.map(lambda p: p.astype(training.dtype), params)
     ts = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+    ts = algorithm.prepare(ts, spec)
     state = algorithm.init(ts, spec)
     planner = algorithm.planner(spec)
     step = jax.jit(algorithm.train_step, **jit)
     losses = []
-    for task in algorithm.hparams.training_tasks(benchmark):
+    for task in algorithm.hparams.training_tasks(benchmark, training.seed):
+        split = algorithm.training_split(state, task.train)
         ts, state = algorithm.start_task(ts, state, task)
-        for x, y, t, _ in batches(task, training):
+        for x, y, t, _ in batches(task, training, split):
             ts, state, outputs = step(ts, state, Batch(images(x), y, t, planner.next(y, t)))
             losses.append(float(outputs["loss"]))
         order = plan.consolidation_batches(training.seed, task, training.batch_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +22,13 @@ from sequel_core.hparams import (
     DERppHParams,
     ERHParams,
     EWCHParams,
+    ICaRLHParams,
     JointHParams,
+    KCLHParams,
+    LaMAMLHParams,
     LFLHParams,
     MASHParams,
+    MCSGDHParams,
     NaiveHParams,
     SIHParams,
     StableSGDHParams,
@@ -38,9 +43,14 @@ ADAM = partial(torch.optim.Adam, lr=0.01)
 
 SI = SIHParams(si_lambda=2.0, xi=0.01)
 LFL = LFLHParams(lfl_lambda=0.5)
+KCL = KCLHParams(core_size=4, d_rn_f=16)
 AGEM = AGEMHParams(mem_size=24, mem_batch_size=6)  # two of each class of each task
 ER = ERHParams(mem_size=9, mem_batch_size=6)  # full within the first task
 DERPP = DERppHParams(mem_size=9, mem_batch_size=6, memory="class_balanced")
+MCSGD = MCSGDHParams(per_task_memory_samples=6, lmc_batch_size=4, lmc_lr=0.1)
+ONLINE = replace(MCSGD, lmc_policy="online")
+LAMAML = LaMAMLHParams(mem_size=9, mem_batch_size=6, glances=2, sync_update=True, lr_alpha=0.05)
+ICARL = ICaRLHParams(mem_size=12)
 EVERY: tuple[AlgorithmHParams, ...] = (
     NaiveHParams(),
     JointHParams(),
@@ -48,11 +58,16 @@ EVERY: tuple[AlgorithmHParams, ...] = (
     SI,
     MASHParams(mas_lambda=0.1),
     LFL,
+    KCL,
     StableSGDHParams(),
     AGEM,
     ER,
     DERHParams(mem_size=9, mem_batch_size=6),
     DERPP,
+    ICARL,
+    MCSGD,
+    ONLINE,
+    LAMAML,
 )
 every_algorithm = pytest.mark.parametrize("hparams", EVERY, ids=lambda hparams: hparams.name)
 
@@ -82,6 +97,14 @@ def stream(
         )
     num_classes = CLASSES if shared else per_task * num_tasks
     return Benchmark("tiny", tuple(tasks), num_classes, scenario, Normalisation((0.4,), (0.25,)))
+
+
+def own_stream(hparams: AlgorithmHParams, **options: Any) -> Benchmark:
+    """Return the stream; for KCL longer, and with the tasks it trains on: core_size samples fewer each."""
+    if not isinstance(hparams, KCLHParams):
+        return stream(**options)
+    longer = stream(**{"steps": STEPS + 3, **options})
+    return replace(longer, tasks=tuple(hparams.training_tasks(longer)))
 
 
 def network(benchmark: Benchmark) -> nn.Module:

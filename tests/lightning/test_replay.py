@@ -23,8 +23,12 @@ from sequel_core.hparams import (
     DERppHParams,
     ERHParams,
     EWCHParams,
+    ICaRLHParams,
+    KCLHParams,
+    LaMAMLHParams,
     LFLHParams,
     MASHParams,
+    MCSGDHParams,
     NaiveHParams,
     ReplayHParams,
     SIHParams,
@@ -52,6 +56,7 @@ from tests.lightning.parts import (
     module,
     network,
     own_loader,
+    own_stream,
     stream,
     trainer,
 )
@@ -253,6 +258,12 @@ BYTES = [
     (DERHParams(**SIZES), 60 * 112),  # and ten logits
     (DERppHParams(**SIZES), 60 * 112),
     (ERHParams(mem_size=0), 0),
+    (MCSGDHParams(mem_size=60), 60 * 72 + 2 * 910 * 4 + 4),  # w_bar, w_hat, and when
+    (MCSGDHParams(mem_size=60, lmc_policy="online"), 60 * 72 + 4 * 910 * 4 + 4),  # and w_bar on its way
+    (LaMAMLHParams(**SIZES), 60 * 72 + 910 * 4),  # and a rate of each weight
+    (ICaRLHParams(mem_size=60), 60 * 72 + 910 * 4 + 10 * 12 * 4 + 10 + 4 + 30),  # means, which, when, classes
+    (KCLHParams(core_size=20, kernel_type="rbf"), 60 * 72),
+    (KCLHParams(core_size=20, d_rn_f=16), 60 * 72 + (2**20 + 11) * 4 + 16 * 8),  # noise; phases, positions
 ]
 """The same in tests/flax/test_replay.py."""
 
@@ -270,7 +281,7 @@ def test_memory_bytes_are_the_sizes_of_what_is_kept(hparams: AlgorithmHParams, e
 
 @every_algorithm
 def test_a_fresh_module_goes_on_from_the_state_dict(hparams: AlgorithmHParams) -> None:
-    benchmark = stream()
+    benchmark = own_stream(hparams)
     model, fresh = module(benchmark, hparams), module(benchmark, hparams)
     learn(model, benchmark, 0)
     fresh.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})

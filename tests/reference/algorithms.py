@@ -9,9 +9,13 @@ from sequel_core.hparams import (
     DERppHParams,
     ERHParams,
     EWCHParams,
+    ICaRLHParams,
     JointHParams,
+    KCLHParams,
+    LaMAMLHParams,
     LFLHParams,
     MASHParams,
+    MCSGDHParams,
     NaiveHParams,
     OptimizerHParams,
     SIHParams,
@@ -19,6 +23,10 @@ from sequel_core.hparams import (
     TrainingHParams,
 )
 from sequel_core.task import Benchmark
+from tests.reference.connectivity import MCSGD
+from tests.reference.exemplars import ICaRL
+from tests.reference.kernels import KCL
+from tests.reference.meta import LaMAML
 from tests.reference.regularisers import EWC, LFL, MAS, SI
 from tests.reference.replay import AGEM, DER, ER, DERpp
 from tests.reference.streams import Joint, Reference, StableSGD
@@ -35,6 +43,10 @@ REFERENCES: dict[type[AlgorithmHParams], type[Reference]] = {
     ERHParams: ER,
     DERHParams: DER,
     DERppHParams: DERpp,
+    MCSGDHParams: MCSGD,
+    LaMAMLHParams: LaMAML,
+    ICaRLHParams: ICaRL,
+    KCLHParams: KCL,
 }
 
 

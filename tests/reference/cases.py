@@ -14,9 +14,13 @@ from sequel_core.hparams import (
     DERppHParams,
     ERHParams,
     EWCHParams,
+    ICaRLHParams,
     JointHParams,
+    KCLHParams,
+    LaMAMLHParams,
     LFLHParams,
     MASHParams,
+    MCSGDHParams,
     NaiveHParams,
     OptimizerHParams,
     SIHParams,
@@ -30,16 +34,26 @@ from tests.reference.streams import Reference, Stage
 
 WIDTHS = (16, 12)
 SGD = OptimizerHParams(lr=0.05)
+FAST = OptimizerHParams(lr=0.8)  # for losses that are means over outputs
 MOMENTUM = OptimizerHParams(lr=0.02, momentum=0.9, weight_decay=0.01)
 ADAM = OptimizerHParams(type="adam", lr=0.005, weight_decay=0.01)
 TRAINING = TrainingHParams(batch_size=7, dtype="float64", seed=5, log_every_n_steps=1)
 CLIPPED = replace(TRAINING, grad_clip=0.8)
+SHORT = replace(TRAINING, grad_clip=0.1)
 EPOCHS = replace(TRAINING, epochs_per_task=(1, 2, 1))
+SIXES = replace(TRAINING, batch_size=6)
 
 ONLINE: dict[str, Any] = {"accumulation": "online"}
 KEPT: dict[str, Any] = {"reset_optimizer": False}
 SIZES: dict[str, Any] = {"mem_size": 60, "mem_batch_size": 9}
-COMMON = {*SIZES, "per_task_memory_samples", "lr", *vars(TRAINING)} - {"grad_clip"}
+LINES: dict[str, Any] = {"mem_size": 66, "lmc_batch_size": 8, "lmc_line_samples": 4, "lmc_init_position": 0.4}
+ONWARD: dict[str, Any] = {"mem_size": 66, "lmc_batch_size": 8, "lmc_policy": "online", "lmc_start": "w_bar"}
+CONNECTED: dict[str, Any] = {"lmc_lr": 0.01, "lmc_loss": "mean", "lmc_gradient": "plain", "lmc_momentum": 0.5}
+WHOLE: dict[str, Any] = {"lmc_lr": 0.2, "lmc_steps": "epoch", "lmc_epochs": 3}
+LOOKING: dict[str, Any] = {"glances": 2, "second_order": True}
+CORE: dict[str, Any] = {"core_size": 20, "d_rn_f": 32}
+GAUSSIAN: dict[str, Any] = {"core_size": 20, "kernel_type": "rbf"}
+COMMON = {*SIZES, "per_task_memory_samples", "core_size", "lr", *vars(TRAINING)} - {"grad_clip"}
 
 
 class Case(NamedTuple):
@@ -91,6 +105,23 @@ CASES = [
     Case("masked", DERHParams(**SIZES, alpha=1.5, distance="mean", memory="task_balanced"), MOMENTUM),
     Case("incremental", DERppHParams(**SIZES, alpha=0.2, memory="class_balanced"), SGD, CLIPPED),
     Case("masked", DERppHParams(**SIZES, alpha=1.5, beta=0.8, distance="mean"), ADAM),
+    Case("rotated", MCSGDHParams(**LINES, lmc_lr=0.3, lmc_epochs=2, lr_decay=0.8), MOMENTUM),
+    Case("rotated", MCSGDHParams(**LINES, **CONNECTED, lmc_policy="online"), SGD),
+    Case("masked", MCSGDHParams(**LINES, **WHOLE, memory="class_quota", lmc_gradient="prefix"), ADAM),
+    Case("incremental", MCSGDHParams(**LINES, lmc_lr=0.3, lmc_start="w_bar"), SGD, CLIPPED),
+    Case("masked", MCSGDHParams(**ONWARD, lmc_lr=0.02, memory="class_quota"), MOMENTUM),
+    Case("rotated", LaMAMLHParams(**SIZES, glances=2, alpha_init=0.1), SGD),
+    Case("masked", LaMAMLHParams(**SIZES, **LOOKING, sync_update=True, inner_clip=0.1, **KEPT), MOMENTUM),
+    Case("incremental", LaMAMLHParams(**SIZES, **LOOKING, memory="class_balanced", lr_alpha=1), SGD),
+    Case("rotated", LaMAMLHParams(**SIZES, learn_lr=False, n_inner_updates=3, grad_clip_norm=1), SGD, SIXES),
+    Case("rotated", ICaRLHParams(mem_size=420, flip=True, lr_decay=0.8), FAST),
+    Case("incremental", ICaRLHParams(mem_size=21, quota="ceil"), FAST, SHORT),
+    Case("masked", ICaRLHParams(mem_size=23, outputs="all", lr_decay=0.7), ADAM),
+    Case("incremental", ICaRLHParams(mem_size=30, flip=True, **KEPT), MOMENTUM, EPOCHS),
+    Case("rotated", KCLHParams(**CORE, tau=0.2, lmd=0.3, lr_decay=0.8), MOMENTUM),
+    Case("masked", KCLHParams(**CORE, tau=0.1, normalisation="minmax", task_parameters="current"), ADAM),
+    Case("incremental", KCLHParams(**GAUSSIAN, bandwidth=0.5), SGD, CLIPPED),
+    Case("rotated", KCLHParams(**GAUSSIAN, normalisation="minmax", lmd=1, **KEPT), MOMENTUM),
 ]
 
 

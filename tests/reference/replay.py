@@ -15,29 +15,33 @@ from typing import ClassVar
 
 import numpy as np
 
-from sequel_core.hparams import AGEMHParams, DERHParams, DERppHParams, ERHParams, ReplayHParams
-from sequel_core.memory import MemoryPlanner, StepPlan
+from sequel_core.hparams import AGEMHParams, DERHParams, DERppHParams, ERHParams, MemoryHParams
+from sequel_core.memory import MemoryPlanner, MetaPlan, MetaPlanner, StepPlan
 from sequel_core.task import FloatArray, IntArray, Samples
 from tests.reference import network
 from tests.reference.network import Weights
-from tests.reference.streams import Reference
+from tests.reference.streams import Reference, rows, together
 
 
 class Replay(Reference):
     """Keeps a memory: read as before the step, written after it."""
 
-    hparams: ReplayHParams
+    hparams: MemoryHParams
     draws: ClassVar[int] = 1
     past_only: ClassVar[bool] = False
 
-    planner: MemoryPlanner
-    step_plan: StepPlan
+    planner: MemoryPlanner | MetaPlanner
+    step_plan: StepPlan | MetaPlan
     held: Samples  # by slot; y is -1 where a slot is empty
     held_logits: FloatArray  # [slots, C], as emitted before the step that wrote them, not masked
 
-    def start(self, theta: Weights) -> None:
+    def make_planner(self) -> MemoryPlanner | MetaPlanner:
+        """Return what decides on slots."""
         spec, seed = self.benchmark.spec, self.training.seed
-        self.planner = MemoryPlanner(self.hparams, spec, seed, draws=self.draws, past_only=self.past_only)
+        return MemoryPlanner(self.hparams, spec, seed, draws=self.draws, past_only=self.past_only)
+
+    def start(self, theta: Weights) -> None:
+        self.planner, spec = self.make_planner(), self.benchmark.spec
         n = self.planner.slots
         self.held = Samples(np.zeros((n, *spec.image_shape), np.uint8), np.full(n, -1), np.full(n, -1))
         self.held_logits = np.zeros((n, spec.num_classes))
@@ -46,6 +50,10 @@ class Replay(Reference):
         self.step_plan = self.planner.next(samples.y, samples.t)
 
     def end_step(self, theta: Weights, new: Weights, samples: Samples) -> None:
+        self.write(theta, samples)
+
+    def write(self, theta: Weights, samples: Samples) -> None:
+        """Write a batch to the memory, with the logits that `theta` gives it."""
         emitted, _ = network.logits(theta, self.inputs(samples).x)
         for n, slot in enumerate(self.step_plan.write):
             if slot != self.planner.slots:
@@ -59,8 +67,7 @@ class Replay(Reference):
 
     def contents(self, slots: IntArray) -> Samples:
         """Return what slots hold."""
-        x, y, t = self.held
-        return Samples(x[slots], y[slots], t[slots])
+        return rows(self.held, slots)
 
     def memory_samples(self) -> Samples:
         """Return what the memory holds, slot by slot."""
@@ -95,9 +102,7 @@ class ER(Replay):
     hparams: ERHParams
 
     def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
-        x, y, t = self.contents(self.drawn(0))
-        both = np.concatenate([samples.x, x]), np.concatenate([samples.y, y]), np.concatenate([samples.t, t])
-        return self.cross_entropy(theta, Samples(*both))
+        return self.cross_entropy(theta, together(samples, self.contents(self.drawn(0))))
 
 
 class DER(Replay):

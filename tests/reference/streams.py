@@ -1,7 +1,7 @@
 """Training over a stream of tasks in float64 NumPy: naive finetuning, and the steps that methods override.
 
 Only the plan is shared with the library: initial weights, batches, the order of samples in end-of-task work,
-and which slots of a memory are written and read.
+which slots of a memory are written and read, which samples a task sets aside, and random bases.
 
     naive, joint  L = CE
     Stable SGD    naive with lr_t = max(lr gamma^(t + 1), floor), t from 0 (Mirzadeh 2020, official code)
@@ -23,7 +23,16 @@ from sequel_core.hparams import (
     StableSGDHParams,
     TrainingHParams,
 )
-from sequel_core.task import Benchmark, BoolArray, FloatArray, IntArray, JoinedSplit, Samples, Task
+from sequel_core.task import (
+    AnySplit,
+    Benchmark,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    JoinedSplit,
+    Samples,
+    Task,
+)
 from tests.reference import network
 from tests.reference.network import Weights
 from tests.reference.optimizers import Optimizer, clipped
@@ -34,6 +43,7 @@ class Stage(NamedTuple):
 
     weights: Weights
     losses: list[float]  # of each step, with all terms, before the weights move
+    scores: list[float]  # mean CE of what is predicted of the test samples of each task so far
 
 
 class Inputs(NamedTuple):
@@ -42,6 +52,17 @@ class Inputs(NamedTuple):
     x: FloatArray  # [N, D], standardised
     y: IntArray  # [N]
     mask: BoolArray | None  # [N, C], classes of each sample's own task; None where all count
+
+
+def rows(samples: Samples, which: IntArray | slice) -> Samples:
+    """Return some of the samples."""
+    return Samples(samples.x[which], samples.y[which], samples.t[which])
+
+
+def together(*parts: Samples) -> Samples:
+    """Return all samples, part after part."""
+    x, y, t = zip(*parts, strict=True)
+    return Samples(np.concatenate(x), np.concatenate(y), np.concatenate(t))
 
 
 @dataclass
@@ -56,26 +77,31 @@ class Reference:
 
     def stages(self) -> Iterator[Stage]:
         """Yield weights and losses after each stage."""
-        pixels = int(np.prod(self.benchmark.image_shape))
-        theta = network.initial(self.training.seed, [pixels, *self.widths, self.benchmark.num_classes])
+        theta = self.initial()
         optimizer = Optimizer(self.optimizer)
         self.start(theta)
         for task in self.tasks():
             if self.hparams.reset_optimizer:
                 optimizer = Optimizer(self.optimizer)
+            theta = self.start_task(theta, task)
             losses = []
             for samples in self.batches(task):
                 self.start_step(samples)
-                loss, gradient = self.objective(theta, samples)
+                loss, new = self.update(theta, samples, optimizer, self.learning_rate(task.index))
                 losses.append(loss)
-                gradient = clipped(gradient, self.training.grad_clip)
-                new = optimizer.step(theta, gradient, self.learning_rate(task.index))
                 self.end_step(theta, new, samples)
                 theta = new
             self.end_task(theta, task)
-            yield Stage(theta, losses)
+            weights = self.evaluated(theta)
+            past = self.benchmark.tasks[: task.index + 1]
+            yield Stage(weights, losses, [self.score(weights, each) for each in past])
 
     # -- what a method overrides
+
+    def initial(self) -> Weights:
+        """Return the initial weights of all that is trained."""
+        pixels = int(np.prod(self.benchmark.image_shape))
+        return network.initial(self.training.seed, [pixels, *self.widths, self.benchmark.num_classes])
 
     def start(self, theta: Weights) -> None:
         """Prepare for a stream, at the initial weights."""
@@ -84,12 +110,27 @@ class Reference:
         """Yield what to train on."""
         yield from self.benchmark.tasks
 
+    def start_task(self, theta: Weights, task: Task) -> Weights:
+        """Return what the training on a task starts from."""
+        return theta
+
+    def training_split(self, task: Task) -> AnySplit:
+        """Return the samples that a task trains on."""
+        return task.train
+
     def learning_rate(self, task: int) -> float:
         """Return the learning rate of a task, from 0."""
         return max(self.optimizer.lr * self.hparams.lr_decay**task, self.hparams.min_lr)
 
     def start_step(self, samples: Samples) -> None:
         """Decide what the step needs beside its batch."""
+
+    def update(
+        self, theta: Weights, samples: Samples, optimizer: Optimizer, rate: float
+    ) -> tuple[float, Weights]:
+        """Return the loss of a step and the weights after it."""
+        loss, gradient = self.objective(theta, samples)
+        return loss, optimizer.step(theta, clipped(gradient, self.training.grad_clip), rate)
 
     def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
         """Return the loss and its gradient; a weight without a gradient is not trained."""
@@ -101,6 +142,22 @@ class Reference:
     def end_task(self, theta: Weights, task: Task) -> None:
         """Take note of what a task ends with."""
 
+    def evaluated(self, theta: Weights) -> Weights:
+        """Return the weights that are evaluated after a task which has ended with `theta`."""
+        return theta
+
+    def predict(self, theta: Weights, samples: Samples) -> FloatArray:
+        """Return the scores of classes `[N, C]` that are evaluated, not masked."""
+        return network.logits(theta, self.inputs(samples).x)[0]
+
+    def alternatives(self, theta: Weights, samples: Samples) -> dict[str, FloatArray]:
+        """Return what else could be predicted after a task, by name, as `predict` does."""
+        return {}
+
+    def memory_samples(self) -> Samples | None:
+        """Return what is held of the stream, slot by slot; None for methods that hold nothing."""
+        return None
+
     # -- what a method uses
 
     def cross_entropy(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
@@ -110,16 +167,26 @@ class Reference:
 
     def batches(self, task: Task) -> Iterator[Samples]:
         """Yield the training batches of a task."""
+        split = self.training_split(task)
         for epoch in range(self.training.epochs(task.index)):
             for positions in plan.epoch_batches(
-                self.training.seed, task.index, epoch, len(task.train), self.training.batch_size
+                self.training.seed, task.index, epoch, len(split), self.training.batch_size
             ):
-                yield task.train.take(positions)
+                yield split.take(positions)
+
+    def score(self, theta: Weights, task: Task) -> float:
+        """Return the mean cross-entropy of what is predicted of a task's test samples."""
+        samples = task.test.take(np.arange(len(task.test)))
+        logs = network.log_softmax(self.predict(theta, samples), self.inputs(samples).mask)
+        return float(-logs[np.arange(len(samples.y)), samples.y].mean())
 
     def consolidation(self, task: Task, count: int | None) -> Inputs:
         """Return the samples of end-of-task work, `count` of them or all."""
-        order = plan.permutation(self.training.seed, "consolidation", task.index, count=len(task.train))
-        return self.inputs(task.train.take(order[:count]))
+        return self.inputs(task.train.take(self.consolidation_order(task)[:count]))
+
+    def consolidation_order(self, task: Task) -> IntArray:
+        """Return the order of a task's training samples in end-of-task work."""
+        return plan.permutation(self.training.seed, "consolidation", task.index, count=len(task.train))
 
     def inputs(self, samples: Samples) -> Inputs:
         """Return what the network sees."""

@@ -1,0 +1,271 @@
+"""`sequel reproduce`: a shipped experiment over several seeds, beside the number that its paper reports."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import metadata, resources
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+from scipy.special import stdtrit
+
+from sequel_core import learner
+from sequel_core.cli.arguments import Parser
+from sequel_core.cli.compose import CONFIGS, compose, experiments, quoted
+from sequel_core.cli.run import execute, record_failure, stated
+from sequel_core.config import DOCUMENTATION, ExperimentConfig, alias, build_benchmark, check_name
+from sequel_core.learner import PLUGINS, DivergenceError, Mode
+from sequel_core.results import Result, load_result
+
+RESULTS = Path("reproduced")
+SUFFIX = "_rotatedmnist"
+"""What the short name of an experiment leaves out."""
+
+
+class Row(NamedTuple):
+    """The runs of one mode."""
+
+    mode: Mode
+    results: Mapping[int, Result]  # of the runs that finished, by seed
+    failures: Sequence[str]  # "seed 1 diverged"
+
+
+def main(args: Sequence[str]) -> int:
+    """Run the command line of `sequel reproduce`.
+
+    Returns:
+        0 where every mode reached the published number; 1 where one missed it or a run failed.
+
+    Raises:
+        ValueError: input that cannot be used, before any work is done.
+    """
+    known = published()
+    short = {name.removesuffix(SUFFIX): name for name in known if name.endswith(SUFFIX)}
+    width = max(map(len, known))
+    lines = [f"  {name:<{width}}  {stated(expected)}" for name, expected in known.items()]
+    parser = Parser(
+        prog="sequel reproduce",
+        description="Run a shipped experiment over several seeds and compare it with the published number.\n"
+        "Finished runs are kept and not run again.",
+        epilog="experiments, with the published average accuracy:\n" + "\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = f"one of the experiments below; short: {', '.join(short)}"
+    parser.add_argument("name", nargs="?", default="", metavar="NAME", help=names)
+    parser.add_argument("--mode", default="both", help="pytorch, jax or both (default: both)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (default: 3)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder (default: {RESULTS})")
+    parser.add_argument("--data-dir", help="folder; else SEQUEL_DATA_DIR, else the user's cache directory")
+    options = parser.parse_args(args)
+    check_name("NAME", options.name, [*short, *known])
+    mode = alias("mode", options.mode)
+    check_name("--mode", mode, [*PLUGINS, "both"])
+    place = [] if options.data_dir is None else [f"benchmark.data_dir={quoted(options.data_dir)}"]
+    modes = list(PLUGINS) if mode == "both" else [cast(Mode, mode)]
+    return reproduce(short.get(options.name, options.name), modes, options.seeds, options.results, place)
+
+
+def published() -> dict[str, Mapping[str, Any]]:
+    """Return `expected` of the shipped experiments that state an accuracy with its spread, by name."""
+    folder = resources.files(CONFIGS).joinpath("experiment")
+    found = {}
+    for name in experiments():
+        values = yaml.safe_load(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
+        found[name] = values.get("expected") or {}
+    return {name: expected for name, expected in found.items() if {"avg_acc", "std"} <= expected.keys()}
+
+
+def reproduce(
+    experiment: str, modes: Sequence[Mode], seeds: int, results: Path, overrides: Sequence[str] = ()
+) -> int:
+    """Run an experiment where no finished run of it is kept, and print it beside the published number.
+
+    Args:
+        experiment: a shipped experiment that states `expected.avg_acc` and `expected.std`.
+        modes: the frameworks to run it in.
+        seeds: number of training seeds, from 0, >= 1.
+        results: the folder under which runs are kept, as `<experiment>/<mode>_seed<k>_<fingerprint>`.
+        overrides: Hydra overrides, for a smaller stream or for data elsewhere.
+
+    Returns:
+        The exit code: 1 where a mode missed the number or a run failed, else 0.
+
+    Raises:
+        ValueError: something that cannot be used; nothing was run.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds must be >= 1, got {seeds}")
+    if results.exists() and not results.is_dir():
+        raise ValueError(f"results must be a directory, got the file {results}; choose another path")
+    common = [f"+experiment={experiment}", *overrides]
+    runs = {
+        (mode, seed): compose([*common, f"mode={mode}", f"seed={seed}"]).config
+        for mode in modes
+        for seed in range(seeds)
+    }
+    config = next(iter(runs.values()))
+    expected = config.expected
+    if not {"avg_acc", "std"} <= expected.keys():
+        raise ValueError(
+            f"experiment must state expected.avg_acc and expected.std, got {experiment} with "
+            f"{dict(expected)}; use one of {', '.join(published())}"
+        )
+    folder = results / experiment
+    pending = [key for key, given in runs.items() if kept(folder, _stem(given)) is None]
+    for mode in dict.fromkeys(mode for mode, _ in pending):
+        learner.plugin(mode)
+    if pending:
+        build_benchmark(runs[pending[0]])
+
+    console = Console()
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say(f"{experiment}, compared with: {config.source or 'no source given'}")
+    say(f"protocol: {config.comment or 'none given'}")
+    say(f"expected average accuracy: {stated(expected)}, reached from {_floor(expected):g} % on")
+    rows = [_row(mode, {seed: runs[mode, seed] for seed in range(seeds)}, folder, say) for mode in modes]
+    console.print(_table(experiment, rows, expected))
+    verdicts = {row.mode: verdict(measured(row), expected) for row in rows}
+    above = [mode for mode, found in verdicts.items() if found == "above"]
+    if above:
+        why = config.comment or "the experiment does not say why"
+        say(f"above the published number in {', '.join(above)}: {why}")
+    say(f"the runs are in {folder}")
+    failed = "missed" in verdicts.values() or any(row.failures for row in rows)
+    return 1 if failed else 0
+
+
+def fingerprint(config: ExperimentConfig) -> str:
+    """Return eight hexadecimal digits of all that decides on a run: its settings and the library's version.
+
+    Where the data lies and what only documents the experiment do not count.
+    """
+    plain = {key: value for key, value in config.plain().items() if key not in DOCUMENTATION}
+    plain["benchmark"].pop("data_dir", None)
+    text = json.dumps([metadata.version("sequel-cl"), plain], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def kept(folder: Path, stem: str) -> Result | None:
+    """Return the finished run of this name, if there is one; an unfinished, failed or damaged one is none."""
+    for path in sorted(folder.glob(f"{stem}*")):
+        try:
+            result = load_result(path)
+        except ValueError:
+            continue
+        if result.summary.get("status") == "finished" and math.isfinite(result.average_accuracy):
+            return result
+    return None
+
+
+def new_directory(folder: Path, stem: str) -> Path:
+    """Make the first directory of this name that does not exist; of two processes each gets its own."""
+
+    def made(path: Path) -> bool:
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            return False
+        return True
+
+    return next(path for path in (folder / (f"{stem}_{k}" if k else stem) for k in count()) if made(path))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % confidence interval of the mean, None for fewer than two values.
+
+    mean - h to mean + h with h = t(0.975, n - 1) * s / sqrt(n), Student's t and the sample's deviation s.
+    """
+    n = len(values)
+    if n < 2:
+        return None
+    half = float(stdtrit(n - 1, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
+def verdict(mean: float, expected: Mapping[str, Any]) -> str:
+    """Return `reached`, `missed` or `above`, which is reached and more than chance explains; nan is missed.
+
+    Args:
+        mean: measured average accuracy in percent.
+        expected: `avg_acc`, `std` and perhaps `tolerance`, in percent.
+    """
+    if mean > expected["avg_acc"] + max(expected.get("tolerance", 0), 2 * expected["std"]):
+        return "above"
+    return "reached" if mean >= _floor(expected) else "missed"
+
+
+def measured(row: Row) -> float:
+    """Return the mean accuracy of the finished runs in percent; nan where there is none."""
+    return 100 * _mean([result.average_accuracy for result in row.results.values()])
+
+
+def _floor(expected: Mapping[str, Any]) -> float:
+    return float(expected["avg_acc"] - expected.get("tolerance", 0))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else math.nan
+
+
+def _stem(config: ExperimentConfig) -> str:
+    return f"{config.mode}_seed{config.training.seed}_{fingerprint(config)}"
+
+
+def _row(mode: Mode, runs: Mapping[int, ExperimentConfig], folder: Path, say: Callable[[str], None]) -> Row:
+    """Run one mode's seeds, or read them where they are kept; a run that fails does not stop the others."""
+    results, failures = {}, []
+    for seed, config in runs.items():
+        result = kept(folder, _stem(config))
+        if result is not None:
+            say(f"{mode}, seed {seed}: kept from {result.run_dir}")
+        else:
+            path = new_directory(folder, _stem(config))
+            say(f"{mode}, seed {seed}: running in {path}")
+            try:
+                result = execute(config, path)
+            except Exception as error:
+                record_failure(error, path)
+                how = "diverged" if isinstance(error, DivergenceError) else "failed"
+                failures.append(f"seed {seed} {how}")
+                continue
+        results[seed] = result
+    return Row(mode, results, failures)
+
+
+def _table(experiment: str, rows: Sequence[Row], expected: Mapping[str, Any]) -> Table:
+    """Return the runs beside the published number, in percent."""
+    title = f"{experiment}, average accuracy in percent"
+    table = Table(title=title, title_justify="left", padding=0)  # 79 columns wide for three seeds
+    table.add_column("mode", no_wrap=True)
+    table.add_column("seeds")
+    for column in ("measured", "95 % interval", "forgetting", "expected", "tolerance"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("verdict")
+    for row in rows:
+        accuracies = [100 * result.average_accuracy for result in row.results.values()]
+        bounds = interval(accuracies)
+        table.add_row(
+            row.mode,
+            ", ".join(map(str, row.results)) or "-",
+            _percent(measured(row)),
+            "-" if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}",
+            _percent(100 * _mean([result.forgetting for result in row.results.values()])),
+            f"{expected['avg_acc']:g}",
+            f"{expected.get('tolerance', 0):g}",
+            ", ".join(row.failures) or verdict(measured(row), expected),
+        )
+    return table
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"

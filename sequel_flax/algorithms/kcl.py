@@ -1,0 +1,140 @@
+"""Kernel continual learning (Derakhshani et al. 2021, https://arxiv.org/abs/2107.05757).
+
+    f_k(x) = gamma_k K(x, C_k) (K(C_k, C_k) + (|lambda_k| + 0.01) I)^-1 Y_k + beta_k
+    L = CE(f_k(x), y) + tau * KL(q || p)
+
+C_k are samples that task k sets aside, Y_k their one-hot labels; K is of the normalised last hidden layer h.
+rff: psi(a)^T psi(b), psi(h) = sqrt(2/D) cos(omega h + b), with D bases omega from q, which one network infers
+from the coreset, and another p from the batch; rbf: exp(-||a - b||^2 / (2 bandwidth^2)), without KL.
+
+The bases are new at every step; those of evaluation are fixed, where the official code draws anew. Its quirks
+are options: `normalisation=minmax` (its MLP), by which an answer depends on the rest of its batch, and
+`task_parameters=current`. Its scripts: CIFAR-100 with rff, D 2048, tau 0.01, 20 samples of each class, SGD
+0.3 with momentum 0.8 and lr_decay 0.95, batch 10, dropout 0.02; MNIST with rbf, 200 samples, SGD 0.1 with
+momentum 0.8 and lr_decay 0.5, dropout 0.5. A network needs `features(x)`, and a `head` that stays as it is.
+
+Mirror: sequel_lightning/algorithms/kcl.py
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.training.train_state import TrainState
+
+from sequel_core.hparams import KCLHParams
+from sequel_core.memory import BasesPlanner, NoPlanner
+from sequel_core.task import Batch, StreamSpec
+from sequel_flax import bundle, kernels
+from sequel_flax.bundle import Algorithm, Outputs, Params, State
+from sequel_flax.coresets import held, start_task
+from sequel_flax.replay import Memory, empty_memory
+
+
+class KCLState(NamedTuple):
+    """What KCL keeps; only the kernel rff has more than coresets."""
+
+    coreset: Memory  # core_size slots for each task, filled when it begins
+    noise: jax.Array | None  # normal numbers, float32 [NOISE + H - 1]
+    phase: jax.Array | None  # b, [D]
+    fixed: jax.Array | None  # where in the noise the bases of evaluation begin, int32 [D]
+
+
+def kcl(hparams: KCLHParams, seed: int = 0) -> Algorithm:
+    """Return kernel continual learning.
+
+    Args:
+        hparams: settings.
+        seed: of dropout, of the bases, and of the networks that infer them.
+
+    Raises:
+        ValueError: in `prepare`, for a network without `features` or `head`; in `init`, without `prepare`; in
+            `start_task`, for a task without a coreset; in `train_step`, for a batch without a plan.
+    """
+    rff = hparams.kernel_type == "rff"
+
+    def prepare(ts: TrainState, spec: StreamSpec) -> TrainState:
+        width, dtype = bundle.feature_width(ts, spec, "kcl"), jax.tree.leaves(ts.params)[0].dtype
+        params = {**ts.params, "kcl": kernels.own_parameters(hparams, seed, spec.num_tasks, width, dtype)}
+        return ts.replace(params=params, opt_state=ts.tx.init(params))
+
+    def init(ts: TrainState, spec: StreamSpec) -> State:
+        if "kcl" not in ts.params:
+            raise ValueError(
+                "kcl trains parameters of its own, which ts.params lacks; call "
+                "ts = algorithm.prepare(ts, spec) before algorithm.init(ts, spec)"
+            )
+        memory = KCLState(empty_memory(spec, spec.num_tasks * hparams.core_size, None), None, None, None)
+        if rff:
+            width = bundle.feature_width(ts, spec, "kcl")
+            noise, phase, fixed = map(jnp.asarray, kernels.basis_constants(seed, hparams.d_rn_f, width))
+            phase = phase.astype(ts.params["kcl"]["lmd"].dtype)
+            memory = memory._replace(noise=noise, phase=phase, fixed=fixed)
+        return State(bundle.init_stream(ts, spec, hparams, seed), memory)
+
+    def features(ts: TrainState, params: Params, state: State, x: jax.Array, **how: Any) -> jax.Array:
+        h = bundle.network(ts, params, state, x, method="features", **how)
+        return kernels.normalised(h, hparams.normalisation)
+
+    def answer(
+        ts: TrainState, params: Params, state: State, j: Any, h: jax.Array, positions: Any, train: bool
+    ) -> tuple[jax.Array, Any]:
+        """Return the logits of features by the coreset of task j, and what was inferred from it."""
+        own, (coreset, noise, phase, _) = params["kcl"], state.memory
+        x, y = held(coreset, j, hparams.core_size)
+        core = features(ts, params, state, x, train=train, draw=1)
+        kernel, cross, source = kernels.compare(own, hparams, core, h, noise, phase, positions)
+        num_classes = jax.eval_shape(bundle.predict, ts, state, x, y).shape[1]
+        targets = jax.nn.one_hot(y, num_classes, dtype=core.dtype)
+        k = j if hparams.task_parameters == "own" else state.stream.task
+        return kernels.classify(own, k, kernel, cross, targets), source
+
+    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+        if rff and getattr(batch.plan, "shape", ()) != (hparams.d_rn_f,):
+            raise ValueError(
+                "the batch has no plan, which says where in the noise bases begin; make one planner with "
+                "algorithm.planner(spec) and give Batch(x, y, t, planner.next(y, t))"
+            )
+
+        def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
+            h = features(ts, params, state, batch.x, train=True)
+            logits, source = answer(ts, params, state, state.stream.task, h, batch.plan, train=True)
+            logits = bundle.masked(state.stream, logits, batch.t)
+            loss = bundle.cross_entropy(logits, batch.y)
+            if rff:
+                prior = kernels.infer(params["kcl"]["prior"], h)
+                loss = loss + hparams.tau * kernels.gaussian_kl(source, prior)
+            return loss, logits
+
+        (loss, logits), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
+        after = ts.apply_gradients(grads=gradient)
+        after = after.replace(params={**after.params, "head": ts.params["head"]})  # which weight decay moves
+        return after, state, {"loss": loss, "logits": logits, "labels": batch.y}
+
+    def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> jax.Array:
+        h = features(ts, ts.params, state, x, train=False)
+        owner = state.memory.coreset.t[:: hparams.core_size]
+        none = jnp.zeros_like(jax.eval_shape(bundle.predict, ts, state, x, t))
+
+        def of_task(j: Any, logits: jax.Array) -> Any:
+            def answered() -> jax.Array:
+                found, _ = answer(ts, ts.params, state, j, h, state.memory.fixed, train=False)
+                return jnp.where((t == j)[:, None], found, logits)
+
+            return jax.lax.cond(jnp.any(t == j) & (owner[j] == j), answered, lambda: logits)
+
+        return bundle.masked(state.stream, jax.lax.fori_loop(0, len(owner), of_task, none), t)
+
+    return Algorithm(
+        init=init,
+        start_task=partial(start_task, hparams=hparams),
+        train_step=train_step,
+        end_task=bundle.end_task,
+        predict=predict,
+        hparams=hparams,
+        planner=lambda spec: BasesPlanner(hparams.d_rn_f, seed) if rff else NoPlanner(),
+        prepare=prepare,
+    )

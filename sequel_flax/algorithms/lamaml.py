@@ -1,0 +1,137 @@
+"""La-MAML, look-ahead meta-learning (Gupta, Yadav & Paull 2020, https://arxiv.org/abs/2007.13904).
+
+Each batch is glanced at several times. A glance looks ahead on the batch alone, in K inner steps from theta,
+and asks how good the weights on the way are for the batch and a draw from the memory together:
+
+    theta'_k = theta'_{k-1} - relu(alpha) * grad CE(part k of the batch; theta'_{k-1})           (algorithm 2)
+    M = 1/K sum_k CE(batch and draw; theta'_k)                                                         (eq. 2)
+    alpha <- alpha - eta dM/dalpha; then theta <- theta - relu(alpha) * dM/dtheta                      (eq. 7)
+
+alpha holds a rate of every weight, eta is `lr_alpha`. With `second_order=False` the inner gradients are
+constants. `sync_update` moves theta by the optimizer instead, which has no part otherwise; with
+`learn_lr=False` alpha stays (C-MAML). The batch is written to the memory in its first glance only.
+RotatedMNIST (77.42, 20 tasks of 1,000 samples, MLP 100-100, memory 200, batch and draw of 10, 5 glances, eta
+0.3, alpha 0.15 at first, an inner step per sample) is first-order; the official code's clamp of inner
+gradients acts for CIFAR only.
+
+Mirror: sequel_lightning/algorithms/lamaml.py
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training.train_state import TrainState
+
+from sequel_core.hparams import LaMAMLHParams
+from sequel_core.memory import MetaPlan, MetaPlanner
+from sequel_core.task import Batch, StreamSpec
+from sequel_flax.bundle import Algorithm, Outputs, Params, State, forward, masked, network
+from sequel_flax.optimizers import clip_by_global_norm
+from sequel_flax.replay import Memory, Recalled, Seen, mean_cross_entropy, planned, recall, replay, store
+
+
+class LaMAMLState(NamedTuple):
+    """What La-MAML keeps."""
+
+    memory: Memory  # samples of the stream
+    rates: Params  # alpha, in the structure of the parameters
+
+
+def with_draw(batch: Batch, draw: Recalled) -> Recalled:
+    """Return the batch and, after it, a draw from the memory."""
+    x, y, t = (jnp.concatenate(pair) for pair in zip(batch[:3], draw[:3], strict=True))
+    return Recalled(x, y, t, None, len(batch.y) + draw.count)
+
+
+def moved(params: Params, rates: Params, gradient: Params) -> Params:
+    """Return theta - relu(alpha) * gradient."""
+    return jax.tree.map(lambda p, a, g: p - jax.nn.relu(a) * g, params, rates, gradient)
+
+
+def clamped(gradient: Params, bound: float | None) -> Params:
+    """Return the gradient with all values in [-bound, bound]."""
+    return gradient if bound is None else jax.tree.map(lambda g: jnp.clip(g, -bound, bound), gradient)
+
+
+def shortened(gradient: Params, norm: float | None) -> Params:
+    """Return the gradient, scaled down to a norm where it is longer."""
+    return gradient if norm is None else clip_by_global_norm(norm).update(gradient, optax.EmptyState())[0]
+
+
+def lamaml(hparams: LaMAMLHParams, seed: int = 0) -> Algorithm:
+    """Return La-MAML.
+
+    Args:
+        hparams: settings.
+        seed: of dropout, of the memory and of the order within a glance.
+    """
+
+    def init(ts: TrainState, spec: StreamSpec) -> State:
+        state = bundle.init(ts, spec)
+        rates = jax.tree.map(lambda p: jnp.full_like(p, hparams.alpha_init), ts.params)
+        return state._replace(memory=LaMAMLState(state.memory, rates))
+
+    def sample_loss(params: Params, ts: TrainState, state: State, samples: Recalled, draw: Any) -> jax.Array:
+        """Return the mean cross-entropy of the samples that count, shape (); `draw` numbers the pass."""
+        logits = network(ts, params, state, samples.x, train=True, draw=draw)
+        own = masked(state.stream, logits, samples.t)
+        return mean_cross_entropy(Seen(logits, own, samples.y, None, samples.count))
+
+    def meta_loss(
+        params: Params, rates: Params, ts: TrainState, state: State, batch: Batch, draw: Recalled, first: Any
+    ) -> jax.Array:
+        """Return M, shape (); the passes are numbered from `first`."""
+        meta = with_draw(batch, draw)
+
+        def inner(carry: tuple[Params, jax.Array], part: Batch) -> tuple[tuple[Params, jax.Array], jax.Array]:
+            fast, k = carry
+            own = Recalled(part.x, part.y, part.t, None, len(part.y))
+            gradient = jax.grad(sample_loss)(fast, ts, state, own, k)
+            if not hparams.second_order:
+                gradient = jax.lax.stop_gradient(gradient)
+            fast = moved(fast, rates, clamped(gradient, hparams.inner_clip))
+            return (fast, k + 2), sample_loss(fast, ts, state, meta, k + 1)
+
+        count = hparams.check_parts(len(batch.y))
+        parts = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), batch)
+        losses = jax.lax.scan(inner, (params, first), parts, unroll=True)[1]  # a loop takes 1.5 times as long
+        return jnp.mean(losses)
+
+    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+        plan = planned(state.memory.memory, batch, MetaPlan)
+        logits = forward(ts, ts.params, state, batch.x, batch.t, train=True)
+
+        def look(carry: Any, glance: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+            (params, rates, opt_state, memory), (order, reads, first) = carry, glance
+            ordered = Batch(*(a[order] for a in batch[:3]))
+            loss, (slope, rates_slope) = jax.value_and_grad(meta_loss, argnums=(0, 1))(
+                params, rates, ts, state, ordered, recall(memory, reads), first
+            )
+            if hparams.learn_lr:
+                rates_slope = shortened(rates_slope, hparams.grad_clip_norm)
+                rates = jax.tree.map(lambda a, g: a - hparams.lr_alpha * g, rates, rates_slope)
+            slope = shortened(slope, hparams.grad_clip_norm)
+            if hparams.sync_update:
+                updates, opt_state = ts.tx.update(slope, opt_state, params)
+                params = optax.apply_updates(params, updates)
+            else:
+                params = moved(params, rates, slope)
+            memory = store(memory, plan.write, batch, logits)  # every glance writes the same
+            return (params, rates, opt_state, memory), loss
+
+        start = (ts.params, state.memory.rates, ts.opt_state, state.memory.memory)
+        firsts = 1 + 2 * len(batch.y) * jnp.arange(hparams.glances)  # numbers of the passes
+        end, losses = jax.lax.scan(look, start, (plan.order, plan.reads, firsts))
+        params, rates, opt_state, memory = end
+        ts = ts.replace(step=ts.step + 1, params=params, opt_state=opt_state)
+        outputs = {"loss": losses[0], "logits": logits, "labels": batch.y}
+        return ts, state._replace(memory=LaMAMLState(memory, rates)), outputs
+
+    bundle = replay(hparams, seed, lambda own, draws: mean_cross_entropy(own))
+    planner = partial(MetaPlanner, hparams, seed=seed)
+    return bundle._replace(init=init, train_step=train_step, planner=planner)

@@ -1,0 +1,154 @@
+"""Samples that a task sets aside before it is trained on: slots k * N to k * N + N - 1 hold those of task k.
+
+They come with the task (`Task.coreset`, from `hparams.training_tasks`) and never change.
+
+Mirror: sequel_flax/coresets.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from sequel_core.hparams import KCLHParams
+from sequel_core.task import Samples, StreamSpec, Task
+from sequel_lightning.data import as_batch
+from sequel_lightning.module import TRAINING, ContinualModule, OptimizerFactory, StateTree
+from sequel_lightning.replay import Memory, empty_memory
+
+
+def coreset_of(task: Task, size: int) -> Samples:
+    """Return the samples that a task has set aside.
+
+    Raises:
+        ValueError: it has none, or another number of them.
+    """
+    if task.coreset is None:
+        raise ValueError(
+            f"kcl needs tasks with a coreset, got task {task.index} without one; iterate over "
+            "hparams.training_tasks(benchmark, seed)"
+        )
+    if len(task.coreset) != size:
+        raise ValueError(
+            f"a coreset must have core_size={size} samples, got {len(task.coreset)} in task {task.index}; "
+            "iterate over training_tasks(benchmark, seed) of the same hparams"
+        )
+    return task.coreset.take(np.arange(size))
+
+
+def held(memory: Memory, k: Any, size: int) -> tuple[Tensor, Tensor]:
+    """Return images `[N, ...]` and labels `[N]` of the coreset of task k."""
+    rows = slice(k * size, (k + 1) * size)
+    return memory.x[rows], memory.y[rows]
+
+
+def keep(memory: Memory, k: int, x: Any, y: Any) -> Memory:
+    """Return the memory with the coreset of task k, images `[N, ...]` and labels `[N]`."""
+    for a, b in zip(memory[:3], (x, y, k), strict=True):
+        a[k * len(y) : (k + 1) * len(y)] = b  # in place
+    return memory
+
+
+class CoresetModule(ContinualModule):
+    """A module that keeps the coreset of every task that it has begun, in `coreset`.
+
+    Raises:
+        ValueError: without a spec; in `fit`, for a task without a coreset.
+    """
+
+    algorithm_hparams: KCLHParams
+    spec: StreamSpec
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerFactory,
+        hparams: KCLHParams,
+        spec: StreamSpec | None = None,
+        metrics: MetricCollection | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(net, optimizer, hparams, spec, metrics, seed)
+        if spec is None:
+            raise ValueError(
+                f"{type(self).__name__} keeps samples, so it needs the stream's spec, got None; "
+                "construct it with spec=benchmark.spec"
+            )
+        x, y, t, _ = empty_memory(spec, spec.num_tasks * hparams.core_size, None)
+        self.coreset = StateTree({"x": x, "y": y, "t": t})
+
+    @property
+    def kept(self) -> Memory:
+        """The coresets."""
+        found = self.coreset.get()
+        return Memory(found["x"], found["y"], found["t"], None)
+
+    def keep_coreset(self, task: int, x: Tensor, y: Tensor) -> None:
+        """Keep the coreset of a task; call it before `fit` where the loaders are of one's own.
+
+        Args:
+            task: index.
+            x: images `[core_size, C, H, W]`, as in the batches.
+            y: labels `[core_size]`.
+
+        Raises:
+            ValueError: another number of samples, a task outside the stream, or images of another kind than
+                the spec says.
+        """
+        memory, size = self.kept, self.algorithm_hparams.core_size
+        if x.dtype == torch.uint8 != memory.x.dtype:
+            x = self.normalise(x).to(memory.x.dtype)
+        if len(x) != size or len(y) != size:
+            raise ValueError(
+                f"coresets must have core_size={size} samples, got {len(x)} with {len(y)} labels"
+            )
+        if not 0 <= task < len(memory.t) // size:
+            raise ValueError(f"task must be >= 0 and < {len(memory.t) // size}, got {task}")
+        if x.dtype != memory.x.dtype:
+            found = str(x.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"the coresets hold {str(memory.x.dtype).removeprefix('torch.')} images, got {found}; "
+                f"give spec._replace(image_dtype='{found}')"
+            )
+        keep(memory, task, x, y)
+
+    def coming_coreset(self) -> tuple[int, Tensor, Tensor]:
+        """Return index, images and labels of the task that a fit would begin.
+
+        Raises:
+            ValueError: it has no coreset.
+        """
+        task, k, size = self.next_task(), self._next_task(), self.algorithm_hparams.core_size
+        memory = self.kept
+        if int((memory.t == k).sum()) == size and (task is None or task.coreset is None):
+            return k, *held(memory, k, size)
+        if task is None:
+            raise ValueError(
+                f"kcl needs a coreset of task {k}; call module.keep_coreset({k}, x, y) before fit, or give "
+                "TaskDataModule a task of hparams.training_tasks(benchmark, seed)"
+            )
+        batch = self._prepared(as_batch(coreset_of(task, size)))
+        return k, batch.x, batch.y
+
+    def current_coreset(self) -> tuple[int, Tensor, Tensor]:
+        """Return the same of the task that is trained on; before it has begun, in a search, of the coming."""
+        if not self._fitting and self.phase != TRAINING:
+            return self.coming_coreset()
+        k = int(self.task_index)
+        return k, *held(self.kept, k, self.algorithm_hparams.core_size)
+
+    def on_fit_start(self) -> None:
+        """Refuse a task without a coreset."""
+        super().on_fit_start()
+        if self.phase != TRAINING:
+            self.coming_coreset()
+
+    def start_task(self) -> None:
+        """Keep the task's coreset; the user's own is there already."""
+        task = self.next_task()
+        if task is not None and task.coreset is not None:
+            self.keep_coreset(*self.coming_coreset())

@@ -1,0 +1,148 @@
+"""Exemplars: samples of each class, chosen by herding, and classification by the nearest of their means.
+
+    y*(x) = argmin_c ||h(x) - mu_c||, mu_c the mean of h over the exemplars of class c
+
+h is the network's last hidden layer; h(x), that of each exemplar, and mu_c have unit length. At the end of a
+task the room is shared out anew (`sequel_core.memory.renewed_exemplars`). iCaRL is built on it.
+
+Mirror: sequel_flax/exemplars.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from sequel_core.hparams import ICaRLHParams, TrainingHParams
+from sequel_core.memory import exemplar_means, joined_with_samples, renewed_exemplars
+from sequel_core.task import AnySplit, Batch, FloatArray, Samples, StreamSpec
+from sequel_lightning.module import ContinualModule, OptimizerFactory, StateTree, check_features, evaluating
+from sequel_lightning.replay import Memory, empty_memory, stored_samples
+
+
+def embed(module: Any, x: Tensor) -> Tensor:
+    """Return h of images `[B, D]`, of unit length where it is not 0, in evaluation mode."""
+    with evaluating(module.net):
+        features = module.net.features(module.normalise(x)).to(module.means.dtype)
+    norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    unit: Tensor = features / norm.where(norm > 0, 1)
+    return unit
+
+
+def nearest_mean(features: Tensor, means: Tensor, has_mean: Tensor) -> Tensor:
+    """Return -||h - mu||^2 `[B, num_classes]`, the least number of the dtype for a class without a mean."""
+    squares = features.square().sum(1, keepdim=True) + means.square().sum(1)
+    distance = squares - 2 * features @ means.T
+    return (-distance).where(has_mean, torch.finfo(features.dtype).min)
+
+
+def renew(
+    module: ExemplarModule, batches: Iterable[Batch], hparams: ICaRLHParams
+) -> tuple[Memory, Tensor, Tensor]:
+    """Return the exemplars at the end of a task, the means of classes, and which classes have one.
+
+    Args: the network with its weights at the end of the task, what was kept before, batches of the task's
+    samples, each sample once, and the settings.
+    """
+
+    def look(x: Tensor) -> FloatArray:
+        with torch.no_grad():
+            features: FloatArray = embed(module, x).cpu().numpy()
+        return features
+
+    def look_at_array(x: Any) -> FloatArray:
+        return look(torch.from_numpy(np.moveaxis(x, -1, 1).copy()).to(module.means.device))
+
+    def samples_of(batch: Batch) -> Samples:
+        x, y, t = (a.cpu().numpy() for a in batch[:3])
+        return Samples(np.moveaxis(x, 1, -1), y, t)
+
+    samples = renewed_exemplars(
+        hparams,
+        mask=module.classes.cpu().numpy(),
+        task=int(module.task_index),
+        held=stored_samples(module.held),
+        found=((samples_of(batch), look(batch.x)) for batch in batches),
+    )
+    means, has_mean = exemplar_means(look_at_array, samples, len(module.means), hparams.flip)
+    x, y, t = map(torch.from_numpy, samples)
+    return Memory(x.movedim(-1, 1), y, t, None), torch.from_numpy(means), torch.from_numpy(has_mean)
+
+
+class ExemplarModule(ContinualModule):
+    """A module that keeps exemplars, trains on them beside each task, and classifies by their means.
+
+    Raises:
+        ValueError: without a spec, a network without `features` or `head`, or less room than classes.
+    """
+
+    algorithm_hparams: ICaRLHParams
+    means: Tensor
+    has_mean: Tensor
+    learned: Tensor
+    classes: Tensor
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: OptimizerFactory,
+        hparams: ICaRLHParams,
+        spec: StreamSpec | None = None,
+        metrics: MetricCollection | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_features(net, hparams.name)
+        super().__init__(net, optimizer, hparams, spec, metrics, seed)
+        if spec is None:
+            raise ValueError(
+                f"{type(self).__name__} keeps samples, so it needs the stream's spec, got None; "
+                "construct it with spec=benchmark.spec"
+            )
+        hparams.check(spec, TrainingHParams())
+        memory = empty_memory(spec, hparams.slots(int(spec.mask.sum())), None)
+        self.exemplars = StateTree({"x": memory.x, "y": memory.y, "t": memory.t})
+        like = next(net.parameters())
+        image = like.new_zeros(1, *np.roll(spec.image_shape, 1).tolist())
+        features: Any = net.features
+        with evaluating(net), torch.no_grad():
+            width = features(image).shape[-1]
+        self.register_buffer("means", like.new_zeros(spec.num_classes, width).detach())
+        self.register_buffer("has_mean", torch.zeros(spec.num_classes, dtype=torch.bool))
+        self.register_buffer("learned", torch.tensor(-1, dtype=torch.int32))
+        self.register_buffer("classes", torch.from_numpy(spec.mask.copy()), persistent=False)
+
+    @property
+    def held(self) -> Memory:
+        """The exemplars, set after set from the first slot on, each in herding order."""
+        return Memory(**self.exemplars.get(), logits=None)
+
+    def end_task(self, batches: Iterable[Batch]) -> None:
+        """Share out the room anew, and take the means with the new network."""
+        memory, means, has_mean = renew(self, batches, self.algorithm_hparams)
+        self.exemplars.set({"x": memory.x, "y": memory.y, "t": memory.t})
+        self.means.copy_(means)
+        self.has_mean.copy_(has_mean)
+        self.learned.copy_(self.task_index)
+
+    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return minus the squared distances from the means; the head's logits where there are none."""
+        head = self.forward(x, t)
+        if self.learned < 0 or self.learned != self.task_index:
+            return head
+        mask = self._buffers["mask"]
+        known = (self.has_mean[None] if mask is None else self.has_mean & mask[t]).any(1, keepdim=True)
+        near = nearest_mean(embed(self, x), self.means, self.has_mean)
+        return self.masked(near, t).where(known, head)
+
+    def alternatives(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """Return the logits of the head."""
+        return {"head": self.forward(x, t)}
+
+    def training_split(self, split: AnySplit) -> AnySplit:
+        """Return the task's training samples and, after them, the exemplars."""
+        return joined_with_samples(split, stored_samples(self.held))

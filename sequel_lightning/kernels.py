@@ -1,0 +1,176 @@
+"""Kernel ridge classifiers, and normal distributions of their bases that networks infer: the parts of KCL.
+
+    f(h) = gamma * K(h, C) (K(C, C) + (|lambda| + 0.01) I)^-1 Y + beta, of features h; Y labels of a coreset C
+    N(mu, diag exp(v)), (mu, v) = net(mean of features), net: H units, H, H, 2H, with ELU after the first two
+    omega_d = mu + exp(v / 2) * eps_d, eps_d a stretch of H numbers of one table of noise
+
+Mirror: sequel_flax/kernels.py
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sequel_core import plan
+from sequel_core.hparams import KCLHParams
+from sequel_core.memory import NOISE, noise_table
+from sequel_core.plan import initial_weights
+from sequel_core.task import FloatArray
+
+RIDGE = 0.01
+
+
+class Gaussian(NamedTuple):
+    """A normal distribution of independent components."""
+
+    mean: Tensor  # [H]
+    log_variance: Tensor  # [H]
+
+
+def normalised(features: Tensor, how: str) -> Tensor:
+    """Return features `[n, H]` of unit length (l2), or scaled to [0, 1] by their extremes (minmax)."""
+    if how == "l2":
+        squares = features.square().sum(1, keepdim=True)
+        return features / squares.clamp(min=1e-24).sqrt()
+    low, high = features.min(), features.max()
+    return (features - low) / (high - low).clamp(min=1e-12)
+
+
+def random_features(features: Tensor, bases: Tensor, phase: Tensor) -> Tensor:
+    """Return psi(h) = sqrt(2/D) cos(omega h + b) of features `[n, H]` and bases `[D, H]`, shape `[n, D]`."""
+    return math.sqrt(2 / len(bases)) * (features @ bases.T + phase).cos()
+
+
+def gaussian_kernel(a: Tensor, b: Tensor, bandwidth: float) -> Tensor:
+    """Return exp(-||a_i - b_j||^2 / (2 bandwidth^2)) of rows `[n, H]` and `[m, H]`, shape `[n, m]`."""
+    squares = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * (a @ b.T)
+    return (-squares / (2 * bandwidth**2)).exp()
+
+
+def solve(kernel: Tensor, ridge: Tensor, targets: Tensor) -> Tensor:
+    """Return (K + ridge I)^-1 Y of a kernel `[N, N]` and targets `[N, num_classes]`, by Cholesky's factor."""
+    matrix = kernel + ridge * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    factor, failed = torch.linalg.cholesky_ex(matrix.detach())
+    factor = factor.masked_fill(failed > 0, math.nan)  # as in JAX: no exception, a loss that is not finite
+    found = torch.cholesky_solve(targets, factor)
+    # d(M^-1 Y) = -M^-1 dM M^-1 Y: a third of the time of a gradient through the factor
+    return torch.cholesky_solve(targets - (matrix - matrix.detach()) @ found, factor)
+
+
+def compare(
+    own: Any, hparams: KCLHParams, core: Tensor, h: Tensor, noise: Any, phase: Any, positions: Any
+) -> tuple[Tensor, Tensor, Any]:
+    """Return K(C, C), K(h, C) and, for a kernel with bases, what they are drawn from: a Gaussian.
+
+    Args:
+        own: parameters, see `own_parameters`.
+        hparams: settings.
+        core: normalised features of a coreset `[N, H]`.
+        h: normalised features `[n, H]`.
+        noise: see `basis_constants`; of a kernel with bases, as what follows.
+        phase: of each basis `[D]`.
+        positions: where in the noise each basis begins `[D]`.
+    """
+    if hparams.kernel_type == "rbf":
+        core_kernel, kernel = (gaussian_kernel(a, core, hparams.bandwidth) for a in (core, h))
+        return core_kernel, kernel, None
+    source = infer(own.posterior, core)
+    bases = draw_bases(source, noise, positions)
+    psi, others = (random_features(a, bases, phase) for a in (core, h))
+    return psi @ psi.T, others @ psi.T, source
+
+
+def classify(own: Any, k: Any, kernel: Tensor, cross: Tensor, targets: Tensor) -> Tensor:
+    """Return the logits `[n, num_classes]` that the parameters of task k make of K(C, C) and K(h, C)."""
+    coefficients = solve(kernel, own.lmd[k].abs() + RIDGE, targets)
+    logits: Tensor = own.gain[k] * (cross @ coefficients) + own.offset[k]
+    return logits
+
+
+def own_parameters(hparams: KCLHParams, seed: int, num_tasks: int, width: int, dtype: Any) -> nn.Module:
+    """Return lambda, gamma and beta of every task as they begin, and the networks of a kernel with bases.
+
+    Args:
+        hparams: settings.
+        seed: of the run.
+        num_tasks: tasks of the stream.
+        width: number of features, H.
+        dtype: of the weights.
+    """
+    own = {"lmd": hparams.lmd, "gain": 1.0, "offset": 0.0}
+    module = nn.Module()
+    for name, value in own.items():
+        module.register_parameter(name, nn.Parameter(torch.full((num_tasks,), value, dtype=dtype)))
+    if hparams.kernel_type == "rff":
+        for name in ("posterior", "prior"):
+            module.add_module(name, inference_net(seed, f"kcl/{name}", width, dtype))
+    return module
+
+
+@torch.no_grad()
+def inference_net(seed: int, path: str, width: int, dtype: Any) -> nn.Module:
+    """Return a network from H features to a Gaussian, with the initial weights of the plan.
+
+    Args:
+        seed: of the run.
+        path: its name in the canonical layout, for example `kcl/prior`.
+        width: H.
+        dtype: of the weights.
+    """
+
+    def layer(name: str, units: int) -> nn.Module:
+        made = nn.Linear(width, units, dtype=dtype)
+        kernel = initial_weights(seed, f"{path}/{name}/kernel", (width, units), width)
+        made.weight.copy_(torch.from_numpy(kernel.T.copy()))
+        made.bias.copy_(torch.from_numpy(initial_weights(seed, f"{path}/{name}/bias", (units,), width)))
+        return made
+
+    sizes = {"dense_0": width, "dense_1": width, "head": 2 * width}
+    return nn.ModuleDict({name: layer(name, units) for name, units in sizes.items()})
+
+
+def infer(net: Any, features: Tensor) -> Gaussian:
+    """Return what a network infers from the mean of features `[n, H]`."""
+    h = features.mean(0)
+    for name in ("dense_0", "dense_1"):
+        h = F.elu(net[name](h))
+    return Gaussian(*net["head"](h).chunk(2))
+
+
+def draw_bases(source: Gaussian, noise: Tensor, positions: Tensor) -> Tensor:
+    """Return a basis for each position `[D]` where its stretch of the noise begins, `[D, H]`."""
+    width = len(source.mean)
+    eps = noise.unfold(0, width, 1)[positions]  # a view of overlapping rows, then a copy of some
+    scale = (source.log_variance / 2).exp()
+    return source.mean + scale * eps.to(scale.dtype)
+
+
+def gaussian_kl(p: Gaussian, q: Gaussian) -> Tensor:
+    """Return KL(p || q) = 1/2 sum_j [v_q - v_p + (exp(v_p) + (mu_p - mu_q)^2) / exp(v_q) - 1], shape ()."""
+    ratio = (p.log_variance.exp() + (p.mean - q.mean).square()) / q.log_variance.exp()
+    return 0.5 * (q.log_variance - p.log_variance + ratio - 1).sum()
+
+
+def basis_constants(seed: int, count: int, width: int) -> tuple[NDArray[Any], FloatArray, NDArray[Any]]:
+    """Return what bases are made of: noise, phases b, and where in it the bases of evaluation begin.
+
+    Args:
+        seed: of the run.
+        count: bases, D.
+        width: numbers of a basis, H.
+
+    Returns:
+        Noise float32 `[NOISE + H - 1]`, which at its end begins again, so that every stretch lies in it;
+        phases float64 `[D]`; positions int32 `[D]`.
+    """
+    phase = 2 * np.pi * plan.uniform(seed, "phase of bases", count=count)
+    fixed = plan.words(seed, "bases of evaluation", count=count) % NOISE
+    noise = noise_table(seed)
+    return np.concatenate([noise, noise[: width - 1]]), phase, fixed.astype(np.int32)
