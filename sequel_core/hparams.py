@@ -434,7 +434,10 @@ class LaMAMLHParams(ReplayHParams):
         2.0, "greatest norm of the gradient of the weights, and of the rates; null for no clipping", gt=0
     )
     inner_clip: float | None = setting(
-        None, "greatest absolute value in an inner gradient, as the official CIFAR code has it", gt=0
+        2.0,
+        "greatest absolute value in an inner gradient; null for none, which is what the official MNIST code "
+        "comes to (it clamps and drops the result), while its CIFAR code clamps",
+        gt=0,
     )
 
     def check(self, spec: StreamSpec, training: TrainingHParams) -> None:

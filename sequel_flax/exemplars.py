@@ -3,7 +3,7 @@
     y*(x) = argmin_c ||h(x) - mu_c||, mu_c the mean of h over the exemplars of class c
 
 h is the network's last hidden layer; h(x), that of each exemplar, and mu_c have unit length. At the end of a
-task the room is shared out anew (`sequel_core.memory.renewed_exemplars`). iCaRL is built on it.
+task the room is shared out anew (`sequel_core.exemplars.renewed_exemplars`). iCaRL is built on it.
 
 Mirror: sequel_lightning/exemplars.py
 """
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 
+from sequel_core.exemplars import exemplar_means, renewed_exemplars
 from sequel_core.hparams import ICaRLHParams, TrainingHParams
-from sequel_core.memory import exemplar_means, renewed_exemplars
 from sequel_core.task import Batch, FloatArray, Samples, StreamSpec
 from sequel_flax.bundle import Params, State, feature_width, network
 from sequel_flax.replay import Memory, empty_memory, stored_samples

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
-from sequel_core.hparams import ReplayHParams
+from sequel_core.hparams import MemoryHParams
 from sequel_core.memory import MemoryPlanner, StepPlan
 from sequel_core.task import Batch, Samples, StreamSpec
 from sequel_flax.bundle import (
@@ -165,7 +165,7 @@ def draws(memory: Memory, batch: Batch) -> list[Recalled]:
 
 
 def replay(
-    hparams: ReplayHParams,
+    hparams: MemoryHParams,
     seed: int,
     loss: Loss,
     num_draws: int = 1,

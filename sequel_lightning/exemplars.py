@@ -3,7 +3,7 @@
     y*(x) = argmin_c ||h(x) - mu_c||, mu_c the mean of h over the exemplars of class c
 
 h is the network's last hidden layer; h(x), that of each exemplar, and mu_c have unit length. At the end of a
-task the room is shared out anew (`sequel_core.memory.renewed_exemplars`). iCaRL is built on it.
+task the room is shared out anew (`sequel_core.exemplars.renewed_exemplars`). iCaRL is built on it.
 
 Mirror: sequel_flax/exemplars.py
 """
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from sequel_core.exemplars import exemplar_means, joined_with_samples, renewed_exemplars
 from sequel_core.hparams import ICaRLHParams, TrainingHParams
-from sequel_core.memory import exemplar_means, joined_with_samples, renewed_exemplars
 from sequel_core.task import AnySplit, Batch, FloatArray, Samples, StreamSpec
 from sequel_lightning.module import ContinualModule, OptimizerFactory, StateTree, check_features, evaluating
 from sequel_lightning.replay import Memory, empty_memory, stored_samples

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
-from sequel_core.hparams import ReplayHParams
+from sequel_core.hparams import MemoryHParams
 from sequel_core.memory import MemoryPlanner, StepPlan
 from sequel_core.task import Batch, Samples, StreamSpec
 from sequel_lightning.module import ContinualModule, OptimizerFactory, StateTree
@@ -162,7 +162,7 @@ class ReplayModule(ContinualModule):
         ValueError: without a spec, or a memory that does not fit the stream.
     """
 
-    algorithm_hparams: ReplayHParams
+    algorithm_hparams: MemoryHParams
     num_draws = 1  # independent draws of a step
     past_only = False  # read past tasks alone
     together = False  # one pass of the network for the batch and the draws, else one for each of the two
@@ -172,7 +172,7 @@ class ReplayModule(ContinualModule):
         self,
         net: nn.Module,
         optimizer: OptimizerFactory,
-        hparams: ReplayHParams,
+        hparams: MemoryHParams,
         spec: StreamSpec | None = None,
         metrics: MetricCollection | None = None,
         seed: int = 0,

@@ -7,11 +7,12 @@ C_k are samples that task k sets aside, Y_k their one-hot labels; K is of the no
 rff: psi(a)^T psi(b), psi(h) = sqrt(2/D) cos(omega h + b), with D bases omega from q, which one network infers
 from the coreset, and another p from the batch; rbf: exp(-||a - b||^2 / (2 bandwidth^2)), without KL.
 
-The bases are new at every step; those of evaluation are fixed, where the official code draws anew. Its quirks
-are options: `normalisation=minmax` (its MLP), by which an answer depends on the rest of its batch, and
-`task_parameters=current`. Its scripts: CIFAR-100 with rff, D 2048, tau 0.01, 20 samples of each class, SGD
-0.3 with momentum 0.8 and lr_decay 0.95, batch 10, dropout 0.02; MNIST with rbf, 200 samples, SGD 0.1 with
-momentum 0.8 and lr_decay 0.5, dropout 0.5. A network needs `features(x)`, and a `head` that stays as it is.
+The bases are new at every step; those of evaluation are fixed, where the official code draws anew. beta,
+alike for all classes, has no part in a softmax: it stays 0. Quirks of the code are options: an answer
+depends on the rest of its batch by `normalisation=minmax` (its MLP), and `task_parameters=current`. Its
+scripts: CIFAR-100 with rff, D 2048, tau 0.01, 20 samples of each class, SGD 0.3 with momentum 0.8 and
+lr_decay 0.95, batch 10, dropout 0.02; MNIST with rbf, 200 samples, SGD 0.1 with momentum 0.8 and lr_decay
+0.5, dropout 0.5. A network needs `features(x)`, and a `head` that stays as it is.
 
 Mirror: sequel_lightning/algorithms/kcl.py
 """

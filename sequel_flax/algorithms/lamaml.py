@@ -11,8 +11,8 @@ alpha holds a rate of every weight, eta is `lr_alpha`. With `second_order=False`
 constants. `sync_update` moves theta by the optimizer instead, which has no part otherwise; with
 `learn_lr=False` alpha stays (C-MAML). The batch is written to the memory in its first glance only.
 RotatedMNIST (77.42, 20 tasks of 1,000 samples, MLP 100-100, memory 200, batch and draw of 10, 5 glances, eta
-0.3, alpha 0.15 at first, an inner step per sample) is first-order; the official code's clamp of inner
-gradients acts for CIFAR only.
+0.3, alpha 0.15 at first, an inner step per sample) is first-order, and its code means to clamp inner
+gradients but does not (`inner_clip`).
 
 Mirror: sequel_lightning/algorithms/lamaml.py
 """

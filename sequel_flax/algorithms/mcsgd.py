@@ -126,7 +126,9 @@ def mcsgd(hparams: MCSGDHParams, seed: int = 0) -> Algorithm:
             w = between(kept.w_bar, w_hat, hparams.lmc_init_position)
             moving = (w, jax.tree.map(jnp.zeros_like, w))
             for pairs in connection_batches(hparams, np.asarray(kept.memory.t), task, seed):
-                past, now = ([recall(kept.memory, pair[kind]) for pair in pairs] for kind in (0, 1))
+                past, now = (
+                    [recall(kept.memory, jnp.asarray(pair[kind])) for pair in pairs] for kind in (0, 1)
+                )
                 moving = step(moving, ts, state, [(kept.w_bar, past), (w_hat, now)])
             w, _ = moving
         w_bar, params = (jax.tree.map(jnp.copy, w) for _ in range(2))

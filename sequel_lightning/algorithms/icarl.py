@@ -8,13 +8,12 @@ S are the classes seen so far, f_old is the network at the end of the last task,
 last hidden layer; h(x), that of each exemplar, and mu_c have unit length. A task trains on its samples and on
 all exemplars; a loop or loader of one's own joins them itself (`training_split`). At its end the mem_size
 exemplars are shared out anew among the classes, or classes of each task where they come back: past sets are
-cut, the task's are chosen by herding (algorithms 4 and 5). Within a task, and of tasks to come, the last layer
-predicts; otherwise its accuracy is reported beside, as `head`.
+cut, the task's are chosen by herding (algorithms 4 and 5). Within a task, and of tasks to come, the last
+layer predicts; otherwise its accuracy is reported beside, as `head`.
 
-The official code has quota=ceil, outputs=all and flip=True. Its CIFAR-100 numbers (64.1 in steps of 10, mean
-over steps of the accuracy on the classes seen) need mem_size=2000, ResNet-32, batches of 128, 70 epochs a
-task, SGD with momentum 0.9, weight decay 1e-5 and a learning rate of 2.0, a fifth of it from epoch 49 and a
-25th from epoch 63 on, anew for each task, and random crops and mirror images.
+The official code has quota=ceil, outputs=all and flip=True. For CIFAR-100 it keeps mem_size=2000 and trains
+ResNet-32 with batches of 128, 70 epochs a task, SGD with momentum 0.9, weight decay 1e-5 and a learning rate
+of 2.0, a fifth of it from epoch 49 and a 25th from epoch 63 on, anew for each task.
 
 The network needs `features(x)`, the last hidden layer, and a last layer called `head`.
 

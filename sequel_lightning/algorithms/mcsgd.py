@@ -60,10 +60,6 @@ class MCSGD(ReplayModule):
     hparams_class = MCSGDHParams
     algorithm_hparams: MCSGDHParams
     past_only = True
-    w_bar: StateTree
-    w_hat: StateTree
-    w: StateTree
-    velocity: StateTree
     learned: Tensor
     _samples: Sequence[Recalled] = ()  # the latest batch and, online, its draw
 
@@ -79,15 +75,15 @@ class MCSGD(ReplayModule):
         self.online = hparams.lmc_policy == "online"
         self.num_draws = int(self.online)
         super().__init__(net, optimizer, hparams, spec, metrics, seed)
-        for name in ("w_bar", "w_hat", *(("w", "velocity") if self.online else ())):
-            setattr(self, name, StateTree(self.frozen_params()))
+        self.w_bar, self.w_hat = (StateTree(self.frozen_params()) for _ in range(2))
+        self.moving: Any = nn.ModuleList(StateTree(self.frozen_params()) for _ in range(2 * self.online))
         self.register_buffer("learned", torch.tensor(-1, dtype=torch.int32))
 
     @property
     def state(self) -> MCSGDState:
         """What is kept of past tasks, and of the current one."""
-        moving = (self.w.get(), self.velocity.get()) if self.online else ()
-        return MCSGDState(self.held, self.w_bar.get(), self.w_hat.get(), moving, self.learned)
+        w_bar, w_hat, *moving = (tree.get() for tree in (self.w_bar, self.w_hat, *self.moving))
+        return MCSGDState(self.held, w_bar, w_hat, tuple(moving), self.learned)
 
     def start_task(self) -> None:
         """Go on from w_hat; online, let w_bar begin its way."""
@@ -136,14 +132,13 @@ class MCSGD(ReplayModule):
 
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Find w_bar, and put it into the network."""
-        kept, task = self.state, int(self.task_index)
+        hparams, kept, task = self.algorithm_hparams, self.state, int(self.task_index)
         w = w_hat = self.frozen_params()
         if kept.learned >= 0 and self.online:
             w, _ = kept.moving
         elif kept.learned >= 0:
-            moving = _at_rest(between(kept.w_bar, w_hat, self.algorithm_hparams.lmc_init_position))
-            tasks = kept.memory.t.cpu().numpy()
-            for pairs in connection_batches(self.algorithm_hparams, tasks, task, self.seed):
+            moving = _at_rest(between(kept.w_bar, w_hat, hparams.lmc_init_position))
+            for pairs in connection_batches(hparams, kept.memory.t.cpu().numpy(), task, self.seed):
                 past, now = ([recall(kept.memory, pair[kind]) for pair in pairs] for kind in (0, 1))
                 moving = self.step(moving, [(kept.w_bar, past), (w_hat, now)])
             w, _ = moving
@@ -159,8 +154,8 @@ class MCSGD(ReplayModule):
         return {"w_hat": self.masked(logits, t)}
 
     def _move(self, moving: tuple[Params, Params]) -> None:
-        self.w.set(moving[0])
-        self.velocity.set(moving[1])
+        for tree, values in zip(self.moving, moving, strict=True):
+            tree.set(values)
 
 
 def _at_rest(w: Params) -> tuple[Params, Params]:

@@ -164,8 +164,8 @@ def test_divergence_is_one_line_and_exit_code_1(
          "derpp, mcsgd, lamaml, icarl, kcl, got 'ewcc'; did you mean ewc?"),
         (["algo=icarl", "algo.mem_size=9"], "algo.mem_size must be >= 50, one exemplar of each class of each "
          "task, got 9; raise it"),
-        (["algo=icarl", "algo.mem_size=9", "benchmark=splitdigits"], "algo.mem_size must be >= 10, one exemplar "
-         "of each class, got 9; raise it"),
+        (["algo=icarl", "algo.mem_size=9", "benchmark=splitdigits"], "algo.mem_size must be >= 10, one "
+         "exemplar of each class, got 9; raise it"),
         (["algo=lamaml", "algo.alpha_init=0"], "algo.alpha_init must be > 0, got 0.0"),
         (["algo=lamaml", "algo.n_inner_updates=3"], "algo.n_inner_updates must divide batch_size=10, got 3"),
         (["algo=lamaml", "training.grad_clip=1"], "algo.grad_clip_norm is what clips in lamaml, got "

@@ -75,7 +75,8 @@ def test_one_inner_step_without_memory_is_sgd_at_the_weights_looked_ahead_to() -
     """theta <- theta - a grad CE(theta - a grad CE(theta)), batch by batch, with a fixed rate a."""
     benchmark = stream()
     settings: dict[str, Any] = {"mem_size": 0, "glances": 1, "n_inner_updates": 1, "learn_lr": False}
-    model = module(benchmark, LaMAMLHParams(**settings, alpha_init=0.3, grad_clip_norm=None))
+    settings |= {"alpha_init": 0.3, "grad_clip_norm": None, "inner_clip": None}
+    model = module(benchmark, LaMAMLHParams(**settings))
     by_hand, norm = network(benchmark), benchmark.normalisation
     learn(model, benchmark, 0)
     for x, y, _ in data(benchmark, 0).train_dataloader():

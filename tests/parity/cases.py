@@ -200,10 +200,7 @@ def trained(
 
 
 def difference(a: dict[str, FloatArray], b: dict[str, FloatArray]) -> float:
-    """Return the greatest relative difference of an array, |a - b| / |b| in the Euclidean norm.
-
-    KCL's beta is the same for every class, so cross-entropy does not see it: it is 0 up to rounding.
-    """
+    """Return the greatest relative difference of an array, |a - b| / |b| in the Euclidean norm."""
     assert a.keys() == b.keys()
-    size = {k: 1.0 if k == "kcl/offset" else float(np.linalg.norm(b[k])) for k in b}
+    size = {k: float(np.linalg.norm(b[k])) or 1.0 for k in b}
     return max(float(np.linalg.norm(a[k] - b[k])) / size[k] for k in a)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sequel_core import plan
+from sequel_core.exemplars import herding
 from sequel_core.hparams import (
     AGEMHParams,
     AlgorithmHParams,
@@ -27,7 +28,6 @@ from sequel_core.hparams import (
     SIHParams,
     StableSGDHParams,
 )
-from sequel_core.memory import herding
 from sequel_core.task import Samples
 from tests.reference import closed_forms, kernels, network
 from tests.reference.algorithms import reference
