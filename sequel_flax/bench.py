@@ -12,11 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from sequel_core import plan
-from sequel_core.hparams import AlgorithmHParams, DERHParams, DERppHParams, OptimizerHParams, TrainingHParams
+from sequel_core.hparams import (
+    AlgorithmHParams,
+    DERHParams,
+    DERppHParams,
+    KCLHParams,
+    LaMAMLHParams,
+    OptimizerHParams,
+    TrainingHParams,
+)
 from sequel_core.learner import FitMonitor
 from sequel_core.task import Benchmark
 from sequel_flax.backbones import MLP
-from sequel_flax.build import make_learner
+from sequel_flax.build import make_learner, use_one_thread
 from sequel_flax.optimizers import build_optimizer
 
 WIDTHS = (256, 256)
@@ -32,6 +40,7 @@ def contenders(
 ) -> dict[str, Callable[[], float]]:
     """Return functions that train on the second task for one epoch and return the seconds, ours first."""
     first, task = benchmark.tasks
+    use_one_thread()
     learner = make_learner(
         hparams,
         MLP(WIDTHS, benchmark.num_classes),
@@ -40,6 +49,7 @@ def contenders(
         TrainingHParams(batch_size=batch_size),
     )
     learner.fit_task(first, SILENT)
+    learner.algorithm = learner.algorithm._replace(end_task=lambda ts, state, batches: (ts, state))
 
     def ours() -> float:
         start = time.perf_counter()
@@ -50,9 +60,10 @@ def contenders(
     samples = task.train.take(plan.epoch_batches(0, 0, 0, len(task.train), batch_size).reshape(-1))
     x = samples.x.reshape(-1, batch_size, *benchmark.image_shape)
     y = samples.y.astype(np.int32).reshape(-1, batch_size)
-    layers = [(jnp.array(w["kernel"]), jnp.array(w["bias"])) for w in _layers(learner.ts.params)]
+    layers = jax.tree.map(jnp.copy, _layers(learner.ts.params))
     scale, shift = (float(a[0]) for a in (benchmark.normalisation.scale, benchmark.normalisation.shift))
-    step, kept = hand_written(hparams, layers, samples.x, samples.y, batch_size, scale, shift)
+    stored = samples if task.coreset is None else task.coreset.take(np.arange(len(task.coreset)))
+    step, kept = hand_written(hparams, layers, stored.x, stored.y, batch_size, scale, shift)
 
     dispatch = jax.jit(step, donate_argnums=(0, 1))
 
@@ -92,8 +103,8 @@ def hand_written(
 ) -> tuple[Step, Any]:
     """Return the step of the same method as one would write it alone, and what it keeps at first.
 
-    Past tasks are stood in for by ones (importances), the present weights (anchors) and the first samples
-    (memories, drawn from with JAX's own generator, with replacement).
+    Past tasks are stood in for by ones (importances), the present weights (anchors), half the classes and the
+    first samples (memories, drawn from with JAX's own generator, with replacement; for KCL the coreset).
     """
 
     def hidden(layers: Any, x: jax.Array) -> jax.Array:
@@ -120,22 +131,19 @@ def hand_written(
         terms = jax.tree.map(lambda w, a, f: jnp.sum(f * (w - a) ** 2), layers, kept["anchor"], kept["ones"])
         return 0.5 * jnp.sum(jnp.stack(jax.tree.leaves(terms)))
 
+    def sgd(loss_of: Callable[..., jax.Array]) -> Step:
+        def step(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
+            loss, gradient = jax.value_and_grad(loss_of)(layers, kept, x, y)
+            return descend(layers, gradient), kept, loss
+
+        return step
+
     past = {"anchor": layers, "ones": jax.tree.map(jnp.ones_like, layers)}
     name = hparams.name
     if name in ("naive", "joint", "stable_sgd"):
-
-        def naive(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
-            loss, gradient = jax.value_and_grad(plain)(layers, x, y)
-            return descend(layers, gradient), kept, loss
-
-        return naive, ()
+        return sgd(lambda w, kept, x, y: plain(w, x, y)), ()
     if name in ("ewc", "mas"):
-
-        def penalised(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
-            loss, gradient = jax.value_and_grad(lambda w: plain(w, x, y) + distance(w, kept))(layers)
-            return descend(layers, gradient), kept, loss
-
-        return penalised, past
+        return sgd(lambda w, kept, x, y: plain(w, x, y) + distance(w, kept)), past
     if name == "si":
 
         def si(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
@@ -160,6 +168,44 @@ def hand_written(
             return [*descend(layers[:-1], gradient[:-1]), layers[-1]], kept, loss
 
         return lfl, layers
+
+    if name == "icarl":
+
+        def binary(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+            logits, old = network(layers, x), jax.nn.sigmoid(network(kept, x))
+            past = jnp.arange(old.shape[1]) < old.shape[1] // 2
+            target = jnp.where(past[None], old, jax.nn.one_hot(y, old.shape[1]))
+            return jnp.mean(jax.nn.softplus(logits) - logits * target)
+
+        return sgd(binary), layers
+    if isinstance(hparams, KCLHParams):
+        d, (width, classes) = hparams.d_rn_f, layers[0][-1][0].shape
+        phase = jax.random.uniform(jax.random.PRNGKey(1), (1, d), maxval=2 * jnp.pi)
+
+        def infer(net: Any, h: jax.Array) -> Any:
+            for w, b in net[:-1]:
+                h = jax.nn.elu(h @ w + b)
+            return jnp.split(h @ net[-1][0] + net[-1][1], 2)
+
+        def variational(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+            net, own = layers
+            h, core = (hidden(net, a) for a in (x, kept["x"]))
+            h, core = (a / jnp.linalg.norm(a, axis=1, keepdims=True) for a in (h, core))
+            (m, v), (m0, v0) = infer(own["posterior"], core.mean(0)), infer(own["prior"], h.mean(0))
+            bases = m[None] + jnp.exp(v / 2)[None] * jax.random.normal(kept["key"], (d, width))
+            psi, psi_core = ((2 / d) ** 0.5 * jnp.cos(a @ bases.T + phase) for a in (h, core))
+            matrix = psi_core @ psi_core.T + (jnp.abs(own["lmd"][1]) + 0.01) * jnp.eye(len(core))
+            found = jax.scipy.linalg.solve(matrix, jax.nn.one_hot(kept["y"], classes), assume_a="pos")
+            logits = own["gain"][1] * (psi @ psi_core.T @ found) + own["offset"][1]
+            divergence = 0.5 * jnp.sum(v0 - v + (jnp.exp(v) + (m - m0) ** 2) / jnp.exp(v0) - 1)
+            return mean_cross_entropy(logits, y) + hparams.tau * divergence
+
+        def kcl(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
+            layers, kept, loss = sgd(variational)(layers, kept, x, y)
+            return layers, {**kept, "key": jax.random.split(kept["key"])[0]}, loss
+
+        core = {"x": jnp.asarray(images), "y": jnp.asarray(labels, jnp.int32)}
+        return kcl, {**core, "key": jax.random.PRNGKey(0)}
 
     size = vars(hparams)["mem_size"]
     memory = {
@@ -214,10 +260,60 @@ def hand_written(
         gradient = jax.tree.map(lambda g, r: g - factor * r, gradient, reference)
         return descend(layers, gradient), keep(kept, x, y), loss
 
+    def mcsgd(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
+        layers, kept, loss = sgd(lambda w, kept, x, y: plain(w, x, y))(layers, kept, x, y)
+        return layers, keep(kept, x, y), loss
+
+    if isinstance(hparams, LaMAMLHParams):
+        parts = hparams.n_inner_updates or batch_size
+
+        def follow(layers: Any, rates: Any, gradient: Any) -> Any:
+            return jax.tree.map(lambda w, a, g: w - jax.nn.relu(a) * g, layers, rates, gradient)
+
+        def mean(gradient: Any) -> Any:
+            found = jax.tree.map(lambda g: g / parts, gradient)
+            norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(found)))
+            factor = jnp.minimum(1, (hparams.grad_clip_norm or jnp.inf) / (norm + 1e-6))
+            return jax.tree.map(lambda g: factor * g, found)
+
+        def glance(layers: Any, rates: Any, own: Any, both: Any) -> Any:
+            def inner(carry: Any, part: Any) -> Any:
+                fast, total, slope, rates_slope = carry
+                gradient = jax.grad(plain)(fast, *part)
+                fast, total = follow(fast, rates, gradient), jax.tree.map(jnp.add, total, gradient)
+                loss, after = jax.value_and_grad(plain)(fast, *both)
+                rates_slope = jax.tree.map(lambda s, g, t: s - g * t, rates_slope, after, total)
+                return (fast, total, jax.tree.map(jnp.add, slope, after), rates_slope), loss
+
+            zero = jax.tree.map(jnp.zeros_like, layers)
+            cut = tuple(a.reshape(parts, -1, *a.shape[1:]) for a in own)
+            (_, _, slope, rates_slope), losses = jax.lax.scan(
+                inner, (layers, zero, zero, zero), cut, unroll=True
+            )
+            rates_slope = mean(jax.tree.map(lambda g, a: g * (a > 0), rates_slope, rates))
+            rates = jax.tree.map(lambda a, g: a - hparams.lr_alpha * g, rates, rates_slope)
+            return follow(layers, rates, mean(slope)), rates, losses.mean()
+
+        def lamaml(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
+            (memory, rates), losses = kept, []
+            for k in range(hparams.glances):
+                old = draw(memory, k)
+                order = jax.random.permutation(jax.random.fold_in(memory["key"], k), batch_size)
+                both = tuple(jnp.concatenate(pair) for pair in zip((x, y), old[:2], strict=True))
+                layers, rates, loss = glance(layers, rates, (x[order], y[order]), both)
+                memory = memory if k else keep(memory, x, y)
+                losses.append(loss)
+            return layers, (memory, rates), losses[0]
+
+        return lamaml, (memory, jax.tree.map(lambda w: jnp.full_like(w, hparams.alpha_init), layers))
     if isinstance(hparams, DERHParams):
         return der, memory
-    return (er if name == "er" else agem), memory
+    return {"er": er, "agem": agem, "mcsgd": mcsgd}[name], memory
 
 
-def _layers(params: Any) -> list[Any]:
-    return [params[name] for name in (*(f"dense_{i}" for i in range(len(WIDTHS))), "head")]
+def _layers(params: Any) -> Any:
+    """Return kernels and biases; for KCL these and, by name, its own parameters."""
+    names = (*(f"dense_{i}" for i in range(len(WIDTHS))), "head")
+    layers = [(params[name]["kernel"], params[name]["bias"]) for name in names]
+    own = params.get("kcl", {})
+    return (layers, {k: _layers(w) if isinstance(w, dict) else w for k, w in own.items()}) if own else layers

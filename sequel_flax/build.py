@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import clu.metrics
 import jax
 import optax
+import scipy.linalg  # noqa: F401 - whose LAPACK jaxlib calls
 from flax import linen as nn
+from threadpoolctl import threadpool_limits
 
 from sequel_core.config import ExperimentConfig
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
@@ -59,8 +62,19 @@ def make_learner(
     )
 
 
+def use_one_thread() -> None:
+    """Let LAPACK's routines run on one thread unless OMP_NUM_THREADS or OPENBLAS_NUM_THREADS says otherwise.
+
+    XLA calls them for KCL's factorisations, which are too small to share, and their threads wait on its own:
+    on two cores a step took three times as long.
+    """
+    if not {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"} & os.environ.keys():
+        threadpool_limits(1, "blas")
+
+
 def build_learner(config: ExperimentConfig, benchmark: Benchmark, run_dir: Path) -> FlaxLearner:
-    """Return the learner of an experiment's configuration."""
+    """Return the learner of an experiment's configuration; LAPACK's routines run on one thread."""
+    use_one_thread()
     if config.training.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     model = BACKBONES[config.backbone.type](**vars(config.backbone), num_classes=benchmark.num_classes)

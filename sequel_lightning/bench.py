@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from sequel_core import plan
 from sequel_core.hparams import (
     AlgorithmHParams,
+    KCLHParams,
+    MemoryHParams,
     NaiveHParams,
     OptimizerHParams,
-    ReplayHParams,
     TrainingHParams,
 )
 from sequel_core.learner import FitMonitor
@@ -36,8 +40,8 @@ SILENT = FitMonitor(on_progress=lambda progress: None, on_evaluate=lambda: None)
 class BareModule(pl.LightningModule):
     """The least LightningModule that trains the network with a method, as one would write it alone.
 
-    Past tasks are stood in for by ones (importances), the present weights (anchors) and the first samples
-    (memories, drawn from with torch's own generator, with replacement).
+    Past tasks are stood in for by ones (importances), the present weights (anchors), half the classes and the
+    first samples (memories, drawn from with torch's own generator, with replacement; for KCL the coreset).
     """
 
     net: Any
@@ -51,8 +55,17 @@ class BareModule(pl.LightningModule):
         self.method, self.settings = hparams.name, vars(hparams)
         self.past = [(p.detach().clone(), torch.ones_like(p)) for p in net.parameters()]
         self.path = [torch.zeros_like(p) for p in net.parameters()]
-        self.old: Any = copy.deepcopy(net) if self.method == "lfl" else None
-        if isinstance(hparams, ReplayHParams):
+        self.old: Any = copy.deepcopy(net).requires_grad_(False) if self.method in ("lfl", "icarl") else None
+        self.automatic_optimization = self.method != "lamaml"
+        self.rates = [torch.full_like(p, self.settings.get("alpha_init", 0)) for p in net.parameters()]
+        if isinstance(hparams, KCLHParams):
+            width, bases = self.net.head.in_features, hparams.d_rn_f
+            dense = [[nn.Linear(width, n * width) for n in (1, 1, 2)] for _ in range(2)]
+            self.posterior, self.prior = (nn.Sequential(a, nn.ELU(), b, nn.ELU(), c) for a, b, c in dense)
+            self.own = nn.ParameterList(torch.tensor(a) for a in (hparams.lmd, 1.0, 0.0))
+            self.basis_phase = 2 * math.pi * torch.rand(bases)
+            self.core = samples[0], F.one_hot(samples[1], self.net.head.out_features).float()
+        if isinstance(hparams, MemoryHParams):
             size = hparams.mem_size
             self.seen = size
             logits = torch.zeros(size, self.net.head.out_features)
@@ -91,8 +104,20 @@ class BareModule(pl.LightningModule):
                 distance = self.old.features(self.pixels(x))
             pull: Tensor = 0.0005 * ((features - distance) ** 2).sum(1).mean()
             return pull + F.cross_entropy(self.net.head(features), y)
+        if self.method == "kcl":
+            return self.kernel_loss(x, y)
+        if self.method == "lamaml":
+            return self.look_ahead(x, y)
         logits = self.net(self.pixels(x))
+        if self.method == "icarl":
+            with torch.no_grad():
+                old = self.old(self.pixels(x)).sigmoid()
+            past = torch.arange(old.shape[1]) < old.shape[1] // 2
+            target = torch.where(past, old, F.one_hot(y, old.shape[1]).float())
+            return F.binary_cross_entropy_with_logits(logits, target)
         loss = F.cross_entropy(logits, y)
+        if self.method == "mcsgd":
+            self.keep(x, y)
         if self.method in ("ewc", "mas"):
             for p, (anchor, importance) in zip(self.net.parameters(), self.past, strict=True):
                 loss = loss + 0.5 * (importance * (p - anchor) ** 2).sum()
@@ -107,6 +132,57 @@ class BareModule(pl.LightningModule):
             self.count = len(y)
             self.keep(x, y, logits.detach())
         return loss
+
+    def kernel_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return KCL's loss."""
+        h, core = (F.normalize(self.net.features(self.pixels(a))) for a in (x, self.core[0]))
+        (m, v), (m0, v0) = self.posterior(core.mean(0)).chunk(2), self.prior(h.mean(0)).chunk(2)
+        bases = m + (v / 2).exp() * torch.randn(len(self.basis_phase), len(m))
+        psi, psi_core = (
+            math.sqrt(2 / len(bases)) * torch.cos(a @ bases.T + self.basis_phase) for a in (h, core)
+        )
+        lmd, gain, offset = self.own
+        matrix = psi_core @ psi_core.T + (lmd.abs() + 0.01) * torch.eye(len(core))
+        found = torch.cholesky_solve(self.core[1], torch.linalg.cholesky(matrix))
+        logits = gain * (psi @ psi_core.T @ found) + offset
+        divergence = 0.5 * (v0 - v + (v.exp() + (m - m0) ** 2) / v0.exp() - 1).sum()
+        loss: Tensor = F.cross_entropy(logits, y) + self.settings["tau"] * divergence
+        return loss
+
+    def look_ahead(self, x: Tensor, y: Tensor) -> Tensor:
+        """Take La-MAML's glances, and move the weights; return the loss of the first."""
+        names, params = zip(*self.net.named_parameters(), strict=True)
+        fast: Any
+        settings, means = self.settings, []
+
+        def loss_at(weights: Any, x: Tensor, y: Tensor) -> Tensor:
+            named = dict(zip(names, weights, strict=True))
+            return F.cross_entropy(functional_call(self.net, named, (self.pixels(x),)), y)
+
+        def follow(weights: Any, rates: Any, gradient: Any) -> list[Tensor]:
+            return [w - F.relu(a) * g for w, a, g in zip(weights, rates, gradient, strict=True)]
+
+        def shortened(gradient: Any) -> list[Tensor]:
+            norm = torch.stack([g.norm() for g in gradient]).norm()
+            return [g * (settings["grad_clip_norm"] / (norm + 1e-6)).clamp(max=1) for g in gradient]
+
+        for glance in range(settings["glances"]):
+            old, order = self.draw(len(y)), torch.randperm(len(y))
+            rates, fast, losses = [a.requires_grad_() for a in self.rates], params, []
+            cut = (a[order].chunk(settings["n_inner_updates"]) for a in (x, y))
+            for part in zip(*cut, strict=True):
+                fast = follow(fast, rates, torch.autograd.grad(loss_at(fast, *part), fast))
+                losses.append(loss_at(fast, torch.cat([x, old[0]]), torch.cat([y, old[1]])))
+            means.append(torch.stack(losses).mean())
+            slopes = torch.autograd.grad(means[-1], [*params, *rates])
+            with torch.no_grad():
+                slope, rates_slope = shortened(slopes[: len(params)]), shortened(slopes[len(params) :])
+                self.rates = [a - settings["lr_alpha"] * g for a, g in zip(rates, rates_slope, strict=True)]
+                for p, after in zip(params, follow(params, self.rates, slope), strict=True):
+                    p.copy_(after)
+            if glance == 0:
+                self.keep(x, y)
+        return means[0].detach()
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Change the gradient, where the method does."""
@@ -145,7 +221,18 @@ class BareModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return plain SGD."""
-        return torch.optim.SGD(self.net.parameters(), lr=RATE)
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=RATE)
+
+
+def plain_step(module: BareModule, optimizer: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Take a step without a Trainer; return the loss."""
+    optimizer.zero_grad()
+    loss = module.training_step(batch, 0)
+    if module.automatic_optimization:
+        loss.backward()
+        module.on_before_optimizer_step(optimizer)
+        module.step(optimizer.step)
+    return loss.detach()
 
 
 class Batches:
@@ -172,10 +259,13 @@ def contenders(
     optimizer = build_optimizer(OptimizerHParams(lr=RATE))
     learner = make_learner(hparams, copy.deepcopy(net), optimizer, benchmark, training)
     learner.fit_task(first, SILENT)
+    learner.module.end_task = lambda batches: None  # type: ignore[method-assign]
     naive = make_learner(NaiveHParams(), copy.deepcopy(net), optimizer, benchmark, training)
     samples = task.train.take(plan.epoch_batches(0, 0, 0, len(task.train), batch_size).reshape(-1))
     x, y, _, _ = as_batch(samples)
     batches = Batches(list(zip(x.split(batch_size), y.split(batch_size), strict=True)))
+    chosen = samples if task.coreset is None else task.coreset.take(np.arange(len(task.coreset)))
+    stored = as_batch(chosen)[:2]
     scale, shift = (
         torch.tensor(a, dtype=torch.float32).reshape(-1, 1, 1)
         for a in (benchmark.normalisation.scale, benchmark.normalisation.shift)
@@ -187,7 +277,7 @@ def contenders(
         return time.perf_counter() - start
 
     def bare() -> float:
-        module = BareModule(copy.deepcopy(net), scale, shift, hparams, (x, y))
+        module = BareModule(copy.deepcopy(net), scale, shift, hparams, stored)
         off: dict[str, Any] = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
         with quiet():
             start = time.perf_counter()
@@ -195,14 +285,11 @@ def contenders(
             return time.perf_counter() - start
 
     def plain() -> float:
-        module = BareModule(copy.deepcopy(net), scale, shift, hparams, (x, y))
+        module = BareModule(copy.deepcopy(net), scale, shift, hparams, stored)
         optimizer: Any = module.configure_optimizers()
         start = time.perf_counter()
-        for i, batch in enumerate(batches):
-            optimizer.zero_grad()
-            module.training_step(batch, i).backward()
-            module.on_before_optimizer_step(optimizer)
-            module.step(optimizer.step)
+        for batch in batches:
+            plain_step(module, optimizer, batch)
         return time.perf_counter() - start
 
     found: dict[str, Callable[[], float]] = {}

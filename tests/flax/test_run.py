@@ -13,12 +13,14 @@ import numpy as np
 import optax
 import pytest
 import yaml
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import sequel_core
 from sequel_core import load_result, load_weights, run
 from sequel_core.hparams import EWCHParams, JointHParams, NaiveHParams
 from sequel_core.learner import DivergenceError
 from sequel_core.results import Result
+from sequel_flax.build import use_one_thread
 from tests.flax.parts import STEPS, divided, learner, rotated, same, settings
 
 EWC = EWCHParams(ewc_lambda=30, fisher_samples=20)
@@ -271,3 +273,18 @@ def test_an_interrupted_run_keeps_what_was_recorded(
     assert result.summary["steps"] == STEPS
     assert not np.isnan(result.matrix[0, 0])
     assert not (tmp_path / "weights.npz").exists()
+
+
+def test_lapack_runs_on_one_thread_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def threads() -> set[int]:
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
+    with threadpool_limits(2, "blas"):
+        use_one_thread()
+        assert threads() == {1}
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    with threadpool_limits(2, "blas"):
+        use_one_thread()
+        assert threads() == {2}
