@@ -220,7 +220,7 @@ class FlaxLearner:
         kept = self.state.memory
         found = [part for part in (kept, *kept) if isinstance(part, Memory)]
         if not found:
-            raise ValueError(f"{self.hparams.name} keeps no samples; er, der, derpp, agem, ... do")
+            raise ValueError(f"{self.hparams.name} keeps no samples; methods with a memory do")
         return stored_samples(found[0])
 
     def memory_bytes(self) -> int:

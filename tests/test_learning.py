@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
@@ -65,3 +66,22 @@ def test_both_frameworks_measure_the_same(algo: str, stream: tuple[str, ...]) ->
     settings = (*STRENGTHS.get(algo, ("algo.mem_size=200",)), *stream, *rate)
     torch, flax = (measured(f"algo={algo}", *settings, f"mode={mode}") for mode in MODES)
     assert abs(torch.average_accuracy - flax.average_accuracy) < 0.01
+
+
+@pytest.mark.parametrize("name", ["mcsgd", "lamaml"])
+def test_published_numbers_are_reached(name: str, tmp_path: Path) -> None:
+    """With one seed in JAX; `sequel reproduce NAME` takes three in both frameworks."""
+    line = ["reproduce", name, "--mode", "jax", "--seeds", "1", "--results", str(tmp_path)]
+    assert main(line) == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nearest_means_of_exemplars_beat_the_head_and_kernels_keep_every_task(mode: str) -> None:
+    naive = measured("algo=naive", *INCREMENTAL, f"mode={mode}")
+    settings = ("optimizer.lr=0.05", "benchmark.batch_size=64", f"mode={mode}")
+    icarl = measured("algo=icarl", *INCREMENTAL, *settings)
+    assert icarl.average_accuracy > icarl.summary["head_average_accuracy"] + 0.05
+    assert icarl.average_accuracy > naive.average_accuracy + 0.4
+    kcl = measured("algo=kcl", "benchmark=splitmnist", "benchmark.subset=4000", RATE["ewc"], f"mode={mode}")
+    assert kcl.average_accuracy > 0.95
+    assert kcl.forgetting < 0.05

@@ -217,7 +217,7 @@ def test_samples_of_the_memory_are_copies() -> None:
 
 @pytest.mark.parametrize("hparams", [NaiveHParams(), SIHParams()], ids=lambda hparams: hparams.name)
 def test_a_method_without_a_memory_has_no_samples(hparams: AlgorithmHParams) -> None:
-    with pytest.raises(ValueError, match=f"{hparams.name} keeps no samples; er, der, derpp and agem do"):
+    with pytest.raises(ValueError, match=f"{hparams.name} keeps no samples; methods with a memory do"):
         learner(hparams).memory_samples()
 
 
