@@ -12,8 +12,10 @@ from dataclasses import Field, dataclass, field, fields
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from sequel_core import plan
-from sequel_core.task import Benchmark, StreamSpec, Task
+from sequel_core.task import Benchmark, Samples, StreamSpec, Task
 
 Dtype = Literal["float32", "float64"]
 MemoryPolicy = Literal["reservoir", "ring", "class_balanced", "task_balanced", "task_quota", "class_quota"]
@@ -536,6 +538,24 @@ class KCLHParams(AlgorithmHParams):
                 f"got {self.core_size}; use a multiple of {classes}"
             )
         return self.core_size // classes
+
+    def coreset(self, task: Task) -> Samples:
+        """Return the samples that a task has set aside.
+
+        Raises:
+            ValueError: it has none, or another number of them.
+        """
+        if task.coreset is None:
+            raise ValueError(
+                f"kcl needs tasks with a coreset, got task {task.index} without one; iterate over "
+                "hparams.training_tasks(benchmark, seed)"
+            )
+        if len(task.coreset) != self.core_size:
+            raise ValueError(
+                f"a coreset must have core_size={self.core_size} samples, got {len(task.coreset)} in task "
+                f"{task.index}; iterate over training_tasks(benchmark, seed) of the same hparams"
+            )
+        return task.coreset.take(np.arange(self.core_size))
 
     def training_tasks(self, benchmark: Benchmark, seed: int = 0) -> Iterator[Task]:
         """Yield the tasks, each with its coreset taken from its training samples.

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from sequel_core import plan
 from sequel_core.hparams import LaMAMLHParams, MCSGDHParams, MemoryHParams
 from sequel_core.task import (
+    FloatArray,
     IntArray,
     JoinedSplit,
     Samples,
@@ -422,6 +423,24 @@ def noise_table(seed: int) -> NDArray[np.float32]:
     every step for the price of one integer (Salimans et al. 2017, section 3, shared noise).
     """
     return plan.normal(seed, "noise of bases", count=NOISE).astype(np.float32)
+
+
+def basis_constants(seed: int, count: int, width: int) -> tuple[NDArray[Any], FloatArray, NDArray[Any]]:
+    """Return what bases are made of: noise, phases b, and where in it the bases of evaluation begin.
+
+    Args:
+        seed: of the run.
+        count: bases, D.
+        width: numbers of a basis, H.
+
+    Returns:
+        Noise float32 `[NOISE + H - 1]`, which at its end begins again, so that every stretch lies in it;
+        phases float64 `[D]`; positions int32 `[D]`.
+    """
+    phase = 2 * np.pi * plan.uniform(seed, "phase of bases", count=count)
+    fixed = plan.words(seed, "bases of evaluation", count=count) % NOISE
+    noise = noise_table(seed)
+    return np.concatenate([noise, noise[: width - 1]]), phase, fixed.astype(np.int32)
 
 
 def connection_batches(

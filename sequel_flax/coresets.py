@@ -15,29 +15,10 @@ import numpy as np
 from flax.training.train_state import TrainState
 
 from sequel_core.hparams import KCLHParams
-from sequel_core.task import Batch, Samples, Task
+from sequel_core.task import Batch, Task
 from sequel_flax import bundle
 from sequel_flax.bundle import State
 from sequel_flax.replay import Memory, store
-
-
-def coreset_of(task: Task, size: int) -> Samples:
-    """Return the samples that a task has set aside.
-
-    Raises:
-        ValueError: it has none, or another number of them.
-    """
-    if task.coreset is None:
-        raise ValueError(
-            f"kcl needs tasks with a coreset, got task {task.index} without one; iterate over "
-            "hparams.training_tasks(benchmark, seed)"
-        )
-    if len(task.coreset) != size:
-        raise ValueError(
-            f"a coreset must have core_size={size} samples, got {len(task.coreset)} in task {task.index}; "
-            "iterate over training_tasks(benchmark, seed) of the same hparams"
-        )
-    return task.coreset.take(np.arange(size))
 
 
 def held(memory: Memory, k: Any, size: int) -> tuple[jax.Array, jax.Array]:
@@ -54,7 +35,7 @@ def keep(memory: Memory, k: int, x: Any, y: Any) -> Memory:
 
 def start_task(ts: TrainState, state: State, task: Task, hparams: KCLHParams) -> tuple[TrainState, State]:
     """Begin a task and keep its coreset in `state.memory.coreset`."""
-    x, y, _ = coreset_of(task, hparams.core_size)
+    x, y, _ = hparams.coreset(task)
     ts, state = bundle.start_task(ts, state, task, hparams)
     memory = state.memory.coreset
     images = x if memory.x.dtype == x.dtype else bundle.normalise(state.stream, jnp.asarray(x))

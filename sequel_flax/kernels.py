@@ -14,14 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from numpy.typing import NDArray
 
-from sequel_core import plan
 from sequel_core.hparams import KCLHParams
-from sequel_core.memory import NOISE, noise_table
 from sequel_core.plan import initial_weights
-from sequel_core.task import FloatArray
 from sequel_flax.bundle import Params
 
 RIDGE = 0.01
@@ -71,7 +66,7 @@ def compare(
         hparams: settings.
         core: normalised features of a coreset `[N, H]`.
         h: normalised features `[n, H]`.
-        noise: see `basis_constants`; of a kernel with bases, as what follows.
+        noise: see `sequel_core.memory.basis_constants`; of a kernel with bases, as what follows.
         phase: of each basis `[D]`.
         positions: where in the noise each basis begins `[D]`.
     """
@@ -151,21 +146,3 @@ def gaussian_kl(p: Gaussian, q: Gaussian) -> jax.Array:
     """Return KL(p || q) = 1/2 sum_j [v_q - v_p + (exp(v_p) + (mu_p - mu_q)^2) / exp(v_q) - 1], shape ()."""
     ratio = (jnp.exp(p.log_variance) + (p.mean - q.mean) ** 2) / jnp.exp(q.log_variance)
     return 0.5 * jnp.sum(q.log_variance - p.log_variance + ratio - 1)
-
-
-def basis_constants(seed: int, count: int, width: int) -> tuple[NDArray[Any], FloatArray, NDArray[Any]]:
-    """Return what bases are made of: noise, phases b, and where in it the bases of evaluation begin.
-
-    Args:
-        seed: of the run.
-        count: bases, D.
-        width: numbers of a basis, H.
-
-    Returns:
-        Noise float32 `[NOISE + H - 1]`, which at its end begins again, so that every stretch lies in it;
-        phases float64 `[D]`; positions int32 `[D]`.
-    """
-    phase = 2 * np.pi * plan.uniform(seed, "phase of bases", count=count)
-    fixed = plan.words(seed, "bases of evaluation", count=count) % NOISE
-    noise = noise_table(seed)
-    return np.concatenate([noise, noise[: width - 1]]), phase, fixed.astype(np.int32)

@@ -9,35 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from sequel_core.hparams import KCLHParams
-from sequel_core.task import Samples, StreamSpec, Task
+from sequel_core.task import StreamSpec
 from sequel_lightning.data import as_batch
 from sequel_lightning.module import TRAINING, ContinualModule, OptimizerFactory, StateTree
 from sequel_lightning.replay import Memory, empty_memory
-
-
-def coreset_of(task: Task, size: int) -> Samples:
-    """Return the samples that a task has set aside.
-
-    Raises:
-        ValueError: it has none, or another number of them.
-    """
-    if task.coreset is None:
-        raise ValueError(
-            f"kcl needs tasks with a coreset, got task {task.index} without one; iterate over "
-            "hparams.training_tasks(benchmark, seed)"
-        )
-    if len(task.coreset) != size:
-        raise ValueError(
-            f"a coreset must have core_size={size} samples, got {len(task.coreset)} in task {task.index}; "
-            "iterate over training_tasks(benchmark, seed) of the same hparams"
-        )
-    return task.coreset.take(np.arange(size))
 
 
 def held(memory: Memory, k: Any, size: int) -> tuple[Tensor, Tensor]:
@@ -73,11 +53,7 @@ class CoresetModule(ContinualModule):
         seed: int = 0,
     ) -> None:
         super().__init__(net, optimizer, hparams, spec, metrics, seed)
-        if spec is None:
-            raise ValueError(
-                f"{type(self).__name__} keeps samples, so it needs the stream's spec, got None; "
-                "construct it with spec=benchmark.spec"
-            )
+        spec = self.needed_spec()
         x, y, t, _ = empty_memory(spec, spec.num_tasks * hparams.core_size, None)
         self.coreset = StateTree({"x": x, "y": y, "t": t})
 
@@ -131,7 +107,7 @@ class CoresetModule(ContinualModule):
                 f"kcl needs a coreset of task {k}; call module.keep_coreset({k}, x, y) before fit, or give "
                 "TaskDataModule a task of hparams.training_tasks(benchmark, seed)"
             )
-        batch = self._prepared(as_batch(coreset_of(task, size)))
+        batch = self._prepared(as_batch(self.algorithm_hparams.coreset(task)))
         return k, batch.x, batch.y
 
     def current_coreset(self) -> tuple[int, Tensor, Tensor]:

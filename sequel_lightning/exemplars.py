@@ -98,11 +98,7 @@ class ExemplarModule(ContinualModule):
     ) -> None:
         check_features(net, hparams.name)
         super().__init__(net, optimizer, hparams, spec, metrics, seed)
-        if spec is None:
-            raise ValueError(
-                f"{type(self).__name__} keeps samples, so it needs the stream's spec, got None; "
-                "construct it with spec=benchmark.spec"
-            )
+        spec = self.needed_spec()
         hparams.check(spec, TrainingHParams())
         memory = empty_memory(spec, hparams.slots(int(spec.mask.sum())), None)
         self.exemplars = StateTree({"x": memory.x, "y": memory.y, "t": memory.t})

@@ -180,6 +180,19 @@ class ContinualModule(pl.LightningModule):
             return x
         return x.to(scale.dtype).mul_(scale).add_(shift)
 
+    def needed_spec(self) -> StreamSpec:
+        """Return the stream's spec, for a method that keeps samples.
+
+        Raises:
+            ValueError: the module was made without one.
+        """
+        if self.spec is None:
+            raise ValueError(
+                f"{type(self).__name__} keeps samples, so it needs the stream's spec, got None; "
+                "construct it with spec=benchmark.spec"
+            )
+        return self.spec
+
     def params(self) -> Params:
         """Return the parameters of the network by name."""
         return dict(self.net.named_parameters())

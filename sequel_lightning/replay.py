@@ -178,11 +178,7 @@ class ReplayModule(ContinualModule):
         seed: int = 0,
     ) -> None:
         super().__init__(net, optimizer, hparams, spec, metrics, seed)
-        if spec is None:
-            raise ValueError(
-                f"{type(self).__name__} keeps samples, so it needs the stream's spec, got None; "
-                "construct it with spec=benchmark.spec"
-            )
+        spec = self.needed_spec()
         self.planner = self.make_planner(spec)
         dtype = next(net.parameters()).dtype if self.keep_logits else None
         memory = empty_memory(spec, self.planner.slots, dtype)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # read by jax when, and only when, a test imports it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # by torch, alike: two workers of pytest share the cores
 
 settings.register_profile("sequel", derandomize=True, deadline=None)
 settings.load_profile("sequel")

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax.training.train_state import TrainState
 
 from sequel_core.hparams import KCLHParams
-from sequel_core.memory import BasesPlanner, NoPlanner
+from sequel_core.memory import BasesPlanner, NoPlanner, basis_constants
 from sequel_core.task import Batch, StreamSpec
 from sequel_flax import bundle, kernels
 from sequel_flax.bundle import Algorithm, Outputs, Params, State
@@ -71,7 +71,7 @@ def kcl(hparams: KCLHParams, seed: int = 0) -> Algorithm:
         memory = KCLState(empty_memory(spec, spec.num_tasks * hparams.core_size, None), None, None, None)
         if rff:
             width = bundle.feature_width(ts, spec, "kcl")
-            noise, phase, fixed = map(jnp.asarray, kernels.basis_constants(seed, hparams.d_rn_f, width))
+            noise, phase, fixed = map(jnp.asarray, basis_constants(seed, hparams.d_rn_f, width))
             phase = phase.astype(ts.params["kcl"]["lmd"].dtype)
             memory = memory._replace(noise=noise, phase=phase, fixed=fixed)
         return State(bundle.init_stream(ts, spec, hparams, seed), memory)

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from sequel_core.hparams import KCLHParams
-from sequel_core.memory import BasesPlanner
+from sequel_core.memory import BasesPlanner, basis_constants
 from sequel_core.task import Batch, StreamSpec
 from sequel_lightning import kernels
 from sequel_lightning.coresets import CoresetModule, held
@@ -75,7 +75,7 @@ class KCL(CoresetModule):
         self.kcl: Any = kernels.own_parameters(hparams, seed, self.spec.num_tasks, width, like.dtype)
         self.rff = hparams.kernel_type == "rff"
         self.planner = BasesPlanner(hparams.d_rn_f if self.rff else 0, seed)
-        noise, phase, fixed = map(torch.from_numpy, kernels.basis_constants(seed, hparams.d_rn_f, width))
+        noise, phase, fixed = map(torch.from_numpy, basis_constants(seed, hparams.d_rn_f, width))
         constants = {"noise": noise, "basis_phase": phase.to(like.dtype), "fixed": fixed}
         for name, value in constants.items():
             self.register_buffer(name, value if self.rff else None, persistent=name != "noise")

@@ -34,7 +34,9 @@ SGD = OptimizerHParams(lr=0.01)
 
 
 @pytest.mark.parametrize("mode", ["pytorch", "jax"])
-@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize(
+    "algo", ["naive", "er", *(pytest.param(a, marks=pytest.mark.slow) for a in ALGORITHMS)]
+)
 def test_every_algorithm_has_rows(algo: str, mode: str, tmp_path: Path) -> None:
     line = ["--algo", algo, "--mode", mode, "--batch-size", "10", "--steps", "3", "--rounds", "1"]
     assert main(["bench", *line, "--json", str(tmp_path / "rows.json")]) == 0

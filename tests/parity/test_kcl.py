@@ -21,7 +21,7 @@ from sequel_benchmarks import RotatedDigits, SplitDigits
 from sequel_core import plan
 from sequel_core.cli import main
 from sequel_core.hparams import AlgorithmHParams, KCLHParams, OptimizerHParams, TrainingHParams
-from sequel_core.memory import NOISE, noise_table
+from sequel_core.memory import NOISE, basis_constants, noise_table
 from sequel_core.task import Benchmark, FloatArray, Scenario
 from sequel_flax import kernels as flax_kernels
 from sequel_lightning import kernels as torch_kernels
@@ -106,7 +106,7 @@ def test_a_tiny_ridge_gives_the_coreset_its_labels(
 ) -> None:
     monkeypatch.setattr(kernels, "RIDGE", 1e-9)
     core, y = rng.normal(size=(12, 5)), np.eye(3)[np.arange(12) % 3]
-    noise, phase, positions = kernels.basis_constants(0, 2000, 5)
+    noise, phase, positions = basis_constants(0, 2000, 5)
     for hparams in (replace(RBF, lmd=0), replace(RFF, lmd=0, d_rn_f=2000)):
         own = own_of(kernels, hparams, 5)
         c, targets, *rest = of(kernels, core, y, noise, phase, positions)
@@ -119,7 +119,7 @@ def test_many_bases_of_a_standard_normal_give_the_gaussian_kernel(
     kernels: Any, rng: np.random.Generator
 ) -> None:
     a, b = rng.normal(size=(8, 3)), rng.normal(size=(6, 3))
-    noise, phase, positions = of(kernels, *kernels.basis_constants(1, 200_000, 3))
+    noise, phase, positions = of(kernels, *basis_constants(1, 200_000, 3))
     x, z, zero = of(kernels, a, b, np.zeros(3))
     bases = kernels.draw_bases(kernels.Gaussian(zero, zero), noise, positions)
     psi, others = (kernels.random_features(v, bases, phase) for v in (x, z))
@@ -132,7 +132,7 @@ def test_many_bases_of_a_standard_normal_give_the_gaussian_kernel(
 def test_a_basis_is_a_stretch_of_the_noise_that_goes_round(kernels: Any) -> None:
     mean, log_variance = np.array([1.0, -2.0, 0.5]), np.array([0.0, 2.0, -1.0])
     table = noise_table(5)
-    noise, _, fixed = kernels.basis_constants(5, 7, 3)
+    noise, _, fixed = basis_constants(5, 7, 3)
     assert fixed.dtype == np.int32
     assert len(noise) == NOISE + 2
     assert 0 <= fixed.min() < fixed.max() < NOISE
