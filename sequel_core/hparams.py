@@ -307,14 +307,14 @@ class ReplayHParams(MemoryHParams):
 
     def check_memory(self, spec: StreamSpec, batch_size: int) -> None:
         """Do what `check` does, of a number of samples per step."""
+        super().check_memory(spec, batch_size)
         size = self.slots(spec.num_tasks)
-        if batch_size <= size < self.mem_batch_size and size:
+        if 0 < size < self.mem_batch_size:
             name = "mem_size" if self.per_task_memory_samples is None else "per_task_memory_samples"
             raise ValueError(
                 f"mem_batch_size must be <= the {size} samples of the memory, got {self.mem_batch_size}; "
                 f"lower mem_batch_size or raise {name}"
             )
-        super().check_memory(spec, batch_size)
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,8 @@ class MCSGD(ReplayModule):
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         """Take the optimizer's step; online, let w_bar follow."""
         super().optimizer_step(*args, **options)
-        kept = self.state
-        if self.online and self._fitting and kept.learned >= 0:
-            own, *past = self._samples
+        if self.online and self._fitting and self.learned >= 0:
+            kept, (own, *past) = self.state, self._samples
             with evaluating(self):
                 self._move(self.step(kept.moving, [(kept.w_bar, past), (self.frozen_params(), [own])]))
 
