@@ -1,6 +1,7 @@
 # make run    virtual environment, install, then the main job: both frameworks, Naive against EWC, on real images
 # make test   the same install, then ruff, mypy and pytest
 # make slow   the tests that take minutes
+# make adapters  streams of Avalanche and Continuum, in an environment of their own
 # make clean  remove what these made; runs/ stays
 #
 # Needs Python >= 3.11 with venv and nothing else; another interpreter: make PYTHON=python3.12 run
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FILES := $(VENV)/.package-files
 
-.PHONY: run test slow install clean FORCE
+.PHONY: run test slow adapters install clean FORCE
 .DELETE_ON_ERROR:
 
 run: install
@@ -24,6 +25,13 @@ test: install
 
 slow: install
 	$(BIN)/pytest -m slow
+
+# Continuum does not say that it needs six.
+adapters:
+	$(PYTHON) -m venv $(VENV)-adapters
+	$(VENV)-adapters/bin/pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict \
+		--editable '.[all,dev]' avalanche-lib==0.6.0 continuum==1.2.7 six
+	$(VENV)-adapters/bin/pytest -m slow tests/adapters
 
 install: $(STAMP)
 
@@ -45,5 +53,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV)-adapters build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 	find sequel_core sequel_lightning sequel_flax benchmarks configs tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,6 +31,8 @@ class SplitDigits(Benchmark):
         validation: fraction of the training samples that is held out, in [0, 1), before subset applies to the
             rest.
         inputs: `standardised` (mean 0, deviation 1) or `unit` (in [0, 1]).
+        crop_padding: black pixels on each side out of which each training image is cut at random; 0 for none.
+        horizontal_flip: mirror half of the training images, at random.
         seed: of the stream, >= 0, apart from the training seed.
 
     Raises:
@@ -46,10 +48,14 @@ class SplitDigits(Benchmark):
         subset: int | None = None,
         validation: float = 0.0,
         inputs: Inputs = "standardised",
+        crop_padding: int = 0,
+        horizontal_flip: bool = False,
         seed: int = 0,
     ) -> None:
-        settings = SplitSettings(num_tasks, scenario, subset, validation, inputs, seed, class_order)
-        settings.order(NUM_CLASSES)  # refuses a wrong number of tasks or order before any data is read
+        settings = SplitSettings(
+            num_tasks, scenario, subset, validation, inputs, seed, crop_padding, horizontal_flip, class_order
+        )
+        settings.order(NUM_CLASSES["digits"])  # refuses a wrong number or order before any data is read
         super().__init__(**vars(split(load("digits"), settings)))
 
 
@@ -64,6 +70,8 @@ class PermutedDigits(Benchmark):
         validation: fraction of the training images that is held out of every task, in [0, 1), before subset
             applies to the rest.
         inputs: `standardised` (mean 0, deviation 1) or `unit` (in [0, 1]).
+        crop_padding: black pixels on each side out of which each training image is cut at random; 0 for none.
+        horizontal_flip: mirror half of the training images, at random.
         seed: of the stream, >= 0, apart from the training seed.
 
     Raises:
@@ -79,9 +87,21 @@ class PermutedDigits(Benchmark):
         subset: int | None = None,
         validation: float = 0.0,
         inputs: Inputs = "standardised",
+        crop_padding: int = 0,
+        horizontal_flip: bool = False,
         seed: int = 0,
     ) -> None:
-        settings = PermutedSettings(num_tasks, scenario, subset, validation, inputs, seed, first_identity)
+        settings = PermutedSettings(
+            num_tasks,
+            scenario,
+            subset,
+            validation,
+            inputs,
+            seed,
+            crop_padding,
+            horizontal_flip,
+            first_identity,
+        )
         super().__init__(**vars(permute(load("digits"), settings)))
 
 
@@ -100,6 +120,8 @@ class RotatedDigits(Benchmark):
         validation: fraction of the training images that is held out of every task, in [0, 1), before subset
             applies to the rest.
         inputs: `standardised` (mean 0, deviation 1) or `unit` (in [0, 1]).
+        crop_padding: black pixels on each side out of which each training image is cut at random; 0 for none.
+        horizontal_flip: mirror half of the training images, at random.
         seed: of the stream, >= 0, apart from the training seed.
 
     Raises:
@@ -118,6 +140,8 @@ class RotatedDigits(Benchmark):
         subset: int | None = None,
         validation: float = 0.0,
         inputs: Inputs = "standardised",
+        crop_padding: int = 0,
+        horizontal_flip: bool = False,
         seed: int = 0,
     ) -> None:
         settings = RotatedSettings(
@@ -127,6 +151,8 @@ class RotatedDigits(Benchmark):
             validation,
             inputs,
             seed,
+            crop_padding,
+            horizontal_flip,
             rotation,
             per_task_rotation,
             angles,

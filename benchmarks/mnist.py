@@ -32,6 +32,8 @@ class SplitMNIST(Benchmark):
         validation: fraction of the training samples that is held out, in [0, 1), before subset applies to the
             rest.
         inputs: `standardised` (mean 0, deviation 1) or `unit` (in [0, 1]).
+        crop_padding: black pixels on each side out of which each training image is cut at random; 0 for none.
+        horizontal_flip: mirror half of the training images, at random.
         seed: of the stream, >= 0, apart from the training seed.
         data_dir: see `data_directory`.
 
@@ -49,11 +51,15 @@ class SplitMNIST(Benchmark):
         subset: int | None = None,
         validation: float = 0.0,
         inputs: Inputs = "standardised",
+        crop_padding: int = 0,
+        horizontal_flip: bool = False,
         seed: int = 0,
         data_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        settings = SplitSettings(num_tasks, scenario, subset, validation, inputs, seed, class_order)
-        settings.order(NUM_CLASSES)  # refuses a wrong number of tasks or order before any data is read
+        settings = SplitSettings(
+            num_tasks, scenario, subset, validation, inputs, seed, crop_padding, horizontal_flip, class_order
+        )
+        settings.order(NUM_CLASSES["mnist"])  # refuses a wrong number or order before any data is read
         super().__init__(**vars(split(load("mnist", data_dir), settings)))
 
 
@@ -68,6 +74,8 @@ class PermutedMNIST(Benchmark):
         validation: fraction of the training images that is held out of every task, in [0, 1), before subset
             applies to the rest.
         inputs: `standardised` (mean 0, deviation 1) or `unit` (in [0, 1]).
+        crop_padding: black pixels on each side out of which each training image is cut at random; 0 for none.
+        horizontal_flip: mirror half of the training images, at random.
         seed: of the stream, >= 0, apart from the training seed.
         data_dir: see `data_directory`.
 
@@ -85,10 +93,22 @@ class PermutedMNIST(Benchmark):
         subset: int | None = None,
         validation: float = 0.0,
         inputs: Inputs = "standardised",
+        crop_padding: int = 0,
+        horizontal_flip: bool = False,
         seed: int = 0,
         data_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        settings = PermutedSettings(num_tasks, scenario, subset, validation, inputs, seed, first_identity)
+        settings = PermutedSettings(
+            num_tasks,
+            scenario,
+            subset,
+            validation,
+            inputs,
+            seed,
+            crop_padding,
+            horizontal_flip,
+            first_identity,
+        )
         super().__init__(**vars(permute(load("mnist", data_dir), settings)))
 
 
@@ -107,6 +127,8 @@ class RotatedMNIST(Benchmark):
         validation: fraction of the training images that is held out of every task, in [0, 1), before subset
             applies to the rest.
         inputs: `standardised` (mean 0, deviation 1) or `unit` (in [0, 1]).
+        crop_padding: black pixels on each side out of which each training image is cut at random; 0 for none.
+        horizontal_flip: mirror half of the training images, at random.
         seed: of the stream, >= 0, apart from the training seed.
         data_dir: see `data_directory`.
 
@@ -127,6 +149,8 @@ class RotatedMNIST(Benchmark):
         subset: int | None = None,
         validation: float = 0.0,
         inputs: Inputs = "standardised",
+        crop_padding: int = 0,
+        horizontal_flip: bool = False,
         seed: int = 0,
         data_dir: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -137,6 +161,8 @@ class RotatedMNIST(Benchmark):
             validation,
             inputs,
             seed,
+            crop_padding,
+            horizontal_flip,
             rotation,
             per_task_rotation,
             angles,

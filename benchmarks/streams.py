@@ -17,7 +17,16 @@ from sequel_benchmarks.data import DataSet
 from sequel_benchmarks.pixels import Interpolation, permutation, rotation
 from sequel_core import plan
 from sequel_core.hparams import Settings, setting
-from sequel_core.task import Benchmark, IntArray, Normalisation, PixelMap, Scenario, Split, Task
+from sequel_core.task import (
+    Augmentation,
+    Benchmark,
+    IntArray,
+    Normalisation,
+    PixelMap,
+    Scenario,
+    Split,
+    Task,
+)
 
 Inputs = Literal["standardised", "unit"]
 HALF_TURN = 180.0
@@ -35,6 +44,10 @@ class StreamSettings(Settings):
     )
     inputs: Inputs = setting("standardised", "standardised (mean 0, deviation 1) or unit (in [0, 1])")
     seed: int = setting(0, "of the stream: orders, permutations, angles, choice of samples", ge=0)
+    crop_padding: int = setting(
+        0, "black pixels on each side out of which each training image is cut at random; 0 for none", ge=0
+    )
+    horizontal_flip: bool = setting(False, "mirror half of the training images, at random")
 
     def plain(self) -> dict[str, Any]:
         """Return all settings as plain values."""
@@ -50,15 +63,23 @@ class SplitSettings(StreamSettings):
     scenario: Scenario = setting(
         "task", "domain (labels within the task), task or class (labels of the whole stream)"
     )
-    class_order: Literal["seeded"] | tuple[int, ...] | None = setting(
-        None, "classes in the order of the stream: null as they are, seeded, or a list", ge=0
+    class_order: Literal["seeded", "superclass"] | tuple[int, ...] | None = setting(
+        None,
+        "classes in the order of the stream: null as they are, seeded, superclass (those of a superclass "
+        "next to one another), or a list",
+        ge=0,
     )
 
-    def order(self, num_classes: int) -> IntArray:
+    def order(self, num_classes: int, superclasses: IntArray | None = None) -> IntArray:
         """Return the classes in the order of the stream, int64 `[num_classes]`.
 
+        Args:
+            num_classes: of the data set.
+            superclasses: superclass of each class, `[num_classes]`, where the data set knows them.
+
         Raises:
-            ValueError: num_tasks does not divide num_classes, or class_order is not an order of all classes.
+            ValueError: num_tasks does not divide num_classes, class_order is not an order of all classes, or
+                it asks for superclasses that there are not.
         """
         if num_classes % self.num_tasks:
             divisors = [n for n in range(1, num_classes + 1) if num_classes % n == 0]
@@ -70,6 +91,13 @@ class SplitSettings(StreamSettings):
             return np.arange(num_classes, dtype=np.int64)
         if self.class_order == "seeded":
             return plan.permutation(self.seed, "class order", count=num_classes)
+        if self.class_order == "superclass":
+            if superclasses is None:
+                raise ValueError(
+                    "class_order must be null, seeded or a list with a data set without superclasses, got "
+                    "superclass; CIFAR-100 has them"
+                )
+            return np.argsort(superclasses, kind="stable")
         if sorted(self.class_order) != list(range(num_classes)):
             raise ValueError(
                 f"class_order must name each class 0..{num_classes - 1} once, got {list(self.class_order)}"
@@ -158,7 +186,7 @@ def split(data: DataSet, settings: SplitSettings | None = None) -> Benchmark:
         ValueError: a wrong number of tasks, a wrong order, or more samples asked for than there are.
     """
     settings = settings or SplitSettings()
-    order = settings.order(data.num_classes)
+    order = settings.order(data.num_classes, data.superclasses)
     size = data.num_classes // settings.num_tasks
     position = np.argsort(order)  # of each class in the order
     train_labels, test_labels = position[data.train_labels], position[data.test_labels]
@@ -169,11 +197,13 @@ def split(data: DataSet, settings: SplitSettings | None = None) -> Benchmark:
     for t in range(settings.num_tasks):
         rows, held_out = _hold_out(np.flatnonzero(owners[0] == t), settings, t)
         first = 0 if settings.scenario == "domain" else t * size
+        classes = sorted(order[t * size : (t + 1) * size].tolist())
+        names = [str(c) if data.class_names is None else data.class_names[c] for c in classes]
         train = Split(data.train_images, train_labels, t, _choose(rows, settings, t))
         tasks.append(
             Task(
                 index=t,
-                name=f"classes {', '.join(map(str, sorted(order[t * size : (t + 1) * size].tolist())))}",
+                name=f"classes {', '.join(names)}",
                 classes=tuple(range(first, first + size)),
                 train=train,
                 validation=Split(data.train_images, train_labels, t, held_out),
@@ -281,4 +311,12 @@ def _benchmark(
     name: str, tasks: Sequence[Task], num_classes: int, data: DataSet, settings: StreamSettings
 ) -> Benchmark:
     normalisation = data.normalisation if settings.inputs == "standardised" else Normalisation()
-    return Benchmark(name, tuple(tasks), num_classes, settings.scenario, normalisation, settings.plain())
+    return Benchmark(
+        name,
+        tuple(tasks),
+        num_classes,
+        settings.scenario,
+        normalisation,
+        settings.plain(),
+        Augmentation(settings.crop_padding, settings.horizontal_flip),
+    )

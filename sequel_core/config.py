@@ -3,6 +3,9 @@
 A configuration is handled as *layers* of flat values (`{"algo.name": "ewc", "optimizer.lr": 0.01, ...}`): the
 groups', the file's and the command line's, each brought to one spelling by `canonical`, joined by `merge` and
 checked by `build`.
+
+A group of settings may hold `_target_`, the dotted path of the user's own code, in place of a name; see
+`sequel_core.target`.
 """
 
 from __future__ import annotations
@@ -12,12 +15,13 @@ import difflib
 import inspect
 import netrc
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import import_module
 from types import UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from sequel_core import learner
 from sequel_core.hparams import (
     ALGORITHMS,
     BACKBONES,
@@ -32,6 +36,8 @@ from sequel_core.hparams import (
 )
 from sequel_core.learner import PLUGINS, EvaluateEvery, Mode
 from sequel_core.plan import check_batch_size
+from sequel_core.target import TARGET, Target, hints_of, read
+from sequel_core.target import nearest as nearest
 from sequel_core.task import Benchmark
 
 S = TypeVar("S", bound=Settings)
@@ -52,7 +58,10 @@ SPELLINGS = {
     "algo.memory_batch_size": "algo.mem_batch_size",
     "algo.memory_group_by": "algo.memory",
     "benchmark.type": "benchmark.name",
+    "benchmark.fixed_class_order": "benchmark.class_order",
     "backbone.name": "backbone.type",
+    "backbone.linear_layers": "backbone.linear_widths",
+    "backbone.use_maxpool": "backbone.max_pool",
     "optimizer.name": "optimizer.type",
 }
 """Keys that the paper's files, the original library or the command line spell differently."""
@@ -67,6 +76,12 @@ NAMES = {
         "mc-sgd": "mcsgd",
         "la-maml": "lamaml",
     },
+    "benchmark.name": {
+        "tinyimagenet": "splittinyimagenet",
+        "cifar10": "splitcifar10",
+        "cifar100": "splitcifar100",
+    },
+    "backbone.type": {"resnet18thin": "resnet18_thin"},
     "algo.memory": {"task": "task_quota", "uniform": "task_quota", "class": "class_quota"},
 }
 """Values that are spelt differently."""
@@ -88,10 +103,18 @@ WANDB = ("entity", "project", "group", "name", "tags", "mode")
 """Settings of Weights & Biases; `mode` is online, offline or disabled."""
 
 EVALUATION = ("evaluate_every", "evaluate_on", "evaluate_future")
+OBJECTS = ("logger", "callbacks")
 DOCUMENTATION = ("expected", "version", "source", "comment")
 SPREAD = ("std", "runs", "tolerance")
 """What `expected` says of its `avg_acc`: the published spread, and how far below it counts as reached."""
 SHAPE = ("widths", "width", "n_hidden_layers")
+
+SUPPLIED = {
+    "backbone": ("num_classes", "image_shape", "rngs"),
+    "benchmark": ("batch_size", "eval_batch_size"),
+    "logger": ("save_dir", "log_dir", "logdir", "directory"),
+}
+"""What a user's own code need not be given, as it is known: where its signature has the name, it gets it."""
 
 Layer = dict[str, Any]
 
@@ -116,6 +139,10 @@ class ExperimentConfig:
         training: batch sizes, epochs, seed, ...
         trainer: of Lightning's Trainer, see `TRAINER`; only with mode pytorch.
         wandb: Weights & Biases tracking, see `WANDB`; None for none.
+        logger: the user's own loggers: Lightning's, or metric writers with mode jax.
+        callbacks: of Lightning's Trainer; only with mode pytorch.
+        own: the user's own code, by section; it takes the place of a backbone's and an optimizer's settings,
+            while the settings of an algorithm are the own ones of its class.
         evaluate_every: `task`, `epoch` or a number of steps >= 1.
         evaluate_on: the split that the accuracy matrix is measured on, `test` or `validation`.
         evaluate_future: evaluate the tasks not yet seen, too, as forward transfer needs.
@@ -138,6 +165,9 @@ class ExperimentConfig:
     training: TrainingHParams = field(default_factory=TrainingHParams)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     wandb: Mapping[str, Any] | None = None
+    logger: tuple[Target, ...] = ()
+    callbacks: tuple[Target, ...] = ()
+    own: Mapping[str, Target] = field(default_factory=dict)
     evaluate_every: EvaluateEvery = "task"
     evaluate_on: EvaluateOn = "test"
     evaluate_future: bool = False
@@ -161,6 +191,16 @@ class ExperimentConfig:
                 f"trainer.{changed[0]} is a setting of Lightning's Trainer, got {self.trainer[changed[0]]!r} "
                 "with mode=jax; drop it or set mode=pytorch"
             )
+        if self.mode not in self.backbone.modes:
+            raise ValueError(
+                f"backbone={self.backbone.type} needs mode={' or '.join(self.backbone.modes)}, as it is a PyTorch "
+                f"model, got mode={self.mode}; choose another backbone, for example resnet18"
+            )
+        if self.mode == "jax" and self.callbacks:
+            raise ValueError(
+                f"{self.callbacks[0].key} is a callback of Lightning's Trainer, got {self.callbacks[0].path} "
+                "with mode=jax, whose learner has no hooks; drop it or set mode=pytorch"
+            )
         if self.wandb is not None and self.wandb.get("mode") not in (None, "online", "offline", "disabled"):
             raise ValueError(f"wandb.mode must be online, offline or disabled, got {self.wandb['mode']!r}")
 
@@ -174,20 +214,27 @@ class ExperimentConfig:
 
     def plain(self) -> dict[str, Any]:
         """Return all settings, defaults included, as plain values under the names that a file gives them."""
-        given = {"name": self.benchmark.name, **self.benchmark.arguments}
-        stream = {spec.key: spec.default for spec in settings("benchmark", self.benchmark.name)}
-        values = {
-            "mode": self.mode,
-            "algo": {"name": self.algo.name, **asdict(self.algo)},
-            "benchmark": {"name": self.benchmark.name, **stream, **given},
-            "backbone": {"type": self.backbone.type, **asdict(self.backbone)},
-            "optimizer": {
-                "type": self.optimizer.type,
-                **{s.key: getattr(self.optimizer, s.key) for s in settings("optimizer", self.optimizer.type)},
-            },
+        values: dict[str, Any] = {"mode": self.mode}
+        if "algo" in self.own:
+            values["algo"] = {TARGET: self.own["algo"].path, **asdict(self.algo)}
+        else:
+            values["algo"] = {"name": self.algo.name, **asdict(self.algo)}
+        if "benchmark" in self.own:
+            values["benchmark"] = self.own["benchmark"].plain()
+        else:
+            stream = {spec.key: spec.default for spec in settings("benchmark", self.benchmark.name)}
+            values["benchmark"] = {"name": self.benchmark.name, **stream, **self.benchmark.arguments}
+        values["backbone"] = {"type": self.backbone.type, **asdict(self.backbone)}
+        values["optimizer"] = {
+            "type": self.optimizer.type,
+            **{s.key: getattr(self.optimizer, s.key) for s in settings("optimizer", self.optimizer.type)},
+        }
+        values |= {key: self.own[key].plain() for key in ("backbone", "optimizer") if key in self.own}
+        values |= {
             "training": asdict(self.training),
             "trainer": dict(self.trainer),
             "wandb": None if self.wandb is None else dict(self.wandb),
+            **{key: [t.plain() for t in getattr(self, key)] for key in OBJECTS if getattr(self, key)},
             **{key: getattr(self, key) for key in EVALUATION},
             **{key: getattr(self, key) for key in DOCUMENTATION if getattr(self, key)},
         }
@@ -236,13 +283,20 @@ def choices(section: str) -> list[str]:
     return list(ALGORITHMS) if section == "algo" else list(BACKBONES)
 
 
-def settings(section: str, name: str = "") -> list[Setting]:
+def settings(section: str, name: str | Target = "") -> list[Setting]:
     """Return the settings of a section, for the algorithm, benchmark, ... of this name.
 
     Args:
         section: `algo`, `benchmark`, `backbone`, `optimizer`, `training`, `trainer` or `wandb`.
-        name: one of `choices(section)`; not needed for the last three.
+        name: one of `choices(section)` or the user's own code; not needed for the last three.
     """
+    if isinstance(name, Target):
+        if section == "algo":
+            return _fields(own_hparams(name))
+        return [
+            Setting(key, None if parameter.default is parameter.empty else parameter.default, "", "")
+            for key, parameter in name.named.items()
+        ]
     if section == "benchmark":
         return _arguments(_benchmarks()[name])
     if section == "algo":
@@ -280,13 +334,9 @@ def _literals(hint: Any) -> list[str]:
     return []
 
 
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    return get_type_hints(function.__init__ if inspect.isclass(function) else function)
-
-
 def _arguments(function: Callable[..., Any]) -> list[Setting]:
     """Return the settings that a benchmark's signature and docstring describe."""
-    hints, text = _hints(function), inspect.getdoc(function) or ""
+    types, text = hints_of(function), inspect.getdoc(function) or ""
     found = []
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
@@ -301,15 +351,53 @@ def _arguments(function: Callable[..., Any]) -> list[Setting]:
                         break
                     words += f" {line.strip()}"
             default = None if parameter.default is parameter.empty else parameter.default
-            rule = ", ".join(_literals(hints.get(parameter.name)))
+            rule = ", ".join(_literals(types.get(parameter.name)))
             found.append(Setting(parameter.name, default, rule, words))
     return found
 
 
-def nearest(word: str, candidates: Iterable[str]) -> str:
-    """Return `; did you mean X?` for the candidate that is most like the word, or an empty text."""
-    match = difflib.get_close_matches(word, list(candidates), n=1)
-    return f"; did you mean {match[0]}?" if match else ""
+def own_code(section: str, values: Mapping[str, Any], mode: Mode) -> Target:
+    """Return what the `_target_` of a section names, with its arguments in the spelling of its signature.
+
+    The plug-in is imported first, as what it does for torchvision has to come before any other import of it.
+
+    Raises:
+        ValueError: no such module or name, an import that fails, or no plug-in.
+    """
+    check_name("mode", mode, PLUGINS)
+    learner.plugin(mode)
+    target = read(section, values)
+    known = {spec.key for spec in settings(section, target)}
+    return replace(target, arguments={_spelling(section, k, known): v for k, v in target.arguments.items()})
+
+
+def own_hparams(target: Target) -> type[AlgorithmHParams]:
+    """Return the class of the settings of a user's own algorithm.
+
+    It is a ContinualModule's `hparams_class`, or the annotation of the first parameter of a function
+    `(hparams, seed) -> Algorithm`.
+
+    Raises:
+        ValueError: there is none, or it is not one of an algorithm's settings.
+    """
+    found = getattr(target.function, "hparams_class", None)
+    if found is None:
+        found = hints_of(target.function).get(next(iter(target.parameters), ""))
+    if not (inspect.isclass(found) and issubclass(found, AlgorithmHParams) and hasattr(found, "name")):
+        raise ValueError(
+            f"{target.key}.{TARGET} must be a ContinualModule whose hparams_class, or a function (hparams, "
+            "seed) -> Algorithm whose first annotation, is a subclass of AlgorithmHParams with a name, got "
+            f"{target.path} with {getattr(found, '__name__', found)}"
+        )
+    return found
+
+
+def _spelling(section: str, key: str, known: Collection[str]) -> str:
+    """Return how those who know a key spell it: `learning_rate` where `lr` is not known."""
+    path = f"{section}.{key}"
+    others = [SPELLINGS.get(path, ""), *(old for old, new in SPELLINGS.items() if new == path)]
+    names = [other.removeprefix(f"{section}.") for other in others if other.startswith(f"{section}.")]
+    return next((name for name in (key, *names) if name in known), key)
 
 
 def check_name(key: str, value: Any, names: Iterable[str]) -> None:
@@ -353,16 +441,24 @@ def canonical(values: Mapping[str, Any]) -> Layer:
         ValueError: two spellings of one setting with different values.
     """
     layer = flatten(values)
+    names = set()  # keys that are the arguments of a user's own code, not the name of something built in
     for section, key in SECTIONS.items():
+        if f"{section}.{TARGET}" in layer:
+            if section in layer:
+                raise ValueError(
+                    f"{section} and {section}.{TARGET} differ: {layer[section]!r} and "
+                    f"{layer[f'{section}.{TARGET}']!r}; give one of them"
+                )
+            names.add(f"{section}.{key}")
         if section in layer:
             value = layer.pop(section)
             if not isinstance(value, str):
                 raise ValueError(f"{section} must be a name or settings with `{key}`, got {value!r}")
             _move(layer, section, value, f"{section}.{key}")
     for old, new in SPELLINGS.items():
-        if old in layer:
+        if old in layer and new not in names:
             _move(layer, old, layer.pop(old), new)
-    for key in _NAMED:
+    for key in _NAMED - names:
         if isinstance(layer.get(key), str):
             layer[key] = alias(key, layer[key])
     widths = layer.get("backbone.widths")
@@ -411,16 +507,21 @@ def merge(*layers: Layer) -> Layer:
     return merged
 
 
-def drop_foreign(layer: Layer, section: str, name: str) -> list[str]:
+def drop_foreign(layer: Layer, section: str, name: str | Target) -> list[str]:
     """Remove the settings of a section that its choice `name` does not have; return what was removed."""
-    extra = (*SHAPE, "num_classes") if section == "backbone" else ()
-    known = {
-        f"{section}.{key}" for key in (SECTIONS[section], *extra, *(s.key for s in settings(section, name)))
-    }
-    foreign = [path for path in layer if path.startswith(f"{section}.") and path not in known]
-    for path in foreign:
-        del layer[path]
-    return foreign
+    known = {spec.key for spec in settings(section, name)}
+    if isinstance(name, Target):
+        kept = {TARGET, *known}
+    else:
+        shape = SHAPE if name == "mlp" else ()
+        kept = {SECTIONS[section], *known, *((*shape, "num_classes") if section == "backbone" else ())}
+    foreign = []
+    for path in [path for path in layer if path.startswith(f"{section}.")]:
+        key = path.split(".")[1]
+        if (_spelling(section, key, known) if isinstance(name, Target) else key) not in kept:
+            del layer[path]
+            foreign.append(path)
+    return [path for path in foreign if path.split(".")[1] not in (TARGET, SECTIONS[section])]
 
 
 def _widths(group: dict[str, Any]) -> None:
@@ -444,16 +545,16 @@ def _widths(group: dict[str, Any]) -> None:
     group["widths"] = (width,) * count
 
 
-def _check_keys(section: str, group: Mapping[str, Any], name: str) -> None:
+def _check_keys(section: str, group: Mapping[str, Any], name: str | Target) -> None:
     """Raise ValueError at the first key that is not a setting, naming the nearest one with its range."""
     known = {spec.key: spec for spec in settings(section, name)}
     for key in group:
         if key in known:
             continue
-        owner = name or section
+        owner = name.path if isinstance(name, Target) else name or section
         others = [
             other
-            for other in (choices(section) if name else [])
+            for other in (choices(section) if name and isinstance(name, str) else [])
             if key in {spec.key for spec in settings(section, other)}
         ]
         match = difflib.get_close_matches(key, known, n=1)
@@ -514,7 +615,7 @@ def _argument(key: str, value: Any, hint: Any) -> Any:
 
 def _check_top(values: Mapping[str, Any]) -> None:
     groups = (*SECTIONS, "training", "trainer", "wandb")
-    known = ("mode", *groups, *EVALUATION, *DOCUMENTATION)
+    known = ("mode", *groups, *OBJECTS, *EVALUATION, *DOCUMENTATION)
     for key, value in values.items():
         if key not in known:
             inner = {"seed": "seed"}
@@ -529,6 +630,45 @@ def _check_top(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{key} must be a group of settings, got {value!r}")
 
 
+def _check_own(section: str, target: Target, mode: Mode) -> None:
+    """Refuse own code that cannot be called as its section does, and arguments that it does not take."""
+    if section == "algo":
+        fits = inspect.isclass(target.function) if mode == "pytorch" else "seed" in target.parameters
+        if not fits:
+            wanted = {"pytorch": "a ContinualModule", "jax": "a function (hparams, seed) -> Algorithm"}[mode]
+            raise ValueError(
+                f"{section}.{TARGET} must be {wanted} with mode={mode}, got {target.path}; a file for both "
+                "modes can write ${mode} within the path"
+            )
+        _check_keys(section, target.arguments, target)
+    elif section == "optimizer" and mode == "pytorch":
+        target.check(list(target.named)[:1])  # the parameters of the network
+    else:
+        target.check(SUPPLIED.get(section, ()))
+
+
+def _objects(key: str, value: Any, mode: Mode) -> tuple[Target, ...]:
+    """Return the targets of `logger` or `callbacks`: None, one, a list of them, or a mapping of names."""
+    items: Mapping[str, Any]
+    if value is None:
+        items = {}
+    elif isinstance(value, Mapping):
+        items = {key: value} if TARGET in value else {f"{key}.{name}": item for name, item in value.items()}
+    elif isinstance(value, list | tuple):
+        items = {f"{key}.{i}": item for i, item in enumerate(value)}
+    else:
+        items = {key: value}
+    targets = []
+    for name, item in items.items():
+        if item is None:  # `callbacks.early=null` takes away what a file has
+            continue
+        if not isinstance(item, Mapping) or TARGET not in item:
+            raise ValueError(f"{name} must be settings with `{TARGET}`, or null, got {item!r}")
+        targets.append(own_code(name, item, mode))
+        targets[-1].check(SUPPLIED.get(key, ()))
+    return tuple(targets)
+
+
 def build(flat: Layer) -> ExperimentConfig:
     """Return the experiment that merged canonical values describe.
 
@@ -537,26 +677,39 @@ def build(flat: Layer) -> ExperimentConfig:
     """
     values = nest(flat)
     for section, key in SECTIONS.items():
-        if isinstance(values.get(section), Mapping):
+        if isinstance(values.get(section), Mapping) and TARGET not in values[section]:
             check_name(section, values[section].get(key), choices(section))
     _check_top(values)
+    mode = values.get("mode", "pytorch")
     groups: dict[str, dict[str, Any]] = {}
     names: dict[str, str] = {}
+    own: dict[str, Target] = {}
     for section, key in SECTIONS.items():
         groups[section] = dict(values[section])
-        names[section] = groups[section].pop(key)
-    num_classes = groups["backbone"].pop("num_classes", None)
-    _widths(groups["backbone"])
-    for section in SECTIONS:
-        _check_keys(section, groups[section], names[section])
+        if TARGET in groups[section]:
+            own[section] = own_code(section, groups[section], mode)
+        else:
+            names[section] = groups[section].pop(key)
+    num_classes = groups["backbone"].get("num_classes")
+    if "backbone" in names:
+        groups["backbone"].pop("num_classes", None)
+        _widths(groups["backbone"])
+    for section, name in names.items():
+        _check_keys(section, groups[section], name)
+    for section, target in own.items():
+        _check_own(section, target, mode)
     for section in ("training", "trainer"):
         groups[section] = dict(values.get(section, {}))
         _check_keys(section, groups[section], "")
     wandb = values.get("wandb")
     _check_keys("wandb", wandb or {}, "")
-    hints = _hints(_benchmarks()[names["benchmark"]])
-    given = groups["benchmark"].items()
-    arguments = {key: _argument(f"benchmark.{key}", value, hints.get(key)) for key, value in given}
+    if "benchmark" in own:
+        stream = BenchmarkConfig(own["benchmark"].path, own["benchmark"].arguments)
+    else:
+        types = hints_of(_benchmarks()[names["benchmark"]])
+        given = groups["benchmark"].items()
+        arguments = {key: _argument(f"benchmark.{key}", value, types.get(key)) for key, value in given}
+        stream = BenchmarkConfig(names["benchmark"], arguments)
     expected = values.get("expected") or {}
     if not isinstance(expected, Mapping):
         raise ValueError(f"expected must be a group such as `avg_acc: 46.3`, got {expected!r}")
@@ -569,16 +722,21 @@ def build(flat: Layer) -> ExperimentConfig:
             raise ValueError(f"expected.{key} must be a number >= 0, got {value!r}")
     others: dict[str, Any] = {key: values[key] for key in EVALUATION if key in values}
     others |= {key: str(values[key]) for key in ("version", "source", "comment") if key in values}
-    optimizer = {"type": names["optimizer"], **groups["optimizer"]}
+    algo = own_hparams(own["algo"]) if "algo" in own else ALGORITHMS[names["algo"]]
+    network = {} if "backbone" in own else groups["backbone"]
+    optimizer = {} if "optimizer" in own else {"type": names["optimizer"], **groups["optimizer"]}
     return ExperimentConfig(
-        mode=values.get("mode", "pytorch"),
-        algo=_settings(ALGORITHMS[names["algo"]], "algo", groups["algo"]),
-        benchmark=BenchmarkConfig(names["benchmark"], arguments),
-        backbone=_settings(BACKBONES[names["backbone"]], "backbone", groups["backbone"]),
+        mode=mode,
+        algo=_settings(algo, "algo", own["algo"].arguments if "algo" in own else groups["algo"]),
+        benchmark=stream,
+        backbone=_settings(BACKBONES[names.get("backbone", MLPHParams.type)], "backbone", network),
         optimizer=_settings(OptimizerHParams, "optimizer", optimizer),
         training=_settings(TrainingHParams, "training", groups["training"]),
         trainer=groups["trainer"],
         wandb=None if wandb is None else dict(wandb),
+        logger=_objects("logger", values.get("logger"), mode),
+        callbacks=_objects("callbacks", values.get("callbacks"), mode),
+        own=own,
         num_classes=num_classes,
         expected=dict(expected),
         **others,
@@ -594,12 +752,15 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
             not fit batch or stream, or an evaluation on validation samples that there are not.
     """
     name, arguments = config.benchmark
-    try:
-        benchmark = _benchmarks()[name](**arguments)
-    except ValueError as error:
-        start = str(error).partition(" ")[0]
-        known = start in {spec.key for spec in settings("benchmark", name)}
-        raise ValueError(f"benchmark.{error}" if known else str(error)) from error
+    if "benchmark" in config.own:
+        benchmark = own_benchmark(config.own["benchmark"], config.training)
+    else:
+        try:
+            benchmark = _benchmarks()[name](**arguments)
+        except ValueError as error:
+            start = str(error).partition(" ")[0]
+            known = start in {spec.key for spec in settings("benchmark", name)}
+            raise ValueError(f"benchmark.{error}" if known else str(error)) from error
     if config.num_classes not in (None, benchmark.num_classes):
         raise ValueError(
             f"backbone.num_classes must be the benchmark's {benchmark.num_classes}, "
@@ -622,4 +783,22 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
             f"evaluate_on=validation needs validation samples, got none in task {empty}; "
             "set benchmark.validation, for example to 0.1"
         )
+    return benchmark
+
+
+def own_benchmark(target: Target, training: TrainingHParams) -> Benchmark:
+    """Return the stream that a user's own code makes: a Benchmark, or an object with `prepare_datasets()`.
+
+    Raises:
+        ValueError: it is neither, or the code refuses an argument.
+    """
+    made = target.make(batch_size=training.batch_size, eval_batch_size=training.eval_batch_size)
+    if isinstance(made, Benchmark):
+        return made
+    if not hasattr(made, "prepare_datasets"):
+        raise ValueError(
+            f"{target.key}.{TARGET} must give a Benchmark or an object with prepare_datasets(), got a "
+            f"{type(made).__name__} from {target.path}"
+        )
+    benchmark: Benchmark = import_module("sequel_benchmarks").from_prepared(made)
     return benchmark

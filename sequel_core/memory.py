@@ -64,9 +64,19 @@ class Planner(Protocol):
         """
         ...
 
+    @property
+    def state(self) -> IntArray:
+        """All that decisions to come depend on beside the seed, int64 `[n]`, n fixed; may be set."""
+        ...
+
+    @state.setter
+    def state(self, values: IntArray) -> None: ...
+
 
 class NoPlanner:
     """The planner of algorithms whose steps need nothing but their batches."""
+
+    state: IntArray = np.empty(0, np.int64)
 
     def next(self, y: Any, t: Any) -> Any:
         """Return `()`."""
@@ -511,7 +521,7 @@ def memory_stream(samples: Samples, tasks: Collection[int] | None = None) -> Joi
     """Return the samples that a memory holds as a training stream, task after task.
 
     Args:
-        samples: of the memory, uint8 images `[n, H, W, C]`; they are copied.
+        samples: of the memory, images `[n, H, W, C]`; they are copied.
         tasks: indices of the tasks whose samples are wanted; None for all.
     """
     wanted = np.unique(samples.t) if tasks is None else sorted(set(tasks))

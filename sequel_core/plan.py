@@ -157,8 +157,9 @@ def take_in_chunks(split: AnySplit, positions: IntArray) -> Iterator[Samples]:
     Yields:
         Samples whose arrays begin with the chunk's shape `[rows, ...]`.
     """
-    shape = split.parts[0].images.shape[1:]
-    per_row = int(np.prod(positions.shape[1:], dtype=np.int64)) * int(np.prod(shape))
+    shape = split.image_shape
+    image_bytes = int(np.prod(shape)) * np.dtype(split.image_dtype).itemsize
+    per_row = int(np.prod(positions.shape[1:], dtype=np.int64)) * image_bytes
     rows = max(1, CHUNK_BYTES // max(1, per_row))
 
     def take(start: int) -> Samples:

@@ -14,6 +14,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from sequel_core.items import ItemImages
+
+ImageArray = NDArray[Any]  # uint8 or float32
 UInt8Array = NDArray[np.uint8]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -37,7 +40,7 @@ class Batch(NamedTuple):
 class Samples(NamedTuple):
     """Samples taken from a split."""
 
-    x: UInt8Array  # [n, H, W, C]
+    x: ImageArray  # [n, H, W, C]
     y: IntArray  # [n]
     t: IntArray  # [n]
 
@@ -73,6 +76,27 @@ class Normalisation:
     def shift(self) -> FloatArray:
         """Offset of a uint8 image, `-mean / std`, shape `[C]`."""
         return -np.asarray(self.mean, np.float64) / np.asarray(self.std, np.float64)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random crops and mirror images of training samples, drawn anew whenever a sample is trained on.
+
+    Args:
+        padding: black pixels (0 in images that are not uint8) on each side, out of which an image of the old
+            size is cut, >= 0; 0 for no crops.
+        flip: whether half of the images are mirrored, left for right.
+    """
+
+    padding: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.padding < 0:
+            raise ValueError(f"augmentation padding must be >= 0, got {self.padding}")
+
+    def __bool__(self) -> bool:
+        return bool(self.padding or self.flip)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,27 +155,33 @@ class Split:
     """Part of a data set: shared arrays, optionally a subset of rows and a pixel map.
 
     Args:
-        images: uint8 `[N, H, W, C]`, an array or a memory map.
+        images: uint8, or float32 that are taken as they are, `[N, H, W, C]`: an array, a memory map, or a
+            data set that is read item by item.
         labels: int64 `[N]`.
         task: index of the task that the samples belong to, from 0.
         indices: rows that belong to the split, `[n]`; None for all.
-        pixel_map: applied to images as they are taken.
+        pixel_map: applied to uint8 images as they are taken.
 
     Raises:
         ValueError: arrays of another type, shape or length.
     """
 
-    images: UInt8Array
+    images: ImageArray | ItemImages
     labels: IntArray
     task: int = 0
     indices: IntArray | None = None
     pixel_map: PixelMap | None = None
 
     def __post_init__(self) -> None:
-        if self.images.dtype != np.uint8 or self.images.ndim != 4:
+        if self.images.dtype not in (np.uint8, np.float32) or self.images.ndim != 4:
             raise ValueError(
-                "images must be uint8 [N, H, W, C], got "
-                f"{self.images.dtype} {list(self.images.shape)}; convert with (255 * x).astype(np.uint8)"
+                f"images must be uint8 or float32 [N, H, W, C], got {self.images.dtype} "
+                f"{list(self.images.shape)}; convert with (255 * x).astype(np.uint8), or with "
+                "x.astype(np.float32) to have them taken as they are"
+            )
+        if self.pixel_map is not None and self.images.dtype != np.uint8:
+            raise ValueError(
+                f"a pixel map needs uint8 images, got {self.images.dtype}; map the pixels yourself"
             )
         if self.labels.ndim != 1 or not np.issubdtype(self.labels.dtype, np.integer):
             raise ValueError(
@@ -167,6 +197,17 @@ class Split:
     def parts(self) -> tuple[Split, ...]:
         """The splits that this one is made of: itself."""
         return (self,)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        height, width, channels = self.images.shape[1:]
+        return height, width, channels
+
+    @property
+    def image_dtype(self) -> str:
+        """Of the images: uint8 or float32."""
+        return str(self.images.dtype)
 
     @property
     def targets(self) -> IntArray:
@@ -209,6 +250,16 @@ class JoinedSplit:
         return int(self._offsets[-1])
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.parts[0].image_shape
+
+    @property
+    def image_dtype(self) -> str:
+        """Of the images: uint8 or float32."""
+        return self.parts[0].image_dtype
+
+    @property
     def targets(self) -> IntArray:
         """Labels of the split's samples, int64 `[n]`; not kept."""
         return np.concatenate([np.empty(0, np.int64), *(part.targets for part in self.parts)])
@@ -216,7 +267,7 @@ class JoinedSplit:
     def take(self, positions: IntArray) -> Samples:
         """Return the samples at these positions, `[n]`, in the order asked for."""
         owner = np.searchsorted(self._offsets, positions, side="right") - 1
-        images = np.empty((len(positions), *self.parts[0].images.shape[1:]), np.uint8)
+        images = np.empty((len(positions), *self.image_shape), self.image_dtype)
         labels, tasks = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
         for k in np.unique(owner):
             here = owner == k
@@ -297,6 +348,7 @@ class StreamSpec(NamedTuple):
     mask: BoolArray  # [T, num_classes], True where the class belongs to the task
     normalisation: Normalisation
     image_dtype: str = "uint8"  # of the images in a batch, as a replay memory keeps them: uint8, float32, ...
+    augmentation: Augmentation = Augmentation()  # of training samples, applied inside the step
 
     @property
     def masks_logits(self) -> bool:
@@ -317,9 +369,11 @@ class Benchmark:
             beside the plain one).
         normalisation: of uint8 images, applied inside the step.
         settings: the arguments that made it, recorded with every run.
+        augmentation: of training samples, applied inside the step.
 
     Raises:
-        ValueError: no task, tasks out of order, a class outside the head, or images of different shapes.
+        ValueError: no task, tasks out of order, a class outside the head, images of different shapes or
+            dtypes, or a normalisation of images that are not uint8.
     """
 
     name: str
@@ -328,6 +382,7 @@ class Benchmark:
     scenario: Scenario
     normalisation: Normalisation = Normalisation()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    augmentation: Augmentation = Augmentation()
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -346,10 +401,18 @@ class Benchmark:
                     "raise num_classes or relabel"
                 )
             for part in (*task.train.parts, *task.validation.parts, *task.test.parts):
-                if part.images.shape[1:] != self.image_shape:
+                if part.image_shape != self.image_shape:
+                    raise ValueError(f"task {i} has images {part.image_shape}, task 0 has {self.image_shape}")
+                if part.image_dtype != self.image_dtype:
                     raise ValueError(
-                        f"task {i} has images {part.images.shape[1:]}, task 0 has {self.image_shape}"
+                        f"the images of a stream must have one dtype, got {part.image_dtype} in task {i} and "
+                        f"{self.image_dtype} in task 0; convert one of them"
                     )
+        if self.image_dtype != "uint8" and self.normalisation != Normalisation():
+            raise ValueError(
+                f"normalisation is of uint8 images, got it with {self.image_dtype}, which are taken as they "
+                "are; normalise them yourself"
+            )
         channels = self.image_shape[-1]
         if len(self.normalisation.mean) not in (1, channels):
             raise ValueError(
@@ -363,8 +426,12 @@ class Benchmark:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
-        height, width, channels = self.tasks[0].train.parts[0].images.shape[1:]
-        return height, width, channels
+        return self.tasks[0].train.image_shape
+
+    @property
+    def image_dtype(self) -> str:
+        """Of the images: uint8 or float32."""
+        return self.tasks[0].train.image_dtype
 
     @property
     def mask(self) -> BoolArray:
@@ -378,7 +445,14 @@ class Benchmark:
     def spec(self) -> StreamSpec:
         """What a model has to know of the stream."""
         return StreamSpec(
-            self.image_shape, self.num_classes, len(self), self.scenario, self.mask, self.normalisation
+            self.image_shape,
+            self.num_classes,
+            len(self),
+            self.scenario,
+            self.mask,
+            self.normalisation,
+            self.image_dtype,
+            self.augmentation,
         )
 
     def joined(self, i: int) -> Task:

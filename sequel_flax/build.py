@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import jax
 import optax
 import scipy.linalg  # noqa: F401 - whose LAPACK jaxlib calls
 from flax import linen as nn
+from flax import nnx
 from threadpoolctl import threadpool_limits
 
-from sequel_core.config import ExperimentConfig
+from sequel_core.config import SUPPLIED, ExperimentConfig
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
+from sequel_core.target import TARGET, Target
 from sequel_core.task import Benchmark
 from sequel_flax.algorithms import ALGORITHMS
 from sequel_flax.backbones import BACKBONES
+from sequel_flax.bundle import Algorithm
 from sequel_flax.learner import FlaxLearner, TrainMetrics
 from sequel_flax.optimizers import build_optimizer
 from sequel_flax.writers import MetricWriter, WandbWriter
@@ -33,6 +37,7 @@ def make_learner(
     *,
     metrics: type[clu.metrics.Collection] | None = None,
     loggers: Sequence[MetricWriter] = (),
+    implementation: Callable[..., Algorithm] | None = None,
     **options: Any,
 ) -> FlaxLearner:
     """Return a learner; the algorithm is the one that the settings' class belongs to.
@@ -46,10 +51,19 @@ def make_learner(
         training: batch size, epochs, clipping, seed, dtype.
         metrics: of the training batches.
         loggers: metric writers.
+        implementation: of an algorithm of one's own, called as `implementation(hparams, seed=...)`.
         options: further arguments of `FlaxLearner`: `steps_per_call`.
+
+    Raises:
+        ValueError: an algorithm that is not built in without an implementation, or one of another type.
     """
     training = training or TrainingHParams()
-    algorithm = ALGORITHMS[hparams.name](hparams, seed=training.seed)
+    implementation = implementation or ALGORITHMS.get(hparams.name)
+    if implementation is None:
+        raise ValueError(f"implementation is needed for {hparams.name}, which is not built in; pass it")
+    algorithm = implementation(hparams, seed=training.seed)
+    if not isinstance(algorithm, Algorithm):
+        raise ValueError(f"implementation must give an Algorithm, got a {type(algorithm).__name__}")
     return FlaxLearner(
         algorithm,
         model,
@@ -77,12 +91,66 @@ def build_learner(config: ExperimentConfig, benchmark: Benchmark, run_dir: Path)
     use_one_thread()
     if config.training.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    model = BACKBONES[config.backbone.type](**vars(config.backbone), num_classes=benchmark.num_classes)
+    own = config.own
+    if "backbone" in own:
+        model = own["backbone"].make(
+            num_classes=benchmark.num_classes,
+            image_shape=benchmark.image_shape,
+            rngs=nnx.Rngs(config.training.seed),
+        )
+    else:
+        model = BACKBONES[config.backbone.type](**vars(config.backbone), num_classes=benchmark.num_classes)
+    loggers: list[MetricWriter] = []
+    if config.wandb is not None:
+        loggers.append(WandbWriter(run_dir, config.wandb_arguments()))
     return make_learner(
         config.algo,
         model,
-        build_optimizer(config.optimizer),
+        own_optimizer(own["optimizer"]) if "optimizer" in own else build_optimizer(config.optimizer),
         benchmark,
         config.training,
-        loggers=[WandbWriter(run_dir, config.wandb_arguments())] if config.wandb is not None else (),
+        loggers=[*loggers, *(own_logger(target, run_dir) for target in config.logger)],
+        implementation=own["algo"].function if "algo" in own else None,
     )
+
+
+def own_optimizer(target: Target) -> optax.GradientTransformation:
+    """Return what a user's own factory makes; a learning rate that is a number can be set between tasks.
+
+    Raises:
+        ValueError: it makes no optimizer, or refuses an argument.
+    """
+    tx = target.make()
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ValueError(
+            f"{target.key}.{TARGET} must give an optax.GradientTransformation with mode=jax, got a "
+            f"{type(tx).__name__} from {target.path}"
+        )
+    rate = target.argument("learning_rate")
+    if not isinstance(rate, int | float):
+        return tx
+
+    def optimizer(learning_rate: float) -> optax.GradientTransformation:
+        arguments = {**target.arguments, "learning_rate": learning_rate}
+        made: optax.GradientTransformation = replace(target, arguments=arguments).make()
+        return made
+
+    return optax.inject_hyperparams(optimizer)(learning_rate=float(rate))
+
+
+def own_logger(target: Target, run_dir: Path) -> MetricWriter:
+    """Return a user's own metric writer; one that asks for a directory gets the run's.
+
+    Raises:
+        ValueError: it lacks the methods of a MetricWriter, or refuses an argument.
+    """
+    writer = target.make(**dict.fromkeys(SUPPLIED["logger"], os.fspath(run_dir)))
+    needed = ("write_scalars", "write_hparams", "flush", "close")
+    lacking = [name for name in needed if not hasattr(writer, name)]
+    if lacking:
+        raise ValueError(
+            f"{target.key}.{TARGET} must give a metric writer with mode=jax, got a {type(writer).__name__} "
+            f"without {lacking[0]} from {target.path}"
+        )
+    made: MetricWriter = writer
+    return made

@@ -12,6 +12,7 @@ for ever.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,14 +20,25 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax.training import train_state
 from flax.training.train_state import TrainState
 
+from sequel_core.augmentation import Augmented, augmenting
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.memory import NoPlanner, Planner
 from sequel_core.task import AnySplit, Batch, StreamSpec, Task
+from sequel_flax import augmentation
+from sequel_flax.backbones.foreign import counting_only
 
 Params = Any
+Stats = Any  # running statistics of batch normalisation; {} for a network without
 Outputs = dict[str, jax.Array]
+
+
+class BatchStatsTrainState(train_state.TrainState):  # type: ignore[misc]  # Flax has no types
+    """A TrainState with the running statistics of batch normalisation; our steps take any with the field."""
+
+    batch_stats: Stats
 
 
 class StreamState(NamedTuple):
@@ -38,6 +50,7 @@ class StreamState(NamedTuple):
     shift: jax.Array  # of uint8 images, [1, 1, 1, C]
     dropout_key: jax.Array  # folded with ts.step at every step
     learning_rate: jax.Array  # of the first task; nan where the optimizer does not tell
+    augmentation: jax.Array | None  # padding and flip, int32 [2]; None without augmentation
 
 
 class State(NamedTuple):
@@ -45,6 +58,11 @@ class State(NamedTuple):
 
     stream: StreamState
     memory: Any  # the algorithm's own, for example QuadraticState; () where there is none
+
+
+def plain_planner(spec: StreamSpec, seed: int = 0) -> Planner:
+    """Return the planner of a method whose steps need nothing but their batches, and what augments these."""
+    return augmenting(NoPlanner(), spec, seed)
 
 
 class Algorithm(NamedTuple):
@@ -56,7 +74,7 @@ class Algorithm(NamedTuple):
     end_task: Callable[[TrainState, State, Iterable[Batch]], tuple[TrainState, State]]
     predict: Callable[[TrainState, State, jax.Array, jax.Array], jax.Array]  # x, t -> logits [B, num_classes]
     hparams: AlgorithmHParams
-    planner: Callable[[StreamSpec], Planner] = lambda spec: NoPlanner()  # fills `Batch.plan`, on the host
+    planner: Callable[[StreamSpec], Planner] = plain_planner  # fills `Batch.plan`, on the host
     prepare: Callable[[TrainState, StreamSpec], TrainState] = lambda ts, spec: ts  # adds own parameters
     training_split: Callable[[State, AnySplit], AnySplit] = lambda state, split: split  # to train on
     alternatives: Callable[[TrainState, State, jax.Array, jax.Array], Outputs] = lambda *_: {}  # as `predict`
@@ -88,6 +106,9 @@ def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, see
         shift=jnp.asarray(spec.normalisation.shift, dtype).reshape(1, 1, 1, -1),
         dropout_key=jax.random.PRNGKey(seed),
         learning_rate=jnp.asarray(jnp.nan, dtype) if learning_rate is None else jnp.array(learning_rate),
+        augmentation=jnp.asarray([spec.augmentation.padding, spec.augmentation.flip], jnp.int32)
+        if spec.augmentation
+        else None,
     )
 
 
@@ -105,20 +126,17 @@ def start_task(
     return ts.replace(opt_state=opt_state), state._replace(stream=stream)
 
 
-def forward(
-    ts: TrainState, params: Params, state: State, x: jax.Array, t: jax.Array, *, train: bool
-) -> jax.Array:
+def forward(ts: TrainState, params: Params, state: State, x: jax.Array, t: jax.Array) -> jax.Array:
     """Return the logits `[B, num_classes]`, masked to the task of each sample where the scenario says so.
 
     Args:
-        ts: for the model and the step, which dropout depends on.
+        ts: for the model and its running statistics; evaluation mode.
         params: weights, apart from `ts` so that they can be differentiated.
         state: of the algorithm.
         x: images `[B, H, W, C]`; uint8 is normalised, anything else is taken as it is.
         t: task index of each sample `[B]`.
-        train: whether dropout is active.
     """
-    return masked(state.stream, network(ts, params, state, x, train=train), t)
+    return masked(state.stream, network(ts, params, state, x), t)
 
 
 def network(
@@ -127,28 +145,106 @@ def network(
     state: State,
     x: jax.Array,
     *,
-    train: bool,
-    draw: int | jax.Array = 0,
     method: str | None = None,
+    stats: Stats | None = None,
 ) -> jax.Array:
-    """Return what the network says of images, unmasked; see `forward`.
+    """Return what the network says of images in evaluation mode, unmasked; see `forward`.
+
+    Args:
+        ts: for the model.
+        params: weights.
+        state: of the algorithm.
+        x: images `[B, H, W, C]`.
+        method: of the module; None for logits `[B, num_classes]`, `features` for the last hidden layer.
+        stats: running statistics, of an old network for example; None for those of `ts`.
+    """
+    variables = {"params": params, **_collections(batch_stats(ts) if stats is None else stats)}
+    out: jax.Array = ts.apply_fn(variables, normalise(state.stream, x), train=False, method=method)
+    return out
+
+
+def training_forward(
+    ts: TrainState,
+    params: Params,
+    state: State,
+    x: jax.Array,
+    *,
+    method: str | None = None,
+    stats: Stats | None = None,
+    draw: int | jax.Array = 0,
+    counts: jax.Array | None = None,
+) -> tuple[jax.Array, Stats]:
+    """Return what the network says of images in training mode, unmasked, and its new running statistics.
 
     Args:
         ts: for the model and the step, which dropout depends on.
         params: weights.
         state: of the algorithm.
         x: images `[B, H, W, C]`.
-        train: whether dropout is active.
+        method: as in `network`.
+        stats: running statistics before the pass; None for those of `ts`.
         draw: number of the pass within the step; each drops its own units.
-        method: of the module; None for logits `[B, num_classes]`, `features` for the last hidden layer.
+        counts: which samples count in the statistics of a batch, bool `[B]`; None for all.
     """
+    stats = batch_stats(ts) if stats is None else stats
     key = jax.random.fold_in(state.stream.dropout_key, ts.step)
     first = isinstance(draw, int) and draw == 0
-    rngs = {"dropout": key if first else jax.random.fold_in(key, draw)} if train else None
-    out: jax.Array = ts.apply_fn(
-        {"params": params}, normalise(state.stream, x), train=train, rngs=rngs, method=method
-    )
-    return out
+    rngs = {"dropout": key if first else jax.random.fold_in(key, draw)}
+    call = partial(ts.apply_fn, train=True, rngs=rngs, method=method)
+    images = normalise(state.stream, x)
+    if not jax.tree.leaves(stats):
+        return call({"params": params}, images), stats
+    with nullcontext() if counts is None else counting_only(counts):
+        out, updated = call({"params": params, "batch_stats": stats}, images, mutable=["batch_stats"])
+    return out, updated["batch_stats"]
+
+
+def batch_stats(ts: TrainState) -> Stats:
+    """Return the running statistics of batch normalisation; {} where the network has none."""
+    return getattr(ts, "batch_stats", {})
+
+
+def _collections(stats: Stats) -> dict[str, Any]:
+    return {"batch_stats": stats} if jax.tree.leaves(stats) else {}
+
+
+def frozen_network(ts: TrainState) -> tuple[Params, Stats]:
+    """Return copies of the weights and of the running statistics, which no step reaches."""
+    copies: tuple[Params, Stats] = jax.tree.map(jnp.copy, (ts.params, batch_stats(ts)))
+    return copies
+
+
+def refuse_batch_stats(ts: TrainState, name: str, reason: str) -> None:
+    """Raise ValueError where the network has running statistics, which a method cannot follow."""
+    if jax.tree.leaves(batch_stats(ts)):
+        raise ValueError(
+            f"{name} cannot train a network with batch normalisation: {reason}; use group normalisation "
+            "(backbone.norm=group) or another method"
+        )
+
+
+def advance(ts: TrainState, gradient: Params, stats: Stats) -> TrainState:
+    """Return the train state after a step of the optimizer, with new running statistics."""
+    return ts.apply_gradients(grads=gradient, **_collections(stats))
+
+
+def trained_on(state: State, batch: Batch) -> Batch:
+    """Return the batch as the network is trained on it: augmented where the stream is, its plan the method's.
+
+    Raises:
+        ValueError: the stream is augmented, and the batch does not say how.
+    """
+    check_augmented(state, batch)
+    return augmentation.cropped(batch)
+
+
+def check_augmented(state: State, batch: Batch) -> None:
+    """Raise ValueError where the stream is augmented, and the batch does not say how."""
+    if state.stream.augmentation is not None and not isinstance(batch.plan, Augmented):
+        raise ValueError(
+            "the stream's training samples are augmented and the batch has no plan, which says how; make one "
+            "planner with algorithm.planner(spec) and give Batch(x, y, t, planner.next(y, t))"
+        )
 
 
 def masked(stream: StreamState, logits: jax.Array, t: jax.Array) -> jax.Array:
@@ -177,19 +273,21 @@ def train_step(
     ts: TrainState, state: State, batch: Batch, penalty: Callable[[Params, Any], jax.Array] | None = None
 ) -> tuple[TrainState, State, Outputs]:
     """Take one optimizer step on the mean cross-entropy, plus `penalty(params, state.memory)` if given."""
+    batch = trained_on(state, batch)
 
-    def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
-        logits = forward(ts, params, state, batch.x, batch.t, train=True)
+    def loss_fn(params: Params) -> tuple[jax.Array, Any]:
+        logits, stats = training_forward(ts, params, state, batch.x)
+        logits = masked(state.stream, logits, batch.t)
         loss = cross_entropy(logits, batch.y)
-        return (loss if penalty is None else loss + penalty(params, state.memory)), logits
+        return (loss if penalty is None else loss + penalty(params, state.memory)), (logits, stats)
 
-    (loss, logits), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
-    return ts.apply_gradients(grads=gradient), state, {"loss": loss, "logits": logits, "labels": batch.y}
+    (loss, (logits, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
+    return advance(ts, gradient, stats), state, {"loss": loss, "logits": logits, "labels": batch.y}
 
 
 def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> jax.Array:
     """Return the network's logits `[B, num_classes]` in evaluation mode."""
-    return forward(ts, ts.params, state, x, t, train=False)
+    return forward(ts, ts.params, state, x, t)
 
 
 def end_task(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
@@ -204,7 +302,7 @@ def feature_width(ts: TrainState, spec: StreamSpec, name: str) -> int:
         ValueError: the network has no method `features(x, train)`, or no last layer called `head`.
     """
     image = jnp.zeros((1, *spec.image_shape), jax.tree.leaves(ts.params)[0].dtype)
-    call = partial(ts.apply_fn, {"params": ts.params})
+    call = partial(ts.apply_fn, {"params": ts.params, **_collections(batch_stats(ts))})
     try:
         features = jax.eval_shape(partial(call, train=False, method="features"), image)
         if "head" in ts.params:

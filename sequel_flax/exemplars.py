@@ -40,7 +40,7 @@ def init_exemplars(
 
 def embed(ts: TrainState, params: Params, state: State, x: jax.Array) -> jax.Array:
     """Return h of images `[B, D]`, of unit length where it is not 0, in evaluation mode."""
-    features = network(ts, params, state, x, train=False, method="features")
+    features = network(ts, params, state, x, method="features")
     norm = jnp.linalg.norm(features, axis=1, keepdims=True)
     return features / jnp.where(norm > 0, norm, 1)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from flax import nnx
 from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict
 
@@ -21,8 +22,16 @@ from sequel_core import plan
 from sequel_core.hparams import TrainingHParams
 from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
 from sequel_core.task import AnySplit, Batch, FloatArray, IntArray, Samples, StreamSpec, Task
-from sequel_flax.backbones import initial_params
-from sequel_flax.bundle import Algorithm, State, get_learning_rate, mask_logits
+from sequel_flax.backbones import initial_variables
+from sequel_flax.backbones.foreign import adapted
+from sequel_flax.bundle import (
+    Algorithm,
+    BatchStatsTrainState,
+    State,
+    batch_stats,
+    get_learning_rate,
+    mask_logits,
+)
 from sequel_flax.optimizers import clip_by_global_norm
 from sequel_flax.replay import Memory, stored_samples
 from sequel_flax.writers import MetricWriter
@@ -49,7 +58,8 @@ class FlaxLearner:
 
     Args:
         algorithm: for example `ewc(EWCHParams())`.
-        model: a linen module, called as `model(x, train=...)` with images `[B, H, W, C]`.
+        model: a linen or an NNX module, called with images `[B, H, W, C]`; see `backbones.foreign.adapted` for
+            how it is told that it trains.
         tx: optimizer; `lr_decay` needs one made with `optax.inject_hyperparams`.
         spec: of the benchmark (`benchmark.spec`).
         training: batch size, epochs, clipping, seed, dtype.
@@ -68,7 +78,7 @@ class FlaxLearner:
     def __init__(
         self,
         algorithm: Algorithm,
-        model: nn.Module,
+        model: nn.Module | nnx.Module,
         tx: optax.GradientTransformation,
         spec: StreamSpec,
         training: TrainingHParams | None = None,
@@ -85,14 +95,15 @@ class FlaxLearner:
         self.spec = spec
         self.hparams.check(spec, self.training)
         self.planner = algorithm.planner(spec)
-        self.model = model
+        self.model = adapted(model)
         self.writers = tuple(writers)
         self.steps_per_call = steps_per_call
         self.metrics = metrics
         if self.training.grad_clip is not None:
             tx = optax.chain(clip_by_global_norm(self.training.grad_clip), tx)
-        params = initial_params(model, spec, self.training.seed, self.training.dtype)
-        ts = algorithm.prepare(TrainState.create(apply_fn=model.apply, params=params, tx=tx), spec)
+        variables = initial_variables(self.model, spec, self.training.seed, self.training.dtype)
+        kind = BatchStatsTrainState if "batch_stats" in variables else TrainState
+        ts = algorithm.prepare(kind.create(apply_fn=self.model.apply, tx=tx, **variables), spec)
         self.ts = strong_types(ts)
         self.state = strong_types(algorithm.init(self.ts, spec))
         self._empty = jax.device_get(Tally(strong_types(metrics.empty()), jnp.asarray(NEVER, jnp.int32)))
@@ -228,8 +239,9 @@ class FlaxLearner:
         return int(sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.memory)))
 
     def weights(self) -> dict[str, FloatArray]:
-        """Return the weights in the canonical layout, which is Flax's own."""
-        leaves = flatten_dict(jax.device_get(self.ts.params), sep="/")
+        """Return weights and running statistics in the canonical layout, which is Flax's own."""
+        trees = jax.device_get((self.ts.params, batch_stats(self.ts)))
+        leaves = {path: leaf for tree in trees for path, leaf in flatten_dict(tree, sep="/").items()}
         return {path: np.asarray(leaf) for path, leaf in sorted(leaves.items())}
 
     def describe(self) -> dict[str, Any]:

@@ -21,20 +21,26 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
+from sequel_core.augmentation import augmenting
 from sequel_core.hparams import MemoryHParams
 from sequel_core.memory import MemoryPlanner, StepPlan
 from sequel_core.task import Batch, Samples, StreamSpec
+from sequel_flax.augmentation import cropped, cropped_draw, own_plan
 from sequel_flax.bundle import (
     Algorithm,
     Outputs,
     Params,
     State,
+    Stats,
+    advance,
+    batch_stats,
+    check_augmented,
     end_task,
     init_stream,
     masked,
-    network,
     predict,
     start_task,
+    training_forward,
 )
 
 
@@ -118,24 +124,28 @@ def sum_of_first(values: jax.Array, count: Any) -> jax.Array:
 
 def look(
     ts: TrainState, params: Params, state: State, samples: Sequence[Recalled], together: bool
-) -> list[Seen]:
-    """Return what the network says of samples, in training mode.
+) -> tuple[list[Seen], Stats]:
+    """Return what the network says of samples, in training mode; running statistics move on.
 
     One pass is for all of them together, or one for the first and one for the others.
     """
     logits: list[jax.Array] = []
+    stats = batch_stats(ts)
     for k, part in enumerate([samples] if together else [samples[:1], samples[1:]]):
         sizes = [len(s.y) for s in part]
         if sum(sizes):  # an empty draw has no pass of its own
             images = jnp.concatenate([s.x for s in part])
-            out = network(ts, params, state, images, train=True, draw=k)
+            full = all(isinstance(s.count, int) for s in part)  # a batch, not a draw
+            counts = None if full else jnp.concatenate([jnp.arange(len(s.y)) < s.count for s in part])
+            out, stats = training_forward(ts, params, state, images, stats=stats, draw=k, counts=counts)
             logits += jnp.split(out, np.cumsum(sizes)[:-1])
         else:
             logits += [logits[0][:0] for _ in part]
-    return [
+    seen = [
         Seen(out, masked(state.stream, out, s.t), s.y, s.stored, s.count)
         for out, s in zip(logits, samples, strict=True)
     ]
+    return seen, stats
 
 
 def planned(memory: Memory, batch: Batch, kind: type[Any] = StepPlan) -> Any:
@@ -144,7 +154,8 @@ def planned(memory: Memory, batch: Batch, kind: type[Any] = StepPlan) -> Any:
     Raises:
         ValueError: the batch has no plan, or its images have not the memory's dtype.
     """
-    if not isinstance(batch.plan, kind):
+    plan = own_plan(batch)
+    if not isinstance(plan, kind):
         raise ValueError(
             "the batch has no plan, which says what to write to the memory and what to read; make one "
             "planner with algorithm.planner(spec) and give Batch(x, y, t, planner.next(y, t))"
@@ -154,14 +165,20 @@ def planned(memory: Memory, batch: Batch, kind: type[Any] = StepPlan) -> Any:
             f"the memory holds {memory.x.dtype} images, the batch has {batch.x.dtype}; "
             f"give spec._replace(image_dtype='{batch.x.dtype}')"
         )
-    return batch.plan
+    return plan
 
 
 def draws(memory: Memory, batch: Batch) -> list[Recalled]:
-    """Return the batch, then each of its plan's draws from the memory; see `planned`."""
-    own = Recalled(batch.x, batch.y, batch.t, None, len(batch.y))
+    """Return the batch, then each of its plan's draws from the memory, augmented; see `planned`."""
     reads = planned(memory, batch).reads
-    return [own, *(recall(memory, reads[k]) for k in range(len(reads)))]
+    own = Recalled(cropped(batch).x, batch.y, batch.t, None, len(batch.y))
+    return [own, *(drawn(memory, batch, reads[k], k) for k in range(len(reads)))]
+
+
+def drawn(memory: Memory, batch: Batch, slots: jax.Array, k: Any) -> Recalled:
+    """Return draw k of a batch's plan, the samples in these slots `[R]`, augmented."""
+    found = recall(memory, slots)
+    return found._replace(x=cropped_draw(found.x, batch, k))
 
 
 def replay(
@@ -191,16 +208,17 @@ def replay(
         return State(init_stream(ts, spec, hparams, seed), memory)
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+        check_augmented(state, batch)
         samples = draws(state.memory, batch)
 
-        def loss_fn(params: Params) -> tuple[jax.Array, Seen]:
-            own, *drawn = look(ts, params, state, samples, together)
-            return loss(own, drawn), own
+        def loss_fn(params: Params) -> tuple[jax.Array, tuple[Seen, Stats]]:
+            (own, *others), stats = look(ts, params, state, samples, together)
+            return loss(own, others), (own, stats)
 
-        (value, own), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
-        memory = store(state.memory, batch.plan.write, batch, own.logits)
+        (value, (own, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
+        memory = store(state.memory, own_plan(batch).write, batch, own.logits)
         outputs = {"loss": value, "logits": own.masked, "labels": batch.y}
-        return ts.apply_gradients(grads=gradient), state._replace(memory=memory), outputs
+        return advance(ts, gradient, stats), state._replace(memory=memory), outputs
 
     return Algorithm(
         init=init,
@@ -209,5 +227,7 @@ def replay(
         end_task=end_task,
         predict=predict,
         hparams=hparams,
-        planner=lambda spec: MemoryPlanner(hparams, spec, seed, num_draws, past_only),
+        planner=lambda spec: augmenting(
+            MemoryPlanner(hparams, spec, seed, num_draws, past_only), spec, seed
+        ),
     )

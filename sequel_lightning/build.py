@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from torch import nn
 from torchmetrics import MetricCollection
 
-from sequel_core.config import ExperimentConfig
+from sequel_core import plan
+from sequel_core.config import SUPPLIED, ExperimentConfig
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
+from sequel_core.target import TARGET, Target
 from sequel_core.task import Benchmark
 from sequel_lightning.algorithms import ALGORITHMS
 from sequel_lightning.backbones import BACKBONES, initialise
-from sequel_lightning.learner import TORCH_DTYPES, LightningLearner
-from sequel_lightning.module import OptimizerFactory
+from sequel_lightning.learner import SEEDS, TORCH_DTYPES, LightningLearner
+from sequel_lightning.module import ContinualModule, OptimizerFactory
 
 
 def build_optimizer(hparams: OptimizerHParams) -> OptimizerFactory:
@@ -50,6 +54,7 @@ def make_learner(
     *,
     metrics: MetricCollection | None = None,
     loggers: Sequence[Logger] = (),
+    implementation: Callable[..., ContinualModule] | None = None,
     **options: Any,
 ) -> LightningLearner:
     """Return a learner; the algorithm is the one that the settings' class belongs to.
@@ -63,11 +68,20 @@ def make_learner(
         training: batch size, epochs, clipping, seed, dtype.
         metrics: of the training batches.
         loggers: of Lightning.
+        implementation: of an algorithm of one's own, a subclass of ContinualModule.
         options: further arguments of `LightningLearner`: `trainer`, `callbacks`.
+
+    Raises:
+        ValueError: an algorithm that is not built in without an implementation, or one of another type.
     """
     training = training or TrainingHParams()
+    implementation = implementation or ALGORITHMS.get(hparams.name)
+    if implementation is None:
+        raise ValueError(f"implementation is needed for {hparams.name}, which is not built in; pass it")
     net = initialise(model.to(TORCH_DTYPES[training.dtype]), training.seed)
-    module = ALGORITHMS[hparams.name](net, optimizer, hparams, benchmark.spec, metrics, training.seed)
+    module = implementation(net, optimizer, hparams, benchmark.spec, metrics, training.seed)
+    if not isinstance(module, ContinualModule):
+        raise ValueError(f"implementation must give a ContinualModule, got a {type(module).__name__}")
     return LightningLearner(module, training, loggers=loggers, **options)
 
 
@@ -83,20 +97,73 @@ def use_one_thread() -> None:
 
 def build_learner(config: ExperimentConfig, benchmark: Benchmark, run_dir: Path) -> LightningLearner:
     """Return the learner of an experiment's configuration; for a multi-layer perceptron, on one thread."""
-    if config.backbone.type == "mlp":
-        use_one_thread()
-    model = BACKBONES[config.backbone.type](
-        **vars(config.backbone), num_classes=benchmark.num_classes, image_shape=benchmark.image_shape
-    )
+    own = config.own
+    sizes = {"num_classes": benchmark.num_classes, "image_shape": benchmark.image_shape}
+    if "backbone" in own:
+        model = own_backbone(own["backbone"], config.training.seed, **sizes)
+    else:
+        if config.backbone.type == "mlp":
+            use_one_thread()
+        model = BACKBONES[config.backbone.type](**vars(config.backbone), **sizes)
+    loggers = [] if config.wandb is None else [wandb_logger(run_dir, config.wandb_arguments())]
     return make_learner(
         config.algo,
         model,
-        build_optimizer(config.optimizer),
+        own_optimizer(own["optimizer"]) if "optimizer" in own else build_optimizer(config.optimizer),
         benchmark,
         config.training,
-        loggers=[wandb_logger(run_dir, config.wandb_arguments())] if config.wandb is not None else (),
+        loggers=[*loggers, *(own_logger(target, run_dir) for target in config.logger)],
+        implementation=own["algo"].function if "algo" in own else None,
+        callbacks=[_checked(target.make(), Callback, target) for target in config.callbacks],
         trainer={**config.trainer, "default_root_dir": os.fspath(run_dir)},
     )
+
+
+def own_backbone(target: Target, seed: int, **sizes: Any) -> nn.Module:
+    """Return a user's own network; its initial weights follow from the seed, the global generator is left.
+
+    Raises:
+        ValueError: it is no module, or the code refuses an argument.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(plan.words(seed, "own weights", count=1)[0]) % SEEDS)
+        net: nn.Module = _checked(target.make(**sizes), nn.Module, target)
+        return net
+
+
+def own_optimizer(target: Target) -> OptimizerFactory:
+    """Return the factory that a user's own class or function is, with its arguments.
+
+    Raises:
+        ValueError: the code refuses an argument.
+    """
+    factory: OptimizerFactory = replace(target, partial=True).make()
+    try:
+        factory([nn.Parameter(torch.zeros(1, 1))])
+    except ValueError as error:
+        raise ValueError(f"{target.key}: {error}") from error
+    return factory
+
+
+def own_logger(target: Target, run_dir: Path) -> Logger:
+    """Return a user's own logger; one that asks for a directory gets the run's.
+
+    Raises:
+        ValueError: it is no logger of Lightning's, or the code refuses an argument.
+    """
+    made = target.make(**dict.fromkeys(SUPPLIED["logger"], os.fspath(run_dir)))
+    logger: Logger = _checked(made, Logger, target)
+    return logger
+
+
+def _checked(made: Any, wanted: Any, target: Target) -> Any:
+    """Return what a user's own code has made; raise ValueError where it is not of the class."""
+    if not isinstance(made, wanted):
+        raise ValueError(
+            f"{target.key}.{TARGET} must give a {wanted.__module__}.{wanted.__name__} with mode=pytorch, got "
+            f"a {type(made).__name__} from {target.path}"
+        )
+    return made
 
 
 def wandb_logger(run_dir: Path, settings: Mapping[str, Any]) -> Logger:

@@ -28,8 +28,11 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
+from sequel_core.augmentation import augmenting
 from sequel_core.hparams import AlgorithmHParams
+from sequel_core.memory import NoPlanner
 from sequel_core.task import AnySplit, Batch, StreamSpec, Task
+from sequel_lightning.augmentation import cropped
 
 Params = dict[str, Tensor]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Any]
@@ -115,6 +118,8 @@ class ContinualModule(pl.LightningModule):
             self.register_buffer(name, value, persistent=False)
         mask = torch.from_numpy(spec.mask) if spec is not None and spec.masks_logits else None
         self.register_buffer("mask", mask, persistent=False)
+        planner = NoPlanner() if spec is None else self.make_planner(spec)
+        self.planner = planner if spec is None else augmenting(planner, spec, seed)
         self._carried_optimizer: dict[str, Any] | None = None
         self._fitting = False
 
@@ -129,6 +134,7 @@ class ContinualModule(pl.LightningModule):
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
+        batch = self.trained_on(batch)
         logits = self.forward(batch.x, batch.t)
         return self.loss(logits, batch), logits
 
@@ -147,9 +153,34 @@ class ContinualModule(pl.LightningModule):
         """Return what the coming task trains on: its training samples, or these joined with others."""
         return split
 
+    def make_planner(self, spec: StreamSpec) -> Any:
+        """Return what plans the steps, beside the augmentation of their samples."""
+        return NoPlanner()
+
     def trained(self) -> dict[str, nn.Module]:
         """Return the network, under the empty name, and by name what else the optimizer trains."""
         return {"": self.net}
+
+    # -- the plan
+
+    def planned(self, batch: Batch) -> Batch:
+        """Return the batch with its plan; a tuner's or `fast_dev_run`'s leaves no trace."""
+        if isinstance(self.planner, NoPlanner):
+            return batch
+        planner = self.planner if self._fitting else copy.deepcopy(self.planner)
+        return batch._replace(plan=planner.next(batch.y.cpu().numpy(), batch.t.cpu().numpy()))
+
+    def trained_on(self, batch: Batch) -> Batch:
+        """Return the batch as the network is trained on it, augmented where the stream is, with its plan."""
+        return cropped(self.planned(batch))
+
+    def get_extra_state(self) -> Tensor:
+        """Return the planner's state, for `state_dict`."""
+        return torch.from_numpy(self.planner.state)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Set the planner's state, from `load_state_dict`."""
+        self.planner.state = state.cpu().numpy()
 
     # -- the network
 
@@ -460,6 +491,20 @@ def check_features(net: nn.Module, name: str) -> None:
                 f"{name} needs a network with {what}, so that net(x) is net.head(net.features(x)); "
                 f"{type(net).__name__} has no {part}"
             )
+
+
+def frozen_network(net: nn.Module) -> tuple[Params, Params]:
+    """Return the weights and the running statistics of a network that is kept, by name."""
+    return dict(net.named_parameters()), dict(net.named_buffers())
+
+
+def refuse_batch_stats(net: nn.Module, name: str, reason: str) -> None:
+    """Raise ValueError where the network has running statistics, which a method cannot follow."""
+    if any(getattr(module, "running_mean", None) is not None for module in net.modules()):
+        raise ValueError(
+            f"{name} cannot train a network with batch normalisation: {reason}; use group normalisation "
+            "(backbone.norm=group) or another method"
+        )
 
 
 def apply_head(module: Any, features: Tensor) -> Tensor:

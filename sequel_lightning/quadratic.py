@@ -21,6 +21,9 @@ from sequel_core.hparams import AlgorithmHParams
 from sequel_core.task import Batch, StreamSpec
 from sequel_lightning.module import ContinualModule, OptimizerFactory, Params, StateTree
 
+GRADIENTS = 1 << 24
+"""Numbers in the gradients of single samples that are held at a time."""
+
 Model = ContinualModule
 Objective = Callable[[Params, Model, Batch], Tensor]
 Contribution = Callable[[Tensor], Tensor]
@@ -110,6 +113,7 @@ def mean_gradients(
         return objective(params, model, Batch(x[None], y[None], t[None]))
 
     total, count = {k: torch.zeros_like(p) for k, p in params.items()}, 0
+    width = max(1, GRADIENTS // sum(p.numel() for p in params.values()))
     for batch in batches:
         wanted = len(batch.y) if samples is None else min(len(batch.y), samples - count)
         part = Batch(*(a[:wanted] for a in batch[:3]))
@@ -117,8 +121,9 @@ def mean_gradients(
             gradient = grad(objective)(params, model, part)
             total = {k: f + contribution(gradient[k]) for k, f in total.items()}
         else:
-            gradient = vmap(grad(of_one), in_dims=(None, 0, 0, 0))(params, *part[:3])
-            total = {k: f + contribution(gradient[k]).sum(0) for k, f in total.items()}
+            for piece in zip(*(a.split(width) for a in part[:3]), strict=True):
+                gradient = vmap(grad(of_one), in_dims=(None, 0, 0, 0))(params, *piece)
+                total = {k: f + contribution(gradient[k]).sum(0) for k, f in total.items()}
         count += wanted
         if count == samples:
             break

@@ -11,7 +11,6 @@ Mirror: sequel_flax/replay.py
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from torchmetrics import MetricCollection
 from sequel_core.hparams import MemoryHParams
 from sequel_core.memory import MemoryPlanner, StepPlan
 from sequel_core.task import Batch, Samples, StreamSpec
+from sequel_lightning.augmentation import cropped, cropped_draw, own_plan
 from sequel_lightning.module import ContinualModule, OptimizerFactory, StateTree
 
 Slots = NDArray[np.integer[Any]]
@@ -63,7 +63,7 @@ def empty_memory(spec: StreamSpec, slots: int, dtype: torch.dtype | None) -> Mem
     """Return a memory of so many empty slots; `dtype` of the logits, None for none."""
     height, width, channels = spec.image_shape
     return Memory(
-        x=torch.zeros((slots, channels, height, width), dtype=getattr(torch, spec.image_dtype)),
+        x=torch.zeros((slots, height, width, channels), dtype=getattr(torch, spec.image_dtype)).movedim(-1, 1),
         y=torch.zeros(slots, dtype=torch.int32),
         t=torch.full((slots,), -1, dtype=torch.int32),
         logits=None if dtype is None else torch.zeros((slots, spec.num_classes), dtype=dtype),
@@ -111,7 +111,7 @@ def sum_of_first(values: Tensor, count: Any) -> Tensor:
 
 
 def look(module: ContinualModule, samples: Sequence[Recalled], together: bool) -> list[Seen]:
-    """Return what the network says of samples, in training mode.
+    """Return what the network says of samples, in training mode; running statistics move on.
 
     One pass is for all of them together, or one for the first and one for the others.
     """
@@ -135,7 +135,8 @@ def planned(memory: Memory, batch: Batch, kind: type[Any] = StepPlan) -> Any:
     Raises:
         ValueError: the batch has no plan, or its images have not the memory's dtype.
     """
-    if not isinstance(batch.plan, kind):
+    plan = own_plan(batch)
+    if not isinstance(plan, kind):
         raise ValueError(
             "the batch has no plan, which says what to write to the memory and what to read; give "
             "Batch(x, y, t, planner.next(y, t))"
@@ -146,13 +147,20 @@ def planned(memory: Memory, batch: Batch, kind: type[Any] = StepPlan) -> Any:
             f"the memory holds {str(memory.x.dtype).removeprefix('torch.')} images, the batch has {found}; "
             f"give spec._replace(image_dtype='{found}')"
         )
-    return batch.plan
+    return plan
 
 
 def draws(memory: Memory, batch: Batch) -> list[Recalled]:
-    """Return the batch, then each of its plan's draws from the memory; see `planned`."""
-    own = Recalled(batch.x, batch.y, batch.t, None, len(batch.y))
-    return [own, *(recall(memory, slots) for slots in planned(memory, batch).reads)]
+    """Return the batch, then each of its plan's draws from the memory, augmented; see `planned`."""
+    reads = planned(memory, batch).reads
+    own = Recalled(cropped(batch).x, batch.y, batch.t, None, len(batch.y))
+    return [own, *(drawn(memory, batch, reads[k], k) for k in range(len(reads)))]
+
+
+def drawn(memory: Memory, batch: Batch, slots: Slots, k: Any) -> Recalled:
+    """Return draw k of a batch's plan, the samples in these slots `[R]`, augmented."""
+    found = recall(memory, slots)
+    return found._replace(x=cropped_draw(found.x, batch, k))
 
 
 class ReplayModule(ContinualModule):
@@ -179,13 +187,12 @@ class ReplayModule(ContinualModule):
     ) -> None:
         super().__init__(net, optimizer, hparams, spec, metrics, seed)
         spec = self.needed_spec()
-        self.planner = self.make_planner(spec)
         dtype = next(net.parameters()).dtype if self.keep_logits else None
-        memory = empty_memory(spec, self.planner.slots, dtype)
+        memory = empty_memory(spec, hparams.slots(spec.num_tasks), dtype)
         self.memory = StateTree({k: a for k, a in memory._asdict().items() if a is not None})
 
     def make_planner(self, spec: StreamSpec) -> Any:
-        """Return what plans the steps."""
+        """Return the planner."""
         return MemoryPlanner(self.algorithm_hparams, spec, self.seed, self.num_draws, self.past_only)
 
     def replay_loss(self, batch: Seen, draws: Sequence[Seen]) -> Tensor:
@@ -211,20 +218,7 @@ class ReplayModule(ContinualModule):
         self.remember(batch, own)
         return loss, own.masked
 
-    def planned(self, batch: Batch) -> Batch:
-        """Return the batch with its plan; a tuner's or `fast_dev_run`'s leaves no trace."""
-        planner = self.planner if self._fitting else copy.deepcopy(self.planner)
-        return batch._replace(plan=planner.next(batch.y.cpu().numpy(), batch.t.cpu().numpy()))
-
     def remember(self, batch: Batch, seen: Seen) -> None:
         """Write the batch to the memory."""
         if self._fitting:
-            store(self.held, batch.plan.write, batch, seen.logits)
-
-    def get_extra_state(self) -> Tensor:
-        """Return the planner's state, for `state_dict`."""
-        return torch.from_numpy(self.planner.state)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Set the planner's state, from `load_state_dict`."""
-        self.planner.state = state.cpu().numpy()
+            store(self.held, own_plan(batch).write, batch, seen.logits)

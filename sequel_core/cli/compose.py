@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
@@ -34,7 +36,9 @@ from sequel_core.config import (
     merge,
     nearest,
     nest,
+    own_code,
 )
+from sequel_core.target import TARGET, Target
 
 CONFIGS = "sequel_configs"
 PLACES = ("file", "experiment", "run_dir")
@@ -67,7 +71,8 @@ def compose(overrides: Sequence[str]) -> Composed:
 
     The groups that the names select (`algo`, `benchmark`, `backbone`, `optimizer`) come first; a file's keys
     win over theirs, the overrides over both. Where an override selects another algorithm, benchmark, ... than
-    the file, the file's settings of that section which the new choice lacks are dropped, with a note.
+    the file, the file's settings of that section which the new choice lacks are dropped, with a note. Where a
+    `_target_` names the user's own code, the current directory becomes importable, as with `python -m`.
 
     Args:
         overrides: Hydra overrides, and at most one FILE, `file=FILE` or `experiment=NAME`; no sweeps.
@@ -82,23 +87,34 @@ def compose(overrides: Sequence[str]) -> Composed:
         default = canonical(_plain(compose_groups("config")))
         file_layer = canonical(file)
         notes = []
+        if any(TARGET in f"{path}: {value}" for path, value in (file_layer | line_layer).items()):
+            _import_from_here()
+        names: dict[str, str] = {}
+        choice: str | Target
         for section, key in SECTIONS.items():
-            path = f"{section}.{key}"
-            before = file_layer.get(path, default[path])
-            name = str(line_layer.setdefault(path, before))
-            check_name(section, name, choices(section))
-            if name != before:
-                dropped = drop_foreign(file_layer, section, name)
+            path, target = f"{section}.{key}", f"{section}.{TARGET}"
+            before = file_layer.get(target, file_layer.get(path, default[path]))
+            chosen = line_layer.get(target, line_layer.get(path, before))
+            if target in line_layer or (target in file_layer and path not in line_layer):
+                known = _resolve(merge(default, file_layer, line_layer))
+                choice = own_code(section, {TARGET: known[target]}, known["mode"])
+            else:
+                choice = names[section] = line_layer[path] = str(chosen)
+                check_name(section, choice, choices(section))
+            if chosen != before:
+                dropped = drop_foreign(file_layer, section, choice)
                 if file and section in ("algo", "benchmark"):
                     dropped += [
                         key for key in list(file_layer) if key.startswith("expected.") and file_layer.pop(key)
                     ]
                 if dropped:
                     notes.append(
-                        f"{section}={name} in place of {before}: dropped the file's {', '.join(dropped)}"
+                        f"{section}={chosen} in place of {before}: dropped the file's {', '.join(dropped)}"
                     )
-        names = {section: line_layer[f"{section}.{key}"] for section, key in SECTIONS.items()}
         groups = canonical(_plain(compose_groups("config", [f"{key}={name}" for key, name in names.items()])))
+    for key in list(groups):
+        if key.partition(".")[0] in SECTIONS.keys() - names.keys():  # which are the user's own code
+            del groups[key]
     for key in PLACES:
         groups.pop(key, None)
     return Composed(build(_resolve(merge(groups, file_layer, line_layer))), notes)
@@ -258,6 +274,13 @@ def _read(path: Path) -> Mapping[str, Any]:
         if key in values:
             raise ValueError(f"{path} cannot set {key}; give it on the command line")
     return {str(key): value for key, value in values.items()}
+
+
+def _import_from_here() -> None:
+    """Let modules of the current directory be imported, before those that are installed."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
 
 
 def _plain(config: Any) -> Mapping[str, Any]:

@@ -47,6 +47,8 @@ EXAMPLES = """examples:
   sequel run -m algo=naive,ewc seed=0,1,2             a sweep: every combination, then one table
   sequel run -m +experiment=ewc_rotatedmnist benchmark.batch_size=10,20,30 optimizer.lr=0.01,0.1
   sequel run algo=ewc run_dir=results --cfg           show the composed settings and stop
+  sequel run algo._target_=own.code.Method algo.k=2   code of your own: algo, benchmark, backbone, optimizer,
+                                                      logger and callbacks take a `_target_`
 
 A file's settings win over the groups', the command line's over both. `sequel list` shows all settings.
 """
@@ -256,7 +258,8 @@ def _value(key: str, overrides: Sequence[str]) -> str:
 
 def _validates(config: ExperimentConfig) -> bool:
     """Whether `benchmark.validation` is given, or the benchmark has no such setting."""
-    known = {spec.key for spec in settings("benchmark", config.benchmark.name)}
+    choice = config.own.get("benchmark", config.benchmark.name)
+    known = {spec.key for spec in settings("benchmark", choice)}
     return "validation" in config.benchmark.arguments or "validation" not in known
 
 

@@ -22,7 +22,18 @@ from flax.training.train_state import TrainState
 
 from sequel_core.hparams import AGEMHParams
 from sequel_core.task import Batch
-from sequel_flax.bundle import Algorithm, Outputs, Params, State
+from sequel_flax.augmentation import own_plan
+from sequel_flax.bundle import (
+    Algorithm,
+    Outputs,
+    Params,
+    State,
+    Stats,
+    advance,
+    check_augmented,
+    masked,
+    training_forward,
+)
 from sequel_flax.replay import Seen, draws, look, mean_cross_entropy, replay, store
 
 
@@ -53,21 +64,27 @@ def agem(hparams: AGEMHParams, seed: int = 0) -> Algorithm:
     """
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+        check_augmented(state, batch)
         own, past = draws(state.memory, batch)
 
-        def loss_fn(params: Params) -> tuple[jax.Array, Seen]:
-            (seen,) = look(ts, params, state, [own], together=True)
-            return batch_loss(seen, []), seen
+        def loss_fn(params: Params) -> tuple[jax.Array, tuple[Seen, Stats]]:
+            (seen,), stats = look(ts, params, state, [own], together=True)
+            return batch_loss(seen, []), (seen, stats)
 
-        def reference_fn(params: Params) -> jax.Array:
-            _, seen = look(ts, params, state, [own, past], together=False)  # drops other units than `own`
-            return mean_cross_entropy(seen)
+        def reference_fn(params: Params, stats: Stats) -> tuple[jax.Array, Stats]:
+            counts = jnp.arange(len(past.y)) < past.count
+            logits, stats = training_forward(
+                ts, params, state, past.x, stats=stats, draw=1, counts=counts
+            )
+            own = masked(state.stream, logits, past.t)
+            return mean_cross_entropy(Seen(logits, own, past.y, None, past.count)), stats
 
-        (loss, seen), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
+        (loss, (seen, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
         if len(past.y):
-            gradient = project(gradient, jax.grad(reference_fn)(ts.params))
-        memory = store(state.memory, batch.plan.write, batch, seen.logits)
+            reference, stats = jax.grad(reference_fn, has_aux=True)(ts.params, stats)
+            gradient = project(gradient, reference)
+        memory = store(state.memory, own_plan(batch).write, batch, seen.logits)
         outputs = {"loss": loss, "logits": seen.masked, "labels": batch.y}
-        return ts.apply_gradients(grads=gradient), state._replace(memory=memory), outputs
+        return advance(ts, gradient, stats), state._replace(memory=memory), outputs
 
     return replay(hparams, seed, batch_loss, past_only=True)._replace(train_step=train_step)

@@ -28,7 +28,7 @@ from sequel_flax.quadratic import Model, mean_gradients, quadratic
 def negative_log_likelihood(params: Params, model: Model, batch: Batch) -> jax.Array:
     """Return -log p(y | x) of a batch of one sample, in evaluation mode, shape ()."""
     ts, state = model
-    return cross_entropy(forward(ts, params, state, batch.x, batch.t, train=False), batch.y)
+    return cross_entropy(forward(ts, params, state, batch.x, batch.t), batch.y)
 
 
 def diagonal_fisher(params: Params, model: Model, batches: Iterable[Batch], samples: int | None) -> Params:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,21 @@ from sequel_core.exemplars import joined_with_samples
 from sequel_core.hparams import ICaRLHParams
 from sequel_core.task import Batch, StreamSpec
 from sequel_flax import bundle
-from sequel_flax.bundle import Algorithm, Outputs, Params, State, init_stream, masked, network, start_task
+from sequel_flax.bundle import (
+    Algorithm,
+    Outputs,
+    Params,
+    State,
+    advance,
+    frozen_network,
+    init_stream,
+    masked,
+    network,
+    plain_planner,
+    start_task,
+    trained_on,
+    training_forward,
+)
 from sequel_flax.exemplars import embed, init_exemplars, nearest_mean, renew
 from sequel_flax.replay import Memory, planned, stored_samples
 
@@ -45,6 +59,7 @@ class ICaRLState(NamedTuple):
 
     exemplars: Memory  # set after set from the first slot on, each in herding order
     old: Params  # theta_old, weights at the end of the last task
+    statistics: Params  # running statistics of batch normalisation then; empty without
     means: jax.Array  # mu [num_classes, D], 0 for a class without exemplars
     has_mean: jax.Array  # whether a class has exemplars, bool [num_classes]
     learned: jax.Array  # index of the last task that has ended, int32 (), -1 before the first
@@ -82,27 +97,33 @@ def icarl(hparams: ICaRLHParams, seed: int = 0) -> Algorithm:
 
     def init(ts: TrainState, spec: StreamSpec) -> State:
         exemplars, means, has_mean = init_exemplars(ts, spec, hparams)
-        old, learned = jax.tree.map(jnp.copy, ts.params), jnp.asarray(-1, jnp.int32)
-        memory = ICaRLState(exemplars, old, means, has_mean, learned, jnp.array(spec.mask))
+        learned = jnp.asarray(-1, jnp.int32)
+        memory = ICaRLState(
+            exemplars, *frozen_network(ts), means, has_mean, learned, jnp.array(spec.mask)
+        )
         return State(init_stream(ts, spec, hparams, seed), memory)
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
         planned(state.memory.exemplars, batch, tuple)  # any plan will do; refuses images of another dtype
         seen, past = seen_and_past(state.memory.classes, state.stream.task)
         outputs = seen if hparams.outputs == "seen" else jnp.ones_like(seen)
-        target = targets(network(ts, state.memory.old, state, batch.x, train=False), batch.y, past)
+        batch = trained_on(state, batch)
+        old = network(ts, state.memory.old, state, batch.x, stats=state.memory.statistics)
+        target = targets(old, batch.y, past)
 
-        def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
-            logits = network(ts, params, state, batch.x, train=True)
-            return sigmoid_loss(logits, target, outputs), masked(state.stream, logits, batch.t)
+        def loss_fn(params: Params) -> tuple[jax.Array, Any]:
+            logits, stats = training_forward(ts, params, state, batch.x)
+            return sigmoid_loss(logits, target, outputs), (masked(state.stream, logits, batch.t), stats)
 
-        (loss, logits), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
-        return ts.apply_gradients(grads=gradient), state, {"loss": loss, "logits": logits, "labels": batch.y}
+        (loss, (logits, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
+        return advance(ts, gradient, stats), state, {"loss": loss, "logits": logits, "labels": batch.y}
 
     def end_task(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
         exemplars, means, has_mean = renew(ts, ts.params, state, batches, hparams)
-        old, learned = jax.tree.map(jnp.copy, ts.params), jnp.copy(state.stream.task)
-        memory = ICaRLState(exemplars, old, means, has_mean, learned, state.memory.classes)
+        learned = jnp.copy(state.stream.task)
+        memory = ICaRLState(
+            exemplars, *frozen_network(ts), means, has_mean, learned, state.memory.classes
+        )
         return ts, state._replace(memory=memory)
 
     def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> jax.Array:
@@ -111,7 +132,7 @@ def icarl(hparams: ICaRLHParams, seed: int = 0) -> Algorithm:
         mask = state.stream.mask
         known = jnp.any(own.has_mean[None] if mask is None else own.has_mean[None] & mask[t], axis=1)
         ready = known & (own.learned >= 0) & (own.learned == state.stream.task)
-        head = network(ts, ts.params, state, x, train=False)
+        head = network(ts, ts.params, state, x)
         return masked(state.stream, jnp.where(ready[:, None], near, head), t)
 
     return Algorithm(
@@ -121,6 +142,7 @@ def icarl(hparams: ICaRLHParams, seed: int = 0) -> Algorithm:
         end_task=end_task,
         predict=predict,
         hparams=hparams,
+        planner=partial(plain_planner, seed=seed),
         training_split=lambda state, split: joined_with_samples(
             split, stored_samples(state.memory.exemplars)
         ),

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from flax.training.train_state import TrainState
 
+from sequel_core.augmentation import augmenting
 from sequel_core.hparams import KCLHParams
 from sequel_core.memory import BasesPlanner, NoPlanner, basis_constants
 from sequel_core.task import Batch, StreamSpec
@@ -76,53 +77,61 @@ def kcl(hparams: KCLHParams, seed: int = 0) -> Algorithm:
             memory = memory._replace(noise=noise, phase=phase, fixed=fixed)
         return State(bundle.init_stream(ts, spec, hparams, seed), memory)
 
-    def features(ts: TrainState, params: Params, state: State, x: jax.Array, **how: Any) -> jax.Array:
-        h = bundle.network(ts, params, state, x, method="features", **how)
+    def features(ts: TrainState, params: Params, state: State, x: jax.Array) -> jax.Array:
+        h = bundle.network(ts, params, state, x, method="features")
         return kernels.normalised(h, hparams.normalisation)
 
     def answer(
-        ts: TrainState, params: Params, state: State, j: Any, h: jax.Array, positions: Any, train: bool
+        ts: TrainState, state: State, own: Params, core: jax.Array, y: jax.Array, k: Any, h: jax.Array, at: Any
     ) -> tuple[jax.Array, Any]:
-        """Return the logits of features by the coreset of task j, and what was inferred from it."""
-        own, (coreset, noise, phase, _) = params["kcl"], state.memory
-        x, y = held(coreset, j, hparams.core_size)
-        core = features(ts, params, state, x, train=train, draw=1)
-        kernel, cross, source = kernels.compare(own, hparams, core, h, noise, phase, positions)
-        num_classes = jax.eval_shape(bundle.predict, ts, state, x, y).shape[1]
+        """Return the logits of features by a coreset and task k's parameters, and what was inferred of it."""
+        _, noise, phase, _ = state.memory
+        kernel, cross, source = kernels.compare(own, hparams, core, h, noise, phase, at)
+        num_classes = jax.eval_shape(bundle.predict, ts, state, state.memory.coreset.x, y).shape[1]
         targets = jax.nn.one_hot(y, num_classes, dtype=core.dtype)
-        k = j if hparams.task_parameters == "own" else state.stream.task
         return kernels.classify(own, k, kernel, cross, targets), source
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+        batch = bundle.trained_on(state, batch)
         if rff and getattr(batch.plan, "shape", ()) != (hparams.d_rn_f,):
             raise ValueError(
                 "the batch has no plan, which says where in the noise bases begin; make one planner with "
                 "algorithm.planner(spec) and give Batch(x, y, t, planner.next(y, t))"
             )
 
-        def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
-            h = features(ts, params, state, batch.x, train=True)
-            logits, source = answer(ts, params, state, state.stream.task, h, batch.plan, train=True)
+        k = state.stream.task
+        x, y = held(state.memory.coreset, k, hparams.core_size)
+
+        def loss_fn(params: Params) -> tuple[jax.Array, Any]:
+            h, stats = bundle.training_forward(ts, params, state, batch.x, method="features")
+            core, stats = bundle.training_forward(
+                ts, params, state, x, method="features", stats=stats, draw=1
+            )
+            h, core = (kernels.normalised(a, hparams.normalisation) for a in (h, core))
+            logits, source = answer(ts, state, params["kcl"], core, y, k, h, batch.plan)
             logits = bundle.masked(state.stream, logits, batch.t)
             loss = bundle.cross_entropy(logits, batch.y)
             if rff:
                 prior = kernels.infer(params["kcl"]["prior"], h)
                 loss = loss + hparams.tau * kernels.gaussian_kl(source, prior)
-            return loss, logits
+            return loss, (logits, stats)
 
-        (loss, logits), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
-        after = ts.apply_gradients(grads=gradient)
+        (loss, (logits, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
+        after = bundle.advance(ts, gradient, stats)
         after = after.replace(params={**after.params, "head": ts.params["head"]})  # which weight decay moves
         return after, state, {"loss": loss, "logits": logits, "labels": batch.y}
 
     def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> jax.Array:
-        h = features(ts, ts.params, state, x, train=False)
+        h = features(ts, ts.params, state, x)
         owner = state.memory.coreset.t[:: hparams.core_size]
         none = jnp.zeros_like(jax.eval_shape(bundle.predict, ts, state, x, t))
 
         def of_task(j: Any, logits: jax.Array) -> Any:
             def answered() -> jax.Array:
-                found, _ = answer(ts, ts.params, state, j, h, state.memory.fixed, train=False)
+                images, y = held(state.memory.coreset, j, hparams.core_size)
+                core = features(ts, ts.params, state, images)
+                k = j if hparams.task_parameters == "own" else state.stream.task
+                found, _ = answer(ts, state, ts.params["kcl"], core, y, k, h, state.memory.fixed)
                 return jnp.where((t == j)[:, None], found, logits)
 
             return jax.lax.cond(jnp.any(t == j) & (owner[j] == j), answered, lambda: logits)
@@ -136,6 +145,8 @@ def kcl(hparams: KCLHParams, seed: int = 0) -> Algorithm:
         end_task=bundle.end_task,
         predict=predict,
         hparams=hparams,
-        planner=lambda spec: BasesPlanner(hparams.d_rn_f, seed) if rff else NoPlanner(),
+        planner=lambda spec: augmenting(
+            BasesPlanner(hparams.d_rn_f, seed) if rff else NoPlanner(), spec, seed
+        ),
         prepare=prepare,
     )

@@ -19,7 +19,6 @@ Mirror: sequel_lightning/algorithms/lamaml.py
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,12 +26,22 @@ import jax.numpy as jnp
 import optax
 from flax.training.train_state import TrainState
 
+from sequel_core.augmentation import augmenting
 from sequel_core.hparams import LaMAMLHParams
 from sequel_core.memory import MetaPlan, MetaPlanner
 from sequel_core.task import Batch, StreamSpec
-from sequel_flax.bundle import Algorithm, Outputs, Params, State, forward, masked, network
+from sequel_flax.bundle import (
+    Algorithm,
+    Outputs,
+    Params,
+    State,
+    masked,
+    refuse_batch_stats,
+    trained_on,
+    training_forward,
+)
 from sequel_flax.optimizers import clip_by_global_norm
-from sequel_flax.replay import Memory, Recalled, Seen, mean_cross_entropy, planned, recall, replay, store
+from sequel_flax.replay import Memory, Recalled, Seen, drawn, mean_cross_entropy, planned, replay, store
 
 
 class LaMAMLState(NamedTuple):
@@ -72,13 +81,14 @@ def lamaml(hparams: LaMAMLHParams, seed: int = 0) -> Algorithm:
     """
 
     def init(ts: TrainState, spec: StreamSpec) -> State:
+        refuse_batch_stats(ts, "lamaml", "its inner steps look at too few samples for statistics of a batch")
         state = bundle.init(ts, spec)
         rates = jax.tree.map(lambda p: jnp.full_like(p, hparams.alpha_init), ts.params)
         return state._replace(memory=LaMAMLState(state.memory, rates))
 
     def sample_loss(params: Params, ts: TrainState, state: State, samples: Recalled, draw: Any) -> jax.Array:
         """Return the mean cross-entropy of the samples that count, shape (); `draw` numbers the pass."""
-        logits = network(ts, params, state, samples.x, train=True, draw=draw)
+        logits, _ = training_forward(ts, params, state, samples.x, draw=draw)
         own = masked(state.stream, logits, samples.t)
         return mean_cross_entropy(Seen(logits, own, samples.y, None, samples.count))
 
@@ -103,14 +113,15 @@ def lamaml(hparams: LaMAMLHParams, seed: int = 0) -> Algorithm:
         return jnp.mean(losses)
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
-        plan = planned(state.memory.memory, batch, MetaPlan)
-        logits = forward(ts, ts.params, state, batch.x, batch.t, train=True)
+        plan, seen = planned(state.memory.memory, batch, MetaPlan), trained_on(state, batch)
+        logits, _ = training_forward(ts, ts.params, state, seen.x)
 
-        def look(carry: Any, glance: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-            (params, rates, opt_state, memory), (order, reads, first) = carry, glance
-            ordered = Batch(*(a[order] for a in batch[:3]))
+        def look(carry: Any, glance: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+            (params, rates, opt_state, memory), (order, k) = carry, glance
+            ordered, draw = Batch(*(a[order] for a in seen[:3])), drawn(memory, batch, plan.reads[k], k)
+            first = 1 + 2 * len(batch.y) * k  # number of the pass
             loss, (slope, rates_slope) = jax.value_and_grad(meta_loss, argnums=(0, 1))(
-                params, rates, ts, state, ordered, recall(memory, reads), first
+                params, rates, ts, state, ordered, draw, first
             )
             if hparams.learn_lr:
                 rates_slope = shortened(rates_slope, hparams.grad_clip_norm)
@@ -125,13 +136,15 @@ def lamaml(hparams: LaMAMLHParams, seed: int = 0) -> Algorithm:
             return (params, rates, opt_state, memory), loss
 
         start = (ts.params, state.memory.rates, ts.opt_state, state.memory.memory)
-        firsts = 1 + 2 * len(batch.y) * jnp.arange(hparams.glances)  # numbers of the passes
-        end, losses = jax.lax.scan(look, start, (plan.order, plan.reads, firsts))
+        end, losses = jax.lax.scan(look, start, (plan.order, jnp.arange(hparams.glances)))
         params, rates, opt_state, memory = end
         ts = ts.replace(step=ts.step + 1, params=params, opt_state=opt_state)
-        outputs = {"loss": losses[0], "logits": logits, "labels": batch.y}
+        outputs = {"loss": losses[0], "logits": masked(state.stream, logits, batch.t), "labels": batch.y}
         return ts, state._replace(memory=LaMAMLState(memory, rates)), outputs
 
     bundle = replay(hparams, seed, lambda own, draws: mean_cross_entropy(own))
-    planner = partial(MetaPlanner, hparams, seed=seed)
-    return bundle._replace(init=init, train_step=train_step, planner=planner)
+    return bundle._replace(
+        init=init,
+        train_step=train_step,
+        planner=lambda spec: augmenting(MetaPlanner(hparams, spec, seed), spec, seed),
+    )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +28,19 @@ from sequel_flax.bundle import (
     Outputs,
     Params,
     State,
+    advance,
     apply_head,
     cross_entropy,
     feature_width,
+    frozen_network,
     init_stream,
     masked,
     network,
+    plain_planner,
     predict,
     start_task,
+    trained_on,
+    training_forward,
 )
 
 
@@ -43,6 +48,7 @@ class LFLState(NamedTuple):
     """What LFL remembers of past tasks."""
 
     anchor: Params  # theta_old, weights at the end of the last task
+    statistics: Params  # running statistics of batch normalisation then; empty without
     learned: jax.Array  # 1 once a task has ended, before that 0, shape ()
 
 
@@ -65,24 +71,25 @@ def lfl(hparams: LFLHParams, seed: int = 0) -> Algorithm:
     def init(ts: TrainState, spec: StreamSpec) -> State:
         feature_width(ts, spec, "lfl")
         dtype = jax.tree.leaves(ts.params)[0].dtype
-        memory = LFLState(jax.tree.map(jnp.copy, ts.params), jnp.zeros((), dtype))
+        memory = LFLState(*frozen_network(ts), jnp.zeros((), dtype))
         return State(init_stream(ts, spec, hparams, seed), memory)
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
-        anchor, learned = state.memory
-        old = network(ts, anchor, state, batch.x, train=False, method="features")
+        anchor, statistics, learned = state.memory
+        batch = trained_on(state, batch)
+        old = network(ts, anchor, state, batch.x, method="features", stats=statistics)
 
-        def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
-            features = network(ts, params, state, batch.x, train=True, method="features")
+        def loss_fn(params: Params) -> tuple[jax.Array, Any]:
+            features, stats = training_forward(ts, params, state, batch.x, method="features")
             logits = ts.apply_fn({"params": params}, features, method=apply_head)
             logits = masked(state.stream, logits, batch.t)
             pull = learned * hparams.lfl_lambda * feature_distance(features, old)
-            return cross_entropy(logits, batch.y) + pull, logits
+            return cross_entropy(logits, batch.y) + pull, (logits, stats)
 
-        (loss, logits), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
+        (loss, (logits, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
         if hparams.freeze_head:
             gradient = {**gradient, "head": jax.tree.map(lambda g: (1 - learned) * g, gradient["head"])}
-        after = ts.apply_gradients(grads=gradient)
+        after = advance(ts, gradient, stats)
         if hparams.freeze_head:
             keep = partial(jnp.where, learned > 0)
             after = after.replace(
@@ -91,8 +98,7 @@ def lfl(hparams: LFLHParams, seed: int = 0) -> Algorithm:
         return after, state, {"loss": loss, "logits": logits, "labels": batch.y}
 
     def end_task(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
-        anchor = jax.tree.map(jnp.copy, ts.params)
-        return ts, state._replace(memory=LFLState(anchor, jnp.ones_like(state.memory.learned)))
+        return ts, state._replace(memory=LFLState(*frozen_network(ts), jnp.ones_like(state.memory.learned)))
 
     return Algorithm(
         init=init,
@@ -101,4 +107,5 @@ def lfl(hparams: LFLHParams, seed: int = 0) -> Algorithm:
         end_task=end_task,
         predict=predict,
         hparams=hparams,
+        planner=partial(plain_planner, seed=seed),
     )

@@ -27,7 +27,7 @@ from sequel_flax.quadratic import Model, mean_gradients, quadratic
 def squared_norm(params: Params, model: Model, batch: Batch) -> jax.Array:
     """Return the sum over a batch of ||f(x)||^2, in evaluation mode, shape ()."""
     ts, state = model
-    return jnp.sum(network(ts, params, state, batch.x, train=False) ** 2)
+    return jnp.sum(network(ts, params, state, batch.x) ** 2)
 
 
 def sensitivity(params: Params, model: Model, batches: Iterable[Batch], hparams: MASHParams) -> Params:

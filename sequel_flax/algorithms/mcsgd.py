@@ -28,7 +28,8 @@ from flax.training.train_state import TrainState
 from sequel_core.hparams import MCSGDHParams
 from sequel_core.memory import connection_batches
 from sequel_core.task import Batch, StreamSpec, Task
-from sequel_flax.bundle import Algorithm, Outputs, Params, State, masked, network, start_task
+from sequel_flax.augmentation import without_draws
+from sequel_flax.bundle import Algorithm, Outputs, Params, State, masked, network, refuse_batch_stats, start_task
 from sequel_flax.replay import Memory, Recalled, draws, mean_cross_entropy, recall, replay, sum_of_first
 
 Lines = Sequence[tuple[Params, Sequence[Recalled]]]  # where each begins, and the samples that it is for
@@ -61,7 +62,7 @@ def _add_point(total: Params, ts: TrainState, state: State, point: Any, samples:
     start, end, place, factor = point
 
     def loss(params: Params) -> jax.Array:
-        logits = masked(state.stream, network(ts, params, state, samples.x, train=False), samples.t)
+        logits = masked(state.stream, network(ts, params, state, samples.x), samples.t)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, samples.y)
         return sum_of_first(losses, samples.count)
 
@@ -80,6 +81,7 @@ def mcsgd(hparams: MCSGDHParams, seed: int = 0) -> Algorithm:
     bundle = replay(hparams, seed, lambda own, _: mean_cross_entropy(own), int(online), past_only=True)
 
     def init(ts: TrainState, spec: StreamSpec) -> State:
+        refuse_batch_stats(ts, "mcsgd", "the weights between two solutions have no running statistics")
         w_bar, w_hat, w = (jax.tree.map(jnp.copy, ts.params) for _ in range(3))
         moving = (w, jax.tree.map(jnp.zeros_like, w)) if online else ()
         state = bundle.init(ts, spec)
@@ -109,7 +111,7 @@ def mcsgd(hparams: MCSGDHParams, seed: int = 0) -> Algorithm:
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
         kept, moving = state.memory, state.memory.moving
         own, *past = draws(kept.memory, batch)
-        alone = batch._replace(plan=batch.plan._replace(reads=batch.plan.reads[:0]))
+        alone = without_draws(batch)
         after, plain, outputs = bundle.train_step(ts, state._replace(memory=kept.memory), alone)
         if online:
             lines = [(kept.w_bar, past), (after.params, [own])]

@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.task import StreamSpec
-from sequel_flax.bundle import Algorithm, State, end_task, init_stream, predict, start_task, train_step
+from sequel_flax.bundle import Algorithm, State, end_task, init_stream, plain_planner, predict, start_task, train_step
 
 
 def naive(hparams: AlgorithmHParams, seed: int = 0) -> Algorithm:
@@ -34,4 +34,5 @@ def naive(hparams: AlgorithmHParams, seed: int = 0) -> Algorithm:
         end_task=end_task,
         predict=predict,
         hparams=hparams,
+        planner=partial(plain_planner, seed=seed),
     )

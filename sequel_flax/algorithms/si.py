@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,15 @@ from sequel_flax.bundle import (
     Outputs,
     Params,
     State,
+    advance,
     cross_entropy,
-    forward,
     init_stream,
+    masked,
+    plain_planner,
     predict,
     start_task,
+    trained_on,
+    training_forward,
 )
 from sequel_flax.quadratic import init_quadratic, penalty
 
@@ -82,16 +86,17 @@ def si(hparams: SIHParams, seed: int = 0) -> Algorithm:
         return ts, state._replace(memory=state.memory._replace(anchor=jax.tree.map(jnp.copy, ts.params)))
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
-        memory = state.memory
+        memory, batch = state.memory, trained_on(state, batch)
 
-        def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
-            logits = forward(ts, params, state, batch.x, batch.t, train=True)
-            return cross_entropy(logits, batch.y), logits
+        def loss_fn(params: Params) -> tuple[jax.Array, Any]:
+            logits, stats = training_forward(ts, params, state, batch.x)
+            logits = masked(state.stream, logits, batch.t)
+            return cross_entropy(logits, batch.y), (logits, stats)
 
-        (loss, logits), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
+        (loss, (logits, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
         pull, slope = jax.value_and_grad(penalty)(ts.params, memory.anchor, memory.importance)
         total = jax.tree.map(lambda g, s: g + strength * s, gradient, slope)
-        after = ts.apply_gradients(grads=total)
+        after = advance(ts, total, stats)
         path = walk(memory.path, gradient, ts.params, after.params)
         outputs = {"loss": loss + strength * pull, "logits": logits, "labels": batch.y}
         return after, state._replace(memory=memory._replace(path=path)), outputs
@@ -106,4 +111,5 @@ def si(hparams: SIHParams, seed: int = 0) -> Algorithm:
         end_task=end_task,
         predict=predict,
         hparams=hparams,
+        planner=partial(plain_planner, seed=seed),
     )

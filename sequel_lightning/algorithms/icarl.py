@@ -34,7 +34,7 @@ from torchmetrics import MetricCollection
 from sequel_core.hparams import ICaRLHParams
 from sequel_core.task import Batch, StreamSpec
 from sequel_lightning.exemplars import ExemplarModule
-from sequel_lightning.module import TRAINING, OptimizerFactory, Params, evaluating
+from sequel_lightning.module import TRAINING, OptimizerFactory, Params, evaluating, frozen_network
 from sequel_lightning.replay import Memory, planned
 
 
@@ -43,6 +43,7 @@ class ICaRLState(NamedTuple):
 
     exemplars: Memory  # set after set from the first slot on, each in herding order
     old: Params  # theta_old, weights at the end of the last task
+    statistics: Params  # running statistics of batch normalisation then; empty without
     means: Tensor  # mu [num_classes, D], 0 for a class without exemplars
     has_mean: Tensor  # whether a class has exemplars, bool [num_classes]
     learned: Tensor  # index of the last task that has ended, int32 (), -1 before the first
@@ -91,12 +92,13 @@ class ICaRL(ExemplarModule):
     @property
     def state(self) -> ICaRLState:
         """What is remembered of past tasks."""
-        old = dict(self.old.named_parameters())
-        return ICaRLState(self.held, old, self.means, self.has_mean, self.learned, self.classes)
+        old = frozen_network(self.old)
+        return ICaRLState(self.held, *old, self.means, self.has_mean, self.learned, self.classes)
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the binary cross-entropy with labels and the old network's outputs, and the logits."""
         planned(self.held, batch, tuple)  # any plan will do; refuses images of another dtype
+        batch = self.trained_on(batch)
         task = int(self.task_index) if self.phase == TRAINING else self._next_task()
         seen, past = seen_and_past(self.classes, task)
         outputs = seen if self.algorithm_hparams.outputs == "seen" else torch.ones_like(seen)

@@ -19,7 +19,6 @@ Mirror: sequel_flax/algorithms/kcl.py
 
 from __future__ import annotations
 
-import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from sequel_core.hparams import KCLHParams
-from sequel_core.memory import BasesPlanner, basis_constants
+from sequel_core.memory import BasesPlanner, NoPlanner, basis_constants
 from sequel_core.task import Batch, StreamSpec
 from sequel_lightning import kernels
 from sequel_lightning.coresets import CoresetModule, held
@@ -74,12 +73,16 @@ class KCL(CoresetModule):
             width = int(self.net.features(like.new_zeros(1, channels, rows, columns)).shape[1])
         self.kcl: Any = kernels.own_parameters(hparams, seed, self.spec.num_tasks, width, like.dtype)
         self.rff = hparams.kernel_type == "rff"
-        self.planner = BasesPlanner(hparams.d_rn_f if self.rff else 0, seed)
         noise, phase, fixed = map(torch.from_numpy, basis_constants(seed, hparams.d_rn_f, width))
         constants = {"noise": noise, "basis_phase": phase.to(like.dtype), "fixed": fixed}
         for name, value in constants.items():
             self.register_buffer(name, value if self.rff else None, persistent=name != "noise")
         self.to(like.device)
+
+    def make_planner(self, spec: StreamSpec) -> Any:
+        """Return the planner."""
+        hparams = self.algorithm_hparams
+        return BasesPlanner(hparams.d_rn_f, self.seed) if hparams.kernel_type == "rff" else NoPlanner()
 
     def trained(self) -> dict[str, nn.Module]:
         """Return the network, and the parameters of all tasks with the networks that infer bases."""
@@ -95,7 +98,7 @@ class KCL(CoresetModule):
         h = self.net.features(self.normalise(x)).to(self.kcl.lmd.dtype)
         return kernels.normalised(h, self.algorithm_hparams.normalisation)
 
-    def answer(self, core: Tensor, y: Tensor, k: int, h: Tensor, positions: Tensor) -> tuple[Tensor, Any]:
+    def answer(self, core: Tensor, y: Tensor, k: int, h: Tensor, positions: Any) -> tuple[Tensor, Any]:
         """Return the logits of features by a coreset and task k's parameters, and what was inferred of it."""
         own, hparams, (_, noise, phase, _) = self.kcl, self.algorithm_hparams, self.state
         kernel, cross, source = kernels.compare(own, hparams, core, h, noise, phase, positions)
@@ -104,8 +107,8 @@ class KCL(CoresetModule):
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy of a batch, with the divergence of the bases, and its logits."""
-        planner = self.planner if self._fitting else copy.deepcopy(self.planner)  # a search leaves no trace
-        positions = torch.from_numpy(planner.next(batch.y, batch.t)).to(batch.x.device)
+        batch = self.trained_on(batch)
+        positions = torch.from_numpy(batch.plan).to(batch.x.device) if self.rff else None
         k, x, y = self.current_coreset()
         h, core = self.features(batch.x), self.features(x)
         with torch.autocast(h.device.type, enabled=False):
@@ -129,11 +132,3 @@ class KCL(CoresetModule):
                 with torch.autocast(h.device.type, enabled=False):
                     logits[here], _ = self.answer(core, y, k, h[here], self.fixed)
         return self.masked(logits, t)
-
-    def get_extra_state(self) -> Tensor:
-        """Return the planner's state, for `state_dict`."""
-        return torch.from_numpy(self.planner.state)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Set the planner's state, from `load_state_dict`."""
-        self.planner.state = state.cpu().numpy()

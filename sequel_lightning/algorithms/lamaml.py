@@ -30,8 +30,9 @@ from torchmetrics import MetricCollection
 from sequel_core.hparams import LaMAMLHParams
 from sequel_core.memory import MetaPlan, MetaPlanner
 from sequel_core.task import Batch, StreamSpec
-from sequel_lightning.module import OptimizerFactory, Params, StateTree
-from sequel_lightning.replay import Memory, Recalled, ReplayModule, Seen, mean_cross_entropy, planned, recall
+from sequel_lightning.augmentation import cropped
+from sequel_lightning.module import OptimizerFactory, Params, StateTree, refuse_batch_stats
+from sequel_lightning.replay import Memory, Recalled, ReplayModule, Seen, drawn, mean_cross_entropy, planned
 
 
 class LaMAMLState(NamedTuple):
@@ -82,6 +83,7 @@ class LaMAML(ReplayModule):
         metrics: MetricCollection | None = None,
         seed: int = 0,
     ) -> None:
+        refuse_batch_stats(net, "lamaml", "its inner steps look at too few samples for statistics of a batch")
         super().__init__(net, optimizer, hparams, spec, metrics, seed)
         rates = {k: torch.full_like(p, hparams.alpha_init) for k, p in self.frozen_params().items()}
         self.rates = StateTree(rates)
@@ -117,18 +119,18 @@ class LaMAML(ReplayModule):
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Take all glances at a batch; return M of the first, and the batch's logits before it."""
         hparams, batch = self.algorithm_hparams, self.planned(batch)
-        _, reads, orders = planned(self.held, batch, MetaPlan)
+        (_, reads, orders), seen_x = planned(self.held, batch, MetaPlan), cropped(batch).x
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         with torch.no_grad():
-            logits = self.network(batch.x)
+            logits = self.network(seen_x)
         seen = Seen(logits, self.masked(logits, batch.t), batch.y, None, len(batch.y))
         params = {k: p for k, p in self.params().items() if p.requires_grad}
         losses = []
         for glance, order in enumerate(torch.from_numpy(orders).to(batch.y.device, torch.int64)):
             rates = {k: a.clone().requires_grad_() for k, a in self.rates.get().items() if k in params}
-            ordered = Batch(*(a[order] for a in batch[:3]))
-            loss = self.meta_loss(ordered, recall(self.held, reads[glance]), rates)
+            ordered = Batch(*(a[order] for a in (seen_x, batch.y, batch.t)))
+            loss = self.meta_loss(ordered, drawn(self.held, batch, reads[glance], glance), rates)
             losses.append(loss.detach())
             found = iter(torch.autograd.grad(loss, [*params.values(), *rates.values()]))
             slope, rates_slope = (

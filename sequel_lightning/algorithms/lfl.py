@@ -31,6 +31,7 @@ from sequel_lightning.module import (
     apply_head,
     check_features,
     evaluating,
+    frozen_network,
 )
 
 
@@ -38,6 +39,7 @@ class LFLState(NamedTuple):
     """What LFL remembers of past tasks."""
 
     anchor: Params  # theta_old, weights at the end of the last task
+    statistics: Params  # running statistics of batch normalisation then; empty without
     learned: Tensor  # 1 once a task has ended, before that 0, shape ()
 
 
@@ -76,10 +78,11 @@ class LFL(ContinualModule):
     @property
     def state(self) -> LFLState:
         """What is remembered of past tasks."""
-        return LFLState(dict(self.old.named_parameters()), self.learned)
+        return LFLState(*frozen_network(self.old), self.learned)
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return cross-entropy plus lambda_e times the distance of features, and the logits."""
+        batch = self.trained_on(batch)
         x = self.normalise(batch.x)
         features = self.net.features(x)
         logits = self.masked(apply_head(self.net, features), batch.t)

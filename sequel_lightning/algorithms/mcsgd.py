@@ -27,7 +27,7 @@ from torchmetrics import MetricCollection
 from sequel_core.hparams import MCSGDHParams
 from sequel_core.memory import connection_batches
 from sequel_core.task import Batch, StreamSpec
-from sequel_lightning.module import OptimizerFactory, Params, StateTree, evaluating
+from sequel_lightning.module import OptimizerFactory, Params, StateTree, evaluating, refuse_batch_stats
 from sequel_lightning.replay import Memory, Recalled, ReplayModule, draws, look, mean_cross_entropy, recall
 
 Lines = Sequence[tuple[Params, Sequence[Recalled]]]  # where each begins, and the samples that it is for
@@ -72,6 +72,7 @@ class MCSGD(ReplayModule):
         metrics: MetricCollection | None = None,
         seed: int = 0,
     ) -> None:
+        refuse_batch_stats(net, "mcsgd", "the weights between two solutions have no running statistics")
         self.online = hparams.lmc_policy == "online"
         self.num_draws = int(self.online)
         super().__init__(net, optimizer, hparams, spec, metrics, seed)

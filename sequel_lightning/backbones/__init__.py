@@ -1,4 +1,4 @@
-"""Built-in networks, the same names and initial weights as in `sequel_flax.backbones`."""
+"""Built-in networks, the same names and initial weights as in `sequel_flax.backbones`; torchvision's besides."""
 
 from __future__ import annotations
 
@@ -8,47 +8,89 @@ from torch import Tensor, nn
 
 from sequel_core.plan import initial_weights
 from sequel_core.task import FloatArray
+from sequel_lightning.backbones.cnn import CNN
 from sequel_lightning.backbones.mlp import MLP
+from sequel_lightning.backbones.resnet import ResNet18, ResNet18Thin
+from sequel_lightning.backbones.torchvision import TorchvisionModel
 
-__all__ = ["BACKBONES", "MLP", "canonical_weights", "initialise"]
+__all__ = [
+    "BACKBONES",
+    "CNN",
+    "MLP",
+    "ResNet18",
+    "ResNet18Thin",
+    "TorchvisionModel",
+    "canonical_weights",
+    "initialise",
+]
 
-BACKBONES: dict[str, type[nn.Module]] = {"mlp": MLP}
+BACKBONES: dict[str, type[nn.Module]] = {
+    "mlp": MLP,
+    "cnn": CNN,
+    "resnet18": ResNet18,
+    "resnet18_thin": ResNet18Thin,
+    "torchvision": TorchvisionModel,
+}
+
+KERNELS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+STATISTICS = {"running_mean": "mean", "running_var": "var"}
+"""What Flax calls the buffers of batch normalisation; it does not count batches."""
 
 
 def canonical_name(net: nn.Module, name: str) -> str:
-    """Return a parameter's name in the canonical layout, Flax's: `dense_0/kernel` for `dense_0.weight`."""
+    """Return an array's name in the canonical layout, Flax's: `dense_0/kernel` for `dense_0.weight`."""
     owner, _, leaf = name.rpartition(".")
     if leaf == "weight":
-        leaf = "kernel" if isinstance(net.get_submodule(owner), nn.Linear) else "scale"
+        leaf = "kernel" if isinstance(net.get_submodule(owner), KERNELS) else "scale"
+    leaf = STATISTICS.get(leaf, leaf)
     return "/".join([*owner.split("."), leaf]) if owner else leaf
 
 
 def canonical_weights(net: nn.Module) -> dict[str, FloatArray]:
-    """Return copies of the parameters in the canonical layout: `layer/kernel` `[in, out]`, `layer/bias`."""
+    """Return copies of the parameters and of batch normalisation's running statistics, in the canonical layout.
+
+    `layer/kernel` is `[in, out]` or `[H, W, in, out]`; `layer/bias`, `/scale`, `/mean` and `/var` are `[out]`.
+    """
     weights = {}
-    for name, p in sorted(net.named_parameters()):
+    for name, p in sorted(_arrays(net).items()):
         path, array = canonical_name(net, name), p.detach().cpu().numpy()
-        weights[path] = np.array(array.T if path.endswith("/kernel") else array, order="C")
+        if path.endswith("/kernel"):
+            array = array.transpose(*range(2, array.ndim), 1, 0)
+        weights[path] = np.array(array, order="C")
     return weights
 
 
 @torch.no_grad()
 def initialise(net: nn.Module, seed: int) -> nn.Module:
-    """Set a built-in network to the initial weights of the plan and return it; any other stays as it is.
+    """Set a built-in network to its initial weights and return it; any other stays as it is.
+
+    They are the plan's, but torchvision's own, drawn with the seed, for its models.
 
     Args:
         net: changed in place.
         seed: of the run.
     """
-    if isinstance(net, tuple(BACKBONES.values())):
-        for name, p in net.named_parameters():
+    if isinstance(net, TorchvisionModel):
+        net.initialise(seed)
+    elif isinstance(net, tuple(BACKBONES.values())):
+        for name, p in _arrays(net).items():
             path = canonical_name(net, name)
-            fan_in = int(net.get_parameter(name.rpartition(".")[0] + ".weight").shape[1])
-            shape = tuple(p.shape[::-1]) if path.endswith("/kernel") else tuple(p.shape)
-            values = initial_weights(seed, path, shape, fan_in)
-            _copy(p, values.T if path.endswith("/kernel") else values)
+            owner = net.get_submodule(name.rpartition(".")[0])
+            if not isinstance(owner, KERNELS):
+                p.fill_(1.0 if path.endswith(("/scale", "/var")) else 0.0)
+                continue
+            fan_in = owner.weight[0].numel()
+            if path.endswith("/kernel"):
+                shape = (*p.shape[2:], p.shape[1], p.shape[0])
+                values = initial_weights(seed, path, shape, fan_in)
+                values = values.transpose(-1, -2, *range(values.ndim - 2))
+            else:
+                values = initial_weights(seed, path, tuple(p.shape), fan_in)
+            p.copy_(torch.from_numpy(np.ascontiguousarray(values)))
     return net
 
 
-def _copy(p: Tensor, values: FloatArray) -> None:
-    p.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+def _arrays(net: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and the running statistics of batch normalisation."""
+    buffers = {k: b for k, b in net.named_buffers() if k.rpartition(".")[2] in STATISTICS}
+    return {**dict(net.named_parameters()), **buffers}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ import pytest
 from numpy.typing import NDArray
 from torchvision.datasets import MNIST
 
-from sequel_benchmarks import DATASETS, DataSet, data, data_directory, fetch, load
+from sequel_benchmarks import DATASETS, DataSet, cache, data, data_directory, fetch, idx, load
 
-NAMES = list(data.IDX_FILES)
+NAMES = list(idx.IDX_FILES)
 UInt8 = NDArray[np.uint8]
+REFUSED = "http://127.0.0.1:9/"  # at once
 
 
 def idx_bytes(array: UInt8) -> bytes:
@@ -44,11 +46,6 @@ def write_idx(folder: Path, packed: bool = False) -> list[UInt8]:
         path = folder / (f"{name}.gz" if packed else name)
         path.write_bytes(gzip.compress(content) if packed else content)
     return arrays
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "MIRRORS", ("http://127.0.0.1:9/",))  # refused at once
 
 
 @pytest.fixture
@@ -111,10 +108,10 @@ def test_unwritable_directory_is_read_into_memory(raw: Path) -> None:
 
 
 def test_read_only_directory_is_read_into_memory(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, array: object) -> None:
+    def refuse(path: Path, shape: object, dtype: object) -> None:
         raise OSError(30, "Read-only file system", str(path))
 
-    monkeypatch.setattr(data, "_save", refuse)
+    monkeypatch.setattr(cache, "create_npy", refuse)
     np.testing.assert_array_equal(load("mnist", raw).test_labels, small_mnist()[3])
     assert not list((raw / "mnist").glob("*.npy"))
 
@@ -124,8 +121,9 @@ def test_missing_names_folder_and_files(tmp_path: Path) -> None:
         load("mnist", tmp_path)
     for part in (
         *NAMES,
-        str(tmp_path / "mnist"),
-        str(tmp_path / "MNIST" / "raw"),
+        str(tmp_path),
+        "MNIST/raw/",
+        "mnist/ with train_images.npy",
         "SEQUEL_DATA_DIR",
         "sequel data",
     ):
@@ -160,10 +158,10 @@ def test_idx_of_another_kind_or_length(tmp_path: Path) -> None:
     whole = idx_bytes(np.zeros((2, 3), np.uint8))
     path.write_bytes(whole + b"\0")
     with pytest.raises(ValueError, match=r"x is too long: its header says 2 x 3, 18 bytes in all, it has 19"):
-        data.read_idx(path)
+        idx.read_idx(path)
     path.write_bytes(b"\0\0\x0d" + whole[3:])  # floats
     with pytest.raises(ValueError, match=r"must begin with 000008, it begins with 00000d"):
-        data.read_idx(path)
+        idx.read_idx(path)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +181,7 @@ def test_wrong_contents_are_named(tmp_path: Path, which: int, array: UInt8, matc
         load("mnist", tmp_path)
 
 
-@pytest.mark.parametrize("name", data.NPY_FILES)
+@pytest.mark.parametrize("name", cache.NPY_FILES)
 def test_damaged_cache_is_named(raw: Path, name: str) -> None:
     load("mnist", raw)
     path = raw / "mnist" / name
@@ -213,6 +211,7 @@ def test_labels_out_of_range_in_the_cache(raw: Path) -> None:
     path = raw / "mnist" / "test_labels.npy"
     labels = np.load(path)
     labels[3] = -1
+    (raw / "mnist" / cache.SUMS).unlink()  # as if another tool had written the files
     np.save(path, labels)
     with pytest.raises(
         ValueError, match=r"test_labels\.npy must hold labels in 0\.\.9, got -1 at position 3"
@@ -231,7 +230,7 @@ def test_two_processes_prepare_one_cache(raw: Path) -> None:
     content = (images, labels.astype("<i8"), test_images, test_labels.astype("<i8"))
     assert sums == {hashlib.sha256(b"".join(array.tobytes() for array in content)).hexdigest()}
     left = {path.name for path in (raw / "mnist").iterdir()}
-    assert left - {".lock"} == set(data.NPY_FILES)
+    assert left - {".lock"} == {*cache.NPY_FILES, cache.SUMS}
 
 
 @pytest.fixture
@@ -249,7 +248,8 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     )
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
-    monkeypatch.setattr(data, "MIRRORS", ("http://127.0.0.1:9/", f"http://127.0.0.1:{server.server_port}/"))
+    mirrors = (REFUSED, f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setitem(data.ORIGINS, "mnist", replace(idx.MNIST, mirrors=mirrors))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield folder
     server.shutdown()
@@ -258,8 +258,8 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_download(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sums = {name: hashlib.md5((mirror / f"{name}.gz").read_bytes()).hexdigest() for name in NAMES}
-    monkeypatch.setattr(data, "IDX_FILES", sums)
+    sums = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in mirror.iterdir()}
+    monkeypatch.setitem(data.ORIGINS, "mnist", replace(data.ORIGINS["mnist"], archives=sums))
     np.testing.assert_array_equal(load("mnist", tmp_path / "d").train_images[..., 0], small_mnist()[0])
 
 
@@ -270,7 +270,7 @@ def test_download_of_another_content_is_refused(mirror: Path, tmp_path: Path) ->
 
 
 def test_published_checksums_are_torchvisions() -> None:
-    assert {f"{name}.gz": md5 for name, md5 in data.IDX_FILES.items()} == dict(MNIST.resources)
+    assert {f"{name}.gz": md5 for name, md5 in idx.IDX_FILES.items()} == dict(MNIST.resources)
 
 
 def test_digits() -> None:
@@ -292,9 +292,9 @@ def test_digits() -> None:
 
 
 def test_unknown_data_set() -> None:
-    with pytest.raises(ValueError, match="one of mnist, digits, got 'mnits'; did you mean mnist"):
+    with pytest.raises(ValueError, match=r"one of mnist, digits, .*, got 'mnits'; did you mean mnist"):
         load("mnits")
-    assert set(DATASETS) == {"mnist", "digits"}
+    assert set(DATASETS) == {"mnist", "digits", "cifar10", "cifar100", "tinyimagenet"}
 
 
 def test_users_arrays_are_checked() -> None:

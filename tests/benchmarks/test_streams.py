@@ -213,6 +213,8 @@ def test_settings_are_plain_and_make_the_same_stream() -> None:
         "validation": 0.0,
         "inputs": "standardised",
         "seed": 3,
+        "crop_padding": 0,
+        "horizontal_flip": False,
         "class_order": [9, 8, 7, 6, 5, 4, 3, 2, 1, 0],
     }
     again = SplitDigits(**stream.settings)

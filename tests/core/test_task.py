@@ -1,8 +1,10 @@
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from sequel_core.plan import take_in_chunks
 from sequel_core.task import (
     Benchmark,
     IntArray,
@@ -21,9 +23,13 @@ def images_of(rng: np.random.Generator, count: int, channels: int = 1) -> UInt8A
 
 
 def task_of(
-    index: int, count: int = 6, classes: tuple[int, ...] = (0, 1), shape: tuple[int, ...] = (2, 2, 1)
+    index: int,
+    count: int = 6,
+    classes: tuple[int, ...] = (0, 1),
+    shape: tuple[int, ...] = (2, 2, 1),
+    dtype: type = np.uint8,
 ) -> Task:
-    images = np.full((count, *shape), index, np.uint8)
+    images: np.ndarray[Any, Any] = np.full((count, *shape), index, dtype)
     split = Split(images, np.resize(np.array(classes), count), index)
     return Task(index, f"task {index}", classes, split, split.head(2), split.head(0))
 
@@ -147,9 +153,9 @@ def test_joined_split_keeps_each_sample_s_task_and_pixel_map(rng: np.random.Gene
         (
             np.zeros((2, 3, 4, 1)),
             np.zeros(2, int),
-            r"images must be uint8 \[N, H, W, C\], got float64 \[2, 3, 4, 1\]",
+            r"images must be uint8 or float32 \[N, H, W, C\], got float64 \[2, 3, 4, 1\]; convert with \(255",
         ),
-        (np.zeros((2, 3, 4), np.uint8), np.zeros(2, int), r"images must be uint8 \[N, H, W, C\], got uint8"),
+        (np.zeros((2, 3, 4), np.uint8), np.zeros(2, int), r"uint8 or float32 \[N, H, W, C\], got uint8"),
         (np.zeros((2, 3, 4, 1), np.uint8), np.zeros(2), r"labels must be integers \[N\], got float64 \[2\]"),
         (
             np.zeros((2, 3, 4, 1), np.uint8),
@@ -162,6 +168,31 @@ def test_joined_split_keeps_each_sample_s_task_and_pixel_map(rng: np.random.Gene
 def test_bad_split(images: UInt8Array, labels: IntArray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Split(images, labels)
+
+
+def test_float_images_are_taken_as_they_are(rng: np.random.Generator) -> None:
+    images = rng.normal(size=(5, 3, 4, 2)).astype(np.float32)
+    split = Split(images, np.arange(5), 1)
+    joined = join([split, split.pick(np.array([4, 0]))])
+    assert (split.image_shape, split.image_dtype) == ((3, 4, 2), "float32")
+    assert (joined.image_shape, joined.image_dtype) == ((3, 4, 2), "float32")
+    taken = joined.take(np.array([6, 2, 5])).x
+    assert taken.dtype == np.float32
+    np.testing.assert_array_equal(taken, images[[0, 2, 4]])
+    benchmark = Benchmark("b", (Task(0, "t", tuple(range(5)), split, split, split.head(0)),), 5, "domain")
+    assert (benchmark.spec.image_shape, benchmark.spec.image_dtype) == ((3, 4, 2), "float32")
+    with pytest.raises(ValueError, match="a pixel map needs uint8 images, got float32"):
+        replace(split, pixel_map=PixelMap(np.zeros((12, 1), np.int32)))
+    with pytest.raises(ValueError, match="normalisation is of uint8 images, got it with float32"):
+        replace(benchmark, normalisation=Normalisation((0.5,), (0.5,)))
+
+
+def test_chunks_of_float_images_are_as_long_in_bytes() -> None:
+    lengths = {}
+    for dtype in (np.uint8, np.float32):
+        split = Split(np.zeros((4, 256, 256, 4), dtype), np.zeros(4, np.int64))
+        lengths[dtype] = [len(chunk.y) for chunk in take_in_chunks(split, np.zeros(20, np.int64))]
+    assert lengths == {np.uint8: [16, 4], np.float32: [4] * 5}  # of 4 MiB, an image is 256 KiB or 1 MiB
 
 
 def test_task_without_samples() -> None:
@@ -217,6 +248,10 @@ def test_joined_task_is_every_stream_up_to_it() -> None:
         (
             {"tasks": (task_of(0), task_of(1, shape=(3, 3, 1)))},
             r"task 1 has images \(3, 3, 1\), task 0 has \(2, 2, 1\)",
+        ),
+        (
+            {"tasks": (task_of(0), task_of(1, dtype=np.float32))},
+            "a stream must have one dtype, got float32 in task 1 and uint8 in task 0; convert",
         ),
         ({"normalisation": Normalisation((0.0, 0.0), (1.0, 1.0))}, "has 2 channels, the images 1; give 1"),
     ],

@@ -115,17 +115,6 @@ class Headless(nn.Module):
         return logits
 
 
-class Untrained(Layered):
-    """One whose features do not know of training."""
-
-    def features(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
-        return nn.tanh(self.stem(x.reshape((x.shape[0], -1))))
-
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        logits: jax.Array = self.head(self.features(x))
-        return logits
-
-
 class Inline(nn.Module):
     """One whose head is made within the call, where no other method finds it."""
 
@@ -144,11 +133,10 @@ class Inline(nn.Module):
     ("model", "message"),
     [
         (Net(), r"lfl needs a network with a method features\(x, train\), the last hidden layer"),
-        (Untrained(), r"lfl needs a network with a method features\(x, train\), the last hidden layer"),
         (Headless(), "lfl needs a last layer called head, got the layers stem, classifier|classifier, stem"),
         (Inline(), "lfl needs a network with .* setup's head turns into logits; got one without: .*head"),
     ],
-    ids=["features", "train", "head", "inline head"],
+    ids=["features", "head", "inline head"],
 )
 def test_lfl_refuses_a_network_without_features_or_head(model: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):

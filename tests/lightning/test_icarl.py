@@ -54,7 +54,7 @@ def test_a_fresh_module_loads_what_another_learned() -> None:
 
 def test_everything_moves_with_the_module() -> None:
     model = learned(1).to("meta")
-    tensors = [*model.state.exemplars[:3], *model.state.old.values(), *model.state[2:]]
+    tensors = [*model.state.exemplars[:3], *model.state.old.values(), *model.state[3:]]
     assert all(tensor.device.type == "meta" for tensor in tensors)
 
 

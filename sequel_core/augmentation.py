@@ -1,0 +1,79 @@
+"""Which part of an image a step sees, and whether mirrored: decided in NumPy, like all that a sample depends on.
+
+The crops come with the batch (`Batch.plan`), and the step applies them: memories keep images as they are, and
+what is replayed is augmented afresh.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sequel_core import plan
+from sequel_core.memory import Planner
+from sequel_core.task import Augmentation, IntArray, StreamSpec
+
+NUMBERS = 3
+"""Numbers of a crop: rows down and columns right that it begins at, within +-padding, and 1 for a mirror."""
+
+
+class Augmented(NamedTuple):
+    """A step's plan with the crops of its samples, int32."""
+
+    plan: Any  # of the method; () where it needs none
+    own: NDArray[np.int32]  # of the batch [..., B, 3]
+    reads: NDArray[np.int32]  # of each draw from a memory [..., draws, R, 3]
+
+
+class AugmentingPlanner:
+    """Adds the crops of a stream's augmentation to what a method plans.
+
+    Args:
+        planner: of the method.
+        augmentation: of the stream.
+        seed: of the run.
+    """
+
+    def __init__(self, planner: Planner, augmentation: Augmentation, seed: int) -> None:
+        self._planner = planner
+        self._augmentation = augmentation
+        self._seed = seed
+        self._seen = self._read = 0
+
+    def next(self, y: Any, t: Any) -> Augmented:
+        """Return the plan of the next step, or of the next steps; see `Planner.next`."""
+        own, shape = self._planner.next(y, t), np.shape(y)
+        drawn = own.reads.shape if hasattr(own, "reads") else (*shape[:-1], 0, 0)
+        crops = [
+            self._crops(name, size, start)
+            for name, size, start in (("batch", shape, self._seen), ("reads", drawn, self._read))
+        ]
+        self._seen += int(np.prod(shape))
+        self._read += int(np.prod(drawn))
+        return Augmented(own, *crops)
+
+    def _crops(self, name: str, shape: tuple[int, ...], start: int) -> NDArray[np.int32]:
+        """Return crops `[*shape, 3]`, those of item `start` of the stream `name` and of what follows it."""
+        count, padding = int(np.prod(shape)), self._augmentation.padding
+        u = plan.uniform(self._seed, f"crops of {name}", count=NUMBERS * count, start=NUMBERS * start)
+        crops = np.floor(u.reshape(count, NUMBERS) * [2 * padding + 1, 2 * padding + 1, 2]).astype(np.int32)
+        crops -= np.asarray([padding, padding, 0], np.int32)
+        crops[:, 2] *= self._augmentation.flip
+        return crops.reshape(*shape, NUMBERS)
+
+    @property
+    def state(self) -> IntArray:
+        """Samples seen and drawn, then the method's planner's state, int64 `[n]`; may be set."""
+        return np.concatenate([np.asarray([self._seen, self._read], np.int64), self._planner.state])
+
+    @state.setter
+    def state(self, values: IntArray) -> None:
+        self._planner.state = values[2:]
+        self._seen, self._read = int(values[0]), int(values[1])
+
+
+def augmenting(planner: Planner, spec: StreamSpec, seed: int) -> Planner:
+    """Return the planner; where the stream's training samples are augmented, one that plans their crops too."""
+    return AugmentingPlanner(planner, spec.augmentation, seed) if spec.augmentation else planner

@@ -1,0 +1,116 @@
+"""ResNet-18 for small images (He et al. 2016, section 4.2; https://arxiv.org/abs/1512.03385).
+
+    block: h <- relu(norm(conv(dropout(relu(norm(conv(h)))))) + shortcut(h))
+    shortcut: h, or norm(1x1 conv(h)) where the block changes its shape
+
+Mirror: sequel_lightning/backbones/resnet.py.
+"""
+
+from __future__ import annotations
+
+import jax
+from flax import linen as nn
+
+from sequel_core.hparams import ResNet18HParams
+from sequel_flax.backbones.normalisation import normalisation, normalised
+
+STAGES = 4
+BLOCKS = 2
+
+
+class Block(nn.Module):
+    """Two convolutions of 3x3 with a shortcut around them.
+
+    Args:
+        channels: of the output.
+        stride: of the first convolution.
+        changes: whether the output has another shape than the input.
+        norm: batch or group.
+        norm_groups: of group normalisation.
+        dropout: probability that a unit between the convolutions is dropped, in [0, 1).
+    """
+
+    channels: int
+    stride: int
+    changes: bool
+    norm: str
+    norm_groups: int
+    dropout: float
+
+    def setup(self) -> None:
+        """Name the layers as they are in the canonical layout."""
+        self.conv_0 = nn.Conv(self.channels, (3, 3), self.stride, padding=1, use_bias=False)
+        self.norm_0 = normalisation(self.norm, self.norm_groups)
+        self.drop = nn.Dropout(self.dropout)
+        self.conv_1 = nn.Conv(self.channels, (3, 3), padding=1, use_bias=False)
+        self.norm_1 = normalisation(self.norm, self.norm_groups)
+        if self.changes:
+            self.shortcut_conv = nn.Conv(self.channels, (1, 1), self.stride, padding=0, use_bias=False)
+            self.shortcut_norm = normalisation(self.norm, self.norm_groups)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """Return maps `[B, H, W, channels]` of maps `[B, H, W, C]`."""
+        h = nn.relu(normalised(self.norm_0, self.conv_0(x), train))
+        h = self.drop(h, deterministic=not train)
+        h = normalised(self.norm_1, self.conv_1(h), train)
+        if self.changes:
+            x = normalised(self.shortcut_norm, self.shortcut_conv(x), train)
+        return nn.relu(h + x)
+
+
+class ResNet18(nn.Module):
+    """A convolution, four stages of two blocks, the mean over all pixels and a linear head.
+
+    The first convolution is 3x3 with stride 1, and no max-pool follows; no convolution has a bias.
+
+    Args:
+        channels: of the first stage; each later one halves the image and doubles the channels.
+        norm: batch or group.
+        norm_groups: of group normalisation.
+        num_classes: outputs.
+        dropout: probability that a unit between the convolutions of a block is dropped, in [0, 1).
+    """
+
+    channels: int = 64
+    norm: str = "batch"
+    norm_groups: int = 4
+    num_classes: int = 10
+    dropout: float = 0.0
+
+    def setup(self) -> None:
+        """Name the layers as they are in the canonical layout."""
+        ResNet18HParams(self.channels, self.norm, self.norm_groups, self.dropout)  # type: ignore[arg-type]
+        self.conv_0 = nn.Conv(self.channels, (3, 3), padding=1, use_bias=False)
+        self.norm_0 = normalisation(self.norm, self.norm_groups)
+        for stage in range(STAGES):
+            for block in range(BLOCKS):
+                changes = block == 0 and stage > 0
+                layer = Block(
+                    self.channels * 2**stage,
+                    2 if changes else 1,
+                    changes,
+                    self.norm,
+                    self.norm_groups,
+                    self.dropout,
+                )
+                setattr(self, f"stage_{stage}_block_{block}", layer)
+        self.head = nn.Dense(self.num_classes)
+
+    def features(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Return the last hidden layer `[B, D]` of images `[B, H, W, C]`."""
+        x = nn.relu(normalised(self.norm_0, self.conv_0(x), train))
+        for stage in range(STAGES):
+            for block in range(BLOCKS):
+                x = getattr(self, f"stage_{stage}_block_{block}")(x, train)
+        return x.mean((1, 2))
+
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Return logits `[B, num_classes]` of images `[B, H, W, C]`."""
+        logits: jax.Array = self.head(self.features(x, train))
+        return logits
+
+
+class ResNet18Thin(ResNet18):
+    """ResNet-18 with 20 channels in its first stage, as in GEM's code (Lopez-Paz & Ranzato 2017)."""
+
+    channels: int = 20

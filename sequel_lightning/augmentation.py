@@ -1,0 +1,62 @@
+"""Random crops and mirror images inside the step, as the plan has them.
+
+Mirror: sequel_flax/augmentation.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sequel_core.augmentation import Augmented
+from sequel_core.task import Batch
+
+
+def crop(x: Tensor, crops: Tensor) -> Tensor:
+    """Return images moved up and left by so many pixels, mirrored, black where there is nothing to see.
+
+    Args:
+        x: images `[N, C, H, W]`.
+        crops: rows, columns, and 1 for a mirror image, int `[N, 3]`.
+    """
+    n, _, height, width = x.shape
+    rows = torch.arange(height, device=x.device)[None] + crops[:, :1]
+    place = torch.arange(width, device=x.device)[None]
+    columns = torch.where(crops[:, 2:] == 1, width - 1 - place, place) + crops[:, 1:2]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
+    rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+    found = x.movedim(1, -1)[torch.arange(n, device=x.device)[:, None, None], rows[:, :, None], columns[:, None]]
+    return found.mul_(inside[..., None]).movedim(-1, 1)
+
+
+def own_plan(batch: Batch) -> Any:
+    """Return what the method itself has planned for a batch."""
+    return batch.plan.plan if isinstance(batch.plan, Augmented) else batch.plan
+
+
+def cropped(batch: Batch) -> Batch:
+    """Return the batch as the network is trained on it: its images cropped, its plan the method's own."""
+    return batch._replace(x=_crop(batch.x, batch, "own"), plan=own_plan(batch))
+
+
+def without_draws(batch: Batch) -> Batch:
+    """Return the batch with a plan that reads nothing from the memory."""
+    own = own_plan(batch)
+    own = own._replace(reads=own.reads[:0])
+    if isinstance(batch.plan, Augmented):
+        own = batch.plan._replace(plan=own, reads=batch.plan.reads[:0])
+    return batch._replace(plan=own)
+
+
+def cropped_draw(x: Tensor, batch: Batch, k: Any) -> Tensor:
+    """Return the images of draw k from the memory `[R, C, H, W]`, cropped."""
+    return _crop(x, batch, "reads", k)
+
+
+def _crop(x: Tensor, batch: Batch, name: str, k: Any = ...) -> Tensor:
+    if not isinstance(batch.plan, Augmented):
+        return x
+    crops = torch.from_numpy(getattr(batch.plan, name)[k][: len(x)])  # a draw may have less than it asks for
+    return crop(x, crops.to(x.device, torch.int64))

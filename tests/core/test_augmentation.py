@@ -1,0 +1,75 @@
+"""Crops and mirror images: what is planned is uniform, repeatable in any chunks, and resumes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sequel_core.augmentation import AugmentingPlanner, augmenting
+from sequel_core.hparams import DERppHParams, ERHParams
+from sequel_core.memory import MemoryPlanner, NoPlanner
+from sequel_core.task import Augmentation, Normalisation, StreamSpec
+
+MASK = np.ones((2, 3), np.bool_)
+SPEC = StreamSpec((8, 8, 1), 3, 2, "domain", MASK, Normalisation(), augmentation=Augmentation(2, True))
+ZEROS = np.zeros((40, 5), np.int64)
+
+
+def test_no_augmentation_leaves_the_planner_alone() -> None:
+    planner = NoPlanner()
+    assert augmenting(planner, SPEC._replace(augmentation=Augmentation()), 0) is planner
+    assert isinstance(augmenting(planner, SPEC, 0), AugmentingPlanner)
+
+
+def test_offsets_and_flips_are_uniform_and_independent() -> None:
+    crops = augmenting(NoPlanner(), SPEC, 3).next(np.zeros((4000, 5)), np.zeros((4000, 5))).own
+    assert crops.shape == (4000, 5, 3)
+    assert crops.dtype == np.int32
+    cells, counts = np.unique(crops.reshape(-1, 3), axis=0, return_counts=True)
+    assert len(cells) == 5 * 5 * 2
+    assert cells.min(0).tolist() == [-2, -2, 0]
+    assert cells.max(0).tolist() == [2, 2, 1]
+    assert stats.chisquare(counts).pvalue > 0.01
+
+
+@pytest.mark.parametrize(("padding", "flip"), [(3, False), (0, True)])
+def test_each_part_can_be_had_alone(padding: int, flip: bool) -> None:
+    planner = AugmentingPlanner(NoPlanner(), Augmentation(padding, flip), 0)
+    crops = planner.next(ZEROS, ZEROS).own
+    assert np.abs(crops[..., :2]).max() == padding
+    assert crops[..., 2].max() == flip
+
+
+def test_the_same_in_chunks_of_any_length_and_after_a_restart() -> None:
+    hparams = DERppHParams(mem_size=20, mem_batch_size=4)
+
+    def planner() -> AugmentingPlanner:
+        made = augmenting(MemoryPlanner(hparams, SPEC, 7, draws=2), SPEC, 7)
+        assert isinstance(made, AugmentingPlanner)
+        return made
+
+    whole, other, resumed = planner(), planner(), planner()
+    expected = whole.next(ZEROS, ZEROS)
+    assert expected.reads.shape == (40, 2, 4, 3)
+    parts = [other.next(ZEROS[:1], ZEROS[:1]), other.next(ZEROS[1:18], ZEROS[1:18])]
+    state = other.state
+    resumed.state = state
+    parts.append(resumed.next(ZEROS[18:], ZEROS[18:]))
+    for k, name in ((1, "own"), (2, "reads")):
+        np.testing.assert_array_equal(np.concatenate([p[k] for p in parts]), expected[k], err_msg=name)
+    np.testing.assert_array_equal(np.concatenate([p.plan.write for p in parts]), expected.plan.write)
+    np.testing.assert_array_equal(resumed.state, whole.state)
+
+
+def test_what_is_drawn_again_has_crops_of_its_own() -> None:
+    hparams = ERHParams(mem_size=5, mem_batch_size=5)
+    planned = augmenting(MemoryPlanner(hparams, SPEC, 0), SPEC, 0).next(ZEROS, ZEROS)
+    later = planned.reads[1:, 0]  # the same five slots at every step
+    assert (planned.plan.reads[1:] == np.arange(5)).all()
+    assert len(np.unique(later.reshape(len(later), -1), axis=0)) == len(later)
+
+
+def test_negative_padding_is_refused() -> None:
+    with pytest.raises(ValueError, match="padding must be >= 0, got -1"):
+        Augmentation(-1)

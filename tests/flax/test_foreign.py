@@ -1,0 +1,498 @@
+"""Networks from elsewhere: linen modules of any convention, NNX modules; rows that count."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+from sequel_core.hparams import AlgorithmHParams, ERHParams, LFLHParams, NaiveHParams
+from sequel_core.task import FloatArray
+from sequel_flax import FlaxLearner
+from sequel_flax.backbones import MLP, BatchNorm
+from sequel_flax.backbones.foreign import adapted, counting_only
+from tests.flax.parts import ICARL, SILENT, divided, flat, learner, same
+
+KEY = jax.random.PRNGKey(5)  # as the bundle hands it to a network: not typed
+# ER's memory is not full within the first steps: some of its draws do not count.
+naive_and_er = pytest.mark.parametrize(
+    "hparams",
+    [pytest.param(NaiveHParams(), marks=pytest.mark.slow), ERHParams(mem_size=20, mem_batch_size=6)],
+    ids=["naive", "er"],
+)
+
+
+class Body(nn.Module):
+    """A user's network with batch normalisation and dropout; `Body()(x, train)`."""
+
+    dropout: float = 0.5
+
+    def setup(self) -> None:
+        self.conv = nn.Conv(3, (3, 3), strides=4)
+        self.norm = nn.BatchNorm(momentum=0.9)
+        self.drop = nn.Dropout(self.dropout)
+        self.head = nn.Dense(10)
+
+    def features(self, x: jax.Array, train: bool) -> jax.Array:
+        x = nn.relu(self.norm(self.conv(x), use_running_average=not train))
+        dropped: jax.Array = self.drop(x.reshape((len(x), -1)), deterministic=not train)
+        return dropped
+
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        logits: jax.Array = self.head(self.features(x, train))
+        return logits
+
+
+class Train(nn.Module):
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool) -> jax.Array:
+        return Body(name="body")(images, train)
+
+
+class Deterministic(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, scale: float = 1.0, deterministic: bool | None = None) -> jax.Array:
+        assert deterministic is not None
+        return Body(name="body")(scale * x, not deterministic)
+
+
+class Halves(nn.Module):
+    """Drops half of what it is given in training, by each of the conventions."""
+
+    @nn.compact
+    def half(self, x: jax.Array, train: bool) -> jax.Array:
+        dropped: jax.Array = nn.Dropout(0.5)(x, deterministic=not train)
+        return dropped
+
+
+class Training(Halves):
+    def __call__(self, images: jax.Array, training: bool = True) -> jax.Array:
+        return self.half(images, training)
+
+
+class IsTraining(Halves):
+    def __call__(self, x: jax.Array, *, is_training: bool) -> jax.Array:
+        return self.half(x, is_training)
+
+
+class Inverse(Halves):
+    def __call__(self, x: jax.Array, scale: float = 1.0, deterministic: bool | None = None) -> jax.Array:
+        return self.half(scale * x, deterministic is False)
+
+
+class Average(Halves):
+    def __call__(self, x: jax.Array, use_running_average: bool) -> jax.Array:
+        return self.half(x, not use_running_average)
+
+
+class Both(Halves):
+    def __call__(self, x: jax.Array, deterministic: bool, train: bool) -> jax.Array:
+        assert train != deterministic
+        return self.half(x, train)
+
+
+class NNXBody(nnx.Module):
+    """The same network in NNX, with a list of layers and a constant."""
+
+    def __init__(self, dropout: float = 0.5, seed: int = 0) -> None:
+        rngs = nnx.Rngs(seed)
+        self.layers = nnx.List([nnx.Conv(1, 3, (3, 3), strides=4, rngs=rngs)])
+        self.norm = nnx.BatchNorm(3, momentum=0.9, rngs=rngs)
+        self.drop = nnx.Dropout(dropout, rngs=rngs)
+        self.head = nnx.Linear(12, 10, rngs=rngs)
+        self.one = jnp.ones(())
+
+    def features(self, x: jax.Array) -> jax.Array:
+        for layer in self.layers:
+            x = layer(x)
+        x = nnx.relu(self.norm(x * self.one))
+        return self.drop(x.reshape((len(x), -1)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.head(self.features(x))
+
+
+@cache
+def images(n: int = 6) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(2).normal(size=(n, 8, 8, 1)), jnp.float32)
+
+
+def assert_close(found: Any, expected: Any, tolerance: float = 1e-6) -> None:
+    """Compare two trees of the same structure."""
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (found, expected)]
+    assert structures[0] == structures[1]
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def fitted(model: Any, hparams: AlgorithmHParams, tasks: int = 2) -> FlaxLearner:
+    benchmark = divided("class")
+    trained = learner(hparams, benchmark, model=model)
+    for task in benchmark.tasks[:tasks]:
+        trained.fit_task(task, SILENT)
+    return trained
+
+
+def named_as_linen(weights: dict[str, FloatArray]) -> dict[str, FloatArray]:
+    return {path.replace("layers/0", "conv"): value for path, value in weights.items()}
+
+
+def nnx_twin(linen: nn.Module, **options: Any) -> NNXBody:
+    """Return the NNX network with the weights that a learner gives the linen one."""
+    params = learner(NaiveHParams(), divided("class"), model=linen).weights()
+    model = NNXBody(**options)
+    for path, value in params.items():
+        layer, name = path.split("/")
+        owner = model.layers[0] if layer == "conv" else getattr(model, layer)
+        getattr(owner, name)[...] = jnp.asarray(value)
+    return model
+
+
+# -- linen
+
+
+def test_what_conforms_is_returned_as_it_is() -> None:
+    for model in (MLP(), Train(), Body()):
+        assert adapted(model) is model
+    wrapped = adapted(Training())
+    assert adapted(wrapped) is wrapped
+    assert repr(wrapped) == repr(Training())
+
+
+@pytest.mark.parametrize("kind", [Training, IsTraining, Inverse, Average, Both])
+def test_a_linen_module_is_told_its_mode_in_its_own_words(kind: Any) -> None:
+    model, x = adapted(kind()), np.ones((6, 40), np.float32)
+    variables = model.init(KEY, x, train=False)
+    np.testing.assert_array_equal(model.apply(variables, x, train=False), x)
+    dropped, updates = model.apply(variables, x, train=True, rngs={"dropout": KEY}, mutable=["batch_stats"])
+    assert set(np.unique(dropped)) == {0.0, 2.0}
+    assert updates == {}
+
+
+@pytest.mark.slow
+@naive_and_er
+def test_the_convention_changes_nothing_of_a_run(hparams: AlgorithmHParams) -> None:
+    expected, found = (fitted(model, hparams, tasks=1).weights() for model in (Train(), Deterministic()))
+    assert same(found, expected)
+
+
+def test_a_module_without_a_mode_is_called_with_its_images_alone() -> None:
+    own = nn.Sequential([lambda x: x.reshape((len(x), -1)), nn.Dense(10)])
+    model = adapted(own)
+    variables = jax.jit(model.init)(jax.random.key(0), images())
+    kernel, bias = (np.asarray(variables["params"]["layers_1"][name]) for name in ("kernel", "bias"))
+    expected = np.asarray(images()).reshape(6, -1) @ kernel + bias
+    for train in (False, True):
+        assert_close(model.apply(variables, images(), train=train), expected, 1e-5)
+
+
+def test_features_may_have_another_convention_than_the_call() -> None:
+    class Mixed(nn.Module):
+        def setup(self) -> None:
+            self.stem, self.head = nn.Dense(4), nn.Dense(10)
+
+        def features(self, x: jax.Array) -> jax.Array:
+            stem: jax.Array = self.stem(x.reshape((len(x), -1)))
+            return nn.tanh(stem)
+
+        def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+            logits: jax.Array = self.head(self.features(x))
+            return logits
+
+    model = adapted(Mixed())
+    variables = jax.jit(model.init)(jax.random.key(0), images())
+    stem = jax.device_get(variables["params"]["stem"])
+    expected = np.tanh(np.asarray(images()).reshape(6, -1) @ stem["kernel"] + stem["bias"])
+    assert_close(model.apply(variables, images(), train=False, method="features"), expected, 1e-5)
+
+
+class Needy(nn.Module):
+    def __call__(self, x: jax.Array, labels: jax.Array, train: bool = False) -> jax.Array:
+        return x
+
+
+class NNXNeedy(nnx.Module):
+    def __call__(self, x: jax.Array, carry: jax.Array) -> jax.Array:
+        return x
+
+
+class NoImages(nn.Module):
+    def __call__(self, *, train: bool = False) -> jax.Array:
+        return jnp.zeros((1, 10))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Needy(), "it needs labels too; give that argument a default"),
+        (NNXNeedy(), "deterministic, use_running_average, rngs, but it needs carry too"),
+        (NoImages(), "must take the images as its first argument, got train"),
+        (Body, "must be an instance of a linen or an NNX module with a __call__, got the class Body"),
+        (NNXBody, "got the class NNXBody"),
+        (nn.Module(), r"with a __call__, got a Module"),
+        (nnx.Module(), r"with a __call__, got a Module"),
+        (len, "got a builtin_function_or_method"),
+    ],
+    ids=["linen", "nnx", "no images", "class", "nnx class", "no call", "no nnx call", "function"],
+)
+def test_what_cannot_be_called_is_refused(model: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        learner(NaiveHParams(), model=model)
+
+
+# -- NNX
+
+
+def test_an_nnx_module_in_evaluation_says_what_it_says_itself() -> None:
+    own: Any = NNXBody()
+    own.norm.mean[...] = jnp.asarray([0.1, -0.2, 0.3])
+    model = adapted(own)
+    variables = model.init(KEY, images(), train=False)
+    assert set(flat(variables["params"])) == {
+        *("layers/0/kernel", "layers/0/bias", "norm/scale", "norm/bias", "head/kernel", "head/bias"),
+    }
+    assert_close(variables["batch_stats"]["norm"]["mean"], np.asarray([0.1, -0.2, 0.3]))
+    own.eval()
+    found = model.apply(variables, images(), train=False)
+    assert_close(found, own(images()))
+    assert_close(model.apply(variables, images(), train=False, method="features"), own.features(images()))
+    assert_close(model.apply(variables, own.features(images()), method=lambda m, f: m.head(f)), found)
+
+
+def test_an_nnx_module_in_training_has_its_own_statistics_and_gradient() -> None:
+    own: Any = NNXBody(dropout=0.0)
+    model = adapted(own)
+    variables = model.init(KEY, images(), train=False)
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def loss(params: Any) -> tuple[jax.Array, Any]:
+        together = {**variables, "params": params}
+        out, updates = model.apply(
+            together, images(), train=True, rngs={"dropout": KEY}, mutable=["batch_stats"]
+        )
+        return (out**2).mean(), updates["batch_stats"]["norm"]
+
+    (value, statistics), gradient = loss(variables["params"])
+    own.train()
+    truth, own_gradient = nnx.jit(nnx.value_and_grad(lambda module: (module(images()) ** 2).mean()))(own)
+    assert_close(value, truth)
+    assert_close(statistics, {"mean": own.norm.mean[...], "var": own.norm.var[...]})
+    assert_close(gradient["head"]["kernel"], own_gradient["head"]["kernel"][...])
+    assert_close(gradient["layers"]["0"]["kernel"], own_gradient["layers"][0]["kernel"][...])
+    assert_close(gradient["norm"]["scale"], own_gradient["norm"]["scale"][...])
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_dropout_of_an_nnx_module_follows_the_key(typed: bool) -> None:
+    class Drops(nnx.Module):
+        def __init__(self) -> None:
+            rngs = nnx.Rngs(0)
+            self.first, self.second = nnx.Dropout(0.5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+            self.weight = nnx.Param(jnp.ones(()))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.weight * jnp.stack([self.first(x), self.second(x)])
+
+    model, x = adapted(Drops()), jnp.ones((1, 1000))
+    variables = model.init(KEY, x)
+    keys = [jax.random.key(seed) if typed else jax.random.PRNGKey(seed) for seed in (0, 1)]
+    a, b = (np.asarray(model.apply(variables, x, train=True, rngs={"dropout": key})) for key in keys)
+    again = model.apply(variables, x, train=True, rngs={"dropout": keys[0]})
+    np.testing.assert_array_equal(a, again)
+    assert set(np.unique(a)) == {0.0, 2.0}
+    for one, other in ((a, b), (a[0], a[1])):  # of two keys; of two layers
+        assert abs((one == other).mean() - 0.5) < 0.06
+    np.testing.assert_array_equal(model.apply(variables, x, train=False), np.ones((2, 1, 1000)))
+
+
+def test_an_nnx_module_may_take_its_mode_and_its_streams_as_arguments() -> None:
+    class Told(nnx.Module):
+        def __init__(self) -> None:
+            self.drop, self.weight = nnx.Dropout(0.5), nnx.Param(jnp.ones(()))
+
+        def __call__(self, x: jax.Array, training: bool, rngs: nnx.Rngs | None) -> jax.Array:
+            return self.drop(x, deterministic=not training, rngs=rngs) * self.weight * (2 if training else 3)
+
+    model, x = adapted(Told()), jnp.ones((4, 5))
+    variables = model.init(KEY, x)
+    expected = nnx.Dropout(0.5)(x, deterministic=False, rngs=nnx.Rngs(KEY)) * 2
+    assert_close(model.apply(variables, x, train=True, rngs={"dropout": KEY}), expected)
+    assert_close(model.apply(variables, x, train=False), 3 * np.ones((4, 5)))
+
+
+@naive_and_er
+def test_linen_and_nnx_with_the_same_weights_learn_the_same(hparams: AlgorithmHParams) -> None:
+    linen = Body(dropout=0.0)
+    own = nnx_twin(linen, dropout=0.0)
+    before = [np.array(leaf) for leaf in jax.tree.leaves(nnx.state(own, nnx.Param, nnx.BatchStat))]
+    expected, found = fitted(linen, hparams), fitted(own, hparams)
+    assert_close(named_as_linen(found.weights()), expected.weights(), 1e-4)
+    assert_close(found.ts.batch_stats["norm"], expected.ts.batch_stats["norm"], 1e-4)
+    assert not np.allclose(found.ts.batch_stats["norm"]["mean"], own.norm.mean[...])
+    after = jax.tree.leaves(nnx.state(own, nnx.Param, nnx.BatchStat))
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))  # not trained, not donated
+    assert type(own.norm) is nnx.BatchNorm
+    model = found.describe()["model"]
+    assert "NNXBody(" in model
+    assert " at 0x" not in model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hparams", [LFLHParams(lfl_lambda=0.5), ICARL], ids=["lfl", "icarl"])
+def test_methods_that_need_features_take_an_nnx_module(hparams: AlgorithmHParams) -> None:
+    class Plain(nnx.Module):
+        def __init__(self, kernels: dict[str, FloatArray]) -> None:
+            rngs = nnx.Rngs(0)
+            stem, self.head = nnx.Linear(64, 12, rngs=rngs), nnx.Linear(12, 10, rngs=rngs)
+            self.features = nnx.Sequential(lambda x: x.reshape((len(x), -1)), stem, nnx.tanh)
+            stem.kernel[...] = jnp.asarray(kernels["stem/kernel"])
+            self.head.kernel[...] = jnp.asarray(kernels["head/kernel"])
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.head(self.features(x))
+
+    start = learner(hparams, divided("class")).weights()
+    found, expected = fitted(Plain(start), hparams).weights(), fitted(None, hparams).weights()
+    assert_close(found["head/kernel"], expected["head/kernel"], 1e-5)
+    assert_close(found["features/layers/1/kernel"], expected["stem/kernel"], 1e-5)
+
+
+class Cached(nnx.Module):
+    def __init__(self, state: Any) -> None:
+        self.layers: Any = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0))])
+        self.layers[0].kept = state
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+class Own(nnx.Variable[Any]):
+    """A user's own kind of variable."""
+
+
+@pytest.mark.parametrize(
+    ("state", "what"),
+    [
+        (lambda: nnx.Cache(jnp.zeros(3)), "a Cache"),
+        (lambda: Own(jnp.zeros(3)), "an? Own"),
+        (lambda: nnx.Param({"a": jnp.zeros(3)}), "a Param that is not one array"),
+    ],
+    ids=["cache", "own", "tree"],
+)
+def test_state_that_an_nnx_module_cannot_carry_is_named(state: Any, what: str) -> None:
+    match = f"Cached is an NNX module with state it cannot carry.*layers/0/kept is {what}"
+    with pytest.raises(ValueError, match=match):
+        adapted(Cached(state()))
+
+
+def test_an_array_that_changes_in_a_call_is_named() -> None:
+    class Counts(nnx.Module):
+        def __init__(self) -> None:
+            self.calls = jnp.zeros(())
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            self.calls = self.calls + 1
+            return x
+
+    with pytest.raises(ValueError, match=r"Counts is an NNX module with state .*calls is an array"):
+        adapted(Counts()).apply({"params": {}}, images())
+
+
+# -- rows that count
+
+
+class OwnNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        return BatchNorm(name="norm")(x, use_running_average=not train)
+
+
+class LinenNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, training: bool) -> Any:
+        return nn.BatchNorm(momentum=0.9, name="norm")(x, use_running_average=not training)
+
+
+class NNXNorm(nnx.Module):
+    def __init__(self) -> None:
+        self.norm = nnx.BatchNorm(3, momentum=0.9, rngs=nnx.Rngs(0))
+
+    def __call__(self, x: jax.Array) -> Any:
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("kind", [OwnNorm, LinenNorm, NNXNorm])
+@pytest.mark.parametrize("rows", [(0, 1, 2, 3, 4, 5), (1, 4, 5), ()], ids=["all", "some", "none"])
+def test_only_rows_that_count_enter_the_statistics(
+    kind: Any, rows: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    x, mask = rng.normal(size=(6, 4, 4, 3)).astype(np.float32), np.isin(np.arange(6), rows)
+    model = adapted(kind())
+    variables = model.init(jax.random.key(0), x, train=False)
+
+    @jax.jit
+    def apply(x: jax.Array, mask: jax.Array) -> Any:
+        call = partial(model.apply, variables, train=True, mutable=["batch_stats"])
+        with counting_only(mask):
+            out, updates = call(x)
+        return out, updates["batch_stats"]["norm"], jax.grad(lambda x: (call(x)[0] ** 2).sum())(x)
+
+    out, statistics, gradient = apply(x, mask)
+    counted = x[mask].astype(np.float64)
+    mean, var, n = np.zeros(3), np.ones(3), counted.size // 3
+    if rows:
+        mean, var = counted.mean((0, 1, 2)), counted.var((0, 1, 2))
+    kept = var * n / (n - 1) if rows and kind is OwnNorm else var
+    moved = 0.1 if rows else 0.0
+    assert_close(statistics, {"mean": moved * mean, "var": (1 - moved) + moved * kept}, 1e-5)
+    assert_close(out[mask], (counted - mean) / np.sqrt(var + 1e-5), 1e-4)
+    assert np.isfinite(out).all()
+    assert np.isfinite(gradient).all()
+
+
+class Unmasked(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        mean = self.variable("batch_stats", "mean", jnp.zeros, ())
+        return x - mean.value
+
+
+class HasUnmasked(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        return Unmasked(name="centre")(x, train)
+
+
+class NNXUnmasked(nnx.Module):
+    def __init__(self) -> None:
+        self.mean = nnx.BatchStat(jnp.zeros(()))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x - self.mean
+
+
+class NNXHasUnmasked(nnx.Module):
+    def __init__(self) -> None:
+        self.centre = NNXUnmasked()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.centre(x)
+
+
+@pytest.mark.parametrize("own", [HasUnmasked(), NNXHasUnmasked()], ids=["linen", "nnx"])
+def test_a_layer_that_cannot_leave_rows_out_is_named(own: Any) -> None:
+    model, x = adapted(own), images()
+    variables = model.init(jax.random.key(0), x, train=False)
+    assert_close(model.apply(variables, x, train=True), x)
+    with (
+        pytest.raises(ValueError, match="the layer centre keeps batch statistics but its call has no"),
+        counting_only(jnp.ones(6, bool)),
+    ):
+        model.apply(variables, x, train=True)
