@@ -18,7 +18,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from sequel_benchmarks.streams import StreamSettings, _hold_out
+from sequel_benchmarks.streams import StreamSettings, hold_out
 from sequel_core.hparams import Settings, setting
 from sequel_core.items import ItemImages, Items
 from sequel_core.task import Augmentation, Benchmark, Normalisation, Scenario, Split, Task
@@ -165,9 +165,8 @@ def from_avalanche(benchmark: Any, **options: Unpack[OwnOptions]) -> Benchmark:
     Its `train_stream` and `test_stream` are read, and its `valid_stream` where it has one; of a single test
     experience for all, each task has the samples of its own classes. Without a scenario it is task where the
     experiences have different task labels, else class where they differ in their classes, else domain. In the
-    task scenario, a class that occurs under several task labels has an output of
-    its own under each, as in Avalanche's multi-head models: label y under the k-th task label becomes
-    k * width + y.
+    task scenario, a class that occurs under several task labels has an output of its own under each, as in
+    Avalanche's multi-head models: label y under the k-th task label becomes k * width + y.
 
     Args:
         benchmark: for example `SplitMNIST(5)`.
@@ -290,7 +289,7 @@ def _benchmark(
     hold_out = StreamSettings(num_tasks=len(rows), validation=settings.validation, seed=settings.seed)
     tasks = []
     for t, (train, test, *given) in enumerate(rows):
-        kept, held_out = _hold_out(np.arange(len(train)), hold_out, t)
+        kept, held_out = hold_out(np.arange(len(train)), hold_out, t)
         tasks.append(
             Task(
                 index=t,

@@ -195,7 +195,7 @@ def split(data: DataSet, settings: SplitSettings | None = None) -> Benchmark:
         train_labels, test_labels = train_labels % size, test_labels % size
     tasks = []
     for t in range(settings.num_tasks):
-        rows, held_out = _hold_out(np.flatnonzero(owners[0] == t), settings, t)
+        rows, held_out = hold_out(np.flatnonzero(owners[0] == t), settings, t)
         first = 0 if settings.scenario == "domain" else t * size
         classes = sorted(order[t * size : (t + 1) * size].tolist())
         names = [str(c) if data.class_names is None else data.class_names[c] for c in classes]
@@ -264,7 +264,7 @@ def _mapped(
 ) -> list[Task]:
     """Return tasks of all samples, one per pixel map; what is held out, no task trains on."""
     everything = np.arange(len(data.train_labels), dtype=np.int64)
-    rows, held_out = _hold_out(everything, settings, 0)
+    rows, held_out = hold_out(everything, settings, 0)
     tasks = []
     for t, (pixel_map, name) in enumerate(zip(maps, names, strict=True)):
         whole = settings.subset is None and len(held_out) == 0
@@ -282,7 +282,7 @@ def _mapped(
     return tasks
 
 
-def _hold_out(rows: IntArray, settings: StreamSettings, task: int) -> tuple[IntArray, IntArray]:
+def hold_out(rows: IntArray, settings: StreamSettings, task: int) -> tuple[IntArray, IntArray]:
     """Return the rows to train on and those held out for validation, both ascending."""
     count = round(settings.validation * len(rows))
     if settings.validation > 0 and not 0 < count < len(rows):

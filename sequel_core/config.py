@@ -193,8 +193,8 @@ class ExperimentConfig:
             )
         if self.mode not in self.backbone.modes:
             raise ValueError(
-                f"backbone={self.backbone.type} needs mode={' or '.join(self.backbone.modes)}, as it is a PyTorch "
-                f"model, got mode={self.mode}; choose another backbone, for example resnet18"
+                f"backbone={self.backbone.type} needs mode={' or '.join(self.backbone.modes)}, as its models "
+                f"are PyTorch's, got mode={self.mode}; choose another backbone, for example resnet18"
             )
         if self.mode == "jax" and self.callbacks:
             raise ValueError(

@@ -655,7 +655,7 @@ def _check_groups(norm: str, groups: int, channels: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True)
 class CNNHParams(BackboneHParams):
-    """Convolutions, each with normalisation, activation, max-pool, dropout; then dense layers to the classes."""
+    """Convolutional network: convolutions, hidden dense layers, then one dense layer to the classes."""
 
     type: ClassVar[str] = "cnn"
 
@@ -664,9 +664,7 @@ class CNNHParams(BackboneHParams):
         3, "height and width of the kernels; images are padded by half of it, rounded down", ge=1
     )
     stride: int = setting(2, "step of the convolutions, in pixels", ge=1, le=2)
-    max_pool: bool = setting(
-        False, "take the maxima of 2x2 pixels after each convolution; needs stride=1"
-    )
+    max_pool: bool = setting(False, "take the maxima of 2x2 pixels after each convolution; needs stride=1")
     linear_widths: tuple[int, ...] = setting(
         (128,), "units of each hidden dense layer after the convolutions", ge=1
     )
@@ -677,16 +675,14 @@ class CNNHParams(BackboneHParams):
         "none", "normalisation after each convolution: by batch statistics, in groups of channels, or none"
     )
     norm_groups: int = setting(4, "groups of channels, read only by norm=group; must divide channels", ge=1)
-    dropout: float = setting(
-        0.0, "probability of dropping a unit of a convolution or hidden dense layer while training", ge=0, lt=1
-    )
+    dropout: float = setting(0.0, "probability of dropping a hidden unit while training", ge=0, lt=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_pool and self.stride != 1:
             raise ValueError(
-                f"max_pool needs stride=1, as both halve the image, got stride={self.stride}; set stride=1 or "
-                "max_pool=false"
+                f"max_pool needs stride=1, as both halve the image, got stride={self.stride}; set stride=1 "
+                "or max_pool=false"
             )
         _check_groups(self.norm, self.norm_groups, self.channels)
 
@@ -697,15 +693,15 @@ class CNNHParams(BackboneHParams):
             ValueError: nothing is left of the image.
         """
         height, width, channels = image_shape
-        for i, channels in enumerate(self.channels):
+        for i in range(len(self.channels)):
             height, width = self._after(height), self._after(width)
             if not height * width:
                 raise ValueError(
-                    f"images of shape {list(image_shape)} are too small for the {len(self.channels)} layers of "
-                    f"channels={list(self.channels)}: nothing is left after the max-pool of layer conv_{i}; "
-                    f"use at most {i} layers or max_pool=false"
+                    f"images of shape {list(image_shape)} are too small for the layers of channels="
+                    f"{list(self.channels)}: nothing is left after the max-pool of layer conv_{i}; use at "
+                    f"most {i} layers or max_pool=false"
                 )
-        return height, width, channels
+        return height, width, (channels, *self.channels)[-1]
 
     def _after(self, size: int) -> int:
         size = (size + 2 * (self.kernel_size // 2) - self.kernel_size) // self.stride + 1
@@ -748,7 +744,7 @@ class TorchvisionHParams(BackboneHParams):
     type: ClassVar[str] = "torchvision"
     modes: ClassVar[tuple[str, ...]] = ("pytorch",)
 
-    model: str = setting("mobilenet_v3_small", "name of the model, as torchvision.models.list_models() gives it")
+    model: str = setting("mobilenet_v3_small", "name, as torchvision.models.list_models() gives it")
     weights: str | None = setting(None, "trained weights to start from, for example DEFAULT; null for none")
 
 

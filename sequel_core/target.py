@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import import_module
 from inspect import Parameter
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, Unpack, get_args, get_origin, get_type_hints
 
 TARGET = "_target_"
@@ -64,6 +64,10 @@ class Target:
         """What the signature has, by name; the options of an `Unpack[...]` one by one."""
         try:
             found = inspect.signature(self.function).parameters
+            vague = Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
+            if inspect.isclass(self.function) and all(p.kind in vague for p in found.values()):
+                own = inspect.signature(self.function.__init__).parameters  # NNX's metaclass hides it
+                found = MappingProxyType({name: own[name] for name in list(own)[1:]})
         except (TypeError, ValueError):  # written in C, which does not tell
             return {"arguments": Parameter("arguments", Parameter.VAR_KEYWORD)}
         expanded: dict[str, Parameter] = {}

@@ -28,7 +28,7 @@ from sequel_core.hparams import AlgorithmHParams
 from sequel_core.memory import NoPlanner, Planner
 from sequel_core.task import AnySplit, Batch, StreamSpec, Task
 from sequel_flax import augmentation
-from sequel_flax.backbones.foreign import counting_only
+from sequel_flax.foreign import counting_only
 
 Params = Any
 Stats = Any  # running statistics of batch normalisation; {} for a network without

@@ -23,7 +23,7 @@ from sequel_core.hparams import TrainingHParams
 from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
 from sequel_core.task import AnySplit, Batch, FloatArray, IntArray, Samples, StreamSpec, Task
 from sequel_flax.backbones import initial_variables
-from sequel_flax.backbones.foreign import adapted
+from sequel_flax.foreign import adapted
 from sequel_flax.bundle import (
     Algorithm,
     BatchStatsTrainState,
@@ -58,7 +58,7 @@ class FlaxLearner:
 
     Args:
         algorithm: for example `ewc(EWCHParams())`.
-        model: a linen or an NNX module, called with images `[B, H, W, C]`; see `backbones.foreign.adapted` for
+        model: a linen or an NNX module, called with images `[B, H, W, C]`; see `sequel_flax.foreign.adapted` for
             how it is told that it trains.
         tx: optimizer; `lr_decay` needs one made with `optax.inject_hyperparams`.
         spec: of the benchmark (`benchmark.spec`).

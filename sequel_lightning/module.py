@@ -25,6 +25,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
@@ -74,8 +75,9 @@ class ContinualModule(pl.LightningModule):
         seed: of the plan, for methods that choose samples.
 
     Raises:
-        ValueError: in `fit`, for a Trainer that has nothing left to run, more than one process, or a
-            learning-rate decay beside a scheduler.
+        ValueError: a network that the stream's images do not fit, or that returns another shape; in `fit`, for
+            a Trainer that has nothing left to run, more than one process, or a learning-rate decay beside a
+            scheduler.
     """
 
     hparams_class: type[AlgorithmHParams]
@@ -96,6 +98,8 @@ class ContinualModule(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if spec is not None:
+            check_network(net, spec)
         if not isinstance(hparams, self.hparams_class):
             raise ValueError(
                 f"{type(self).__name__} needs {self.hparams_class.__name__}, got {type(hparams).__name__}"
@@ -207,8 +211,10 @@ class ContinualModule(pl.LightningModule):
         """Return images in the dtype of the weights; uint8 as `(x / 255 - mean) / std`."""
         buffers = self._buffers  # a third of the time of an attribute, at every step
         scale, shift = buffers["scale"], buffers["shift"]
-        if x.dtype != torch.uint8 or scale is None or shift is None:
+        if scale is None or shift is None:
             return x
+        if x.dtype != torch.uint8:
+            return x.to(scale.dtype) if x.is_floating_point() else x
         return x.to(scale.dtype).mul_(scale).add_(shift)
 
     def needed_spec(self) -> StreamSpec:
@@ -481,6 +487,30 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
     """Return the logits `[B, num_classes]` with the least number of their dtype where the mask is False."""
     return logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+
+
+def check_network(net: nn.Module, spec: StreamSpec) -> None:
+    """Show the network an image of the stream, which also initialises lazy layers.
+
+    Raises:
+        ValueError: it cannot take the image, or does not return `[B, num_classes]`.
+    """
+    like, (height, width, channels) = next(net.parameters()), spec.image_shape
+    dtype, shape = (torch.get_default_dtype() if is_lazy(like) else like.dtype), (1, channels, height, width)
+    try:
+        with evaluating(net), torch.no_grad():
+            logits = net(torch.zeros(shape, dtype=dtype, device=like.device))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"the network must take images {list(shape)}, the stream's, as [B, C, H, W]: "
+            f"{' '.join(str(error).split())}; make it for images {list(spec.image_shape)}"
+        ) from error
+    found = list(getattr(logits, "shape", ()))
+    if found != [1, spec.num_classes]:
+        raise ValueError(
+            f"the network must return logits [B, {spec.num_classes}] for images {list(shape)}, got {found} for "
+            f"B=1; set num_classes={spec.num_classes}"
+        )
 
 
 def check_features(net: nn.Module, name: str) -> None:

@@ -68,9 +68,9 @@ def initial_variables(model: nn.Module, spec: StreamSpec, seed: int, dtype: Dtyp
     others = [name for name in shapes if name not in CARRIED]
     if others:
         raise ValueError(
-            f"the model's variables must be in the collections {' and '.join(CARRIED)}, got {', '.join(others)}: "
-            "what a run carries from step to step, and what it checkpoints, is parameters and the statistics of "
-            "batch normalisation; drop the layers that keep more"
+            f"the model's variables must be in the collections {' and '.join(CARRIED)}, got "
+            f"{', '.join(others)}: a run carries from step to step, and checkpoints, parameters and the "
+            "statistics of batch normalisation; drop the layers that keep more"
         )
     logits = jax.eval_shape(lambda variables: model.apply(variables, image, train=False), shapes)
     if logits.shape != (1, spec.num_classes):
@@ -79,8 +79,9 @@ def initial_variables(model: nn.Module, spec: StreamSpec, seed: int, dtype: Dtyp
             f" {list(logits.shape)} for B=1; set num_classes={spec.num_classes}"
         )
     if not isinstance(model, tuple(BACKBONES.values())):
-        variables = dict(model.init(jax.random.key(seed), image, train=False))
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), variables)
+        drawn = dict(model.init(jax.random.key(seed), image, train=False))
+        variables: Variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), drawn)
+        return variables
     found = {}
     for collection, tree in shapes.items():
         leaves = flatten_dict(tree, sep="/")
@@ -95,7 +96,7 @@ def initial_params(model: nn.Module, spec: StreamSpec, seed: int, dtype: Dtype =
 
 
 def _initial(leaves: dict[str, Any], path: str, seed: int) -> FloatArray:
-    """Return an array's initial values: the plan's in a layer with a kernel, else those of a normalisation."""
+    """Return an array's initial values: the plan's in a layer with a kernel, else a normalisation's."""
     layer, _, name = path.rpartition("/")
     shape, kernel = leaves[path].shape, leaves.get(f"{layer}/kernel")
     if kernel is not None:

@@ -1,7 +1,10 @@
 """Normalisation with the arithmetic of torch's layers, for networks with the same numbers in both frameworks.
 
-    batch: y = (x - mean) / sqrt(var + 1e-5) * scale + bias; in training mean and biased variance are the batch's
-    running mean <- 0.9 mean + 0.1 m, running var <- 0.9 var + 0.1 v n/(n - 1), of the n values per channel
+    y = (x - mean) / sqrt(var + 1e-5) * scale + bias, var the mean of (x - mean)^2 over n values
+    batch: of a channel; running mean <- 0.9 running mean + 0.1 mean, running var alike with n/(n - 1) var
+    group: of a group of channels of an image
+
+It has no mirror: torch brings these layers.
 """
 
 from __future__ import annotations
@@ -27,8 +30,8 @@ class BatchNorm(nn.Module):
         Args:
             x: `[N, ..., C]`.
             use_running_average: by the running statistics, which stay as they are; else by the batch's.
-            mask: bool, `[N]` or `[N, 1, ..., 1]`: the rows that count in the batch's statistics; None for all.
-                With fewer than two values per channel the running statistics stay as they are.
+            mask: bool, `[N]` or `[N, 1, ..., 1]`: the rows that count in the batch's statistics; None for
+                all. With fewer than two values per channel the running statistics stay as they are.
 
         Returns:
             The shape of x; also rows that do not count are normalised.

@@ -1,4 +1,4 @@
-"""Built-in networks, the same names and initial weights as in `sequel_flax.backbones`; torchvision's besides."""
+"""Built-in networks, the same names and initial weights as in `sequel_flax.backbones`, and torchvision's."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def canonical_name(net: nn.Module, name: str) -> str:
 
 
 def canonical_weights(net: nn.Module) -> dict[str, FloatArray]:
-    """Return copies of the parameters and of batch normalisation's running statistics, in the canonical layout.
+    """Return copies of the parameters and of the running statistics in the canonical layout.
 
-    `layer/kernel` is `[in, out]` or `[H, W, in, out]`; `layer/bias`, `/scale`, `/mean` and `/var` are `[out]`.
+    That is `layer/kernel` `[in, out]` or `[H, W, in, out]`; `layer/bias`, `/scale`, `/mean`, `/var` `[out]`.
     """
     weights = {}
     for name, p in sorted(_arrays(net).items()):

@@ -84,7 +84,7 @@ class CNN(nn.Module):
             self.add_module(f"dense_{i}", nn.Linear(fan_in, fan_out))
             fan_in = fan_out
         self.head = nn.Linear(fan_in, num_classes)
-        self.to(memory_format=torch.channels_last)  # as images come, and faster
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as images come; faster
 
     def features(self, x: Tensor) -> Tensor:
         """Return the last hidden layer `[B, D]` of images `[B, C, H, W]`."""

@@ -33,7 +33,14 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self, fan_in: int, channels: int, stride: int, changes: bool, norm: str, norm_groups: int, dropout: float
+        self,
+        fan_in: int,
+        channels: int,
+        stride: int,
+        changes: bool,
+        norm: str,
+        norm_groups: int,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.changes = changes
@@ -95,7 +102,7 @@ class ResNet18(nn.Module):
                 self.add_module(f"stage_{stage}_block_{block}", layer)
                 fan_in = fan_out
         self.head = nn.Linear(fan_in, num_classes)
-        self.to(memory_format=torch.channels_last)  # as images come, and faster
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as images come; faster
 
     def features(self, x: Tensor) -> Tensor:
         """Return the last hidden layer `[B, D]` of images `[B, C, H, W]`."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 
-def load_models() -> ModuleType:
+def load_models() -> Any:
     """Return `torchvision.models`, imported so that it loads beside any build of PyTorch."""
     import sequel_lightning._torchvision  # noqa: F401, I001 - before torchvision
     from torchvision import models
@@ -29,8 +29,8 @@ class TorchvisionModel(nn.Module):
         image_shape: (H, W, C) of the images.
 
     Raises:
-        ValueError: torchvision has no such model or no such weights, its last layer is not a dense one, or the
-            images do not fit.
+        ValueError: torchvision has no such model or no such weights, the model's last layer is not a dense
+            one, or the images do not fit.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class TorchvisionModel(nn.Module):
         dense = [name for name, layer in self.net.named_modules() if isinstance(layer, nn.Linear)]
         if not dense or list(self.net.named_modules())[-1][0] != dense[-1]:
             raise ValueError(
-                f"model must be one whose last layer is dense, so that it can be replaced, got {model!r}; use "
-                "another one, for example resnet18"
+                f"model must be one whose last layer is dense, so that it can be replaced, got {model!r}; "
+                "use another one, for example resnet18"
             )
         last = self.net.get_submodule(dense[-1])
         assert isinstance(last, nn.Linear)
@@ -71,7 +71,7 @@ class TorchvisionModel(nn.Module):
         setattr(self.net.get_submodule(owner), name, nn.Identity())
         self.head = nn.Linear(last.in_features, num_classes)
         self._check(image_shape)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as images come; faster
 
     def _check(self, image_shape: tuple[int, int, int]) -> None:
         """Train on nothing: tensors without values, so that neither weights nor statistics change."""
@@ -81,8 +81,8 @@ class TorchvisionModel(nn.Module):
             functional_call(self, weightless, torch.zeros(2, channels, height, width, device="meta"))
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(
-                f"images of shape {list(image_shape)} do not fit torchvision's {self.arguments[0]}, which says: "
-                f"{error}; use another model, for example resnet18"
+                f"images of shape {list(image_shape)} do not fit torchvision's {self.arguments[0]}, which "
+                f"says: {error}; use another model, for example resnet18"
             ) from error
 
     @torch.no_grad()

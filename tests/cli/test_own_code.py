@@ -166,7 +166,7 @@ def test_the_choice_of_a_target_and_of_a_name(package: Path) -> None:
 
 
 def test_a_sweep_over_an_argument_of_own_code(package: Path, numpy_plugin: Plugin) -> None:
-    line = ["own.yaml", "algo.strength=0,1", "+benchmark.size=60,80", "optimizer=sgd"]
+    line = ["own.yaml", "mode=jax", "algo.strength=0,1", "+benchmark.size=60,80", "optimizer=sgd"]
     assert main(["run", "-m", *line, "run_dir=sweep"]) == 0
     assert [vars(config.algo)["strength"] for config in numpy_plugin.built] == [0, 0, 1, 1]
     assert [config.benchmark.arguments["size"] for config in numpy_plugin.built] == [60, 80] * 2
@@ -212,6 +212,10 @@ BAD = [
      "algo and algo._target_ differ: 'ewc' and "),
     ([NET, "backbone.widht=3"],
      "backbone.widht is not an argument of outside.pytorch_code.Net; did you mean backbone.width?"),
+    (["backbone._target_=outside.jax_code.Perceptron", "mode=jax", "backbone.widht=3"],
+     "backbone.widht is not an argument of outside.jax_code.Perceptron; did you mean backbone.width?"),
+    (["backbone._target_=outside.jax_code.Perceptron", "mode=jax"],
+     "backbone.width is an argument that outside.jax_code.Perceptron needs; give it a value"),
     (["backbone._target_=outside.data.Turn"],
      "backbone._target_ must give a torch.nn.modules.module.Module with mode=pytorch, got a Turn from "
      "outside.data.Turn"),

@@ -62,7 +62,8 @@ def test_labels_are_found_without_reading_where_the_data_set_tells_them(pixels: 
     items = [(x, torch.tensor(label)) for x, label in zip(pixels, (4, 2, 7, 2, 0), strict=True)]
     listed = Counted(items, targets=[4, 2, 7, 2, 0])
     tensor = Counted(items, targets=["a"] * 5, labels=torch.tensor([4, 2, 7, 2, 0]))
-    subset, both = Subset(listed, [3, 2]), ConcatDataset([tensor, Subset(tensor, [0])])
+    subset: Dataset[Any] = Subset(listed, [3, 2])
+    both: Any = ConcatDataset([tensor, Subset(tensor, [0])])
     told: list[tuple[Any, list[int]]] = [(listed, [4, 2, 7, 2, 0]), (tensor, [4, 2, 7, 2, 0])]
     told += [(subset, [2, 7]), (both, [4, 2, 7, 2, 0, 4])]
     for data, expected in told:

@@ -16,7 +16,7 @@ from sequel_core.hparams import AlgorithmHParams, ERHParams, LFLHParams, NaiveHP
 from sequel_core.task import FloatArray
 from sequel_flax import FlaxLearner
 from sequel_flax.backbones import MLP, BatchNorm
-from sequel_flax.backbones.foreign import adapted, counting_only
+from sequel_flax.foreign import adapted, counting_only
 from tests.flax.parts import ICARL, SILENT, divided, flat, learner, same
 
 KEY = jax.random.PRNGKey(5)  # as the bundle hands it to a network: not typed

@@ -49,10 +49,9 @@ CASES: list[tuple[str, Settings, bool]] = [
     ("cnn", CNN[1], False),
     ("resnet18_thin", {"channels": 4}, True),
     ("resnet18_thin", {"channels": 4}, False),
-    ("resnet18_thin", {"channels": 4, "norm": "group", "norm_groups": 2}, True),
 ]
 SIZE, CLASSES = 9, 10
-FAST = {"xla_backend_optimization_level": 0}  # a ResNet compiles in less than half the time
+FAST: Any = {"xla_backend_optimization_level": 0}  # a ResNet compiles in less than half the time
 CIFAR10 = Path(os.environ.get("SEQUEL_DATA_DIR", "nowhere")) / "cifar10"
 real = pytest.mark.skipif(not (CIFAR10 / "test_images.npy").exists(), reason="needs CIFAR-10's arrays")
 
@@ -82,7 +81,7 @@ def torch_network(name: str, settings: Settings, size: int) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in net.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            p.add_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
         net(torch.randn((4, 3, size, size), generator=generator, dtype=torch.float64))
     return net
 
@@ -122,8 +121,8 @@ def flax_side(
 
     step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True)).lower(params)
     (loss, (logits, new)), gradient = step.compile(compiler_options=FAST if fast else None)(params)
-    trees = {"params": gradient, **new}
-    found = {path: np.asarray(a) for tree in trees.values() for path, a in flatten_dict(tree, sep="/").items()}
+    trees = [flatten_dict(tree, sep="/") for tree in (gradient, *new.values())]
+    found = {path: np.asarray(a) for tree in trees for path, a in tree.items()}
     return np.asarray(logits), float(loss), found
 
 
@@ -232,9 +231,9 @@ def test_the_same_initial_weights(name: str) -> None:
 def test_the_published_numbers_of_parameters() -> None:
     """11,173,962 is published of ResNet-18 with 10 classes and this stem.
 
-    By hand, of n channels, then stages of c = n, 2 n, 4 n, 8 n: the first convolution and its norm 27 n + 2 n;
-    the first stage 4 * 9 c^2 + 4 * 2 c; each other one 9 c^2 / 2 + 3 * 9 c^2 in 3x3 kernels, c^2 / 2 in 1x1
-    kernels and 5 * 2 c in norms; the head 8 n K + K.
+    By hand, of n channels and then stages of c = n, 2 n, 4 n, 8 n: the first convolution with norm 29 n, the
+    first stage 4 * 9 c^2 + 4 * 2 c, each other one 9 c^2 / 2 + 3 * 9 c^2 in 3x3 kernels, c^2 / 2 in 1x1
+    kernels and 5 * 2 c in norms, the head 8 n K + K.
     """
 
     def by_hand(n: int, num_classes: int) -> int:
@@ -304,11 +303,11 @@ def test_batch_norm_of_one_value_is_refused() -> None:
     ("name", "settings", "words"),
     [
         ("cnn", {"max_pool": True}, r"max_pool needs stride=1.*got stride=2; set stride=1"),
-        ("cnn", {"norm": "group", "norm_groups": 5}, r"norm_groups=5 with channels 32, 64; use one of 1, 2, 4,"),
+        ("cnn", {"norm": "group", "norm_groups": 5}, r"=5 with channels 32, 64; use one of 1, 2, 4,"),
         ("cnn", {"activation": "swish"}, r"activation must be one of relu, .*, got 'swish'"),
         ("resnet18", {"norm": "none"}, r"norm must be one of batch, group, got 'none'"),
-        ("resnet18_thin", {"norm": "group", "norm_groups": 8}, r"norm_groups=8 with channels 20; use one of 1,"),
-        ("cnn", {"channels": (4,) * 4, "stride": 1, "max_pool": True}, r"images of shape \[9, 9, 3\] .* conv_3"),
+        ("resnet18_thin", {"norm": "group", "norm_groups": 8}, r"=8 with channels 20; use one of 1,"),
+        ("cnn", {"channels": [4] * 4, "stride": 1, "max_pool": True}, r"shape \[9, 9, 3\] are.* conv_3;"),
     ],
 )
 def test_settings_that_no_network_can_have(name: str, settings: Settings, words: str) -> None:
@@ -322,7 +321,7 @@ def test_settings_that_no_network_can_have(name: str, settings: Settings, words:
 
 
 def test_variables_that_no_run_carries() -> None:
-    class Counting(nn.Module):  # type: ignore[misc]  # Flax has no types
+    class Counting(nn.Module):
         @nn.compact
         def __call__(self, x: jax.Array, train: bool) -> jax.Array:
             calls = self.variable("cache", "calls", jnp.zeros, ())

@@ -1,9 +1,9 @@
 """Convolutional networks from the definitions of their layers, in float64 NumPy.
 
-    conv    y[n, i, j, o] = b[o] + sum_{u, v, c} x[n, s i + u - p, s j + v - p, c] K[u, v, c, o], zeros outside x
+    conv    y[n, i, j, o] = b[o] + sum_{u, v, c} x[n, s i + u - p, s j + v - p, c] K[u, v, c, o], 0 outside x
     pool    y[n, i, j, c] = max_{u, v in 0, 1} x[n, 2 i + u, 2 j + v, c]
-    batch   y = (x - m) / sqrt(v + 1e-5) * scale + bias, m and v = mean (x - m)^2 over the n values of a channel
-            running m <- 0.9 m + 0.1 mean, v <- 0.9 v + 0.1 sum (x - m)^2 / (n - 1); in evaluation these are used
+    batch   y = (x - m) / sqrt(v + 1e-5) * scale + bias, m the mean of x, v that of (x - m)^2, of a channel
+            running m <- 0.9 m + 0.1 mean, v <- 0.9 v + 0.1 sum (x - m)^2 / (n - 1); evaluation is by these
     group   the same, over pixels and channels of a group of each image
     gelu    x Phi(x), Phi the distribution of a standard normal
     block   relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)), shortcut x or norm(conv(x)) with 1x1 kernels
@@ -46,7 +46,8 @@ def group_norm(x: FloatArray, scale: FloatArray, bias: FloatArray, groups: int) 
     parts = x.reshape(*x.shape[:3], groups, -1)
     mean = parts.mean((1, 2, 4), keepdims=True)
     var = ((parts - mean) ** 2).mean((1, 2, 4), keepdims=True)
-    return ((parts - mean) / np.sqrt(var + 1e-5)).reshape(x.shape) * scale + bias
+    normalised: FloatArray = ((parts - mean) / np.sqrt(var + 1e-5)).reshape(x.shape)
+    return normalised * scale + bias
 
 
 class Network:

@@ -1,0 +1,136 @@
+"""Whole runs of convolutional networks end with the same weights and running statistics in both frameworks.
+
+On real CIFAR-10 where it is, else on random colour images: float64, two tasks, the real learners.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sequel_flax
+import sequel_lightning
+from sequel_benchmarks import DataSet, SplitSettings, split
+from sequel_benchmarks.data import available, load
+from sequel_core.hparams import (
+    BACKBONES,
+    AGEMHParams,
+    AlgorithmHParams,
+    BackboneHParams,
+    DERppHParams,
+    ERHParams,
+    EWCHParams,
+    ICaRLHParams,
+    KCLHParams,
+    LaMAMLHParams,
+    LFLHParams,
+    MASHParams,
+    MCSGDHParams,
+    NaiveHParams,
+    OptimizerHParams,
+    SIHParams,
+    TrainingHParams,
+)
+from sequel_core.learner import Learner
+from sequel_core.task import Benchmark, FloatArray
+from tests.parity.cases import SILENT, difference
+
+SGD = OptimizerHParams(lr=0.02, momentum=0.5)
+TRAINING = TrainingHParams(batch_size=6, dtype="float64", seed=3, eval_batch_size=25)
+CNN = BACKBONES["cnn"]
+THIN = BACKBONES["resnet18_thin"]
+
+NETWORKS: dict[str, BackboneHParams] = {
+    "cnn": CNN(channels=(6, 8), linear_widths=(16,), stride=1, max_pool=True, activation="gelu"),  # type: ignore[call-arg]
+    "cnn batch": CNN(channels=(6, 8), linear_widths=(), norm="batch"),  # type: ignore[call-arg]
+    "cnn group": CNN(channels=(6, 8), norm="group", norm_groups=2, kernel_size=5),  # type: ignore[call-arg]
+    "thin batch": THIN(),
+    "thin group": THIN(norm="group"),  # type: ignore[call-arg]
+}
+
+METHODS: list[AlgorithmHParams] = [
+    NaiveHParams(),
+    EWCHParams(ewc_lambda=20, fisher_samples=15),
+    ERHParams(mem_size=20, mem_batch_size=7),
+    DERppHParams(mem_size=20, mem_batch_size=7),
+    SIHParams(si_lambda=0.3),
+    MASHParams(mas_lambda=0.01, mas_samples=15),
+    LFLHParams(lfl_lambda=0.1),
+    AGEMHParams(mem_size=20, mem_batch_size=7),
+    MCSGDHParams(mem_size=20, lmc_line_samples=3, lmc_batch_size=8),
+    LaMAMLHParams(mem_size=20, mem_batch_size=7, n_inner_updates=2, glances=2),
+    ICaRLHParams(mem_size=20),
+    KCLHParams(core_size=10, d_rn_f=32, tau=0.1, lmd=10),
+]
+
+QUICK = {
+    "cnn": {"lamaml", "mcsgd"},
+    "cnn batch": {"ewc", "er", "derpp", "lfl", "agem", "icarl", "kcl"},
+    "thin batch": {"er"},
+    "thin group": {"naive"},
+}
+"""What runs by default; the rest is `slow`."""
+
+
+@cache
+def stream() -> Benchmark:
+    """Two tasks of five classes, 36 training images of 32x32 each, augmented."""
+    if available("cifar10"):
+        data = load("cifar10")
+    else:
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (2, 200, 32, 32, 3), dtype=np.uint8)
+        labels = np.arange(200) % 10
+        data = DataSet("noise", images[0], labels, images[1], labels, 10)
+    return split(data, SplitSettings(2, "class", subset=36, crop_padding=3, horizontal_flip=True))
+
+
+def learners(hparams: AlgorithmHParams, network: str) -> list[Learner]:
+    backbone, benchmark = NETWORKS[network], stream()
+    settings: dict[str, Any] = {**vars(backbone), "num_classes": benchmark.num_classes}
+    theirs = sequel_lightning.backbones.BACKBONES[backbone.type](**settings, image_shape=benchmark.image_shape)
+    factory = sequel_lightning.build_optimizer(SGD)
+    ours = sequel_flax.backbones.BACKBONES[backbone.type](**settings)
+    tx = sequel_flax.build_optimizer(SGD)
+    return [
+        sequel_lightning.make_learner(hparams, theirs, factory, benchmark, TRAINING),
+        sequel_flax.make_learner(hparams, ours, tx, benchmark, TRAINING),
+    ]
+
+
+def trained(learner: Learner) -> dict[str, FloatArray]:
+    for task in learner.hparams.training_tasks(stream(), learner.training.seed):
+        learner.fit_task(task, SILENT)
+    return learner.weights()
+
+
+CASES = [
+    pytest.param(
+        method,
+        network,
+        id=f"{network}-{method.name}",
+        marks=[] if method.name in QUICK.get(network, ()) else [pytest.mark.slow],
+    )
+    for network in NETWORKS
+    for method in METHODS
+    if not ("batch" in network and method.name in ("mcsgd", "lamaml"))
+]
+
+
+@pytest.mark.parametrize(("hparams", "network"), CASES)
+def test_same_weights_and_running_statistics(hparams: AlgorithmHParams, network: str) -> None:
+    torch_, flax_ = learners(hparams, network)
+    before = flax_.weights()
+    assert difference(torch_.weights(), before) == 0
+    ends = [trained(learner) for learner in (torch_, flax_)]
+    assert difference(*ends) < 1e-8
+    statistics = {name for name in before if name.endswith(("/mean", "/var"))}
+    assert bool(statistics) == ("batch" in network)
+    assert all(difference({n: ends[0][n]}, {n: before[n]}) > 1e-3 for n in statistics if n.endswith("/mean"))
+    first = stream().tasks[0]
+    (one, two) = (learner.evaluate(first, "test") for learner in (torch_, flax_))
+    assert one.correct == two.correct
+    np.testing.assert_allclose(one.loss, two.loss, rtol=1e-8)
