@@ -45,7 +45,7 @@ class Block(nn.Module):
         self.conv_1 = nn.Conv(self.channels, (3, 3), padding=1, use_bias=False)
         self.norm_1 = normalisation(self.norm, self.norm_groups)
         if self.changes:
-            self.shortcut_conv = nn.Conv(self.channels, (1, 1), self.stride, padding=0, use_bias=False)
+            self.shortcut_conv = nn.Conv(self.channels, (1, 1), padding=0, use_bias=False)
             self.shortcut_norm = normalisation(self.norm, self.norm_groups)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -54,7 +54,8 @@ class Block(nn.Module):
         h = self.drop(h, deterministic=not train)
         h = normalised(self.norm_1, self.conv_1(h), train)
         if self.changes:
-            x = normalised(self.shortcut_norm, self.shortcut_conv(x), train)
+            x = self.shortcut_conv(x[:, :: self.stride, :: self.stride])
+            x = normalised(self.shortcut_norm, x, train)
         return nn.relu(h + x)
 
 

@@ -74,7 +74,8 @@ class CNN(nn.Module):
         height, width, last = self.settings.feature_shape(image_shape)
         fan_in = image_shape[-1]
         for i, fan_out in enumerate(channels):
-            conv = nn.Conv2d(fan_in, fan_out, kernel_size, stride, kernel_size // 2, bias=norm == "none")
+            step = stride if kernel_size > 1 else 1
+            conv = nn.Conv2d(fan_in, fan_out, kernel_size, step, kernel_size // 2, bias=norm == "none")
             self.add_module(f"conv_{i}", conv)
             if norm != "none":
                 self.add_module(f"norm_{i}", normalisation(norm, fan_out, norm_groups))
@@ -90,6 +91,9 @@ class CNN(nn.Module):
         """Return the last hidden layer `[B, D]` of images `[B, C, H, W]`."""
         settings, activation = self.settings, ACTIVATIONS[self.settings.activation]
         for i in range(len(settings.channels)):
+            if settings.kernel_size == 1:
+                # The stride by hand: oneDNN's in 1x1 kernels corrupts memory below 8 channels (issue 6035).
+                x = x[..., :: settings.stride, :: settings.stride]
             x = self.get_submodule(f"conv_{i}")(x)
             if settings.norm != "none":
                 x = self.get_submodule(f"norm_{i}")(x)

@@ -42,7 +42,7 @@ CNN: list[Settings] = [
         "linear_widths": (7, 5),
     },
     {"channels": (4,), "stride": 1, "activation": "tanh"},
-    {"channels": (4,), "activation": "sigmoid"},
+    {"channels": (4, 6), "kernel_size": 1, "activation": "sigmoid"},
 ]
 CASES: list[tuple[str, Settings, bool]] = [
     *(("cnn", settings, True) for settings in CNN),
@@ -315,7 +315,7 @@ def test_settings_that_no_network_can_have(name: str, settings: Settings, words:
         sequel_lightning.backbones.BACKBONES[name](**settings, image_shape=(SIZE, SIZE, 3))
     with pytest.raises(ValueError, match=words):
         initial_variables(sequel_flax.backbones.BACKBONES[name](**settings), spec(), 0)
-    if "images" not in words:
+    if "shape" not in words:
         with pytest.raises(ValueError, match=words):
             BACKBONES[name](**settings)
 

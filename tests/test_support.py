@@ -1,0 +1,161 @@
+"""Every algorithm runs on every backbone in every scenario and both modes, or says why not when it is made.
+
+The README's table is what this file finds; on a difference the failure shows the table to paste.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sequel_flax
+import sequel_lightning
+from sequel_benchmarks import DataSet, SplitSettings, split
+from sequel_core.hparams import (
+    ALGORITHMS,
+    BACKBONES,
+    AlgorithmHParams,
+    BackboneHParams,
+    OptimizerHParams,
+    TrainingHParams,
+)
+from sequel_core.learner import Learner
+from sequel_core.task import Benchmark, Scenario
+from tests.parity.cases import SILENT
+
+SMALL: dict[str, dict[str, Any]] = {
+    "lamaml": {"n_inner_updates": 1, "glances": 1, "mem_size": 12, "mem_batch_size": 4},
+    "mcsgd": {"mem_size": 12, "lmc_line_samples": 2, "lmc_batch_size": 4},
+    "kcl": {"core_size": 4, "d_rn_f": 16},
+    "icarl": {"mem_size": 12},
+    **{name: {"mem_size": 12, "mem_batch_size": 4} for name in ("agem", "er", "der", "derpp")},
+}
+HPARAMS: dict[str, AlgorithmHParams] = {name: cls(**SMALL.get(name, {})) for name, cls in ALGORITHMS.items()}
+
+
+def backbone(name: str, **settings: Any) -> BackboneHParams:
+    return BACKBONES[name](**settings)
+
+
+COLUMNS: dict[str, list[BackboneHParams]] = {
+    "`mlp`": [backbone("mlp", widths=(8,))],
+    "`cnn`": [backbone("cnn", channels=(4,), linear_widths=(8,))],
+    "`cnn`, `norm=group`": [backbone("cnn", channels=(4,), norm="group")],
+    "`cnn`, `norm=batch`": [backbone("cnn", channels=(4,), norm="batch")],
+    "`resnet18`, `resnet18_thin`": [
+        backbone("resnet18", channels=4),
+        backbone("resnet18_thin", channels=4),
+    ],
+    "the same, `norm=group`": [
+        backbone("resnet18", channels=4, norm="group"),
+        backbone("resnet18_thin", channels=4, norm="group"),
+    ],
+    "`torchvision` (PyTorch)": [backbone("torchvision", model="shufflenet_v2_x0_5")],
+}
+"""A column of the table stands for all its networks."""
+
+SCENARIOS: tuple[Scenario, ...] = ("domain", "task", "class")
+MODES = ("pytorch", "jax")
+TRAINING = TrainingHParams(batch_size=4, eval_batch_size=8)
+README = Path(__file__).parents[1] / "README.md"
+
+
+@cache
+def stream(scenario: Scenario) -> Benchmark:
+    """Two tasks of two classes, eight training images of 32x32 in colour each."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (2, 16, 32, 32, 3), dtype=np.uint8), np.arange(16) % 4
+    return split(DataSet("noise", images[0], labels, images[1], labels, 4), SplitSettings(2, scenario))
+
+
+def learner(mode: str, hparams: AlgorithmHParams, network: BackboneHParams, scenario: Scenario) -> Learner:
+    benchmark, optimizer = stream(scenario), OptimizerHParams(lr=0.01)
+    arguments: dict[str, Any] = {**vars(network), "num_classes": benchmark.num_classes}
+    if mode == "jax":
+        ours = sequel_flax.backbones.BACKBONES[network.type](**arguments)
+        tx = sequel_flax.build_optimizer(optimizer)
+        return sequel_flax.make_learner(hparams, ours, tx, benchmark, TRAINING)
+    net = sequel_lightning.backbones.BACKBONES[network.type](**arguments, image_shape=benchmark.image_shape)
+    factory = sequel_lightning.build_optimizer(optimizer)
+    return sequel_lightning.make_learner(hparams, net, factory, benchmark, TRAINING)
+
+
+def refusal(mode: str, hparams: AlgorithmHParams, network: BackboneHParams, scenario: Scenario) -> str:
+    """Return why a learner is refused, up to the colon that the remedy follows; empty where it is not."""
+    try:
+        learner(mode, hparams, network, scenario)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def cell(name: str, networks: list[BackboneHParams], scenarios: tuple[Scenario, ...]) -> str:
+    """Return `yes`, or `no` with the number of its reason; modes and scenarios must agree."""
+    found = {
+        refusal(mode, HPARAMS[name], network, scenario)
+        for network in networks
+        for mode in MODES
+        for scenario in scenarios
+        if mode in network.modes
+    }
+    assert len(found) == 1, found
+    reason = found.pop()
+    return f"no: {reason.partition('; ')[0].partition(': ')[2]}" if reason else "yes"
+
+
+def table(columns: list[str]) -> dict[str, list[str]]:
+    return {
+        name: [cell(name, COLUMNS[column], SCENARIOS if column == "`mlp`" else ("class",)) for column in columns]
+        for name in HPARAMS
+    }
+
+
+def readme() -> dict[str, list[str]]:
+    """Return the cells of the README's table by algorithm."""
+    text = README.read_text().partition("<!-- support -->")[2].partition("<!-- /support -->")[0]
+    lines = [line.strip("| ").split(" | ") for line in text.strip().splitlines() if line.startswith("|")]
+    assert lines[0] == ["`algo=`", *COLUMNS]
+    return {name.strip("`"): cells for name, *cells in lines[2:]}
+
+
+QUICK = [column for column in COLUMNS if "resnet" not in column and "same" not in column]
+
+
+@pytest.mark.parametrize("columns", [QUICK, pytest.param(list(COLUMNS), marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_the_readme_says_what_runs(columns: list[str]) -> None:
+    found = table(columns)
+    places = [list(COLUMNS).index(column) for column in columns]
+    written = {name: [cells[k] for k in places] for name, cells in readme().items()}
+    head = ["`algo=`", *columns]
+    rows = [head, ["---"] * len(head), *([f"`{name}`", *cells] for name, cells in found.items())]
+    assert written == found, "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+RUNS = [
+    pytest.param(name, network, mode, scenario, id=f"{name}-{network.type}-{getattr(network, 'norm', '')}-{mode}-{scenario}")
+    for name in HPARAMS
+    for networks in COLUMNS.values()
+    for network in networks
+    for mode in network.modes
+    for scenario in SCENARIOS
+    if network.type != "resnet18" and not (getattr(network, "norm", "") == "batch" and name in ("lamaml", "mcsgd"))
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "network", "mode", "scenario"), RUNS)
+def test_what_is_not_refused_runs(name: str, network: BackboneHParams, mode: str, scenario: Scenario) -> None:
+    """Two tasks, two steps each; the weights move, and the evaluation is of finite losses."""
+    made = learner(mode, HPARAMS[name], network, scenario)
+    before = made.weights()
+    for task in made.hparams.training_tasks(stream(scenario), made.training.seed):
+        made.fit_task(task, SILENT)
+    found = [made.evaluate(task, "test") for task in stream(scenario).tasks]
+    assert all(np.isfinite(evaluation.loss) and evaluation.total == 8 for evaluation in found)
+    after = made.weights()
+    assert all(np.isfinite(array).all() for array in after.values())
+    assert any((after[k] != before[k]).any() for k in before)
