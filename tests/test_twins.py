@@ -29,7 +29,7 @@ def files(plugin: ModuleType, folder: str) -> dict[str, Path]:
     }
 
 
-OWN = {"backbones": ({"foreign.py", "normalisation.py"}, {"normalisation.py", "torchvision.py"})}
+OWN = {"backbones": ({"normalisation.py"}, {"normalisation.py", "torchvision.py"})}
 """What one plug-in alone needs: torch brings the layers and takes any module, Flax has no torchvision."""
 FILE_NAMES = {"resnet18": "resnet", "resnet18_thin": "resnet"}
 SHARED = "."
