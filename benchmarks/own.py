@@ -286,10 +286,10 @@ def _benchmark(
         raise ValueError(
             f"validation must be 0 where the tasks have validation data, got {settings.validation:g}"
         )
-    hold_out = StreamSettings(num_tasks=len(rows), validation=settings.validation, seed=settings.seed)
+    stream = StreamSettings(num_tasks=len(rows), validation=settings.validation, seed=settings.seed)
     tasks = []
     for t, (train, test, *given) in enumerate(rows):
-        kept, held_out = hold_out(np.arange(len(train)), hold_out, t)
+        kept, held_out = hold_out(np.arange(len(train)), stream, t)
         tasks.append(
             Task(
                 index=t,

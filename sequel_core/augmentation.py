@@ -1,4 +1,4 @@
-"""Which part of an image a step sees, and whether mirrored: decided in NumPy, like all that a sample depends on.
+"""Which part of an image a step sees, and whether mirrored: decided in NumPy, outside both frameworks.
 
 The crops come with the batch (`Batch.plan`), and the step applies them: memories keep images as they are, and
 what is replayed is augmented afresh.
@@ -23,8 +23,8 @@ class Augmented(NamedTuple):
     """A step's plan with the crops of its samples, int32."""
 
     plan: Any  # of the method; () where it needs none
-    own: NDArray[np.int32]  # of the batch [..., B, 3]
-    reads: NDArray[np.int32]  # of each draw from a memory [..., draws, R, 3]
+    own: Any  # of the batch [..., B, 3]
+    reads: Any  # of each draw from a memory [..., draws, R, 3]
 
 
 class AugmentingPlanner:
@@ -75,5 +75,5 @@ class AugmentingPlanner:
 
 
 def augmenting(planner: Planner, spec: StreamSpec, seed: int) -> Planner:
-    """Return the planner; where the stream's training samples are augmented, one that plans their crops too."""
+    """Return the planner; where the stream's samples are augmented, one that plans their crops too."""
     return AugmentingPlanner(planner, spec.augmentation, seed) if spec.augmentation else planner

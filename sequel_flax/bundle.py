@@ -35,7 +35,7 @@ Stats = Any  # running statistics of batch normalisation; {} for a network witho
 Outputs = dict[str, jax.Array]
 
 
-class BatchStatsTrainState(train_state.TrainState):  # type: ignore[misc]  # Flax has no types
+class BatchStatsTrainState(train_state.TrainState):
     """A TrainState with the running statistics of batch normalisation; our steps take any with the field."""
 
     batch_stats: Stats
@@ -225,7 +225,8 @@ def refuse_batch_stats(ts: TrainState, name: str, reason: str) -> None:
 
 def advance(ts: TrainState, gradient: Params, stats: Stats) -> TrainState:
     """Return the train state after a step of the optimizer, with new running statistics."""
-    return ts.apply_gradients(grads=gradient, **_collections(stats))
+    after: TrainState = ts.apply_gradients(grads=gradient, **_collections(stats))
+    return after
 
 
 def trained_on(state: State, batch: Batch) -> Batch:

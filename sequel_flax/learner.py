@@ -23,7 +23,6 @@ from sequel_core.hparams import TrainingHParams
 from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
 from sequel_core.task import AnySplit, Batch, FloatArray, IntArray, Samples, StreamSpec, Task
 from sequel_flax.backbones import initial_variables
-from sequel_flax.foreign import adapted
 from sequel_flax.bundle import (
     Algorithm,
     BatchStatsTrainState,
@@ -32,6 +31,7 @@ from sequel_flax.bundle import (
     get_learning_rate,
     mask_logits,
 )
+from sequel_flax.foreign import adapted
 from sequel_flax.optimizers import clip_by_global_norm
 from sequel_flax.replay import Memory, stored_samples
 from sequel_flax.writers import MetricWriter
@@ -58,7 +58,7 @@ class FlaxLearner:
 
     Args:
         algorithm: for example `ewc(EWCHParams())`.
-        model: a linen or an NNX module, called with images `[B, H, W, C]`; see `sequel_flax.foreign.adapted` for
+        model: a linen or an NNX module, called with images `[B, H, W, C]`; `sequel_flax.foreign.adapted` says
             how it is told that it trains.
         tx: optimizer; `lr_decay` needs one made with `optax.inject_hyperparams`.
         spec: of the benchmark (`benchmark.spec`).
@@ -102,7 +102,7 @@ class FlaxLearner:
         if self.training.grad_clip is not None:
             tx = optax.chain(clip_by_global_norm(self.training.grad_clip), tx)
         variables = initial_variables(self.model, spec, self.training.seed, self.training.dtype)
-        kind = BatchStatsTrainState if "batch_stats" in variables else TrainState
+        kind: Any = BatchStatsTrainState if "batch_stats" in variables else TrainState
         ts = algorithm.prepare(kind.create(apply_fn=self.model.apply, tx=tx, **variables), spec)
         self.ts = strong_types(ts)
         self.state = strong_types(algorithm.init(self.ts, spec))

@@ -20,7 +20,16 @@ from flax.training.train_state import TrainState
 
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.task import Batch, StreamSpec
-from sequel_flax.bundle import Algorithm, Params, State, init_stream, plain_planner, predict, start_task, train_step
+from sequel_flax.bundle import (
+    Algorithm,
+    Params,
+    State,
+    init_stream,
+    plain_planner,
+    predict,
+    start_task,
+    train_step,
+)
 
 Model = tuple[TrainState, State]
 Objective = Callable[[Params, Model, Batch], jax.Array]

@@ -27,7 +27,8 @@ def crop(x: Tensor, crops: Tensor) -> Tensor:
     columns = torch.where(crops[:, 2:] == 1, width - 1 - place, place) + crops[:, 1:2]
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
     rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    found = x.movedim(1, -1)[torch.arange(n, device=x.device)[:, None, None], rows[:, :, None], columns[:, None]]
+    sample = torch.arange(n, device=x.device)[:, None, None]
+    found = x.movedim(1, -1)[sample, rows[:, :, None], columns[:, None]]
     return found.mul_(inside[..., None]).movedim(-1, 1)
 
 

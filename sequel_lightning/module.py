@@ -75,8 +75,8 @@ class ContinualModule(pl.LightningModule):
         seed: of the plan, for methods that choose samples.
 
     Raises:
-        ValueError: a network that the stream's images do not fit, or that returns another shape; in `fit`, for
-            a Trainer that has nothing left to run, more than one process, or a learning-rate decay beside a
+        ValueError: a network that the stream's images do not fit, or that returns another shape; in `fit`, a
+            Trainer that has nothing left to run, more than one process, or a learning-rate decay beside a
             scheduler.
     """
 
@@ -508,8 +508,8 @@ def check_network(net: nn.Module, spec: StreamSpec) -> None:
     found = list(getattr(logits, "shape", ()))
     if found != [1, spec.num_classes]:
         raise ValueError(
-            f"the network must return logits [B, {spec.num_classes}] for images {list(shape)}, got {found} for "
-            f"B=1; set num_classes={spec.num_classes}"
+            f"the network must return logits [B, {spec.num_classes}] for images {list(shape)}, got {found} "
+            f"for B=1; set num_classes={spec.num_classes}"
         )
 
 

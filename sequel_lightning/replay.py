@@ -61,9 +61,9 @@ class Seen(NamedTuple):
 
 def empty_memory(spec: StreamSpec, slots: int, dtype: torch.dtype | None) -> Memory:
     """Return a memory of so many empty slots; `dtype` of the logits, None for none."""
-    height, width, channels = spec.image_shape
+    images = torch.zeros((slots, *spec.image_shape), dtype=getattr(torch, spec.image_dtype))
     return Memory(
-        x=torch.zeros((slots, height, width, channels), dtype=getattr(torch, spec.image_dtype)).movedim(-1, 1),
+        x=images.movedim(-1, 1),  # in memory as they come, colours last
         y=torch.zeros(slots, dtype=torch.int32),
         t=torch.full((slots,), -1, dtype=torch.int32),
         logits=None if dtype is None else torch.zeros((slots, spec.num_classes), dtype=dtype),

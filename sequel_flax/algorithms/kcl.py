@@ -82,7 +82,7 @@ def kcl(hparams: KCLHParams, seed: int = 0) -> Algorithm:
         return kernels.normalised(h, hparams.normalisation)
 
     def answer(
-        ts: TrainState, state: State, own: Params, core: jax.Array, y: jax.Array, k: Any, h: jax.Array, at: Any
+        ts: TrainState, state: State, own: Params, core: jax.Array, y: jax.Array, k: Any, h: Any, at: Any
     ) -> tuple[jax.Array, Any]:
         """Return the logits of features by a coreset and task k's parameters, and what was inferred of it."""
         _, noise, phase, _ = state.memory

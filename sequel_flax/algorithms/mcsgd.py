@@ -29,7 +29,16 @@ from sequel_core.hparams import MCSGDHParams
 from sequel_core.memory import connection_batches
 from sequel_core.task import Batch, StreamSpec, Task
 from sequel_flax.augmentation import without_draws
-from sequel_flax.bundle import Algorithm, Outputs, Params, State, masked, network, refuse_batch_stats, start_task
+from sequel_flax.bundle import (
+    Algorithm,
+    Outputs,
+    Params,
+    State,
+    masked,
+    network,
+    refuse_batch_stats,
+    start_task,
+)
 from sequel_flax.replay import Memory, Recalled, draws, mean_cross_entropy, recall, replay, sum_of_first
 
 Lines = Sequence[tuple[Params, Sequence[Recalled]]]  # where each begins, and the samples that it is for

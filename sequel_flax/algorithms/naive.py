@@ -13,7 +13,16 @@ from flax.training.train_state import TrainState
 
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.task import StreamSpec
-from sequel_flax.bundle import Algorithm, State, end_task, init_stream, plain_planner, predict, start_task, train_step
+from sequel_flax.bundle import (
+    Algorithm,
+    State,
+    end_task,
+    init_stream,
+    plain_planner,
+    predict,
+    start_task,
+    train_step,
+)
 
 
 def naive(hparams: AlgorithmHParams, seed: int = 0) -> Algorithm:

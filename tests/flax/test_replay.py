@@ -42,7 +42,6 @@ from tests.flax.parts import (
     SI,
     SILENT,
     STEPS,
-    Layered,
     Net,
     batches,
     divided,

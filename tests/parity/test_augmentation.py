@@ -16,11 +16,15 @@ from sequel_core.hparams import AlgorithmHParams
 from sequel_core.learner import Learner
 from sequel_core.task import Augmentation, Benchmark, FloatArray
 from sequel_flax.augmentation import crop as flax_crop
+from sequel_flax.learner import as_batch
 from sequel_lightning.augmentation import crop as torch_crop
 from tests.parity import cases
 from tests.parity.cases import CASES, OPTIMIZERS, SILENT, bar, difference, training
 
 ONE_EACH = {hparams.name: (hparams, optimizer) for hparams, optimizer in reversed(CASES)}
+
+QUICK = ("naive", "derpp", "icarl")
+"""What runs by default; the rest is `slow`."""
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float64"])
@@ -29,7 +33,8 @@ def test_crops_are_those_of_padding_slicing_and_reversing(dtype: str) -> None:
     x = rng.integers(1, 256, (60, 7, 5, 3)).astype(dtype)
     crops = np.stack([rng.integers(-3, 4, 60), rng.integers(-3, 4, 60), rng.integers(0, 2, 60)], 1)
     padded = np.pad(x, ((0, 0), (3, 3), (3, 3), (0, 0)))
-    expected = np.stack([p[3 + i : 10 + i, 3 + j : 8 + j] for p, (i, j, _) in zip(padded, crops, strict=True)])
+    places = zip(padded, crops, strict=True)
+    expected = np.stack([p[3 + i : 10 + i, 3 + j : 8 + j] for p, (i, j, _) in places])
     expected[crops[:, 2] == 1] = expected[crops[:, 2] == 1, :, ::-1]
     found = np.asarray(flax_crop(jnp.asarray(x), jnp.asarray(crops, jnp.int32)))
     np.testing.assert_array_equal(found, expected)
@@ -63,7 +68,13 @@ def trained(learner: Learner, num_tasks: int = 3) -> dict[str, FloatArray]:
     return learner.weights()
 
 
-@pytest.mark.parametrize(("hparams", "optimizer"), ONE_EACH.values(), ids=ONE_EACH)
+@pytest.mark.parametrize(
+    ("hparams", "optimizer"),
+    [
+        pytest.param(*case, marks=[] if name in QUICK else [pytest.mark.slow], id=name)
+        for name, case in ONE_EACH.items()
+    ],
+)
 def test_same_weights_with_augmentation(hparams: AlgorithmHParams, optimizer: str) -> None:
     torch_, flax_ = (trained(learner) for learner in learners(hparams, optimizer, steps_per_call=8))
     assert difference(flax_, torch_) < bar(hparams)
@@ -75,7 +86,6 @@ def test_same_weights_with_augmentation(hparams: AlgorithmHParams, optimizer: st
 def test_a_step_without_the_plan_is_refused() -> None:
     _, learner = learners(*CASES[0])
     assert isinstance(learner, sequel_flax.FlaxLearner)
-    x, y, t = augmented().tasks[0].train.take(np.arange(4))
-    batch = sequel_flax.learner.as_batch(sequel_flax.learner.Samples(x, y, t))
+    batch = as_batch(augmented().tasks[0].train.take(np.arange(4)))
     with pytest.raises(ValueError, match=r"samples are augmented and the batch has no plan.*planner.next"):
         learner.algorithm.train_step(learner.ts, learner.state, batch)

@@ -91,7 +91,8 @@ def stream() -> Benchmark:
 def learners(hparams: AlgorithmHParams, network: str) -> list[Learner]:
     backbone, benchmark = NETWORKS[network], stream()
     settings: dict[str, Any] = {**vars(backbone), "num_classes": benchmark.num_classes}
-    theirs = sequel_lightning.backbones.BACKBONES[backbone.type](**settings, image_shape=benchmark.image_shape)
+    shape = benchmark.image_shape
+    theirs = sequel_lightning.backbones.BACKBONES[backbone.type](**settings, image_shape=shape)
     factory = sequel_lightning.build_optimizer(SGD)
     ours = sequel_flax.backbones.BACKBONES[backbone.type](**settings)
     tx = sequel_flax.build_optimizer(SGD)
