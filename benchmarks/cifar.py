@@ -11,6 +11,7 @@ import hashlib
 import io
 import pickle
 import tarfile
+import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -209,7 +210,7 @@ def _from_archive(path: Path, version: Version) -> dict[str, bytes]:
             for name in (*version.train, *version.test):
                 member = archive.extractfile(f"{version.folder}/{name}")
                 contents[name] = member.read() if member else b""
-    except (tarfile.TarError, OSError, EOFError, KeyError) as error:
+    except (tarfile.TarError, OSError, EOFError, KeyError, zlib.error) as error:
         raise ValueError(f"{path} is not the whole archive ({error}); delete it") from error
     return contents
 

@@ -190,7 +190,10 @@ class SplitImageFolder(Benchmark):
         if root is None:
             raise ValueError("root must be a folder with train/CLASS/ and test/CLASS/, got None; give it")
         settings.order(len(class_folders(Path(root).expanduser())))  # before any picture is read
-        super().__init__(**vars(split(image_folder(root, size, channels), settings)))
+        stream = split(image_folder(root, size, channels), settings)
+        plain = list(size) if isinstance(size, tuple) else size
+        own = {"root": os.fspath(root), "size": plain, "channels": channels}
+        super().__init__(**vars(stream) | {"settings": {**own, **stream.settings}})
 
 
 def _split_known(name: str, settings: SplitSettings, data_dir: str | os.PathLike[str] | None) -> Benchmark:

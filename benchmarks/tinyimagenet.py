@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,7 @@ def _from_archive(path: Path, allocate: Allocate) -> list[str]:
             start = f"{FOLDER}/"
             names = [name.removeprefix(start) for name in archive.namelist() if name.startswith(start)]
             return _decode(path, names, lambda name: archive.read(start + name), allocate)
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, KeyError, zlib.error) as error:
         raise ValueError(f"{path} is not the whole archive ({error}); delete it") from error
 
 

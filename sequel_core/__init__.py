@@ -26,11 +26,12 @@ from sequel_core.learner import DivergenceError, Learner
 from sequel_core.memory import joined_with_memory, memory_stream
 from sequel_core.results import Result, load_result, load_weights
 from sequel_core.sequencer import run
-from sequel_core.task import Batch, Benchmark, Normalisation, PixelMap, Split, Task
+from sequel_core.task import Augmentation, Batch, Benchmark, Normalisation, PixelMap, Split, Task
 
 __all__ = [
     "AGEMHParams",
     "AlgorithmHParams",
+    "Augmentation",
     "Batch",
     "Benchmark",
     "DERHParams",

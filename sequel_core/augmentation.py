@@ -70,6 +70,11 @@ class AugmentingPlanner:
 
     @state.setter
     def state(self, values: IntArray) -> None:
+        if np.shape(values) != self.state.shape:
+            raise ValueError(
+                f"the planner's state must have {self.state.size} numbers, got {np.size(values)}; it comes "
+                "from a stream without augmentation or a method of other settings"
+            )
         self._planner.state = values[2:]
         self._seen, self._read = int(values[0]), int(values[1])
 

@@ -275,7 +275,6 @@ class JoinedSplit:
             images[here], labels[here], tasks[here] = samples
         return Samples(images, labels, tasks)
 
-
     def pick(self, positions: IntArray) -> JoinedSplit:
         """Return the samples at these positions, in the order asked for; data is not copied."""
         owner = np.searchsorted(self._offsets, positions, side="right") - 1

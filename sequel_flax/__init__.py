@@ -20,18 +20,24 @@ from sequel_flax.algorithms import (
     si,
     stable_sgd,
 )
-from sequel_flax.backbones import MLP, initial_params
+from sequel_flax.backbones import CNN, MLP, ResNet18, ResNet18Thin, initial_params, initial_variables
 from sequel_flax.build import build_learner, make_learner
-from sequel_flax.bundle import Algorithm, State
+from sequel_flax.bundle import Algorithm, BatchStatsTrainState, State
+from sequel_flax.foreign import adapted
 from sequel_flax.learner import FlaxLearner
 from sequel_flax.optimizers import build_optimizer
 
 __all__ = [
     "ALGORITHMS",
+    "CNN",
     "MLP",
     "Algorithm",
+    "BatchStatsTrainState",
     "FlaxLearner",
+    "ResNet18",
+    "ResNet18Thin",
     "State",
+    "adapted",
     "agem",
     "build_learner",
     "build_optimizer",
@@ -41,6 +47,7 @@ __all__ = [
     "ewc",
     "icarl",
     "initial_params",
+    "initial_variables",
     "joint",
     "kcl",
     "lamaml",

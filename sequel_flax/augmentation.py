@@ -21,6 +21,7 @@ def crop(x: jax.Array, crops: jax.Array) -> jax.Array:
         x: images `[N, H, W, C]`.
         crops: rows, columns, and 1 for a mirror image, int `[N, 3]`.
     """
+    x = jnp.asarray(x)  # NumPy would not clip indices
     n, height, width, _ = x.shape
     rows = jnp.arange(height)[None] + crops[:, :1]
     place = jnp.arange(width)[None]
@@ -52,4 +53,4 @@ def without_draws(batch: Batch) -> Batch:
 
 def cropped_draw(x: jax.Array, batch: Batch, k: Any) -> jax.Array:
     """Return the images of draw k from the memory `[R, H, W, C]`, cropped."""
-    return crop(x, batch.plan.reads[k]) if isinstance(batch.plan, Augmented) else x
+    return crop(x, jnp.asarray(batch.plan.reads)[k]) if isinstance(batch.plan, Augmented) else x

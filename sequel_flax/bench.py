@@ -1,4 +1,4 @@
-"""Hand-written JAX loops, without Flax or optax, that `sequel bench` compares the learner with."""
+"""Hand-written JAX loops, without optax or a train state, that `sequel bench` compares the learner with."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from sequel_core import plan
+from sequel_core.hparams import BACKBONES as SETTINGS
 from sequel_core.hparams import (
     AlgorithmHParams,
     DERHParams,
     DERppHParams,
     KCLHParams,
     LaMAMLHParams,
+    MemoryHParams,
     OptimizerHParams,
     TrainingHParams,
 )
 from sequel_core.learner import FitMonitor
 from sequel_core.task import Benchmark
-from sequel_flax.backbones import MLP
+from sequel_flax.backbones import BACKBONES, MLP
 from sequel_flax.build import make_learner, use_one_thread
+from sequel_flax.bundle import batch_stats
 from sequel_flax.optimizers import build_optimizer
 
 WIDTHS = (256, 256)
@@ -36,14 +39,17 @@ Step = Callable[[Any, Any, jax.Array, jax.Array], tuple[Any, Any, jax.Array]]
 
 
 def contenders(
-    hparams: AlgorithmHParams, benchmark: Benchmark, batch_size: int
+    hparams: AlgorithmHParams, benchmark: Benchmark, batch_size: int, backbone: str = "mlp"
 ) -> dict[str, Callable[[], float]]:
     """Return functions that train on the second task for one epoch and return the seconds, ours first."""
     first, task = benchmark.tasks
     use_one_thread()
+    model: Any = MLP(WIDTHS, benchmark.num_classes)
+    if backbone != "mlp":
+        model = BACKBONES[backbone](**vars(SETTINGS[backbone]()), num_classes=benchmark.num_classes)
     learner = make_learner(
         hparams,
-        MLP(WIDTHS, benchmark.num_classes),
+        model,
         build_optimizer(OptimizerHParams(lr=RATE)),
         benchmark,
         TrainingHParams(batch_size=batch_size),
@@ -60,10 +66,15 @@ def contenders(
     samples = task.train.take(plan.epoch_batches(0, 0, 0, len(task.train), batch_size).reshape(-1))
     x = samples.x.reshape(-1, batch_size, *benchmark.image_shape)
     y = samples.y.astype(np.int32).reshape(-1, batch_size)
-    layers = jax.tree.map(jnp.copy, _layers(learner.ts.params))
-    scale, shift = (float(a[0]) for a in (benchmark.normalisation.scale, benchmark.normalisation.shift))
+    scale, shift = benchmark.normalisation.scale, benchmark.normalisation.shift
     stored = samples if task.coreset is None else task.coreset.take(np.arange(len(task.coreset)))
-    step, kept = hand_written(hparams, layers, stored.x, stored.y, batch_size, scale, shift)
+    if backbone == "mlp":
+        layers = jax.tree.map(jnp.copy, _layers(learner.ts.params))
+        pixels = float(scale[0]), float(shift[0])
+        step, kept = hand_written(hparams, layers, stored.x, stored.y, batch_size, *pixels)
+    else:
+        layers = jax.tree.map(jnp.copy, (learner.ts.params, batch_stats(learner.ts)))
+        step, kept = of_module(hparams, model, layers, stored.x, stored.y, scale, shift)
 
     dispatch = jax.jit(step, donate_argnums=(0, 1))
 
@@ -89,7 +100,96 @@ def contenders(
         jax.block_until_ready(scan(*carry, x, y))
         return time.perf_counter() - start
 
-    return {"sequel": ours, "JAX step, dispatched": dispatched, "JAX step, scanned": scanned}
+    found: dict[str, Callable[[], float]] = {"sequel": ours, "JAX step, dispatched": dispatched}
+    return {**found, "JAX step, scanned": scanned} if backbone == "mlp" else found
+
+
+def mean_cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the mean cross-entropy, shape ()."""
+    loss: jax.Array = -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean()
+    return loss
+
+
+def descend(layers: Any, gradient: Any) -> Any:
+    """Take a step of SGD."""
+    return jax.tree.map(lambda w, g: w - RATE * g, layers, gradient)
+
+
+def anchored(layers: Any) -> Any:
+    """Return what a regulariser keeps."""
+    return {"anchor": layers, "ones": jax.tree.map(jnp.ones_like, layers)}
+
+
+def distance(layers: Any, kept: Any) -> jax.Array:
+    """Return a regulariser's penalty, shape ()."""
+    terms = jax.tree.map(lambda w, a, f: jnp.sum(f * (w - a) ** 2), layers, kept["anchor"], kept["ones"])
+    return 0.5 * jnp.sum(jnp.stack(jax.tree.leaves(terms)))
+
+
+def filled_memory(images: np.ndarray, labels: np.ndarray, size: int, classes: int) -> Any:
+    """Return a memory of the first samples."""
+    return {
+        "x": jnp.asarray(images[:size]),
+        "y": jnp.asarray(labels[:size], jnp.int32),
+        "logits": jnp.zeros((size, classes)),
+        "seen": jnp.asarray(size),
+        "key": jax.random.PRNGKey(0),
+    }
+
+
+def draw(memory: Any, salt: int, count: int) -> Any:
+    """Return images, labels and logits from the memory."""
+    key = jax.random.fold_in(jax.random.fold_in(memory["key"], memory["seen"]), salt)
+    slots = jax.random.randint(key, (count,), 0, len(memory["y"]))
+    return memory["x"][slots], memory["y"][slots], memory["logits"][slots]
+
+
+def keep(memory: Any, x: jax.Array, y: jax.Array, logits: jax.Array | None = None) -> Any:
+    """Write a batch to the reservoir."""
+    count = memory["seen"] + jnp.arange(len(y))
+    u = jax.random.uniform(jax.random.fold_in(memory["key"], memory["seen"]), (len(y),))
+    slots = (u * (count + 1)).astype(jnp.int32)
+    new = {"x": x, "y": y} if logits is None else {"x": x, "y": y, "logits": logits}
+    written = {k: memory[k].at[slots].set(a, mode="drop") for k, a in new.items()}
+    return {**memory, **written, "seen": memory["seen"] + len(y)}
+
+
+def of_module(
+    hparams: AlgorithmHParams,
+    model: Any,
+    layers: Any,
+    images: np.ndarray,
+    labels: np.ndarray,
+    scale: np.ndarray,
+    shift: np.ndarray,
+) -> tuple[Step, Any]:
+    """Return the step for a linen module, and what it keeps at first; see `hand_written`.
+
+    The step's layers are the parameters and the running statistics, `{}` where there are none.
+    """
+    factor, offset = (jnp.asarray(a, jnp.float32).reshape(1, 1, 1, -1) for a in (scale, shift))
+    pulled, replays = hparams.name in ("ewc", "mas"), isinstance(hparams, MemoryHParams)
+
+    def step(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
+        params, stats = layers
+        seen = x, y
+        if replays:
+            old = draw(kept, 1, len(y))
+            seen = jnp.concatenate([x, old[0]]), jnp.concatenate([y, old[1]])
+
+        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+            variables = {"params": params, "batch_stats": stats}
+            pixels = seen[0].astype(jnp.float32) * factor + offset
+            logits, after = model.apply(variables, pixels, train=True, mutable=["batch_stats"])
+            loss = mean_cross_entropy(logits, seen[1])
+            return loss + distance(params, kept) if pulled else loss, after.get("batch_stats", {})
+
+        (loss, stats), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return (descend(params, gradient), stats), keep(kept, x, y) if replays else kept, loss
+
+    if isinstance(hparams, MemoryHParams):
+        return step, filled_memory(images, labels, hparams.mem_size, model.num_classes)
+    return step, anchored(layers[0]) if pulled else ()
 
 
 def hand_written(
@@ -117,19 +217,8 @@ def hand_written(
         logits: jax.Array = hidden(layers, x) @ layers[-1][0] + layers[-1][1][None]
         return logits
 
-    def mean_cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
-        loss: jax.Array = -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean()
-        return loss
-
-    def descend(layers: Any, gradient: Any) -> Any:
-        return jax.tree.map(lambda w, g: w - RATE * g, layers, gradient)
-
     def plain(layers: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         return mean_cross_entropy(network(layers, x), y)
-
-    def distance(layers: Any, kept: Any) -> jax.Array:
-        terms = jax.tree.map(lambda w, a, f: jnp.sum(f * (w - a) ** 2), layers, kept["anchor"], kept["ones"])
-        return 0.5 * jnp.sum(jnp.stack(jax.tree.leaves(terms)))
 
     def sgd(loss_of: Callable[..., jax.Array]) -> Step:
         def step(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
@@ -138,12 +227,11 @@ def hand_written(
 
         return step
 
-    past = {"anchor": layers, "ones": jax.tree.map(jnp.ones_like, layers)}
     name = hparams.name
     if name in ("naive", "joint", "stable_sgd"):
         return sgd(lambda w, kept, x, y: plain(w, x, y)), ()
     if name in ("ewc", "mas"):
-        return sgd(lambda w, kept, x, y: plain(w, x, y) + distance(w, kept)), past
+        return sgd(lambda w, kept, x, y: plain(w, x, y) + distance(w, kept)), anchored(layers)
     if name == "si":
 
         def si(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
@@ -153,7 +241,7 @@ def hand_written(
             path = jax.tree.map(lambda p, g, a, b: p - g * (a - b), kept["path"], gradient, after, layers)
             return after, {**kept, "path": path}, loss
 
-        return si, {**past, "path": jax.tree.map(jnp.zeros_like, layers)}
+        return si, {**anchored(layers), "path": jax.tree.map(jnp.zeros_like, layers)}
     if name == "lfl":
 
         def lfl(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
@@ -207,43 +295,23 @@ def hand_written(
         core = {"x": jnp.asarray(images), "y": jnp.asarray(labels, jnp.int32)}
         return kcl, {**core, "key": jax.random.PRNGKey(0)}
 
-    size = vars(hparams)["mem_size"]
-    memory = {
-        "x": jnp.asarray(images[:size]),
-        "y": jnp.asarray(labels[:size], jnp.int32),
-        "logits": jnp.zeros((size, layers[-1][1].size)),
-        "seen": jnp.asarray(size),
-        "key": jax.random.PRNGKey(0),
-    }
-
-    def draw(memory: Any, salt: int) -> Any:
-        key = jax.random.fold_in(jax.random.fold_in(memory["key"], memory["seen"]), salt)
-        slots = jax.random.randint(key, (batch_size,), 0, size)
-        return memory["x"][slots], memory["y"][slots], memory["logits"][slots]
-
-    def keep(memory: Any, x: jax.Array, y: jax.Array, logits: jax.Array | None = None) -> Any:
-        count = memory["seen"] + jnp.arange(batch_size)
-        u = jax.random.uniform(jax.random.fold_in(memory["key"], memory["seen"]), (batch_size,))
-        slots = (u * (count + 1)).astype(jnp.int32)
-        new = {"x": x, "y": y} if logits is None else {"x": x, "y": y, "logits": logits}
-        written = {k: memory[k].at[slots].set(a, mode="drop") for k, a in new.items()}
-        return {**memory, **written, "seen": memory["seen"] + batch_size}
+    memory = filled_memory(images, labels, vars(hparams)["mem_size"], layers[-1][1].size)
 
     def er(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
-        old_x, old_y, _ = draw(kept, 1)
+        old_x, old_y, _ = draw(kept, 1, batch_size)
         both = jnp.concatenate([x, old_x]), jnp.concatenate([y, old_y])
         loss, gradient = jax.value_and_grad(plain)(layers, *both)
         return descend(layers, gradient), keep(kept, x, y), loss
 
     def der(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
-        old_x, _, old_logits = draw(kept, 1)
+        old_x, _, old_logits = draw(kept, 1, batch_size)
 
         def loss_fn(layers: Any) -> tuple[jax.Array, jax.Array]:
             logits = network(layers, x)
             pull = jnp.mean(jnp.sum((network(layers, old_x) - old_logits) ** 2, 1))
             loss = mean_cross_entropy(logits, y) + vars(hparams)["alpha"] * pull
             if isinstance(hparams, DERppHParams):
-                more_x, more_y, _ = draw(kept, 2)
+                more_x, more_y, _ = draw(kept, 2, batch_size)
                 loss = loss + hparams.beta * plain(layers, more_x, more_y)
             return loss, logits
 
@@ -252,7 +320,7 @@ def hand_written(
 
     def agem(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
         loss, gradient = jax.value_and_grad(plain)(layers, x, y)
-        reference = jax.grad(plain)(layers, *draw(kept, 1)[:2])
+        reference = jax.grad(plain)(layers, *draw(kept, 1, batch_size)[:2])
         along, norm = (
             sum(jax.tree.leaves(jax.tree.map(jnp.vdot, a, reference))) for a in (gradient, reference)
         )
@@ -297,7 +365,7 @@ def hand_written(
         def lamaml(layers: Any, kept: Any, x: jax.Array, y: jax.Array) -> Any:
             (memory, rates), losses = kept, []
             for k in range(hparams.glances):
-                old = draw(memory, k)
+                old = draw(memory, k, batch_size)
                 order = jax.random.permutation(jax.random.fold_in(memory["key"], k), batch_size)
                 both = tuple(jnp.concatenate(pair) for pair in zip((x, y), old[:2], strict=True))
                 layers, rates, loss = glance(layers, rates, (x[order], y[order]), both)

@@ -30,7 +30,7 @@ from sequel_flax.writers import MetricWriter, WandbWriter
 
 def make_learner(
     hparams: AlgorithmHParams,
-    model: nn.Module,
+    model: nn.Module | nnx.Module,
     optimizer: optax.GradientTransformation,
     benchmark: Benchmark,
     training: TrainingHParams | None = None,
@@ -44,8 +44,8 @@ def make_learner(
 
     Args:
         hparams: settings of the algorithm, for example `EWCHParams(ewc_lambda=1)`.
-        model: a built-in network starts from the weights that the plan has for `training.seed`, any other
-            from `model.init`.
+        model: linen or NNX; a built-in network starts from the weights that the plan has for
+            `training.seed`, any other linen module from `model.init`, an NNX module as it is.
         optimizer: for example `optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)`.
         benchmark: whose tasks will be learned.
         training: batch size, epochs, clipping, seed, dtype.

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from flax.training import train_state
 from flax.training.train_state import TrainState
 
 from sequel_core.augmentation import Augmented, augmenting
@@ -35,7 +34,7 @@ Stats = Any  # running statistics of batch normalisation; {} for a network witho
 Outputs = dict[str, jax.Array]
 
 
-class BatchStatsTrainState(train_state.TrainState):
+class BatchStatsTrainState(TrainState):
     """A TrainState with the running statistics of batch normalisation; our steps take any with the field."""
 
     batch_stats: Stats

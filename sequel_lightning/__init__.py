@@ -21,7 +21,7 @@ from sequel_lightning.algorithms import (
     Naive,
     StableSGD,
 )
-from sequel_lightning.backbones import MLP, initialise
+from sequel_lightning.backbones import CNN, MLP, ResNet18, ResNet18Thin, TorchvisionModel, initialise
 from sequel_lightning.build import build_learner, build_optimizer, make_learner
 from sequel_lightning.data import TaskDataModule
 from sequel_lightning.learner import LightningLearner
@@ -30,6 +30,7 @@ from sequel_lightning.module import ContinualModule
 __all__ = [
     "AGEM",
     "ALGORITHMS",
+    "CNN",
     "DER",
     "ER",
     "EWC",
@@ -46,8 +47,11 @@ __all__ = [
     "LaMAML",
     "LightningLearner",
     "Naive",
+    "ResNet18",
+    "ResNet18Thin",
     "StableSGD",
     "TaskDataModule",
+    "TorchvisionModel",
     "build_learner",
     "build_optimizer",
     "initialise",

@@ -42,15 +42,6 @@ def cropped(batch: Batch) -> Batch:
     return batch._replace(x=_crop(batch.x, batch, "own"), plan=own_plan(batch))
 
 
-def without_draws(batch: Batch) -> Batch:
-    """Return the batch with a plan that reads nothing from the memory."""
-    own = own_plan(batch)
-    own = own._replace(reads=own.reads[:0])
-    if isinstance(batch.plan, Augmented):
-        own = batch.plan._replace(plan=own, reads=batch.plan.reads[:0])
-    return batch._replace(plan=own)
-
-
 def cropped_draw(x: Tensor, batch: Batch, k: Any) -> Tensor:
     """Return the images of draw k from the memory `[R, C, H, W]`, cropped."""
     return _crop(x, batch, "reads", k)

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from sequel_core import plan
+from sequel_core.hparams import BACKBONES as SETTINGS
 from sequel_core.hparams import (
     AlgorithmHParams,
     KCLHParams,
@@ -27,7 +28,7 @@ from sequel_core.hparams import (
 )
 from sequel_core.learner import FitMonitor
 from sequel_core.task import Benchmark
-from sequel_lightning.backbones import MLP, initialise
+from sequel_lightning.backbones import BACKBONES, MLP, initialise
 from sequel_lightning.build import build_optimizer, make_learner, use_one_thread
 from sequel_lightning.data import as_batch
 from sequel_lightning.learner import LightningLearner, quiet
@@ -249,13 +250,17 @@ class Batches:
 
 
 def contenders(
-    hparams: AlgorithmHParams, benchmark: Benchmark, batch_size: int
+    hparams: AlgorithmHParams, benchmark: Benchmark, batch_size: int, backbone: str = "mlp"
 ) -> dict[str, Callable[[], float]]:
     """Return functions that train on the second task for one epoch and return the seconds, ours first."""
-    use_one_thread()
     first, task = benchmark.tasks
     training = TrainingHParams(batch_size=batch_size)
-    net = initialise(MLP(WIDTHS, benchmark.num_classes, image_shape=benchmark.image_shape), training.seed)
+    sizes: Any = {"num_classes": benchmark.num_classes, "image_shape": benchmark.image_shape}
+    if backbone == "mlp":
+        use_one_thread()
+        net = initialise(MLP(WIDTHS, **sizes), training.seed)
+    else:
+        net = initialise(BACKBONES[backbone](**vars(SETTINGS[backbone]()), **sizes), training.seed)
     optimizer = build_optimizer(OptimizerHParams(lr=RATE))
     learner = make_learner(hparams, copy.deepcopy(net), optimizer, benchmark, training)
     learner.fit_task(first, SILENT)

@@ -147,7 +147,7 @@ class LightningLearner:
         return self.module.memory_bytes()
 
     def weights(self) -> dict[str, FloatArray]:
-        """Return the weights in the canonical layout."""
+        """Return weights and running statistics in the canonical layout, which is Flax's."""
         weights: dict[str, FloatArray] = {}
         for name, part in self.module.trained().items():
             prefix = f"{name}/" if name else ""

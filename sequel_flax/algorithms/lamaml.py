@@ -116,9 +116,9 @@ def lamaml(hparams: LaMAMLHParams, seed: int = 0) -> Algorithm:
         plan, seen = planned(state.memory.memory, batch, MetaPlan), trained_on(state, batch)
         logits, _ = training_forward(ts, ts.params, state, seen.x)
 
-        def look(carry: Any, glance: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-            (params, rates, opt_state, memory), (order, k) = carry, glance
-            ordered, draw = Batch(*(a[order] for a in seen[:3])), drawn(memory, batch, plan.reads[k], k)
+        def look(carry: Any, glance: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+            (params, rates, opt_state, memory), (order, slots, k) = carry, glance
+            ordered, draw = Batch(*(a[order] for a in seen[:3])), drawn(memory, batch, slots, k)
             first = 1 + 2 * len(batch.y) * k  # number of the pass
             loss, (slope, rates_slope) = jax.value_and_grad(meta_loss, argnums=(0, 1))(
                 params, rates, ts, state, ordered, draw, first
@@ -136,7 +136,7 @@ def lamaml(hparams: LaMAMLHParams, seed: int = 0) -> Algorithm:
             return (params, rates, opt_state, memory), loss
 
         start = (ts.params, state.memory.rates, ts.opt_state, state.memory.memory)
-        end, losses = jax.lax.scan(look, start, (plan.order, jnp.arange(hparams.glances)))
+        end, losses = jax.lax.scan(look, start, (plan.order, plan.reads, jnp.arange(hparams.glances)))
         params, rates, opt_state, memory = end
         ts = ts.replace(step=ts.step + 1, params=params, opt_state=opt_state)
         outputs = {"loss": losses[0], "logits": masked(state.stream, logits, batch.t), "labels": batch.y}

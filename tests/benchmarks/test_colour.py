@@ -195,6 +195,18 @@ def test_a_cut_archive_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         load("cifar100", tmp_path)
 
 
+def test_an_archive_whose_compression_is_damaged_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = place(tmp_path, monkeypatch, "cifar100", packed=True)
+    path = tmp_path / version.archive
+    content = bytearray(path.read_bytes())
+    content[-200_000:-100_000] = b"\xff" * 100_000  # a block of at most 65,535 bytes begins in it
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"tar.gz is not the whole archive .*decompressing.*; delete it"):
+        load("cifar100", tmp_path)
+
+
 class Trap:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("trapped",)
@@ -487,6 +499,9 @@ def test_split_image_folder(tmp_path: Path) -> None:
     assert [task.name for task in stream.tasks] == ["classes dog", "classes ant", "classes cat"]
     assert [task.train.take(np.arange(3)).x[1, 0, 0, 0] for task in stream.tasks] == [101, 51, 1]
     assert stream.image_shape == (4, 4, 3)
+    again = SplitImageFolder(**stream.settings)
+    assert again.image_shape == (4, 4, 3)
+    assert [task.name for task in again.tasks] == [task.name for task in stream.tasks]
     with pytest.raises(ValueError, match="num_tasks must divide the 3 classes, got 2"):
         SplitImageFolder(root=tmp_path, num_tasks=2)
     with pytest.raises(ValueError, match=r"root must be a folder with .* got None"):

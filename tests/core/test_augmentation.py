@@ -73,3 +73,9 @@ def test_what_is_drawn_again_has_crops_of_its_own() -> None:
 def test_negative_padding_is_refused() -> None:
     with pytest.raises(ValueError, match="padding must be >= 0, got -1"):
         Augmentation(-1)
+
+
+def test_the_state_of_another_stream_is_refused() -> None:
+    planner = augmenting(NoPlanner(), SPEC, 0)
+    with pytest.raises(ValueError, match="state must have 2 numbers, got 0; it comes from a stream without"):
+        planner.state = NoPlanner().state

@@ -10,10 +10,13 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams, ReplayHParams
+from sequel_core.task import Augmentation
+from sequel_lightning import ALGORITHMS, CNN, ContinualModule, initialise
 from sequel_lightning.module import OptimizerFactory
 from tests.lightning.parts import (
     ADAM,
     AGEM,
+    BATCH,
     DERPP,
     ER,
     ICARL,
@@ -163,3 +166,35 @@ def test_resume_where_validation_runs_within_the_epoch(tmp_path: Path) -> None:
         resumed = module(benchmark, optimizer=ADAM)
         learn(resumed, benchmark, 0, EPOCHS, ckpt_path=path, **options)
         assert_same(everything(resumed), everything(straight))
+
+
+@pytest.mark.parametrize("hparams", [NaiveHParams(), LFL, ER], ids=lambda hparams: hparams.name)
+def test_resume_with_augmentation_and_batch_statistics(hparams: AlgorithmHParams, tmp_path: Path) -> None:
+    """Crops and running statistics go on where they were; a dry run moves only the network."""
+    benchmark = replace(stream(validation=6), augmentation=Augmentation(1, flip=True))
+    saved: list[str] = []
+
+    def save(trainer: pl.Trainer, hook: str) -> None:
+        saved.append(str(tmp_path / f"{len(saved):02d}-{hook}-{trainer.global_step}.ckpt"))
+        trainer.save_checkpoint(saved[-1])
+
+    def fresh() -> ContinualModule:
+        net = CNN((3,), linear_widths=(), norm="batch", num_classes=4, image_shape=benchmark.image_shape)
+        return ALGORITHMS[hparams.name](initialise(net, seed=0), MOMENTUM, hparams, benchmark.spec)
+
+    straight = fresh()
+    learn(straight, benchmark, 0)
+    learn(straight, benchmark, 1, callbacks=[At(save, "on_train_batch_end")])
+    expected = everything(straight)
+    seen = int(expected["tensors"]["_extra_state"][0])
+    assert seen == 2 * STEPS * BATCH
+    assert len(saved) == STEPS
+    for path in saved:
+        resumed = fresh()
+        learn(resumed, benchmark, 1, ckpt_path=path)
+        assert_same(everything(resumed), expected)
+    learn(straight, benchmark, 2, fast_dev_run=3)
+    after = everything(straight)["tensors"]
+    changed = {name for name, value in expected["tensors"].items() if not torch.equal(after[name], value)}
+    assert "net.norm_0.running_mean" in changed
+    assert all(name.startswith("net.") for name in changed)

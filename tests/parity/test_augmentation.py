@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from functools import cache
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +24,7 @@ from tests.parity.cases import CASES, OPTIMIZERS, SILENT, bar, difference, train
 
 ONE_EACH = {hparams.name: (hparams, optimizer) for hparams, optimizer in reversed(CASES)}
 
-QUICK = ("naive", "derpp", "icarl")
+QUICK = ("naive", "derpp")
 """What runs by default; the rest is `slow`."""
 
 
@@ -36,8 +37,10 @@ def test_crops_are_those_of_padding_slicing_and_reversing(dtype: str) -> None:
     places = zip(padded, crops, strict=True)
     expected = np.stack([p[3 + i : 10 + i, 3 + j : 8 + j] for p, (i, j, _) in places])
     expected[crops[:, 2] == 1] = expected[crops[:, 2] == 1, :, ::-1]
-    found = np.asarray(flax_crop(jnp.asarray(x), jnp.asarray(crops, jnp.int32)))
-    np.testing.assert_array_equal(found, expected)
+    ours: Any
+    for ours in ((x, crops.astype(np.int32)), (jnp.asarray(x), jnp.asarray(crops, jnp.int32))):
+        found = np.asarray(flax_crop(*ours))  # NumPy's are those of a step that is not compiled
+        np.testing.assert_array_equal(found, expected)
     there = torch_crop(torch.from_numpy(x).movedim(-1, 1), torch.from_numpy(crops))
     assert there.dtype == torch.from_numpy(x).dtype
     np.testing.assert_array_equal(there.movedim(1, -1).numpy(), expected)
