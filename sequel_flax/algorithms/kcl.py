@@ -87,7 +87,7 @@ def kcl(hparams: KCLHParams, seed: int = 0) -> Algorithm:
         """Return the logits of features by a coreset and task k's parameters, and what was inferred of it."""
         _, noise, phase, _ = state.memory
         kernel, cross, source = kernels.compare(own, hparams, core, h, noise, phase, at)
-        num_classes = jax.eval_shape(bundle.predict, ts, state, state.memory.coreset.x, y).shape[1]
+        num_classes = jax.eval_shape(bundle.predict, ts, state, state.memory.coreset.x[: len(y)], y).shape[1]
         targets = jax.nn.one_hot(y, num_classes, dtype=core.dtype)
         return kernels.classify(own, k, kernel, cross, targets), source
 
