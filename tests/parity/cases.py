@@ -83,12 +83,10 @@ CASES: list[tuple[AlgorithmHParams, str]] = [
     (AGEMHParams(mem_size=60, mem_batch_size=20), "sgd"),
     (AGEMHParams(mem_size=120, mem_batch_size=64), "clipping"),
     (AGEMHParams(memory="task_quota", mem_size=60, mem_batch_size=60, **CARRY), "momentum"),
-    (AGEMHParams(memory="class_quota", mem_size=60, mem_batch_size=20), "adam"),
     (ERHParams(mem_size=50, mem_batch_size=9), "sgd"),
     (ERHParams(mem_size=50, mem_batch_size=50), "clipping"),
     (ERHParams(memory="ring", mem_size=60, mem_batch_size=7), "momentum"),
     (ERHParams(memory="class_balanced", mem_size=50, mem_batch_size=7, **CARRY), "adam"),
-    (ERHParams(memory="task_balanced", mem_size=50, mem_batch_size=7), "two epochs"),
     (ERHParams(memory="task_quota", per_task_memory_samples=20, mem_batch_size=7), "sgd"),
     (DERHParams(mem_size=50, mem_batch_size=9), "sgd"),
     (DERHParams(mem_size=50, mem_batch_size=7, alpha=0.5, distance="mean", **CARRY), "momentum"),
@@ -97,6 +95,27 @@ CASES: list[tuple[AlgorithmHParams, str]] = [
     (DERppHParams(mem_size=50, mem_batch_size=7, alpha=0.5, beta=1, distance="mean"), "adam"),
     (DERppHParams(memory="ring", mem_size=60, mem_batch_size=7), "nesterov and weight decay"),
     (MCSGDHParams(mem_size=60, lmc_batch_size=16, lmc_lr=0.2), "momentum"),
+    (
+        MCSGDHParams(
+            memory="class_quota", mem_size=60, lmc_gradient="plain", lmc_start="w_bar", lmc_line_samples=4
+        ),
+        "clipping",
+    ),
+    (LaMAMLHParams(mem_size=50, glances=1, mem_batch_size=6), "sgd"),
+    (LaMAMLHParams(n_inner_updates=1, sync_update=True, glances=1, lr_alpha=0.05, **CARRY), "momentum"),
+    (ICaRLHParams(mem_size=60), "momentum"),
+    (ICaRLHParams(mem_size=100, quota="ceil", flip=True, **CARRY), "adam"),
+    (ICaRLHParams(mem_size=60, outputs="all", flip=True), "clipping"),
+    (ICaRLHParams(mem_size=45, quota="ceil", outputs="all", **DECAY), "two epochs"),
+    # lambda far from 0, where |lambda| turns about and rounding errors double every few steps
+    (KCLHParams(core_size=10, d_rn_f=33, tau=1, normalisation="minmax", lmd=-2, **CARRY), "adam"),
+    (KCLHParams(core_size=20, d_rn_f=64, tau=0.1, lmd=10), "sgd"),
+    (KCLHParams(core_size=20, kernel_type="rbf", bandwidth=4, normalisation="minmax", lmd=10), "two epochs"),
+]
+
+LONG: list[tuple[AlgorithmHParams, str]] = [
+    (AGEMHParams(memory="class_quota", mem_size=60, mem_batch_size=20), "adam"),
+    (ERHParams(memory="task_balanced", mem_size=50, mem_batch_size=7), "two epochs"),
     (
         MCSGDHParams(
             per_task_memory_samples=20,
@@ -110,12 +129,6 @@ CASES: list[tuple[AlgorithmHParams, str]] = [
     ),
     (
         MCSGDHParams(
-            memory="class_quota", mem_size=60, lmc_gradient="plain", lmc_start="w_bar", lmc_line_samples=4
-        ),
-        "clipping",
-    ),
-    (
-        MCSGDHParams(
             mem_size=60,
             lmc_policy="online",
             lmc_loss="mean",
@@ -125,21 +138,12 @@ CASES: list[tuple[AlgorithmHParams, str]] = [
         ),
         "sgd",
     ),
-    (LaMAMLHParams(mem_size=50, glances=1, mem_batch_size=6), "sgd"),
     (LaMAMLHParams(n_inner_updates=1, second_order=True, sync_update=True, glances=3, **DECAY), "sgd"),
-    (LaMAMLHParams(n_inner_updates=1, sync_update=True, glances=1, lr_alpha=0.05, **CARRY), "momentum"),
     (LaMAMLHParams(n_inner_updates=1, learn_lr=False, alpha_init=0.02, inner_clip=0.05, glances=2), "sgd"),
-    (ICaRLHParams(mem_size=60), "momentum"),
-    (ICaRLHParams(mem_size=100, quota="ceil", flip=True, **CARRY), "adam"),
-    (ICaRLHParams(mem_size=60, outputs="all", flip=True), "clipping"),
-    (ICaRLHParams(mem_size=45, quota="ceil", outputs="all", **DECAY), "two epochs"),
-    # lambda far from 0, where |lambda| turns about and rounding errors double every few steps
-    (KCLHParams(core_size=10, d_rn_f=33, tau=1, normalisation="minmax", lmd=-2, **CARRY), "adam"),
-    (KCLHParams(core_size=20, d_rn_f=64, tau=0.1, lmd=10), "sgd"),
     (KCLHParams(core_size=20, d_rn_f=64, normalisation="minmax", lmd=10), "momentum"),
     (KCLHParams(core_size=30, d_rn_f=64, normalisation="minmax", lmd=10), "clipping"),
-    (KCLHParams(core_size=20, kernel_type="rbf", bandwidth=4, normalisation="minmax", lmd=10), "two epochs"),
 ]
+"""Cases alike that take long; they run with `make slow`."""
 
 
 def bar(hparams: AlgorithmHParams) -> float:

@@ -68,9 +68,8 @@ METHODS: list[AlgorithmHParams] = [
 
 QUICK = {
     "cnn": {"lamaml", "mcsgd"},
-    "cnn batch": {"ewc", "er", "derpp", "lfl", "agem", "icarl", "kcl"},
-    "thin batch": {"er"},
-    "thin group": {"naive"},
+    "cnn batch": {"ewc", "er", "lfl", "agem", "icarl", "kcl"},
+    "cnn group": {"derpp"},
 }
 """What runs by default; the rest is `slow`."""
 

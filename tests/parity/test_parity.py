@@ -27,6 +27,7 @@ from sequel_core.learner import Learner
 from sequel_core.task import Scenario
 from tests.parity.cases import (
     CASES,
+    LONG,
     OPTIMIZERS,
     SGD,
     SILENT,
@@ -43,14 +44,22 @@ Make = Callable[..., Learner]
 scanned = partial(flax_learner, steps_per_call=8)
 
 
-@pytest.mark.parametrize(("hparams", "optimizer"), CASES, ids=map(name_of, CASES))
+def marked(cases: list[tuple[AlgorithmHParams, str]]) -> list[Any]:
+    """Return cases as parameters, those that take long marked as slow."""
+    return [
+        pytest.param(*case, id=name_of(case), marks=[pytest.mark.slow] if case in LONG else [])
+        for case in cases
+    ]
+
+
+@pytest.mark.parametrize(("hparams", "optimizer"), marked([*CASES, *LONG]))
 def test_same_weights_in_both_frameworks(hparams: AlgorithmHParams, optimizer: str) -> None:
     torch_, flax_ = (trained(make, hparams, optimizer) for make in (torch_learner, flax_learner))
     assert difference(flax_, torch_) < bar(hparams)
 
 
 ONE_EACH = {hparams.name: (hparams, optimizer) for hparams, optimizer in reversed(CASES)}
-OWN = [case for case in CASES if case[0].name not in ("naive", "joint")]
+OWN = [case for case in [*CASES, *LONG] if case[0].name not in ("naive", "joint")]
 ZERO = [
     EWCHParams(ewc_lambda=0, fisher_samples=20),
     SIHParams(si_lambda=0),
@@ -80,7 +89,7 @@ def test_same_weights_in_every_scenario(
     assert difference(flax_, torch_) < bar(hparams)
 
 
-@pytest.mark.parametrize(("hparams", "optimizer"), OWN, ids=map(name_of, OWN))
+@pytest.mark.parametrize(("hparams", "optimizer"), marked(OWN))
 def test_a_usual_strength_moves_the_weights(hparams: AlgorithmHParams, optimizer: str) -> None:
     common: dict[str, Any] = {"reset_optimizer": hparams.reset_optimizer}
     if hparams.name != "stable_sgd":

@@ -75,6 +75,15 @@ def alternatives(by_hand: Reference, stage: Stage, task: Task) -> dict[str, int]
     return correct
 
 
+def is_long(case: Case) -> bool:
+    """Whether a case takes long to compile: it runs with `make slow`."""
+    hparams: Any = case.hparams
+    return (hparams.name, hparams.name == "mcsgd" and hparams.lmc_policy, case.stream) in {
+        ("mcsgd", "online", "masked"),
+        ("lamaml", False, "incremental"),
+    }
+
+
 FRAMEWORKS = pytest.mark.parametrize("framework", [torch_learner, flax_learner], ids=["lightning", "flax"])
 Make = Callable[..., Learner]
 
@@ -98,7 +107,10 @@ def assert_close(found: Weights, expected: Weights, tolerance: float) -> None:
 
 
 @FRAMEWORKS
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=str(case), marks=[pytest.mark.slow] if is_long(case) else []) for case in CASES],
+)
 def test_weights_after_every_task_and_the_loss_of_every_step(framework: Make, case: Case) -> None:
     by_hand, expected = ran(case)
     learner: Any = framework(*case)
