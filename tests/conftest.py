@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -20,6 +21,14 @@ def _seeded() -> None:
     random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _single_precision_afterwards() -> Iterator[None]:
+    """Undo what a run with `training.dtype=float64` does for good to JAX's process."""
+    yield
+    if "jax" in sys.modules and sys.modules["jax"].config.jax_enable_x64:
+        sys.modules["jax"].config.update("jax_enable_x64", False)
 
 
 @pytest.fixture

@@ -30,7 +30,13 @@ def test_both_frameworks_agree(algo: str, tmp_path: Path, capsys: pytest.Capture
     np.testing.assert_allclose(matrices[0], matrices[1], atol=0.01)
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize(
+    "algo",
+    [
+        pytest.param(algo, marks=[pytest.mark.slow] if algo in ("lamaml", "kcl", "mcsgd") else [])
+        for algo in ALGORITHMS
+    ],
+)
 def test_every_algorithm_runs_as_it_is_in_both_frameworks(algo: str, tmp_path: Path) -> None:
     found = {}
     for mode in ("pytorch", "jax"):

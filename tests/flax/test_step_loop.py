@@ -68,7 +68,14 @@ def compiled() -> Iterator[Counter[str]]:
     monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("hparams", EVERY, ids=lambda h: h.name)
+@pytest.mark.parametrize(
+    "hparams",
+    [
+        pytest.param(h, marks=[pytest.mark.slow] if h.name in ("lamaml", "mcsgd", "kcl") else [])
+        for h in EVERY
+    ],
+    ids=lambda h: h.name,
+)
 def test_a_plain_loop_is_the_run(hparams: AlgorithmHParams, compiled: Counter[str], tmp_path: Path) -> None:
     """In a plain loop, which may donate, and in the learner's compiled one, compiled once."""
     donated: Any = {} if isinstance(hparams, NaiveHParams) else {"donate_argnums": (0, 1)}

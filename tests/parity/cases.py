@@ -64,7 +64,7 @@ CASES: list[tuple[AlgorithmHParams, str]] = [
     (JointHParams(), "sgd"),
     (JointHParams(**DECAY), "adam"),
     (JointHParams(policy="once", lr_decay=0.7), "momentum"),
-    *((EWCHParams(ewc_lambda=20, fisher_samples=101), name) for name in OPTIMIZERS),
+    *((EWCHParams(ewc_lambda=20, fisher_samples=101), name) for name in ("momentum", "adamw", "clipping")),
     (EWCHParams(ewc_lambda=50, fisher_samples=None, **DECAY), "sgd"),
     (EWCHParams(ewc_lambda=20, fisher_samples=100, **CARRY), "adam"),
     (EWCHParams(ewc_lambda=10, accumulation="online", gamma=0.8, fisher_samples=50), "sgd"),
@@ -114,6 +114,11 @@ CASES: list[tuple[AlgorithmHParams, str]] = [
 ]
 
 LONG: list[tuple[AlgorithmHParams, str]] = [
+    *(
+        (EWCHParams(ewc_lambda=20, fisher_samples=101), name)
+        for name in OPTIMIZERS
+        if name not in ("momentum", "adamw", "clipping")
+    ),
     (AGEMHParams(memory="class_quota", mem_size=60, mem_batch_size=20), "adam"),
     (ERHParams(memory="task_balanced", mem_size=50, mem_batch_size=7), "two epochs"),
     (

@@ -67,7 +67,6 @@ METHODS: list[AlgorithmHParams] = [
 ]
 
 QUICK = {
-    "cnn": {"lamaml", "mcsgd"},
     "cnn batch": {"ewc", "er", "lfl", "agem", "icarl", "kcl"},
     "cnn group": {"derpp"},
 }

@@ -59,6 +59,7 @@ def test_same_weights_in_both_frameworks(hparams: AlgorithmHParams, optimizer: s
 
 
 ONE_EACH = {hparams.name: (hparams, optimizer) for hparams, optimizer in reversed(CASES)}
+COMPILED_LONG = ("lamaml", "mcsgd", "kcl", "icarl", "agem")
 OWN = [case for case in [*CASES, *LONG] if case[0].name not in ("naive", "joint")]
 ZERO = [
     EWCHParams(ewc_lambda=0, fisher_samples=20),
@@ -73,18 +74,28 @@ ZERO = [
 ]
 
 
-@pytest.mark.parametrize(("hparams", "optimizer"), ONE_EACH.values(), ids=ONE_EACH)
+@pytest.mark.parametrize(
+    ("hparams", "optimizer"),
+    [
+        pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in COMPILED_LONG else [])
+        for name, case in ONE_EACH.items()
+    ],
+)
 def test_scanned_steps_are_the_dispatched_steps(hparams: AlgorithmHParams, optimizer: str) -> None:
     torch_, flax_ = (trained(make, hparams, optimizer) for make in (torch_learner, scanned))
     assert difference(flax_, torch_) < bar(hparams)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["task", "class"])
 @pytest.mark.parametrize(("hparams", "optimizer"), ONE_EACH.values(), ids=ONE_EACH)
 def test_same_weights_in_every_scenario(
     hparams: AlgorithmHParams, optimizer: str, scenario: Scenario
 ) -> None:
-    """Replayed samples are of other tasks than the batch, each with its own mask."""
+    """Replayed samples are of other tasks than the batch, each with its own mask.
+
+    By default `tests/reference` compares both frameworks with NumPy in these scenarios.
+    """
     torch_, flax_ = (trained(make, hparams, optimizer, scenario) for make in (torch_learner, flax_learner))
     assert difference(flax_, torch_) < bar(hparams)
 

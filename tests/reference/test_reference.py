@@ -80,7 +80,9 @@ def is_long(case: Case) -> bool:
     hparams: Any = case.hparams
     return (hparams.name, hparams.name == "mcsgd" and hparams.lmc_policy, case.stream) in {
         ("mcsgd", "online", "masked"),
+        ("mcsgd", "online", "rotated"),
         ("lamaml", False, "incremental"),
+        ("lamaml", False, "masked"),
     }
 
 
