@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -45,11 +46,14 @@ scanned = partial(flax_learner, steps_per_call=8)
 
 
 def marked(cases: list[tuple[AlgorithmHParams, str]]) -> list[Any]:
-    """Return cases as parameters, those that take long marked as slow."""
-    return [
-        pytest.param(*case, id=name_of(case), marks=[pytest.mark.slow] if case in LONG else [])
-        for case in cases
-    ]
+    """Return cases as parameters; slow are those that take long, and all but two of a method's own."""
+    found, seen = [], Counter[str]()
+    for case in cases:
+        name = case[0].name
+        seen[name] += 1
+        slow = case in LONG or (seen[name] > 2 and name != "naive")
+        found.append(pytest.param(*case, id=name_of(case), marks=[pytest.mark.slow] if slow else []))
+    return found
 
 
 @pytest.mark.parametrize(("hparams", "optimizer"), marked([*CASES, *LONG]))
