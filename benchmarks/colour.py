@@ -6,10 +6,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from sequel_benchmarks.cifar import CIFAR100_SUPERCLASSES
-from sequel_benchmarks.data import NUM_CLASSES, load
 from sequel_benchmarks.imagefolder import class_folders, image_folder
-from sequel_benchmarks.streams import Inputs, SplitSettings, split
+from sequel_benchmarks.streams import Inputs, SplitSettings, split, split_known
 from sequel_core.task import Benchmark, Scenario
 
 
@@ -53,7 +51,7 @@ class SplitCIFAR10(Benchmark):
         settings = SplitSettings(
             num_tasks, scenario, subset, validation, inputs, seed, crop_padding, horizontal_flip, class_order
         )
-        super().__init__(**vars(_split_known("cifar10", settings, data_dir)))
+        super().__init__(**vars(split_known("cifar10", settings, data_dir)))
 
 
 class SplitCIFAR100(Benchmark):
@@ -97,7 +95,7 @@ class SplitCIFAR100(Benchmark):
         settings = SplitSettings(
             num_tasks, scenario, subset, validation, inputs, seed, crop_padding, horizontal_flip, class_order
         )
-        super().__init__(**vars(_split_known("cifar100", settings, data_dir)))
+        super().__init__(**vars(split_known("cifar100", settings, data_dir)))
 
 
 class SplitTinyImageNet(Benchmark):
@@ -140,7 +138,7 @@ class SplitTinyImageNet(Benchmark):
         settings = SplitSettings(
             num_tasks, scenario, subset, validation, inputs, seed, crop_padding, horizontal_flip, class_order
         )
-        super().__init__(**vars(_split_known("tinyimagenet", settings, data_dir)))
+        super().__init__(**vars(split_known("tinyimagenet", settings, data_dir)))
 
 
 class SplitImageFolder(Benchmark):
@@ -194,9 +192,3 @@ class SplitImageFolder(Benchmark):
         plain = list(size) if isinstance(size, tuple) else size
         own = {"root": os.fspath(root), "size": plain, "channels": channels}
         super().__init__(**vars(stream) | {"settings": {**own, **stream.settings}})
-
-
-def _split_known(name: str, settings: SplitSettings, data_dir: str | os.PathLike[str] | None) -> Benchmark:
-    """Split one of our data sets; a wrong number of tasks or order is refused before any data is read."""
-    settings.order(NUM_CLASSES[name], CIFAR100_SUPERCLASSES if name == "cifar100" else None)
-    return split(load(name, data_dir), settings)

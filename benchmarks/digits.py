@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sequel_benchmarks.data import NUM_CLASSES, load
+from sequel_benchmarks.data import load
 from sequel_benchmarks.pixels import Interpolation
 from sequel_benchmarks.streams import (
     Inputs,
@@ -13,7 +13,7 @@ from sequel_benchmarks.streams import (
     SplitSettings,
     permute,
     rotate,
-    split,
+    split_known,
 )
 from sequel_core.task import Benchmark, Scenario
 
@@ -55,8 +55,7 @@ class SplitDigits(Benchmark):
         settings = SplitSettings(
             num_tasks, scenario, subset, validation, inputs, seed, crop_padding, horizontal_flip, class_order
         )
-        settings.order(NUM_CLASSES["digits"])  # refuses a wrong number or order before any data is read
-        super().__init__(**vars(split(load("digits"), settings)))
+        super().__init__(**vars(split_known("digits", settings)))
 
 
 class PermutedDigits(Benchmark):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Literal
 
-from sequel_benchmarks.data import NUM_CLASSES, load
+from sequel_benchmarks.data import load
 from sequel_benchmarks.pixels import Interpolation
 from sequel_benchmarks.streams import (
     Inputs,
@@ -14,7 +14,7 @@ from sequel_benchmarks.streams import (
     SplitSettings,
     permute,
     rotate,
-    split,
+    split_known,
 )
 from sequel_core.task import Benchmark, Scenario
 
@@ -59,8 +59,7 @@ class SplitMNIST(Benchmark):
         settings = SplitSettings(
             num_tasks, scenario, subset, validation, inputs, seed, crop_padding, horizontal_flip, class_order
         )
-        settings.order(NUM_CLASSES["mnist"])  # refuses a wrong number or order before any data is read
-        super().__init__(**vars(split(load("mnist", data_dir), settings)))
+        super().__init__(**vars(split_known("mnist", settings, data_dir)))
 
 
 class PermutedMNIST(Benchmark):

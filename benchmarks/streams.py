@@ -7,13 +7,15 @@ training seed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from sequel_benchmarks.data import DataSet
+from sequel_benchmarks.cifar import CIFAR100_SUPERCLASSES
+from sequel_benchmarks.data import NUM_CLASSES, DataSet, load
 from sequel_benchmarks.pixels import Interpolation, permutation, rotation
 from sequel_core import plan
 from sequel_core.hparams import Settings, setting
@@ -212,6 +214,23 @@ def split(data: DataSet, settings: SplitSettings | None = None) -> Benchmark:
         )
     num_classes = size if settings.scenario == "domain" else data.num_classes
     return _benchmark(f"split{data.name}", tasks, num_classes, data, settings)
+
+
+def split_known(
+    name: str, settings: SplitSettings, data_dir: str | os.PathLike[str] | None = None
+) -> Benchmark:
+    """Return `split` of one of our data sets; wrong settings are refused before any data is read.
+
+    Args:
+        name: of the data set, see `load`.
+        settings: see `SplitSettings`.
+        data_dir: see `data_directory`.
+
+    Raises:
+        ValueError: as `load` and `split`.
+    """
+    settings.order(NUM_CLASSES[name], CIFAR100_SUPERCLASSES if name == "cifar100" else None)
+    return split(load(name, data_dir), settings)
 
 
 def permute(data: DataSet, settings: PermutedSettings | None = None) -> Benchmark:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sequel_core import plan
 from sequel_core.memory import Planner
-from sequel_core.task import Augmentation, IntArray, StreamSpec
+from sequel_core.task import Augmentation, Batch, IntArray, StreamSpec
 
 NUMBERS = 3
 """Numbers of a crop: rows down and columns right that it begins at, within +-padding, and 1 for a mirror."""
@@ -82,3 +82,8 @@ class AugmentingPlanner:
 def augmenting(planner: Planner, spec: StreamSpec, seed: int) -> Planner:
     """Return the planner; where the stream's samples are augmented, one that plans their crops too."""
     return AugmentingPlanner(planner, spec.augmentation, seed) if spec.augmentation else planner
+
+
+def own_plan(batch: Batch) -> Any:
+    """Return what the method itself has planned for a batch."""
+    return batch.plan.plan if isinstance(batch.plan, Augmented) else batch.plan

@@ -76,11 +76,22 @@ class Planner(Protocol):
 class NoPlanner:
     """The planner of algorithms whose steps need nothing but their batches."""
 
-    state: IntArray = np.empty(0, np.int64)
-
     def next(self, y: Any, t: Any) -> Any:
         """Return `()`."""
         return ()
+
+    @property
+    def state(self) -> IntArray:
+        """Nothing, int64 `[0]`; may be set to that."""
+        return np.empty(0, np.int64)
+
+    @state.setter
+    def state(self, values: IntArray) -> None:
+        if np.size(values):
+            raise ValueError(
+                f"the planner's state must have 0 numbers, got {np.size(values)}; it comes from a stream "
+                "with augmentation or from another method"
+            )
 
 
 class Policy(Protocol):

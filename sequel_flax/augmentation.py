@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sequel_core.augmentation import Augmented
+from sequel_core.augmentation import Augmented, own_plan
 from sequel_core.task import Batch
 
 
@@ -29,11 +29,6 @@ def crop(x: jax.Array, crops: jax.Array) -> jax.Array:
     found = x[jnp.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]  # clipped to the image
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
     return jnp.where(inside[..., None], found, jnp.zeros((), x.dtype))
-
-
-def own_plan(batch: Batch) -> Any:
-    """Return what the method itself has planned for a batch."""
-    return batch.plan.plan if isinstance(batch.plan, Augmented) else batch.plan
 
 
 def cropped(batch: Batch) -> Batch:

@@ -49,7 +49,7 @@ class StreamState(NamedTuple):
     shift: jax.Array  # of uint8 images, [1, 1, 1, C]
     dropout_key: jax.Array  # folded with ts.step at every step
     learning_rate: jax.Array  # of the first task; nan where the optimizer does not tell
-    augmentation: jax.Array | None  # padding and flip, int32 [2]; None without augmentation
+    augmented: tuple[()] | None  # () where training samples are augmented, else None: structure, not data
 
 
 class State(NamedTuple):
@@ -105,9 +105,7 @@ def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, see
         shift=jnp.asarray(spec.normalisation.shift, dtype).reshape(1, 1, 1, -1),
         dropout_key=jax.random.PRNGKey(seed),
         learning_rate=jnp.asarray(jnp.nan, dtype) if learning_rate is None else jnp.array(learning_rate),
-        augmentation=jnp.asarray([spec.augmentation.padding, spec.augmentation.flip], jnp.int32)
-        if spec.augmentation
-        else None,
+        augmented=() if spec.augmentation else None,
     )
 
 
@@ -240,7 +238,7 @@ def trained_on(state: State, batch: Batch) -> Batch:
 
 def check_augmented(state: State, batch: Batch) -> None:
     """Raise ValueError where the stream is augmented, and the batch does not say how."""
-    if state.stream.augmentation is not None and not isinstance(batch.plan, Augmented):
+    if state.stream.augmented is not None and not isinstance(batch.plan, Augmented):
         raise ValueError(
             "the stream's training samples are augmented and the batch has no plan, which says how; make one "
             "planner with algorithm.planner(spec) and give Batch(x, y, t, planner.next(y, t))"

@@ -21,11 +21,11 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
-from sequel_core.augmentation import augmenting
+from sequel_core.augmentation import augmenting, own_plan
 from sequel_core.hparams import MemoryHParams
 from sequel_core.memory import MemoryPlanner, StepPlan
 from sequel_core.task import Batch, Samples, StreamSpec
-from sequel_flax.augmentation import cropped, cropped_draw, own_plan
+from sequel_flax.augmentation import cropped, cropped_draw
 from sequel_flax.bundle import (
     Algorithm,
     Outputs,

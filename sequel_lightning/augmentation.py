@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sequel_core.augmentation import Augmented
+from sequel_core.augmentation import Augmented, own_plan
 from sequel_core.task import Batch
 
 
-def crop(x: Tensor, crops: Tensor) -> Tensor:
+def crop(x: Tensor, crops: Any) -> Tensor:
     """Return images moved up and left by so many pixels, mirrored, black where there is nothing to see.
 
     Args:
         x: images `[N, C, H, W]`.
         crops: rows, columns, and 1 for a mirror image, int `[N, 3]`.
     """
+    crops = torch.as_tensor(crops, device=x.device)
     n, _, height, width = x.shape
     rows = torch.arange(height, device=x.device)[None] + crops[:, :1]
     place = torch.arange(width, device=x.device)[None]
@@ -32,23 +33,12 @@ def crop(x: Tensor, crops: Tensor) -> Tensor:
     return found.mul_(inside[..., None]).movedim(-1, 1)
 
 
-def own_plan(batch: Batch) -> Any:
-    """Return what the method itself has planned for a batch."""
-    return batch.plan.plan if isinstance(batch.plan, Augmented) else batch.plan
-
-
 def cropped(batch: Batch) -> Batch:
     """Return the batch as the network is trained on it: its images cropped, its plan the method's own."""
-    return batch._replace(x=_crop(batch.x, batch, "own"), plan=own_plan(batch))
+    x = crop(batch.x, batch.plan.own) if isinstance(batch.plan, Augmented) else batch.x
+    return batch._replace(x=x, plan=own_plan(batch))
 
 
 def cropped_draw(x: Tensor, batch: Batch, k: Any) -> Tensor:
-    """Return the images of draw k from the memory `[R, C, H, W]`, cropped."""
-    return _crop(x, batch, "reads", k)
-
-
-def _crop(x: Tensor, batch: Batch, name: str, k: Any = ...) -> Tensor:
-    if not isinstance(batch.plan, Augmented):
-        return x
-    crops = torch.from_numpy(getattr(batch.plan, name)[k][: len(x)])  # a draw may have less than it asks for
-    return crop(x, crops.to(x.device, torch.int64))
+    """Return the images of draw k from the memory `[R, C, H, W]`, cropped; R may be less than asked for."""
+    return crop(x, batch.plan.reads[k][: len(x)]) if isinstance(batch.plan, Augmented) else x

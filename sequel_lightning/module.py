@@ -122,8 +122,7 @@ class ContinualModule(pl.LightningModule):
             self.register_buffer(name, value, persistent=False)
         mask = torch.from_numpy(spec.mask) if spec is not None and spec.masks_logits else None
         self.register_buffer("mask", mask, persistent=False)
-        planner = NoPlanner() if spec is None else self.make_planner(spec)
-        self.planner = planner if spec is None else augmenting(planner, spec, seed)
+        self.planner = NoPlanner() if spec is None else augmenting(self.make_planner(spec), spec, seed)
         self._carried_optimizer: dict[str, Any] | None = None
         self._fitting = False
 
@@ -214,7 +213,7 @@ class ContinualModule(pl.LightningModule):
         if scale is None or shift is None:
             return x
         if x.dtype != torch.uint8:
-            return x.to(scale.dtype) if x.is_floating_point() else x
+            return x.to(scale.dtype)
         return x.to(scale.dtype).mul_(scale).add_(shift)
 
     def needed_spec(self) -> StreamSpec:

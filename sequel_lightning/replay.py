@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
+from sequel_core.augmentation import own_plan
 from sequel_core.hparams import MemoryHParams
 from sequel_core.memory import MemoryPlanner, StepPlan
 from sequel_core.task import Batch, Samples, StreamSpec
-from sequel_lightning.augmentation import cropped, cropped_draw, own_plan
+from sequel_lightning.augmentation import cropped, cropped_draw
 from sequel_lightning.module import ContinualModule, OptimizerFactory, StateTree
 
 Slots = NDArray[np.integer[Any]]
