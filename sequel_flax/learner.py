@@ -202,9 +202,12 @@ class FlaxLearner:
     def evaluate(self, task: Task, split: str) -> Evaluation:
         """Count correct predictions on a split of a task; see `sequel_core.learner.Learner`."""
         samples = task.split(split)
+        size = self.training.eval_batch_size
+        while size // 2 >= len(samples):  # few shapes to compile for, and never half of a batch filled up
+            size //= 2
         counts = [
             self._count(self.ts, self.state, as_batch(chunk), valid)
-            for chunk, valid in plan.evaluation_batches(samples, self.training.eval_batch_size)
+            for chunk, valid in plan.evaluation_batches(samples, size)
         ]
         correct, masked_correct, loss, others = jax.tree.map(
             lambda *parts: float(np.sum(parts, dtype=np.float64)), *jax.device_get(counts)
