@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sequel_core.callbacks import StreamCallback
+from sequel_core.compare import Comparison, compare
 from sequel_core.hparams import (
     AGEMHParams,
     AlgorithmHParams,
@@ -34,6 +36,7 @@ __all__ = [
     "Augmentation",
     "Batch",
     "Benchmark",
+    "Comparison",
     "DERHParams",
     "DERppHParams",
     "DivergenceError",
@@ -55,8 +58,10 @@ __all__ = [
     "SIHParams",
     "Split",
     "StableSGDHParams",
+    "StreamCallback",
     "Task",
     "TrainingHParams",
+    "compare",
     "joined_with_memory",
     "load_result",
     "load_weights",

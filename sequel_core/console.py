@@ -4,86 +4,107 @@ from __future__ import annotations
 
 import math
 from types import TracebackType
+from typing import Literal
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
-from sequel_core.learner import Progress
+from sequel_core.learner import Learner, Progress
 from sequel_core.results import Result
 from sequel_core.task import Benchmark, FloatArray, Task
 
+Shown = bool | Literal["bars"]
+"""How much of a run is shown: all of it, nothing, or the bars alone."""
+
+REFRESHES_PER_SECOND = 2  # drawing takes 3 ms
+ESTIMATE_SECONDS = 3600.0  # what is left of the stream is estimated over tasks with their evaluations
+WIDEST_TITLE, WIDEST_BAR = 32, 40
+OTHER_COLUMNS = 26  # the count, the time left, and spaces
+
 
 class Display:
-    """Shows a run while it goes on.
+    """Shows a run while it goes on: bars on a terminal, which are gone at the end, and a line per task.
 
     Args:
         benchmark: whose tasks are run.
-        progress: False for nothing at all; None for bars on a terminal only; True for bars anywhere.
+        learner: that runs them; one with a progress bar of its own gets no bars here.
+        progress: what to show.
+        console: where; None for standard output.
     """
 
-    def __init__(self, benchmark: Benchmark, progress: bool | None) -> None:
+    def __init__(
+        self, benchmark: Benchmark, learner: Learner, progress: Shown, console: Console | None = None
+    ) -> None:
         self._benchmark = benchmark
-        self._console = Console(quiet=progress is False)
-        bars = progress or (progress is None and self._console.is_terminal)
-        self._bars = Bars(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
-            disable=not bars,
+        terminal = console or Console()
+        self._console = terminal if progress is True else Console(quiet=True)
+        self._epochs = 1
+        self._last: Progress | None = None
+        self._average = math.nan
+        self._bars = _bars(terminal)
+        self._stream = self._bars.add_task("stream", total=None, count="")
+        self._task = self._bars.add_task("", total=None, count="")
+        self._live = Live(
+            get_renderable=self._picture,
+            console=terminal,
+            refresh_per_second=REFRESHES_PER_SECOND,
+            transient=True,
         )
-        self._bar: TaskID | None = None
+        self._shown = progress is not False and terminal.is_interactive and not learner.shows_progress
 
     def __enter__(self) -> Display:
         """Start the display."""
-        self._bars.start()
+        if self._shown:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop the display."""
-        self._bars.stop()
+        if self._shown:
+            self._live.stop()
 
     def start(self, task: Task, epochs: int) -> None:
         """Begin a task."""
-        title = f"task {task.index + 1}/{len(self._benchmark)} {task.name}"
-        self._bar = self._bars.add_task(
-            title + (f", {epochs} epochs" if epochs > 1 else ""), total=None, note=""
-        )
+        self._epochs, self._last = epochs, None
+        self._move_stream(task, 0)
+        self._bars.remove_task(self._task)
+        self._task = self._bars.add_task(task.name, total=None, count="")
 
-    def update(self, progress: Progress) -> None:
-        """Move the bar of the current task."""
-        if self._bar is not None:
-            note = f"loss {progress.loss:.4f}" + (
-                "" if math.isnan(progress.accuracy) else f"  accuracy {100 * progress.accuracy:.1f} %"
-            )
-            self._bars.update(self._bar, completed=progress.task_step, total=progress.task_steps, note=note)
+    def update(self, task: Task, progress: Progress) -> None:
+        """Show how far the training on a task is."""
+        self._last = progress
+        if self._shown:
+            step, steps = progress.task_step, progress.task_steps
+            self._bars.update(self._task, total=steps, completed=step, count=f"{step}/{steps} steps")
+            self._move_stream(task, step / steps)
+
+    def evaluated(self, after: int, row: FloatArray) -> None:
+        """Show the mean of the accuracies `[T]` measured while or after the training on task `after`."""
+        self._average = float(np.mean(row[: after + 1]))
 
     def finish(self, task: Task, row: FloatArray) -> None:
         """End a task with the accuracies `[T]` measured after it."""
-        if self._bar is not None:
-            self._bars.remove_task(self._bar)
-            self._bar = None
-        seen = row[: task.index + 1]
-        self._console.print(
-            f"task {task.index + 1}/{len(self._benchmark)} {task.name}: "
-            f"accuracy {_percent(row[task.index])}, "
-            f"average {_percent(float(np.mean(seen)))} over {len(seen)} seen",
-            highlight=False,
-        )
+        self.evaluated(task.index, row)
+        number, accuracy, average = task.index + 1, _percent(row[task.index]), _percent(self._average)
+        line = f"task {number}/{len(self._benchmark)} {task.name}: "
+        line += f"accuracy {accuracy}, average {average} over {number} seen"
+        if self._last and self._last.task_step < self._last.task_steps:
+            line += ", stopped early" + (f" in {self._epoch(self._last)}" if self._epochs > 1 else "")
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def summarise(self, result: Result) -> None:
         """Print the final table."""
         summary = result.summary
-        table = Table(title=f"{self._benchmark.name}, {summary['mode']}, {summary['split']} accuracy")
-        table.add_column("metric")
-        table.add_column("value", justify="right")
+        title = f"{escape(self._benchmark.name)}, {summary['mode']}, {summary['split']} accuracy"
+        table = Table("metric", Column("value", justify="right", overflow="fold"), title=title)
         for name in ("average_accuracy", "forgetting", "bwt", "fwt", "learning_accuracy"):
             if summary.get(name) is not None:
                 table.add_row(name.replace("_", " "), _percent(summary[name]))
@@ -96,8 +117,40 @@ class Display:
             "seconds",
             f"{seconds['total']:.1f} (train {seconds['train']:.1f}, evaluate {seconds['evaluate']:.1f})",
         )
-        table.add_row("results", str(result.run_dir))
+        table.add_row("results", escape(str(result.run_dir)))
         self._console.print(table)
+
+    def _move_stream(self, task: Task, fraction: float) -> None:
+        tasks = len(self._benchmark)
+        count = f"task {task.index + 1}/{tasks}"
+        self._bars.update(self._stream, total=tasks, completed=task.index + fraction, count=count)
+
+    def _epoch(self, progress: Progress) -> str:
+        return f"epoch {progress.epoch + 1}/{self._epochs}"
+
+    def _picture(self) -> Group:
+        """Return the bars with a line of text below, which is wrapped where the terminal is narrow."""
+        parts = []
+        if self._last:
+            rate = self._bars.tasks[-1].speed
+            parts += [self._epoch(self._last)] if self._epochs > 1 else []
+            parts += [] if rate is None else [f"{rate:,.0f} steps/s"]
+            parts += [f"loss {self._last.loss:.4f}"]
+            parts += [] if math.isnan(self._last.accuracy) else [f"accuracy {_percent(self._last.accuracy)}"]
+        parts += [] if math.isnan(self._average) else [f"average {_percent(self._average)}"]
+        return Group(self._bars.make_tasks_table(self._bars.tasks), Text(", ".join(parts)))
+
+
+def _bars(console: Console) -> Bars:
+    title = min(WIDEST_TITLE, console.width // 3)
+    return Bars(
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, max_width=title)),
+        BarColumn(max(1, min(WIDEST_BAR, console.width - title - OTHER_COLUMNS))),
+        TextColumn("{task.fields[count]}"),
+        TimeRemainingColumn(),
+        console=console,
+        speed_estimate_period=ESTIMATE_SECONDS,
+    )
 
 
 def _percent(value: float) -> str:

@@ -625,6 +625,15 @@ class TrainingHParams(Settings):
 
 
 @dataclass(frozen=True)
+class CheckpointHParams(Settings):
+    """When checkpoints are written: after every task, when a signal ends the run, and within tasks."""
+
+    every_n_steps: int | None = setting(None, "steps of a task between two; null for none within it", ge=1)
+    every_minutes: float | None = setting(None, "minutes between two; null for none by time", gt=0)
+    keep: int = setting(2, "the newest so many are kept; 0 to write none", ge=0)
+
+
+@dataclass(frozen=True)
 class BackboneHParams(Settings):
     """Settings of a built-in backbone."""
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
 from sequel_core.task import FloatArray, StreamSpec, Task
@@ -67,14 +71,31 @@ class FitMonitor(NamedTuple):
     on_progress: Callable[[Progress], None]  # every log_every_n_steps and at the end of each epoch
     on_evaluate: Callable[[], None]  # when due, by evaluate_every
     evaluate_every: EvaluateEvery = "task"  # "task": never within fit_task; "epoch"; or a number of steps
+    on_checkpoint: Callable[[], None] = lambda: None  # when due; may raise, which ends the run
+    checkpoint_every: int | None = None  # steps of the task
+    pressing: Callable[[], bool] = lambda: False  # whether a checkpoint is due now, whatever the step
 
-    def due(self, task_step: int, task_steps: int, epoch_end: bool) -> bool:
-        """Whether an evaluation is due; after the last step of a task comes the task's own."""
+    @property
+    def intervals(self) -> tuple[int, ...]:
+        """Numbers of steps: what is due at a multiple of one has to be seen at exactly that step."""
+        every = (self.evaluate_every, self.checkpoint_every)
+        return tuple(steps for steps in every if isinstance(steps, int))
+
+    def after_step(self, task_step: int, task_steps: int, epoch_end: bool) -> None:
+        """Evaluate and write a checkpoint where due; after the last step of a task come the task's own.
+
+        Args:
+            task_step: steps done in this task.
+            task_steps: steps that this task has in all.
+            epoch_end: whether the step was the last of its epoch.
+        """
         if task_step == task_steps:
-            return False
-        if isinstance(self.evaluate_every, int):
-            return task_step % self.evaluate_every == 0
-        return self.evaluate_every == "epoch" and epoch_end
+            return
+        every = self.evaluate_every
+        if task_step % every == 0 if isinstance(every, int) else every == "epoch" and epoch_end:
+            self.on_evaluate()
+        if (self.checkpoint_every and task_step % self.checkpoint_every == 0) or self.pressing():
+            self.on_checkpoint()
 
 
 class Learner(Protocol):
@@ -84,6 +105,7 @@ class Learner(Protocol):
     hparams: AlgorithmHParams
     training: TrainingHParams
     spec: StreamSpec
+    shows_progress: bool  # a callback or hook of the user's shows it, so the orchestrator shows no bars
 
     @property
     def step(self) -> int:
@@ -102,12 +124,51 @@ class Learner(Protocol):
         """Count correct predictions on a task's `test`, `validation` or `train` split."""
         ...
 
-    def log_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """Send the run's configuration to the framework's own loggers."""
+    @property
+    def logs(self) -> bool:
+        """Whether there are loggers, for which pictures are worth making."""
+        ...
+
+    def start_stream(self, config: Mapping[str, Any], resumed: bool = False) -> None:
+        """Before everything else: send the run's configuration to the framework's own loggers.
+
+        Args:
+            config: plain values.
+            resumed: whether the run goes on from a checkpoint, `restore`d before; the loggers then go on
+                where they were at the current step, and forget what came after.
+        """
+        ...
+
+    def end_stream(self) -> None:
+        """After the last task and its evaluation; not where the run was broken off."""
         ...
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Send numbers to the framework's own loggers, at the learner's current step."""
+        ...
+
+    def log_image(self, name: str, image: NDArray[np.uint8]) -> None:
+        """Send a picture `[H, W, 3]` to the loggers that take pictures, at the current step."""
+        ...
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Send a table of numbers and text to the loggers that take tables, at the current step."""
+        ...
+
+    def save(self, directory: Path) -> Callable[[], None]:
+        """Write all that the coming steps depend on, also in the middle of a task, into a new directory.
+
+        Returns:
+            What waits until everything is written; the training may go on meanwhile.
+        """
+        ...
+
+    def restore(self, directory: Path) -> None:
+        """Read back what `save` wrote; a task that it was in the middle of is gone on with by `fit_task`.
+
+        Raises:
+            ValueError: it was written by another algorithm, network, ...; what differs is named.
+        """
         ...
 
     def weights(self) -> dict[str, FloatArray]:
@@ -126,8 +187,8 @@ class Learner(Protocol):
         """Return the number of threads that arithmetic runs on; another number may round differently."""
         ...
 
-    def close(self) -> None:
-        """Flush and close the loggers."""
+    def close(self, failed: bool = False) -> None:
+        """Flush and close the loggers, with the status that the run ended with where they take one."""
         ...
 
 

@@ -21,16 +21,18 @@ import platform
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from sequel_core.metrics import check_matrix, summarise
@@ -41,6 +43,9 @@ METRICS = "metrics.jsonl"
 MATRIX = "accuracy_matrix.csv"
 SUMMARY = "summary.json"
 WEIGHTS = "weights.npz"
+LOCK = ".lock"
+FREE = ("logger", "wandb", "callbacks", "checkpoint", "expected", "version", "source", "comment")
+"""Settings that may differ where a run is resumed."""
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -67,6 +72,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one with dotted keys."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    path = f"{prefix}." if prefix else ""
+    return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{path}{key}").items()}
+
+
 def _write(path: Path, content: bytes) -> None:
     """Write a whole file or nothing."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
@@ -78,6 +91,16 @@ def _write(path: Path, content: bytes) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all; nan and infinity become null.
+
+    Raises:
+        ValueError: something in it is not a plain value.
+    """
+    text = json.dumps(_finite(_plain(path.stem, value)), indent=2, allow_nan=False, ensure_ascii=False)
+    _write(path, (text + "\n").encode())
 
 
 @dataclass(frozen=True)
@@ -120,9 +143,91 @@ class RunDirectory:
         if occupied is not None:
             raise ValueError(
                 f"run_dir must be empty or new, got {target}, which holds {occupied.name}; choose another "
-                "path or remove what it holds"
+                "path, remove what it holds, or go on with its run (resume)"
             )
         return cls(target)
+
+    @classmethod
+    def open(
+        cls, path: str | Path | None, config: Mapping[str, Any], resume: bool | Literal["auto"]
+    ) -> RunDirectory:
+        """Return the directory of a new run, or that of the run to go on with.
+
+        Args:
+            path: as in `create`.
+            config: the run's settings; what is resumed must have the same.
+            resume: True for a directory that holds a run; `"auto"` also for a new one.
+
+        Raises:
+            ValueError: as `create`; no run there; or one with other settings, which are named.
+        """
+        if resume and path is not None and (Path(path) / CONFIG).is_file():
+            directory = cls(Path(path))
+            directory.check_config(config)
+            return directory
+        if resume is True:
+            raise ValueError(f"resume needs a run_dir that holds a run, got {path}; give its directory")
+        return cls.create(path)
+
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return (self.path / SUMMARY).is_file() and _read_summary(self.path / SUMMARY)["status"] == "finished"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process alone; a lock that a dead process has left does not count.
+
+        Raises:
+            ValueError: another process runs in it; its host and number are named.
+        """
+        lock, holder = FileLock(self.path / LOCK), self.path / f"{LOCK}.json"
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            try:
+                who = json.loads(holder.read_text(encoding="utf-8"))
+                told = f"process {who['process']} on {who['host']}"
+            except (OSError, ValueError, KeyError, TypeError):
+                told = "another process"
+            raise ValueError(
+                f"run_dir must not be in use, got {self.path}, in which {told} runs; wait for its end or "
+                "choose another path"
+            ) from error
+        try:
+            write_json(holder, {"host": platform.node(), "process": os.getpid()})
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            (self.path / LOCK).unlink(missing_ok=True)
+            lock.release()
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """Raise ValueError where the directory's run has other settings, naming those that differ.
+
+        What only documents a run, or says how it is watched and saved, may differ.
+        """
+        before = _flat(_read_config(self.path / CONFIG))
+        now = _flat(_plain("config", config))
+        keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        keys = [key for key in keys if key.partition(".")[0] not in FREE]
+        if keys:
+            told = (f"{key} is {before.get(key)!r} there and {now.get(key)!r} here" for key in keys)
+            raise ValueError(
+                f"run_dir holds another run, got {self.path}: {'; '.join(told)}; resume it with its own "
+                "settings, or choose another path"
+            )
+
+    def rewind_metrics(self, size: int) -> None:
+        """Cut `metrics.jsonl` back to a size in bytes: what a resumed run makes again."""
+        path = self.path / METRICS
+        if path.is_file():
+            with path.open("r+b") as file:
+                file.truncate(min(size, path.stat().st_size))
+
+    def metrics_bytes(self) -> int:
+        """Return the size of `metrics.jsonl`."""
+        path = self.path / METRICS
+        return path.stat().st_size if path.is_file() else 0
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write `config.yaml`.
@@ -163,9 +268,7 @@ class RunDirectory:
         Raises:
             ValueError: something in it is not a plain value.
         """
-        plain = _finite(_plain("summary", summary))
-        text = json.dumps(plain, indent=2, allow_nan=False, ensure_ascii=False)
-        _write(self.path / SUMMARY, (text + "\n").encode())
+        write_json(self.path / SUMMARY, summary)
 
     def write_weights(self, weights: Mapping[str, NDArray[Any]]) -> None:
         """Write `weights.npz`: arrays by name, readable without pickle.
@@ -284,6 +387,30 @@ def load_result(directory: str | Path) -> Result:
     if SUMMARY not in found:
         found[SUMMARY] = {"status": "unfinished", **(summarise(matrix) if matrix.size else {})}
     return Result(path, found[CONFIG], matrix, found[SUMMARY])
+
+
+def read_metrics(directory: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of `metrics.jsonl` in order; none where there is no such file.
+
+    A last line that was cut short, as a killed run leaves it, is left out.
+
+    Raises:
+        ValueError: a damaged line, which is named.
+    """
+    path = Path(directory) / METRICS
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("it holds no mapping")
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged in line {number}: {error}") from error
+            yield record
 
 
 def load_weights(directory: str | Path) -> dict[str, NDArray[Any]]:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from sequel_core import metrics, plan
-from sequel_core.console import Display
+from sequel_core.callbacks import StreamCallback
+from sequel_core.checkpoints import Checkpoints
+from sequel_core.console import Display, Shown
+from sequel_core.hparams import CheckpointHParams
 from sequel_core.learner import DivergenceError, EvaluateEvery, Evaluation, FitMonitor, Learner, Progress
+from sequel_core.pictures import sample_images
 from sequel_core.results import Result, RunDirectory, load_result, peak_memory_bytes, versions
+from sequel_core.signals import InterruptedRunError, Signals
 from sequel_core.task import Benchmark, FloatArray, Task
 
 EvaluateOn = Literal["test", "validation"]
@@ -31,7 +38,10 @@ def run(
     evaluate_on: EvaluateOn = "test",
     evaluate_future: bool = False,
     config: Mapping[str, Any] | None = None,
-    progress: bool | None = None,
+    progress: Shown = True,
+    callbacks: Sequence[StreamCallback] = (),
+    resume: bool | Literal["auto"] = False,
+    checkpoint: CheckpointHParams | None = None,
 ) -> Result:
     """Train on every task in turn, evaluate, and record in a run directory.
 
@@ -47,7 +57,14 @@ def run(
             what forward transfer needs. Otherwise only the tasks seen so far.
         config: what to record as the run's configuration; None for what the learner and the benchmark tell of
             themselves.
-        progress: False to print nothing; None to show progress bars on a terminal only.
+        progress: True for progress bars on a terminal, a line per task and a table at the end; `"bars"` for
+            the bars alone; False to print nothing.
+        callbacks: called around the stream and each task, in this order.
+        resume: True to go on with the run that `run_dir` holds, from its newest whole checkpoint, or from the
+            beginning where there is none; the end is bit-identical to that of a run that never stopped. A
+            run that has ended is read back, and the learner gets its final state. `"auto"` for that where
+            `run_dir` holds a run with the same settings, and for a new one where it is empty.
+        checkpoint: when checkpoints are written; None for after every task, the newest two kept.
 
     Returns:
         The accuracy matrix `[T, T]` and the summary; the same is in `run_dir`, for `sequel_core.load_result`.
@@ -57,40 +74,90 @@ def run(
             was trained.
         DivergenceError: the loss is no longer finite; what was recorded until then is kept, with status
             `diverged`.
+        InterruptedRunError: SIGINT, SIGTERM or another signal asked for the end; a checkpoint was written.
+        OSError: a file could not be written; earlier checkpoints are kept.
     """
-    _check(learner, benchmark, evaluate_every, evaluate_on)
-    recorder = _Recorder(
-        learner, benchmark, RunDirectory.create(run_dir), evaluate_on, Display(benchmark, progress)
-    )
+    check_run(learner, benchmark, evaluate_every, evaluate_on)
+    if resume not in (True, False, "auto"):
+        raise ValueError(f"resume must be True, False or 'auto', got {resume!r}")
     described = _describe(learner, benchmark) if config is None else config
-    recorder.directory.write_config(described)
-    everything = range(len(benchmark))
-    with recorder.display, recorder.finishing():
-        learner.log_hparams(described)
-        if evaluate_future:
-            recorder.baseline = recorder.evaluate(everything, after=None)
-        for task in learner.hparams.training_tasks(benchmark, learner.training.seed):
-            seen = everything if evaluate_future else everything[: task.index + 1]
-            monitor = FitMonitor(
-                on_progress=partial(recorder.progress, task),
-                on_evaluate=partial(recorder.evaluate_within, seen, task.index),
-                evaluate_every=evaluate_every,
-            )
-            recorder.display.start(task, learner.training.epochs(task.index))
-            with recorder.timed("train"):
-                learner.fit_task(task, monitor)
-            recorder.matrix[task.index] = recorder.evaluate(seen, after=task.index)
-            recorder.directory.write_matrix(recorder.matrix)
-            recorder.display.finish(task, recorder.matrix[task.index])
-        recorder.final_evaluation()
+    directory = RunDirectory.open(run_dir, described, resume)
+    with directory.locked(), Signals().noted() as signals:
+        display = Display(benchmark, learner, progress)
+        recorder = _Recorder(learner, benchmark, directory, evaluate_on, display, signals)
+        recorder.checkpoints = _Checkpointer(recorder, checkpoint or CheckpointHParams())
+        resumed = recorder.checkpoints.restore() if resume else False
+        if resume and directory.finished():
+            return recorder.result()
+        if not resumed:
+            directory.rewind_metrics(0)
+            directory.write_config(described)
+        _run(recorder, callbacks, evaluate_every, evaluate_future, described, resumed)
     result = recorder.result()
     recorder.display.summarise(result)
     return result
 
 
-def _check(
+def _run(
+    recorder: _Recorder,
+    callbacks: Sequence[StreamCallback],
+    evaluate_every: EvaluateEvery,
+    evaluate_future: bool,
+    config: Mapping[str, Any],
+    resumed: bool,
+) -> None:
+    """Go through the stream, from where the recorder is."""
+    learner, benchmark, checkpoints = recorder.learner, recorder.benchmark, recorder.checkpoints
+    everything = range(len(benchmark))
+    with recorder.display, recorder.finishing():
+        learner.start_stream(config, resumed)
+        for callback in callbacks:
+            callback.on_stream_start(learner, benchmark)
+        if not resumed and learner.logs:
+            for task in benchmark.tasks:
+                learner.log_image(f"samples/task_{task.index}", sample_images(task.train))
+        if not resumed and evaluate_future:
+            recorder.baseline = recorder.evaluate(everything, after=None)
+        for task in learner.hparams.training_tasks(benchmark, learner.training.seed):
+            if recorder.has_done(task.index, "evaluate"):
+                continue
+            seen = everything if evaluate_future else everything[: task.index + 1]
+            recorder.display.start(task, learner.training.epochs(task.index))
+            for callback in callbacks:
+                callback.on_task_start(learner, task)
+            if not recorder.has_done(task.index, "train"):
+                monitor = FitMonitor(
+                    on_progress=partial(recorder.progress, task),
+                    on_evaluate=partial(recorder.evaluate_within, seen, task.index),
+                    evaluate_every=evaluate_every,
+                    on_checkpoint=checkpoints.within,
+                    checkpoint_every=checkpoints.every_n_steps,
+                    pressing=checkpoints.pressing,
+                )
+                with recorder.timed("train"):
+                    learner.fit_task(task, monitor)
+                recorder.done = (task.index, "train")
+            recorder.evaluate(seen, after=task.index)
+            recorder.done = (task.index, "evaluate")
+            recorder.display.finish(task, recorder.matrix[task.index])
+            for callback in callbacks:
+                callback.on_task_end(learner, task, recorder.matrix.copy())
+            checkpoints.save()
+            recorder.signals.check()
+        recorder.final_evaluation()
+        for callback in callbacks:
+            callback.on_stream_end(learner, recorder.matrix.copy())
+        learner.end_stream()
+
+
+def check_run(
     learner: Learner, benchmark: Benchmark, evaluate_every: EvaluateEvery, evaluate_on: EvaluateOn
 ) -> None:
+    """Refuse what `run` cannot do with a learner on a stream.
+
+    Raises:
+        ValueError: a setting that does not fit.
+    """
     spec, made_for = benchmark.spec, learner.spec
     if (spec.image_shape, spec.num_classes) != (made_for.image_shape, made_for.num_classes):
         raise ValueError(
@@ -135,9 +202,12 @@ class _Recorder:
         directory: RunDirectory,
         split: EvaluateOn,
         display: Display,
+        signals: Signals,
     ) -> None:
         self.learner, self.benchmark, self.directory, self.split = learner, benchmark, directory, split
-        self.display = display
+        self.display, self.signals = display, signals
+        self.checkpoints: _Checkpointer
+        self.done: tuple[int, str] = (-1, "evaluate")  # the last task of which so much is done
         self.matrix: FloatArray = np.full((len(benchmark), len(benchmark)), np.nan)
         self.baseline: FloatArray | None = None
         self.extra: dict[str, Any] = {}
@@ -145,15 +215,48 @@ class _Recorder:
         self.began = time.perf_counter()
         self.last = (self.began, 0)
 
+    def has_done(self, task: int, part: Literal["train", "evaluate"]) -> bool:
+        """Whether this part of a task, its training or also the evaluation after it, is over."""
+        index, done = self.done
+        return task < index or (task == index and part in ("train", done))
+
+    def state(self) -> dict[str, Any]:
+        """Return what `load` needs, as plain values."""
+        return {
+            "done": list(self.done),
+            "matrix": self.matrix,
+            "baseline": self.baseline,
+            "extra": self.extra,
+            "seconds": dict(self.seconds),
+            "total_seconds": time.perf_counter() - self.began,
+            "metrics_bytes": self.directory.metrics_bytes(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint's state; the learner is restored before."""
+        index, done = state["done"]
+        self.done = (int(index), str(done))
+        self.matrix = np.array(state["matrix"], np.float64)  # None becomes nan
+        self.baseline = None if state["baseline"] is None else np.array(state["baseline"], np.float64)
+        self.extra = dict(state["extra"])
+        self.seconds.update(state["seconds"])
+        self.began -= state["total_seconds"]
+        self.last = (time.perf_counter(), self.learner.step)
+        self.directory.rewind_metrics(state["metrics_bytes"])
+        self.directory.write_matrix(self.matrix)
+
     @contextmanager
     def timed(self, kind: str) -> Iterator[None]:
-        """Add the time spent to `kind`, and take it away from `train` where an evaluation lies within it."""
-        start, inside = time.perf_counter(), self.seconds["evaluate"]
+        """Add the time spent to `kind`, less that of evaluations and checkpoints within training."""
+        start, inside = time.perf_counter(), self._inner_seconds()
         try:
             yield
         finally:
             spent = time.perf_counter() - start
-            self.seconds[kind] += spent - (self.seconds["evaluate"] - inside if kind == "train" else 0)
+            self.seconds[kind] += spent - (self._inner_seconds() - inside if kind == "train" else 0)
+
+    def _inner_seconds(self) -> float:
+        return self.seconds["evaluate"] + self.seconds["checkpoint"]
 
     def progress(self, task: Task, progress: Progress) -> None:
         """Record loss and accuracy of the training batches."""
@@ -165,7 +268,11 @@ class _Recorder:
         self.directory.append_metrics(
             {"kind": "train", "task": task.index, **record, "samples_per_second": rate, **extra}
         )
-        self.display.update(progress)
+        scores = {name: record[name] for name in ("loss", "accuracy", "learning_rate")}
+        scores = {name: value for name, value in scores.items() if name == "loss" or not math.isnan(value)}
+        named = {f"train/{name}": value for name, value in {**scores, "samples_per_second": rate}.items()}
+        self.learner.log({**named, **extra})
+        self.display.update(task, progress)
 
     def evaluate(self, tasks: range, after: int | None, within: bool = False) -> FloatArray:
         """Evaluate tasks, record the numbers and return the accuracies, `[T]`, nan for the other tasks.
@@ -176,7 +283,11 @@ class _Recorder:
             within: whether its training still goes on.
         """
         with self.timed("evaluate"):
-            found = {j: self.learner.evaluate(self.benchmark.tasks[j], self.split) for j in tasks}
+            found = {}
+            for j in tasks:
+                found[j] = self.learner.evaluate(self.benchmark.tasks[j], self.split)
+                if not within and self.signals.received is not None:
+                    self.checkpoints.stop()
         row = np.full(len(self.benchmark), np.nan)
         for j, evaluation in found.items():
             row[j] = evaluation.accuracy
@@ -189,27 +300,49 @@ class _Recorder:
         for name in next(iter(found.values())).alternatives:
             others = [evaluation.alternatives[name] / evaluation.total for evaluation in found.values()]
             self.extra[f"{name}_average_accuracy"] = float(np.mean(others))
-        scores = {f"{self.split}/accuracy/task_{j}": e.accuracy for j, e in found.items()}
-        self.learner.log({**scores, f"{self.split}/average_accuracy": float(np.nanmean(row))})
+        scores = {f"accuracy/task_{j}": evaluation.accuracy for j, evaluation in found.items()}
+        scores["average_accuracy"] = float(np.nanmean(row))
+        if after is not None and not within:
+            self.matrix[after] = row
+            self.directory.write_matrix(self.matrix)
+            seen = self.matrix[: after + 1, : after + 1]
+            if not math.isnan(forgotten := metrics.forgetting(seen)):
+                scores["forgetting"] = forgotten
+        named = {f"{self.split}/{name}": value for name, value in scores.items()}
+        self.learner.log({**named, "memory_bytes": self.learner.memory_bytes()})
+        if self.learner.logs and after is not None and not within:
+            self._log_matrix()
         self.last = (time.perf_counter(), self.learner.step)
         return row
 
+    def _log_matrix(self) -> None:
+        """Send the accuracies so far to the loggers, as a picture and as a table."""
+        name, tasks = f"{self.split}/accuracy_matrix", range(len(self.benchmark))
+        draw = import_module("sequel_core.report.figures").matrix_picture
+        self.learner.log_image(name, draw(self.matrix, f"{self.benchmark.name}: {self.split} accuracy"))
+        rows = [[i, *(None if math.isnan(v) else v for v in self.matrix[i].tolist())] for i in tasks]
+        self.learner.log_table(f"{name}_table", ["after_task", *(f"task_{j}" for j in tasks)], rows)
+
     def evaluate_within(self, tasks: range, after: int) -> None:
         """Evaluate tasks while the training on task `after` goes on."""
-        self.evaluate(tasks, after, within=True)
+        self.display.evaluated(after, self.evaluate(tasks, after, within=True))
 
     def final_evaluation(self) -> None:
         """Evaluate the split that the matrix is not measured on, where every task has one."""
         other: EvaluateOn = "validation" if self.split == "test" else "test"
         if all(len(task.split(other)) for task in self.benchmark.tasks):
             with self.timed("evaluate"):
-                found = [self.learner.evaluate(task, other) for task in self.benchmark.tasks]
+                found = []
+                for task in self.benchmark.tasks:
+                    found.append(self.learner.evaluate(task, other))
+                    self.signals.check()
             last = len(self.benchmark) - 1
             for j, evaluation in enumerate(found):
                 self._record(
                     evaluation, {"after_task": last, "within_task": False, "task": j, "split": other}
                 )
-            self.extra[f"{other}_average_accuracy"] = float(np.mean([e.accuracy for e in found]))
+            average = self.extra[f"{other}_average_accuracy"] = float(np.mean([e.accuracy for e in found]))
+            self.learner.log({f"{other}/average_accuracy": average})
 
     def _record(self, evaluation: Evaluation, where: Mapping[str, Any]) -> None:
         values = {"accuracy": evaluation.accuracy, "loss": evaluation.loss}
@@ -222,41 +355,45 @@ class _Recorder:
     @contextmanager
     def finishing(self) -> Iterator[None]:
         """Write the summary however the run ends."""
+        failed = True
         try:
             yield
-            self.extra["status"] = "finished"
+            self.checkpoints.close()
             self.directory.write_weights(self.learner.weights())
+            self._end("finished")
+            failed = False
         except BaseException as error:
-            self.extra["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            ended = isinstance(error, KeyboardInterrupt | InterruptedRunError)
             if isinstance(error, DivergenceError):
-                self.extra.update(status="diverged", diverged_at=error.where)
+                self.extra["diverged_at"] = error.where
+            status = "diverged" if "diverged_at" in self.extra else "interrupted" if ended else "failed"
+            with suppress(OSError):  # a full disk is what may have ended the run
+                self.checkpoints.close()
+            with suppress(OSError):
+                self._end(status)
             raise
         finally:
-            self.directory.write_matrix(self.matrix)
-            self.directory.write_summary(self.summary())
-            self.learner.close()
+            self.learner.close(failed)
+
+    def _end(self, status: str) -> None:
+        self.directory.write_matrix(self.matrix)
+        self.directory.write_summary({"status": status, **self.summary()})
 
     def summary(self) -> dict[str, Any]:
-        """Return everything that `summary.json` holds."""
+        """Return what `summary.json` holds beside the status."""
         total = time.perf_counter() - self.began
-        train, evaluate = self.seconds["train"], self.seconds["evaluate"]
+        spent = {kind: self.seconds[kind] for kind in ("train", "evaluate", "checkpoint")}
         found = metrics.summarise(self.matrix, self.baseline)
-        extra = dict(self.extra)
         return {
-            "status": extra.pop("status"),
             "mode": self.learner.mode,
             "split": self.split,
             **found,
             f"{self.split}_average_accuracy": found["average_accuracy"],
-            **extra,
+            **self.extra,
             "steps": self.learner.step,
-            "seconds": {
-                "train": train,
-                "evaluate": evaluate,
-                "other": total - train - evaluate,
-                "total": total,
-            },
+            "seconds": {**spent, "other": total - sum(spent.values()), "total": total},
             "memory_bytes": self.learner.memory_bytes(),
+            "checkpoint_bytes": self.checkpoints.bytes(),
             "peak_memory_bytes": peak_memory_bytes(),
             "threads": self.learner.threads(),
             "versions": versions(),
@@ -265,3 +402,66 @@ class _Recorder:
     def result(self) -> Result:
         """Return the run's result, read from its directory as any reader would."""
         return load_result(self.directory.path)
+
+
+class _Checkpointer:
+    """Writes a run's checkpoints when due, and when a signal asks for the end."""
+
+    def __init__(self, recorder: _Recorder, settings: CheckpointHParams) -> None:
+        self._recorder = recorder
+        self._wanted = settings.keep > 0
+        self._files = Checkpoints(recorder.directory.path, max(1, settings.keep))
+        self._minutes = settings.every_minutes
+        self._saved_at = time.monotonic()
+        self.every_n_steps = settings.every_n_steps
+
+    def pressing(self) -> bool:
+        """Whether one is due, whatever the step."""
+        late = self._minutes is not None and time.monotonic() - self._saved_at >= 60 * self._minutes
+        return late or self._recorder.signals.received is not None
+
+    def save(self) -> None:
+        """Write one.
+
+        Raises:
+            OSError: this one, or the one before, could not be written.
+        """
+        if self._wanted:
+            recorder = self._recorder
+            began = time.perf_counter()
+            self._files.save(recorder.learner.save, recorder.state())
+            recorder.seconds["checkpoint"] += time.perf_counter() - began
+        self._saved_at = time.monotonic()
+
+    def within(self) -> None:
+        """Write one in the middle of a task; raise InterruptedRunError where a signal asked for it."""
+        self.save()
+        self._recorder.signals.check()
+
+    def stop(self) -> None:
+        """Write one between the training on a task and the end of its evaluation, and end the run.
+
+        Raises:
+            InterruptedRunError: always.
+        """
+        if self._recorder.done[1] == "train":
+            self.save()
+        self._recorder.signals.check()
+
+    def restore(self) -> bool:
+        """Bring learner and recorder to the newest whole checkpoint; False where there is none."""
+        found = self._files.newest()
+        self._files.clear(None if found is None else found.path)
+        if found is None:
+            return False
+        self._recorder.learner.restore(found.path)
+        self._recorder.load(found.run)
+        return True
+
+    def close(self) -> None:
+        """Wait for what is being written."""
+        self._files.close()
+
+    def bytes(self) -> int:
+        """Return the disk space that the checkpoints take."""
+        return self._files.bytes()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import clu.metrics
@@ -17,10 +18,12 @@ from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict
+from numpy.typing import NDArray
 
 from sequel_core import plan
 from sequel_core.hparams import TrainingHParams
 from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
+from sequel_core.loggers import Loggers
 from sequel_core.task import AnySplit, Batch, FloatArray, IntArray, Samples, StreamSpec, Task
 from sequel_flax.backbones import initial_variables
 from sequel_flax.bundle import (
@@ -29,12 +32,15 @@ from sequel_flax.bundle import (
     State,
     batch_stats,
     get_learning_rate,
-    mask_logits,
 )
+from sequel_flax.checkpoints import Saver, restored
+from sequel_flax.evaluation import Evaluator
+from sequel_flax.evaluation import as_batch as as_batch
 from sequel_flax.foreign import adapted
+from sequel_flax.hooks import EveryWriter, Hook
 from sequel_flax.optimizers import clip_by_global_norm
 from sequel_flax.replay import Memory, stored_samples
-from sequel_flax.writers import MetricWriter
+from sequel_flax.writers import MetricWriter, close_writer, resume_writer, write_table
 
 NEVER = np.iinfo(np.int32).max
 LOOPED_STEPS = 50
@@ -53,6 +59,14 @@ class Tally(NamedTuple):
     first_bad_step: jax.Array  # the first step whose loss was not finite, int32 (); NEVER without one
 
 
+class Within(NamedTuple):
+    """Where in a task the learner is."""
+
+    task: int
+    done: int  # steps of the task
+    tally: Tally
+
+
 class FlaxLearner:
     """Runs an algorithm bundle over tasks.
 
@@ -66,11 +80,12 @@ class FlaxLearner:
         metrics: a `clu.metrics.Collection` class, fed with `loss`, `logits` and `labels`; those named
             accuracy and loss are shown as progress.
         writers: objects with the methods of clu's MetricWriter.
+        hooks: called in this order before and after the stream, tasks, epochs, steps and evaluations.
         steps_per_call: at most so many steps in one compiled call; 1 dispatches each step alone. None chooses
             1 for a network with convolutions on a CPU, where XLA runs them slowly within a loop, else 50.
 
     Raises:
-        ValueError: a setting that the model or the optimizer cannot follow.
+        ValueError: a setting that the model or the optimizer cannot follow, or a hook that is none.
     """
 
     mode: Mode = "jax"
@@ -85,10 +100,16 @@ class FlaxLearner:
         *,
         metrics: type[clu.metrics.Collection] = TrainMetrics,
         writers: Sequence[MetricWriter] = (),
+        hooks: Sequence[Hook] = (),
         steps_per_call: int | None = None,
     ) -> None:
         if steps_per_call is not None and steps_per_call < 1:
             raise ValueError(f"steps_per_call must be >= 1, got {steps_per_call}")
+        for hook in hooks:
+            if not isinstance(hook, Hook):
+                raise ValueError(
+                    f"hooks must be objects of subclasses of sequel_flax.Hook, got a {type(hook).__name__}"
+                )
         self.algorithm = algorithm
         self.hparams = algorithm.hparams
         self.training = training or TrainingHParams()
@@ -96,7 +117,11 @@ class FlaxLearner:
         self.hparams.check(spec, self.training)
         self.planner = algorithm.planner(spec)
         self.model = adapted(model)
-        self.writers = tuple(writers)
+        self.writers = Loggers(writers)
+        self.hooks = tuple(hooks)
+        self.shows_progress = any(hook.shows_progress for hook in hooks)
+        self._step_hooks = [hook for hook in hooks if hook.watches_steps]
+        self._writer: Any = EveryWriter(self.writers)
         self.steps_per_call = steps_per_call
         self.metrics = metrics
         if self.training.grad_clip is not None:
@@ -107,9 +132,11 @@ class FlaxLearner:
         self.ts = strong_types(ts)
         self.state = strong_types(algorithm.init(self.ts, spec))
         self._empty = jax.device_get(Tally(strong_types(metrics.empty()), jnp.asarray(NEVER, jnp.int32)))
+        self._within: Within | None = None  # None between tasks
+        self._saver = Saver()
         self._step = jax.jit(self._traced_step, donate_argnums=(0, 1, 2))
         self._loop = jax.jit(self._traced_loop, donate_argnums=(0, 1, 2))
-        self._count = jax.jit(self._traced_count)
+        self._count = Evaluator(algorithm, spec, self.training.eval_batch_size)
 
     @property
     def step(self) -> int:
@@ -139,18 +166,6 @@ class FlaxLearner:
         end: tuple[TrainState, State, Tally] = jax.lax.fori_loop(0, steps, body, (ts, state, tally))
         return end
 
-    def _traced_count(
-        self, ts: TrainState, state: State, batch: Batch, valid: jax.Array
-    ) -> tuple[Any, ...]:
-        logits = self.algorithm.predict(ts, state, batch.x, batch.t)
-        others = self.algorithm.alternatives(ts, state, batch.x, batch.t)
-        other_hits = {name: ((o.argmax(-1) == batch.y) & valid).sum() for name, o in others.items()}
-        hits = (logits.argmax(-1) == batch.y) & valid
-        masked = mask_logits(logits, jnp.asarray(self.spec.mask)[batch.t])
-        masked_hits = (masked.argmax(-1) == batch.y) & valid
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.y)
-        return hits.sum(), masked_hits.sum(), jnp.where(valid, losses, 0).sum(), other_hits
-
     # -- the Learner protocol
 
     def fit_task(self, task: Task, monitor: FitMonitor) -> None:
@@ -158,72 +173,107 @@ class FlaxLearner:
         training, size = self.training, self.training.batch_size
         split = self.algorithm.training_split(self.state, task.train)
         plan.check_batch_size(task.index, len(split), size)
-        ts, state = self.algorithm.start_task(self.ts, self.state, task)
-        self.ts, self.state = strong_types(ts), strong_types(state)
         epochs, steps_per_epoch = training.epochs(task.index), len(split) // size
-        first, done = self.step, 0
-        tally, learning_rate = self._empty, self._learning_rate()
-        intervals = [training.log_every_n_steps]
-        if isinstance(monitor.evaluate_every, int):
-            intervals.append(monitor.evaluate_every)
-        for epoch in range(epochs):
+        task_steps = epochs * steps_per_epoch
+        self._call("before_task", {"task": task.index, "task_steps": task_steps})
+        if self._within is None:
+            ts, state = self.algorithm.start_task(self.ts, self.state, task)
+            self.ts, self.state = strong_types(ts), strong_types(state)
+            self._within = Within(task.index, 0, self._empty)
+        _, done, tally = self._within
+        first, learning_rate = self.step - done, self._learning_rate()
+        intervals = (training.log_every_n_steps, *monitor.intervals)
+        for epoch in range(done // steps_per_epoch, epochs):
             order = plan.epoch_batches(training.seed, task.index, epoch, len(split), size)
-            for batches, steps in self._calls(split, order, done, intervals):
-                if self.steps_per_call == 1:
-                    self.ts, self.state, tally = self._step(self.ts, self.state, tally, batches)
+            where, whole = {"task": task.index, "epoch": epoch}, self._empty
+            self._call("before_epoch", where)
+            for batches, steps in self._calls(split, order[done % steps_per_epoch :], first, done, intervals):
+                if hooks := self._due(first + done + 1):
+                    batch = batches if self.steps_per_call == 1 else rows(batches, 0)
+                    self._call("before_step", where, batch, hooks)
+                    alone = self._take(self._empty, batches, steps)
+                    values = self._read(alone, task, first, steps_per_epoch)
+                    self._call("after_step", {**values, **where}, batch, hooks)
+                    tally = together(tally, alone)
                 else:
-                    self.ts, self.state, tally = self._loop(self.ts, self.state, tally, batches, steps)
+                    tally = self._take(tally, batches, steps)
                 done += steps
                 epoch_end = done == (epoch + 1) * steps_per_epoch
                 if epoch_end or done % training.log_every_n_steps == 0:
                     values = self._read(tally, task, first, steps_per_epoch)
-                    tally = self._empty
+                    whole, tally = together(whole, tally) if self.hooks else whole, self._empty
                     loss, accuracy = values.pop("loss", math.nan), values.pop("accuracy", math.nan)
-                    self.log({"train/loss": loss, "train/accuracy": accuracy, **values})
                     monitor.on_progress(
                         Progress(
                             step=first + done,
                             epoch=epoch,
                             task_step=done,
-                            task_steps=epochs * steps_per_epoch,
+                            task_steps=task_steps,
                             loss=loss,
                             accuracy=accuracy,
                             learning_rate=learning_rate,
                             extra=values,
                         )
                     )
-                if monitor.due(done, epochs * steps_per_epoch, epoch_end):
-                    monitor.on_evaluate()
+                if epoch_end and self.hooks:
+                    values = self._read(whole, task, first, steps_per_epoch)
+                    self._call("after_epoch", {**values, **where})
+                self._within = Within(task.index, done, tally)
+                monitor.after_step(done, task_steps, epoch_end)
         samples = plan.consolidation_batches(training.seed, task, size)
         kept = (jax.device_put(as_batch(chunk)) for chunk in samples)
         ts, state = self.algorithm.end_task(self.ts, self.state, kept)
         self.ts, self.state = strong_types(ts), strong_types(state)
+        self._within = None
+        self._call("after_task", {"task": task.index, "task_steps": task_steps})
 
     def evaluate(self, task: Task, split: str) -> Evaluation:
         """Count correct predictions on a split of a task; see `sequel_core.learner.Learner`."""
-        samples = task.split(split)
-        size = self.training.eval_batch_size
-        while size // 2 >= len(samples):  # few shapes to compile for, and never half of a batch filled up
-            size //= 2
-        counts = [
-            self._count(self.ts, self.state, as_batch(chunk), valid)
-            for chunk, valid in plan.evaluation_batches(samples, size)
-        ]
-        correct, masked_correct, loss, others = jax.tree.map(
-            lambda *parts: float(np.sum(parts, dtype=np.float64)), *jax.device_get(counts)
+        where = {"task": task.index, "split": split}
+        self._call("before_evaluation", where)
+        found = self._count(self.ts, self.state, task.split(split))
+        others = {f"{name}_accuracy": hits / found.total for name, hits in found.alternatives.items()}
+        self._call(
+            "after_evaluation",
+            {
+                **where,
+                "accuracy": found.accuracy,
+                "loss": found.loss,
+                "masked_accuracy": found.masked_accuracy,
+                **others,
+            },
         )
-        alternatives = {name: int(hits) for name, hits in others.items()}
-        return Evaluation(int(correct), len(samples), loss / len(samples), int(masked_correct), alternatives)
+        return found
 
-    def log_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """Write the run's configuration with every writer."""
-        for writer in self.writers:
-            writer.write_hparams(hparams)
+    @property
+    def logs(self) -> bool:
+        """Whether there are writers."""
+        return len(self.writers) > 0
+
+    def start_stream(self, config: Mapping[str, Any], resumed: bool = False) -> None:
+        """Write the run's configuration with every writer; see `sequel_core.learner.Learner`."""
+        if resumed:
+            self.writers.each(lambda writer: resume_writer(writer, self.step))
+        else:
+            self.writers.each(lambda writer: writer.write_hparams(config))
+        self._call("before_stream", {})
+
+    def end_stream(self) -> None:
+        """Flush the writers."""
+        self._call("after_stream", {})
+        self.writers.each(lambda writer: writer.flush())
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Write numbers with every writer, at the current step."""
-        for writer in self.writers:
-            writer.write_scalars(self.step, metrics)
+        self.writers.each(lambda writer: writer.write_scalars(self.step, metrics))
+
+    def log_image(self, name: str, image: NDArray[np.uint8]) -> None:
+        """Write a picture `[H, W, 3]` with every writer, at the current step."""
+        self.writers.each(lambda writer: writer.write_images(self.step, {name: image[None]}))
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Write a table with every writer, as Markdown where it has no tables, at the current step."""
+        self.writers.each(lambda writer: write_table(writer, self.step, name, columns, rows))
 
     def memory_samples(self) -> Samples:
         """Return copies of the samples that a replay method holds, images `[n, H, W, C]`.
@@ -241,6 +291,28 @@ class FlaxLearner:
         """Return the bytes of all that the algorithm keeps of past tasks."""
         return int(sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.memory)))
 
+    def save(self, directory: Path) -> Callable[[], None]:
+        """Write the train state, the algorithm's state, ...; see `sequel_core.learner.Learner`."""
+        return self._saver.save(directory, self._tree())
+
+    def restore(self, directory: Path) -> None:
+        """Read back what `save` wrote; see `sequel_core.learner.Learner`."""
+        tree = restored(directory, self._tree())
+        self.ts, self.state, self.planner.state = tree["ts"], tree["state"], tree["planner"]
+        task, done = map(int, tree["position"])
+        self._within = None if task < 0 else Within(task, done, tree["tally"])
+
+    def _tree(self) -> dict[str, Any]:
+        """Return all that the coming steps depend on."""
+        task, done, tally = (-1, 0, self._empty) if self._within is None else self._within
+        return {
+            "ts": self.ts,
+            "state": self.state,
+            "planner": self.planner.state,
+            "position": np.array([task, done]),
+            "tally": tally,
+        }
+
     def weights(self) -> dict[str, FloatArray]:
         """Return weights and running statistics in the canonical layout, which is Flax's own."""
         trees = jax.device_get((self.ts.params, batch_stats(self.ts)))
@@ -256,13 +328,37 @@ class FlaxLearner:
         """Return the number of cores that XLA's thread pool takes on a CPU."""
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    def close(self) -> None:
-        """Flush and close the writers."""
-        for writer in self.writers:
-            writer.flush()
-            writer.close()
+    def close(self, failed: bool = False) -> None:
+        """Flush and close the writers, and end the background's work on checkpoints."""
+        self._saver.close()
+        self.writers.each(lambda writer: close_writer(writer, failed))
+        for hook in self.hooks:
+            hook.close()
 
     # -- parts of the above
+
+    def _call(
+        self,
+        name: str,
+        metrics: Mapping[str, Any],
+        batch: Batch | None = None,
+        hooks: Sequence[Hook] | None = None,
+    ) -> None:
+        """Call a method of hooks, of all unless told which."""
+        for hook in self.hooks if hooks is None else hooks:
+            getattr(hook, name)(self.ts, self.state, batch, metrics, self._writer)
+
+    def _due(self, step: int) -> list[Hook]:
+        """Return the hooks that are called around a step; `step` is its number in the stream, from 1."""
+        return [hook for hook in self._step_hooks if hook.due(step)]
+
+    def _take(self, tally: Tally, batches: Batch, steps: int) -> Tally:
+        """Take steps in one compiled call."""
+        if self.steps_per_call == 1:
+            self.ts, self.state, tally = self._step(self.ts, self.state, tally, batches)
+        else:
+            self.ts, self.state, tally = self._loop(self.ts, self.state, tally, batches, steps)
+        return tally
 
     def _read(self, tally: Tally, task: Task, first: int, steps_per_epoch: int) -> dict[str, float]:
         """Return the metrics of a tally; wait for the steps that it counts."""
@@ -276,18 +372,24 @@ class FlaxLearner:
         return math.nan if rate is None else float(rate)
 
     def _calls(
-        self, split: AnySplit, order: IntArray, done: int, intervals: Sequence[int]
+        self, split: AnySplit, order: IntArray, first: int, done: int, intervals: Sequence[int]
     ) -> Iterator[tuple[Batch, int]]:
-        """Yield what each compiled call takes, and its steps; none goes past a multiple of an interval."""
+        """Yield what each compiled call takes, and its steps.
+
+        None goes past a multiple of an interval, and a step that a hook asks for is alone in its call.
+        """
         for samples in plan.take_in_chunks(split, order):
             chunk = as_batch(samples)
             if self.steps_per_call is None:
-                first = rows(chunk, 0)
-                planned = first._replace(plan=self.algorithm.planner(self.spec).next(first.y, first.t))
+                one = rows(chunk, 0)
+                planned = one._replace(plan=self.algorithm.planner(self.spec).next(one.y, one.t))
                 self.steps_per_call = self._choose_steps_per_call(planned)
             k, count = 0, len(chunk.y)
             while k < count:
                 steps = min(self.steps_per_call, count - k, *(n - done % n for n in intervals))
+                if self._step_hooks:
+                    due = (n for n in range(steps) if self._due(first + done + n + 1))
+                    steps = max(next(due, steps), 1)  # up to the step that is due, or that one alone
                 part = rows(chunk, slice(k, k + steps))
                 part = part._replace(plan=self.planner.next(part.y, part.t))
                 if self.steps_per_call == 1:
@@ -316,9 +418,11 @@ def filled(rows: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([rows, np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)])
 
 
-def as_batch(samples: Samples) -> Batch:
-    """Return samples as the step takes them: 32-bit labels and task ids, with or without 64-bit JAX."""
-    return Batch(samples.x, samples.y.astype(np.int32), samples.t.astype(np.int32))
+def together(tally: Tally, more: Tally) -> Tally:
+    """Return what two tallies count together, on the host, in the dtypes of the first."""
+    (metrics, bad), (others, worse) = jax.device_get((tally, more))
+    merged = jax.tree.map(lambda old, new: np.asarray(new, old.dtype), metrics, metrics.merge(others))
+    return Tally(merged, np.minimum(bad, worse))
 
 
 def strong_types(tree: Any) -> Any:

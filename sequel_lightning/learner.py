@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
+import signal
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, Checkpoint
-from pytorch_lightning.loggers import Logger, WandbLogger
+from numpy.typing import NDArray
+from pytorch_lightning.callbacks import Callback, Checkpoint, ProgressBar
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.profilers import PassThroughProfiler
+from torch import Tensor
 from torch.nn import functional as F
 
 from sequel_core import plan
@@ -22,12 +26,27 @@ from sequel_core.hparams import TrainingHParams
 from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
 from sequel_core.task import FloatArray, Samples, StreamSpec, Task
 from sequel_lightning.backbones import canonical_weights
+from sequel_lightning.callbacks import (
+    callbacks_of_task,
+    check_callbacks,
+    check_monitors,
+    separate_checkpoints,
+)
 from sequel_lightning.data import EvaluationBatches, TaskDataModule
-from sequel_lightning.module import ContinualModule, Tally, evaluating, mask_logits, refuse_data_parallel
+from sequel_lightning.loggers import TrainersLoggers, log_hparams, log_image, log_table, resume_logger
+from sequel_lightning.module import (
+    TRAINING,
+    ContinualModule,
+    Tally,
+    evaluating,
+    mask_logits,
+    refuse_data_parallel,
+)
 from sequel_lightning.replay import Memory, stored_samples
 
 TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SEEDS = 2**63
+CHECKPOINT = "lightning.ckpt"
 
 
 class LightningLearner:
@@ -38,12 +57,14 @@ class LightningLearner:
         training: batch size, epochs, clipping, seed, dtype.
         trainer: further arguments of `pytorch_lightning.Trainer`: accelerator, devices, precision,
             accumulate_grad_batches, ...
-        callbacks: given to every Trainer as fresh copies, so that early stopping starts anew with each task.
+        callbacks: of Lightning. Every task gets fresh copies of its ready ones (and of subclasses of these):
+            early stopping starts anew, checkpoints go into `task_<index>/`; those in use are in
+            `learner.trainer.callbacks`. Your own subclasses of Callback are the same objects in every task.
         loggers: kept across tasks; their x-axis is the number of steps since the start of the stream.
 
     Raises:
-        ValueError: a module without a spec, a dtype that the network has not, or `trainer` sets what the
-            learner sets.
+        ValueError: a module without a spec, a dtype that the network has not, a callback that cannot be used
+            for each task, or `trainer` sets what the learner sets.
     """
 
     mode: Mode = "pytorch"
@@ -65,7 +86,8 @@ class LightningLearner:
         self.spec: StreamSpec = module.spec
         self.hparams.check(self.spec, self.training)
         self.callbacks = tuple(callbacks)
-        self.loggers = tuple(loggers)
+        check_callbacks(self.callbacks, self.training)
+        self.loggers = TrainersLoggers(loggers)
         dtypes = {p.dtype for p in module.net.parameters()}
         if dtypes != {TORCH_DTYPES[self.training.dtype]}:
             raise ValueError(
@@ -73,8 +95,10 @@ class LightningLearner:
                 f"convert them with net.to({TORCH_DTYPES[self.training.dtype]}) before the module is made"
             )
         self._settings = self._trainer_settings(dict(trainer or {}))
-        self._trainer = self._make_trainer(max_epochs=0)
-        refuse_data_parallel(self._trainer)  # here, before Lightning starts the other processes
+        self._resumed: str | None = None  # the checkpoint that the next task's fit goes on from
+        self.trainer = self._make_trainer(0)  # of the latest task
+        self.shows_progress = self.trainer.progress_bar_callback is not None
+        refuse_data_parallel(self.trainer)  # here, before Lightning starts the other processes
 
     @property
     def step(self) -> int:
@@ -84,30 +108,41 @@ class LightningLearner:
     def fit_task(self, task: Task, monitor: FitMonitor) -> None:
         """Train on one task, then do the algorithm's end-of-task work; see `sequel_core.learner.Learner`."""
         training = self.training
+        check_monitors(self.callbacks, task)
         data = TaskDataModule(task, training.batch_size, training.eval_batch_size, training.seed)
         torch.manual_seed(int(plan.words(training.seed, "dropout", task.index, count=1)[0]) % SEEDS)
-        self._trainer = self._make_trainer(
-            max_epochs=training.epochs(task.index), callbacks=copy.deepcopy(list(self.callbacks))
-        )
+        self.trainer = self._make_trainer(training.epochs(task.index))
+        separate_checkpoints(self.trainer, task)
         self.module.train()
-        data.trainer = self._trainer  # not attached: Lightning looks up its batch hooks at every step
+        data.trainer = self.trainer  # not attached: Lightning looks up its batch hooks at every step
         tally = self.module.tally
-        tally.next_task, tally.after_step = task, _Watcher(task, training, monitor, tally)
+        watcher = _Watcher(task, training, monitor, tally)
+        tally.next_task, tally.before_step, tally.after_step = task, watcher.before_step, watcher.after_step
+        loaders = data.train_dataloader(), data.val_dataloader()
+        resumed, self._resumed = self._resumed, None
+        signals: Any = self.trainer._signal_connector
+        signals.register_signal_handlers = lambda: None  # the orchestrator's stay
+        on_sigint = signal.getsignal(signal.SIGINT)
         try:
             with quiet():
-                self._trainer.fit(self.module, data.train_dataloader(), data.val_dataloader())
+                self.trainer.fit(self.module, *loaders, ckpt_path=resumed, weights_only=True)
+        except SystemExit as error:  # Lightning's own end at Ctrl-C, after which it ignores the next
+            if not isinstance(error.__context__, KeyboardInterrupt):
+                raise
+            signal.signal(signal.SIGINT, on_sigint)
+            raise KeyboardInterrupt from error
         finally:
-            tally.next_task = tally.after_step = None
+            tally.next_task = tally.before_step = tally.after_step = None
 
     def evaluate(self, task: Task, split: str) -> Evaluation:
         """Count correct predictions on a split of a task; see `sequel_core.learner.Learner`."""
-        device = self._trainer.strategy.root_device
+        device = self.trainer.strategy.root_device
         module = self.module.to(device)
         mask = torch.from_numpy(self.spec.mask).to(device)
         counts = torch.zeros(3, dtype=torch.float64, device=device)
         others: dict[str, int] = {}
         samples = task.split(split)
-        with evaluating(module), torch.no_grad(), self._trainer.precision_plugin.forward_context():
+        with evaluating(module), torch.no_grad(), self.trainer.precision_plugin.forward_context():
             for batch in EvaluationBatches(samples, self.training.eval_batch_size):
                 x, y, t = (tensor.to(device) for tensor in batch)
                 logits = module.predict(x, t)
@@ -120,15 +155,33 @@ class LightningLearner:
         correct, masked_correct, loss = counts.tolist()
         return Evaluation(int(correct), len(samples), loss / len(samples), int(masked_correct), others)
 
-    def log_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """Send the run's configuration to every logger."""
-        for logger in self.loggers:
-            logger.log_hyperparams(dict(hparams))
+    @property
+    def logs(self) -> bool:
+        """Whether there are loggers."""
+        return len(self.loggers) > 0
+
+    def start_stream(self, config: Mapping[str, Any], resumed: bool = False) -> None:
+        """Send the run's configuration to every logger; see `sequel_core.learner.Learner`."""
+        if resumed:
+            self.loggers.each(lambda logger: resume_logger(logger, self.step))
+        else:
+            self.loggers.each(lambda logger: log_hparams(logger, config))
+
+    def end_stream(self) -> None:
+        """Let the loggers write what they still hold."""
+        self.loggers.each(lambda logger: logger.save())
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Send numbers to every logger, at the current step."""
-        for logger in self.loggers:
-            logger.log_metrics(dict(metrics), step=self.step)
+        self.loggers.each(lambda logger: logger.log_metrics(dict(metrics), step=self.step))
+
+    def log_image(self, name: str, image: NDArray[np.uint8]) -> None:
+        """Send a picture `[H, W, 3]` to every logger that takes pictures, at the current step."""
+        self.loggers.each(lambda logger: log_image(logger, name, image, self.step))
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Send a table to every logger that takes tables, at the current step."""
+        self.loggers.each(lambda logger: log_table(logger, name, columns, rows, self.step))
 
     def memory_samples(self) -> Samples:
         """Return copies of the samples that a replay method holds, images `[n, H, W, C]`.
@@ -145,6 +198,22 @@ class LightningLearner:
     def memory_bytes(self) -> int:
         """Return the bytes of all that the algorithm keeps of past tasks."""
         return self.module.memory_bytes()
+
+    def save(self, directory: Path) -> Callable[[], None]:
+        """Write a checkpoint of Lightning's own format; see `sequel_core.learner.Learner`."""
+        if self.trainer.model is None:  # nothing was fitted since the start, or since `restore`
+            self.trainer.strategy.connect(self.module)
+        self.trainer.save_checkpoint(directory / CHECKPOINT)
+        return lambda: None
+
+    def restore(self, directory: Path) -> None:
+        """Read back what `save` wrote; see `sequel_core.learner.Learner`."""
+        path = directory / CHECKPOINT
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(directory, checkpoint["state_dict"], self.module.state_dict())
+        self.module.load_state_dict(checkpoint["state_dict"])
+        self.module.on_load_checkpoint(checkpoint)
+        self._resumed = str(path) if self.module.phase == TRAINING else None
 
     def weights(self) -> dict[str, FloatArray]:
         """Return weights and running statistics in the canonical layout, which is Flax's."""
@@ -163,13 +232,9 @@ class LightningLearner:
         """Return the number of threads of PyTorch's operators."""
         return torch.get_num_threads()
 
-    def close(self) -> None:
-        """Flush and close the loggers."""
-        for logger in self.loggers:
-            logger.save()
-            logger.finalize("success")
-            if isinstance(logger, WandbLogger) and logger._experiment is not None:
-                logger.experiment.finish()  # Lightning leaves it open, and the next run would join it
+    def close(self, failed: bool = False) -> None:
+        """Flush and close the loggers; see `sequel_core.learner.Learner`."""
+        self.loggers.close(failed)
 
     # -- parts of the above
 
@@ -189,7 +254,7 @@ class LightningLearner:
         if training.dtype == "float64" and trainer.setdefault("precision", "64-true") not in double:
             raise ValueError(f"dtype=float64 needs trainer.precision=64-true, got {trainer['precision']!r}")
         return {
-            "enable_progress_bar": False,
+            "enable_progress_bar": any(isinstance(callback, ProgressBar) for callback in self.callbacks),
             "enable_model_summary": False,
             "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in self.callbacks),
             "num_sanity_val_steps": 0,
@@ -199,12 +264,13 @@ class LightningLearner:
             **{name: value for name, value in trainer.items() if (name, value) != ("profiler", None)},
             "gradient_clip_val": training.grad_clip,
             "log_every_n_steps": training.log_every_n_steps,
-            "logger": list(self.loggers) or False,
         }
 
-    def _make_trainer(self, **arguments: Any) -> pl.Trainer:
+    def _make_trainer(self, epochs: int) -> pl.Trainer:
+        callbacks = callbacks_of_task(self.callbacks, first=self.step == 0)
         with quiet():
-            return pl.Trainer(**self._settings, **arguments)
+            loggers = list(self.loggers) or False  # those that still work
+            return pl.Trainer(**self._settings, max_epochs=epochs, callbacks=callbacks, logger=loggers)
 
 
 class NoProfiler(PassThroughProfiler):
@@ -223,14 +289,30 @@ class _Watcher:
     def __init__(self, task: Task, training: TrainingHParams, monitor: FitMonitor, tally: Tally) -> None:
         self._task = task
         self._monitor = monitor
+        self._noting = monitor._replace(on_evaluate=self._postpone, on_checkpoint=self._checkpoint)
         self._tally = tally
         self._epochs = training.epochs(task.index)
-        self._every_step = isinstance(monitor.evaluate_every, int)
+        self._every_step = bool(monitor.intervals)
+        self._postponed = False
 
-    def __call__(self, trainer: pl.Trainer, batch_idx: int) -> None:
+    def _postpone(self) -> None:
+        """Leave an evaluation to the next step: where a callback ends the training, the task's own comes."""
+        self._postponed = True
+
+    def _checkpoint(self) -> None:
+        self.before_step()
+        self._monitor.on_checkpoint()
+
+    def before_step(self) -> None:
+        """Evaluate where it was due after the step before."""
+        if self._postponed:
+            self._postponed = False
+            self._monitor.on_evaluate()
+
+    def after_step(self, trainer: pl.Trainer, batch_idx: int) -> None:
         """Look at what the step left, after the optimizer's step."""
         report = self._tally.report
-        if report is None and not self._every_step:
+        if report is None and not self._every_step and not self._monitor.pressing():
             return
         steps_per_epoch = int(trainer.num_training_batches)
         done = trainer.current_epoch * steps_per_epoch + batch_idx + 1
@@ -251,8 +333,18 @@ class _Watcher:
                     extra=report.extra,
                 )
             )
-        if self._monitor.due(done, steps_per_epoch * self._epochs, batch_idx + 1 == steps_per_epoch):
-            self._monitor.on_evaluate()
+        self._noting.after_step(done, steps_per_epoch * self._epochs, batch_idx + 1 == steps_per_epoch)
+
+
+def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise ValueError at the first tensor, by name, whose shape and dtype are not the wanted ones."""
+    there, here = ({name: f"{t.dtype} {list(t.shape)}" for name, t in d.items()} for d in (found, wanted))
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            raise ValueError(
+                f"checkpoint {path} does not fit: {name} is {there.get(name, 'missing')} there, and "
+                f"{here.get(name, 'unknown')} here; resume with the settings of the run"
+            )
 
 
 @contextmanager

@@ -58,7 +58,14 @@ class Tally:
         self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, logits, labels
         self.report: Report | None = None  # made by the latest step, if it made one
         self.next_task: Task | None = None  # the learner's, while it fits; else the data module tells
+        self.before_step: Callable[[], None] | None = None  # the learner's, while it fits
         self.after_step: Callable[[pl.Trainer, int], None] | None = None  # the learner's, while it fits
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tally:
+        """Copy the count alone: a copy of the module, as weight averaging makes one, is not being fitted."""
+        new = Tally()
+        new.steps_done = self.steps_done
+        return new
 
 
 class ContinualModule(pl.LightningModule):
@@ -124,6 +131,7 @@ class ContinualModule(pl.LightningModule):
         self.register_buffer("mask", mask, persistent=False)
         self.planner = NoPlanner() if spec is None else augmenting(self.make_planner(spec), spec, seed)
         self._carried_optimizer: dict[str, Any] | None = None
+        self._loaded: tuple[list[Tensor], list[Tensor]] | None = None  # outputs, generators
         self._fitting = False
 
     # -- the algorithm: subclasses override these, in the order of the Flax bundle
@@ -329,7 +337,12 @@ class ContinualModule(pl.LightningModule):
         self.tally.outputs.clear()
         if self.metrics is not None:
             self.metrics.reset()
-        if not self._fitting or self.phase == TRAINING:
+        loaded, self._loaded = self._loaded, None
+        if not self._fitting:
+            return
+        if self.phase == TRAINING:
+            if loaded is not None:
+                self._go_on(*loaded)
             return
         self.task_index.fill_(self._next_task())
         self.phase.fill_(TRAINING)
@@ -351,9 +364,14 @@ class ContinualModule(pl.LightningModule):
             self._make_report()
         return loss
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Let the learner do what was due after the step before."""
+        if self.tally.before_step is not None and self._fitting:
+            self.tally.before_step()
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let the learner look at the step."""
-        if self.tally.after_step is not None:
+        """Let the learner look at the step, unless it is a tuner's."""
+        if self.tally.after_step is not None and self._fitting:
             self.tally.after_step(self.trainer, batch_idx)
 
     def on_train_end(self) -> None:
@@ -387,18 +405,29 @@ class ContinualModule(pl.LightningModule):
     # -- Lightning: checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what is not a buffer: the step count and the carried optimizer state."""
+        """Add what is not a buffer: the step count, what is not yet reported, the carried optimizer state."""
         checkpoint["sequel"] = {
             "steps_done": self.tally.steps_done,
+            "outputs": [tensor.cpu() for output in self.tally.outputs for tensor in output],
             "carried_optimizer": self._carried_optimizer,
+            "generators": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Read back what `on_save_checkpoint` added."""
         self.tally.steps_done = checkpoint["sequel"]["steps_done"]
         self._carried_optimizer = checkpoint["sequel"]["carried_optimizer"]
+        self._loaded = checkpoint["sequel"]["outputs"], checkpoint["sequel"]["generators"]
 
     # -- parts of the above
+
+    def _go_on(self, outputs: list[Tensor], generators: list[Tensor]) -> None:
+        """Go on in the middle of a task: with what was not yet reported, and the generators as they were."""
+        moved = [tensor.to(self.device) for tensor in outputs]
+        self.tally.outputs = list(zip(moved[::3], moved[1::3], moved[2::3], strict=True))
+        torch.set_rng_state(generators[0])
+        for device, state in enumerate(generators[1:]):
+            torch.cuda.set_rng_state(state, device)
 
     def _next_task(self) -> int:
         task = self.next_task()
@@ -432,7 +461,7 @@ class ContinualModule(pl.LightningModule):
         trainer: Any = self.trainer
         if trainer.callbacks:  # who alone reads them; Lightning then looks at each at every step
             self.log_dict(scores, prog_bar=True, logger=False)
-        for logger in self.loggers:
+        for logger in self.loggers if self.tally.after_step is None else ():  # else the orchestrator logs
             logger.log_metrics(scores, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def _prepared(self, batch: Any) -> Batch:

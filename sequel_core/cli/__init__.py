@@ -11,7 +11,9 @@ from sequel_core.learner import DivergenceError
 
 COMMANDS = {
     "run": "run an experiment, or a sweep of them with -m",
+    "compare": "run experiments side by side: both frameworks, several algorithms, seeds",
     "reproduce": "run an experiment over seeds and compare with the published number",
+    "report": "one HTML file about runs: matrices, curves, tables; PNG and Markdown besides",
     "data": "fetch and check data sets",
     "list": "show algorithms, benchmarks, backbones, optimizers and experiments, with their settings",
     "bench": "measure training steps per second against hand-written loops",

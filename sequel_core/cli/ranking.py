@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sequel_core.results import Result, load_result
@@ -77,10 +78,10 @@ def rank(jobs: Sequence[Job], directory: Path, console: Console) -> int:
         accuracies = [getattr(row, name) for name in shown]
         percent = [f"{100 * value:.2f} %" if math.isfinite(value) else "" for value in accuracies]
         seconds = f"{row.seconds:.1f}" if math.isfinite(row.seconds) else ""
-        values = [row.job.overrides.get(key, "") for key in keys]
-        table.add_row(row.job.directory.name, *values, *percent, seconds, row.status)
+        values = [escape(row.job.overrides.get(key, "")) for key in keys]
+        table.add_row(escape(row.job.directory.name), *values, *percent, seconds, escape(row.status))
     console.print(table)
-    console.print(f"written to {directory / FILE}", highlight=False, soft_wrap=True)
+    console.print(f"written to {directory / FILE}", highlight=False, markup=False, soft_wrap=True)
     return 0 if len(finished) == len(rows) else 1
 
 

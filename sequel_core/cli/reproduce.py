@@ -66,13 +66,15 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (default: 3)")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder (default: {RESULTS})")
     parser.add_argument("--data-dir", help="folder; else SEQUEL_DATA_DIR, else the user's cache directory")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_args(args)
     check_name("NAME", options.name, [*short, *known])
     mode = alias("mode", options.mode)
     check_name("--mode", mode, [*PLUGINS, "both"])
     place = [] if options.data_dir is None else [f"benchmark.data_dir={quoted(options.data_dir)}"]
     modes = list(PLUGINS) if mode == "both" else [cast(Mode, mode)]
-    return reproduce(short.get(options.name, options.name), modes, options.seeds, options.results, place)
+    experiment = short.get(options.name, options.name)
+    return reproduce(experiment, modes, options.seeds, options.results, place, quiet=options.quiet)
 
 
 def published() -> dict[str, Mapping[str, Any]]:
@@ -86,7 +88,12 @@ def published() -> dict[str, Mapping[str, Any]]:
 
 
 def reproduce(
-    experiment: str, modes: Sequence[Mode], seeds: int, results: Path, overrides: Sequence[str] = ()
+    experiment: str,
+    modes: Sequence[Mode],
+    seeds: int,
+    results: Path,
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
 ) -> int:
     """Run an experiment where no finished run of it is kept, and print it beside the published number.
 
@@ -96,6 +103,7 @@ def reproduce(
         seeds: number of training seeds, from 0, >= 1.
         results: the folder under which runs are kept, as `<experiment>/<mode>_seed<k>_<fingerprint>`.
         overrides: Hydra overrides, for a smaller stream or for data elsewhere.
+        quiet: print nothing but errors.
 
     Returns:
         The exit code: 1 where a mode missed the number or a run failed, else 0.
@@ -127,12 +135,12 @@ def reproduce(
     if pending:
         build_benchmark(runs[pending[0]])
 
-    console = Console()
+    console = Console(quiet=quiet)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     say(f"{experiment}, compared with: {config.source or 'no source given'}")
     say(f"protocol: {config.comment or 'none given'}")
     say(f"expected average accuracy: {stated(expected)}, reached from {_floor(expected):g} % on")
-    rows = [_row(mode, {seed: runs[mode, seed] for seed in range(seeds)}, folder, say) for mode in modes]
+    rows = [_row(mode, {s: runs[mode, s] for s in range(seeds)}, folder, say, not quiet) for mode in modes]
     console.print(_table(experiment, rows, expected))
     verdicts = {row.mode: verdict(measured(row), expected) for row in rows}
     above = [mode for mode, found in verdicts.items() if found == "above"]
@@ -221,7 +229,13 @@ def _stem(config: ExperimentConfig) -> str:
     return f"{config.mode}_seed{config.training.seed}_{fingerprint(config)}"
 
 
-def _row(mode: Mode, runs: Mapping[int, ExperimentConfig], folder: Path, say: Callable[[str], None]) -> Row:
+def _row(
+    mode: Mode,
+    runs: Mapping[int, ExperimentConfig],
+    folder: Path,
+    say: Callable[[str], None],
+    progress: bool,
+) -> Row:
     """Run one mode's seeds, or read them where they are kept; a run that fails does not stop the others."""
     results, failures = {}, []
     for seed, config in runs.items():
@@ -232,7 +246,7 @@ def _row(mode: Mode, runs: Mapping[int, ExperimentConfig], folder: Path, say: Ca
             path = new_directory(folder, _stem(config))
             say(f"{mode}, seed {seed}: running in {path}")
             try:
-                result = execute(config, path)
+                result = execute(config, path, progress)
             except Exception as error:
                 record_failure(error, path)
                 how = "diverged" if isinstance(error, DivergenceError) else "failed"

@@ -17,20 +17,21 @@ from typing import Any
 
 import hydra
 import yaml
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
+from rich.markup import escape
 
 from sequel_core import learner
 from sequel_core.cli.arguments import Parser
 from sequel_core.cli.compose import CONFIGS, compose, one_line, quoted, request
 from sequel_core.cli.ranking import Job, rank
+from sequel_core.cli.sweep import check_streams, combinations, varied
 from sequel_core.config import SPREAD, ExperimentConfig, build_benchmark, settings
+from sequel_core.console import Shown
 from sequel_core.learner import DivergenceError
 from sequel_core.results import Result, RunDirectory
 
@@ -75,13 +76,15 @@ def main(args: Sequence[str]) -> int:
         "-m", "--multirun", action="store_true", help="run every combination of comma-separated values"
     )
     parser.add_argument("--cfg", action="store_true", help="print the composed settings and stop")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_intermixed_args(args)
-    console = Console()
+    quiet = options.quiet and not options.cfg
+    console = Console(quiet=quiet)
     if options.multirun:
         return _sweep(options.arguments, console, options.cfg)
     asked = request(options.arguments, sweep=False)
     composed = compose(asked.overrides)
-    _tell(console, composed.notes)
+    tell(console, composed.notes)
     if options.cfg:
         console.print(_yaml(composed.config), end="", markup=False, highlight=False, soft_wrap=True)
         return 0
@@ -89,7 +92,7 @@ def main(args: Sequence[str]) -> int:
 
     def attempt(given: DictConfig) -> float:
         try:
-            return job(given)
+            return job(given, quiet)
         except Exception as error:  # Hydra would print its own account of it
             failures.append(error)
             return math.nan
@@ -101,8 +104,11 @@ def main(args: Sequence[str]) -> int:
     return 0
 
 
-def job(_: DictConfig) -> float:
+def job(_: DictConfig, quiet: bool) -> float:
     """Run one job that Hydra starts: compose, build, run, in the directory that Hydra gives it.
+
+    Args:
+        quiet: print nothing but errors.
 
     Returns:
         What a sweep is ranked by, a fraction; nan for a run of a sweep that failed, whose directory says why.
@@ -114,22 +120,27 @@ def job(_: DictConfig) -> float:
     context = HydraConfig.get()
     overrides, run_dir = list(context.overrides.task), Path(context.runtime.output_dir)
     if context.mode != RunMode.MULTIRUN:
-        return ranked_by(execute(compose(overrides).config, run_dir))
-    Console().rule(f"run {run_dir.name}: {' '.join(text.lstrip('+') for text in overrides)}", align="left")
+        return ranked_by(execute(compose(overrides).config, run_dir, not quiet))
+    console = Console(quiet=quiet)
+    written = " ".join(text.lstrip("+") for text in overrides)
+    console.rule(escape(f"run {run_dir.name}: {written}"), align="left")
     try:
         composed = compose(overrides)
-        if (
-            context.runtime.choices["hydra/sweeper"] != "basic"
-        ):  # whose jobs are checked before the first starts
-            _tell(Console(), composed.notes)
-        return ranked_by(execute(composed.config, run_dir))
+        if context.runtime.choices["hydra/sweeper"] != "basic":  # else all were told before the first started
+            tell(console, composed.notes)
+        return ranked_by(execute(composed.config, run_dir, not quiet))
     except Exception as error:
         record_failure(error, run_dir)
         return math.nan
 
 
-def execute(config: ExperimentConfig, run_dir: Path) -> Result:
-    """Run one experiment and print what was expected beside what was measured.
+def execute(config: ExperimentConfig, run_dir: Path, progress: Shown = True) -> Result:
+    """Run one experiment.
+
+    Args:
+        config: checked.
+        run_dir: an empty or new directory.
+        progress: what to show of the run; all of it ends with the published results beside the measured ones.
 
     Raises:
         ValueError: something wrong that only the built stream or learner could tell.
@@ -146,9 +157,10 @@ def execute(config: ExperimentConfig, run_dir: Path) -> Result:
         evaluate_on=config.evaluate_on,
         evaluate_future=config.evaluate_future,
         config=config.plain(),
-        progress=None,
+        progress=progress,
     )
-    _compare(Console(), config, result)
+    if progress is True:
+        _tell_expected(Console(), config, result)
     return result
 
 
@@ -174,7 +186,7 @@ def ranked_by(result: Result) -> float:
     return float(result.average_accuracy if value is None else value)
 
 
-def _compare(console: Console, config: ExperimentConfig, result: Result) -> None:
+def _tell_expected(console: Console, config: ExperimentConfig, result: Result) -> None:
     """Print the published results beside the measured ones."""
     source = f" ({config.source})" if config.source else ""
     for key, value in config.expected.items():
@@ -191,69 +203,37 @@ def _sweep(arguments: Sequence[str], console: Console, show: bool) -> int:
     """Compose and check every job, then run all of them through Hydra and print one table."""
     asked = request(arguments, sweep=True)
     own_sweeper = any(text.lstrip("+").startswith("hydra/sweeper=") for text in asked.hydra)
-    jobs = [] if own_sweeper else _jobs(asked.overrides)
-    composed = [compose(overrides) for overrides in jobs]
     overrides = list(asked.overrides)
-    varied = {key for key in _keys(overrides) if len({_value(key, texts) for texts in jobs}) > 1}
-    if varied - REPEATS and not any(_validates(item.config) for item in composed):
+    found = [] if own_sweeper else combinations(overrides)
+    if set(varied(found)) - REPEATS and not any(_validates(item.config) for item in found):
         overrides.append(f"++benchmark.validation={VALIDATION}")
-        jobs = _jobs(overrides)
-        composed = [compose(texts) for texts in jobs]
+        found = combinations(overrides)
         console.print(
             f"note: benchmark.validation={VALIDATION}, to rank the sweep on held-out training samples; "
             "set benchmark.validation=0 to rank it on test samples",
             highlight=False,
             soft_wrap=True,
         )
-    _tell(console, [note for item in composed for note in item.notes])
+    tell(console, [note for item in found for note in item.notes])
     if show:
-        for texts, item in zip(jobs, composed, strict=True):
-            console.print(
-                f"# {' '.join(texts)}\n{_yaml(item.config)}", markup=False, highlight=False, soft_wrap=True
-            )
+        for item in found:
+            text = f"# {' '.join(item.overrides)}\n{_yaml(item.config)}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
         return 0
-    checked: set[str] = set()
-    for texts, item in zip(jobs, composed, strict=True):
-        fingerprint = repr(
-            (item.config.benchmark, item.config.training, item.config.evaluate_on, item.config.algo)
-        )
-        if fingerprint not in checked:
-            try:
-                build_benchmark(item.config)
-            except ValueError as error:
-                raise ValueError(
-                    f"{error} (in the run {' '.join(text.lstrip('+') for text in texts)})"
-                ) from error
-            checked.add(fingerprint)
+    check_streams({str(item): item.config for item in found})
+    quiet = console.quiet
+
+    def start(given: DictConfig) -> float:  # launchers pickle it, which a console cannot be
+        return job(given, quiet)
+
     with _reserved(asked.run_dir or _sweep_directory()) as directory:
-        _launch(job, [*overrides, *asked.hydra, f"hydra.sweep.dir={quoted(str(directory))}", "--multirun"])
+        _launch(start, [*overrides, *asked.hydra, f"hydra.sweep.dir={quoted(str(directory))}", "--multirun"])
         directory.joinpath("multirun.yaml").unlink(missing_ok=True)
-    shown = sorted(varied, key=[text.lstrip("+").partition("=")[0] for text in overrides].index)
-    rows = [
-        Job(directory / str(i), {key: _value(key, texts) for key in shown}) for i, texts in enumerate(jobs)
-    ]
+    shown = varied(found)
+    rows = [Job(directory / str(i), {key: item.value(key) for key in shown}) for i, item in enumerate(found)]
     if own_sweeper:
         rows = [Job(path, {}) for path in sorted(directory.iterdir()) if path.is_dir()]
     return rank(rows, directory, console)
-
-
-def _jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """Return the overrides of every run of a sweep, in the order in which Hydra's own sweeper starts them."""
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-        return BasicSweeper.split_arguments(parsed, None)[0]
-    except HydraException as error:
-        raise ValueError(one_line(error)) from error
-
-
-def _keys(overrides: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(text.lstrip("+").partition("=")[0] for text in overrides))
-
-
-def _value(key: str, overrides: Sequence[str]) -> str:
-    """Return the value of a key among overrides, the last one's; empty where it is not given."""
-    found = [text.partition("=")[2] for text in overrides if text.lstrip("+").partition("=")[0] == key]
-    return found[-1] if found else ""
 
 
 def _validates(config: ExperimentConfig) -> bool:
@@ -302,7 +282,8 @@ def _launch(task: Callable[[DictConfig], float], arguments: Sequence[str]) -> No
             os.environ[FULL_ERROR] = full_error
 
 
-def _tell(console: Console, notes: Sequence[str]) -> None:
+def tell(console: Console, notes: Sequence[str]) -> None:
+    """Print the notes of a composition, each once."""
     for note in dict.fromkeys(notes):
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 

@@ -1,0 +1,166 @@
+"""Checkpoints of a run: numbered directories, trusted only with a manifest over all that they hold.
+
+    <run_dir>/checkpoints/<number>/
+        ...             what the learner writes: `state/` of orbax, or `lightning.ckpt`
+        run.json        the orchestrator's part: where in the stream the run is, the accuracy matrix, ...
+        manifest.json   size and sha256 of every other file; written last
+
+A directory without its manifest is half of a checkpoint and is never chosen; one with a flipped byte is found
+before anything is loaded from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sequel_core.results import write_json
+
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+RUN = "run.json"
+FORMAT = 1
+
+
+class Checkpoint(NamedTuple):
+    """A whole checkpoint."""
+
+    path: Path
+    run: dict[str, Any]  # the orchestrator's part
+
+
+class Checkpoints:
+    """Writes and finds the checkpoints of one run directory.
+
+    Args:
+        run_dir: of the run.
+        keep: the newest so many are kept, >= 1.
+    """
+
+    def __init__(self, run_dir: Path, keep: int = 2) -> None:
+        self.directory = run_dir / FOLDER
+        self._keep = keep
+        self._last = max(_numbers(self.directory), default=0)
+        self._worker = ThreadPoolExecutor(1, "checkpoints")
+        self._pending: Future[None] | None = None
+        self.seconds = 0.0  # that saving has held up the run
+
+    def save(self, write: Callable[[Path], Callable[[], None]], run: Mapping[str, Any]) -> None:
+        """Write a checkpoint; what can be done in the background is.
+
+        Args:
+            write: writes the learner's part into a directory and returns what waits for the end of that.
+            run: the orchestrator's part, plain values.
+
+        Raises:
+            OSError: this one, or the one before, could not be written.
+        """
+        began = time.perf_counter()
+        self.wait()
+        self._last += 1
+        path = self.directory / str(self._last)
+        self.directory.mkdir(exist_ok=True)
+        finish = write(path)
+        self._pending = self._worker.submit(self._finish, path, finish, {"format": FORMAT, **run})
+        self.seconds += time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written, if one is.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait for what is being written, and end the background's thread."""
+        try:
+            self.wait()
+        finally:
+            self._worker.shutdown()
+
+    def newest(self) -> Checkpoint | None:
+        """Return the newest whole checkpoint; a damaged one is warned of, half of one is passed over."""
+        for number in sorted(_numbers(self.directory), reverse=True):
+            path = self.directory / str(number)
+            if not (path / MANIFEST).is_file():
+                continue
+            try:
+                return Checkpoint(path, verify(path))
+            except ValueError as error:
+                warnings.warn(f"{error}; an older checkpoint is used, if there is one", stacklevel=2)
+        return None
+
+    def clear(self, after: Path | None = None) -> None:
+        """Remove what is left of checkpoints newer than this one: halves, and what cannot be trusted."""
+        first = 0 if after is None else int(after.name)
+        for path in self.directory.iterdir() if self.directory.is_dir() else ():
+            if not path.name.isdigit() or int(path.name) > first:
+                _remove(path)
+        self._last = first
+
+    def bytes(self) -> int:
+        """Return the disk space that the checkpoints take."""
+        return sum(path.stat().st_size for path in self.directory.rglob("*") if path.is_file())
+
+    def _finish(self, path: Path, finish: Callable[[], None], run: Mapping[str, Any]) -> None:
+        finish()
+        write_json(path / RUN, run)
+        write_json(path / MANIFEST, _files(path))
+        for number in sorted(_numbers(self.directory))[: -self._keep]:
+            _remove(self.directory / str(number))
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Return the orchestrator's part of a checkpoint, once all of its files are what its manifest says.
+
+    Raises:
+        ValueError: something is missing or differs; it is named.
+    """
+    try:
+        listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if not isinstance(listed, dict) or RUN not in listed:
+            raise ValueError("it lists no run.json")
+        found = _files(path)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"checkpoint {path} is damaged: {MANIFEST} cannot be used ({error})") from error
+    for name in sorted(listed.keys() | found.keys()):
+        if listed.get(name) != found.get(name):
+            what = "is missing" if name not in found else "is not of it" if name not in listed else "differs"
+            raise ValueError(f"checkpoint {path} is damaged: {name} {what}")
+    run = json.loads((path / RUN).read_text(encoding="utf-8"))
+    if run.get("format") != FORMAT:
+        raise ValueError(f"checkpoint {path} has format {run.get('format')}, this version reads {FORMAT}")
+    return dict(run)
+
+
+def _numbers(directory: Path) -> list[int]:
+    paths = directory.iterdir() if directory.is_dir() else ()
+    return [int(path.name) for path in paths if path.name.isdigit()]
+
+
+def _files(path: Path) -> dict[str, Any]:
+    """Return size and sha256 of every file below, but for the manifest, by relative path."""
+    files: dict[str, Any] = {}
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if file.is_file() and name != MANIFEST:
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            files[name] = {"bytes": file.stat().st_size, "sha256": digest}
+    return files
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, its manifest first, so that no half of it is ever trusted."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path)

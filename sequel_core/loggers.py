@@ -1,0 +1,250 @@
+"""Loggers, whatever the framework: one that fails is left out; files, the console, TensorBoard's HParams."""
+
+from __future__ import annotations
+
+import csv
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sequel_core.config import flatten
+from sequel_core.results import METRICS, RunDirectory, read_metrics
+
+CSV = "metrics.csv"
+STEP = "step"
+SPLITS = ("test", "validation", "val")
+FLUSH_SECONDS = 10
+"""How long TensorBoard's event files may lag behind."""
+
+
+class LoggerWarning(RuntimeWarning):
+    """A logger failed, and the run goes on without it."""
+
+
+class Loggers:
+    """Loggers that are told the same; the first error of each ends its part in the run, with one warning."""
+
+    def __init__(self, loggers: Iterable[Any]) -> None:
+        self._loggers = list(loggers)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._loggers)
+
+    def __len__(self) -> int:
+        return len(self._loggers)
+
+    def each(self, tell: Callable[[Any], Any]) -> None:
+        """Call `tell` with every logger that still works."""
+        for logger in list(self._loggers):
+            self.attempt(logger, tell, logger)
+
+    def attempt(self, logger: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Call something that is one logger's part, if that still works."""
+        if not any(logger is other for other in self._loggers):
+            return
+        try:
+            call(*args, **kwargs)
+        except Exception as error:  # whatever a service or a full disk raises
+            self._loggers = [other for other in self._loggers if other is not logger]
+            cause: BaseException = error
+            while cause.__cause__ is not None:  # Lightning and clu hide the disk's error behind their own
+                cause = cause.__cause__
+            reason = " ".join(str(cause).split()) or type(cause).__name__
+            warnings.warn(
+                f"{type(logger).__name__} failed ({reason}); the run goes on without it",
+                LoggerWarning,
+                stacklevel=4,
+            )
+
+
+def number(value: Any) -> float:
+    """Return a number of any library as Python's; whole ones stay whole."""
+    return value if isinstance(value, int | float) else np.asarray(value).item()
+
+
+class ConsoleTable:
+    """Prints the newest value of every number after each evaluation, and nothing else."""
+
+    def __init__(self) -> None:
+        self._newest: dict[str, float] = {}
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Take numbers in; print where there are some of an evaluation."""
+        self._newest |= {name: number(value) for name, value in values.items()}
+        if not any(name.partition("/")[0] in SPLITS for name in values):
+            return
+        rows: dict[str, list[str]] = {}
+        for name, value in sorted(self._newest.items(), key=lambda item: _natural(item[0])):
+            series, _, task = name.rpartition("/task_")
+            rows.setdefault(f"{series}/task_*" if task.isdigit() else name, []).append(_short(value))
+        table = Table(title=f"step {step}", title_justify="left")
+        table.add_column("newest value of", overflow="fold")
+        table.add_column("", overflow="fold")
+        for name, texts in rows.items():
+            table.add_row(name, " ".join(texts))
+        Console(highlight=False, markup=False).print(table)
+
+
+def _natural(name: str) -> tuple[str, int]:
+    """Sort task_10 after task_9."""
+    series, _, task = name.rpartition("_")
+    return (series, int(task)) if task.isdigit() else (name, -1)
+
+
+def _short(value: float) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4f}" if abs(value) >= 1e-3 else f"{value:.4g}"
+
+
+class JsonLines:
+    """Writes one JSON object a line into `metrics.jsonl`: a step and numbers; each is on the disk at once."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Add a line; nan and infinity become null."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        RunDirectory(self._directory).append_metrics(record)
+
+    def write_numbers(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add a line of numbers."""
+        self.write({STEP: step, **{name: number(value) for name, value in values.items()}})
+
+    def write_table(
+        self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+    ) -> None:
+        """Add a line with a table."""
+        self.write({STEP: step, name: {"columns": columns, "rows": rows}})
+
+    def resume(self, step: int) -> None:
+        """Take away the lines after a step."""
+        kept = [record for record in read_metrics(self._directory) if record.get(STEP, 0) <= step]
+        (self._directory / METRICS).unlink(missing_ok=True)
+        for record in kept:
+            self.write(record)
+
+
+class CsvTable:
+    """Writes `metrics.csv` as Lightning's CSVLogger does: one row a call, columns sorted; each row at once.
+
+    Where a new name comes, the file is written again with a longer header.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / CSV
+        self.columns: list[str] = []
+
+    def write_numbers(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add a row."""
+        row: dict[str, Any] = {STEP: step, **{name: number(value) for name, value in values.items()}}
+        rows, mode = [row], "a"
+        if not row.keys() <= set(self.columns):
+            self.columns, rows, mode = sorted({*self.columns, *row}), [*read_csv(self.path), row], "w"
+        self._write(rows, mode)
+
+    def resume(self, step: int) -> None:
+        """Take away the rows after a step."""
+        kept = [row for row in read_csv(self.path) if int(row[STEP]) <= step]
+        self.columns = list(kept[0]) if kept else []
+        if self.path.is_file():
+            self._write(kept, "w")
+
+    def _write(self, rows: Sequence[Mapping[str, Any]], mode: str) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part") if mode == "w" else self.path  # whole, or as it was before
+        with part.open(mode, newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if mode == "w":
+                writer.writeheader()
+            writer.writerows(rows)
+        part.replace(self.path)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file with a header; none where there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def hparams_summaries(config: Mapping[str, Any]) -> list[Any]:
+    """Return what TensorBoard's HParams dashboard reads: the settings, and which metrics to show with them.
+
+    Args:
+        config: of the run; a nested setting gets a dotted name.
+    """
+    from tensorboard.plugins.hparams import api_pb2 as api
+    from tensorboard.plugins.hparams.plugin_data_pb2 import SessionStartInfo
+
+    infos, start = [], SessionStartInfo(start_time_secs=time.time())
+    for name, value in flatten(config).items():
+        if isinstance(value, bool):
+            start.hparams[name].bool_value, kind = value, api.DATA_TYPE_BOOL
+        elif isinstance(value, int | float):
+            start.hparams[name].number_value, kind = value, api.DATA_TYPE_FLOAT64
+        else:
+            start.hparams[name].string_value, kind = str(value), api.DATA_TYPE_STRING
+        infos.append(api.HParamInfo(name=name, type=kind))
+    split = config.get("evaluate_on", "test")
+    names = [api.MetricName(tag=f"{split}/{metric}") for metric in ("average_accuracy", "forgetting")]
+    metrics = [api.MetricInfo(name=name) for name in names]
+    experiment = api.Experiment(hparam_infos=infos, metric_infos=metrics)
+    return [
+        _hparams_summary("EXPERIMENT_TAG", experiment=experiment),
+        _hparams_summary("SESSION_START_INFO_TAG", session_start_info=start),
+    ]
+
+
+def end_summary(failed: bool) -> Any:
+    """Return what the HParams dashboard reads of a run's end."""
+    from tensorboard.plugins.hparams import api_pb2 as api
+    from tensorboard.plugins.hparams.plugin_data_pb2 import SessionEndInfo
+
+    status = api.STATUS_FAILURE if failed else api.STATUS_SUCCESS
+    end = SessionEndInfo(status=status, end_time_secs=time.time())
+    return _hparams_summary("SESSION_END_INFO_TAG", session_end_info=end)
+
+
+def _hparams_summary(tag: str, **data: Any) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import metadata
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    about = metadata.create_summary_metadata(HParamsPluginData(**data))
+    value = Summary.Value(tag=getattr(metadata, tag), metadata=about, tensor=metadata.NULL_TENSOR)
+    return Summary(value=[value])
+
+
+def leave_event_errors_to_the_caller() -> None:
+    """Let TensorBoard's background thread print nothing of an error, which its next call raises anyhow."""
+    before = threading.excepthook
+    if before.__module__ == __name__:
+        return
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+            before(args)
+
+    threading.excepthook = hook
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a table as Markdown; numbers with four decimals, an empty cell for None."""
+    lines = [list(columns), ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

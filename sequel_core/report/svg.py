@@ -1,0 +1,81 @@
+"""A figure as SVG that stands in an HTML page: colours of both themes, tooltips, no address outside."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Sequence
+from xml.etree import ElementTree
+
+from matplotlib.figure import Figure
+
+from sequel_core.report.figures import LIGHT, own_style
+
+_THEME = {colour: f"var(--{name})" for name, colour in LIGHT.items()}
+_HEX = re.compile(r"#[0-9a-f]{6}")
+_DECIMALS = re.compile(r"(\.\d\d)\d+")
+_UNTURNED = re.compile(r"rotate\(-0 [^)]*\)")
+
+
+def inline_svg(figure: Figure, prefix: str) -> str:
+    """Return a figure as an `<svg>` element without namespaces, for a page that holds several.
+
+    Of what matplotlib writes, the style sheet and the metadata go; ids get the prefix, or go where nothing
+    refers to them; the colours of `sequel_core.report.figures.LIGHT` become CSS variables; a `gid` made by
+    `tips` becomes `<title>` elements.
+
+    Args:
+        figure: to draw.
+        prefix: of all ids, unique in the page.
+    """
+    file = io.StringIO()
+    with own_style():
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    root = ElementTree.fromstring(file.getvalue())
+    for element in list(root.iter()):
+        element.tag = _local(element.tag)
+        for child in list(element):
+            if _local(child.tag) in ("metadata", "style"):
+                element.remove(child)
+    for element in list(root.iter()):
+        identity = element.get("id", "")
+        element.attrib = {_local(key): _value(_local(key), value, prefix) for key, value in element.items()}
+        if element.tag == "g":
+            element.attrib.pop("id", None)
+        if element.tag != "text":
+            element.text = None
+        element.tail = None
+        if element.tag == "g" and identity.startswith("["):
+            _add_titles(element, json.loads(identity))
+    root.attrib = {"viewBox": root.attrib["viewBox"], "aria-hidden": "true"}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _add_titles(group: ElementTree.Element, texts: Sequence[str]) -> None:
+    """Give each marker in a group its own text, or the group its only one."""
+    markers = [element for element in group.iter() if _local(element.tag) == "use"]
+    for element, text in zip(markers or [group], texts, strict=True):
+        title = ElementTree.Element("title")
+        title.text = text
+        element.insert(0, title)
+
+
+def _local(name: str) -> str:
+    """Return a name without its namespace: `href` of `{...}href`."""
+    return name.rpartition("}")[2]
+
+
+def _value(key: str, value: str, prefix: str) -> str:
+    if key == "id":
+        return prefix + value
+    if key == "href":
+        return value.replace("#", f"#{prefix}", 1) if value.startswith("#") else value.replace("\n", "")
+    if key == "clip-path":
+        return value.replace("#", f"#{prefix}")
+    if key in ("style", "fill", "stroke"):
+        themed = _HEX.sub(lambda match: _THEME.get(match[0], match[0]), value)
+        return themed.replace("url(#", f"url(#{prefix}")
+    if key == "transform":
+        return _UNTURNED.sub("", value)
+    return _DECIMALS.sub(r"\1", value.replace("\n", "")).strip()

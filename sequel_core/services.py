@@ -1,0 +1,159 @@
+"""Services that keep runs, Weights & Biases and Comet: who may log in, and what they must not be told."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import re
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+MASK = "***"
+"""What stands in place of a secret."""
+
+MODES = {"wandb": ("online", "offline", "disabled"), "comet": ("online", "offline")}
+PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
+LOGINS = {"wandb": "WANDB_API_KEY or run `wandb login`", "comet": "COMET_API_KEY or run `comet login`"}
+
+_SECRET = re.compile(
+    r"(^|_)(api_?key|access_?key|private_?key|token|pass(word|wd|phrase)|secret|credentials?)(_|$)", re.I
+)
+_LOGIN_IN_ADDRESS = re.compile(r"://[^/@\s]+@")
+_SHORTEST = 8  # a value of the environment with fewer characters is too common a text to look for
+
+
+def masked(value: Any, key: str = "") -> Any:
+    """Return plain values with `***` in place of what is, or may be, a secret.
+
+    That is text and whole numbers under a key such as `api_key`, `token` or `password`, the values of such
+    variables of the environment wherever they stand in a text, and the login in an address.
+
+    Args:
+        value: mappings, lists, text, numbers; anything else is returned as it is.
+        key: under which the value stands.
+    """
+    if isinstance(value, Mapping):
+        return {k: masked(v, key if _is_secret(key) else str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(item, key) for item in value]
+    if _is_secret(key) and isinstance(value, str | int) and not isinstance(value, bool):
+        return MASK
+    if isinstance(value, str):
+        for name, secret in os.environ.items():
+            if len(secret) >= _SHORTEST and _is_secret(name):
+                value = value.replace(secret, MASK)
+        return _LOGIN_IN_ADDRESS.sub(f"://{MASK}@", value)
+    return value
+
+
+def _is_secret(key: str) -> bool:
+    words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", key).replace("-", "_")
+    return _SECRET.search(words) is not None
+
+
+def check_service(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse settings of the logger `wandb` or `comet` that its service would not take.
+
+    Raises:
+        ValueError: a value of another type, an unknown mode, a package that is not installed, or no
+            credentials where the run is to be sent to the service.
+    """
+    for key, value in settings.items():
+        if key == "tags":
+            fits, rule = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value), "a list"
+        else:
+            fits, rule = isinstance(value, str), "text"
+        if value is not None and not fits:
+            raise ValueError(f"logger.{name}.{key} must be {rule}, got {value!r}; write text in quotes")
+    mode = settings.get("mode")
+    if mode not in (None, *MODES[name]):
+        *others, last = MODES[name]
+        raise ValueError(f"logger.{name}.mode must be {', '.join(others)} or {last}, got {mode!r}")
+    if find_spec(PACKAGES[name]) is None:
+        raise ValueError(
+            f"logger={name} needs the package {PACKAGES[name]}, which is not installed; install it with: "
+            f"pip install 'sequel-cl[{name}]'"
+        )
+    if service_mode(name, settings) == "online" and not _may_log_in(name):
+        raise ValueError(
+            f"logger.{name}.mode=online needs credentials, got none; set {LOGINS[name]}, or set "
+            f"logger.{name}.mode=offline"
+        )
+
+
+def service_mode(name: str, settings: Mapping[str, Any]) -> str:
+    """Return the mode of a service: what is set, or online where there are credentials, else offline."""
+    told = settings.get("mode") or (os.environ.get("WANDB_MODE") if name == "wandb" else None)
+    return str(told or ("online" if _may_log_in(name) else "offline"))
+
+
+def _may_log_in(name: str) -> bool:
+    if name == "comet":
+        if os.environ.get("COMET_API_KEY"):
+            return True
+        config = _comet().config
+        return config.get_api_key(None, config.get_config()) is not None
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return host is not None and netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _comet() -> Any:
+    """Import Comet's library without its watch over other libraries, which only the environment turns off."""
+    os.environ["COMET_DISABLE_AUTO_LOGGING"] = "1"
+    return import_module("comet_ml")
+
+
+def wandb_arguments(settings: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Return the arguments of `wandb.init` for a run whose files lie in `<run_dir>/wandb`.
+
+    The service is not told the command line, what the program prints, its code or its git repository: each
+    may hold a secret.
+    """
+    told: Callable[..., Any] = import_module("wandb").Settings
+    return {
+        "dir": os.fspath(run_dir),
+        "project": os.environ.get("WANDB_PROJECT", "uncategorized"),
+        **{key: value for key, value in settings.items() if value is not None},
+        "mode": service_mode("wandb", settings),
+        "settings": told(
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            quiet=True,
+            save_code=False,
+            x_disable_meta=True,
+        ),
+    }
+
+
+def comet_experiment(settings: Mapping[str, Any], run_dir: Path) -> Any:
+    """Start an experiment of Comet; offline its archive goes to `<run_dir>/comet`.
+
+    The service is not told the command line, what the program prints, its code, its git repository or its
+    machine: each may hold a secret.
+    """
+    comet = _comet()
+    private = ("log_code", "log_graph", "log_git_metadata", "log_git_patch", "log_env_details", "parse_args")
+    automatic = ("auto_output_logging", "auto_param_logging", "auto_metric_logging", "auto_log_co2")
+    return comet.start(
+        workspace=settings.get("workspace"),
+        project=settings.get("project"),
+        mode="create",
+        online=service_mode("comet", settings) == "online",
+        experiment_config=comet.ExperimentConfig(
+            name=settings.get("name"),
+            tags=settings.get("tags"),
+            offline_directory=os.fspath(run_dir / "comet"),
+            display_summary_level=0,
+            **dict.fromkeys((*private, *automatic), False),
+        ),
+    )

@@ -1,0 +1,480 @@
+"""Hooks: what is called when and with what, no compilation more, no weight changed; the ready ones."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax import monitoring
+
+from sequel_core import load_result, plan, run
+from sequel_core.hparams import AlgorithmHParams, NaiveHParams
+from sequel_core.learner import FitMonitor, Progress
+from sequel_core.task import Batch, FloatArray
+from sequel_flax import ALGORITHMS, naive
+from sequel_flax.evaluation import Evaluator
+from sequel_flax.hooks import Hook, ImageGrid, PeriodicEvaluation, ProfilerTrace, ProgressBar
+from tests.flax.parts import (
+    BATCH,
+    EWC,
+    KCL,
+    LAMAML,
+    SILENT,
+    STEPS,
+    batches,
+    flat,
+    learner,
+    own_stream,
+    rotated,
+    same,
+    settings,
+    sgd,
+    user_loop,
+)
+
+METHODS = [f"{when}_{what}" for what in ("stream", "task", "epoch", "step") for when in ("before", "after")]
+METHODS += ["before_evaluation", "after_evaluation"]
+
+
+class Notes(Hook):
+    """Keeps copies of all that it is given."""
+
+    def __init__(self, every: int = 1, methods: Any = METHODS) -> None:
+        super().__init__(every)
+        self.calls: list[tuple[str, int, Any, dict[str, Any]]] = []  # name, ts.step, batch, metrics
+        self.weights: list[dict[str, FloatArray]] = []
+        for name in methods:
+            setattr(self, name, lambda *args, name=name: self.note(name, *args))
+
+    def note(self, name: str, ts: Any, state: Any, batch: Any, metrics: Any, writer: Any) -> None:
+        self.calls.append((name, int(ts.step), batch, dict(metrics)))
+        self.weights.append(flat(ts.params))
+
+
+class Recorder:
+    """A writer with two of the methods of clu's MetricWriter."""
+
+    def __init__(self) -> None:
+        self.scalars: list[tuple[int, dict[str, float]]] = []
+        self.images: list[tuple[int, dict[str, Any]]] = []
+
+    def write_scalars(self, step: int, scalars: Any) -> None:
+        self.scalars.append((step, dict(scalars)))
+
+    def write_images(self, step: int, images: Any) -> None:
+        self.images.append((step, dict(images)))
+
+    def write_texts(self, step: int, texts: Any) -> None:
+        """Keep none."""
+
+    def write_hparams(self, hparams: Any) -> None:
+        """Keep none."""
+
+    def flush(self) -> None:
+        """Buffer nothing."""
+
+    def close(self) -> None:
+        """Hold nothing open."""
+
+
+@pytest.fixture
+def compiled() -> Iterator[Counter[str]]:
+    """How often XLA compiled each function."""
+    found: Counter[str] = Counter()
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found[str(kwargs["fun_name"])] += 1
+
+    monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    monitoring.unregister_event_duration_listener(listen)
+
+
+# -- what is called when
+
+
+def test_the_order_of_the_calls(tmp_path: Path) -> None:
+    notes = Notes(every=4)
+    model = learner(NaiveHParams(), training=settings(epochs_per_task=(2, 1)), hooks=[notes])
+    run(model, rotated(2), run_dir=tmp_path, progress=False, evaluate_every="epoch")
+    evaluated = ["before_evaluation", "after_evaluation"]
+    assert [(name, step) for name, step, _, _ in notes.calls] == [
+        ("before_stream", 0),
+        ("before_task", 0),
+        ("before_epoch", 0),
+        ("before_step", 3),
+        ("after_step", 4),
+        ("after_epoch", 5),
+        *((name, 5) for name in evaluated),
+        ("before_epoch", 5),
+        ("before_step", 7),
+        ("after_step", 8),
+        ("after_epoch", 10),
+        ("after_task", 10),
+        *((name, 10) for name in evaluated),
+        ("before_task", 10),
+        ("before_epoch", 10),
+        ("before_step", 11),
+        ("after_step", 12),
+        ("after_epoch", 15),
+        ("after_task", 15),
+        *((name, 15) for name in evaluated * 2),
+        ("after_stream", 15),
+    ]
+    where = [
+        tuple(metrics.get(k) for k in ("task", "epoch", "task_steps", "split"))
+        for name, _, _, metrics in notes.calls
+        if name.startswith("before")
+    ]
+    assert where == [
+        (None, None, None, None),
+        (0, None, 10, None),
+        (0, 0, None, None),
+        (0, 0, None, None),
+        (0, None, None, "test"),
+        (0, 1, None, None),
+        (0, 1, None, None),
+        (0, None, None, "test"),
+        (1, None, 5, None),
+        (1, 0, None, None),
+        (1, 0, None, None),
+        (0, None, None, "test"),
+        (1, None, None, "test"),
+    ]
+    with_batch = {name for name, _, batch, _ in notes.calls if batch is not None}
+    assert with_batch == {"before_step", "after_step"}
+    accuracies = [metrics["accuracy"] for name, _, _, metrics in notes.calls if name == "after_evaluation"]
+    assert accuracies[-2:] == load_result(tmp_path).matrix[1].tolist()
+
+
+LONGER = settings(epochs_per_task=(2, 1, 1), log_every_n_steps=4)
+
+
+@cache
+def stepwise(hparams: AlgorithmHParams) -> tuple[Notes, list[Batch], list[float]]:
+    """Return what is before and after every step, taken one by one, the batches, and a plain loop's losses."""
+    stream, notes, given = own_stream(hparams), Notes(methods=["before_step", "after_step"]), []
+    model = learner(hparams, stream, LONGER, hooks=[notes], steps_per_call=1)
+    for task in model.hparams.training_tasks(stream):
+        given += batches(task, LONGER, model.algorithm.training_split(model.state, task.train))
+        model.fit_task(task, SILENT)
+    return notes, given, user_loop(ALGORITHMS[hparams.name](hparams), stream, LONGER, sgd())[2]
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 3, None])
+@pytest.mark.parametrize(
+    "hparams", [EWC, *(pytest.param(h, marks=pytest.mark.slow) for h in (KCL, LAMAML))], ids=lambda h: h.name
+)
+def test_a_step_hook_sees_exactly_its_step(
+    hparams: AlgorithmHParams, steps_per_call: int | None, compiled: Counter[str]
+) -> None:
+    """Three hooks whose intervals cut the compiled calls of each other."""
+    every, given, losses = stepwise(hparams)
+    compiled.clear()
+    notes = [Notes(7, ["before_step", "after_step"]), Notes(3, ["before_step"]), Notes(10, ["after_step"])]
+    stream = own_stream(hparams)
+    model = learner(hparams, stream, LONGER, hooks=notes, steps_per_call=steps_per_call)
+    for task in model.hparams.training_tasks(stream):
+        model.fit_task(task, SILENT)
+    assert compiled["jit(_traced_step)"] + compiled["jit(_traced_loop)"] == 1
+    assert same(model.weights(), every.weights[-1]) or hparams.name != "ewc"
+    assert len(losses) == len(given) == model.step >= 20
+    for note, interval in zip(notes, (7, 3, 10), strict=True):
+        numbers = {at + (name == "before_step") for name, at, _, _ in note.calls}
+        assert sorted(numbers) == list(range(interval, model.step + 1, interval))
+        for (name, at, batch, metrics), weights in zip(note.calls, note.weights, strict=True):
+            number = at + (name == "before_step")
+            twin = 2 * (number - 1) + (name == "after_step")
+            assert (name, at, metrics) == (*every.calls[twin][:2], every.calls[twin][3])
+            assert same(weights, every.weights[twin])
+            np.testing.assert_array_equal(batch.x, given[number - 1].x)
+            np.testing.assert_array_equal(batch.y, given[number - 1].y)
+            if name == "after_step":
+                np.testing.assert_allclose(metrics["loss"], losses[number - 1], rtol=1e-5)
+
+
+def test_a_steps_loss_is_that_of_the_weights_before_it_on_its_batch() -> None:
+    notes = Notes(3, ["before_step", "after_step"])
+    model = learner(NaiveHParams(), hooks=[notes])
+    model.fit_task(rotated().tasks[0], SILENT)
+    assert [name for name, *_ in notes.calls] == ["before_step", "after_step"]
+    (_, _, batch, _), (_, _, _, metrics) = notes.calls
+    w = {k: v.astype(np.float64) for k, v in notes.weights[0].items()}
+    normalisation = rotated().spec.normalisation
+    x = batch.x.astype(np.float64) * np.asarray(normalisation.scale) + np.asarray(normalisation.shift)
+    hidden = np.tanh(x.reshape(BATCH, -1) @ w["Dense_0/kernel"] + w["Dense_0/bias"])
+    logits = hidden @ w["Dense_1/kernel"] + w["Dense_1/bias"]
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    np.testing.assert_allclose(metrics["loss"], -log_p[np.arange(BATCH), batch.y].mean(), rtol=1e-5)
+    assert metrics["accuracy"] == (logits.argmax(1) == batch.y).mean()
+
+
+def test_hooks_change_no_report_and_no_weight() -> None:
+    def reports(*hooks: Hook) -> tuple[list[Progress], dict[str, FloatArray]]:
+        found: list[Progress] = []
+        training = settings(log_every_n_steps=4, epochs_per_task=2)
+        model = learner(NaiveHParams(), training=training, hooks=hooks)
+        for task in rotated(2).tasks:
+            model.fit_task(task, FitMonitor(found.append, lambda: None))
+        return found, model.weights()
+
+    expected, weights = reports()
+    found, again = reports(Notes(3))
+    assert found == expected
+    assert same(again, weights)
+
+
+def test_an_epochs_metrics_are_means_over_all_its_steps() -> None:
+    every = Notes(methods=["after_step", "after_epoch"])
+    model = learner(NaiveHParams(), training=settings(log_every_n_steps=2, epochs_per_task=2), hooks=[every])
+    model.fit_task(rotated().tasks[0], SILENT)
+    by_name = {n: [m for name, _, _, m in every.calls if name == n] for n in ("after_step", "after_epoch")}
+    for epoch, metrics in enumerate(by_name["after_epoch"]):
+        steps = by_name["after_step"][epoch * STEPS : (epoch + 1) * STEPS]
+        for name in ("loss", "accuracy"):
+            np.testing.assert_allclose(metrics[name], np.mean([m[name] for m in steps]), rtol=1e-6)
+
+
+def test_without_step_hooks_calls_are_as_long_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lengths(*hooks: Hook) -> list[int]:
+        model = learner(NaiveHParams(), hooks=hooks, steps_per_call=50)
+        taken: list[int] = []
+        loop = model._loop
+        monkeypatch.setattr(model, "_loop", lambda *args: taken.append(args[-1]) or loop(*args))
+        model.fit_task(rotated().tasks[0], SILENT)
+        return taken
+
+    assert lengths() == lengths(Notes(methods=["before_epoch", "after_task"]), Hook()) == [STEPS]
+    assert lengths(Notes(3, ["before_step"])) == [2, 1, 2]
+    assert lengths(Notes(methods=["after_step"])) == [1] * STEPS
+
+
+def test_a_copy_is_kept_and_a_mere_reference_is_deleted_by_the_next_step() -> None:
+    class Keeps(Hook):
+        def before_step(self, ts: Any, state: Any, batch: Batch, metrics: Any, writer: Any) -> None:
+            self.reference = ts.params
+
+        def after_step(self, ts: Any, state: Any, batch: Batch, metrics: Any, writer: Any) -> None:
+            self.copy = jax.device_get(ts.params)
+
+    hook, notes = Keeps(3), Notes(3, ["after_step"])
+    model = learner(NaiveHParams(), hooks=[notes, hook])
+    model.fit_task(rotated().tasks[0], SILENT)
+    assert same(flat(hook.copy), notes.weights[0])
+    assert not same(flat(hook.copy), model.weights())
+    with pytest.raises(RuntimeError, match="Array has been deleted"):
+        flat(hook.reference)
+
+
+class Fails(Hook):
+    def after_step(self, ts: Any, state: Any, batch: Batch, metrics: Any, writer: Any) -> None:
+        raise OSError("of the user's")
+
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_an_error_in_a_hook_ends_the_run(tmp_path: Path) -> None:
+    hook = Fails(every=7)
+    with pytest.raises(OSError, match="of the user's"):
+        run(learner(NaiveHParams(), hooks=[hook]), rotated(), run_dir=tmp_path, progress=False)
+    summary = load_result(tmp_path).summary
+    assert (summary["status"], summary["steps"]) == ("failed", 7)
+    assert hook.closed
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, True])
+def test_an_interval_that_is_none_is_refused(every: Any) -> None:
+    with pytest.raises(ValueError, match=f"every must be a number of steps >= 1, got {every}"):
+        Hook(every)
+
+
+def test_what_is_no_hook_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"hooks must be objects of subclasses of sequel_flax.Hook, got a str"
+    ):
+        learner(NaiveHParams(), hooks=["progress"])  # type: ignore[list-item]
+
+
+# -- the writer
+
+
+def test_a_hook_writes_with_every_writer_and_one_that_fails_is_left_out() -> None:
+    class Writes(Hook):
+        def after_epoch(self, ts: Any, state: Any, batch: Any, metrics: Any, writer: Any) -> None:
+            writer.write_scalars(int(ts.step), {"own": 2.0})
+
+    class Full(Recorder):
+        def write_scalars(self, step: int, scalars: Any) -> None:
+            raise OSError("no space left")
+
+    first, last = Recorder(), Recorder()
+    model = learner(NaiveHParams(), writers=[first, Full(), last], hooks=[Writes()])
+    with pytest.warns(RuntimeWarning, match="Full failed .no space left.; the run goes on without it"):
+        model.fit_task(rotated().tasks[0], SILENT)
+    model.fit_task(rotated().tasks[1], SILENT)
+    assert first.scalars == last.scalars == [(5, {"own": 2.0}), (10, {"own": 2.0})]
+
+
+def test_a_method_that_no_writer_has_is_an_error() -> None:
+    class Typo(Hook):
+        def before_task(self, ts: Any, state: Any, batch: Any, metrics: Any, writer: Any) -> None:
+            writer.write_scalar(1, {})
+
+    with pytest.raises(AttributeError, match="a metric writer has no write_scalar"):
+        learner(NaiveHParams(), hooks=[Typo()]).fit_task(rotated().tasks[0], SILENT)
+
+
+# -- the ready ones
+
+
+def test_periodic_evaluation_is_the_learners_evaluation_at_that_step(tmp_path: Path) -> None:
+    writer = Recorder()
+    stream = rotated(validation=0.2)
+    hook = PeriodicEvaluation(ALGORITHMS["ewc"](EWC), stream, [0, 2], "validation", every=3)
+    model = learner(EWC, stream, writers=[writer], hooks=[hook])
+    expected = []
+
+    class Compare(Hook):
+        def after_step(self, ts: Any, state: Any, batch: Batch, metrics: Any, writer: Any) -> None:
+            expected.append([model.evaluate(stream.tasks[j], "validation") for j in (0, 2)])
+
+    model._step_hooks.append(Compare(3))
+    for task in stream.tasks:
+        model.fit_task(task, SILENT)
+    assert [step for step, _ in writer.scalars] == list(range(3, model.step + 1, 3))
+    for (_, scalars), found in zip(writer.scalars, expected, strict=True):
+        assert scalars == {
+            f"periodic/validation/{name}/task_{j}": getattr(evaluation, name)
+            for j, evaluation in zip((0, 2), found, strict=True)
+            for name in ("accuracy", "loss")
+        }
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"tasks": [3]}, r"tasks must be indices from 0 to 2, got \[3\]"),
+        ({"tasks": []}, r"tasks must be indices from 0 to 2, got \[\]"),
+        ({"split": "tests"}, "split must be test, validation or train, got 'tests'"),
+        ({"split": "validation"}, "split must have samples, got 'validation' with none in task 0"),
+        ({"every": 0}, "every must be"),
+    ],
+)
+def test_periodic_evaluation_refuses(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        PeriodicEvaluation(naive(NaiveHParams()), rotated(), **options)
+
+
+def test_the_image_grid_shows_the_batch() -> None:
+    writer = Recorder()
+    model = learner(NaiveHParams(), writers=[writer], hooks=[ImageGrid(every=4, name="seen")])
+    task = rotated().tasks[0]
+    model.fit_task(task, SILENT)
+    ((step, images),) = writer.images
+    (order,) = (plan.epoch_batches(0, 0, 0, len(task.train), BATCH),)
+    picture = images["seen"]
+    assert (step, picture.shape, picture.dtype) == (4, (1, 3 * 9 - 1, 3 * 9 - 1, 3), np.uint8)
+    for k, image in enumerate(task.train.take(order[3]).x):
+        top, left = k // 3 * 9, k % 3 * 9
+        np.testing.assert_array_equal(picture[0, top : top + 8, left : left + 8], np.repeat(image, 3, -1))
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 50])
+def test_the_profiler_records_its_steps(steps_per_call: int, tmp_path: Path) -> None:
+    hook = ProfilerTrace(tmp_path, first=7, steps=2)
+    model = learner(NaiveHParams(), hooks=[hook], steps_per_call=steps_per_call)
+    run(model, rotated(), run_dir=tmp_path / "run", progress=False)
+    (file,) = tmp_path.glob("plugins/profile/*/*.trace.json.gz")
+    names = Counter(e.get("name", "") for e in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"])
+    assert sum(n for name, n in names.items() if name.endswith(" _take")) == 2
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
+
+
+def test_the_profiler_stops_with_the_run(tmp_path: Path) -> None:
+    for name, end in (("short", Hook()), ("failed", Fails(every=9))):
+        hooks = [ProfilerTrace(tmp_path / name, first=8, steps=99), end]
+        model = learner(NaiveHParams(), hooks=hooks)
+        if name == "failed":
+            with pytest.raises(OSError, match="of the user's"):
+                run(model, rotated(), run_dir=tmp_path / f"run_{name}", progress=False)
+        else:
+            run(model, rotated(), run_dir=tmp_path / f"run_{name}", progress=False)
+        assert len(list((tmp_path / name).rglob("*.xplane.pb"))) == 1
+
+
+@pytest.mark.parametrize("name", ["first", "steps"])
+def test_the_profiler_refuses_no_steps(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a number of steps >= 1, got 0"):
+        ProfilerTrace("here", **{name: 0})  # type: ignore[arg-type]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_progress_bar_is_for_terminals() -> None:
+    shown, silent = Terminal(), io.StringIO()
+    hooks = [ProgressBar(every=2, file=shown), ProgressBar(every=2, file=silent)]
+    model = learner(NaiveHParams(), hooks=hooks)
+    assert model.shows_progress
+    assert not learner(NaiveHParams(), hooks=[Hook()]).shows_progress
+    for task in rotated(2).tasks:
+        model.fit_task(task, SILENT)
+    model.close()
+    assert silent.getvalue() == ""
+    last = shown.getvalue().rstrip().rpartition("\r")[2]
+    assert last.startswith("task 1: 100%")
+    assert f"{STEPS}/{STEPS}" in last
+    assert "loss=" in last
+
+
+# -- a loop of one's own
+
+
+def test_hooks_in_a_loop_of_ones_own(tmp_path: Path) -> None:
+    stream, algorithm, writer = rotated(1), ALGORITHMS["ewc"](EWC), Recorder()
+    shown = Terminal()
+    hooks: list[Hook] = [
+        PeriodicEvaluation(algorithm, stream, every=2),
+        ImageGrid(every=3),
+        ProgressBar(every=1, file=shown),
+        ProfilerTrace(tmp_path, first=2, steps=2),
+    ]
+    model = learner(EWC, stream)
+    ts, state, training = model.ts, model.state, model.training
+    (task,) = stream.tasks
+    evaluate, step = Evaluator(algorithm, stream.spec), jax.jit(algorithm.train_step)
+    expected = []
+    ts, state = algorithm.start_task(ts, state, task)
+    for hook in hooks:
+        hook.before_task(ts, state, None, {"task": 0, "task_steps": STEPS}, writer)
+    for number, batch in enumerate(batches(task, training), start=1):
+        due = [hook for hook in hooks if hook.due(number)]
+        for hook in due:
+            hook.before_step(ts, state, batch, {"task": 0}, writer)
+        ts, state, outputs = step(ts, state, batch)
+        for hook in due:
+            hook.after_step(ts, state, batch, {"task": 0, "loss": float(outputs["loss"])}, writer)
+        if number in (2, 4):
+            expected.append((number, evaluate(ts, state, task.test).accuracy))
+    for hook in hooks:
+        hook.close()
+    found = [(at, scalars["periodic/test/accuracy/task_0"]) for at, scalars in writer.scalars]
+    assert found == expected
+    assert [at for at, _ in writer.images] == [3]
+    assert f"{STEPS}/{STEPS}" in shown.getvalue()
+    assert list(tmp_path.rglob("*.xplane.pb"))
