@@ -2,6 +2,7 @@
 # make test   the same install, then ruff, mypy and pytest
 # make slow   the tests that take minutes
 # make adapters  streams of Avalanche and Continuum, in an environment of their own
+# make clu    writers of clu, which need TensorFlow, in an environment of their own
 # make clean  remove what these made; runs/ stays
 #
 # Needs Python >= 3.11 with venv and nothing else; another interpreter: make PYTHON=python3.12 run
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FILES := $(VENV)/.package-files
 
-.PHONY: run test slow adapters install clean FORCE
+.PHONY: run test slow adapters clu install clean FORCE
 .DELETE_ON_ERROR:
 
 run: install
@@ -32,6 +33,12 @@ adapters:
 	$(VENV)-adapters/bin/pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict \
 		--editable '.[all,dev]' avalanche-lib==0.6.0 continuum==1.2.7 six
 	$(VENV)-adapters/bin/pytest -m slow tests/adapters
+
+clu:
+	$(PYTHON) -m venv $(VENV)-clu
+	$(VENV)-clu/bin/pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict \
+		--editable '.[flax,dev]' tensorflow-cpu==2.21.0
+	$(VENV)-clu/bin/pytest -m slow tests/adapters/test_clu.py
 
 install: $(STAMP)
 
@@ -53,5 +60,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(VENV)-adapters build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV)-adapters $(VENV)-clu build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 	find sequel_core sequel_lightning sequel_flax benchmarks configs tests -name __pycache__ -type d -prune -exec rm -rf {} +

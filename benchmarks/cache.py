@@ -21,6 +21,7 @@ import numpy as np
 import pooch
 from filelock import FileLock
 
+from sequel_core.results import read_json
 from sequel_core.task import IntArray, UInt8Array
 
 NPY_FILES = ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy")
@@ -234,8 +235,8 @@ def _read(origin: Origin, folder: Path) -> Arrays:
     sums, again = {}, f"run `sequel data {origin.name}`"
     if (folder / SUMS).is_file():
         try:
-            sums = dict(json.loads((folder / SUMS).read_bytes()))
-        except (TypeError, ValueError) as error:
+            sums = read_json((folder / SUMS).read_bytes())
+        except ValueError as error:
             raise ValueError(f"{folder / SUMS} is damaged ({error}); delete {folder} and {again}") from error
     paths = [folder / name for name in NPY_FILES]
     for path in paths:
@@ -268,7 +269,7 @@ def _load(path: Path, again: str) -> Any:
         excess = path.stat().st_size - array.offset - array.nbytes
         if excess:
             raise ValueError(f"{excess} bytes too many")
-    except (OSError, EOFError, ValueError) as error:
+    except Exception as error:  # NumPy's reader raises whatever the damage leads to
         raise ValueError(f"{path} is damaged ({error}); delete it and {again}") from error
     return array.view(np.ndarray)  # a plain array over the map: indexing a memmap object is slower
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -48,7 +50,11 @@ def in_threads(work: Callable[[T], int], jobs: Iterable[T], title: str, total: i
 
 
 def read_picture(
-    path: Path, read: Callable[[], bytes], channels: int, size: tuple[int, int] | None = None
+    path: Path,
+    read: Callable[[], bytes],
+    channels: int,
+    size: tuple[int, int] | None = None,
+    only: tuple[int, int] | None = None,
 ) -> UInt8Array:
     """Return a picture, uint8 `[H, W, C]`.
 
@@ -57,20 +63,36 @@ def read_picture(
         read: returns the file's content, in any format that Pillow reads.
         channels: 3 for RGB or 1 for grey; converted where the file has others.
         size: (H, W) to resize to, bilinear; None for the picture's own.
+        only: (H, W) that the picture must have; None for any.
 
     Raises:
-        ValueError: not to be read; names the file.
+        ValueError: not to be read, or of another size; names the file.
     """
     try:
         with Image.open(BytesIO(read())) as file:
-            picture = file.convert("RGB" if channels == 3 else "L")
-            if size is not None and picture.size != size[::-1]:
-                picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
-            return np.asarray(picture, np.uint8).reshape(picture.height, picture.width, channels)
+            height, width = file.height, file.width
+            if only in (None, (height, width)):
+                picture = file.convert("RGB" if channels == 3 else "L")
+                if size is not None and picture.size != size[::-1]:
+                    picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
+                return np.asarray(picture, np.uint8).reshape(picture.height, picture.width, channels)
     except Exception as error:  # Pillow's readers raise whatever the damage leads to
         raise ValueError(
             f"{path} cannot be read as a picture ({error}); replace it or take it away"
         ) from error
+    raise ValueError(
+        f"{path} is {height} x {width}, it must be {only[0]} x {only[1]} as the others; resize it, or have "
+        "an image folder do it with size"
+    )
+
+
+@contextmanager
+def pillows_warnings() -> Iterator[None]:
+    """Refuse a picture of which Pillow warns that it is huge; not in threads, which share the filters."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def decode_pictures(
@@ -96,18 +118,13 @@ def decode_pictures(
         ValueError: a picture that cannot be read or has another size; names it.
     """
     height, width, channels = out.shape[1:]
+    only = (height, width) if size is None else None
 
     def work(rows: range) -> int:
         for row in rows:
-            path = where / names[row]
-            picture = read_picture(path, partial(read, names[row]), channels, size)
-            if picture.shape != out.shape[1:]:
-                raise ValueError(
-                    f"{path} is {picture.shape[0]} x {picture.shape[1]}, it must be "
-                    f"{height} x {width} as the others; resize it, or have an image folder do it with size"
-                )
-            out[row] = picture
+            out[row] = read_picture(where / names[row], partial(read, names[row]), channels, size, only)
         return len(rows)
 
     blocks = [range(start, min(start + BLOCK, len(names))) for start in range(0, len(names), BLOCK)]
-    in_threads(work, blocks, title, len(names), "images")
+    with pillows_warnings():
+        in_threads(work, blocks, title, len(names), "images")

@@ -7,10 +7,11 @@ import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from sequel_benchmarks.cache import Allocate, Arrays, Decode, Origin
+from sequel_benchmarks.cache import Allocate, Arrays, Decode, Origin, check_arrays
 from sequel_core.task import UInt8Array
 
 IDX_FILES = {
@@ -21,6 +22,7 @@ IDX_FILES = {
     "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c",
 }
 UNSIGNED_BYTES = 0x08  # the IDX format's code of the element type
+LARGEST = 2**28  # bytes of elements; MNIST's largest file has 2**25.5
 
 
 def read_idx(path: Path) -> UInt8Array:
@@ -33,31 +35,44 @@ def read_idx(path: Path) -> UInt8Array:
         path: the file; gzip if it ends in `.gz`.
 
     Raises:
-        ValueError: not such a file, or more or fewer bytes than its header says; names the file.
+        ValueError: not such a file, more or fewer bytes than its header says, or more than 256 MiB; names
+            the file.
     """
-    content = path.read_bytes()
+    again = "delete it and fetch it again"
     if path.suffix == ".gz":
         try:
-            content = gzip.decompress(content)
+            with gzip.open(path) as file:
+                return _elements(path, file, again)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(
-                f"{path} is not a whole gzip file ({error}); delete it and fetch it again"
-            ) from error
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != UNSIGNED_BYTES:
+            raise ValueError(f"{path} is not a whole gzip file ({error}); {again}") from error
+    with path.open("rb") as file:
+        return _elements(path, file, again)
+
+
+def _elements(path: Path, file: BinaryIO | gzip.GzipFile, again: str) -> UInt8Array:
+    """Return the array in an open IDX file, reading no more than its header says, and never a huge one."""
+    start = file.read(4)
+    if len(start) < 4 or start[:2] != b"\0\0" or start[2] != UNSIGNED_BYTES:
         raise ValueError(
             f"{path} is not an IDX file of unsigned bytes: it must begin with 000008, it begins with "
-            f"{content[:3].hex() or 'nothing'}; delete it and fetch it again"
+            f"{start[:3].hex() or 'nothing'}; {again}"
         )
-    start = 4 + 4 * content[3]
-    shape = tuple(int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4))
-    expected = start + math.prod(shape)
-    if len(content) < start or len(content) != expected:
-        fault = "truncated" if len(content) < max(start, expected) else "too long"
+    sizes = file.read(4 * start[3])
+    shape = tuple(int.from_bytes(sizes[i : i + 4], "big") for i in range(0, len(sizes), 4))
+    count, told = math.prod(shape), f"its header says {' x '.join(map(str, shape))}"
+    if count > LARGEST:
+        raise ValueError(f"{path} is too large: {told}, the most is {LARGEST} bytes; {again}")
+    content = file.read(count + 1)
+    if len(sizes) < 4 * start[3] or len(content) != count:
+        fault = "too long" if len(content) > count else "truncated"
+        got = "more" if len(content) > count else 4 + len(sizes) + len(content)
         raise ValueError(
-            f"{path} is {fault}: its header says {' x '.join(map(str, shape))}, {expected} bytes in all, "
-            f"it has {len(content)}; delete it and fetch it again"
+            f"{path} is {fault}: {told}, {4 + 4 * start[3] + count} bytes in all, it has {got}; {again}"
         )
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    try:
+        return np.frombuffer(content, np.uint8).reshape(shape)
+    except ValueError as error:  # more dimensions than NumPy has
+        raise ValueError(f"{path} cannot be read: {told} ({error}); {again}") from error
 
 
 def _find(root: Path) -> Decode | None:
@@ -74,12 +89,13 @@ def _find(root: Path) -> Decode | None:
 
 
 def _decode(files: Sequence[Path], allocate: Allocate) -> list[str]:
-    for path, name in zip(files, Arrays._fields, strict=True):
-        array = read_idx(path)
-        if name.endswith("images"):
-            array = array[..., None]  # [N, H, W, 1]
+    sources = [str(path) for path in files]
+    read: list[Any] = [read_idx(path) for path in files]
+    arrays = Arrays(read[0][..., None], read[1], read[2][..., None], read[3])  # [N, H, W, 1]
+    check_arrays(arrays, sources, MNIST.num_classes, MNIST.image_shape)  # before room is made for them
+    for name, array in arrays._asdict().items():
         allocate(name, array.shape)[...] = array
-    return [str(path) for path in files]
+    return sources
 
 
 MNIST = Origin(

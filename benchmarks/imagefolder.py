@@ -10,7 +10,7 @@ import numpy as np
 
 from sequel_benchmarks.cache import Arrays, in_memory
 from sequel_benchmarks.data import DataSet
-from sequel_benchmarks.decode import BLOCK, decode_pictures, read_picture
+from sequel_benchmarks.decode import BLOCK, decode_pictures, pillows_warnings, read_picture
 from sequel_core.task import Normalisation, UInt8Array
 
 TEST_FOLDERS = ("test", "val")
@@ -59,7 +59,8 @@ def image_folder(
         names = [path.relative_to(folder).as_posix() for files in found for path in files]
         if shape is None and not arrays:
             first = folder / names[0]
-            height, width, _ = read_picture(first, first.read_bytes, channels).shape
+            with pillows_warnings():
+                height, width, _ = read_picture(first, first.read_bytes, channels).shape
         elif shape is not None:
             height, width = shape
         images = in_memory("images", (len(names), height, width, channels))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ FOLDER = "tiny-imagenet-200"
 ARCHIVE = f"{FOLDER}.zip"
 NUM_CLASSES = 200
 SHAPE = (64, 64, 3)
+LARGEST = 2**24  # bytes of a file in the archive; the published ones have less than 2**20
 WNIDS = "wnids.txt"
 ANNOTATIONS = "val/val_annotations.txt"
 
@@ -41,29 +41,41 @@ def _from_folder(folder: Path, allocate: Allocate) -> list[str]:
         for part in ("train", "val")
         for parent, _, files in os.walk(folder / part)
         for name in files
+        if Path(parent, name).is_file()  # no pipe, which would be waited for
     ]
     return _decode(folder, names, lambda name: (folder / name).read_bytes(), allocate)
 
 
 def _from_archive(path: Path, allocate: Allocate) -> list[str]:
+    start, whole = f"{FOLDER}/", f"{path} is not the whole archive"
     try:
-        with zipfile.ZipFile(path) as archive:
-            start = f"{FOLDER}/"
-            names = [name.removeprefix(start) for name in archive.namelist() if name.startswith(start)]
-            return _decode(path, names, lambda name: archive.read(start + name), allocate)
-    except (zipfile.BadZipFile, KeyError, zlib.error) as error:
-        raise ValueError(f"{path} is not the whole archive ({error}); delete it") from error
+        archive = zipfile.ZipFile(path)
+    except Exception as error:  # a damaged archive can raise almost anything
+        raise ValueError(f"{whole} ({error}); delete it") from error
+
+    def read(name: str) -> bytes:
+        try:
+            member = archive.getinfo(start + name)
+            if member.file_size > LARGEST:
+                raise zipfile.BadZipFile(f"{name} has {member.file_size} bytes, the most is {LARGEST}")
+            return archive.read(member)
+        except Exception as error:
+            raise ValueError(f"{whole} ({error}); delete it") from error
+
+    with archive:
+        names = [name.removeprefix(start) for name in archive.namelist() if name.startswith(start)]
+        return _decode(path, names, read, allocate)
 
 
 def _decode(
     where: Path, names: Iterable[str], read: Callable[[str], bytes], allocate: Allocate
 ) -> list[str]:
-    wnids = sorted(read(WNIDS).decode().split())
+    wnids = sorted(read(WNIDS).decode(errors="replace").split())
     if len(set(wnids)) != NUM_CLASSES:
         raise ValueError(f"{where / WNIDS} must name {NUM_CLASSES} classes, it names {len(set(wnids))}")
     classes = {wnid: label for label, wnid in enumerate(wnids)}
     annotated = {}
-    for line in read(ANNOTATIONS).decode().splitlines():
+    for line in read(ANNOTATIONS).decode(errors="replace").splitlines():
         name, wnid, *_ = *line.split("\t"), ""
         annotated[f"val/images/{name}"] = wnid
     images: dict[str, list[list[str]]] = {part: [[] for _ in wnids] for part in ("train", "val")}

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 class StreamCallback:
     """Called by `sequel_core.run` around the stream and each of its tasks; override what is of use.
 
-    What happens within a task belongs to Lightning's callbacks and to the hooks of `sequel_flax`.
+    What happens within a task belongs to Lightning's callbacks and to the hooks of `sequel_flax`; an object
+    may be of both kinds. A resumed run calls `on_stream_start` again and then goes on where it was. An error
+    ends the run.
     """
 
     def on_stream_start(self, learner: Learner, benchmark: Benchmark) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console, Group
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from sequel_core import learner
 from sequel_core.config import ExperimentConfig, check_name
@@ -63,9 +63,9 @@ class Difference(NamedTuple):
     label: str
     seed: int
     accuracy: float  # of the accuracy matrices, a fraction; nan where they have no entry in common
-    accuracy_at: tuple[int, ...]  # (i, j): after training on task i, on task j, both from 0
+    accuracy_at: tuple[int, ...]  # (i, j): after training on task i, on task j, from 0; () for 0 and nan
     weight: float  # of the final weights; nan where the networks' arrays differ in name or shape
-    weight_at: str  # "dense_0/kernel[3, 17]"; empty for nan
+    weight_at: str  # "dense_0/kernel[3, 17]"; empty for 0 and nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,7 +310,8 @@ def _largest(
 ) -> tuple[float, str, tuple[int, ...]]:
     """Return the largest absolute difference, the name of its array and the place in it.
 
-    Entries that are nan in both do not count. Nan, "" and () where names or shapes are not the same.
+    Entries that are nan in both do not count. No name and no place where there is no difference, and with
+    nan where names or shapes are not the same.
     """
     found = []
     if {name: a.shape for name, a in first.items()} == {name: a.shape for name, a in second.items()}:
@@ -321,20 +322,25 @@ def _largest(
                 place = np.unravel_index(gap.argmax(), gap.shape)
                 found.append((float(gap[place]), name, tuple(map(int, place))))
     nowhere = (math.nan, "", ())
-    return max(found, key=lambda item: math.inf if math.isnan(item[0]) else item[0], default=nowhere)
+    largest = max(found, key=lambda item: math.inf if math.isnan(item[0]) else item[0], default=nowhere)
+    return largest if largest[0] else (0.0, "", ())
+
+
+_left, _right = partial(Column, overflow="fold"), partial(Column, overflow="fold", justify="right")
 
 
 def _table(rows: Sequence[Row]) -> Table:
     several = any(len(row.seeds) > 1 for row in rows)
-    table = Table(title="mean over seeds ± half of the 95 % confidence interval" if several else None)
-    table.add_column("experiment", overflow="fold")
-    table.add_column("framework")
-    table.add_column("seeds")
-    percentages = ("average\naccuracy %", "forgetting\n%", "learning\naccuracy %")
-    for heading in (*percentages, "seconds", "steps/s", "memory"):
-        table.add_column(heading, justify="right")
+    columns = [
+        *map(_left, ("run", "mode", "seeds")),
+        *map(_right, ("average\naccuracy\n%", "\nforget-\nting %", "learning\naccuracy\n%")),
+        *map(_right, ("\n\nseconds", "\n\nsteps/s", "\n\nmemory")),
+    ]
+    title = "mean over seeds ± half of the 95 % confidence interval" if several else None
+    table = Table(*columns, title=title, title_justify="left", padding=0)  # to fit into 80 columns
     for k, row in enumerate(rows):
-        seeds = ", ".join([*map(str, row.seeds), *(f"{seed} failed" for seed in row.failed)])
+        seeds = ", ".join(map(str, row.seeds)) or "-"
+        seeds += f"; failed: {', '.join(map(str, row.failed))}" if row.failed else ""
         cells = ["-"] * 6
         if row.seeds:
             accuracy, forgetting, learning, seconds, rate, memory = row.measures.values()
@@ -347,12 +353,9 @@ def _table(rows: Sequence[Row]) -> Table:
 
 
 def _difference_table(differences: Sequence[Difference]) -> Table:
-    table = Table(title=f"largest differences between {' and '.join(PLUGINS)}")
-    table.add_column("experiment", overflow="fold")
-    table.add_column("seed")
-    for heading in ("accuracy %", "in the matrix", "weights"):
-        table.add_column(heading, justify="right")
-    table.add_column("in the array", overflow="fold")
+    columns = [_left("run"), _left("seed"), _right("accuracy %"), _left("at"), _right("weights"), _left("at")]
+    title = f"largest differences between {' and '.join(PLUGINS)}"
+    table = Table(*columns, title=title, title_justify="left", padding=0)
     for found in differences:
         at = f"R[{', '.join(map(str, found.accuracy_at))}]" if found.accuracy_at else ""
         weight = "-" if math.isnan(found.weight) else f"{found.weight:.1e}"

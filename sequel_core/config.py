@@ -13,15 +13,19 @@ from __future__ import annotations
 import collections.abc
 import difflib
 import inspect
-import netrc
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import import_module
+from importlib import import_module, resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+import yaml
+
 from sequel_core import learner
+from sequel_core.callbacks import StreamCallback
 from sequel_core.hparams import (
     ALGORITHMS,
     BACKBONES,
@@ -36,6 +40,7 @@ from sequel_core.hparams import (
 )
 from sequel_core.learner import PLUGINS, EvaluateEvery, Mode
 from sequel_core.plan import check_batch_size
+from sequel_core.services import MASK, PACKAGES, check_service, masked
 from sequel_core.target import TARGET, Target, hints_of, read
 from sequel_core.target import nearest as nearest
 from sequel_core.task import Benchmark
@@ -99,11 +104,10 @@ TRAINER = {
 }
 """Settings of Lightning's Trainer that a configuration may give, with their defaults."""
 
-WANDB = ("entity", "project", "group", "name", "tags", "mode")
-"""Settings of Weights & Biases; `mode` is online, offline or disabled."""
-
 EVALUATION = ("evaluate_every", "evaluate_on", "evaluate_future")
 OBJECTS = ("logger", "callbacks")
+CALLBACKS: dict[Mode, str] = {"pytorch": "pytorch_lightning.Callback", "jax": "sequel_flax.hooks.Hook"}
+"""What looks into the training in each mode, beside the StreamCallback of both."""
 DOCUMENTATION = ("expected", "version", "source", "comment")
 SPREAD = ("std", "runs", "tolerance")
 """What `expected` says of its `avg_acc`: the published spread, and how far below it counts as reached."""
@@ -113,6 +117,7 @@ SUPPLIED = {
     "backbone": ("num_classes", "image_shape", "rngs"),
     "benchmark": ("batch_size", "eval_batch_size"),
     "logger": ("save_dir", "log_dir", "logdir", "directory"),
+    "callbacks": ("directory",),
 }
 """What a user's own code need not be given, as it is known: where its signature has the name, it gets it."""
 
@@ -138,9 +143,9 @@ class ExperimentConfig:
         optimizer: the optimizer's settings.
         training: batch sizes, epochs, seed, ...
         trainer: of Lightning's Trainer, see `TRAINER`; only with mode pytorch.
-        wandb: Weights & Biases tracking, see `WANDB`; None for none.
-        logger: the user's own loggers: Lightning's, or metric writers with mode jax.
-        callbacks: of Lightning's Trainer; only with mode pytorch.
+        logger: by name, the settings of one of `choices("logger")` or the user's own, which is a logger of
+            Lightning's, or with mode jax a metric writer.
+        callbacks: of the orchestrator, and with mode pytorch of Lightning's Trainer, with mode jax hooks.
         own: the user's own code, by section; it takes the place of a backbone's and an optimizer's settings,
             while the settings of an algorithm are the own ones of its class.
         evaluate_every: `task`, `epoch` or a number of steps >= 1.
@@ -164,8 +169,7 @@ class ExperimentConfig:
     optimizer: OptimizerHParams = field(default_factory=OptimizerHParams)
     training: TrainingHParams = field(default_factory=TrainingHParams)
     trainer: Mapping[str, Any] = field(default_factory=dict)
-    wandb: Mapping[str, Any] | None = None
-    logger: tuple[Target, ...] = ()
+    logger: Mapping[str, Target | Mapping[str, Any]] = field(default_factory=dict)
     callbacks: tuple[Target, ...] = ()
     own: Mapping[str, Target] = field(default_factory=dict)
     evaluate_every: EvaluateEvery = "task"
@@ -196,24 +200,19 @@ class ExperimentConfig:
                 f"backbone={self.backbone.type} needs mode={' or '.join(self.backbone.modes)}, as its models "
                 f"are PyTorch's, got mode={self.mode}; choose another backbone, for example resnet18"
             )
-        if self.mode == "jax" and self.callbacks:
-            raise ValueError(
-                f"{self.callbacks[0].key} is a callback of Lightning's Trainer, got {self.callbacks[0].path} "
-                "with mode=jax, whose learner has no hooks; drop it or set mode=pytorch"
-            )
-        if self.wandb is not None and self.wandb.get("mode") not in (None, "online", "offline", "disabled"):
-            raise ValueError(f"wandb.mode must be online, offline or disabled, got {self.wandb['mode']!r}")
-
-    def wandb_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `wandb.init`; offline without a mode and without an API key."""
-        given = {key: value for key, value in (self.wandb or {}).items() if value is not None}
-        told = "mode" in given or "WANDB_MODE" in os.environ or "WANDB_API_KEY" in os.environ
-        if not told and not _has_netrc_key():
-            given["mode"] = "offline"
-        return given
+        for target in self.callbacks:
+            if inspect.isclass(target.function) and not target.partial:
+                _check_callback(target, target.function, self.mode)
+        for name in PACKAGES:
+            found = self.logger.get(name)
+            if found is not None and not isinstance(found, Target):
+                check_service(name, found)
 
     def plain(self) -> dict[str, Any]:
-        """Return all settings, defaults included, as plain values under the names that a file gives them."""
+        """Return all settings, defaults included, as plain values under the names that a file gives them.
+
+        What may be a secret is masked, see `sequel_core.services.masked`.
+        """
         values: dict[str, Any] = {"mode": self.mode}
         if "algo" in self.own:
             values["algo"] = {TARGET: self.own["algo"].path, **asdict(self.algo)}
@@ -233,19 +232,12 @@ class ExperimentConfig:
         values |= {
             "training": asdict(self.training),
             "trainer": dict(self.trainer),
-            "wandb": None if self.wandb is None else dict(self.wandb),
-            **{key: [t.plain() for t in getattr(self, key)] for key in OBJECTS if getattr(self, key)},
+            "logger": {k: v.plain() if isinstance(v, Target) else dict(v) for k, v in self.logger.items()},
+            **({"callbacks": [target.plain() for target in self.callbacks]} if self.callbacks else {}),
             **{key: getattr(self, key) for key in EVALUATION},
             **{key: getattr(self, key) for key in DOCUMENTATION if getattr(self, key)},
         }
-        return cast(dict[str, Any], _plain(values))
-
-
-def _has_netrc_key() -> bool:
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+        return cast(dict[str, Any], masked(_plain(values)))
 
 
 def _whole(value: Any) -> bool:
@@ -275,9 +267,11 @@ def _benchmarks() -> Mapping[str, Callable[..., Benchmark]]:
 
 
 def choices(section: str) -> list[str]:
-    """Return the names that a section (`algo`, `benchmark`, `backbone` or `optimizer`) can have."""
+    """Return the names that a section (`algo`, `benchmark`, `backbone`, `optimizer` or `logger`) can have."""
     if section == "benchmark":
         return list(_benchmarks())
+    if section == "logger":
+        return sorted(path.name.removesuffix(".yaml") for path in _logger_files().iterdir())
     if section == "optimizer":
         return list(get_args(get_type_hints(OptimizerHParams)["type"]))
     return list(ALGORITHMS) if section == "algo" else list(BACKBONES)
@@ -287,8 +281,8 @@ def settings(section: str, name: str | Target = "") -> list[Setting]:
     """Return the settings of a section, for the algorithm, benchmark, ... of this name.
 
     Args:
-        section: `algo`, `benchmark`, `backbone`, `optimizer`, `training`, `trainer` or `wandb`.
-        name: one of `choices(section)` or the user's own code; not needed for the last three.
+        section: `algo`, `benchmark`, `backbone`, `optimizer`, `logger`, `training` or `trainer`.
+        name: one of `choices(section)` or the user's own code; not needed for the last two.
     """
     if isinstance(name, Target):
         if section == "algo":
@@ -308,8 +302,17 @@ def settings(section: str, name: str | Target = "") -> list[Setting]:
         return [spec for spec in _fields(OptimizerHParams) if spec.key not in ("type", *foreign)]
     if section == "training":
         return _fields(TrainingHParams)
-    table = TRAINER if section == "trainer" else dict.fromkeys(WANDB)
-    return [Setting(key, default, "", "") for key, default in table.items()]
+    if section == "logger":
+        text = _logger_files().joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+        remarks = {line.partition(":")[0].strip(): line.partition(" # ")[2] for line in text.splitlines()}
+        values = yaml.safe_load(text)[name]
+        return [Setting(key, default, "", remarks.get(key, "")) for key, default in values.items()]
+    return [Setting(key, default, "", "") for key, default in TRAINER.items()]
+
+
+def _logger_files() -> Traversable:
+    """Return the folder of the Hydra group that holds each logger's settings, defaults and their meaning."""
+    return resources.files("sequel_configs").joinpath("logger")
 
 
 def _fields(cls: type[Settings]) -> list[Setting]:
@@ -441,6 +444,7 @@ def canonical(values: Mapping[str, Any]) -> Layer:
         ValueError: two spellings of one setting with different values.
     """
     layer = flatten(values)
+    _spell_loggers(layer)
     names = set()  # keys that are the arguments of a user's own code, not the name of something built in
     for section, key in SECTIONS.items():
         if f"{section}.{TARGET}" in layer:
@@ -472,6 +476,34 @@ def canonical(values: Mapping[str, Any]) -> Layer:
     return layer
 
 
+def _spell_loggers(layer: Layer) -> None:
+    """Bring the choice of loggers to `logger.<name>.<setting>`; an empty mapping chooses one as it is.
+
+    A file may have a name, a list of names and of settings with `_target_`, or a mapping; and, as in the
+    paper, the section `wandb`.
+    """
+    chosen = layer.pop("logger", {})
+    items = list(chosen) if isinstance(chosen, list | tuple) else [] if chosen in (None, {}) else [chosen]
+    if items and f"logger.{TARGET}" in layer:
+        raise ValueError(f"logger and logger.{TARGET} are both given: {chosen!r}; give a list with both")
+    for i, item in enumerate(items):
+        if isinstance(item, Mapping) and TARGET in item:
+            layer |= flatten(item, f"logger.{i}.")
+        elif isinstance(item, str):
+            layer.setdefault(f"logger.{item}", {})
+        else:
+            raise ValueError(f"logger must be names or settings with `{TARGET}`, got {item!r}")
+    if "wandb" in layer and not (layer["wandb"] is None or isinstance(layer["wandb"], Mapping)):
+        raise ValueError(f"wandb must be a group of settings, got {layer['wandb']!r}")
+    for path in [path for path in layer if path == "wandb" or path.startswith("wandb.")]:
+        _move(layer, path, layer.pop(path), f"logger.{path}")
+    for path in [path for path in layer if path.startswith("logger.") and layer[path] == {}]:
+        if any(other.startswith(f"{path}.") for other in layer):
+            del layer[path]
+    if chosen is None and not any(path.startswith("logger.") for path in layer):
+        layer["logger"] = None
+
+
 def _move(layer: Layer, old: str, value: Any, new: str) -> None:
     if new in layer and alias(new, layer[new]) != alias(new, value):
         raise ValueError(f"{new} and {old} differ: {layer[new]!r} and {value!r}; give one of them")
@@ -491,19 +523,28 @@ _NAMED = {"mode", "algo.memory", *(f"{section}.{key}" for section, key in SECTIO
 def merge(*layers: Layer) -> Layer:
     """Join canonical layers, the later ones winning.
 
-    A value for a whole group (`wandb: null`) replaces its settings below, and the other way round; `widths`
-    replaces `width` and `n_hidden_layers` of lower layers.
+    A value for a whole group (`logger: null`) replaces its settings below, and the other way round, but where
+    it only chooses a logger; `widths` replaces `width` and `n_hidden_layers` of lower layers.
     """
     merged: Layer = {}
     for layer in layers:
-        for path in layer:
+        chosen = [path for path in layer if path.startswith("logger.") and layer[path] == {}]
+        values = {path: value for path, value in layer.items() if path not in chosen}
+        for path in values:
             for other in list(merged):
-                if other.startswith(f"{path}.") or (path.startswith(f"{other}.") and not merged[other]):
+                if (other.startswith(f"{path}.") and not (path == "logger" and layer[path])) or (
+                    path.startswith(f"{other}.") and not merged[other]
+                ):
                     del merged[other]
         if "backbone.widths" in layer or {"backbone.width", "backbone.n_hidden_layers"} <= layer.keys():
             for key in SHAPE:
                 merged.pop(f"backbone.{key}", None)
-        merged |= layer
+        merged |= values
+        for path in chosen:
+            if not any(other.startswith(f"{path}.") for other in merged):
+                merged[path] = {}
+        if chosen:
+            merged.pop("logger", None)
     return merged
 
 
@@ -547,6 +588,7 @@ def _widths(group: dict[str, Any]) -> None:
 
 def _check_keys(section: str, group: Mapping[str, Any], name: str | Target) -> None:
     """Raise ValueError at the first key that is not a setting, naming the nearest one with its range."""
+    where = f"logger.{name}" if section == "logger" else section
     known = {spec.key: spec for spec in settings(section, name)}
     for key in group:
         if key in known:
@@ -562,10 +604,10 @@ def _check_keys(section: str, group: Mapping[str, Any], name: str | Target) -> N
             hint = f"; it belongs to {', '.join(others)}"
         elif match:
             rule = known[match[0]].allowed
-            hint = f"; did you mean {section}.{match[0]}{f' ({rule})' if rule else ''}?"
+            hint = f"; did you mean {where}.{match[0]}{f' ({rule})' if rule else ''}?"
         else:
             hint = f"; its settings are {', '.join(known) or 'none'}"
-        raise ValueError(f"{section}.{key} is not a setting of {owner}{hint}")
+        raise ValueError(f"{where}.{key} is not a setting of {owner}{hint}")
 
 
 def _settings(cls: type[S], section: str, group: Mapping[str, Any]) -> S:
@@ -614,7 +656,7 @@ def _argument(key: str, value: Any, hint: Any) -> Any:
 
 
 def _check_top(values: Mapping[str, Any]) -> None:
-    groups = (*SECTIONS, "training", "trainer", "wandb")
+    groups = (*SECTIONS, "training", "trainer")
     known = ("mode", *groups, *OBJECTS, *EVALUATION, *DOCUMENTATION)
     for key, value in values.items():
         if key not in known:
@@ -626,7 +668,7 @@ def _check_top(values: Mapping[str, Any]) -> None:
             if match:
                 raise ValueError(f"{key} is not a setting; did you mean {inner.get(match[0], match[0])}?")
             raise ValueError(f"{key} is not a setting; there are {', '.join(known)}")
-        if key in groups and not isinstance(value, Mapping) and not (key == "wandb" and value is None):
+        if key in groups and not isinstance(value, Mapping):
             raise ValueError(f"{key} must be a group of settings, got {value!r}")
 
 
@@ -669,12 +711,36 @@ def _objects(key: str, value: Any, mode: Mode) -> tuple[Target, ...]:
     return tuple(targets)
 
 
+def _loggers(values: Any, mode: Mode) -> dict[str, Target | Mapping[str, Any]]:
+    """Return the loggers by name; null takes one away that a file has."""
+    if isinstance(values, Mapping) and TARGET not in values:
+        named = {name: item for name, item in values.items() if item is not None}
+        known = choices("logger")
+        made: dict[str, Target | Mapping[str, Any]] = {}
+        for name, item in named.items():
+            if isinstance(item, Mapping) and TARGET in item:
+                (made[name],) = _objects("logger", {name: item}, mode)
+            elif name in known and isinstance(item, Mapping):
+                _check_keys("logger", item, name)
+                made[name] = {spec.key: item.get(spec.key, spec.default) for spec in settings("logger", name)}
+            else:
+                raise ValueError(
+                    f"logger must be one of {', '.join(known)}, or settings with `{TARGET}`, got "
+                    f"{item if name in known else name!r}{nearest(name, set(known) - {name})}"
+                )
+        return made
+    return {str(i): target for i, target in enumerate(_objects("logger", values, mode))}
+
+
 def build(flat: Layer) -> ExperimentConfig:
     """Return the experiment that merged canonical values describe.
 
     Raises:
         ValueError: an unknown name or key (the nearest one is suggested), or a value out of range.
     """
+    for path, value in flat.items():
+        if value == MASK:
+            raise ValueError(f"{path} was masked where the run was recorded, as a secret; give it a value")
     values = nest(flat)
     for section, key in SECTIONS.items():
         if isinstance(values.get(section), Mapping) and TARGET not in values[section]:
@@ -701,8 +767,6 @@ def build(flat: Layer) -> ExperimentConfig:
     for section in ("training", "trainer"):
         groups[section] = dict(values.get(section, {}))
         _check_keys(section, groups[section], "")
-    wandb = values.get("wandb")
-    _check_keys("wandb", wandb or {}, "")
     if "benchmark" in own:
         stream = BenchmarkConfig(own["benchmark"].path, own["benchmark"].arguments)
     else:
@@ -733,14 +797,50 @@ def build(flat: Layer) -> ExperimentConfig:
         optimizer=_settings(OptimizerHParams, "optimizer", optimizer),
         training=_settings(TrainingHParams, "training", groups["training"]),
         trainer=groups["trainer"],
-        wandb=None if wandb is None else dict(wandb),
-        logger=_objects("logger", values.get("logger"), mode),
+        logger=_loggers(values.get("logger"), mode),
         callbacks=_objects("callbacks", values.get("callbacks"), mode),
         own=own,
         num_classes=num_classes,
         expected=dict(expected),
         **others,
     )
+
+
+def build_callbacks(config: ExperimentConfig, run_dir: Path) -> tuple[list[StreamCallback], list[Any]]:
+    """Make the callbacks of an experiment.
+
+    Args:
+        config: checked.
+        run_dir: for those that ask for a `directory`.
+
+    Returns:
+        Those for `sequel_core.run`, and those for the plug-in's learner; one of both kinds is in both.
+
+    Raises:
+        ValueError: one that is of neither kind, or the code refuses an argument.
+    """
+    made = [target.make(directory=os.fspath(run_dir)) for target in config.callbacks]
+    for target, callback in zip(config.callbacks, made, strict=True):
+        _check_callback(target, type(callback), config.mode)
+    own = [callback for callback in made if issubclass(type(callback), _callback_class(config.mode))]
+    return [callback for callback in made if isinstance(callback, StreamCallback)], own
+
+
+def _check_callback(target: Target, found: type, mode: Mode) -> None:
+    """Raise ValueError where a class is neither the orchestrator's kind of callback nor the mode's."""
+    if not issubclass(found, (StreamCallback, _callback_class(mode))):
+        (other,) = CALLBACKS.keys() - {mode}
+        raise ValueError(
+            f"{target.key}.{TARGET} must give a sequel_core.StreamCallback or, with mode={mode}, a "
+            f"{CALLBACKS[mode]}, got a {found.__name__} from {target.path}; "
+            f"a {CALLBACKS[other]} needs mode={other}"
+        )
+
+
+def _callback_class(mode: Mode) -> type:
+    module, _, name = CALLBACKS[mode].rpartition(".")
+    found: type = getattr(import_module(module), name)
+    return found
 
 
 def build_benchmark(config: ExperimentConfig) -> Benchmark:

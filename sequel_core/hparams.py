@@ -87,14 +87,16 @@ def _coerce(name: str, value: Any, hint: Any, spec: Field[Any]) -> Any:
         return value
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise ValueError(f"{name} must be a number{_and_range(spec)}, got {value!r}")
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        number = math.inf
     if hint is int:
-        if not math.isfinite(value) or value != int(value):
+        if not math.isfinite(number) or value != int(value):
             raise ValueError(f"{name} must be a whole number{_and_range(spec)}, got {value!r}")
-        value = int(value)
-    else:
-        value = float(value)
-    _check_number(name, value, spec)
-    return value
+        number = int(value)
+    _check_number(name, number, spec)
+    return number
 
 
 def _and_range(spec: Field[Any]) -> str:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from sequel_core.config import flatten
 from sequel_core.results import METRICS, RunDirectory, read_metrics
+from sequel_core.services import abandon_wandb
 
 CSV = "metrics.csv"
 STEP = "step"
@@ -56,6 +57,8 @@ class Loggers:
             cause: BaseException = error
             while cause.__cause__ is not None:  # Lightning and clu hide the disk's error behind their own
                 cause = cause.__cause__
+            if isinstance(cause, ConnectionError) and type(logger).__name__.startswith("Wandb"):
+                abandon_wandb()
             reason = " ".join(str(cause).split()) or type(cause).__name__
             warnings.warn(
                 f"{type(logger).__name__} failed ({reason}); the run goes on without it",
@@ -85,8 +88,8 @@ class ConsoleTable:
             series, _, task = name.rpartition("/task_")
             rows.setdefault(f"{series}/task_*" if task.isdigit() else name, []).append(_short(value))
         table = Table(title=f"step {step}", title_justify="left")
-        table.add_column("newest value of", overflow="fold")
-        table.add_column("", overflow="fold")
+        for heading in ("metric", "newest value"):
+            table.add_column(heading, overflow="fold")
         for name, texts in rows.items():
             table.add_row(name, " ".join(texts))
         Console(highlight=False, markup=False).print(table)
@@ -101,7 +104,9 @@ def _natural(name: str) -> tuple[str, int]:
 def _short(value: float) -> str:
     if isinstance(value, int):
         return str(value)
-    return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4f}" if abs(value) >= 1e-3 else f"{value:.4g}"
+    if abs(value) >= 1e4:
+        return f"{value:.0f}"
+    return f"{value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{value:.4g}"
 
 
 class JsonLines:

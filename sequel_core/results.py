@@ -21,12 +21,12 @@ import platform
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,9 @@ WEIGHTS = "weights.npz"
 LOCK = ".lock"
 FREE = ("logger", "wandb", "callbacks", "checkpoint", "expected", "version", "source", "comment")
 """Settings that may differ where a run is resumed."""
+
+MOST, DEEPEST = 100_000, 50
+"""Values in a file that is read, with what YAML's aliases repeat, and levels of lists and mappings in it."""
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -101,6 +104,68 @@ def write_json(path: Path, value: Any) -> None:
     """
     text = json.dumps(_finite(_plain(path.stem, value)), indent=2, allow_nan=False, ensure_ascii=False)
     _write(path, (text + "\n").encode())
+
+
+def read_json(content: str | bytes) -> dict[str, Any]:
+    """Return the mapping that JSON describes; a whole number of more than 18 digits becomes a float.
+
+    Raises:
+        ValueError: it is not JSON or no mapping, or it is nested too deeply.
+    """
+    try:
+        value = json.loads(content, parse_int=lambda text: int(text) if len(text) < 19 else float(text))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError("it holds no mapping")
+    _check_size(value)
+    return value
+
+
+def read_yaml(path: Path, load: Callable[[str], Any] = yaml.safe_load) -> Any:
+    """Return what a YAML file says.
+
+    Args:
+        path: of the file.
+        load: makes values of its text; safe for what anybody wrote.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not YAML or not UTF-8, it is nested too deeply, or its aliases make it huge.
+    """
+    text = path.read_bytes().decode()
+    try:
+        _check_size(yaml.compose(text, yaml.SafeLoader))
+        return load(text)
+    except Exception as error:  # the YAML reader raises whatever a wrong value leads to
+        told = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(told or type(error).__name__) from error
+
+
+def _check_size(root: Any) -> None:
+    """Raise ValueError where there are too many values, or lists and mappings too deep in one another.
+
+    Args:
+        root: values, or the nodes of YAML, of which an alias is the node that it names.
+    """
+    found, waiting = 0, [(root, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        found += 1
+        if depth > DEEPEST or found > MOST:
+            rule = f"nested more than {DEEPEST} deep" if depth > DEEPEST else f"more than {MOST} values"
+            raise ValueError(f"it is {rule}")
+        inner: Iterable[Any] = ()
+        match value:
+            case yaml.MappingNode():
+                inner = chain(*value.value)
+            case yaml.SequenceNode():
+                inner = value.value
+            case dict():
+                inner = value.values()
+            case list():
+                inner = value
+        waiting += [(item, depth + 1) for item in inner]
 
 
 @dataclass(frozen=True)
@@ -171,7 +236,7 @@ class RunDirectory:
 
     def finished(self) -> bool:
         """Whether the run has come to its end."""
-        return (self.path / SUMMARY).is_file() and _read_summary(self.path / SUMMARY)["status"] == "finished"
+        return (self.path / SUMMARY).is_file() and load_result(self.path).summary.get("status") == "finished"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -299,7 +364,7 @@ class Result:
 
     def _metric(self, name: str) -> float:
         value = self.summary.get(name)
-        return float("nan") if value is None else float(value)
+        return float(value) if isinstance(value, int | float) else math.nan
 
     @property
     def average_accuracy(self) -> float:
@@ -343,7 +408,7 @@ class Result:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = read_yaml(path)
     if not isinstance(config, dict):
         raise ValueError("it holds no mapping")
     return config
@@ -351,17 +416,17 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _read_matrix(path: Path) -> FloatArray:
     with path.open(encoding="utf-8", newline="") as file:
-        header, *rows = csv.reader(file)
+        try:
+            header, *rows = csv.reader(file)
+        except csv.Error as error:
+            raise ValueError(str(error)) from error
     if len(rows) != len(header) or any(len(row) != len(header) for row in rows):
         raise ValueError(f"it must hold {len(header)} rows of {len(header)}, one per task of its header")
     return check_matrix([[float(cell) if cell else math.nan for cell in row] for row in rows])
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(summary, dict):
-        raise ValueError("it holds no mapping")
-    return summary
+    return read_json(path.read_bytes())
 
 
 def load_result(directory: str | Path) -> Result:
@@ -381,7 +446,7 @@ def load_result(directory: str | Path) -> Result:
         if (path / name).is_file():
             try:
                 found[name] = read(path / name)
-            except (ValueError, yaml.YAMLError) as error:
+            except ValueError as error:
                 raise ValueError(f"{path / name} is damaged: {error}") from error
     matrix = found.get(MATRIX, np.empty((0, 0), np.float64))
     if SUMMARY not in found:
@@ -405,9 +470,7 @@ def read_metrics(directory: str | Path) -> Iterator[dict[str, Any]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError("it holds no mapping")
+                record = read_json(line)
             except ValueError as error:
                 raise ValueError(f"{path} is damaged in line {number}: {error}") from error
             yield record

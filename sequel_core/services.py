@@ -6,6 +6,7 @@ import netrc
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,11 +65,12 @@ def check_service(name: str, settings: Mapping[str, Any]) -> None:
     """
     for key, value in settings.items():
         if key == "tags":
-            fits, rule = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value), "a list"
+            fits = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+            rule = "a list of text such as [a,b]"
         else:
-            fits, rule = isinstance(value, str), "text"
+            fits, rule = isinstance(value, str), "text, a number in quotes"
         if value is not None and not fits:
-            raise ValueError(f"logger.{name}.{key} must be {rule}, got {value!r}; write text in quotes")
+            raise ValueError(f"logger.{name}.{key} must be {rule}, got {value!r}")
     mode = settings.get("mode")
     if mode not in (None, *MODES[name]):
         *others, last = MODES[name]
@@ -119,7 +121,9 @@ def wandb_arguments(settings: Mapping[str, Any], run_dir: Path) -> dict[str, Any
     may hold a secret.
     """
     told: Callable[..., Any] = import_module("wandb").Settings
+    earlier = sorted((run_dir / "wandb").glob("*run-*-*"))  # of a run that is resumed
     return {
+        **({"id": earlier[-1].name.rpartition("-")[2], "resume": "allow"} if earlier else {}),
         "dir": os.fspath(run_dir),
         "project": os.environ.get("WANDB_PROJECT", "uncategorized"),
         **{key: value for key, value in settings.items() if value is not None},
@@ -133,6 +137,12 @@ def wandb_arguments(settings: Mapping[str, Any], run_dir: Path) -> dict[str, Any
             x_disable_meta=True,
         ),
     }
+
+
+def abandon_wandb() -> None:
+    """Let go of W&B's process that has died: the next run would ask it again, and the exit trip over it."""
+    with suppress(Exception, SystemExit):
+        import_module("wandb").teardown(exit_code=1)
 
 
 def comet_experiment(settings: Mapping[str, Any], run_dir: Path) -> Any:
@@ -150,7 +160,7 @@ def comet_experiment(settings: Mapping[str, Any], run_dir: Path) -> Any:
         mode="create",
         online=service_mode("comet", settings) == "online",
         experiment_config=comet.ExperimentConfig(
-            name=settings.get("name"),
+            name=settings.get("name") or run_dir.name,
             tags=settings.get("tags"),
             offline_directory=os.fspath(run_dir / "comet"),
             display_summary_level=0,

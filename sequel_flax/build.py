@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from sequel_flax.backbones import BACKBONES
 from sequel_flax.bundle import Algorithm
 from sequel_flax.learner import FlaxLearner, TrainMetrics
 from sequel_flax.optimizers import build_optimizer
-from sequel_flax.writers import MetricWriter, WandbWriter
+from sequel_flax.writers import WRITERS, MetricWriter
 
 
 def make_learner(
@@ -52,7 +52,7 @@ def make_learner(
         metrics: of the training batches.
         loggers: metric writers.
         implementation: of an algorithm of one's own, called as `implementation(hparams, seed=...)`.
-        options: further arguments of `FlaxLearner`: `steps_per_call`.
+        options: further arguments of `FlaxLearner`: `hooks`, `steps_per_call`.
 
     Raises:
         ValueError: an algorithm that is not built in without an implementation, or one of another type.
@@ -86,7 +86,9 @@ def use_one_thread() -> None:
         threadpool_limits(1, "blas")
 
 
-def build_learner(config: ExperimentConfig, benchmark: Benchmark, run_dir: Path) -> FlaxLearner:
+def build_learner(
+    config: ExperimentConfig, benchmark: Benchmark, run_dir: Path, *, callbacks: Sequence[Any] = ()
+) -> FlaxLearner:
     """Return the learner of an experiment's configuration; LAPACK's routines run on one thread."""
     use_one_thread()
     if config.training.dtype == "float64":
@@ -100,17 +102,15 @@ def build_learner(config: ExperimentConfig, benchmark: Benchmark, run_dir: Path)
         )
     else:
         model = BACKBONES[config.backbone.type](**vars(config.backbone), num_classes=benchmark.num_classes)
-    loggers: list[MetricWriter] = []
-    if config.wandb is not None:
-        loggers.append(WandbWriter(run_dir, config.wandb_arguments()))
     return make_learner(
         config.algo,
         model,
         own_optimizer(own["optimizer"]) if "optimizer" in own else build_optimizer(config.optimizer),
         benchmark,
         config.training,
-        loggers=[*loggers, *(own_logger(target, run_dir) for target in config.logger)],
+        loggers=[build_logger(name, chosen, run_dir) for name, chosen in config.logger.items()],
         implementation=own["algo"].function if "algo" in own else None,
+        hooks=callbacks,
     )
 
 
@@ -138,6 +138,11 @@ def own_optimizer(target: Target) -> optax.GradientTransformation:
     return optax.inject_hyperparams(optimizer)(learning_rate=float(rate))
 
 
+def build_logger(name: str, chosen: Target | Mapping[str, Any], run_dir: Path) -> MetricWriter:
+    """Return the logger that a name and its settings choose, or the user's own."""
+    return own_logger(chosen, run_dir) if isinstance(chosen, Target) else WRITERS[name](run_dir, chosen)
+
+
 def own_logger(target: Target, run_dir: Path) -> MetricWriter:
     """Return a user's own metric writer; one that asks for a directory gets the run's.
 
@@ -145,12 +150,12 @@ def own_logger(target: Target, run_dir: Path) -> MetricWriter:
         ValueError: it lacks the methods of a MetricWriter, or refuses an argument.
     """
     writer = target.make(**dict.fromkeys(SUPPLIED["logger"], os.fspath(run_dir)))
-    needed = ("write_scalars", "write_hparams", "flush", "close")
+    needed = ("write_scalars", "write_images", "write_texts", "write_hparams", "flush", "close")
     lacking = [name for name in needed if not hasattr(writer, name)]
     if lacking:
         raise ValueError(
             f"{target.key}.{TARGET} must give a metric writer with mode=jax, got a {type(writer).__name__} "
-            f"without {lacking[0]} from {target.path}"
+            f"without {lacking[0]} from {target.path}; sequel_flax.writers.SilentWriter has them all"
         )
     made: MetricWriter = writer
     return made

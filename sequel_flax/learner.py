@@ -108,7 +108,8 @@ class FlaxLearner:
         for hook in hooks:
             if not isinstance(hook, Hook):
                 raise ValueError(
-                    f"hooks must be objects of subclasses of sequel_flax.Hook, got a {type(hook).__name__}"
+                    "hooks must be objects of subclasses of sequel_flax.hooks.Hook, got a "
+                    f"{type(hook).__name__}"
                 )
         self.algorithm = algorithm
         self.hparams = algorithm.hparams
@@ -136,7 +137,7 @@ class FlaxLearner:
         self._saver = Saver()
         self._step = jax.jit(self._traced_step, donate_argnums=(0, 1, 2))
         self._loop = jax.jit(self._traced_loop, donate_argnums=(0, 1, 2))
-        self._count = Evaluator(algorithm, spec, self.training.eval_batch_size)
+        self._evaluator = Evaluator(algorithm, spec, self.training.eval_batch_size)
 
     @property
     def step(self) -> int:
@@ -231,7 +232,7 @@ class FlaxLearner:
         """Count correct predictions on a split of a task; see `sequel_core.learner.Learner`."""
         where = {"task": task.index, "split": split}
         self._call("before_evaluation", where)
-        found = self._count(self.ts, self.state, task.split(split))
+        found = self._evaluator(self.ts, self.state, task.split(split))
         others = {f"{name}_accuracy": hits / found.total for name, hits in found.alternatives.items()}
         self._call(
             "after_evaluation",

@@ -258,6 +258,7 @@ class TensorBoardWriter(SilentWriter):
             try:
                 if self._configured:
                     self._add(0, summary=end_summary(self._failed))
+                self._file.flush()  # raises what `close` would keep to itself
             finally:
                 self._file.close()
                 self._file = None

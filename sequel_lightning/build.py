@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from torch import nn
 from torchmetrics import MetricCollection
@@ -23,6 +22,7 @@ from sequel_core.task import Benchmark
 from sequel_lightning.algorithms import ALGORITHMS
 from sequel_lightning.backbones import BACKBONES, initialise
 from sequel_lightning.learner import SEEDS, TORCH_DTYPES, LightningLearner
+from sequel_lightning.loggers import LOGGERS
 from sequel_lightning.module import ContinualModule, OptimizerFactory
 
 
@@ -95,7 +95,9 @@ def use_one_thread() -> None:
         torch.set_num_threads(1)
 
 
-def build_learner(config: ExperimentConfig, benchmark: Benchmark, run_dir: Path) -> LightningLearner:
+def build_learner(
+    config: ExperimentConfig, benchmark: Benchmark, run_dir: Path, *, callbacks: Sequence[Any] = ()
+) -> LightningLearner:
     """Return the learner of an experiment's configuration; for a multi-layer perceptron, on one thread."""
     own = config.own
     sizes = {"num_classes": benchmark.num_classes, "image_shape": benchmark.image_shape}
@@ -105,16 +107,15 @@ def build_learner(config: ExperimentConfig, benchmark: Benchmark, run_dir: Path)
         if config.backbone.type == "mlp":
             use_one_thread()
         model = BACKBONES[config.backbone.type](**vars(config.backbone), **sizes)
-    loggers = [] if config.wandb is None else [wandb_logger(run_dir, config.wandb_arguments())]
     return make_learner(
         config.algo,
         model,
         own_optimizer(own["optimizer"]) if "optimizer" in own else build_optimizer(config.optimizer),
         benchmark,
         config.training,
-        loggers=[*loggers, *(own_logger(target, run_dir) for target in config.logger)],
+        loggers=[build_logger(name, chosen, run_dir) for name, chosen in config.logger.items()],
         implementation=own["algo"].function if "algo" in own else None,
-        callbacks=[_checked(target.make(), Callback, target) for target in config.callbacks],
+        callbacks=callbacks,
         trainer={**config.trainer, "default_root_dir": os.fspath(run_dir)},
     )
 
@@ -145,6 +146,11 @@ def own_optimizer(target: Target) -> OptimizerFactory:
     return factory
 
 
+def build_logger(name: str, chosen: Target | Mapping[str, Any], run_dir: Path) -> Logger:
+    """Return the logger that a name and its settings choose, or the user's own."""
+    return own_logger(chosen, run_dir) if isinstance(chosen, Target) else LOGGERS[name](run_dir, chosen)
+
+
 def own_logger(target: Target, run_dir: Path) -> Logger:
     """Return a user's own logger; one that asks for a directory gets the run's.
 
@@ -164,10 +170,3 @@ def _checked(made: Any, wanted: Any, target: Target) -> Any:
             f"a {type(made).__name__} from {target.path}"
         )
     return made
-
-
-def wandb_logger(run_dir: Path, settings: Mapping[str, Any]) -> Logger:
-    """Return Lightning's Weights & Biases logger; the run starts at the first write."""
-    from pytorch_lightning.loggers import WandbLogger
-
-    return WandbLogger(save_dir=os.fspath(run_dir), **settings)

@@ -9,12 +9,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
     Callback,
     Checkpoint,
     LambdaCallback,
     ModelCheckpoint,
+    ModelPruning,
     ModelSummary,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
+    WeightAveraging,
 )
 
 from sequel_core.callbacks import StreamCallback
@@ -22,6 +26,15 @@ from sequel_core.hparams import TrainingHParams
 from sequel_core.task import Task
 
 STATELESS = (Callback, Checkpoint, LambdaCallback)
+
+REFUSED: dict[type[Callback], str] = {
+    BatchSizeFinder: "changes the batch size, which is the plan's; set training.batch_size",
+    ModelPruning: "replaces the network's parameters, which methods know by name; prune after the run",
+    OnExceptionCheckpoint: "would let the next task start from its file; use sequel_core.run(resume=True)",
+    WeightAveraging: "replaces buffers, in which methods keep their memory, by earlier ones; use "
+    "StochasticWeightAveraging",
+}
+"""Callbacks that spoil what a method keeps, and what to do instead."""
 
 
 def starts_anew(callback: Callback) -> bool:
@@ -43,14 +56,24 @@ def check_callbacks(callbacks: Sequence[Any], training: TrainingHParams) -> None
     """Refuse what cannot be used with a Trainer for each task.
 
     Raises:
-        ValueError: no callback, one that cannot be copied, or weight averaging over a single epoch.
+        ValueError: no callback, one that cannot be copied, or one that would spoil what a method keeps.
     """
+    given = training.epochs_per_task
+    epochs = (given,) if isinstance(given, int) else tuple(given)
     for callback in callbacks:
         name = type(callback).__name__
         if not isinstance(callback, Callback):
             raise ValueError(
                 "callbacks must be objects of subclasses of pytorch_lightning.Callback, got a "
                 f"{type(callback).__module__}.{name}"
+            )
+        for kind, reason in REFUSED.items():
+            if isinstance(callback, kind):
+                raise ValueError(f"callbacks: {name} {reason}")
+        if isinstance(callback, StochasticWeightAveraging) and 1 in epochs:
+            raise ValueError(
+                f"callbacks: {name} averages the weights at the start of each epoch, so that a task of one "
+                f"epoch would end with the weights it started with; set epochs_per_task >= 2, got {given}"
             )
         if starts_anew(callback):
             try:
@@ -60,14 +83,6 @@ def check_callbacks(callbacks: Sequence[Any], training: TrainingHParams) -> None
                     f"callbacks: {name} must be copyable, as every task gets its own, but copying fails with "
                     f"{type(error).__name__}: {error}; let it open files or connections in its setup()"
                 ) from error
-        epochs = training.epochs_per_task
-        if isinstance(callback, StochasticWeightAveraging) and 1 in (
-            (epochs,) if isinstance(epochs, int) else epochs
-        ):
-            raise ValueError(
-                f"callbacks: {name} averages the weights at the start of each epoch, so that a task of one "
-                f"epoch would end with the weights it started with; set epochs_per_task >= 2, got {epochs}"
-            )
 
 
 def check_monitors(callbacks: Sequence[Callback], task: Task) -> None:

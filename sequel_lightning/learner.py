@@ -111,13 +111,13 @@ class LightningLearner:
         check_monitors(self.callbacks, task)
         data = TaskDataModule(task, training.batch_size, training.eval_batch_size, training.seed)
         torch.manual_seed(int(plan.words(training.seed, "dropout", task.index, count=1)[0]) % SEEDS)
-        self.trainer = self._make_trainer(training.epochs(task.index))
+        watcher = _Watcher(task, training, monitor, self.module.tally, postpones=bool(self.callbacks))
+        self.trainer = self._make_trainer(training.epochs(task.index), watcher)
         separate_checkpoints(self.trainer, task)
         self.module.train()
         data.trainer = self.trainer  # not attached: Lightning looks up its batch hooks at every step
         tally = self.module.tally
-        watcher = _Watcher(task, training, monitor, tally)
-        tally.next_task, tally.before_step, tally.after_step = task, watcher.before_step, watcher.after_step
+        tally.next_task, tally.after_step = task, watcher.after_step
         loaders = data.train_dataloader(), data.val_dataloader()
         resumed, self._resumed = self._resumed, None
         signals: Any = self.trainer._signal_connector
@@ -132,7 +132,7 @@ class LightningLearner:
             signal.signal(signal.SIGINT, on_sigint)
             raise KeyboardInterrupt from error
         finally:
-            tally.next_task = tally.before_step = tally.after_step = None
+            tally.next_task = tally.after_step = None
 
     def evaluate(self, task: Task, split: str) -> Evaluation:
         """Count correct predictions on a split of a task; see `sequel_core.learner.Learner`."""
@@ -266,10 +266,12 @@ class LightningLearner:
             "log_every_n_steps": training.log_every_n_steps,
         }
 
-    def _make_trainer(self, epochs: int) -> pl.Trainer:
+    def _make_trainer(self, epochs: int, *watchers: Callback) -> pl.Trainer:
         callbacks = callbacks_of_task(self.callbacks, first=self.step == 0)
+        if callbacks:  # one alone would cost 3% of the rate whatever it does
+            callbacks[:0] = watchers
+        loggers = list(self.loggers) or False  # those that still work
         with quiet():
-            loggers = list(self.loggers) or False  # those that still work
             return pl.Trainer(**self._settings, max_epochs=epochs, callbacks=callbacks, logger=loggers)
 
 
@@ -283,31 +285,40 @@ class NoProfiler(PassThroughProfiler):
         return self._nothing
 
 
-class _Watcher:
-    """Reports progress and evaluates when due; no Callback, as one costs 3% of the rate whatever it does."""
+class _Watcher(Callback):
+    """Reports progress and evaluates when due.
 
-    def __init__(self, task: Task, training: TrainingHParams, monitor: FitMonitor, tally: Tally) -> None:
+    It is given to a Trainer with callbacks alone, of which one may end the training with an epoch: what is
+    due there waits for the next epoch, as where there is none the task's own evaluation comes.
+    """
+
+    def __init__(
+        self, task: Task, training: TrainingHParams, monitor: FitMonitor, tally: Tally, postpones: bool
+    ) -> None:
         self._task = task
         self._monitor = monitor
         self._noting = monitor._replace(on_evaluate=self._postpone, on_checkpoint=self._checkpoint)
         self._tally = tally
         self._epochs = training.epochs(task.index)
         self._every_step = bool(monitor.intervals)
-        self._postponed = False
+        self._postpones, self._postponed = postpones, False
 
     def _postpone(self) -> None:
-        """Leave an evaluation to the next step: where a callback ends the training, the task's own comes."""
         self._postponed = True
 
     def _checkpoint(self) -> None:
-        self.before_step()
+        """Write a checkpoint, with what was due before it."""
+        self._evaluate()
         self._monitor.on_checkpoint()
 
-    def before_step(self) -> None:
-        """Evaluate where it was due after the step before."""
+    def _evaluate(self) -> None:
         if self._postponed:
             self._postponed = False
             self._monitor.on_evaluate()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Evaluate where it was due after the last epoch, before other callbacks log the next step."""
+        self._evaluate()
 
     def after_step(self, trainer: pl.Trainer, batch_idx: int) -> None:
         """Look at what the step left, after the optimizer's step."""
@@ -333,7 +344,9 @@ class _Watcher:
                     extra=report.extra,
                 )
             )
-        self._noting.after_step(done, steps_per_epoch * self._epochs, batch_idx + 1 == steps_per_epoch)
+        epoch_end = batch_idx + 1 == steps_per_epoch
+        monitor = self._noting if self._postpones and epoch_end else self._monitor
+        monitor.after_step(done, steps_per_epoch * self._epochs, epoch_end)
 
 
 def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

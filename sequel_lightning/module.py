@@ -58,7 +58,6 @@ class Tally:
         self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, logits, labels
         self.report: Report | None = None  # made by the latest step, if it made one
         self.next_task: Task | None = None  # the learner's, while it fits; else the data module tells
-        self.before_step: Callable[[], None] | None = None  # the learner's, while it fits
         self.after_step: Callable[[pl.Trainer, int], None] | None = None  # the learner's, while it fits
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tally:
@@ -359,15 +358,10 @@ class ContinualModule(pl.LightningModule):
         tally.outputs.append((loss.detach(), logits.detach(), batch.y))
         tally.steps_done += 1
         tally.report = None
-        done, interval = batch_idx + 1, trainer.log_every_n_steps
-        if (interval and done % interval == 0) or done == trainer.num_training_batches:
+        done, interval = trainer.fit_loop.total_batch_idx + 1, trainer.log_every_n_steps  # of the whole task
+        if (interval and done % interval == 0) or batch_idx + 1 == trainer.num_training_batches:
             self._make_report()
         return loss
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Let the learner do what was due after the step before."""
-        if self.tally.before_step is not None and self._fitting:
-            self.tally.before_step()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let the learner look at the step, unless it is a tuner's."""

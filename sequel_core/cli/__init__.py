@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module, metadata
+from typing import TextIO
 
 from sequel_core.config import nearest
 from sequel_core.learner import DivergenceError
+from sequel_core.loggers import LoggerWarning
 
 COMMANDS = {
     "run": "run an experiment, or a sweep of them with -m",
@@ -15,7 +19,7 @@ COMMANDS = {
     "reproduce": "run an experiment over seeds and compare with the published number",
     "report": "one HTML file about runs: matrices, curves, tables; PNG and Markdown besides",
     "data": "fetch and check data sets",
-    "list": "show algorithms, benchmarks, backbones, optimizers and experiments, with their settings",
+    "list": "show algorithms, benchmarks, backbones, optimizers, loggers, experiments, with their settings",
     "bench": "measure training steps per second against hand-written loops",
     "demo": "naive finetuning against EWC in both frameworks, on bundled data",
 }
@@ -46,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        with _one_line_for_a_lost_logger():
+            return _dispatch(arguments)
     except DivergenceError as error:
         return _say(FAILED, str(error))
     except OSError as error:
@@ -82,6 +87,29 @@ def _dispatch(arguments: list[str]) -> int:
     module = {"list": "catalogue"}.get(command, command)
     run: Callable[[list[str]], int] = import_module(f"sequel_core.cli.{module}").main
     return run(rest)
+
+
+@contextmanager
+def _one_line_for_a_lost_logger() -> Iterator[None]:
+    """Let the warning of a logger that failed look like the command's other messages."""
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, LoggerWarning):
+                _say(0, str(message))
+            else:
+                before(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = show
+        yield
 
 
 def _say(code: int, message: str) -> int:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Sequence
 from importlib import import_module, resources
+from importlib.resources.abc import Traversable
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sequel_core.cli.arguments import Parser
 from sequel_core.config import Setting, check_name, choices, settings
 from sequel_core.hparams import ALGORITHMS, BACKBONES
 
-KINDS = ("algo", "benchmark", "backbone", "optimizer", "training", "experiment")
+KINDS = ("algo", "benchmark", "backbone", "optimizer", "logger", "training", "experiment")
 
 
 def main(args: Sequence[str]) -> int:
@@ -44,20 +46,28 @@ def _tables(kind: str) -> Iterable[Table]:
         )
     else:
         for name in choices(kind):
-            yield _settings(f"{kind}={name}", _describe(kind, name), settings(kind, name), kind)
+            section = f"logger.{name}" if kind == "logger" else kind
+            yield _settings(f"{kind}={name}", _describe(kind, name), settings(kind, name), section)
 
 
 def _describe(kind: str, name: str) -> str:
     """Return the first line of the description of a choice."""
     if kind == "optimizer":
         return "the same arithmetic in both frameworks"
+    if kind == "logger":
+        return _remarks(resources.files("sequel_configs").joinpath("logger", f"{name}.yaml"))[0]
     table = ALGORITHMS if kind == "algo" else BACKBONES
     owner = import_module("sequel_benchmarks").BENCHMARKS[name] if kind == "benchmark" else table[name]
     return (inspect.getdoc(owner) or "").partition("\n")[0]
 
 
+def _remarks(path: Traversable) -> list[str]:
+    """Return the comments that begin a line of a YAML file."""
+    return [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
+
+
 def _settings(title: str, text: str, specs: Iterable[Setting], section: str) -> Table:
-    table = Table(title=f"[bold]{title}[/bold]  {text}", title_justify="left", title_style="")
+    table = Table(title=f"[bold]{title}[/bold]  {escape(text)}", title_justify="left", title_style="")
     for column in ("setting", "default", "range", "meaning"):
         table.add_column(column, overflow="fold", no_wrap=column == "setting")
     for spec in specs:
@@ -80,7 +90,6 @@ def _experiments() -> Table:
     files = resources.files("sequel_configs").joinpath("experiment").iterdir()
     for path in sorted(files, key=lambda item: item.name):
         if path.name.endswith(".yaml"):
-            lines = [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
-            about = [line for line in lines if not line.startswith("@package")]
+            about = [line for line in _remarks(path) if not line.startswith("@package")]
             table.add_row(path.name.removesuffix(".yaml"), "\n".join(about))
     return table

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
+from io import StringIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +22,6 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from sequel_core.config import (
     SECTIONS,
@@ -38,6 +40,7 @@ from sequel_core.config import (
     nest,
     own_code,
 )
+from sequel_core.results import read_yaml
 from sequel_core.target import TARGET, Target
 
 CONFIGS = "sequel_configs"
@@ -69,10 +72,10 @@ def experiments() -> list[str]:
 def compose(overrides: Sequence[str]) -> Composed:
     """Return the experiment that a command line describes.
 
-    The groups that the names select (`algo`, `benchmark`, `backbone`, `optimizer`) come first; a file's keys
-    win over theirs, the overrides over both. Where an override selects another algorithm, benchmark, ... than
-    the file, the file's settings of that section which the new choice lacks are dropped, with a note. Where a
-    `_target_` names the user's own code, the current directory becomes importable, as with `python -m`.
+    The groups that the names select (`algo`, `benchmark`, `backbone`, `optimizer`, `logger`) come first; a
+    file's keys win over theirs, the overrides over both. Where an override selects another algorithm, other
+    loggers, ... than the file, the file's settings that the new choice lacks are dropped, with a note. Where
+    a `_target_` names the user's own code, the current directory becomes importable, as with `python -m`.
 
     Args:
         overrides: Hydra overrides, and at most one FILE, `file=FILE` or `experiment=NAME`; no sweeps.
@@ -111,13 +114,41 @@ def compose(overrides: Sequence[str]) -> Composed:
                     notes.append(
                         f"{section}={chosen} in place of {before}: dropped the file's {', '.join(dropped)}"
                     )
-        groups = canonical(_plain(compose_groups("config", [f"{key}={name}" for key, name in names.items()])))
+        chosen_loggers = _choice_of_loggers(line, line_layer, file_layer, notes)
+        chosen_groups = [f"{key}={name}" for key, name in names.items()]
+        chosen_groups.append(f"logger=[{','.join(chosen_loggers)}]")
+        groups = canonical(_plain(compose_groups("config", chosen_groups)))
     for key in list(groups):
         if key.partition(".")[0] in SECTIONS.keys() - names.keys():  # which are the user's own code
             del groups[key]
     for key in PLACES:
         groups.pop(key, None)
     return Composed(build(_resolve(merge(groups, file_layer, line_layer))), notes)
+
+
+def _choice_of_loggers(line: Layer, line_layer: Layer, file_layer: Layer, notes: list[str]) -> list[str]:
+    """Return the built-in loggers that are chosen.
+
+    Where the command line names loggers, those of the file that it does not name are dropped, with a note.
+    """
+    target = f"logger.{TARGET}"  # the user's own logger alone
+
+    def named(layer: Layer) -> list[str]:
+        if target in layer:
+            return [str(layer[target])]
+        found = dict.fromkeys(path.split(".")[1] for path in layer if path.startswith("logger."))
+        return [name for name in found if layer.get(f"logger.{name}", "") is not None]
+
+    here, there = named(line_layer), named(file_layer)
+    if "logger" in line or (target in line_layer and target not in file_layer):
+        for path in [path for path in file_layer if path.startswith("logger.")]:
+            if target in file_layer or path.split(".")[1] not in here:
+                del file_layer[path]
+        if set(there) - set(here):
+            notes.append(f"logger={','.join(here) or 'null'} in place of {','.join(there)}")
+    both = merge(file_layer, line_layer)
+    built_in = set(choices("logger"))
+    return [name for name in named(both) if name in built_in and f"logger.{name}.{TARGET}" not in both]
 
 
 def with_paths(arguments: Sequence[str]) -> list[str]:
@@ -188,9 +219,34 @@ def request(arguments: Sequence[str], sweep: bool) -> Request:
                 plain.append(f"{section}={','.join(names)}")
             elif key == "experiment":
                 plain.append(f"experiment={text}")
+            elif key == "logger":
+                plain.append(_loggers(override))
             else:
                 plain.append(f"++{key}={text}")
     return Request(plain, hydra, run_dir)
+
+
+def _loggers(override: Override) -> str:
+    """Return the choice of loggers as Hydra takes it: names as those of its group, own code as a mapping.
+
+    Raises:
+        ValueError: no such logger.
+    """
+    parser = OverridesParser.create()
+    swept = override.is_sweep_override()
+    texts = list(override.sweep_string_iterator()) if swept else [override.get_value_element_as_str()]
+    values = [parser.parse_override(f"logger={text}").value() for text in texts]
+    lists = [value if isinstance(value, list) else [] if value is None else [value] for value in values]
+    for item in chain(*lists):
+        if not isinstance(item, dict):
+            check_name("logger", item, choices("logger"))
+    if not any(isinstance(item, dict) for item in chain(*lists)):
+        return f"logger={','.join('[]' if text == 'null' else text for text in texts)}"
+    for k, items in enumerate(lists):
+        if not isinstance(values[k], dict):
+            keyed = ({str(i): item} if isinstance(item, dict) else {item: {}} for i, item in enumerate(items))
+            texts[k] = Override._get_value_element_as_str(dict(ChainMap(*keyed)))
+    return f"++logger={','.join(texts)}"
 
 
 @contextmanager
@@ -262,12 +318,11 @@ def _file(line: Layer) -> Mapping[str, Any]:
 def _read(path: Path) -> Mapping[str, Any]:
     """Return a configuration file's values."""
     try:
-        content = OmegaConf.load(path)
+        values = read_yaml(path, lambda text: OmegaConf.to_container(OmegaConf.load(StringIO(text))))
     except OSError as error:
         raise ValueError(f"file must be a file that can be read, got {path} ({error.strerror})") from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not a YAML file of settings: {one_line(error)}") from error
-    values = OmegaConf.to_container(content)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold settings such as `algo:`, got a list")
     for key in PLACES:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sequel_core.cli.arguments import Parser
+from sequel_core.cli.compose import compose
 from sequel_core.compare import compare
+from sequel_core.learner import PLUGINS
 
-EXPERIMENTS = "+experiment=naive_rotateddigits,ewc_rotateddigits"
+ALGORITHMS = ("naive", "ewc")
 
 
 def main(args: Sequence[str]) -> int:
@@ -22,7 +24,11 @@ def main(args: Sequence[str]) -> int:
     parser = Parser(prog="sequel demo", description="Naive finetuning against EWC in both frameworks.")
     parser.add_argument("--run-dir", help="where to keep the four runs (default: a new one under runs/)")
     options = parser.parse_args(args)
+    runs = {
+        name: [compose([f"+experiment={name}_rotateddigits", f"mode={mode}"]).config for mode in PLUGINS]
+        for name in ALGORITHMS
+    }
     print("RotatedDigits: five rotations of real handwritten digits, learned one after another")
-    print(f"sequel compare {EXPERIMENTS}")
-    found = compare([EXPERIMENTS], run_dir=options.run_dir)
+    found = compare(runs, run_dir=options.run_dir)
+    print("the settings of the runs: sequel list experiment")
     return 1 if any(run.result is None for run in found.runs) else 0

@@ -30,7 +30,7 @@ from sequel_core.cli.arguments import Parser
 from sequel_core.cli.compose import CONFIGS, compose, one_line, quoted, request
 from sequel_core.cli.ranking import Job, rank
 from sequel_core.cli.sweep import check_streams, combinations, varied
-from sequel_core.config import SPREAD, ExperimentConfig, build_benchmark, settings
+from sequel_core.config import SPREAD, ExperimentConfig, build_benchmark, build_callbacks, settings
 from sequel_core.console import Shown
 from sequel_core.learner import DivergenceError
 from sequel_core.results import Result, RunDirectory
@@ -148,7 +148,8 @@ def execute(config: ExperimentConfig, run_dir: Path, progress: Shown = True) -> 
     """
     benchmark = build_benchmark(config)
     plugin = learner.plugin(config.mode)
-    model = plugin.build_learner(config, benchmark, run_dir)
+    stream_callbacks, own = build_callbacks(config, run_dir)
+    model = plugin.build_learner(config, benchmark, run_dir, **({"callbacks": own} if own else {}))
     result: Result = import_module("sequel_core.sequencer").run(
         model,
         benchmark,
@@ -158,6 +159,7 @@ def execute(config: ExperimentConfig, run_dir: Path, progress: Shown = True) -> 
         evaluate_future=config.evaluate_future,
         config=config.plain(),
         progress=progress,
+        callbacks=stream_callbacks,
     )
     if progress is True:
         _tell_expected(Console(), config, result)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -60,7 +61,7 @@ SERIES = [colour for name, colour in LIGHT.items() if name.startswith("series")]
 MARKERS = "os^DvPX"
 DASHES = ("-", (0, (4, 1.6)))
 COLOURS = matplotlib.colormaps["cividis"]  # of accuracies: made for colour-blind readers, evenly lighter
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # which matplotlib ships
     "font.size": 9,
@@ -119,9 +120,11 @@ class Row(NamedTuple):
 @contextmanager
 def own_style() -> Iterator[None]:
     """Set our style for a while, whatever the user has set; drawing and saving both need it."""
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
+        # a letter that the font lacks is a box in a PNG; a page has fonts of its own
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         yield
 
 
@@ -175,11 +178,14 @@ def _cells(axes: Axes, r: FloatArray, width: float) -> None:
         colour = to_hex(COLOURS(value))
         tip = f"accuracy on task {j + 1} after task {i + 1}: {100 * value:.2f} %"
         axes.add_patch(
-            Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=colour, edgecolor=LIGHT["surface"], gid=tips(tip))
-        )
+            Rectangle(
+                (j - 0.5, i - 0.5), 1, 1, facecolor=colour, edgecolor=LIGHT["surface"], gid=tips(tip),
+                in_layout=False,  # measuring every cell would take most of the time
+            )
+        )  # fmt: skip
         if width >= 0.2:
             axes.text(
-                j, i, f"{100 * value:.{digits}f}", ha="center", va="center", size=points,
+                j, i, f"{100 * value:.{digits}f}", ha="center", va="center", size=points, in_layout=False,
                 color="#ffffff" if _luminance(colour) < 0.18 else "#000000",
             )  # fmt: skip
 
@@ -209,8 +215,8 @@ def curves(
     with own_style():
         figure = Figure((width, height), layout="constrained")
         axes = figure.subplots()
-        for x in boundaries:
-            axes.axvline(x, color=LIGHT["faint"], linewidth=0.8)
+        for end in boundaries:
+            axes.axvline(end, color=LIGHT["faint"], linewidth=0.8)
         for label, (name, x, y, half, kind, dashed) in zip(labels, lines, strict=True):
             colour, every = SERIES[kind % len(SERIES)], max(1, len(x) // MARKED)
             marked = zip(x[::every], y[::every], strict=True)
@@ -252,8 +258,8 @@ def bars(rows: Sequence[Row], width: float, x_label: str) -> Figure:
         axes = figure.subplots()
         y = 0.0
         for row in rows:
-            label = _shortened(row.label, width)
-            axes.text(0, y + 0.2, label, transform=axes.get_yaxis_transform(), va="center", weight="bold")
+            label, place = _shortened(row.label, width), axes.get_yaxis_transform()
+            axes.text(0.005, y + 0.2, label, transform=place, va="center", weight="bold")
             y += 0.32
             for bar in row.bars:
                 _bar(axes, row.label, bar, y + 0.11)

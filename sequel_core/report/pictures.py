@@ -106,10 +106,11 @@ def over_stream(study: Study) -> list[Picture]:
         ],
     )
     ends = ", ".join(f"{line.label} ends at {line.y[-1]:.2f} %" for line in lines)
+    banded = any(len(group.finished) > 1 for group in groups)
     return [
         Picture(
             "average_accuracy_over_stream",
-            "Average accuracy of the tasks seen so far",
+            "Average accuracy of the tasks seen so far" + (", 95 % confidence intervals" if banded else ""),
             f"Lines over the tasks trained. {ends}",
             lambda width: curves(lines, width, "tasks trained", "average accuracy (%)"),
             table,
@@ -173,8 +174,8 @@ def _tasks(name: str, title: str, runs: Sequence[Run]) -> Picture:
         for j in tasks:
             values[j] = {i + 1: float(matrix[i, j]) for i in range(size) if np.isfinite(matrix[i, j])}
     lines = [
-        Curve(f"task {j + 1}", list(found), [100 * value for value in found.values()], None, j)
-        for j, found in values.items()
+        Curve(f"task {j + 1}", list(found), [100 * value for value in found.values()], None, kind)
+        for kind, (j, found) in enumerate(values.items())
         if found
     ]
     if len(tasks) < size:

@@ -17,7 +17,7 @@ import numpy as np
 from sequel_core.cli.reproduce import interval
 from sequel_core.cli.run import ERROR
 from sequel_core.config import DOCUMENTATION, SECTIONS, flatten
-from sequel_core.results import CONFIG, Result, load_result, read_metrics
+from sequel_core.results import CONFIG, MATRIX, METRICS, SUMMARY, Result, load_result, read_metrics
 from sequel_core.target import TARGET
 from sequel_core.task import FloatArray
 
@@ -139,7 +139,8 @@ class Group:
 
     def matrix(self) -> FloatArray:
         """Return the mean accuracy matrix of the finished runs, `[T, T]`; there must be one."""
-        return np.mean([run.result.matrix for run in self.finished], axis=0)
+        mean: FloatArray = np.mean([run.result.matrix for run in self.finished], axis=0)
+        return mean
 
     def over_stream(self) -> list[Estimate]:
         """Return the average accuracy of the tasks seen after each task, over the finished runs."""
@@ -219,6 +220,8 @@ def _read(path: Path, notes: list[str]) -> Run:
     reason = next((_plain(line) for line in reversed(lines) if line.strip()), "")
     if reason and not (path / CONFIG).is_file():
         raise ValueError(f"{path} holds no run, it failed before it began: {reason}")
+    if not any((path / name).is_file() for name in (METRICS, MATRIX, SUMMARY)):
+        raise ValueError(f"{path} holds a {CONFIG} and nothing that a run recorded")
     result = load_result(path)
     split = result.summary.get("split") or result.config.get("evaluate_on", "test")
     try:
@@ -239,8 +242,11 @@ def _points(path: Path, split: str) -> list[Point]:
     if not any(record.get("within_task") for record in evaluations):
         return []
     measured = [record for record in evaluations if record.get("split") == split]
-    points = [[record.get(key) for key in Point._fields] for record in measured]
-    return [Point(*values) for values in points if all(isinstance(value, int | float) for value in values)]
+    return [
+        Point(record["step"], record["task"], record["accuracy"], record["within_task"])
+        for record in measured
+        if all(isinstance(record.get(key), int | float) for key in Point._fields)
+    ]
 
 
 def _note(path: Path, error: Exception) -> str:
@@ -303,7 +309,8 @@ def _methods(configurations: Sequence[Mapping[str, str]]) -> list[str]:
             if value is not None and len(value) > 40:
                 value = f"{value[:39]}…"
             parts.append(f"{name} not set" if value is None else f"{name}={value}")
-        methods.append(", ".join(parts))
+        told = ", ".join(parts)
+        methods.append(told if len(told) <= 120 else f"{told[:119]}…")
     return methods
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from sequel_core.report.figures import LIGHT, own_style
@@ -30,8 +31,9 @@ def inline_svg(figure: Figure, prefix: str) -> str:
         prefix: of all ids, unique in the page.
     """
     file = io.StringIO()
+    figure.patch.set_visible(False)
     with own_style():
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})  # savefig would lay it out twice
     root = ElementTree.fromstring(file.getvalue())
     for element in list(root.iter()):
         element.tag = _local(element.tag)

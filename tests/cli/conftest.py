@@ -1,6 +1,6 @@
 """A learner in NumPy, so that the command can be tested without a framework."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ class NearestMean:
 
     The optimizer's rate decides between that (at least 0.01) and class 0 for every image; at 100 it diverges.
     """
+
+    logs = shows_progress = False
 
     def __init__(self, config: ExperimentConfig, benchmark: Benchmark) -> None:
         self.config = config
@@ -44,11 +46,21 @@ class NearestMean:
         correct = int((distance.argmin(1) == y).sum())
         return Evaluation(correct, len(y), 0.0, correct)
 
-    def log_hparams(self, hparams: Mapping[str, Any]) -> None:
+    def start_stream(self, config: Mapping[str, Any], resumed: bool = False) -> None:
+        """Log nowhere."""
+
+    def end_stream(self) -> None:
         """Log nowhere."""
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Log nowhere."""
+
+    def save(self, directory: Path) -> Callable[[], None]:
+        np.save(directory / "means.npy", self.means)
+        return lambda: None
+
+    def restore(self, directory: Path) -> None:
+        self.means = np.load(directory / "means.npy")
 
     def weights(self) -> dict[str, FloatArray]:
         return {"means": self.means}
@@ -62,7 +74,7 @@ class NearestMean:
     def threads(self) -> int:
         return 1
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Hold nothing open."""
 
 

@@ -117,6 +117,53 @@ def test_own_network_logger_and_transforms_from_the_command_line(package: Path, 
         np.testing.assert_array_equal(array, same)
 
 
+WATCHING = """
+from pathlib import Path
+
+from sequel_core.callbacks import StreamCallback
+from {module} import {base}
+
+
+class Tasks(StreamCallback):
+    def __init__(self, directory):  # the run's
+        self.path = Path(directory) / type(self).__name__
+
+    def tell(self, text):
+        with self.path.open("a") as file:
+            print(text, file=file)
+
+    def on_task_start(self, learner, task):
+        self.tell(f"task {{task.index}}")
+
+
+class Both(Tasks, {base}):
+    def {method}(self, *arguments):
+        self.tell("trains")
+
+
+def make_both(directory):
+    return Both(directory)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "names"),
+    [
+        ("pytorch", {"module": "pytorch_lightning", "base": "Callback", "method": "on_train_start"}),
+        ("jax", {"module": "sequel_flax.hooks", "base": "Hook", "method": "before_epoch"}),
+    ],
+)
+def test_callbacks_of_the_stream_and_of_the_framework(
+    package: Path, mode: str, names: dict[str, str]
+) -> None:
+    (package / "outside" / "watching.py").write_text(WATCHING.format(**names))
+    given = "{a: {_target_: outside.watching.Tasks}, b: {_target_: outside.watching.make_both}}"
+    result = ran("own.yaml", f"mode={mode}", f"callbacks={given}")
+    starts = ["task 0", "task 1"]
+    assert (directory(result) / "Tasks").read_text().splitlines() == starts
+    assert (directory(result) / "Both").read_text().splitlines() == [starts[0], "trains", starts[1], "trains"]
+
+
 def test_what_is_made_of_arguments(package: Path) -> None:
     from tests.cli.fixtures.outside.data import Halves
 
@@ -250,10 +297,20 @@ BAD = [
     (["logger._target_=outside.data.Turn", "mode=jax"],
      "logger._target_ must give a metric writer with mode=jax, got a Turn without write_scalars"),
     (["callbacks=[{_target_: outside.data.Turn}]"],
-     "callbacks.0._target_ must give a pytorch_lightning."),
-    (["callbacks=[{_target_: outside.data.Turn}]", "mode=jax"],
-     "callbacks.0 is a callback of Lightning's Trainer, got outside.data.Turn with mode=jax, whose "
-     "learner has no hooks; drop it or set mode=pytorch"),
+     "callbacks.0._target_ must give a sequel_core.StreamCallback or, with mode=pytorch, a "
+     "pytorch_lightning.Callback, got a Turn from outside.data.Turn; a sequel_flax.hooks.Hook needs "
+     "mode=jax"),
+    (["callbacks.a._target_=outside.pytorch_code.Counter", "callbacks.a.path=a", "mode=jax"],
+     "callbacks.a._target_ must give a sequel_core.StreamCallback or, with mode=jax, a "
+     "sequel_flax.hooks.Hook, got a Counter from outside.pytorch_code.Counter; a "
+     "pytorch_lightning.Callback needs mode=pytorch"),
+    (["callbacks._target_=outside.data.nothing", "mode=jax"],
+     "callbacks._target_ must give a sequel_core.StreamCallback or, with mode=jax, a "
+     "sequel_flax.hooks.Hook, got a NoneType from outside.data.nothing; a "),
+    (["callbacks._target_=sequel_flax.hooks.ImageGrid", "callbacks.every=0", "mode=jax"],
+     "callbacks.every must be a number of steps >= 1, got 0"),
+    (["callbacks._target_=sequel_flax.hooks.ImageGrid", "callbacks.evry=1", "mode=jax"],
+     "callbacks.evry is not an argument of sequel_flax.hooks.ImageGrid; did you mean callbacks.every?"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,240 @@
+"""Metric writers: clu's methods, TensorBoard without TensorFlow or torch, what is read back, full disks."""
+
+import ast
+import inspect
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from sequel_core.hparams import NaiveHParams
+from sequel_core.loggers import LoggerWarning
+from sequel_flax import FlaxLearner
+from sequel_flax.writers import (
+    WRITERS,
+    CsvWriter,
+    JsonLinesWriter,
+    SilentWriter,
+    TensorBoardWriter,
+    WandbWriter,
+    close_writer,
+)
+from tests.disks import fill, small_disk
+from tests.flax.parts import learner
+
+
+def test_our_writers_have_all_the_methods_of_clus_with_its_parameters() -> None:
+    found = find_spec("clu")
+    assert found is not None
+    assert found.submodule_search_locations is not None
+    interface = Path(found.submodule_search_locations[0]) / "metric_writers" / "interface.py"
+    (theirs,) = (node for node in ast.parse(interface.read_text()).body if isinstance(node, ast.ClassDef))
+    methods = [node for node in theirs.body if isinstance(node, ast.FunctionDef)]
+    assert len(methods) == 10
+    for method in methods:
+        wanted = [a.arg for a in (*method.args.args, *method.args.kwonlyargs)]
+        for kind in (SilentWriter, CsvWriter, JsonLinesWriter, TensorBoardWriter, WandbWriter):
+            assert list(inspect.signature(getattr(kind, method.name)).parameters) == wanted, method.name
+
+
+def test_what_a_writer_has_no_place_for_is_left_out(tmp_path: Path) -> None:
+    writer = CsvWriter(tmp_path / "csv")
+    writer.write_images(1, {"a": np.zeros((1, 2, 2, 3), np.uint8)})
+    writer.write_texts(1, {"a": "b"})
+    writer.write_histograms(1, {"a": np.zeros(3)}, {"a": 2})
+    writer.write_audios(1, {"a": np.zeros((1, 5, 1))}, sample_rate=5)
+    writer.write_videos(1, {"a": np.zeros((1, 2, 2, 2, 1))})
+    writer.write_summaries(1, {"a": np.zeros(3)})
+    writer.flush()
+    writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_loads_neither_torch_nor_tensorflow(tmp_path: Path) -> None:
+    program = """
+import sys
+from pathlib import Path
+import numpy as np
+from sequel_flax.writers import WRITERS
+writer = WRITERS["tensorboard"](Path(sys.argv[1]), {})
+writer.write_hparams({"a": {"b": 1}})
+writer.write_scalars(1, {"a": 1.0})
+writer.write_images(1, {"b": np.zeros((1, 2, 2, 3), np.uint8)})
+writer.write_texts(1, {"c": "d"})
+writer.write_histograms(1, {"e": np.arange(9)})
+writer.close()
+print([name for name in ("torch", "tensorflow", "tensorboardX") if name in sys.modules])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def read(path: Path) -> EventAccumulator:
+    events = EventAccumulator(str(path), dict.fromkeys(("scalars", "images", "tensors"), 0))
+    events.Reload()
+    return events
+
+
+def test_what_tensorboard_reads(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
+    grey = rng.random((5, 3, 1))
+    writer = TensorBoardWriter(tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+    writer.write_scalars(3, {"a": jnp.float32(0.5), "b": np.int64(7)})
+    writer.write_scalars(5, {"a": 0.1})
+    writer.write_images(5, {"several": images, "one": images[:1], "grey": grey})
+    writer.write_texts(5, {"text": "**b**"})
+    writer.write_histograms(5, {"h": np.arange(10.0)}, {"h": 5})
+    writer.close()
+    writer.close()
+    events = read(tmp_path / "made")
+    assert [(e.step, e.value) for e in events.Scalars("a")] == [(3, 0.5), (5, np.float32(0.1))]
+    assert [(e.step, e.value) for e in events.Scalars("b")] == [(3, 7)]
+    found = {
+        tag: np.asarray(Image.open(io.BytesIO(events.Images(tag)[0].encoded_image_string)))
+        for tag in events.Tags()["images"]
+    }
+    assert found.keys() == {"several/0", "several/1", "one", "grey"}
+    for tag, expected in (("several/0", images[0]), ("several/1", images[1]), ("one", images[0])):
+        np.testing.assert_array_equal(found[tag], expected)
+    np.testing.assert_array_equal(found["grey"], np.rint(255 * grey[..., 0]).astype(np.uint8))
+    (text,) = events.Tensors("text/text_summary")
+    assert (text.step, list(text.tensor_proto.string_val)) == (5, [b"**b**"])
+    (histogram,) = events.Tensors("h")
+    counts = np.frombuffer(histogram.tensor_proto.tensor_content, np.float64).reshape(5, 3)
+    np.testing.assert_allclose(counts[:, 2], 2)
+    np.testing.assert_allclose(counts[:, 0], [0, 1.8, 3.6, 5.4, 7.2])
+
+
+def test_tensorboard_goes_on_after_an_interruption(tmp_path: Path) -> None:
+    writer = TensorBoardWriter(tmp_path)
+    writer.write_hparams({"a": 1})
+    for step in (1, 2, 3, 4):
+        writer.write_scalars(step, {"a": step})
+    close_writer(writer, failed=True)
+    again = TensorBoardWriter(tmp_path)
+    again.resume(2)
+    for step in (3, 4, 5):
+        again.write_scalars(step, {"a": 10 * step})
+    close_writer(again, failed=False)
+    events = read(tmp_path)
+    assert [(e.step, e.value) for e in events.Scalars("a")] == [(1, 1), (2, 2), (3, 30), (4, 40), (5, 50)]
+
+
+def test_files_of_csv_and_json_lines(tmp_path: Path) -> None:
+    for kind, folder in ((CsvWriter, "csv"), (JsonLinesWriter, "jsonl")):
+        writer = kind(tmp_path / folder)
+        writer.write_hparams({"algo": {"name": "ewc"}, "n": None})
+        writer.write_scalars(1, {"a": jnp.float32(0.5), "b": np.array(2)})
+        writer.write_texts(2, {"t": "x"})
+        close_writer(writer, failed=True)
+    assert (tmp_path / "csv" / "metrics.csv").read_bytes() == b"a,b,step\r\n0.5,2,1\r\n"
+    assert yaml.safe_load((tmp_path / "csv" / "hparams.yaml").read_text()) == {
+        "algo": {"name": "ewc"},
+        "n": None,
+    }
+    assert [json.loads(line) for line in (tmp_path / "jsonl" / "metrics.jsonl").read_text().splitlines()] == [
+        {"hparams": {"algo": {"name": "ewc"}, "n": None}},
+        {"step": 1, "a": 0.5, "b": 2},
+        {"step": 2, "t": "x"},
+    ]
+
+
+IMAGE = np.zeros((4, 4, 3), np.uint8)
+
+
+def tell(writer: Any, failed: bool = False) -> FlaxLearner:
+    """Let a learner with one writer tell it all that it is told in a run; return the learner."""
+    model = learner(NaiveHParams(), writers=[writer])
+    model.start_stream({"algo": {"name": "naive"}})
+    for _ in range(100):
+        model.log({"train/loss": 0.5})
+        model.log_image("picture", IMAGE)
+        model.log_table("table", ["a"], [[1.0]])
+    model.end_stream()
+    model.close(failed)
+    return model
+
+
+@pytest.mark.parametrize(("failed", "status"), [(False, 1), (True, 2)])  # STATUS_SUCCESS, STATUS_FAILURE
+def test_the_status_of_a_run_is_written_where_it_ends(failed: bool, status: int, tmp_path: Path) -> None:
+    tell(TensorBoardWriter(tmp_path), failed)
+    content = read(tmp_path).PluginTagToContent("hparams")["_hparams_/session_end_info"]
+    assert HParamsPluginData.FromString(content).session_end_info.status == status
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk") as path:
+        yield path
+
+
+@pytest.mark.parametrize("name", ["csv", "jsonl", "tensorboard"])
+def test_a_full_disk_under_a_writer_is_told_once_and_the_run_goes_on(
+    name: str, disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    writer = WRITERS[name](disk, {})
+    writer.write_scalars(0, {"a": 0.0})
+    writer.flush()
+    fill(disk)
+    with pytest.warns(LoggerWarning, match="No space left on device.; the run goes on without it") as caught:
+        model = tell(writer)
+    assert len(caught) == 1
+    assert not model.logs
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("good", [0, 1, 3, 150, 303])
+def test_an_error_in_the_thread_of_tensorboard_is_told_once(
+    good: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    calls, own = [], RecordWriter.write
+
+    def write(self: Any, data: bytes) -> None:
+        calls.append(1)
+        if len(calls) > good:
+            raise OSError(28, "No space left on device")
+        own(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    with pytest.warns(LoggerWarning, match="TensorBoardWriter failed .*No space left") as caught:
+        tell(TensorBoardWriter(tmp_path))
+    assert len(caught) == 1
+    assert capfd.readouterr().err == ""
+
+
+def test_a_file_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.warns(LoggerWarning, match="JsonLinesWriter failed .*No space left") as caught:
+        tell(JsonLinesWriter(tmp_path))
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    "method", ["write_scalars", "write_images", "write_texts", "write_hparams", "flush", "close"]
+)
+def test_any_method_may_fail(method: str) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(f"{method} is broken")
+
+    kind: Callable[[], Any] = type("Broken", (SilentWriter,), {method: fail})
+    with pytest.warns(LoggerWarning, match=f"Broken failed .{method} is broken") as caught:
+        tell(kind())
+    assert len(caught) == 1

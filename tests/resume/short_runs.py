@@ -1,0 +1,209 @@
+"""Short runs of every method in both modes, in processes of their own that may be killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import sequel_core.checkpoints
+import sequel_core.results
+from sequel_benchmarks import RotatedDigits
+from sequel_core.checkpoints import Checkpoints
+from sequel_core.hparams import (
+    AGEMHParams,
+    AlgorithmHParams,
+    CheckpointHParams,
+    DERHParams,
+    DERppHParams,
+    ERHParams,
+    EWCHParams,
+    ICaRLHParams,
+    JointHParams,
+    KCLHParams,
+    LaMAMLHParams,
+    LFLHParams,
+    MASHParams,
+    MCSGDHParams,
+    NaiveHParams,
+    OptimizerHParams,
+    SIHParams,
+    StableSGDHParams,
+    TrainingHParams,
+)
+from sequel_core.learner import FitMonitor, Learner, plugin
+from sequel_core.results import RunDirectory
+from sequel_core.sequencer import run
+from sequel_core.task import Benchmark
+
+CARRY: dict[str, Any] = {"lr_decay": 0.7, "reset_optimizer": False}
+METHODS: dict[str, AlgorithmHParams] = {
+    hparams.name: hparams
+    for hparams in (
+        NaiveHParams(**CARRY),
+        JointHParams(),
+        EWCHParams(ewc_lambda=20, fisher_samples=20, **CARRY),
+        SIHParams(si_lambda=0.3, **CARRY),
+        MASHParams(mas_lambda=0.01, mas_samples=20, **CARRY),
+        LFLHParams(lfl_lambda=0.05),
+        StableSGDHParams(lr_decay=0.7),
+        AGEMHParams(mem_size=30, mem_batch_size=8),
+        ERHParams(mem_size=25, mem_batch_size=6, **CARRY),
+        DERHParams(mem_size=25, mem_batch_size=6),
+        DERppHParams(mem_size=25, mem_batch_size=6, **CARRY),
+        MCSGDHParams(mem_size=30, lmc_batch_size=8, lmc_epochs=1),
+        LaMAMLHParams(mem_size=25, glances=2, mem_batch_size=6),
+        ICaRLHParams(mem_size=30, **CARRY),
+        KCLHParams(core_size=10, d_rn_f=33, normalisation="minmax", lmd=10),
+    )
+}
+MODES = ("pytorch", "jax")
+CHECKPOINT = CheckpointHParams(every_n_steps=4)
+
+
+def stream() -> Benchmark:
+    """Return three rotations of a few digits, 12 steps an epoch; shifted by a pixel at random in training."""
+    return RotatedDigits(num_tasks=3, subset=60, crop_padding=1)
+
+
+def learner(mode: str, method: str, benchmark: Benchmark) -> Learner:
+    """Return a learner with momentum and dropout, whose steps depend on all that a checkpoint has to hold."""
+    package: Any = plugin(mode)  # type: ignore[arg-type]
+    shape = {"image_shape": benchmark.image_shape} if mode == "pytorch" else {}
+    net = package.MLP((12,), benchmark.num_classes, dropout=0.0 if method == "kcl" else 0.2, **shape)
+    optimizer = package.build_optimizer(OptimizerHParams(lr=0.05, momentum=0.9))
+    training = TrainingHParams(batch_size=5, seed=3, epochs_per_task=2, log_every_n_steps=5)
+    made: Learner = package.make_learner(METHODS[method], net, optimizer, benchmark, training)
+    return made
+
+
+def tensors(made: Any) -> dict[str, np.ndarray]:
+    """Return weights, memory and all else that a learner has at the end, by name."""
+    if made.mode == "pytorch":
+        return {name: tensor.numpy() for name, tensor in made.module.state_dict().items()}
+    import jax
+
+    leaves = jax.tree_util.tree_flatten_with_path((made.ts, made.state))[0]
+    planner = {"planner": np.asarray(made.planner.state)}
+    return planner | {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+class Moments:
+    """Counts what a run does to its files, its learner and its clock; kills the process at one of them."""
+
+    def __init__(self, kill_at: int | None) -> None:
+        self.count = 0
+        self._kill_at = kill_at
+
+    def __call__(self) -> bool:
+        """Count; return whether this is the moment for one who has a way of his own to end it."""
+        self.count += 1
+        return self.count == self._kill_at
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function with a moment before and one after it."""
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if self():
+                die()
+            found = function(*args, **kwargs)
+            if self():
+                die()
+            return found
+
+        return counted
+
+    def within_write(self, path: Path, content: bytes) -> None:
+        """Stand for `results._write`, with a moment in the middle of the content."""
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        if self():
+            part.write_bytes(content[: len(content) // 2])
+            die()
+        part.write_bytes(content)
+        part.replace(path)
+
+    def within_line(self, directory: RunDirectory, record: Any, append: Callable[..., None]) -> None:
+        """Stand for `append_metrics`, with a moment in the middle of the line."""
+        append(directory, record)
+        if self():
+            path = directory.path / "metrics.jsonl"
+            os.truncate(path, path.stat().st_size - 9)
+            die()
+
+
+def die() -> None:
+    """End the process as a machine that fails does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def job(mode: str, method: str, run_dir: Path, kill_at: int | None, results: Any = None) -> None:
+    """Run, or go on with, one run to its end or to the moment `kill_at`; put the number of moments out."""
+    moments = Moments(kill_at)
+    benchmark = stream()
+    made: Any = learner(mode, method, benchmark)
+    made.evaluate, made.save = moments.around(made.evaluate), moments.around(made.save)
+    append: Any = partial(moments.within_line, append=RunDirectory.append_metrics)
+    after_step = FitMonitor.after_step
+    RunDirectory.append_metrics = lambda self, record: append(self, record)  # type: ignore[method-assign]
+    FitMonitor.after_step = moments.around(after_step)  # type: ignore[method-assign]
+    Checkpoints._finish = moments.around(Checkpoints._finish)  # type: ignore[method-assign]
+    sequel_core.checkpoints._remove = moments.around(sequel_core.checkpoints._remove)
+    sequel_core.results._write = moments.within_write
+    go(made, benchmark, run_dir)
+    if results is not None:
+        results.put(moments.count)
+
+
+def go(
+    made: Learner, benchmark: Benchmark, run_dir: Path, checkpoint: CheckpointHParams = CHECKPOINT
+) -> None:
+    """Run to the end, or go on to it; put all that the learner has then beside the run directory."""
+    run(
+        made,
+        benchmark,
+        run_dir=run_dir,
+        evaluate_every=6,
+        progress=False,
+        resume="auto",
+        checkpoint=checkpoint,
+    )
+    np.savez(run_dir.with_suffix(".npz"), **tensors(made))
+
+
+def start(*args: Any) -> tuple[int | None, int]:
+    """Do a job in a new process; return its exit code and, where it got to its end, its moments."""
+    context = multiprocessing.get_context("forkserver")
+    results = context.SimpleQueue()
+    process = context.Process(target=job, args=(*args, results))
+    process.start()
+    process.join()
+    return process.exitcode, 0 if results.empty() else results.get()
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """Return what a run has recorded, but for how fast it was."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "samples_per_second"} for line in lines]
+
+
+def assert_same_end(run_dir: Path, straight: Path) -> None:
+    """Assert that two runs ended alike: weights, matrix, memory, and all else, to the last bit."""
+    pairs = [(path / "weights.npz", path.with_suffix(".npz")) for path in (run_dir, straight)]
+    for one, other in zip(*pairs, strict=True):
+        with np.load(one) as found, np.load(other) as wanted:
+            assert set(found.files) == set(wanted.files)
+            for name in wanted.files:
+                np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
+    matrix = "accuracy_matrix.csv"
+    assert (run_dir / matrix).read_text() == (straight / matrix).read_text()
+    assert records(run_dir) == records(straight)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert not [path for path in run_dir.iterdir() if path.name.startswith(".lock")]
