@@ -50,7 +50,7 @@ $(STAMP): pyproject.toml constraints.txt $(FILES)
 
 $(FILES): FORCE | $(BIN)/python
 	@find sequel_core sequel_lightning sequel_flax benchmarks configs -type f \
-		\( -name '*.py' -o -name '*.yaml' -o -name py.typed \) | LC_ALL=C sort > $@.new
+		\( -name '*.py' -o -name '*.yaml' -o -name '*.html' -o -name '*.css' -o -name py.typed \) | LC_ALL=C sort > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 FORCE:

@@ -32,13 +32,14 @@ from sequel_core.task import (
 
 Inputs = Literal["standardised", "unit"]
 HALF_TURN = 180.0
+MOST_TASKS = 10_000  # of which the maps of pixels and the accuracy matrix are still small
 
 
 @dataclass(frozen=True)
 class StreamSettings(Settings):
     """What all streams have."""
 
-    num_tasks: int = setting(5, "number of tasks", ge=1)
+    num_tasks: int = setting(5, "number of tasks", ge=1, le=MOST_TASKS)
     scenario: Scenario = setting("domain", "domain, task or class")
     subset: int | None = setting(None, "training samples per task; null for all", ge=1)
     validation: float = setting(
@@ -47,7 +48,10 @@ class StreamSettings(Settings):
     inputs: Inputs = setting("standardised", "standardised (mean 0, deviation 1) or unit (in [0, 1])")
     seed: int = setting(0, "of the stream: orders, permutations, angles, choice of samples", ge=0)
     crop_padding: int = setting(
-        0, "black pixels on each side out of which each training image is cut at random; 0 for none", ge=0
+        0,
+        "black pixels on each side out of which each training image is cut at random; 0 for none",
+        ge=0,
+        le=256,
     )
     horizontal_flip: bool = setting(False, "mirror half of the training images, at random")
 
@@ -124,7 +128,7 @@ class _SharedClasses(StreamSettings):
 class PermutedSettings(_SharedClasses):
     """A permutation of pixels per task."""
 
-    num_tasks: int = setting(10, "number of tasks", ge=1)
+    num_tasks: int = setting(10, "number of tasks", ge=1, le=MOST_TASKS)
     first_identity: bool = setting(False, "leave the first task's pixels as they are")
 
 
@@ -132,14 +136,18 @@ class PermutedSettings(_SharedClasses):
 class RotatedSettings(_SharedClasses):
     """A rotation per task."""
 
-    num_tasks: int = setting(20, "number of tasks", ge=1)
+    num_tasks: int = setting(20, "number of tasks", ge=1, le=MOST_TASKS)
     rotation: Literal["fixed", "bins", "uniform"] = setting(
         "fixed",
         "fixed: task t turns by t * per_task_rotation, or by angles[t]; "
         "bins: uniform in [t, t + 1) * per_task_rotation; uniform: uniform in [0, 180)",
     )
-    per_task_rotation: float | None = setting(None, "degrees from task to task; null for 180 / num_tasks")
-    angles: tuple[float, ...] | None = setting(None, "degrees of each task, in place of per_task_rotation")
+    per_task_rotation: float | None = setting(
+        None, "degrees from task to task; null for 180 / num_tasks", ge=-360, le=360
+    )
+    angles: tuple[float, ...] | None = setting(
+        None, "degrees of each task, in place of per_task_rotation", ge=-360, le=360
+    )
     interpolation: Interpolation = setting("bilinear", "nearest or bilinear")
 
     def __post_init__(self) -> None:

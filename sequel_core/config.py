@@ -31,6 +31,7 @@ from sequel_core.hparams import (
     BACKBONES,
     AlgorithmHParams,
     BackboneHParams,
+    CheckpointHParams,
     MLPHParams,
     NaiveHParams,
     OptimizerHParams,
@@ -142,6 +143,7 @@ class ExperimentConfig:
         backbone: the network's settings.
         optimizer: the optimizer's settings.
         training: batch sizes, epochs, seed, ...
+        checkpoint: when checkpoints are written, and how many are kept.
         trainer: of Lightning's Trainer, see `TRAINER`; only with mode pytorch.
         logger: by name, the settings of one of `choices("logger")` or the user's own, which is a logger of
             Lightning's, or with mode jax a metric writer.
@@ -168,6 +170,7 @@ class ExperimentConfig:
     backbone: BackboneHParams = field(default_factory=MLPHParams)
     optimizer: OptimizerHParams = field(default_factory=OptimizerHParams)
     training: TrainingHParams = field(default_factory=TrainingHParams)
+    checkpoint: CheckpointHParams = field(default_factory=CheckpointHParams)
     trainer: Mapping[str, Any] = field(default_factory=dict)
     logger: Mapping[str, Target | Mapping[str, Any]] = field(default_factory=dict)
     callbacks: tuple[Target, ...] = ()
@@ -231,6 +234,7 @@ class ExperimentConfig:
         values |= {key: self.own[key].plain() for key in ("backbone", "optimizer") if key in self.own}
         values |= {
             "training": asdict(self.training),
+            "checkpoint": asdict(self.checkpoint),
             "trainer": dict(self.trainer),
             "logger": {k: v.plain() if isinstance(v, Target) else dict(v) for k, v in self.logger.items()},
             **({"callbacks": [target.plain() for target in self.callbacks]} if self.callbacks else {}),
@@ -302,6 +306,8 @@ def settings(section: str, name: str | Target = "") -> list[Setting]:
         return [spec for spec in _fields(OptimizerHParams) if spec.key not in ("type", *foreign)]
     if section == "training":
         return _fields(TrainingHParams)
+    if section == "checkpoint":
+        return _fields(CheckpointHParams)
     if section == "logger":
         text = _logger_files().joinpath(f"{name}.yaml").read_text(encoding="utf-8")
         remarks = {line.partition(":")[0].strip(): line.partition(" # ")[2] for line in text.splitlines()}
@@ -656,7 +662,7 @@ def _argument(key: str, value: Any, hint: Any) -> Any:
 
 
 def _check_top(values: Mapping[str, Any]) -> None:
-    groups = (*SECTIONS, "training", "trainer")
+    groups = (*SECTIONS, "training", "checkpoint", "trainer")
     known = ("mode", *groups, *OBJECTS, *EVALUATION, *DOCUMENTATION)
     for key, value in values.items():
         if key not in known:
@@ -764,7 +770,7 @@ def build(flat: Layer) -> ExperimentConfig:
         _check_keys(section, groups[section], name)
     for section, target in own.items():
         _check_own(section, target, mode)
-    for section in ("training", "trainer"):
+    for section in ("training", "checkpoint", "trainer"):
         groups[section] = dict(values.get(section, {}))
         _check_keys(section, groups[section], "")
     if "benchmark" in own:
@@ -796,6 +802,7 @@ def build(flat: Layer) -> ExperimentConfig:
         backbone=_settings(BACKBONES[names.get("backbone", MLPHParams.type)], "backbone", network),
         optimizer=_settings(OptimizerHParams, "optimizer", optimizer),
         training=_settings(TrainingHParams, "training", groups["training"]),
+        checkpoint=_settings(CheckpointHParams, "checkpoint", groups["checkpoint"]),
         trainer=groups["trainer"],
         logger=_loggers(values.get("logger"), mode),
         callbacks=_objects("callbacks", values.get("callbacks"), mode),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console, Group
@@ -57,11 +60,15 @@ class Display:
             transient=True,
         )
         self._shown = progress is not False and terminal.is_interactive and not learner.shows_progress
+        self._handlers: list[tuple[logging.StreamHandler[Any], Any]] = []
 
     def __enter__(self) -> Display:
-        """Start the display."""
+        """Start the display; what is printed, warned of or logged meanwhile appears above the bars."""
         if self._shown:
+            self._handlers = [(h, h.stream) for h in _handlers() if h.stream in (sys.stdout, sys.stderr)]
             self._live.start()
+            for handler, _ in self._handlers:
+                handler.setStream(sys.stderr)  # which is rich's now
         return self
 
     def __exit__(
@@ -70,6 +77,8 @@ class Display:
         """Stop the display."""
         if self._shown:
             self._live.stop()
+        for handler, stream in self._handlers:
+            handler.setStream(stream)
 
     def start(self, task: Task, epochs: int) -> None:
         """Begin a task."""
@@ -98,7 +107,8 @@ class Display:
         line += f"accuracy {accuracy}, average {average} over {number} seen"
         if self._last and self._last.task_step < self._last.task_steps:
             line += ", stopped early" + (f" in {self._epoch(self._last)}" if self._epochs > 1 else "")
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        whole = not self._console.is_terminal  # a file has no width
+        self._console.print(line, markup=False, highlight=False, soft_wrap=whole)
 
     def summarise(self, result: Result) -> None:
         """Print the final table."""
@@ -151,6 +161,13 @@ def _bars(console: Console) -> Bars:
         console=console,
         speed_estimate_period=ESTIMATE_SECONDS,
     )
+
+
+def _handlers() -> Iterator[logging.StreamHandler[Any]]:
+    """Return the handlers of all loggers that write to a stream, which each took when it was made."""
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        if isinstance(logger, logging.Logger):
+            yield from (h for h in logger.handlers if isinstance(h, logging.StreamHandler))
 
 
 def _percent(value: float) -> str:

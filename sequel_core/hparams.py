@@ -29,10 +29,15 @@ def setting(
     gt: float | None = None,
     le: float | None = None,
     lt: float | None = None,
+    only: tuple[Any, ...] | None = None,
 ) -> Any:
-    """Declare a field with its meaning and the range of its numbers."""
-    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
-    metadata = {"help": help, **{key: bound for key, bound in bounds.items() if bound is not None}}
+    """Declare a field with its meaning and the range of its numbers.
+
+    `only` names another field and the values of it with which alone this one is read; beside any other value
+    it must keep its default.
+    """
+    rules = {"ge": ge, "gt": gt, "le": le, "lt": lt, "only": only}
+    metadata = {"help": help, **{key: rule for key, rule in rules.items() if rule is not None}}
     return field(default=default, metadata=metadata)
 
 
@@ -45,6 +50,11 @@ def allowed(spec: Field[Any]) -> str:
 def _check_number(name: str, value: float, spec: Field[Any]) -> None:
     rule = allowed(spec)
     bounds = spec.metadata
+    if isinstance(value, int) and abs(value) >= 2**63:
+        rule += f"{' and ' if rule else ''}of less than 64 bits"
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+    if math.isinf(value) and not {"le", "lt"} & bounds.keys():
+        rule += f"{' and ' if rule else ''}finite"
     fits = (
         math.isfinite(value)
         and value >= bounds.get("ge", -math.inf)
@@ -99,6 +109,11 @@ def _coerce(name: str, value: Any, hint: Any, spec: Field[Any]) -> Any:
     return number
 
 
+def _told(value: Any) -> str:
+    """Return a value as a configuration has it."""
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)
+
+
 def _and_range(spec: Field[Any]) -> str:
     return f" {allowed(spec)}" if allowed(spec) else ""
 
@@ -112,6 +127,15 @@ class Settings:
         for spec in fields(self):
             value = _coerce(spec.name, getattr(self, spec.name), hints[spec.name], spec)
             object.__setattr__(self, spec.name, value)
+        for spec in fields(self):
+            other, *wanted = spec.metadata.get("only", ("",))
+            value, beside = getattr(self, spec.name), getattr(self, other, None)
+            if other and beside not in wanted and value != spec.default:
+                told = f"{other}={' or '.join(map(_told, wanted))}"
+                raise ValueError(
+                    f"{spec.name} is read with {told} alone, got {spec.name}={_told(value)} with "
+                    f"{other}={_told(beside)}; set {told} or leave {spec.name} out"
+                )
 
 
 @dataclass(frozen=True)
@@ -180,7 +204,13 @@ class EWCHParams(AlgorithmHParams):
         "separate",
         "separate: one anchor per task (collapsed exactly); online: one anchor, importances decayed by gamma",
     )
-    gamma: float = setting(1.0, "decay of past importances, read only by accumulation=online", ge=0, le=1)
+    gamma: float = setting(
+        1.0,
+        "decay of past importances, read only by accumulation=online",
+        ge=0,
+        le=1,
+        only=("accumulation", "online"),
+    )
     fisher_samples: int | None = setting(1024, "samples of the Fisher estimate of a task; null for all", ge=1)
 
 
@@ -253,6 +283,16 @@ class MemoryHParams(AlgorithmHParams):
     per_task_memory_samples: int | None = setting(
         None, "samples kept of each task, in place of mem_size; null for mem_size", ge=0
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        usual = {spec.name: spec.default for spec in fields(self)}["mem_size"]
+        if self.per_task_memory_samples is not None and self.mem_size != usual:
+            raise ValueError(
+                "per_task_memory_samples takes the place of mem_size, got "
+                f"per_task_memory_samples={self.per_task_memory_samples} with mem_size={self.mem_size}; set "
+                "per_task_memory_samples=null or leave mem_size out"
+            )
 
     @property
     def drawn(self) -> int:
@@ -383,10 +423,16 @@ class MCSGDHParams(MemoryHParams):
     lmc_init_position: float = setting(
         0.1, "where w_bar starts on the line from its last value (0) to w_hat (1)", ge=0, le=1
     )
-    lmc_line_samples: int = setting(10, "intervals of the grid on a line; its points are one more", ge=2)
-    lmc_epochs: int = setting(1, "passes over the samples that w_bar is found on (offline)", ge=1)
+    lmc_line_samples: int = setting(
+        10, "intervals of the grid on a line; its points are one more", ge=2, le=1000
+    )
+    lmc_epochs: int = setting(
+        1, "passes over the samples that w_bar is found on (offline)", ge=1, only=("lmc_policy", "offline")
+    )
     lmc_steps: Literal["batch", "epoch"] = setting(
-        "batch", "one step of w_bar for each batch, or one for each pass (offline; the code's first version)"
+        "batch",
+        "one step of w_bar for each batch, or one for each pass (offline; the code's first version)",
+        only=("lmc_policy", "offline"),
     )
     lmc_gradient: Literal["sum", "plain", "prefix"] = setting(
         "sum",
@@ -428,7 +474,7 @@ class LaMAMLHParams(ReplayHParams):
     )
     second_order: bool = setting(False, "differentiate through the gradients of the inner steps")
     learn_lr: bool = setting(True, "learn a rate of every weight; false for the fixed ones of C-MAML")
-    lr_alpha: float = setting(0.3, "learning rate of the rates", ge=0)
+    lr_alpha: float = setting(0.3, "learning rate of the rates", ge=0, only=("learn_lr", True))
     alpha_init: float = setting(0.15, "rate of every weight at first", gt=0)
     sync_update: bool = setting(
         False,
@@ -513,10 +559,17 @@ class KCLHParams(AlgorithmHParams):
     kernel_type: Literal["rff", "rbf"] = setting(
         "rff", "rff: variational random Fourier features; rbf: exp(-|a - b|^2 / (2 bandwidth^2))"
     )
-    d_rn_f: int = setting(1024, "random bases D of the kernel rff", ge=1)
-    bandwidth: float = setting(1.0, "of the kernel rbf", gt=0)
-    tau: float = setting(0.01, "weight of KL(posterior || prior) of the bases, of the kernel rff", ge=0)
-    lmd: float = setting(0.1, "lambda of every task at first; |lambda| + 0.01 is the ridge")
+    d_rn_f: int = setting(1024, "random bases D of the kernel rff", ge=1, only=("kernel_type", "rff"))
+    bandwidth: float = setting(1.0, "of the kernel rbf", gt=0, only=("kernel_type", "rbf"))
+    tau: float = setting(
+        0.01,
+        "weight of KL(posterior || prior) of the bases, of the kernel rff",
+        ge=0,
+        only=("kernel_type", "rff"),
+    )
+    lmd: float = setting(
+        0.1, "lambda of every task at first; |lambda| + 0.01 is the ridge", ge=-1000, le=1000
+    )
     normalisation: Literal["l2", "minmax"] = setting(
         "l2",
         "features of unit length, or scaled to [0, 1] by the extremes of the whole batch (the official MLP)",
@@ -580,9 +633,9 @@ class OptimizerHParams(Settings):
     momentum: float = setting(0.0, "of sgd", ge=0, lt=1)
     nesterov: bool = setting(False, "Nesterov momentum, of sgd")
     weight_decay: float = setting(0.0, "coefficient of the weights", ge=0)
-    beta1: float = setting(0.9, "of adam and adamw", ge=0, lt=1)
-    beta2: float = setting(0.999, "of adam and adamw", ge=0, lt=1)
-    eps: float = setting(1e-8, "of adam and adamw", gt=0)
+    beta1: float = setting(0.9, "of adam and adamw", ge=0, lt=1, only=("type", "adam", "adamw"))
+    beta2: float = setting(0.999, "of adam and adamw", ge=0, lt=1, only=("type", "adam", "adamw"))
+    eps: float = setting(1e-8, "of adam and adamw", gt=0, only=("type", "adam", "adamw"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -633,6 +686,15 @@ class CheckpointHParams(Settings):
     every_n_steps: int | None = setting(None, "steps of a task between two; null for none within it", ge=1)
     every_minutes: float | None = setting(None, "minutes between two; null for none by time", gt=0)
     keep: int = setting(2, "the newest so many are kept; 0 to write none", ge=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("every_n_steps", "every_minutes"):
+            if self.keep == 0 and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} says when checkpoints are written, got {name}={getattr(self, name)} with "
+                    "keep=0, which writes none; set keep >= 1 or drop it"
+                )
 
 
 @dataclass(frozen=True)
@@ -685,7 +747,12 @@ class CNNHParams(BackboneHParams):
     norm: Literal["none", "batch", "group"] = setting(
         "none", "normalisation after each convolution: by batch statistics, in groups of channels, or none"
     )
-    norm_groups: int = setting(4, "groups of channels, read only by norm=group; must divide channels", ge=1)
+    norm_groups: int = setting(
+        4,
+        "groups of channels, read only by norm=group; must divide channels",
+        ge=1,
+        only=("norm", "group"),
+    )
     dropout: float = setting(0.0, "probability of dropping a hidden unit while training", ge=0, lt=1)
 
     def __post_init__(self) -> None:
@@ -729,7 +796,12 @@ class ResNet18HParams(BackboneHParams):
     norm: Literal["batch", "group"] = setting(
         "batch", "normalisation after each convolution: by batch statistics, or in groups of channels"
     )
-    norm_groups: int = setting(4, "groups of channels, read only by norm=group; must divide channels", ge=1)
+    norm_groups: int = setting(
+        4,
+        "groups of channels, read only by norm=group; must divide channels",
+        ge=1,
+        only=("norm", "group"),
+    )
     dropout: float = setting(
         0.0, "probability of dropping a unit between the convolutions of a block while training", ge=0, lt=1
     )

@@ -43,6 +43,7 @@ METRICS = "metrics.jsonl"
 MATRIX = "accuracy_matrix.csv"
 SUMMARY = "summary.json"
 WEIGHTS = "weights.npz"
+ERROR = "error.txt"  # why a run of a sweep failed
 LOCK = ".lock"
 FREE = ("logger", "wandb", "callbacks", "checkpoint", "expected", "version", "source", "comment")
 """Settings that may differ where a run is resumed."""
@@ -96,6 +97,11 @@ def _write(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def _open_no_link(path: str, flags: int) -> int:
+    """Open a file that is changed in its place, but not what a link to another directory points at."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all; nan and infinity become null.
 
@@ -107,13 +113,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(content: str | bytes) -> dict[str, Any]:
-    """Return the mapping that JSON describes; a whole number of more than 18 digits becomes a float.
+    """Return the mapping that JSON describes; a whole number too large for a float becomes infinity.
 
     Raises:
         ValueError: it is not JSON or no mapping, or it is nested too deeply.
     """
     try:
-        value = json.loads(content, parse_int=lambda text: int(text) if len(text) < 19 else float(text))
+        value = json.loads(content, parse_int=lambda text: int(text) if len(text) < 300 else float(text))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(value, dict):
@@ -236,7 +242,7 @@ class RunDirectory:
 
     def finished(self) -> bool:
         """Whether the run has come to its end."""
-        return (self.path / SUMMARY).is_file() and load_result(self.path).summary.get("status") == "finished"
+        return (self.path / SUMMARY).is_file() and _read(self.path / SUMMARY).get("status") == "finished"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -271,7 +277,7 @@ class RunDirectory:
 
         What only documents a run, or says how it is watched and saved, may differ.
         """
-        before = _flat(_read_config(self.path / CONFIG))
+        before = _flat(_read(self.path / CONFIG))
         now = _flat(_plain("config", config))
         keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         keys = [key for key in keys if key.partition(".")[0] not in FREE]
@@ -286,7 +292,7 @@ class RunDirectory:
         """Cut `metrics.jsonl` back to a size in bytes: what a resumed run makes again."""
         path = self.path / METRICS
         if path.is_file():
-            with path.open("r+b") as file:
+            with open(path, "r+b", opener=_open_no_link) as file:
                 file.truncate(min(size, path.stat().st_size))
 
     def metrics_bytes(self) -> int:
@@ -311,7 +317,7 @@ class RunDirectory:
             ValueError: something in it is not a plain value.
         """
         line = json.dumps(_finite(_plain("record", record)), allow_nan=False, ensure_ascii=False)
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+        with open(self.path / METRICS, "a", encoding="utf-8", opener=_open_no_link) as file:
             file.write(line + "\n")
 
     def write_matrix(self, matrix: FloatArray) -> None:
@@ -429,6 +435,21 @@ def _read_summary(path: Path) -> dict[str, Any]:
     return read_json(path.read_bytes())
 
 
+READERS: Mapping[str, Callable[[Path], Any]] = {CONFIG: _read_config, MATRIX: _read_matrix, SUMMARY: _read_summary}
+
+
+def _read(path: Path) -> Any:
+    """Return what a file of a run directory says.
+
+    Raises:
+        ValueError: it is damaged; it is named.
+    """
+    try:
+        return READERS[path.name](path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
 def load_result(directory: str | Path) -> Result:
     """Read a run directory.
 
@@ -441,13 +462,7 @@ def load_result(directory: str | Path) -> Result:
     path = Path(directory)
     if not (path / CONFIG).is_file():
         raise ValueError(f"directory must be a run directory, got {path}, which has no {CONFIG}")
-    found: dict[str, Any] = {}
-    for name, read in ((CONFIG, _read_config), (MATRIX, _read_matrix), (SUMMARY, _read_summary)):
-        if (path / name).is_file():
-            try:
-                found[name] = read(path / name)
-            except ValueError as error:
-                raise ValueError(f"{path / name} is damaged: {error}") from error
+    found = {name: _read(path / name) for name in READERS if (path / name).is_file()}
     matrix = found.get(MATRIX, np.empty((0, 0), np.float64))
     if SUMMARY not in found:
         found[SUMMARY] = {"status": "unfinished", **(summarise(matrix) if matrix.size else {})}

@@ -27,6 +27,7 @@ from sequel_core.signals import InterruptedRunError, Signals
 from sequel_core.task import Benchmark, FloatArray, Task
 
 EvaluateOn = Literal["test", "validation"]
+Resume = bool | Literal["auto"]
 
 
 def run(
@@ -40,7 +41,7 @@ def run(
     config: Mapping[str, Any] | None = None,
     progress: Shown = True,
     callbacks: Sequence[StreamCallback] = (),
-    resume: bool | Literal["auto"] = False,
+    resume: Resume = False,
     checkpoint: CheckpointHParams | None = None,
 ) -> Result:
     """Train on every task in turn, evaluate, and record in a run directory.

@@ -203,7 +203,7 @@ class LightningLearner:
         """Write a checkpoint of Lightning's own format; see `sequel_core.learner.Learner`."""
         if self.trainer.model is None:  # nothing was fitted since the start, or since `restore`
             self.trainer.strategy.connect(self.module)
-        self.trainer.save_checkpoint(directory / CHECKPOINT)
+        self.trainer.save_checkpoint(directory / CHECKPOINT, weights_only=False)
         return lambda: None
 
     def restore(self, directory: Path) -> None:

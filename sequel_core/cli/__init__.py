@@ -12,6 +12,7 @@ from typing import TextIO
 from sequel_core.config import nearest
 from sequel_core.learner import DivergenceError
 from sequel_core.loggers import LoggerWarning
+from sequel_core.signals import InterruptedRunError
 
 COMMANDS = {
     "run": "run an experiment, or a sweep of them with -m",
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 for success, 1 for a run that failed, 2 for input that cannot be used (one line on
-        standard error says why), 130 for an interruption.
+        standard error says why), 128 and the number of the signal that ended it: 130 for Ctrl-C, 143 for
+        SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -54,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _dispatch(arguments)
     except DivergenceError as error:
         return _say(FAILED, str(error))
+    except InterruptedRunError as error:
+        return _say(error.exit_code, str(error))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _say(USER_ERROR, f"{where}{error.strerror or error}")

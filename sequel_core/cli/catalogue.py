@@ -15,7 +15,7 @@ from sequel_core.cli.arguments import Parser
 from sequel_core.config import Setting, check_name, choices, settings
 from sequel_core.hparams import ALGORITHMS, BACKBONES
 
-KINDS = ("algo", "benchmark", "backbone", "optimizer", "logger", "training", "experiment")
+KINDS = ("algo", "benchmark", "backbone", "optimizer", "logger", "training", "checkpoint", "experiment")
 
 
 def main(args: Sequence[str]) -> int:
@@ -40,6 +40,9 @@ def main(args: Sequence[str]) -> int:
 def _tables(kind: str) -> Iterable[Table]:
     if kind == "experiment":
         yield _experiments()
+    elif kind == "checkpoint":
+        text = "when a run writes checkpoints, beside the one after every task"
+        yield _settings("checkpoint=...", text, settings("checkpoint"), "checkpoint")
     elif kind == "training":
         yield _settings(
             "training=...", "how a learner trains and evaluates", settings("training"), "training"

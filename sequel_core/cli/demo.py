@@ -28,7 +28,7 @@ def main(args: Sequence[str]) -> int:
         name: [compose([f"+experiment={name}_rotateddigits", f"mode={mode}"]).config for mode in PLUGINS]
         for name in ALGORITHMS
     }
-    print("RotatedDigits: five rotations of real handwritten digits, learned one after another")
+    print("RotatedDigits: five rotations of real handwritten digits, one after another")
     found = compare(runs, run_dir=options.run_dir)
     print("the settings of the runs: sequel list experiment")
     return 1 if any(run.result is None for run in found.runs) else 0

@@ -17,7 +17,6 @@ import numpy as np
 import yaml
 from rich.console import Console
 from rich.table import Table
-from scipy.special import stdtrit
 
 from sequel_core import learner
 from sequel_core.cli.arguments import Parser
@@ -25,7 +24,9 @@ from sequel_core.cli.compose import CONFIGS, compose, experiments, quoted
 from sequel_core.cli.run import execute, record_failure, stated
 from sequel_core.config import DOCUMENTATION, ExperimentConfig, alias, build_benchmark, check_name
 from sequel_core.learner import PLUGINS, DivergenceError, Mode
+from sequel_core.metrics import interval
 from sequel_core.results import Result, load_result
+from sequel_core.signals import InterruptedRunError
 
 RESULTS = Path("reproduced")
 SUFFIX = "_rotatedmnist"
@@ -188,18 +189,6 @@ def new_directory(folder: Path, stem: str) -> Path:
     return next(path for path in (folder / (f"{stem}_{k}" if k else stem) for k in count()) if made(path))
 
 
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % confidence interval of the mean, None for fewer than two values.
-
-    mean - h to mean + h with h = t(0.975, n - 1) * s / sqrt(n), Student's t and the sample's deviation s.
-    """
-    n = len(values)
-    if n < 2:
-        return None
-    half = float(stdtrit(n - 1, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return float(np.mean(values)) - half, float(np.mean(values)) + half
-
-
 def verdict(mean: float, expected: Mapping[str, Any]) -> str:
     """Return `reached`, `missed` or `above`, which is reached and more than chance explains; nan is missed.
 
@@ -247,6 +236,8 @@ def _row(
             say(f"{mode}, seed {seed}: running in {path}")
             try:
                 result = execute(config, path, progress)
+            except InterruptedRunError:
+                raise
             except Exception as error:
                 record_failure(error, path)
                 how = "diverged" if isinstance(error, DivergenceError) else "failed"

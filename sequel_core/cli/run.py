@@ -13,6 +13,7 @@ from datetime import datetime
 from importlib import import_module
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import hydra
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sequel_core import learner
+from sequel_core.callbacks import StreamCallback
 from sequel_core.cli.arguments import Parser
 from sequel_core.cli.compose import CONFIGS, compose, one_line, quoted, request
 from sequel_core.cli.ranking import Job, rank
@@ -33,13 +35,15 @@ from sequel_core.cli.sweep import check_streams, combinations, varied
 from sequel_core.config import SPREAD, ExperimentConfig, build_benchmark, build_callbacks, settings
 from sequel_core.console import Shown
 from sequel_core.learner import DivergenceError
-from sequel_core.results import Result, RunDirectory
+from sequel_core.results import CONFIG, ERROR, Result, RunDirectory
+from sequel_core.sequencer import Resume
+from sequel_core.signals import InterruptedRunError
+from sequel_core.task import Benchmark
 
 VALIDATION = 0.1
 REPEATS = {"mode", "seed", "training.seed", "benchmark.seed"}
 """Settings that repeat an experiment; a sweep over them alone chooses nothing."""
 
-ERROR = "error.txt"
 FULL_ERROR = "HYDRA_FULL_ERROR"  # makes hydra.main raise instead of printing and exiting
 EXAMPLES = """examples:
   sequel run algo=ewc benchmark=rotateddigits mode=jax
@@ -47,6 +51,9 @@ EXAMPLES = """examples:
   sequel run +experiment=naive_rotatedmnist           a shipped experiment; see: sequel list experiment
   sequel run -m algo=naive,ewc seed=0,1,2             a sweep: every combination, then one table
   sequel run -m +experiment=ewc_rotatedmnist benchmark.batch_size=10,20,30 optimizer.lr=0.01,0.1
+  sequel run resume=runs/2026-11-25_10-00-00          go on with a run that was broken off
+  sequel run algo=ewc run_dir=results resume=auto     start it, or go on with it where it was broken off
+  sequel run algo=ewc run_dir=results --check         check settings and data, and stop
   sequel run algo=ewc run_dir=results --cfg           show the composed settings and stop
   sequel run algo._target_=own.code.Method algo.k=2   code of your own: algo, benchmark, backbone, optimizer,
                                                       logger and callbacks take a `_target_`
@@ -76,39 +83,85 @@ def main(args: Sequence[str]) -> int:
         "-m", "--multirun", action="store_true", help="run every combination of comma-separated values"
     )
     parser.add_argument("--cfg", action="store_true", help="print the composed settings and stop")
+    parser.add_argument("--check", action="store_true", help="check settings, data and network, and stop")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_intermixed_args(args)
     quiet = options.quiet and not options.cfg
     console = Console(quiet=quiet)
+    arguments, resume = resumed(options.arguments)
     if options.multirun:
-        return _sweep(options.arguments, console, options.cfg)
-    asked = request(options.arguments, sweep=False)
+        return _sweep(arguments, console, options.cfg, options.check, resume)
+    asked = request(arguments, sweep=False)
+    if resume and asked.run_dir is None:
+        raise ValueError("resume=auto needs run_dir=DIR, got none; or give resume=DIR")
     composed = compose(asked.overrides)
     tell(console, composed.notes)
     if options.cfg:
         console.print(_yaml(composed.config), end="", markup=False, highlight=False, soft_wrap=True)
+    if options.check:
+        check(composed.config, console)
+    if options.cfg or options.check:
         return 0
     failures: list[Exception] = []
 
     def attempt(given: DictConfig) -> float:
         try:
-            return job(given, quiet)
+            return job(given, quiet, resume)
         except Exception as error:  # Hydra would print its own account of it
             failures.append(error)
             return math.nan
 
-    with _reserved(asked.run_dir) as run_dir:
+    with _reserved(asked.run_dir, resume) as run_dir:
         _launch(attempt, [*asked.overrides, *asked.hydra, f"hydra.run.dir={quoted(str(run_dir))}"])
     if failures:
         raise failures[0]
     return 0
 
 
-def job(_: DictConfig, quiet: bool) -> float:
+def resumed(arguments: Sequence[str]) -> tuple[list[str], Resume]:
+    """Return the arguments without `resume`, and what it says; `resume=DIR` brings the settings of its run.
+
+    Raises:
+        ValueError: no run there, or a file or another directory is given beside it.
+    """
+    left = [text for text in arguments if not text.startswith("resume=")]
+    values = [text.partition("=")[2] for text in arguments if text.startswith("resume=")]
+    if not values or values[-1] in ("null", "auto"):
+        return left, "auto" if values and values[-1] == "auto" else False
+    directory = Path(values[-1])
+    for text in left:
+        if "=" not in text or text.lstrip("+").startswith(("run_dir=", "file=", "experiment=")):
+            raise ValueError(f"resume={directory} takes the settings and the place of its run; drop {text}")
+    if not (directory / CONFIG).is_file():
+        raise ValueError(f"resume must be a run directory, or auto, got {directory}, which has no {CONFIG}")
+    return [str(directory / CONFIG), *left, f"run_dir={directory}"], True
+
+
+def check(config: ExperimentConfig, console: Console) -> None:
+    """Build the stream, the network and the loggers of an experiment, and say that it could run.
+
+    Raises:
+        ValueError: something that cannot be used.
+    """
+    benchmark = build_benchmark(config)
+    with TemporaryDirectory() as folder:
+        made = build(config, benchmark, Path(folder))[0]
+        parameters = made.describe()["parameters"]
+        made.close()
+    console.print(
+        f"valid: {made.hparams.name} on {benchmark.name} in {made.mode}, {len(benchmark)} tasks, "
+        f"{parameters:,} parameters",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def job(_: DictConfig, quiet: bool, resume: Resume = False) -> float:
     """Run one job that Hydra starts: compose, build, run, in the directory that Hydra gives it.
 
     Args:
         quiet: print nothing but errors.
+        resume: as of `sequel_core.run`.
 
     Returns:
         What a sweep is ranked by, a fraction; nan for a run of a sweep that failed, whose directory says why.
@@ -120,7 +173,7 @@ def job(_: DictConfig, quiet: bool) -> float:
     context = HydraConfig.get()
     overrides, run_dir = list(context.overrides.task), Path(context.runtime.output_dir)
     if context.mode != RunMode.MULTIRUN:
-        return ranked_by(execute(compose(overrides).config, run_dir, not quiet))
+        return ranked_by(execute(compose(overrides).config, run_dir, not quiet, resume))
     console = Console(quiet=quiet)
     written = " ".join(text.lstrip("+") for text in overrides)
     console.rule(escape(f"run {run_dir.name}: {written}"), align="left")
@@ -128,28 +181,45 @@ def job(_: DictConfig, quiet: bool) -> float:
         composed = compose(overrides)
         if context.runtime.choices["hydra/sweeper"] != "basic":  # else all were told before the first started
             tell(console, composed.notes)
-        return ranked_by(execute(composed.config, run_dir, not quiet))
+        return ranked_by(execute(composed.config, run_dir, not quiet, resume))
+    except InterruptedRunError as error:
+        raise KeyboardInterrupt from error  # after an Exception Hydra would start the next run
     except Exception as error:
         record_failure(error, run_dir)
         return math.nan
 
 
-def execute(config: ExperimentConfig, run_dir: Path, progress: Shown = True) -> Result:
+def build(
+    config: ExperimentConfig, benchmark: Benchmark, run_dir: Path
+) -> tuple[learner.Learner, Sequence[StreamCallback]]:
+    """Return the learner of an experiment, and the callbacks of its stream.
+
+    Raises:
+        ValueError: something wrong that only the built learner could tell.
+    """
+    stream_callbacks, own = build_callbacks(config, run_dir)
+    arguments = {"callbacks": own} if own else {}
+    made: learner.Learner = learner.plugin(config.mode).build_learner(config, benchmark, run_dir, **arguments)
+    return made, stream_callbacks
+
+
+def execute(
+    config: ExperimentConfig, run_dir: Path, progress: Shown = True, resume: Resume = False
+) -> Result:
     """Run one experiment.
 
     Args:
         config: checked.
         run_dir: an empty or new directory.
         progress: what to show of the run; all of it ends with the published results beside the measured ones.
+        resume: as of `sequel_core.run`.
 
     Raises:
         ValueError: something wrong that only the built stream or learner could tell.
         DivergenceError: the loss became nan or infinite; what was recorded until then is kept.
     """
     benchmark = build_benchmark(config)
-    plugin = learner.plugin(config.mode)
-    stream_callbacks, own = build_callbacks(config, run_dir)
-    model = plugin.build_learner(config, benchmark, run_dir, **({"callbacks": own} if own else {}))
+    model, stream_callbacks = build(config, benchmark, run_dir)
     result: Result = import_module("sequel_core.sequencer").run(
         model,
         benchmark,
@@ -160,6 +230,8 @@ def execute(config: ExperimentConfig, run_dir: Path, progress: Shown = True) -> 
         config=config.plain(),
         progress=progress,
         callbacks=stream_callbacks,
+        resume=resume,
+        checkpoint=config.checkpoint,
     )
     if progress is True:
         _tell_expected(Console(), config, result)
@@ -201,7 +273,7 @@ def _tell_expected(console: Console, config: ExperimentConfig, result: Result) -
         console.print(f"{text}{source}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _sweep(arguments: Sequence[str], console: Console, show: bool) -> int:
+def _sweep(arguments: Sequence[str], console: Console, show: bool, test: bool, resume: Resume) -> int:
     """Compose and check every job, then run all of them through Hydra and print one table."""
     asked = request(arguments, sweep=True)
     own_sweeper = any(text.lstrip("+").startswith("hydra/sweeper=") for text in asked.hydra)
@@ -221,14 +293,20 @@ def _sweep(arguments: Sequence[str], console: Console, show: bool) -> int:
         for item in found:
             text = f"# {' '.join(item.overrides)}\n{_yaml(item.config)}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if test:
+        for item in found:
+            check(item.config, console)
+    if show or test:
         return 0
+    if resume is True or (resume and asked.run_dir is None):
+        raise ValueError("resume must be auto for a sweep, with run_dir=DIR; it goes on with every run there")
     check_streams({str(item): item.config for item in found})
     quiet = console.quiet
 
     def start(given: DictConfig) -> float:  # launchers pickle it, which a console cannot be
-        return job(given, quiet)
+        return job(given, quiet, resume)
 
-    with _reserved(asked.run_dir or _sweep_directory()) as directory:
+    with _reserved(asked.run_dir or _sweep_directory(), resume) as directory:
         _launch(start, [*overrides, *asked.hydra, f"hydra.sweep.dir={quoted(str(directory))}", "--multirun"])
         directory.joinpath("multirun.yaml").unlink(missing_ok=True)
     shown = varied(found)
@@ -252,9 +330,12 @@ def _sweep_directory() -> str:
 
 
 @contextmanager
-def _reserved(run_dir: str | None) -> Iterator[Path]:
+def _reserved(run_dir: str | None, resume: Resume = False) -> Iterator[Path]:
     """Make the directory of a run, and take away again what was made where nothing was written into it."""
     wanted = None if run_dir is None else Path(run_dir)
+    if resume and wanted is not None and wanted.is_dir():
+        yield wanted.absolute()
+        return
     made = [path for path in (wanted, Path("runs")) if path is not None and not path.exists()]
     path = RunDirectory.create(run_dir).path.absolute()
     if run_dir is None:

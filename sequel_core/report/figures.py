@@ -259,7 +259,8 @@ def bars(rows: Sequence[Row], width: float, x_label: str) -> Figure:
         y = 0.0
         for row in rows:
             label, place = _shortened(row.label, width), axes.get_yaxis_transform()
-            axes.text(0.005, y + 0.2, label, transform=place, va="center", weight="bold")
+            behind = {"facecolor": LIGHT["surface"], "linewidth": 0, "pad": 1}  # hides the lines of the axes
+            axes.text(0.005, y + 0.2, label, transform=place, va="center", weight="bold", bbox=behind)
             y += 0.32
             for bar in row.bars:
                 _bar(axes, row.label, bar, y + 0.11)

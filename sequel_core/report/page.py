@@ -60,6 +60,8 @@ def write_report(
     _check("path", html, force)
     if notes is not None:
         _check("markdown", notes, force)
+        if notes.resolve() == html.resolve():
+            raise ValueError(f"markdown must not be the HTML file, got {notes} for both; choose another one")
     if folder is not None and not (folder.is_dir() or (folder.parent.is_dir() and not folder.exists())):
         raise ValueError(f"png must be a folder, or a new one in a folder that exists, got {folder}")
     study = read_study(directories)

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sequel_core.cli.reproduce import interval
-from sequel_core.cli.run import ERROR
 from sequel_core.config import DOCUMENTATION, SECTIONS, flatten
-from sequel_core.results import CONFIG, MATRIX, METRICS, SUMMARY, Result, load_result, read_metrics
+from sequel_core.metrics import interval
+from sequel_core.results import CONFIG, ERROR, MATRIX, METRICS, SUMMARY, Result, load_result, read_metrics
 from sequel_core.target import TARGET
 from sequel_core.task import FloatArray
 

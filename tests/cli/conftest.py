@@ -56,6 +56,7 @@ class NearestMean:
         """Log nowhere."""
 
     def save(self, directory: Path) -> Callable[[], None]:
+        directory.mkdir()
         np.save(directory / "means.npy", self.means)
         return lambda: None
 

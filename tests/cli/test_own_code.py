@@ -191,9 +191,7 @@ def test_what_is_made_of_arguments(package: Path) -> None:
 def test_the_choice_of_a_target_and_of_a_name(package: Path) -> None:
     config, notes = compose(["own.yaml", "algo=ewc", "algo.ewc_lambda=2"])
     assert config.algo.name == "ewc"
-    assert notes == [
-        "algo=ewc in place of outside.${mode}_code.Magnitude: dropped the file's algo.strength"
-    ]
+    assert notes == ["algo=ewc in place of outside.${mode}_code.Magnitude: dropped the file's algo.strength"]
     text = "algo: {name: ewc, ewc_lambda: 2, min_lr: 0.1}\nexpected: {avg_acc: 5}\n"
     (package / "named.yaml").write_text(text)
     config, notes = compose(["named.yaml", "algo._target_=outside.pytorch_code.Magnitude"])

@@ -15,13 +15,13 @@ from sequel_core.cli import reproduce as command
 from sequel_core.cli.compose import compose
 from sequel_core.cli.reproduce import (
     fingerprint,
-    interval,
     kept,
     new_directory,
     published,
     reproduce,
     verdict,
 )
+from sequel_core.metrics import interval
 from sequel_core.results import load_result
 from tests.cli.conftest import Plugin
 

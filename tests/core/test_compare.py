@@ -109,8 +109,10 @@ def test_the_differences_are_numpys(digits: Benchmark, tmp_path: Path) -> None:
         assert gaps[name][tuple(map(int, place.split(", ")))] == one.weight
 
 
-def test_both_frameworks_are_equal_in_double_precision_and_the_report_has_them(tmp_path: Path) -> None:
-    """The real thing, from overrides alone."""
+def test_both_frameworks_are_equal_in_double_precision_and_the_report_has_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The real thing, from overrides alone; without progress neither framework says a word."""
     training = [
         "training.dtype=float64",
         "optimizer.lr=0.1",
@@ -130,6 +132,7 @@ def test_both_frameworks_are_equal_in_double_precision_and_the_report_has_them(t
     with np.load(first / "weights.npz") as a, np.load(second / "weights.npz") as b:
         assert a["head/kernel"].dtype == np.float64
         assert one.weight == max(np.abs(a[name] - b[name]).max() for name in a.files)
+    assert (capsys.readouterr(), caplog.messages) == (("", ""), [])
     assert found.report == tmp_path / "report.html"
     text = found.report.read_text()
     assert "PyTorch" in text

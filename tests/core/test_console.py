@@ -1,6 +1,7 @@
 """What a run shows, on a terminal that is recorded and whose clock is set by hand, and elsewhere."""
 
 import io
+import logging
 import re
 import sys
 from pathlib import Path
@@ -125,16 +126,20 @@ def test_the_time_left_counts_what_evaluations_take() -> None:
     assert words(terminal.lines[-3]) == "stream = task 2/4 0:01:34"
 
 
-def test_what_others_print_stays_whole_above_the_bars() -> None:
+def test_what_others_print_stays_whole_above_the_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     benchmark = stream("a")
+    handler, logger = logging.StreamHandler(), logging.getLogger("tests.console")  # takes sys.stderr as it is
+    monkeypatch.setattr(logger, "handlers", [handler])
     with Display(benchmark, learner(), True, terminal.console) as display:
         display.start(benchmark[0], epochs=1)
         display.update(benchmark[0], progress(50, 100))
         print("a line of the user's")
         print("a user's warning", file=sys.stderr)
+        logger.warning("a user's record")
         display.finish(benchmark[0], row(1.0))
-    assert {"a line of the user's", "a user's warning"} <= set(terminal.lines)
+    assert {"a line of the user's", "a user's warning", "a user's record"} <= set(terminal.lines)
+    assert handler.stream is sys.stderr
     assert terminal.lines[-1] == "loss 0.1234, accuracy 95.50 %, average 100.00 %"
 
 
@@ -177,7 +182,7 @@ def test_no_bars_beside_those_of_the_learner_or_on_a_dumb_terminal() -> None:
 
 @pytest.mark.parametrize(("epochs", "end"), [(1, "stopped early"), (5, "stopped early in epoch 2/5")])
 def test_a_task_that_was_stopped_early(epochs: int, end: str) -> None:
-    terminal = Terminal()
+    terminal = Terminal(width=100)
     benchmark = stream("a", "b")
     with Display(benchmark, learner(), True, terminal.console) as display:
         display.start(benchmark[0], epochs)

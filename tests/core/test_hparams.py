@@ -209,7 +209,7 @@ def test_algorithms_without_a_rule_of_their_own_do_not_decay() -> None:
 def test_a_memory_has_its_slots_and_parts(memory: MemoryPolicy, parts: int) -> None:
     assert ERHParams(memory=memory).parts(SPEC) == parts
     assert ERHParams(memory=memory, mem_size=30).slots(3) == 30
-    per_task = ERHParams(memory=memory, mem_size=1, per_task_memory_samples=10)
+    per_task = ERHParams(memory=memory, per_task_memory_samples=10)
     assert [per_task.slots(tasks) for tasks in (1, 3)] == [10, 30]
     assert ERHParams(memory=memory, per_task_memory_samples=0).slots(3) == 0
     for fits in (ERHParams(memory=memory, mem_size=30), per_task, ERHParams(memory=memory, mem_size=0)):

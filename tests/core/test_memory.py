@@ -488,7 +488,7 @@ def test_a_planner_of_nothing() -> None:
 
 @every_policy
 def test_the_memory_may_be_given_by_its_samples_of_each_task(memory: MemoryPolicy) -> None:
-    hparams = ERHParams(memory=memory, mem_size=1, per_task_memory_samples=4, mem_batch_size=4)
+    hparams = ERHParams(memory=memory, per_task_memory_samples=4, mem_batch_size=4)
     assert hparams.slots(SPEC.num_tasks) == SIZE
     planner = MemoryPlanner(hparams, SPEC, 0)
     assert planner.slots == SIZE

@@ -1,6 +1,8 @@
 import json
 import math
 import os
+import platform
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -17,6 +19,9 @@ from sequel_core.results import (
     load_result,
     load_weights,
     peak_memory_bytes,
+    read_json,
+    read_metrics,
+    read_yaml,
     versions,
 )
 
@@ -135,6 +140,13 @@ def test_unfinished_run(tmp_path: Path) -> None:
         ),
         ("summary.json", '{"steps": ', r"summary\.json is damaged"),
         ("summary.json", "[]", r"summary\.json is damaged: it holds no mapping"),
+        ("summary.json", "[" * 100_000, r"summary\.json is damaged: it is nested too deeply"),
+        ("summary.json", '{"a":' * 60 + "1" + "}" * 60, r"summary\.json is damaged: it is nested more than 50 deep"),
+        ("config.yaml", "[" * 10_000, r"config\.yaml is damaged: it is nested too deeply"),
+        ("config.yaml", "a: &a [*a]", r"config\.yaml is damaged: it is nested more than 50 deep"),
+        ("config.yaml", "a: !!int ''", r"config\.yaml is damaged: string index out of range"),
+        ("config.yaml", "a: !!python/object/apply:os.abort []", r"config\.yaml is damaged: could not determine"),
+        ("accuracy_matrix.csv", f"task_0\n{'1' * 200_000}\n", r"matrix\.csv is damaged: field larger than"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
@@ -255,3 +267,160 @@ def test_versions_name_only_what_is_loaded() -> None:
     assert found["numpy"] == np.__version__
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert versions()["sequel-cl"] == metadata.version("sequel-cl")
+
+
+def test_aliases_cannot_make_a_small_file_huge(tmp_path: Path) -> None:
+    """Ten levels of ten aliases are 10^10 values; as merge keys they would be as many pairs."""
+    file = tmp_path / "a.yaml"
+    for first, item in (("{a: 1, b: 2}", "<<: ["), ("[1, 2]", "a: [")):
+        lines = [f"l0: &l0 {first}"]
+        for k in range(1, 11):
+            lines.append(f"l{k}: &l{k} {{{item}{', '.join([f'*l{k - 1}'] * 10)}]}}")
+        file.write_text("\n".join(lines))
+        with pytest.raises(ValueError, match="it is more than 100000 values"):
+            read_yaml(file)
+    file.write_text("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]\n")  # what aliases are for
+    assert read_yaml(file) == {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": [{"x": 1}, {"x": 1}]}
+
+
+def test_json_of_any_number() -> None:
+    found = read_json('{"a": 18446744073709551615, "b": ' + "9" * 299 + ', "c": -' + "9" * 400 + ', "d": 1e999}')
+    assert found == {"a": 2**64 - 1, "b": 10**299 - 1, "c": -math.inf, "d": math.inf}
+    assert float(found["b"]) == 1e299
+
+
+def test_metrics_that_are_no_numbers_are_not_a_number() -> None:
+    result = Result(None, {}, MATRIX, {"average_accuracy": "high", "bwt": [], "fwt": 1})
+    assert math.isnan(result.average_accuracy)
+    assert math.isnan(result.bwt)
+    assert result.fwt == 1.0
+
+
+def test_a_damaged_line_of_the_metrics_is_named(tmp_path: Path) -> None:
+    for line in ("[" * 100_000, "3", "{]", '{"a":' * 60 + "1" + "}" * 60):
+        (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+        records = read_metrics(tmp_path)
+        assert next(records) == {"step": 1}
+        with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged in line 2: "):
+            next(records)
+
+
+def test_what_a_link_points_at_is_not_written(tmp_path: Path) -> None:
+    precious = tmp_path / "precious.txt"
+    precious.write_text("years of work")
+    directory = RunDirectory.create(tmp_path / "run")
+    for name in ("metrics.jsonl", "config.yaml", "accuracy_matrix.csv", "summary.json"):
+        (directory.path / name).symlink_to(precious)
+    for change in (lambda: directory.append_metrics({"step": 1}), lambda: directory.rewind_metrics(0)):
+        with pytest.raises(OSError, match="symbolic link"):
+            change()
+    directory.write_config(CONFIG)
+    directory.write_matrix(MATRIX)
+    directory.write_summary({"status": "finished"})
+    assert load_result(directory.path).config == CONFIG  # the links are replaced
+    assert precious.read_text() == "years of work"
+
+
+def test_opening_the_directory_of_a_run(tmp_path: Path) -> None:
+    path = complete(tmp_path).path
+    for resume in (True, "auto"):
+        assert RunDirectory.open(path, CONFIG, resume).path == path  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"run_dir must be empty or new, got .*go on with its run \(resume\)"):
+        RunDirectory.open(path, CONFIG, False)
+    new = tmp_path / "new"
+    for where in (new, tmp_path, None):
+        with pytest.raises(ValueError, match="resume needs a run_dir that holds a run, got"):
+            RunDirectory.open(where, CONFIG, True)
+    assert not new.exists()
+    assert RunDirectory.open(new, CONFIG, "auto").path == new
+    assert RunDirectory.open(new, CONFIG, "auto").path == new  # still empty
+    with pytest.raises(ValueError, match="run_dir must be empty or new"):
+        RunDirectory.open(tmp_path, CONFIG, "auto")
+
+
+def test_settings_that_differ_are_named(tmp_path: Path) -> None:
+    directory = complete(tmp_path)
+    directory.check_config({**CONFIG, "logger": {"csv": {}}, "comment": "another", "checkpoint": {"keep": 1}})
+    directory.check_config({**CONFIG, "widths": (256, np.int64(256))})  # as it would be written
+    other = {**CONFIG, "algo": {"name": "ewc", "ewc_lambda": 1e-4, "gamma": None}, "widths": [256], "new": "x"}
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        directory.check_config(other)
+    assert str(error.value) == (
+        f"run_dir holds another run, got {directory.path}: algo.ewc_lambda is 1e-05 there and 0.0001 here; new is "
+        "None there and 'x' here; widths is [256, 256] there and [256] here; resume it with its own settings, or "
+        "choose another path"
+    )
+    (directory.path / "config.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match=r"run/config\.yaml is damaged: it holds no mapping"):
+        directory.check_config(CONFIG)
+
+
+def test_whether_a_run_has_finished(tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path)
+    assert not directory.finished()
+    for status, finished in (("interrupted", False), ("finished", True), (None, False), (["finished"], False)):
+        directory.write_summary({"status": status})
+        assert directory.finished() is finished
+    directory.write_summary({})
+    assert not directory.finished()
+    (tmp_path / "summary.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"summary\.json is damaged: it holds no mapping"):
+        directory.finished()
+
+
+HOLD = """
+import sys
+from sequel_core.results import RunDirectory
+with RunDirectory.open(sys.argv[1], {}, "auto").locked():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def hold(path: Path) -> subprocess.Popen[str]:
+    """Lock a directory in another process, until its input ends."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    child = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], text=True, **pipes)  # type: ignore[call-overload]
+    assert child.stdout.readline() == "held\n"
+    return child  # type: ignore[no-any-return]
+
+
+def test_one_process_writes_into_a_directory(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    with hold(tmp_path) as child:
+        for _ in range(2):
+            with pytest.raises(ValueError) as error, directory.locked():  # noqa: PT011, PT012
+                raise AssertionError("two writers")
+            assert str(error.value) == (
+                f"run_dir must not be in use, got {tmp_path}, in which process {child.pid} on {platform.node()} "
+                "runs; wait for its end or choose another path"
+            )
+        for content in ("{", "[]", '{"host": "a"}', ""):
+            (tmp_path / ".lock.json").write_text(content)
+            with pytest.raises(ValueError, match="in which another process runs"), directory.locked():
+                pass
+        child.communicate("")  # it ends
+    with directory.locked():
+        told = json.loads((tmp_path / ".lock.json").read_text())
+        assert told == {"host": platform.node(), "process": os.getpid()}
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    with hold(tmp_path) as child:
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", ".lock.json"}
+        with RunDirectory(tmp_path).locked():
+            assert json.loads((tmp_path / ".lock.json").read_text())["process"] == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_is_released_by_an_error(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    for _ in range(2):
+        with pytest.raises(OSError, match="full"), directory.locked():  # noqa: PT012
+            with pytest.raises(ValueError, match="in use"), RunDirectory(tmp_path).locked():
+                pass
+            raise OSError("full")
+    assert not list(tmp_path.iterdir())

@@ -123,7 +123,7 @@ def test_a_donating_loop_keeps_the_anchors(hparams: EWCHParams) -> None:
         *((hparams, "float32", 1) for hparams in (SI, MAS, LFL, StableSGDHParams(), AGEM, ER, DER, DERPP)),
         (ICARL, "float32", 1),
         (KCL, "float32", 1),
-        (replace(KCL, kernel_type="rbf"), "float32", 2),
+        (replace(KCL, kernel_type="rbf", d_rn_f=1024), "float32", 2),
         *((hparams, "float32", 1) for hparams in (MCSGD, ONLINE, LAMAML)),
     ],
     ids=lambda value: value.name if isinstance(value, AlgorithmHParams) else str(value),

@@ -39,7 +39,7 @@ from tests.lightning.parts import (
 )
 from tests.lightning.parts import KCL as RFF
 
-RBF = replace(RFF, kernel_type="rbf")
+RBF = replace(RFF, kernel_type="rbf", d_rn_f=1024)
 EPOCHS = 2
 HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_train_end")
 

@@ -99,7 +99,7 @@ def test_the_optimizer_has_no_part_in_asynchronous_updates() -> None:
         ends.append(model)
     for a, b in zip(ends[0].net.parameters(), ends[1].net.parameters(), strict=True):
         assert torch.equal(a, b)
-    fixed = module(stream(), replace(ASYNC, learn_lr=False))
+    fixed = module(stream(), replace(ASYNC, learn_lr=False, lr_alpha=0.3))
     learn(fixed, stream(), 0)
     assert isinstance(fixed, LaMAML)
     assert {float(a.min()) for a in fixed.state.rates.values()} == {float(np.float32(0.15))}

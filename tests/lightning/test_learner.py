@@ -185,7 +185,7 @@ def test_evaluation_and_reports_follow_limited_epochs() -> None:
     reports: list[Progress] = []
     made.fit_task(benchmark.tasks[0], FitMonitor(reports.append, lambda: at.append(made.step), "epoch"))
     assert at == [3]
-    assert [(r.task_step, r.task_steps) for r in reports] == [(2, 6), (3, 6), (5, 6), (6, 6)]
+    assert [(r.task_step, r.task_steps) for r in reports] == [(2, 6), (3, 6), (4, 6), (6, 6)]
 
 
 def plain_loop(benchmark: Benchmark, lr: float, epochs: int) -> tuple[list[float], list[float]]:

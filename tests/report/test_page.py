@@ -257,6 +257,7 @@ def test_a_file_of_somebody_else_is_kept(short: Path, tmp_path: Path) -> None:
         ({"path": "."}, "path must be a file in a folder that exists"),
         ({"path": "nowhere/a.html"}, "path must be a file in a folder that exists, got nowhere/a.html"),
         ({"markdown": "nowhere/a.md"}, "markdown must be a file in a folder that exists"),
+        ({"markdown": "a.html"}, "markdown must not be the HTML file, got a.html for both"),
         ({"png": "nowhere/figures"}, "png must be a folder, or a new one in a folder that exists"),
         ({"png": "file"}, "png must be a folder, or a new one in a folder that exists, got file"),
     ],

@@ -1,0 +1,362 @@
+"""Checkpoints on the disk: only whole ones are chosen, whatever happened to the others."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sequel_core import results
+from sequel_core.checkpoints import MANIFEST, RUN, Checkpoints, verify
+
+PARTS = {"weights.bin": 5000, "state/a.bin": 300, "state/deep/b.bin": 1, "state/empty": 0}
+
+
+def write(path: Path) -> Callable[[], None]:
+    """Write a learner's part, the last file of it in the background."""
+    contents = {name: random.Random(f"{path.name} {name}").randbytes(size) for name, size in PARTS.items()}
+    last = contents.popitem()
+    for name, content in contents.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    return lambda: (path / last[0]).write_bytes(last[1]) and None  # type: ignore[func-returns-value]
+
+
+def saved(run_dir: Path, count: int, keep: int = 2) -> Path:
+    """Save some checkpoints; return the folder."""
+    files = Checkpoints(run_dir, keep)
+    for k in range(count):
+        files.save(write, {"done": [k, "evaluate"]})
+    files.close()
+    return files.directory
+
+
+def chosen(run_dir: Path) -> tuple[str, Any] | None:
+    found = Checkpoints(run_dir).newest()
+    return None if found is None else (found.path.name, found.run["done"])
+
+
+def test_what_is_saved_is_found_with_the_orchestrators_part(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 3)
+    assert chosen(tmp_path) == ("3", [2, "evaluate"])
+    for number in (2, 3):
+        for name, size in PARTS.items():
+            expected = random.Random(f"{number} {name}").randbytes(size)
+            assert (folder / str(number) / name).read_bytes() == expected
+    listed = json.loads((folder / "3" / MANIFEST).read_text())
+    assert listed.keys() == {*PARTS, RUN}
+    assert listed["state/empty"] == {
+        "bytes": 0,
+        "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",  # of nothing
+    }
+    assert Checkpoints(tmp_path).bytes() == sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_run_without_checkpoints(tmp_path: Path) -> None:
+    files = Checkpoints(tmp_path)
+    assert files.newest() is None
+    files.clear()
+    files.close()
+    assert files.bytes() == 0
+    assert not files.directory.exists()
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
+    folder = saved(tmp_path, 5, keep)
+    assert sorted(path.name for path in folder.iterdir()) == [str(k) for k in range(6 - keep, 6)]
+
+
+def test_numbers_go_on_after_a_restart(tmp_path: Path) -> None:
+    saved(tmp_path, 12)
+    folder = saved(tmp_path, 1)
+    assert {path.name for path in folder.iterdir()} == {"12", "13"}
+    assert chosen(tmp_path) == ("13", [0, "evaluate"])
+
+
+def test_the_run_is_told_when_a_write_in_the_background_has_failed(tmp_path: Path) -> None:
+    files = Checkpoints(tmp_path)
+    files.save(write, {"done": 1})
+
+    def fails(path: Path) -> Callable[[], None]:
+        def finish() -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        write(path)
+        return finish
+
+    files.save(fails, {"done": 2})
+    with pytest.raises(OSError, match="No space left on device"):
+        files.save(write, {"done": 3})
+    assert chosen(tmp_path) == ("1", 1)
+    files.wait()  # said once
+    files.save(fails, {"done": 4})
+    with pytest.raises(OSError, match="No space left on device"):
+        files.wait()
+    files.save(fails, {"done": 5})
+    with pytest.raises(OSError, match="No space left on device"):
+        files.close()
+    assert chosen(tmp_path) == ("1", 1)
+
+
+@pytest.mark.parametrize("name", [RUN, MANIFEST])
+def test_no_room_for_the_last_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    saved(tmp_path, 2)
+    wrote = results._write
+
+    def full(path: Path, content: bytes) -> None:
+        if path.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        wrote(path, content)
+
+    monkeypatch.setattr(results, "_write", full)
+    files = Checkpoints(tmp_path)
+    files.save(write, {"done": 3})
+    with pytest.raises(OSError, match="No space left on device"):
+        files.close()
+    assert chosen(tmp_path) == ("2", [1, "evaluate"])
+
+
+def test_what_is_not_plain_is_refused(tmp_path: Path) -> None:
+    files = Checkpoints(tmp_path)
+    files.save(write, {"done": object()})
+    with pytest.raises(ValueError, match=r"run\.done must be a plain value"):
+        files.close()
+    assert chosen(tmp_path) is None
+
+
+@pytest.mark.parametrize("stage", ["learner", "background", "run", "manifest"])
+def test_a_process_killed_while_it_saves_leaves_the_one_before(tmp_path: Path, stage: str) -> None:
+    saved(tmp_path, 1)
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+from sequel_core import checkpoints, results
+from tests.core.test_checkpoints import write
+stage, files = {stage!r}, checkpoints.Checkpoints(Path({str(tmp_path)!r}))
+def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+def dying(path):
+    finish = write(path)
+    if stage == "learner": die()
+    return die if stage == "background" else finish
+wrote = os.fsync
+def fsync(number):
+    if stage + ".json" in os.readlink(f"/proc/self/fd/{{number}}"): die()
+    wrote(number)
+os.fsync = fsync
+files.save(dying, {{"done": 2}})
+files.close()
+"""
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == -9
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+    assert chosen(tmp_path) == ("1", [0, "evaluate"])
+    files = Checkpoints(tmp_path)
+    found = files.newest()
+    assert found is not None
+    files.clear(found.path)
+    assert [path.name for path in files.directory.iterdir()] == ["1"]
+    files.save(write, {"done": 2})
+    files.close()
+    assert chosen(tmp_path) == ("2", 2)
+
+
+def damages() -> Iterator[tuple[str, str, Callable[[Path], object]]]:
+    """Yield name of a file, what is said of it, and what does it."""
+    rng = random.Random(0)
+    for name in (*PARTS, RUN):
+        yield name, "is missing", lambda file: file.unlink()
+        yield name, "differs", lambda file: file.write_bytes(file.read_bytes() + b"\0")
+        if PARTS.get(name, 99):
+            for _ in range(10):
+                place = rng.random()
+                yield name, "differs", lambda file, place=place: flip(file, place, rng.randrange(8))
+                yield name, "differs", lambda file, place=place: cut(file, place)
+    yield "new.bin", "is not of it", lambda file: file.write_bytes(b"")
+    yield "state/deep/new.bin", "is not of it", lambda file: file.write_bytes(b"x")
+
+
+def flip(file: Path, place: float, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 1 << bit
+    file.write_bytes(content)
+
+
+def cut(file: Path, place: float) -> None:
+    file.write_bytes(file.read_bytes()[: int(place * file.stat().st_size)])
+
+
+def test_every_damage_is_found_and_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 2)
+    shutil.copytree(folder / "2", tmp_path / "whole")
+    for name, what, damage in damages():
+        shutil.rmtree(folder / "2")
+        shutil.copytree(tmp_path / "whole", folder / "2")
+        damage(folder / "2" / name)
+        with pytest.raises(ValueError, match=rf"checkpoint .*2 is damaged: {name} {what}$"):
+            verify(folder / "2")
+        with pytest.warns(UserWarning, match=rf"{name} {what}; an older checkpoint is used, if there is one"):
+            assert chosen(tmp_path) == ("1", [0, "evaluate"])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b'{"a": 1}', b"\xff\xfe", b"[" * 100_000, b'{"run.json": ' * 900 + b"1" + b"}" * 900],
+    ids=["empty", "cut", "list", "null", "other", "binary", "deep", "deep mapping"],
+)  # fmt: skip
+def test_a_damaged_manifest(tmp_path: Path, content: bytes) -> None:
+    folder = saved(tmp_path, 2)
+    (folder / "2" / MANIFEST).write_bytes(content)
+    with pytest.warns(UserWarning, match=rf"checkpoint .*2 is damaged: .*{MANIFEST}"):
+        assert chosen(tmp_path) == ("1", [0, "evaluate"])
+
+
+def test_a_manifest_of_any_cut_or_flipped_bit(tmp_path: Path) -> None:
+    """A flipped bit either breaks it or names something that is not there."""
+    folder = saved(tmp_path, 1)
+    manifest = folder / "1" / MANIFEST
+    whole = manifest.read_bytes()
+    rng = random.Random(1)
+    for _ in range(60):
+        manifest.write_bytes(whole)
+        flip(manifest, rng.random(), rng.randrange(8)) if rng.random() < 0.5 else cut(manifest, rng.random())
+        if json_or_none(manifest) != json.loads(whole):
+            with pytest.raises(ValueError, match=r"checkpoint .*1 is damaged: "):
+                verify(folder / "1")
+
+
+def json_or_none(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", "{", "[" * 100_000], ids=["list", "null", "3", "cut", "deep"])
+def test_an_orchestrators_part_that_is_none_though_the_manifest_agrees(tmp_path: Path, content: str) -> None:
+    folder = saved(tmp_path, 2)
+    rewritten(folder / "2", content)
+    with pytest.warns(UserWarning, match=rf"checkpoint .*2 is damaged: {RUN} "):
+        assert chosen(tmp_path) == ("1", [0, "evaluate"])
+
+
+def test_a_checkpoint_of_another_format(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 1)
+    rewritten(folder / "1", '{"format": 2}')
+    with pytest.raises(ValueError, match=r"checkpoint .*1 has format 2, this version reads 1"):
+        verify(folder / "1")
+
+
+def rewritten(path: Path, content: str) -> None:
+    """Replace the orchestrator's part, and tell the manifest."""
+    (path / RUN).write_text(content)
+    listed = json.loads((path / MANIFEST).read_text())
+    listed[RUN] = {"bytes": len(content), "sha256": sha256(content.encode()).hexdigest()}
+    (path / MANIFEST).write_text(json.dumps(listed))
+
+
+def test_nothing_whole_is_left(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 2)
+    (folder / "1" / MANIFEST).unlink()
+    (folder / "2" / "weights.bin").unlink()
+    with pytest.warns(UserWarning, match=r"weights\.bin is missing"):
+        assert chosen(tmp_path) is None
+    files = Checkpoints(tmp_path)
+    files.clear()
+    assert not list(folder.iterdir())
+    files.save(write, {"done": 1})
+    files.close()
+    assert chosen(tmp_path) == ("1", 1)
+
+
+def test_clear_removes_what_is_newer_and_what_is_half(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 4, keep=3)
+    (folder / "5.orbax-checkpoint-tmp").mkdir()
+    files = Checkpoints(tmp_path)
+    files.clear(folder / "3")
+    assert {path.name for path in folder.iterdir()} == {"2", "3"}
+    files.save(write, {"done": 4})
+    files.close()
+    assert chosen(tmp_path) == ("4", 4)
+
+
+@pytest.mark.parametrize("name", ["7", "007", "²", "٧", ".DS_Store", "notes.txt"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_somebody_else_has_put_there(tmp_path: Path, name: str, kind: str) -> None:
+    """It is neither chosen nor in the way; what has no number, or what a link points at, is not touched."""
+    run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run_dir.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / MANIFEST).write_text("years of work")
+    folder = saved(run_dir, 1)
+    if kind == "file":
+        (folder / name).write_text("x")
+    elif kind == "folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).symlink_to(elsewhere)
+    files = Checkpoints(run_dir, keep=1)
+    found = files.newest()
+    assert found is not None
+    assert found.path.name == "1"
+    files.clear(found.path)
+    for k in (2, 3):
+        files.save(write, {"done": k})
+    files.close()
+    assert chosen(run_dir) == ("3", 3)
+    assert os.path.lexists(folder / name) == (name not in ("7", "007"))
+    assert (elsewhere / MANIFEST).read_text() == "years of work"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB, of the test's own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = sys.platform == "linux" and shutil.which("mount") is not None
+    line = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if not mounted or subprocess.run(line, capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here: that needs Linux and root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk(small_disk: Path) -> None:
+    """Each checkpoint has 5.3 kB in four blocks or more: the disk is full before the tenth."""
+    files = Checkpoints(small_disk, keep=100)
+    done = 0
+    with pytest.raises(OSError, match="No space left on device"):  # noqa: PT012 - at which one depends on blocks
+        for done in range(1, 100):
+            files.save(write, {"done": done})
+            files.wait()
+    files.close()
+    assert 1 < done < 10
+    assert chosen(small_disk) == (str(done - 1), done - 1)
+    for number in range(1, done):
+        assert verify(files.directory / str(number))["done"] == number
+    again = Checkpoints(small_disk, keep=1)
+    again.clear(files.directory / "1")
+    again.save(write, {"done": 2})  # there is room again
+    again.close()
+    assert chosen(small_disk) == ("2", 2)
+
+
+def test_a_disk_that_can_only_be_read(small_disk: Path) -> None:
+    saved(small_disk, 2)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert chosen(small_disk) == ("2", [1, "evaluate"])
+    files = Checkpoints(small_disk)
+    with pytest.raises(OSError, match="Read-only file system"):
+        files.save(write, {"done": 3})
+    files.close()
+    assert chosen(small_disk) == ("2", [1, "evaluate"])

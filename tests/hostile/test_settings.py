@@ -1,0 +1,215 @@
+"""Every setting has a range or a closed set of values, and what does not go together is named together."""
+
+import math
+import typing
+from collections.abc import Iterator
+from dataclasses import Field, fields
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+
+from sequel_benchmarks import PermutedSettings, RotatedSettings, SplitSettings
+from sequel_core.cli.compose import compose
+from sequel_core.config import SECTIONS, build_benchmark, choices, settings
+from sequel_core.hparams import (
+    ALGORITHMS,
+    BACKBONES,
+    CheckpointHParams,
+    OptimizerHParams,
+    Settings,
+    TrainingHParams,
+    allowed,
+)
+from tests.hostile.fuzzing import Sandbox
+
+STREAMS = {"splitdigits": SplitSettings, "permuteddigits": PermutedSettings, "rotateddigits": RotatedSettings}
+CLASSES: dict[str, tuple[str, type[Settings]]] = {
+    **{f"algo={name}": ("algo", cls) for name, cls in ALGORITHMS.items()},
+    **{f"backbone={name}": ("backbone", cls) for name, cls in BACKBONES.items()},
+    **{f"benchmark={name}": ("benchmark", cls) for name, cls in STREAMS.items()},
+    "optimizer=sgd": ("optimizer", OptimizerHParams),
+    "optimizer=adam": ("optimizer", OptimizerHParams),
+    "training": ("training", TrainingHParams),
+    "checkpoint": ("checkpoint", CheckpointHParams),
+}
+ELSEWHERE = {"backbone.model", "backbone.weights"}  # torchvision knows its models; tests/parity/test_backbones.py
+
+
+def of(cls: type[Settings]) -> Iterator[tuple[Field[Any], set[Any]]]:
+    """Yield each field with the types that it takes: of lists, those of the items."""
+    hints = get_type_hints(cls)
+    for spec in fields(cls):
+        yield spec, set(kinds(hints[spec.name]))
+
+
+def kinds(hint: Any) -> Iterator[Any]:
+    origin = get_origin(hint)
+    if origin in (typing.Union, UnionType):
+        for option in get_args(hint):
+            yield from kinds(option)
+    elif origin is tuple:
+        yield tuple
+        yield from kinds(get_args(hint)[0])
+    else:
+        yield Literal if origin is Literal else hint
+
+
+def outside(spec: Field[Any], types: set[Any]) -> list[Any]:
+    """Return values that a field must refuse, its bounds' neighbours among them."""
+    wrong: list[Any] = ["no such value", {"a": 1}, object()]
+    if bool in types:
+        return [*wrong, 0, 1, "true", [], None, math.nan]
+    if {int, float} & types:
+        wrong += [True, math.nan, math.inf, -math.inf, 10**400, -(10**400), "1", 1j, [["1"]]]
+        whole, bounds = int in types, spec.metadata
+        for key, step in (("ge", -1), ("le", 1)):
+            if key in bounds:
+                wrong.append(bounds[key] + step if whole else math.nextafter(bounds[key], step * math.inf))
+        wrong += [bounds[key] for key in ("gt", "lt") if key in bounds]
+        wrong += [2**63, -(2**63), 1.5] if whole else []
+    else:
+        wrong += [True, 0, 1.5, math.nan, []]
+    wrong += [] if type(None) in types else [None]
+    return [value for value in wrong if not (str in types and isinstance(value, str))]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_setting_refuses_what_is_outside_its_range(name: str) -> None:
+    section, cls = CLASSES[name]
+    for spec, types in of(cls):
+        if f"{section}.{spec.name}" not in ELSEWHERE:
+            assert allowed(spec) or types & {bool, Literal}, f"{spec.name} has no range"
+        values = outside(spec, types)
+        values += [[value] for value in values] if tuple in types else []
+        for value in values:
+            with pytest.raises(ValueError) as error:  # noqa: PT011
+                cls(**{spec.name: value})
+            said = str(error.value)
+            assert said.startswith(f"{spec.name} must be "), (value, said)
+            assert repr(value if tuple not in types else value)[1:-1][:20] in said, (value, said)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_command_names_the_section_and_the_setting(sandbox: Sandbox, name: str) -> None:
+    section, cls = CLASSES[name]
+    known = {spec.key for spec in settings(section, name.partition("=")[2])}
+    for spec, types in of(cls):
+        if spec.name not in known or f"{section}.{spec.name}" in ELSEWHERE:
+            continue
+        for text in ("{a: 1}", "nan", "1e400", "-1e400", "'no such value'"):
+            if "nan" in text and tuple in types:
+                text = "[nan]"
+            with pytest.raises(ValueError) as error:  # noqa: PT011
+                build_benchmark(compose([*([name] if "=" in name else []), f"{section}.{spec.name}={text}"]).config)
+            assert str(error.value).startswith(f"{section}.{spec.name} must be "), error.value
+
+
+def misspelt() -> Iterator[tuple[list[str], str]]:
+    """Yield command lines with a letter left out of every key there is, and the key that was meant."""
+    for section in (*SECTIONS, "training", "checkpoint", "trainer", "logger"):
+        for name in choices(section) if section in SECTIONS or section == "logger" else [""]:
+            where = f"logger.{name}" if section == "logger" else section
+            line = [f"{section}={name}"] if section in SECTIONS else []
+            for spec in settings(section, name):
+                key = spec.key[:-2] + spec.key[-1]
+                if len(key) > 2:
+                    yield [*line, f"{where}.{key}=1"], f"{where}.{spec.key}"
+    for key in (*SECTIONS, "mode", "training", "trainer", "checkpoint", "logger", "callbacks", "evaluate_every"):
+        yield [f"{key[:-2]}{key[-1]}=1"], key
+    yield ["logger.tensorbord.a=1"], "tensorboard"
+    yield ["algo=ewcc"], "ewc"
+
+
+def test_the_nearest_name_is_suggested_everywhere(sandbox: Sandbox) -> None:
+    for line, meant in misspelt():
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            compose(line)
+        hint = str(error.value).rpartition("; ")[2]
+        others = {f"{key}s" for key in (meant,)} | {meant}
+        assert any(f"did you mean {name}" in hint for name in others) or "it belongs to" in hint, (line, hint)
+
+
+TOGETHER: list[tuple[list[str], tuple[str, ...]]] = [
+    (["backbone.widths=[8]", "backbone.width=9"], ("backbone.widths", "backbone.width")),
+    (["backbone.widths=[8]", "backbone.n_hidden_layers=2"], ("backbone.widths", "backbone.n_hidden_layers")),
+    (["backbone=cnn", "backbone.max_pool=true"], ("max_pool", "stride=1")),
+    (["backbone=cnn", "backbone.norm_groups=8"], ("norm_groups=8", "norm=none")),
+    (["backbone=cnn", "backbone.norm=group", "backbone.norm_groups=5"], ("norm_groups=5", "channels 32, 64")),
+    (["backbone=resnet18", "backbone.norm_groups=8"], ("norm_groups=8", "norm=batch")),
+    (["backbone=torchvision", "mode=jax"], ("backbone=torchvision", "mode=jax")),
+    (["backbone.num_classes=7"], ("backbone.num_classes", "benchmark's 10")),
+    (["algo.lr_decay=0.5", "optimizer.lr_decay=0.4"], ("algo.lr_decay", "optimizer.lr_decay")),
+    (["benchmark.batch_size=5", "training.batch_size=6"], ("training.batch_size", "benchmark.batch_size")),
+    (["seed=1", "training.seed=2"], ("training.seed", "seed")),
+    (["optimizer.lr=1", "optimizer.learning_rate=2"], ("optimizer.lr", "optimizer.learning_rate")),
+    (["optimizer=adam", "optimizer.momentum=0.9"], ("optimizer.momentum", "adam", "sgd")),
+    (["optimizer.beta1=0.5"], ("optimizer.beta1", "sgd", "adam, adamw")),
+    (["optimizer.nesterov=true"], ("nesterov", "momentum")),
+    (["algo=ewc", "algo.gamma=0.5"], ("algo.gamma", "accumulation=separate")),
+    (["algo=er", "algo.mem_size=100", "algo.per_task_memory_samples=30"], ("per_task_memory_samples", "mem_size=100")),
+    (["algo=er", "algo.mem_size=5"], ("mem_size", "batch_size=10")),
+    (["algo=er", "algo.mem_batch_size=500"], ("mem_batch_size", "mem_size", "200")),
+    (["algo=er", "algo.memory=task_quota", "algo.mem_size=201"], ("mem_size", "memory=task_quota")),
+    (["algo=mcsgd", "algo.lmc_policy=online", "algo.lmc_epochs=3"], ("lmc_epochs=3", "lmc_policy=online")),
+    (["algo=mcsgd", "algo.lmc_policy=online", "algo.lmc_steps=epoch"], ("lmc_steps=epoch", "lmc_policy=online")),
+    (["algo=lamaml", "training.grad_clip=1"], ("grad_clip_norm", "grad_clip=1")),
+    (["algo=lamaml", "algo.lr_decay=0.5"], ("lr_decay", "sync_update")),
+    (["algo=lamaml", "algo.n_inner_updates=3"], ("n_inner_updates", "batch_size=10")),
+    (["algo=lamaml", "algo.learn_lr=false", "algo.lr_alpha=1"], ("lr_alpha=1.0", "learn_lr=false")),
+    (["algo=icarl", "algo.mem_size=5"], ("mem_size", "class")),
+    (["algo=kcl", "algo.core_size=201"], ("core_size", "10 classes")),
+    (["algo=kcl", "algo.bandwidth=2"], ("bandwidth=2.0", "kernel_type=rff")),
+    (["algo=kcl", "algo.kernel_type=rbf", "algo.tau=1"], ("tau=1.0", "kernel_type=rbf")),
+    (["algo=kcl", "algo.kernel_type=rbf", "algo.d_rn_f=10"], ("d_rn_f=10", "kernel_type=rbf")),
+    (["training.batch_size=9999"], ("batch_size", "training samples")),
+    (["training.epochs_per_task=[1,2]"], ("training.epochs_per_task", "2 entries", "task")),
+    (["checkpoint.keep=0", "checkpoint.every_n_steps=5"], ("checkpoint.every_n_steps=5", "keep=0")),
+    (["checkpoint.keep=0", "checkpoint.every_minutes=5"], ("checkpoint.every_minutes=5.0", "keep=0")),
+    (["evaluate_on=validation"], ("evaluate_on=validation", "benchmark.validation")),
+    (["benchmark.angles=[1,2]"], ("benchmark.angles", "num_tasks")),
+    (["benchmark.angles=[1]", "benchmark.num_tasks=1", "benchmark.rotation=bins"], ("angles", "rotation=bins")),
+    (["benchmark.rotation=uniform", "benchmark.per_task_rotation=9"], ("per_task_rotation", "rotation=uniform")),
+    (["benchmark.scenario=class"], ("benchmark.scenario", "split benchmark")),
+    (["benchmark=splitdigits", "benchmark.num_tasks=3"], ("benchmark.num_tasks", "10 classes")),
+    (["benchmark=splitdigits", "benchmark.class_order=[1]"], ("benchmark.class_order", "0..9")),
+    (["benchmark.subset=5000"], ("benchmark.subset", "training samples")),
+    (["benchmark.validation=0.00001"], ("benchmark.validation", "training samples")),
+    (["mode=jax", "trainer.precision=16"], ("trainer.precision", "mode=jax")),
+    (["algo=ewc", "algo._target_=a.B"], ("algo", "algo._target_")),
+    (["FILE", "experiment=naive_rotateddigits"], ("FILE", "experiment=NAME")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "names"), TOGETHER, ids=[" ".join(line) for line, _ in TOGETHER])
+def test_what_does_not_go_together_is_named_together(
+    sandbox: Sandbox, line: list[str], names: tuple[str, ...]
+) -> None:
+    file = sandbox.given / "experiment.yaml"
+    file.write_text("seed: 1\n")
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        build_benchmark(compose([str(file) if text == "FILE" else text for text in line]).config)
+    for name in names:
+        assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_goes_together_beside_it(sandbox: Sandbox) -> None:
+    """The other setting makes each of them valid."""
+    for line in (
+        ["backbone.widths=[9]", "backbone.width=9"],
+        ["backbone=cnn", "backbone.max_pool=true", "backbone.stride=1"],
+        ["backbone=cnn", "backbone.norm=group", "backbone.norm_groups=8"],
+        ["optimizer=adam", "optimizer.beta1=0.5"],
+        ["optimizer.nesterov=true", "optimizer.momentum=0.9"],
+        ["algo=ewc", "algo.gamma=0.5", "algo.accumulation=online"],
+        ["algo=er", "algo.mem_size=200", "algo.per_task_memory_samples=30"],
+        ["algo=er", "algo.mem_size=100", "algo.per_task_memory_samples=null"],
+        ["algo=mcsgd", "algo.lmc_epochs=3", "algo.lmc_steps=epoch"],
+        ["algo=kcl", "algo.kernel_type=rbf", "algo.bandwidth=2"],
+        ["algo=lamaml", "algo.learn_lr=false", "algo.lr_alpha=0.3"],
+        ["evaluate_on=validation", "benchmark.validation=0.1"],
+        ["checkpoint.keep=0"],
+        ["checkpoint.every_n_steps=5", "checkpoint.keep=1"],
+    ):
+        build_benchmark(compose(line).config)
