@@ -672,7 +672,8 @@ def _check_top(values: Mapping[str, Any]) -> None:
                     inner |= {spec.key: f"{section}.{spec.key}" for spec in settings(section, name)}
             match = difflib.get_close_matches(key, [*known, *inner], n=1)
             if match:
-                raise ValueError(f"{key} is not a setting; did you mean {inner.get(match[0], match[0])}?")
+                meant = match[0] if match[0] in known else inner[match[0]]
+                raise ValueError(f"{key} is not a setting; did you mean {meant}?")
             raise ValueError(f"{key} is not a setting; there are {', '.join(known)}")
         if key in groups and not isinstance(value, Mapping):
             raise ValueError(f"{key} must be a group of settings, got {value!r}")

@@ -7,7 +7,7 @@ and the value.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import Field, dataclass, field, fields
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -84,7 +84,7 @@ def _coerce(name: str, value: Any, hint: Any, spec: Field[Any]) -> Any:
             raise ValueError(f"{name} must be one of {', '.join(map(str, args))}, got {value!r}")
         return value
     if origin is tuple:
-        if isinstance(value, str) or not hasattr(value, "__iter__"):
+        if isinstance(value, str | bytes | Mapping | Set) or not hasattr(value, "__iter__"):
             raise ValueError(f"{name} must be a list, got {value!r}")
         return tuple(_coerce(name, item, args[0], spec) for item in value)
     if hint is bool:

@@ -23,7 +23,9 @@ from sequel_flax.algorithms import (
 from sequel_flax.backbones import CNN, MLP, ResNet18, ResNet18Thin, initial_params, initial_variables
 from sequel_flax.build import build_learner, make_learner
 from sequel_flax.bundle import Algorithm, BatchStatsTrainState, State
+from sequel_flax.evaluation import Evaluator
 from sequel_flax.foreign import adapted
+from sequel_flax.hooks import Hook
 from sequel_flax.learner import FlaxLearner
 from sequel_flax.optimizers import build_optimizer
 
@@ -33,7 +35,9 @@ __all__ = [
     "MLP",
     "Algorithm",
     "BatchStatsTrainState",
+    "Evaluator",
     "FlaxLearner",
+    "Hook",
     "ResNet18",
     "ResNet18Thin",
     "State",

@@ -189,7 +189,7 @@ class FlaxLearner:
             where, whole = {"task": task.index, "epoch": epoch}, self._empty
             self._call("before_epoch", where)
             for batches, steps in self._calls(split, order[done % steps_per_epoch :], first, done, intervals):
-                if hooks := self._due(first + done + 1):
+                if self._step_hooks and (hooks := self._due(first + done + 1)):
                     batch = batches if self.steps_per_call == 1 else rows(batches, 0)
                     self._call("before_step", where, batch, hooks)
                     alone = self._take(self._empty, batches, steps)

@@ -63,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(USER_ERROR, f"{where}{error.strerror or error}")
     except ValueError as error:
         return _say(USER_ERROR, str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if isinstance(stop.__cause__, InterruptedRunError):  # in a sweep
+            return _say(stop.__cause__.exit_code, str(stop.__cause__))
         return _say(INTERRUPTED, "interrupted")
     except SystemExit as stop:  # argparse, after its help
         return stop.code if isinstance(stop.code, int) else 0

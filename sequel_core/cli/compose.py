@@ -297,7 +297,8 @@ def _values(parsed: Sequence[Override]) -> Layer:
         key = override.key_or_group
         if key != "hydra" and not key.startswith(("hydra.", "hydra/")):
             value = _single(override).value()
-            layer = merge(layer, flatten({key: value}))
+            chosen = key in SECTIONS and not isinstance(value, Mapping)  # it keeps settings given before it
+            layer = layer | {key: value} if chosen else merge(layer, flatten({key: value}))
     return layer
 
 

@@ -198,8 +198,8 @@ def build(
         ValueError: something wrong that only the built learner could tell.
     """
     stream_callbacks, own = build_callbacks(config, run_dir)
-    arguments = {"callbacks": own} if own else {}
-    made: learner.Learner = learner.plugin(config.mode).build_learner(config, benchmark, run_dir, **arguments)
+    plugin = learner.plugin(config.mode)
+    made: learner.Learner = plugin.build_learner(config, benchmark, run_dir, callbacks=own)
     return made, stream_callbacks
 
 

@@ -57,17 +57,18 @@ class NearestMean:
 
     def save(self, directory: Path) -> Callable[[], None]:
         directory.mkdir()
-        np.save(directory / "means.npy", self.means)
+        np.savez(directory / "means.npz", means=self.means, step=self.step)
         return lambda: None
 
     def restore(self, directory: Path) -> None:
-        self.means = np.load(directory / "means.npy")
+        with np.load(directory / "means.npz") as found:
+            self.means, self.step = found["means"], int(found["step"])
 
     def weights(self) -> dict[str, FloatArray]:
         return {"means": self.means}
 
     def describe(self) -> dict[str, Any]:
-        return {"model": "nearest mean"}
+        return {"model": "nearest mean", "parameters": self.means.size}
 
     def memory_bytes(self) -> int:
         return self.means.nbytes
@@ -85,7 +86,9 @@ class Plugin:
     def __init__(self) -> None:
         self.built: list[ExperimentConfig] = []
 
-    def build_learner(self, config: ExperimentConfig, benchmark: Benchmark, run_dir: Path) -> NearestMean:
+    def build_learner(
+        self, config: ExperimentConfig, benchmark: Benchmark, run_dir: Path, callbacks: Any = ()
+    ) -> NearestMean:
         self.built.append(config)
         return NearestMean(config, benchmark)
 

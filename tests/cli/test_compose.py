@@ -36,7 +36,8 @@ def test_code_2_of_the_paper_is_read_as_it_is() -> None:
     assert config.num_classes == 10
     assert config.optimizer == OptimizerHParams(type="sgd", lr=0.01)
     assert config.training == TrainingHParams(batch_size=10, epochs_per_task=1)
-    assert config.wandb == {"entity": "ENTITY", "project": "PROJECT"}
+    unset = dict.fromkeys(("group", "name", "tags", "mode"))
+    assert config.logger == {"wandb": {"entity": "ENTITY", "project": "PROJECT", **unset}}
     assert config.version == "0.0.1"
     assert compose([CODE2, "mode=jax"]).config.mode == "jax"
 
@@ -275,8 +276,9 @@ BAD = [
     (["benchmark.rotation=fixd"], "benchmark.rotation must be one of fixed, bins, uniform, got 'fixd'; "
      "did you mean fixed?"),
     (["benchmark.angles=3"], "benchmark.angles must be a list, got 3"),
-    (["wandb.projekt=a"], "wandb.projekt is not a setting of wandb; did you mean wandb.project?"),
-    (["wandb.mode=a"], "wandb.mode must be online, offline or disabled, got 'a'"),
+    (["wandb.projekt=a"],
+     "logger.wandb.projekt is not a setting of wandb; did you mean logger.wandb.project?"),
+    (["wandb.mode=a"], "logger.wandb.mode must be online, offline or disabled, got 'a'"),
     (["mode=jax", "trainer.precision=16"], "trainer.precision is a setting of Lightning's Trainer, got 16 "
      "with mode=jax; drop it or set mode=pytorch"),
     (["trainer.device=2"], "trainer.device is not a setting of trainer; did you mean trainer.devices?"),
@@ -352,6 +354,7 @@ KEYS = sorted(
         "optimizer",
         "training",
         "wandb",
+        "logger",
         "backbone.width",
         *EVALUATION,
     }

@@ -287,8 +287,9 @@ BAD = [
     (["optimizer._target_=optax.constant_schedule", "optimizer.value=1", "mode=jax"],
      "optimizer._target_ must give an optax.GradientTransformation with mode=jax, got a function from "
      "optax.constant_schedule"),
-    (["logger=csv"],
-     "logger must be settings with `_target_`, or null, got 'csv'"),
+    (["logger.a=csv"],
+     "logger must be one of comet, console, csv, jsonl, tensorboard, wandb, or settings with `_target_`, got "
+     "'a'"),
     (["logger.a._target_=outside.data.Turn"],
      "logger.a._target_ must give a pytorch_lightning.loggers.logger.Logger with mode=pytorch, got a "
      "Turn from outside.data.Turn"),

@@ -211,7 +211,7 @@ def test_a_diverged_run_is_said_in_the_table_and_does_not_stop_the_others(
 ) -> None:
     build = numpy_plugin.build_learner
 
-    def first_diverges_second_fails(config: Any, benchmark: Any, run_dir: Path) -> Any:
+    def first_diverges_second_fails(config: Any, benchmark: Any, run_dir: Path, callbacks: Any) -> Any:
         if config.training.seed == 1:
             raise OSError("no space")
         model = build(config, benchmark, run_dir)

@@ -231,7 +231,7 @@ def test_cfg_prints_a_file_that_runs_the_same(
 
 
 def test_interruption(numpy_plugin: Plugin, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(numpy_plugin, "build_learner", interrupt)

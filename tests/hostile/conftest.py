@@ -3,35 +3,68 @@
 import functools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import sequel_lightning._torchvision  # noqa: F401 - what the plug-in would have done
-from sequel_benchmarks import data
+from sequel_benchmarks import cache, data
 from sequel_core import learner
 from sequel_core.cli import compose
+from sequel_core.config import ExperimentConfig
+from sequel_core.learner import Learner
+from sequel_core.task import Benchmark
 from tests.hostile.fuzzing import Sandbox
 
 
-class NoPlugin:
-    """What `sequel_core.learner.plugin` returns: everything is checked, nothing is trained."""
+class Untrained(Learner):
+    """Can be checked, saved and restored; what it would train on it refuses."""
 
-    def build_learner(self, *_: object) -> None:
+    shows_progress = False
+    logs = False
+    step = 0
+
+    def __init__(self, config: ExperimentConfig, benchmark: Benchmark) -> None:
+        self.mode, self.hparams, self.training, self.spec = (
+            config.mode, config.algo, config.training, benchmark.spec
+        )  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        return {"parameters": 0}
+
+    def fit_task(self, *_: object) -> None:
         raise ValueError("nothing is trained here")
 
 
-GROUPS = functools.cache(lambda config, overrides: compose_groups(config, list(overrides)))
-compose_groups = compose.compose_groups
+class Plugin:
+    """What `sequel_core.learner.plugin` returns."""
+
+    def build_learner(
+        self, config: ExperimentConfig, benchmark: Benchmark, run_dir: Path, callbacks: object
+    ) -> Learner:
+        return Untrained(config, benchmark)
+
+
+compose_groups: Any = compose.compose_groups  # type: ignore[attr-defined]
+composed = functools.cache(lambda config, overrides: compose_groups(config, list(overrides)))
 
 
 @pytest.fixture
 def sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Sandbox:
-    """Composing Hydra's groups takes 0.2 s and depends on the names in them alone."""
+    """A data directory with a little MNIST; composing groups takes 0.2 s and depends on their names alone."""
     made = Sandbox(tmp_path)
     monkeypatch.chdir(made.here)
-    monkeypatch.setenv("SEQUEL_DATA_DIR", str(made.given))
-    monkeypatch.setattr(learner, "plugin", lambda mode: NoPlugin())
-    monkeypatch.setattr(compose, "compose_groups", lambda config, overrides=(): GROUPS(config, tuple(overrides)))
+    monkeypatch.setattr(learner, "plugin", lambda mode: Plugin())
+    monkeypatch.setattr(
+        compose, "compose_groups", lambda config, overrides=(): composed(config, tuple(overrides))
+    )
+    folder = made.given / "data" / "mnist"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("SEQUEL_DATA_DIR", str(folder.parent))
+    for name, count in zip(cache.NPY_FILES, (200, 200, 50, 50), strict=True):
+        images = np.arange(count * 784).astype(np.uint8).reshape(count, 28, 28, 1)
+        np.save(folder / name, images if "images" in name else np.arange(count) % 10)
     for name, origin in data.ORIGINS.items():
         monkeypatch.setitem(data.ORIGINS, name, replace(origin, mirrors=("http://127.0.0.1:9/",)))  # refused
     return made

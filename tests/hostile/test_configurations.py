@@ -3,12 +3,8 @@
 import random
 from pathlib import Path
 
-import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 
-from sequel_core.cli.compose import experiments
 from tests.hostile.fuzzing import Dumper, Sandbox, altered, hostile, inputs, mutated
 
 ROOT = Path(__file__).parents[2]
@@ -17,38 +13,41 @@ FILES = [
     *sorted((ROOT / "tests" / "cli" / "fixtures").glob("*.yaml")),  # the paper's own
 ]
 LINES = (
-    "algo=er", "algo=mcsgd", "algo=kcl", "mode=jax", "seed=3", "optimizer=adam", "backbone=cnn", "backbone.widths=[8,8]",
-    "algo.lr_decay=0.5", "optimizer.lr_decay=0.5", "training.epochs_per_task=[1,2]", "training.batch_size=7",
-    "benchmark=splitdigits", "benchmark.class_order=[1,0]", "logger=[csv,jsonl]", "logger=null", "wandb.tags=[a]",
-    "callbacks._target_=collections.OrderedDict", "trainer.devices=2", "evaluate_on=validation", "evaluate_every=10",
-    "expected.avg_acc=3", "+experiment=naive_rotateddigits", "comment=x", "training={batch_size: 3}", "algo={name: si}",
+    "algo=er", "algo=mcsgd", "algo=kcl", "mode=jax", "seed=3", "optimizer=adam", "backbone=cnn",
+    "backbone.widths=[8,8]", "algo.lr_decay=0.5", "optimizer.lr_decay=0.5", "training.epochs_per_task=[1,2]",
+    "training.batch_size=7", "benchmark=splitdigits", "benchmark.class_order=[1,0]", "logger=[csv,jsonl]",
+    "logger=null", "wandb.tags=[a]", "callbacks._target_=collections.OrderedDict", "trainer.devices=2",
+    "evaluate_on=validation", "evaluate_every=10", "expected.avg_acc=3", "+experiment=naive_rotateddigits",
+    "comment=x", "training={batch_size: 3}", "algo={name: si}", "checkpoint.keep=0", "resume=auto",
+    "resume=nowhere", "checkpoint={every_minutes: 1}", "seed=range(3)", "algo=naive,er", "data_dir=x",
 )  # fmt: skip
 
 
-@inputs(quick=120)
+@inputs(quick=100)
 def test_bytes_of_a_file(sandbox: Sandbox, seeds: range) -> None:
     file = sandbox.given / "experiment.yaml"
 
     def prepare(rng: random.Random) -> list[str]:
         file.write_bytes(mutated(rng.choice(FILES).read_bytes(), rng))
-        return ["run", str(file), "--cfg"]
+        return ["run", str(file), rng.choice(("--cfg", "--check"))]
 
     assert {0, 2} == set(sandbox.fuzz(seeds, prepare))
 
 
-@inputs(quick=120)
+@inputs(quick=100)
 def test_values_of_a_file(sandbox: Sandbox, seeds: range) -> None:
     file = sandbox.given / "experiment.yaml"
     shipped = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in FILES]
 
     def prepare(rng: random.Random) -> list[str]:
         file.write_text(yaml.dump(altered(rng.choice(shipped), rng), Dumper=Dumper), encoding="utf-8")
-        return ["run", str(file), "--cfg", *rng.sample(LINES, rng.choice((0, 0, 1)))]
+        line = rng.sample(LINES, rng.choice((0, 0, 1)))
+        return ["run", str(file), *line, rng.choice(("--cfg", "--check", "--check"))]
 
     assert {0, 2} == set(sandbox.fuzz(seeds, prepare))
 
 
-@inputs(quick=120)
+@inputs(quick=100)
 def test_bytes_of_a_command_line(sandbox: Sandbox, seeds: range) -> None:
     def prepare(rng: random.Random) -> list[str]:
         line = []
@@ -58,7 +57,6 @@ def test_bytes_of_a_command_line(sandbox: Sandbox, seeds: range) -> None:
             elif rng.random() < 0.6:
                 text = mutated(text.encode(), rng).decode(errors="surrogateescape").replace("\0", "")
             line.append(text)
-        return ["run", *line, "--cfg", *rng.choice(([], ["-m"]))]
+        return ["run", *line, rng.choice(("--cfg", "--check")), *rng.choice(([], ["-m"]))]
 
     assert {0, 2} == set(sandbox.fuzz(seeds, prepare))
-

@@ -49,8 +49,8 @@ def npy_header(rng: random.Random) -> bytes:
 
 @inputs(quick=250)
 def test_the_array_cache(sandbox: Sandbox, seeds: range) -> None:
-    folder = sandbox.given / "mnist"
-    folder.mkdir()
+    folder = sandbox.given / "hostile" / "mnist"
+    folder.mkdir(parents=True)
     arrays = (IMAGES[..., None], LABELS.astype(np.int64)) * 2
     whole = {name: npy_file(array) for name, array in zip(cache.NPY_FILES, arrays, strict=True)}
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in whole.items()}
@@ -82,19 +82,19 @@ def test_the_array_cache(sandbox: Sandbox, seeds: range) -> None:
                 path.mkdir()
             else:
                 path.symlink_to(rng.choice((sandbox.root / "results.txt", sandbox.root / "precious", folder / "none", folder, path, Path("/dev/zero"))))
-        return ["data", "mnist", "--data-dir", str(sandbox.given)]
+        return ["data", "mnist", "--data-dir", str(sandbox.given / "hostile")]
 
     assert {0, 2} == set(sandbox.fuzz(seeds, prepare))
 
 
 @inputs(quick=250)
 def test_the_idx_reader(sandbox: Sandbox, seeds: range) -> None:
-    folder = sandbox.given / "MNIST" / "raw"
+    folder = sandbox.given / "hostile" / "MNIST" / "raw"
     folder.mkdir(parents=True)
     whole = {name: idx_file(array) for name, array in zip(idx.IDX_FILES, (IMAGES, LABELS) * 2, strict=True)}
 
     def prepare(rng: random.Random) -> list[str]:
-        for path in (*folder.iterdir(), *(sandbox.given / "mnist").glob("*")):
+        for path in (*folder.iterdir(), *(sandbox.given / "hostile" / "mnist").glob("*")):
             path.unlink()
         broken = rng.choice(list(whole))
         for name, content in whole.items():
@@ -112,6 +112,6 @@ def test_the_idx_reader(sandbox: Sandbox, seeds: range) -> None:
             if name == broken and packed and rng.random() < 0.5:
                 content = mutated(content, rng)
             (folder / (f"{name}.gz" if packed else name)).write_bytes(content)
-        return ["data", "mnist", "--data-dir", str(sandbox.given)]
+        return ["data", "mnist", "--data-dir", str(sandbox.given / "hostile")]
 
     assert {0, 2} == set(sandbox.fuzz(seeds, prepare))

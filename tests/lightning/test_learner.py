@@ -141,7 +141,7 @@ def test_callbacks_start_afresh_with_every_task(tmp_path: Path) -> None:
     assert stopping.wait_count == 0
     assert stopping.best_score == math.inf
     assert keeping.best_model_path == ""
-    assert len(list(tmp_path.glob("*.ckpt"))) == len(benchmark)
+    assert len(list(tmp_path.rglob("*.ckpt"))) == len(benchmark)
 
 
 def test_progress_is_reported_with_the_means_since_the_last_report() -> None:

@@ -1,0 +1,162 @@
+"""`sequel run resume=...` and `--check` through the command, with a learner in NumPy and real signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sequel_core.cli import main
+from sequel_core.results import load_result, load_weights
+from sequel_core.signals import InterruptedRunError
+from sequel_core.task import Task
+from tests.cli.conftest import NearestMean, Plugin
+
+SMALL = ["benchmark.num_tasks=3", "benchmark.subset=100"]
+
+
+class Stop:
+    """Ends the process's run at the start of a task, once, as a signal does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, task: int) -> None:
+        self.trained: list[int] = []
+        fit = NearestMean.fit_task
+
+        def fit_task(model: NearestMean, this: Task, monitor: Any) -> None:
+            self.trained.append(this.index)
+            if self.trained == [*range(task + 1)]:
+                raise InterruptedRunError(signal.SIGTERM)
+            fit(model, this, monitor)
+
+        monkeypatch.setattr(NearestMean, "fit_task", fit_task)
+
+
+def end(directory: str) -> tuple[Any, Any, Any]:
+    result = load_result(directory)
+    return result.summary["status"], str(result.matrix.tolist()), load_weights(directory)["means"].tolist()
+
+
+def test_resume_takes_the_settings_of_the_run_and_trains_on_what_is_left(
+    numpy_plugin: Plugin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "algo=er", "algo.mem_size=77", *SMALL, "run_dir=straight"]) == 0
+    stop = Stop(monkeypatch, task=1)
+    line = ["run", "algo=er", "algo.mem_size=77", *SMALL, "run_dir=runs/a b"]
+    assert main(line) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "sequel: ended by SIGTERM\n"
+    assert load_result("runs/a b").summary["status"] == "interrupted"
+    assert main(["run", "resume=runs/a b"]) == 0
+    assert stop.trained == [0, 1, 1, 2]
+    assert numpy_plugin.built[-1].algo.mem_size == 77  # type: ignore[attr-defined]
+    assert end("runs/a b") == end("straight")
+    assert main(["run", "resume=runs/a b"]) == 0  # which has ended: it is read back
+    assert main([*line, "resume=auto"]) == 0
+    assert stop.trained == [0, 1, 1, 2]
+
+
+def test_resume_auto_begins_or_goes_on_and_a_sweep_with_every_run(
+    numpy_plugin: Plugin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = Stop(monkeypatch, task=2)
+    line = ["run", "algo=naive", *SMALL, "run_dir=one", "resume=auto"]
+    assert main(line) == 143
+    assert main(line) == 0
+    assert stop.trained == [0, 1, 2, 2]
+    stop = Stop(monkeypatch, task=2)
+    sweep = ["run", "-m", "seed=0,1", *SMALL, "run_dir=sweep", "resume=auto"]
+    assert main(sweep) == 143  # the second run was not begun
+    assert main(sweep) == 0
+    assert stop.trained == [0, 1, 2, 2, 0, 1, 2]
+    assert [load_result(f"sweep/{k}").summary["status"] for k in range(2)] == ["finished"] * 2
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["resume=auto"], "resume=auto needs run_dir=DIR, got none"),
+        (["resume=nowhere"], "resume must be a run directory, or auto, got nowhere, which has no"),
+        (["resume=done", "run_dir=x"], "takes the settings and the place of its run; drop run_dir=x"),
+        (["resume=done", "+experiment=naive_rotateddigits"], "drop +experiment=naive_rotateddigits"),
+        (
+            ["resume=done", "algo.lr_decay=0.5", "optimizer.lr=0.2"],
+            "algo.lr_decay is 1.0 there and 0.5 here; optimizer.lr is 0.01 there and 0.2 here",
+        ),
+        (["run_dir=done", "resume=auto", *SMALL, "seed=1"], "training.seed is 0 there and 1 here"),
+        (["-m", "resume=done", "seed=0,1"], "resume must be auto for a sweep"),
+        (["run_dir=done", *SMALL], "run_dir must be empty or new"),
+    ],
+)
+def test_what_cannot_be_resumed_is_told_and_nothing_is_touched(
+    numpy_plugin: Plugin, capsys: pytest.CaptureFixture[str], line: list[str], message: str
+) -> None:
+    assert main(["run", *SMALL, "run_dir=done"]) == 0
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert main(["run", *line]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+def test_check_builds_everything_and_leaves_nothing(
+    numpy_plugin: Plugin, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "algo=er", *SMALL, "run_dir=x", "--check"]) == 0
+    assert "valid: er on rotateddigits in pytorch, 3 tasks, 640 parameters" in capsys.readouterr().out
+    assert main(["run", "-m", "algo=er,ewc", *SMALL, "--check"]) == 0
+    assert capsys.readouterr().out.count("valid: ") == 2
+    assert main(["run", "algo=er", "training.batch_size=5000", "--check"]) == 2
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("mode", "number"),
+    [
+        ("pytorch", signal.SIGTERM),
+        pytest.param("pytorch", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("jax", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("jax", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("jax", signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_writes_a_checkpoint_that_the_run_goes_on_from(
+    mode: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    command = [str(Path(sys.executable).with_name("sequel")), "run", "algo=er", f"mode={mode}", *SMALL]
+    command += ["training.epochs_per_task=40", "training.batch_size=5", "evaluate_every=100"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def ended(*arguments: str, stop: bool = False) -> tuple[int, str]:
+        """Run the command; with `stop` send the signal once the second task has begun."""
+        process = subprocess.Popen(
+            [*command, *arguments], cwd=tmp_path, env=environment, text=True, stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout is not None
+        for text in process.stdout if stop else ():
+            if text.startswith("task 1/"):
+                process.send_signal(number)
+                break
+        _, err = process.communicate()
+        return process.returncode, err
+
+    code, err = ended("run_dir=a", "resume=auto", stop=True)
+    assert code == 128 + number
+    assert f"sequel: ended by {number.name}" in err
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert 800 <= summary["steps"] < 2400
+    assert ended("run_dir=a", "resume=auto")[0] == 0
+    assert ended("run_dir=b")[0] == 0
+    assert (tmp_path / "a" / "accuracy_matrix.csv").read_text() == (
+        tmp_path / "b" / "accuracy_matrix.csv"
+    ).read_text()
+    for name, array in load_weights(tmp_path / "b").items():
+        np.testing.assert_array_equal(load_weights(tmp_path / "a")[name], array)
