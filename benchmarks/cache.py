@@ -81,6 +81,18 @@ class Origin:
     folder: str = "."
 
 
+def folder_of(name: str, path: str | os.PathLike[str]) -> Path:
+    """Return a path with `~` replaced by the home of a user.
+
+    Raises:
+        ValueError: of nobody; begins with the argument's name.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{name} must be a folder, got {path} ({error}); give its whole path") from error
+
+
 def cached(origin: Origin, root: Path) -> bool:
     """Return whether the cache of a data set is complete."""
     return all((root / origin.name / name).is_file() for name in NPY_FILES)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Literal
 
+from sequel_benchmarks.cache import folder_of
 from sequel_benchmarks.imagefolder import class_folders, image_folder
 from sequel_benchmarks.streams import Inputs, SplitSettings, split, split_known
 from sequel_core.task import Benchmark, Scenario
@@ -187,7 +187,7 @@ class SplitImageFolder(Benchmark):
         )
         if root is None:
             raise ValueError("root must be a folder with train/CLASS/ and test/CLASS/, got None; give it")
-        settings.order(len(class_folders(Path(root).expanduser())))  # before any picture is read
+        settings.order(len(class_folders(folder_of("root", root))))  # before any picture is read
         stream = split(image_folder(root, size, channels), settings)
         plain = list(size) if isinstance(size, tuple) else size
         own = {"root": os.fspath(root), "size": plain, "channels": channels}

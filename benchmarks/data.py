@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import platformdirs
 
-from sequel_benchmarks.cache import Arrays, Origin, cached, check_arrays, prepare
+from sequel_benchmarks.cache import Arrays, Origin, cached, check_arrays, folder_of, prepare
 from sequel_benchmarks.cifar import (
     CIFAR10,
     CIFAR10_BINARY,
@@ -129,10 +129,14 @@ class Fetched(NamedTuple):
 
 
 def data_directory(data_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Return the folder of all data sets: the argument, else `SEQUEL_DATA_DIR`, else the user's cache."""
+    """Return the folder of all data sets: the argument, else `SEQUEL_DATA_DIR`, else the user's cache.
+
+    Raises:
+        ValueError: it begins with `~` and the name of nobody.
+    """
     if data_dir is None:
         data_dir = os.environ.get("SEQUEL_DATA_DIR") or platformdirs.user_cache_dir("sequel", appauthor=False)
-    return Path(data_dir).expanduser()
+    return folder_of("data_dir", data_dir)
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> DataSet:

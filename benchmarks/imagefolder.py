@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sequel_benchmarks.cache import Arrays, in_memory
+from sequel_benchmarks.cache import Arrays, folder_of, in_memory
 from sequel_benchmarks.data import DataSet
 from sequel_benchmarks.decode import BLOCK, decode_pictures, pillows_warnings, read_picture
 from sequel_core.task import Normalisation, UInt8Array
@@ -45,7 +45,7 @@ def image_folder(
     if sides is not None and (len(sides) != 2 or min(sides) < 1):
         raise ValueError(f"size must be a height and a width >= 1, or one number for both, got {size!r}")
     shape = None if sides is None else (sides[0], sides[1])
-    folder = Path(root).expanduser()
+    folder = folder_of("root", root)
     classes = class_folders(folder)
     arrays: list[Any] = []
     for part in ("train", _test_folder(folder)):

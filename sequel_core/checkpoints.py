@@ -12,21 +12,22 @@ before anything is loaded from it.
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 import shutil
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sequel_core.results import write_json
+from sequel_core.results import read_json, write_json
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 RUN = "run.json"
 FORMAT = 1
+NAME = r"[0-9]+"
+HALF = rf"{NAME}(\.orbax-checkpoint-tmp.*)?"  # under such a name orbax writes
 
 
 class Checkpoint(NamedTuple):
@@ -47,10 +48,9 @@ class Checkpoints:
     def __init__(self, run_dir: Path, keep: int = 2) -> None:
         self.directory = run_dir / FOLDER
         self._keep = keep
-        self._last = max(_numbers(self.directory), default=0)
+        self._last = max(map(_number, _numbered(self.directory)), default=0)
         self._worker = ThreadPoolExecutor(1, "checkpoints")
         self._pending: Future[None] | None = None
-        self.seconds = 0.0  # that saving has held up the run
 
     def save(self, write: Callable[[Path], Callable[[], None]], run: Mapping[str, Any]) -> None:
         """Write a checkpoint; what can be done in the background is.
@@ -62,14 +62,12 @@ class Checkpoints:
         Raises:
             OSError: this one, or the one before, could not be written.
         """
-        began = time.perf_counter()
         self.wait()
         self._last += 1
         path = self.directory / str(self._last)
         self.directory.mkdir(exist_ok=True)
         finish = write(path)
         self._pending = self._worker.submit(self._finish, path, finish, {"format": FORMAT, **run})
-        self.seconds += time.perf_counter() - began
 
     def wait(self) -> None:
         """Wait for the checkpoint that is being written, if one is.
@@ -89,22 +87,32 @@ class Checkpoints:
             self._worker.shutdown()
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest whole checkpoint; a damaged one is warned of, half of one is passed over."""
-        for number in sorted(_numbers(self.directory), reverse=True):
-            path = self.directory / str(number)
-            if not (path / MANIFEST).is_file():
+        """Return the newest whole checkpoint; a damaged one is warned of, half of one is passed over.
+
+        Raises:
+            ValueError: it was written by a version with another format.
+        """
+        for path in reversed(_numbered(self.directory)):
+            if path.is_symlink() or not (path / MANIFEST).is_file():
                 continue
             try:
-                return Checkpoint(path, verify(path))
+                run = verify(path)
             except ValueError as error:
                 warnings.warn(f"{error}; an older checkpoint is used, if there is one", stacklevel=2)
+                continue
+            if run.get("format") != FORMAT:
+                raise ValueError(
+                    f"checkpoint {path} has format {run.get('format')}, this version reads {FORMAT}; go on "
+                    "with the version that wrote it"
+                )
+            return Checkpoint(path, run)
         return None
 
     def clear(self, after: Path | None = None) -> None:
         """Remove what is left of checkpoints newer than this one: halves, and what cannot be trusted."""
-        first = 0 if after is None else int(after.name)
-        for path in self.directory.iterdir() if self.directory.is_dir() else ():
-            if not path.name.isdigit() or int(path.name) > first:
+        first = 0 if after is None else _number(after)
+        for path in _numbered(self.directory, HALF):
+            if _number(path) > first:
                 _remove(path)
         self._last = first
 
@@ -116,8 +124,8 @@ class Checkpoints:
         finish()
         write_json(path / RUN, run)
         write_json(path / MANIFEST, _files(path))
-        for number in sorted(_numbers(self.directory))[: -self._keep]:
-            _remove(self.directory / str(number))
+        for old in _numbered(self.directory)[: -self._keep]:
+            _remove(old)
 
 
 def verify(path: Path) -> dict[str, Any]:
@@ -127,8 +135,8 @@ def verify(path: Path) -> dict[str, Any]:
         ValueError: something is missing or differs; it is named.
     """
     try:
-        listed = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if not isinstance(listed, dict) or RUN not in listed:
+        listed = read_json((path / MANIFEST).read_bytes())
+        if RUN not in listed:
             raise ValueError("it lists no run.json")
         found = _files(path)
     except (ValueError, OSError) as error:
@@ -137,15 +145,20 @@ def verify(path: Path) -> dict[str, Any]:
         if listed.get(name) != found.get(name):
             what = "is missing" if name not in found else "is not of it" if name not in listed else "differs"
             raise ValueError(f"checkpoint {path} is damaged: {name} {what}")
-    run = json.loads((path / RUN).read_text(encoding="utf-8"))
-    if run.get("format") != FORMAT:
-        raise ValueError(f"checkpoint {path} has format {run.get('format')}, this version reads {FORMAT}")
-    return dict(run)
+    try:
+        return read_json((path / RUN).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path} is damaged: {RUN} cannot be used ({error})") from error
 
 
-def _numbers(directory: Path) -> list[int]:
+def _numbered(directory: Path, name: str = NAME) -> list[Path]:
+    """Return what has a checkpoint's name, by number."""
     paths = directory.iterdir() if directory.is_dir() else ()
-    return [int(path.name) for path in paths if path.name.isdigit()]
+    return sorted((path for path in paths if re.fullmatch(name, path.name)), key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.partition(".")[0])
 
 
 def _files(path: Path) -> dict[str, Any]:
@@ -162,5 +175,8 @@ def _files(path: Path) -> dict[str, Any]:
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint, its manifest first, so that no half of it is ever trusted."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path)

@@ -110,14 +110,21 @@ def _short(value: float) -> str:
 
 
 class JsonLines:
-    """Writes one JSON object a line into `metrics.jsonl`: a step and numbers; each is on the disk at once."""
+    """Writes one JSON object a line into `metrics.jsonl`: a step and numbers; each is on the disk at once.
+
+    A file of an earlier run is replaced at the first write, unless `resume` comes before it.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._begun = False
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add a line; nan and infinity become null."""
         self._directory.mkdir(parents=True, exist_ok=True)
+        if not self._begun:
+            (self._directory / METRICS).unlink(missing_ok=True)
+            self._begun = True
         RunDirectory(self._directory).append_metrics(record)
 
     def write_numbers(self, step: int, values: Mapping[str, Any]) -> None:
@@ -133,7 +140,6 @@ class JsonLines:
     def resume(self, step: int) -> None:
         """Take away the lines after a step."""
         kept = [record for record in read_metrics(self._directory) if record.get(STEP, 0) <= step]
-        (self._directory / METRICS).unlink(missing_ok=True)
         for record in kept:
             self.write(record)
 
@@ -141,7 +147,8 @@ class JsonLines:
 class CsvTable:
     """Writes `metrics.csv` as Lightning's CSVLogger does: one row a call, columns sorted; each row at once.
 
-    Where a new name comes, the file is written again with a longer header.
+    Where a new name comes, the file is written again with a longer header. A file of an earlier run is
+    replaced at the first write, unless `resume` comes before it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -153,7 +160,8 @@ class CsvTable:
         row: dict[str, Any] = {STEP: step, **{name: number(value) for name, value in values.items()}}
         rows, mode = [row], "a"
         if not row.keys() <= set(self.columns):
-            self.columns, rows, mode = sorted({*self.columns, *row}), [*read_csv(self.path), row], "w"
+            before = read_csv(self.path) if self.columns else []
+            self.columns, rows, mode = sorted({*self.columns, *row}), [*before, row], "w"
         self._write(rows, mode)
 
     def resume(self, step: int) -> None:

@@ -23,6 +23,7 @@ from sequel_core.hparams import CheckpointHParams
 from sequel_core.learner import DivergenceError, EvaluateEvery, Evaluation, FitMonitor, Learner, Progress
 from sequel_core.pictures import sample_images
 from sequel_core.results import Result, RunDirectory, load_result, peak_memory_bytes, versions
+from sequel_core.services import masked
 from sequel_core.signals import InterruptedRunError, Signals
 from sequel_core.task import Benchmark, FloatArray, Task
 
@@ -81,7 +82,7 @@ def run(
     check_run(learner, benchmark, evaluate_every, evaluate_on)
     if resume not in (True, False, "auto"):
         raise ValueError(f"resume must be True, False or 'auto', got {resume!r}")
-    described = _describe(learner, benchmark) if config is None else config
+    described = masked(_describe(learner, benchmark) if config is None else config)
     directory = RunDirectory.open(run_dir, described, resume)
     with directory.locked(), Signals().noted() as signals:
         display = Display(benchmark, learner, progress)
@@ -452,12 +453,11 @@ class _Checkpointer:
     def restore(self) -> bool:
         """Bring learner and recorder to the newest whole checkpoint; False where there is none."""
         found = self._files.newest()
+        if found is not None:
+            self._recorder.learner.restore(found.path)
+            self._recorder.load(found.run)
         self._files.clear(None if found is None else found.path)
-        if found is None:
-            return False
-        self._recorder.learner.restore(found.path)
-        self._recorder.load(found.run)
-        return True
+        return found is not None
 
     def close(self) -> None:
         """Wait for what is being written."""

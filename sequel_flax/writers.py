@@ -199,6 +199,7 @@ class TensorBoardWriter(SilentWriter):
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._file: Any = None
+        self._first_step = 0  # from which on readers forget what the directory holds of an earlier run
         self._configured = self._failed = False
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -241,11 +242,8 @@ class TensorBoardWriter(SilentWriter):
         self._failed = True
 
     def resume(self, step: int) -> None:
-        """Let readers forget what was written after a step."""
-        from tensorboard.compat.proto.event_pb2 import SessionLog
-
-        self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
-        self._configured = True
+        """Let readers forget what was written after a step; comes before everything else."""
+        self._first_step, self._configured = step + 1, True
 
     def flush(self) -> None:
         """Write what is still in the queue."""
@@ -269,13 +267,14 @@ class TensorBoardWriter(SilentWriter):
         self._add(step, summary=Summary(value=[Summary.Value(**value) for value in values]))
 
     def _add(self, step: int, **content: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         if self._file is None:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
             leave_event_errors_to_the_caller()
             self._file = EventFileWriter(str(self._directory), QUEUED_EVENTS, FLUSH_SECONDS)
+            self._add(self._first_step, session_log=SessionLog(status=SessionLog.START))
         self._file.add_event(Event(wall_time=time.time(), step=int(step), **content))
 
 

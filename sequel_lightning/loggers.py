@@ -228,7 +228,12 @@ def csv_logger(run_dir: Path, settings: Mapping[str, Any]) -> CSVLogger:
 def tensorboard_logger(run_dir: Path, settings: Mapping[str, Any]) -> TensorBoardLogger:
     """Return Lightning's logger of `<run_dir>/tensorboard`."""
     return TensorBoardLogger(
-        run_dir, name="tensorboard", version="", default_hp_metric=False, flush_secs=FLUSH_SECONDS
+        run_dir,
+        name="tensorboard",
+        version="",
+        default_hp_metric=False,
+        flush_secs=FLUSH_SECONDS,
+        purge_step=0,  # what the directory holds of an earlier run
     )
 
 

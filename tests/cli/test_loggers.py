@@ -1,6 +1,7 @@
 """Loggers through the command, in both modes: files read back with the tools' readers; secrets; failures."""
 
 import csv
+import io
 import json
 import os
 import subprocess
@@ -24,13 +25,14 @@ from sequel_core import services
 from sequel_core.cli import main
 from sequel_core.cli.compose import compose, request
 from sequel_core.cli.sweep import combinations
-from sequel_core.config import Target, choices
+from sequel_core.config import choices
 from sequel_core.results import Result, load_result
+from sequel_core.target import Target
 from tests.cli.conftest import Plugin
 
 MODES = ["pytorch", "jax"]
 BOTH = pytest.mark.parametrize("mode", MODES)
-STEPS, TASKS, EVERY = 20, 3, 6
+STEPS, TASKS, EVERY = 20, 3, 6  # steps of an epoch, of which a task has two
 SMALL = (
     f"benchmark.num_tasks={TASKS}",
     "benchmark.per_task_rotation=60",
@@ -101,6 +103,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
     environment = {**os.environ, **{key: value for key, value in SECRETS.items() if key.isupper()}}
     environment["COLUMNS"] = "100"
     line = ["run", "file.yaml", *SMALL, "evaluate_every=epoch", "training.epochs_per_task=2"]
+    line.append("benchmark.validation=0.2")
     line.append(f"logger.mine.password={SECRETS['argument']}")
     started = {
         mode: subprocess.Popen(
@@ -154,7 +157,7 @@ def read_jsonl(path: Path) -> Series:
 def wandb_records(path: Path) -> list[dict[str, Any]]:
     """Return the records of the offline run, as W&B's own reader prints them."""
     (file,) = (path / "wandb").glob("offline-run-*/run-*.wandb")
-    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", file]
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return [json.loads(line) for line in lines]
 
@@ -201,6 +204,7 @@ EXPECTED = {
     "test/average_accuracy": EVALUATED,
     "test/forgetting": [4 * STEPS, 6 * STEPS],
     "memory_bytes": EVALUATED,
+    "validation/average_accuracy": EVALUATED[-1:],
 }
 
 
@@ -220,7 +224,8 @@ def test_the_last_values_are_those_of_the_summary(runs: dict[str, Ran], mode: st
     last = {tag: points[-1][1] for tag, points in READERS[name](runs[mode].path).items()}
     expected = {f"test/{key}": result.summary[key] for key in ("average_accuracy", "forgetting")}
     expected |= {f"test/accuracy/task_{j}": result.matrix[-1, j] for j in range(TASKS)}
-    expected["memory_bytes"] = result.summary["memory_bytes"]
+    for tag, key in (("memory_bytes", "memory_bytes"), ("validation/average_accuracy",) * 2):
+        expected[tag] = result.summary[key.replace("/", "_")]
     for tag, value in expected.items():
         assert last[tag] == (value if exact else np.float32(value)), tag
 
@@ -250,7 +255,7 @@ def test_both_modes_write_the_same_files_with_the_same_numbers(runs: dict[str, R
         )
 
 
-PICTURES = {f"samples/task_{i}": [0] for i in range(TASKS)} | {"test/accuracy_matrix": [40, 80, 120]}
+PICTURES = {f"samples/task_{i}": [0] for i in range(TASKS)} | {"test/accuracy_matrix": EVALUATED[1::2]}
 
 
 @BOTH
@@ -258,8 +263,6 @@ def test_pictures_and_tables_in_tensorboard(runs: dict[str, Ran], mode: str) -> 
     events = EventAccumulator(str(runs[mode].path / "tensorboard"), {"images": 0, "tensors": 0})
     events.Reload()
     assert {tag: [e.step for e in events.Images(tag)] for tag in events.Tags()["images"]} == PICTURES
-    import io
-
     for tag in PICTURES:
         event = events.Images(tag)[-1]
         picture = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))

@@ -112,6 +112,9 @@ def test_a_csv_table_grows_to_the_right_and_is_cut_back(tmp_path: Path) -> None:
     again.write_numbers(5, {"c": 1})
     assert rows(table.path)[0] == {"a": "", "b": "0.1", "c": "", "step": "1", "z": "3"}
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["metrics.csv"]
+    fresh = CsvTable(tmp_path / "made")
+    fresh.write_numbers(1, {"a": 1})
+    assert rows(table.path) == [{"a": "1", "step": "1"}]
     empty = CsvTable(tmp_path / "none")
     empty.resume(3)
     empty.write_numbers(4, {"a": 1})
@@ -135,6 +138,8 @@ def test_json_lines_hold_finite_numbers_and_are_cut_back(tmp_path: Path) -> None
     JsonLines(tmp_path / "made").resume(2)
     assert [json.loads(line) for line in path.read_text().splitlines()] == expected[:3]
     JsonLines(tmp_path / "none").resume(2)
+    JsonLines(tmp_path / "made").write({"a": 1})
+    assert path.read_text() == '{"a": 1}\n'
 
 
 def test_the_console_prints_after_evaluations_only(capsys: pytest.CaptureFixture[str]) -> None:

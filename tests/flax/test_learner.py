@@ -265,4 +265,4 @@ def test_a_writer_gets_every_number_with_growing_steps(tmp_path: Path) -> None:
     assert last["test/average_accuracy"] == pytest.approx(result.average_accuracy)
     assert [step for step, _ in writers[1].scalars] == [step for step, _ in writers[0].scalars]
     assert [w.hparams for w in writers] == [[result.config]] * 2
-    assert [w.ends for w in writers] == [["flush", "close"]] * 2
+    assert [w.ends for w in writers] == [["flush", "flush", "close"]] * 2  # also as the stream ends

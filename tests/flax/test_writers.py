@@ -180,6 +180,32 @@ def test_the_status_of_a_run_is_written_where_it_ends(failed: bool, status: int,
     assert HParamsPluginData.FromString(content).session_end_info.status == status
 
 
+def test_a_run_that_begins_again_replaces_what_was_logged(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        for name in ("csv", "jsonl", "tensorboard"):
+            writer = WRITERS[name](tmp_path, {})
+            for step in range(1, 3 - int(value) // 2):
+                writer.write_scalars(step, {"a": value})
+            writer.close()
+    assert (tmp_path / "csv" / "metrics.csv").read_text() == "a,step\n2.0,1\n"
+    assert (tmp_path / "jsonl" / "metrics.jsonl").read_text() == '{"step": 1, "a": 2.0}\n'
+    assert [(e.step, e.value) for e in read(tmp_path / "tensorboard").Scalars("a")] == [(1, 2.0)]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_run_of_wandb_ends_with_its_exit_code(failed: bool, tmp_path: Path) -> None:
+    ended = []
+
+    class FakeRun:
+        def finish(self, exit_code: int) -> None:
+            ended.append(exit_code)
+
+    writer = WandbWriter(tmp_path, {})
+    writer._run = FakeRun()
+    close_writer(writer, failed)
+    assert ended == [int(failed)]
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     with small_disk(tmp_path / "disk") as path:
@@ -201,7 +227,7 @@ def test_a_full_disk_under_a_writer_is_told_once_and_the_run_goes_on(
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("good", [0, 1, 3, 150, 303])
+@pytest.mark.parametrize("good", [0, 1, 3, 150, 304])
 def test_an_error_in_the_thread_of_tensorboard_is_told_once(
     good: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,9 +247,12 @@ def test_an_error_in_the_thread_of_tensorboard_is_told_once(
 
 
 def test_a_file_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.warns(LoggerWarning, match="JsonLinesWriter failed .*No space left") as caught:
-        tell(JsonLinesWriter(tmp_path))
+    writer = CsvWriter(tmp_path)
+    writer.write_scalars(0, {"train/loss": 0.0})
+    (tmp_path / "metrics.csv").unlink()
+    (tmp_path / "metrics.csv").symlink_to("/dev/full")
+    with pytest.warns(LoggerWarning, match="CsvWriter failed .*No space left") as caught:
+        tell(writer)
     assert len(caught) == 1
 
 

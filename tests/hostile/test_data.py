@@ -6,24 +6,31 @@ import io
 import json
 import os
 import random
+import re
 import tarfile
 import zipfile
-from collections.abc import Callable
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sequel_benchmarks import cache, cifar, data, idx
+from sequel_benchmarks import cache, cifar, idx, image_folder
 from tests.hostile.fuzzing import Sandbox, altered, inputs, mutated
 
 IMAGES = np.arange(4 * 28 * 28, dtype=np.uint8).reshape(4, 28, 28)
 LABELS = np.array([3, 1, 4, 1], np.uint8)
-DESCRIPTIONS = ("|u1", "<i8", ">i8", "|O", "<U9", "|V8", "<M8[s]", "<c16", "[('a', '<i8')]", "(2,3)<i4", "", "|b1")
-SHAPES = (
-    (4,), (), (0,), (4, 28, 28, 1), (-1,), (2**62,), (2**63, 2**63), (10**400,), (1,) * 70, (4, "a"), (True, 4), (4.5,)
+DESCRIPTIONS = (
+    "|u1", "<i8", ">i8", "|O", "<U9", "|V8", "<M8[s]", "<c16", "[('a', '<i8')]", "(2,3)<i4", "", "|b1"
 )  # fmt: skip
+SHAPES: tuple[object, ...] = (
+    (4,), (), (0,), (4, 28, 28, 1), (-1,), (2**62,), (2**63, 2**63), (10**400,), (1,) * 70, (4, "a"),
+    (True, 4), (4.5,), None, 4,
+)  # fmt: skip
+OTHERS: tuple[object, ...] = (IMAGES, LABELS, 3, [[1]], [], [2**62], [-1], [0.5], ["a"], [1j], [True])
+TEXTS = ("(" * 5000, "{'descr': " * 500, "-" * 9000, "[1]", "9" * 5000, "{}", "")
 
 
 def idx_file(array: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> bytes:
@@ -39,11 +46,13 @@ def npy_file(array: object) -> bytes:
 
 def npy_header(rng: random.Random) -> bytes:
     """Return a .npy file with a well-formed header that promises something else than what follows."""
-    header: object = {"descr": rng.choice(DESCRIPTIONS), "fortran_order": rng.choice((True, False, 0, None)), "shape": rng.choice(SHAPES)}
-    text = repr(header) if rng.random() < 0.8 else rng.choice(("(" * 5000, "{'descr': " * 500, "-" * 9000, "[1]", "9" * 5000))
+    order = rng.choice((True, False, 0, None))
+    header = {"descr": rng.choice(DESCRIPTIONS), "fortran_order": order, "shape": rng.choice(SHAPES)}
+    text = repr(header) if rng.random() < 0.8 else rng.choice(TEXTS)
     version = rng.choice((1, 1, 2, 3, 9))
     content = text.encode() + b" " * rng.choice((0, 7)) + b"\n"
-    size = (len(content) % 2**16).to_bytes(2, "little") if version == 1 else rng.choice((len(content), 2**32 - 1)).to_bytes(4, "little")
+    length = len(content) if rng.random() < 0.9 else 2**32 - 1
+    size = length.to_bytes(4, "little")[: 2 if version == 1 else 4]
     return b"\x93NUMPY" + bytes([version, 0]) + size + content + rng.randbytes(rng.choice((0, 32, 4 * 784)))
 
 
@@ -54,6 +63,7 @@ def test_the_array_cache(sandbox: Sandbox, seeds: range) -> None:
     arrays = (IMAGES[..., None], LABELS.astype(np.int64)) * 2
     whole = {name: npy_file(array) for name, array in zip(cache.NPY_FILES, arrays, strict=True)}
     sums = {name: hashlib.sha256(content).hexdigest() for name, content in whole.items()}
+    beside = sandbox.root / "results.txt", sandbox.root / "precious"
 
     def prepare(rng: random.Random) -> list[str]:
         files = dict(whole)
@@ -62,15 +72,17 @@ def test_the_array_cache(sandbox: Sandbox, seeds: range) -> None:
         if damage == 0:
             files[name] = npy_header(rng)
         elif damage == 1:
-            other = np.asarray(rng.choice((IMAGES, LABELS, 3, [[1]], [], [2**62], [-1], [0.5], ["a"], [1j], [True])))
-            files[name] = npy_file(other.astype(rng.choice((other.dtype, ">i8", "f2"))) if other.dtype.kind in "iub" else other)
+            other = np.asarray(rng.choice(OTHERS))
+            kinds = (other.dtype, ">i8", "f4") if other.dtype.kind in "iub" else (other.dtype,)
+            files[name] = npy_file(other.astype(rng.choice(kinds)))
         elif damage < 4:
             files[name] = mutated(files[name], rng)
         if rng.random() < 0.7:  # as if it had been written so
-            files[cache.SUMS] = json.dumps({key: hashlib.sha256(content).hexdigest() for key, content in files.items()}).encode()
+            told = {key: hashlib.sha256(content).hexdigest() for key, content in files.items()}
+            files[cache.SUMS] = json.dumps(told).encode()
         if damage == 4:
-            told = json.dumps(altered(sums, rng), default=str).encode()
-            files[cache.SUMS] = mutated(told, rng) if rng.random() < 0.5 else told
+            content = json.dumps(altered(sums, rng), default=str).encode()
+            files[cache.SUMS] = mutated(content, rng) if rng.random() < 0.5 else content
         for path in folder.iterdir():
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         for key, content in files.items():
@@ -81,7 +93,7 @@ def test_the_array_cache(sandbox: Sandbox, seeds: range) -> None:
             if rng.random() < 0.3:
                 path.mkdir()
             else:
-                path.symlink_to(rng.choice((sandbox.root / "results.txt", sandbox.root / "precious", folder / "none", folder, path, Path("/dev/zero"))))
+                path.symlink_to(rng.choice((*beside, folder / "none", folder, path, Path("/dev/zero"))))
         return ["data", "mnist", "--data-dir", str(sandbox.given / "hostile")]
 
     assert {0, 2} == set(sandbox.fuzz(seeds, prepare))
@@ -101,8 +113,10 @@ def test_the_idx_reader(sandbox: Sandbox, seeds: range) -> None:
             if name == broken:
                 damage = rng.randrange(4)
                 if damage == 0:  # absurd dimensions
-                    sizes = [rng.choice((0, 1, 4, 28, 2**16, 2**31, 2**32 - 1)) for _ in range(rng.choice((0, 1, 3, 9, 255)))]
-                    content = b"\0\0\x08" + bytes([len(sizes)]) + b"".join(n.to_bytes(4, "big") for n in sizes) + content[16:]
+                    ndim = rng.choice((0, 1, 3, 9, 255))
+                    sizes = [rng.choice((0, 1, 4, 28, 2**16, 2**31, 2**32 - 1)) for _ in range(ndim)]
+                    told = b"".join(n.to_bytes(4, "big") for n in sizes)
+                    content = b"\0\0\x08" + bytes([ndim]) + told + content[16:]
                 elif damage == 1:
                     content += bytes(rng.choice((1, 100, 10**6)))
                 else:
@@ -115,3 +129,248 @@ def test_the_idx_reader(sandbox: Sandbox, seeds: range) -> None:
         return ["data", "mnist", "--data-dir", str(sandbox.given / "hostile")]
 
     assert {0, 2} == set(sandbox.fuzz(seeds, prepare))
+
+
+@pytest.fixture
+def folder(sandbox: Sandbox) -> Path:
+    (sandbox.given / "hostile").mkdir()
+    return sandbox.given / "hostile"
+
+
+def refused(sandbox: Sandbox, name: str, rule: str) -> None:
+    """Look at a data set of the hostile directory: one line says what is wrong, within memory and time."""
+    answer = sandbox.run(["data", name, "--data-dir", str(sandbox.given / "hostile")])
+    assert answer.code == 2
+    assert re.search(rule, answer.err), answer.err
+    assert not list((sandbox.given / "hostile" / name).glob("*.npy"))
+
+
+def zeros(count: int) -> bytes:
+    """Return so many zeros as gzip, which may be one file after another."""
+    many, rest = divmod(count, 2**24)
+    return gzip.compress(bytes(2**24), 1) * many + gzip.compress(bytes(rest), 1)
+
+
+@pytest.mark.parametrize("held", [0, 100, 2**30])
+@pytest.mark.parametrize("shape", [(2**32 - 1,), (2**22, 32, 32), (2**16, 2**16, 2**16)])
+def test_a_header_that_promises_gibibytes(
+    sandbox: Sandbox, folder: Path, shape: tuple[int, ...], held: int
+) -> None:
+    """Whether the file then has them or not: a gibibyte of zeros is a megabyte of gzip."""
+    raw = folder / "mnist"
+    raw.mkdir()
+    for name, array in zip(idx.IDX_FILES, (IMAGES, LABELS) * 2, strict=True):
+        (raw / name).write_bytes(idx_file(array))
+    name = next(iter(idx.IDX_FILES))
+    (raw / name).unlink()
+    header = b"\0\0\x08" + bytes([len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
+    (raw / f"{name}.gz").write_bytes(gzip.compress(header) + zeros(held))
+    told = " x ".join(map(str, shape))
+    refused(sandbox, "mnist", rf"{name}\.gz is too large: its header says {told}, the most")
+    small = header[:4] + b"\0\0\0\4" * len(shape)
+    (raw / f"{name}.gz").write_bytes(gzip.compress(small) + zeros(held + 2**24))
+    refused(sandbox, "mnist", rf"{name}\.gz is too long: its header says 4.*, it has more")
+
+
+def cifar_archive(folder: Path, change: Any) -> None:
+    """Write an archive of CIFAR-10's binary version, of files that are not the published ones."""
+    version = cifar.CIFAR10_BINARY
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name in (*version.train, *version.test):
+            member = tarfile.TarInfo(f"{version.folder}/{name}")
+            member.size = 3073
+            change(archive, member)
+    (folder / version.archive).write_bytes(gzip.compress(packed.getvalue(), 1))
+
+
+def plain(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    archive.addfile(member, io.BytesIO(bytes(member.size)))
+
+
+def link(kind: bytes, target: str) -> Any:
+    def change(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        member.type, member.linkname, member.size = kind, target, 0
+        archive.addfile(member)
+
+    return change
+
+
+def liar(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    member.size = 2**40
+    archive.fileobj.write(member.tobuf())
+
+
+def long_name(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    """Write a header of pax that says to have gibibytes."""
+    member.type, member.size = tarfile.XHDTYPE, 2**33
+    archive.fileobj.write(member.tobuf())
+
+
+def escaping(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    for name in ("../../results.txt", "/tmp/../results.txt", "precious/../../results.txt"):
+        outside = tarfile.TarInfo(name)
+        outside.size = 4
+        archive.addfile(outside, io.BytesIO(b"gone"))
+    plain(archive, member)
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        (plain, r"data_batch_1\.bin is damaged: its md5 is .*; delete"),
+        (escaping, r"data_batch_1\.bin is damaged: its md5 is .*; delete"),
+        (liar, r"tar\.gz is not the whole archive \("),
+        (long_name, r"tar\.gz is not the whole archive \("),
+        (link(tarfile.SYMTYPE, "../../../results.txt"), r"data_batch_1\.bin is no plain file\)"),
+        (link(tarfile.SYMTYPE, "data_batch_1.bin"), r"data_batch_1\.bin is no plain file\)"),
+        (link(tarfile.LNKTYPE, "/etc/hostname"), r"data_batch_1\.bin is no plain file\)"),
+        (link(tarfile.FIFOTYPE, ""), r"data_batch_1\.bin is no plain file\)"),
+        (link(tarfile.DIRTYPE, ""), r"data_batch_1\.bin is no plain file\)"),
+    ],
+    ids=[
+        "other content", "other paths", "promise", "long name", "link out", "link to itself", "hard link",
+        "pipe", "folder",
+    ],
+)  # fmt: skip
+def test_archives_of_cifar(sandbox: Sandbox, folder: Path, change: Any, rule: str) -> None:
+    cifar_archive(folder, change)
+    refused(sandbox, "cifar10", rule)
+
+
+def test_an_archive_of_gibibytes(sandbox: Sandbox, folder: Path) -> None:
+    version = cifar.CIFAR10_BINARY
+    parts = []
+    for name in (*version.train, *version.test):
+        member = tarfile.TarInfo(f"{version.folder}/{name}")
+        member.size = 2**28
+        parts += [gzip.compress(member.tobuf()), zeros(member.size)]
+    (folder / version.archive).write_bytes(b"".join(parts))
+    refused(sandbox, "cifar10", r"tar\.gz is not the whole archive \(it holds more than \d+ bytes\)")
+
+
+@inputs(quick=60)
+def test_bytes_of_an_archive_of_cifar(sandbox: Sandbox, folder: Path, seeds: range) -> None:
+    cifar_archive(folder, plain)
+    path = folder / cifar.CIFAR10_BINARY.archive
+    whole = path.read_bytes()
+    unpacked = gzip.decompress(whole)
+
+    def prepare(rng: random.Random) -> list[str]:
+        packed = rng.random() < 0.3
+        path.write_bytes(mutated(whole, rng) if packed else gzip.compress(mutated(unpacked, rng), 1))
+        return ["data", "cifar10", "--data-dir", str(folder)]
+
+    assert {2} == set(sandbox.fuzz(seeds, prepare))
+
+
+WNIDS = [f"n{k:08d}" for k in range(200)]
+
+
+def jpeg() -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (64, 64)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def png(width: int, height: int) -> bytes:
+    """Return the head of a PNG file, which is all that there is of it."""
+    head = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\0\0\0\0"
+    checked = head + zlib.crc32(head).to_bytes(4, "big")
+    return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + checked + (9).to_bytes(4, "big") + b"IDAT"
+
+
+def tiny_archive(folder: Path, extra: dict[str, bytes], flags: int = 0) -> Path:
+    """Write an archive of TinyImageNet with one picture for each class and part, and other files."""
+    picture = jpeg()
+    files = {"wnids.txt": "\n".join(WNIDS).encode()}
+    files |= {f"train/{wnid}/images/{wnid}_0.JPEG": picture for wnid in WNIDS}
+    files |= {f"val/images/{wnid}.JPEG": picture for wnid in WNIDS}
+    files["val/val_annotations.txt"] = "\n".join(f"{wnid}.JPEG\t{wnid}\t0" for wnid in WNIDS).encode()
+    path = folder / "tiny-imagenet-200.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, content in {**files, **extra}.items():
+            archive.writestr(f"tiny-imagenet-200/{name}", content)
+        for member in archive.filelist:
+            member.flag_bits |= flags
+    return path
+
+
+FIRST = f"train/{WNIDS[0]}/images/{WNIDS[0]}_0.JPEG"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        (FIRST, bytes(2**25), rf"{FIRST} has {2**25} bytes, the most is"),
+        ("wnids.txt", bytes(2**25), r"wnids\.txt has \d+ bytes, the most is"),
+        ("wnids.txt", b"\xff\xfe\0", r"wnids\.txt must name 200 classes, it names 1"),
+        ("val/val_annotations.txt", b"\xff" * 99, r"must belong to a class of wnids\.txt"),
+        (FIRST, png(12_000, 9_000), r"cannot be read as a picture \(Image size \(108000000 pixels\)"),
+        (FIRST, png(60_000, 60_000), r"cannot be read as a picture \(Image size \(3600000000 pixels\)"),
+        (FIRST, png(9_000, 9_000), rf"{FIRST} is 9000 x 9000, it must be 64 x 64"),
+        (FIRST, b"P6 99999999 99999999 255\n", r"cannot be read as a picture"),
+        ("../../results.txt", b"gone", None),
+        ("/results.txt", b"gone", None),
+        (f"train/{WNIDS[0]}/images/../../../../../../results.txt", b"gone", None),
+    ],
+    ids=[
+        "bomb", "long list", "no text", "no annotations", "warned of", "huge", "larger", "promise", "above",
+        "root", "deep",
+    ],
+)  # fmt: skip
+def test_archives_of_tiny_imagenet(
+    sandbox: Sandbox, folder: Path, name: str, content: bytes, rule: str | None
+) -> None:
+    tiny_archive(folder, {name: content})
+    if rule is None:  # what is not of the data set is not read, and nothing is unpacked
+        answer = sandbox.run(["data", "tinyimagenet", "--data-dir", str(folder)])
+        assert (answer.code, answer.err) == (0, "")
+    else:
+        refused(sandbox, "tinyimagenet", rule)
+
+
+def test_an_archive_with_a_password(sandbox: Sandbox, folder: Path) -> None:
+    tiny_archive(folder, {}, flags=1)
+    refused(sandbox, "tinyimagenet", r"is not the whole archive \(.*encrypted")
+
+
+@inputs(quick=30, full=2000)
+def test_bytes_of_an_archive_of_tiny_imagenet(sandbox: Sandbox, folder: Path, seeds: range) -> None:
+    path = tiny_archive(folder, {})
+    whole = path.read_bytes()
+
+    def prepare(rng: random.Random) -> list[str]:
+        for file in (folder / "tinyimagenet").glob("*.npy"):
+            file.unlink()
+        start = len(whole) - 50_000 if rng.random() < 0.5 else 0  # its table of contents
+        path.write_bytes(whole[:start] + mutated(whole[start:], rng))
+        return ["data", "tinyimagenet", "--data-dir", str(folder)]
+
+    assert {0, 2} >= set(sandbox.fuzz(seeds, prepare))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_not_waited_for(sandbox: Sandbox, folder: Path) -> None:
+    for name in (*cache.NPY_FILES, cache.SUMS):
+        (folder / "mnist").mkdir(exist_ok=True)
+        os.mkfifo(folder / "mnist" / name)
+    refused_line = "MNIST is not in the data directory"
+    answer = sandbox.run(["data", "mnist", "--data-dir", str(folder)])
+    assert answer.code == 2
+    assert refused_line in answer.err
+    extracted = folder / "tiny-imagenet-200"
+    for part in ("train", "val"):
+        (extracted / part / "images").mkdir(parents=True)
+        os.mkfifo(extracted / part / "images" / "a.JPEG")
+    (extracted / "wnids.txt").write_text("\n".join(WNIDS))
+    (extracted / "val" / "val_annotations.txt").write_text("")
+    refused(sandbox, "tinyimagenet", "must have a train image of every class")
+
+
+def test_a_home_that_is_nobodys(sandbox: Sandbox) -> None:
+    answer = sandbox.run(["data", "mnist", "--data-dir", "~nobody-of-that-name/x"])
+    assert answer.code == 2
+    assert "data_dir" in answer.err
+    with pytest.raises(ValueError, match=r"root must be a folder, got ~nobody-of-that-name"):
+        image_folder("~nobody-of-that-name")

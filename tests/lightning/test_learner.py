@@ -160,7 +160,8 @@ def test_progress_is_reported_with_the_means_since_the_last_report() -> None:
     assert [r.learning_rate for r in reports] == pytest.approx([0.1] * 6 + [0.05] * 6)
     assert [r.extra["own"] for r in reports] == pytest.approx([r.accuracy for r in reports])
     losses, accuracies = plain_loop(benchmark, lr=0.1, epochs=2)
-    for report, part in zip(reports, (slice(0, 2), slice(2, 4), slice(4, 5), slice(5, 6), slice(6, 8)), strict=False):
+    parts = (slice(0, 2), slice(2, 4), slice(4, 5), slice(5, 6), slice(6, 8))
+    for report, part in zip(reports, parts, strict=False):
         assert report.loss == pytest.approx(np.mean(losses[part]), rel=1e-6)
         assert report.accuracy == pytest.approx(np.mean(accuracies[part]))
 

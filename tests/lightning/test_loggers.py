@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor
-from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -164,7 +164,7 @@ def test_a_full_disk_under_a_logger_is_told_once(
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("good", [0, 3, 303])
+@pytest.mark.parametrize("good", [0, 3, 305])
 def test_an_error_in_the_thread_of_tensorboard_is_told_once(
     good: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,6 +216,35 @@ def test_loggers_go_on_after_an_interruption(tmp_path: Path) -> None:
         f'{{"step": {s}, "a": {v}{extra}}}'
         for (s, v), extra in zip(expected, ["", "", "", ', "b": 1.0'], strict=True)
     ]
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
+def test_a_run_that_begins_again_replaces_what_was_logged(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        for name in ("csv", "jsonl", "tensorboard"):
+            logger = LOGGERS[name](tmp_path, {})
+            for step in range(1, 3 - int(value) // 2):
+                logger.log_metrics({"a": value}, step)
+            logger.finalize("success")
+    assert (tmp_path / "csv" / "metrics.csv").read_text() == "a,step\n2.0,1\n"
+    assert (tmp_path / "jsonl" / "metrics.jsonl").read_text() == '{"step": 1, "a": 2.0}\n'
+    assert [(e.step, e.value) for e in read(tmp_path / "tensorboard").Scalars("a")] == [(1, 2.0)]
+
+
+class FakeRun:
+    """Stands for a run of W&B."""
+
+    exit_code: int | None = None
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_run_of_wandb_ends_with_its_exit_code(failed: bool) -> None:
+    fake: Any = FakeRun()
+    learner(WandbLogger(experiment=fake)).close(failed)
+    assert fake.exit_code == int(failed)
 
 
 def test_our_own_loggers_have_names_for_lightnings_paths(tmp_path: Path) -> None:

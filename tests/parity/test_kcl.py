@@ -250,15 +250,20 @@ MODES = pytest.mark.parametrize("mode", ["pytorch", "jax"])
 CLIPPED = replace(RFF, tau=1, lmd=-0.2, reset_optimizer=False, lr_decay=0.8)
 SHORT: list[tuple[KCLHParams, str, Any, Scenario]] = [
     (RFF, "momentum", {}, "domain"),
-    (RFF, "momentum", {}, "task"),
     (RBF, "decay", {}, "class"),
-    (CLIPPED, "decay", {"grad_clip": 0.5}, "domain"),
     (replace(RFF, normalisation="minmax", task_parameters="current"), "adam", {"epochs_per_task": 2}, "task"),
+]
+SLOW: list[tuple[KCLHParams, str, Any, Scenario]] = [
+    (RFF, "momentum", {}, "task"),
+    (CLIPPED, "decay", {"grad_clip": 0.5}, "domain"),
     (replace(RBF, normalisation="minmax", bandwidth=3), "momentum", {}, "domain"),
 ]
 
 
-@pytest.mark.parametrize(("hparams", "optimizer", "options", "scenario"), SHORT)
+@pytest.mark.parametrize(
+    ("hparams", "optimizer", "options", "scenario"),
+    [*SHORT, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+)
 def test_short_runs_agree_in_weights_predictions_and_accuracy(
     hparams: KCLHParams, optimizer: str, options: Any, scenario: Scenario
 ) -> None:

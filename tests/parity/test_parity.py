@@ -45,25 +45,37 @@ Make = Callable[..., Learner]
 scanned = partial(flax_learner, steps_per_call=8)
 
 
-def marked(cases: list[tuple[AlgorithmHParams, str]]) -> list[Any]:
-    """Return cases as parameters; slow are those that take long, and all but two of a method's own."""
+def marked(cases: list[tuple[AlgorithmHParams, str]], place: int) -> list[Any]:
+    """Return cases as parameters; all but each method's case at this place are slow."""
     found, seen = [], Counter[str]()
     for case in cases:
         name = case[0].name
+        marks = [] if seen[name] == place else [pytest.mark.slow]
+        found.append(pytest.param(*case, id=name_of(case), marks=marks))
         seen[name] += 1
-        slow = case in LONG or (seen[name] > 2 and name != "naive")
-        found.append(pytest.param(*case, id=name_of(case), marks=[pytest.mark.slow] if slow else []))
     return found
 
 
-@pytest.mark.parametrize(("hparams", "optimizer"), marked([*CASES, *LONG]))
+@pytest.mark.parametrize(("hparams", "optimizer"), marked([*CASES, *LONG], 0))
 def test_same_weights_in_both_frameworks(hparams: AlgorithmHParams, optimizer: str) -> None:
     torch_, flax_ = (trained(make, hparams, optimizer) for make in (torch_learner, flax_learner))
     assert difference(flax_, torch_) < bar(hparams)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_same_weights_with_every_optimizer(optimizer: str) -> None:
+    torch_, flax_ = (trained(make, NaiveHParams(), optimizer) for make in (torch_learner, flax_learner))
+    assert difference(flax_, torch_) < bar(NaiveHParams())
+
+
+@pytest.mark.parametrize(("hparams", "optimizer"), marked(CASES, 1))
+def test_scanned_steps_are_the_dispatched_steps(hparams: AlgorithmHParams, optimizer: str) -> None:
+    """By default with each method's second case, where the one above takes its first."""
+    torch_, flax_ = (trained(make, hparams, optimizer) for make in (torch_learner, scanned))
+    assert difference(flax_, torch_) < bar(hparams)
+
+
 ONE_EACH = {hparams.name: (hparams, optimizer) for hparams, optimizer in reversed(CASES)}
-COMPILED_LONG = ("lamaml", "mcsgd", "kcl", "icarl", "agem")
 OWN = [case for case in [*CASES, *LONG] if case[0].name not in ("naive", "joint")]
 ZERO = [
     EWCHParams(ewc_lambda=0, fisher_samples=20),
@@ -76,18 +88,6 @@ ZERO = [
     DERppHParams(alpha=0, beta=0, mem_size=50, mem_batch_size=7),
     MCSGDHParams(lmc_init_position=1, lmc_lr=0, mem_size=60),
 ]
-
-
-@pytest.mark.parametrize(
-    ("hparams", "optimizer"),
-    [
-        pytest.param(*case, id=name, marks=[pytest.mark.slow] if name in COMPILED_LONG else [])
-        for name, case in ONE_EACH.items()
-    ],
-)
-def test_scanned_steps_are_the_dispatched_steps(hparams: AlgorithmHParams, optimizer: str) -> None:
-    torch_, flax_ = (trained(make, hparams, optimizer) for make in (torch_learner, scanned))
-    assert difference(flax_, torch_) < bar(hparams)
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_same_weights_in_every_scenario(
     assert difference(flax_, torch_) < bar(hparams)
 
 
-@pytest.mark.parametrize(("hparams", "optimizer"), marked(OWN))
+@pytest.mark.parametrize(("hparams", "optimizer"), marked(OWN, 0))
 def test_a_usual_strength_moves_the_weights(hparams: AlgorithmHParams, optimizer: str) -> None:
     common: dict[str, Any] = {"reset_optimizer": hparams.reset_optimizer}
     if hparams.name != "stable_sgd":
@@ -115,12 +115,17 @@ def test_a_usual_strength_moves_the_weights(hparams: AlgorithmHParams, optimizer
 
 
 @pytest.mark.parametrize(
-    "framework", [torch_learner, flax_learner, scanned], ids=["torch", "flax", "scanned"]
+    "framework",
+    [
+        pytest.param(torch_learner, id="torch"),
+        pytest.param(flax_learner, id="flax"),
+        pytest.param(scanned, id="scanned", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("hparams", ZERO, ids=lambda h: f"{h.name} {getattr(h, 'mem_size', '')}")
 def test_strength_zero_is_naive_exactly(framework: Make, hparams: AlgorithmHParams) -> None:
-    zero = trained(framework, hparams, "momentum")
-    naive = trained(framework, NaiveHParams(), "momentum")
+    zero = trained(framework, hparams, "momentum", "class")
+    naive = trained(framework, NaiveHParams(), "momentum", "class")
     for name, array in naive.items():
         np.testing.assert_array_equal(zero[name], array)
 

@@ -6,6 +6,8 @@ from dataclasses import MISSING, fields, replace
 from functools import cache
 from typing import Any, NamedTuple
 
+import pytest
+
 from sequel_benchmarks import RotatedDigits, SplitDigits
 from sequel_core.hparams import (
     AGEMHParams,
@@ -125,6 +127,21 @@ CASES = [
 ]
 
 
+def parameters(cases: list[Case]) -> list[Any]:
+    """Return cases as parameters of a test; those that take long to compute and to compile are slow."""
+    found = []
+    for case in cases:
+        hparams: Any = case.hparams
+        long = (hparams.name, hparams.name == "mcsgd" and hparams.lmc_policy, case.stream) in {
+            ("mcsgd", "online", "masked"),
+            ("mcsgd", "online", "rotated"),
+            ("lamaml", False, "incremental"),
+            ("lamaml", False, "masked"),
+        }
+        found.append(pytest.param(case, id=str(case), marks=[pytest.mark.slow] if long else []))
+    return found
+
+
 @cache
 def benchmark(stream: str) -> Benchmark:
     """Three tasks of 30 steps; end-of-task work on all of `incremental` has an incomplete last batch."""
@@ -159,11 +176,16 @@ def naive(case: Case) -> Case:
 
 
 def without_each_setting(case: Case) -> dict[str, Case]:
-    """Return the case with one setting at its default, for all settings but COMMON, by their names."""
+    """Return the case with one setting at its default, for all settings but COMMON, by their names.
+
+    A setting that is read with that one's value alone goes with it.
+    """
     variants = {}
     for part in ("hparams", "optimizer", "training"):
         settings = getattr(case, part)
         for spec in fields(settings):
             if spec.name not in COMMON and spec.default not in (MISSING, getattr(settings, spec.name)):
-                variants[spec.name] = case._replace(**{part: replace(settings, **{spec.name: spec.default})})
+                left = [s for s in fields(settings) if spec.name in (s.name, s.metadata.get("only", ("",))[0])]
+                changed = replace(settings, **{s.name: s.default for s in left})
+                variants[spec.name] = case._replace(**{part: changed})
     return variants

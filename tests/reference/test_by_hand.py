@@ -47,6 +47,7 @@ from tests.reference.cases import (
     benchmark,
     final,
     naive,
+    parameters,
     ran,
     without_each_setting,
 )
@@ -162,7 +163,7 @@ def test_every_case_ends_away_from_naive(case: Case) -> None:
     assert min(distance(final(case), final(naive(case))).values()) > 1e-3
 
 
-@pytest.mark.parametrize("case", NEW, ids=str)
+@pytest.mark.parametrize("case", parameters(NEW))
 def test_every_setting_of_a_case_moves_its_weights(case: Case) -> None:
     for name, variant in without_each_setting(case).items():
         (*_, found), (*_, expected) = ran(case)[1], ran(variant)[1]

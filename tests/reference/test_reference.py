@@ -32,7 +32,7 @@ from sequel_lightning.algorithms.ewc import diagonal_fisher as torch_fisher
 from sequel_lightning.backbones import canonical_name
 from sequel_lightning.data import as_batch as torch_batch
 from tests.reference import closed_forms
-from tests.reference.cases import CASES, CORE, SGD, TRAINING, WIDTHS, Case, benchmark, ran
+from tests.reference.cases import CASES, CORE, SGD, TRAINING, WIDTHS, Case, benchmark, parameters, ran
 from tests.reference.network import Weights
 from tests.reference.regularisers import EWC
 from tests.reference.streams import Reference, Stage
@@ -75,17 +75,6 @@ def alternatives(by_hand: Reference, stage: Stage, task: Task) -> dict[str, int]
     return correct
 
 
-def is_long(case: Case) -> bool:
-    """Whether a case takes long to compile: it runs with `make slow`."""
-    hparams: Any = case.hparams
-    return (hparams.name, hparams.name == "mcsgd" and hparams.lmc_policy, case.stream) in {
-        ("mcsgd", "online", "masked"),
-        ("mcsgd", "online", "rotated"),
-        ("lamaml", False, "incremental"),
-        ("lamaml", False, "masked"),
-    }
-
-
 FRAMEWORKS = pytest.mark.parametrize("framework", [torch_learner, flax_learner], ids=["lightning", "flax"])
 Make = Callable[..., Learner]
 
@@ -109,10 +98,7 @@ def assert_close(found: Weights, expected: Weights, tolerance: float) -> None:
 
 
 @FRAMEWORKS
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=str(case), marks=[pytest.mark.slow] if is_long(case) else []) for case in CASES],
-)
+@pytest.mark.parametrize("case", parameters(CASES))
 def test_weights_after_every_task_and_the_loss_of_every_step(framework: Make, case: Case) -> None:
     by_hand, expected = ran(case)
     learner: Any = framework(*case)

@@ -174,7 +174,8 @@ def go(
         resume="auto",
         checkpoint=checkpoint,
     )
-    np.savez(run_dir.with_suffix(".npz"), **tensors(made))
+    arrays: dict[str, Any] = dict(tensors(made))
+    np.savez(run_dir.with_suffix(".npz"), **arrays)
 
 
 def start(*args: Any) -> tuple[int | None, int]:

@@ -1,0 +1,183 @@
+"""No pickle runs, whatever it is put in place of: each of these would make a folder."""
+
+import ast
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sequel_benchmarks import cache
+from sequel_core.hparams import TrainingHParams
+from sequel_core.report import page
+from sequel_core.results import RunDirectory, load_weights
+from tests.hostile.fuzzing import Sandbox
+from tests.report.directories import write_run
+
+PACKAGES = ("sequel_core", "sequel_lightning", "sequel_flax", "benchmarks", "configs")
+ROOT = Path(__file__).parents[2]
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.fixture
+def trap(tmp_path: Path) -> Iterator[Trap]:
+    made = Trap(tmp_path / "trapped")
+    yield made
+    assert not made.folder.exists()
+    pickle.loads(pickle.dumps(made))  # noqa: S301 - it works
+    assert made.folder.exists()
+
+
+def objects(trap: Trap) -> bytes:
+    """Return a .npy file of Python objects."""
+    file = io.BytesIO()
+    np.save(file, np.array([trap], object), allow_pickle=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", cache.NPY_FILES)
+@pytest.mark.parametrize("raw", [False, True], ids=["objects", "a pickle alone"])
+def test_in_the_array_cache(sandbox: Sandbox, trap: Trap, name: str, raw: bool) -> None:
+    folder = sandbox.given / "data" / "mnist"
+    (folder / name).write_bytes(pickle.dumps(trap) if raw else objects(trap))
+    for sums in ({}, {key: hashlib.sha256((folder / key).read_bytes()).hexdigest() for key in cache.NPY_FILES}):
+        if sums:
+            (folder / cache.SUMS).write_text(json.dumps(sums))
+        answer = sandbox.run(["data", "mnist"])
+        assert answer.code == 2
+        assert f"{name} is damaged" in answer.err
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "accuracy_matrix.csv", "metrics.jsonl", "summary.json"])
+def test_in_a_run_directory(
+    sandbox: Sandbox, trap: Trap, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(sandbox.given / "run")
+    for content in (pickle.dumps(trap), f"!!python/object/apply:os.mkdir ['{trap.folder}']\n".encode()):
+        (run / name).write_bytes(content + b"\n")
+        monkeypatch.setattr(page, "_svg", lambda *_: "")
+        answer = sandbox.run(["report", str(run), "-o", str(sandbox.given / "report.html")])
+        assert answer.code == (0 if name == "metrics.jsonl" else 2)
+        assert f"{name} is damaged" in answer.out + answer.err
+        if name == "config.yaml":
+            for line in ([str(run / name)], [f"resume={run}"]):
+                answer = sandbox.run(["run", *line, "--check"])
+                assert answer.code == 2
+                assert "is not a YAML file of settings" in answer.err
+
+
+def test_in_an_experiments_file(sandbox: Sandbox, trap: Trap) -> None:
+    file = sandbox.given / "experiment.yaml"
+    for tag in ("apply:os.mkdir", "new:os.mkdir"):
+        file.write_text(f"algo: ewc\ncomment: !!python/object/{tag} ['{trap.folder}']\n")
+        answer = sandbox.run(["run", str(file), "--check"])
+        assert answer.code == 2
+        assert "could not determine a constructor for the tag" in answer.err
+
+
+def test_in_the_weights(trap: Trap, tmp_path: Path) -> None:
+    directory = RunDirectory.create(tmp_path / "run")
+    file = directory.path / "weights.npz"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("dense_0/kernel.npy", objects(trap))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"weights\.npz is damaged: "):
+            load_weights(directory.path)
+        file.write_bytes(pickle.dumps(trap))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_in_a_checkpoint_of_lightning(trap: Trap, tmp_path: Path) -> None:
+    import torch
+
+    from sequel_benchmarks import SplitDigits
+    from sequel_lightning import MLP, Naive, make_learner
+
+    made = make_learner(
+        Naive.hparams_class(),
+        MLP((4,), num_classes=10, image_shape=(8, 8, 1)),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        SplitDigits(),
+        TrainingHParams(),
+    )
+    good = tmp_path / "1"
+    good.mkdir()
+    made.save(good)()
+    whole = torch.load(good / "lightning.ckpt", weights_only=True)
+    for content in (whole | {"epoch": trap}, {"state_dict": trap}, trap):
+        torch.save(content, good / "lightning.ckpt")
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            made.restore(good)
+    (good / "lightning.ckpt").write_bytes(pickle.dumps(trap))
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        made.restore(good)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what orbax leaves open
+def test_in_a_checkpoint_of_flax(trap: Trap, tmp_path: Path) -> None:
+    import optax
+
+    from sequel_benchmarks import SplitDigits
+    from sequel_core.hparams import NaiveHParams
+    from sequel_flax import MLP, make_learner
+
+    made = make_learner(NaiveHParams(), MLP((4,), num_classes=10), optax.sgd(0.1), SplitDigits())
+    made.save(tmp_path / "checkpoints" / "1")()
+    files = [path for path in (tmp_path / "checkpoints" / "1").rglob("*") if path.is_file()]
+    for path in files:
+        whole = path.read_bytes()
+        path.write_bytes(pickle.dumps(trap))
+        with contextlib.suppress(Exception):  # not every file is read
+            made.restore(tmp_path / "checkpoints" / "1")
+        path.write_bytes(whole)
+    made.restore(tmp_path / "checkpoints" / "1")
+    made.close()
+
+
+FORBIDDEN = {
+    "pickle.load", "pickle.loads", "joblib.load", "dill.load", "marshal.load", "shelve.open", "yaml.load",
+    "yaml.unsafe_load", "yaml.full_load", "eval", "exec", "shutil.unpack_archive", "os.system",
+}  # fmt: skip
+SAFE = {"np.load": ("allow_pickle", False), "torch.load": ("weights_only", True)}
+"""What a call must say."""
+
+
+def test_no_code_asks_for_a_pickle() -> None:
+    """But `_ArraysOnly` of cifar.py, which rebuilds arrays and nothing else."""
+    found = []
+    for path in (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                wanted = SAFE.get(name)
+                loads = name.endswith(("load_from_checkpoint", ".fit")) and {"ckpt_path"} & said.keys()
+                if (
+                    name in FORBIDDEN
+                    or name.endswith((".extractall", ".extract"))
+                    or (wanted and said.get(wanted[0]) != str(wanted[1]))
+                    or (loads and said.get("weights_only") != "True")
+                ):
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}")
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                names = {getattr(node, "module", None), *(alias.name for alias in node.names)}
+                if names & {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}:
+                    found.append(f"{path.relative_to(ROOT)} imports {ast.unparse(node)}")
+    assert found == ["benchmarks/cifar.py imports import pickle"]
