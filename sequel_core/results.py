@@ -435,7 +435,11 @@ def _read_summary(path: Path) -> dict[str, Any]:
     return read_json(path.read_bytes())
 
 
-READERS: Mapping[str, Callable[[Path], Any]] = {CONFIG: _read_config, MATRIX: _read_matrix, SUMMARY: _read_summary}
+READERS: dict[str, Callable[[Path], Any]] = {
+    CONFIG: _read_config,
+    MATRIX: _read_matrix,
+    SUMMARY: _read_summary,
+}
 
 
 def _read(path: Path) -> Any:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import netrc
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -111,7 +110,9 @@ def _may_log_in(name: str) -> bool:
 def _comet() -> Any:
     """Import Comet's library without its watch over other libraries, which only the environment turns off."""
     os.environ["COMET_DISABLE_AUTO_LOGGING"] = "1"
-    return import_module("comet_ml")
+    import comet_ml
+
+    return comet_ml
 
 
 def wandb_arguments(settings: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
@@ -120,7 +121,8 @@ def wandb_arguments(settings: Mapping[str, Any], run_dir: Path) -> dict[str, Any
     The service is not told the command line, what the program prints, its code or its git repository: each
     may hold a secret.
     """
-    told: Callable[..., Any] = import_module("wandb").Settings
+    from wandb import Settings
+
     earlier = sorted((run_dir / "wandb").glob("*run-*-*"))  # of a run that is resumed
     return {
         **({"id": earlier[-1].name.rpartition("-")[2], "resume": "allow"} if earlier else {}),
@@ -128,7 +130,7 @@ def wandb_arguments(settings: Mapping[str, Any], run_dir: Path) -> dict[str, Any
         "project": os.environ.get("WANDB_PROJECT", "uncategorized"),
         **{key: value for key, value in settings.items() if value is not None},
         "mode": service_mode("wandb", settings),
-        "settings": told(
+        "settings": Settings(
             console="off",
             disable_code=True,
             disable_git=True,
@@ -141,8 +143,10 @@ def wandb_arguments(settings: Mapping[str, Any], run_dir: Path) -> dict[str, Any
 
 def abandon_wandb() -> None:
     """Let go of W&B's process that has died: the next run would ask it again, and the exit trip over it."""
+    import wandb
+
     with suppress(Exception, SystemExit):
-        import_module("wandb").teardown(exit_code=1)
+        wandb.teardown(exit_code=1)
 
 
 def comet_experiment(settings: Mapping[str, Any], run_dir: Path) -> Any:

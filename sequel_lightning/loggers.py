@@ -239,7 +239,9 @@ def tensorboard_logger(run_dir: Path, settings: Mapping[str, Any]) -> TensorBoar
 
 def wandb_logger(run_dir: Path, settings: Mapping[str, Any]) -> WandbLogger:
     """Return Lightning's Weights & Biases logger; the run starts at the first write."""
-    return WandbLogger(save_dir=run_dir, **wandb_arguments(settings, run_dir))
+    logger = WandbLogger(save_dir=run_dir, **wandb_arguments(settings, run_dir))
+    logger._wandb_init.pop("anonymous")  # which W&B warns of wherever it is passed
+    return logger
 
 
 LOGGERS: dict[str, Callable[[Path, Mapping[str, Any]], Logger]] = {

@@ -157,7 +157,9 @@ def test_idx_of_another_kind_or_length(tmp_path: Path) -> None:
     path = tmp_path / "x"
     whole = idx_bytes(np.zeros((2, 3), np.uint8))
     path.write_bytes(whole + b"\0")
-    with pytest.raises(ValueError, match=r"x is too long: its header says 2 x 3, 18 bytes in all, it has more"):
+    with pytest.raises(
+        ValueError, match=r"x is too long: its header says 2 x 3, 18 bytes in all, it has more"
+    ):
         idx.read_idx(path)
     path.write_bytes(b"\0\0\x0d" + whole[3:])  # floats
     with pytest.raises(ValueError, match=r"must begin with 000008, it begins with 00000d"):

@@ -308,7 +308,11 @@ def test_split_tasks_share_arrays() -> None:
         ),
         (RotatedDigits, {"num_tasks": 1, "angles": (1.0,), "per_task_rotation": 9}, "angles takes the place"),
         (RotatedDigits, {"rotation": "uniform", "per_task_rotation": 9}, "per_task_rotation has no meaning"),
-        (RotatedDigits, {"per_task_rotation": float("nan")}, "per_task_rotation must be >= -360 and <= 360, got nan"),
+        (
+            RotatedDigits,
+            {"per_task_rotation": float("nan")},
+            "per_task_rotation must be >= -360 and <= 360, got nan",
+        ),
         (PermutedDigits, {"num_tasks": 2.5}, "num_tasks must be a whole number"),
         (PermutedDigits, {"first_identity": "no"}, "first_identity must be true or false"),
     ],

@@ -25,26 +25,30 @@ GROWTH = 400 * 2**20  # bytes of memory that one input may take
 
 TOKENS = (
     b"[", b"{", b"}", b"]", b":", b"\n", b"\t", b"\0", b"\r", b",", b'"', b"'", b"- ", b"? ", b"#", b"---\n",
-    b"...\n", b"&a ", b"*a", b"<<: *a", b"!!python/object/apply:os.abort []", b"!!set ", b"!!binary ", b"!!map ",
-    b"!!timestamp ", b"!!float ", b"!!int ", b"!!omap ", b"%YAML 9.9\n", b"|\n", b">\n", b"\xff\xfe",
-    b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"NaN", b"-Infinity", b"1e999", b"-1", b"0", b"9" * 400,
-    b"9" * 5000, b"0x7fffffffffffffff", b"1:1:1", b"2001-99-99", b"null", b"true", b"${a}", b"${", b"${oc.env:HOME}",
-    b"${oc.decode:'${a}'}", b"\\u0000", b"\\ud800", b"<script>", b"$x^{$", b"[red]x[/]", b"\x1b[31m", b"../../x",
-    b"[" * 3000, b'{"a":' * 3000, b"x" * 5000,
+    b"...\n", b"&a ", b"*a", b"<<: *a", b"!!python/object/apply:os.abort []", b"!!set ", b"!!binary ",
+    b"!!map ", b"!!timestamp ", b"!!float ", b"!!int ", b"!!omap ", b"%YAML 9.9\n", b"|\n", b">\n",
+    b"\xff\xfe", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"NaN", b"-Infinity", b"1e999", b"-1", b"0",
+    b"9" * 400, b"9" * 5000, b"0x7fffffffffffffff", b"1:1:1", b"2001-99-99", b"null", b"true", b"${a}", b"${",
+    b"${oc.env:HOME}", b"${oc.decode:'${a}'}", b"\\u0000", b"\\ud800", b"<script>", b"$x^{$", b"[red]x[/]",
+    b"\x1b[31m", b"../../x", b"[" * 3000, b'{"a":' * 3000, b"x" * 5000,
 )  # fmt: skip
 
 SCALARS: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, 2**64, 10**30, 10**400, 0.0, -0.0, 0.5, 1.5, -1e-9, 1e308, 5e-324,
-    math.nan, math.inf, -math.inf, "", " ", "nan", "null", "1", "1e3", "ewc", "jax", "x" * 5000, "${a}", "${seed}",
-    "${", "${oc.env:HOME}", "${oc.decode:1}", "../../x", "~", "/dev/null", "a.b", "a=b", "a,b", "ü", "\0", "\x1b[31m",
-    "\N{LINE SEPARATOR}", "<script>", "$x^{$", r"$\frac$", "[red]x[/]", "***", "_target_", b"\0\xff",
-    datetime.date(2001, 1, 1), datetime.datetime(2001, 1, 1, 1, 1),
+    None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, 2**64, 10**30, 10**400, 0.0, -0.0, 0.5, 1.5, -1e-9,
+    1e308, 5e-324, math.nan, math.inf, -math.inf, "", " ", "nan", "null", "1", "1e3", "ewc", "jax", "${a}",
+    "x" * 5000, "${seed}", "${", "${oc.env:HOME}", "${oc.decode:1}", "../../x", "~", "~nobody-of-that-name",
+    "/dev/null",
+    "a.b", "a=b", "a,b", "ü", "\0", "\x1b[31m", "\N{LINE SEPARATOR}", "<script>", "$x^{$", r"$\frac$",
+    "[red]x[/]", "[/]", "***", "_target_", b"\0\xff", datetime.date(2001, 1, 1),
+    datetime.datetime(2001, 1, 1, 1, 1),
 )  # fmt: skip
 
 TARGETS = (
-    "collections.OrderedDict", "math.pi", "nothing.here", "sequel_core", "", ".", "a..b", "builtins.dict", "json.dumps",
-    "types.SimpleNamespace", "tests", 3, None, ["a"],
+    "collections.OrderedDict", "math.pi", "nothing.here", "sequel_core", "", ".", "a..b", "builtins.dict",
+    "json.dumps", "types.SimpleNamespace", "tests", "sequel_core.StreamCallback", 3, None, ["a"],
 )  # fmt: skip
+
+NUMBERS = tuple(repr(value).encode() for value in SCALARS if isinstance(value, int | float))
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
@@ -67,7 +71,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
             content = content[:i]
         elif accident == 5 and numbers:
             number = rng.choice(numbers)
-            value = rng.choice(TOKENS + tuple(repr(x).encode() for x in SCALARS if isinstance(x, int | float)))
+            value = rng.choice(TOKENS + NUMBERS)
             content = content[: number.start()] + value + content[number.end() :]
         elif accident == 6:
             lines = content.split(b"\n")
@@ -113,11 +117,12 @@ def altered(value: Any, rng: random.Random) -> Any:
             i = rng.randrange(len(name) + 1)
             owner[name[:i] + rng.choice(("", "s", ".", " ", "${")) + name[i + 1 :]] = owner.pop(key)
         elif change == 2 and isinstance(owner, dict):
-            owner[rng.choice((str(hostile(rng))[:60], "file", "run_dir", "hydra", "defaults", "logger"))] = hostile(rng)
+            other = rng.choice((str(hostile(rng))[:60], "file", "run_dir", "hydra", "defaults", "logger"))
+            owner[other] = hostile(rng)
         elif change == 3:
-            other, name = rng.choice(places)
-            if name in other if isinstance(other, dict) else name < len(other):
-                owner[key] = copy.deepcopy(other[name])
+            source, name = rng.choice(places)
+            if name in source if isinstance(source, dict) else name < len(source):
+                owner[key] = copy.deepcopy(source[name])
         else:
             owner[key] = hostile(rng)
     return value
@@ -125,13 +130,15 @@ def altered(value: Any, rng: random.Random) -> Any:
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Yield the container and key of every value within."""
-    keys: Sequence[Any] = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    keys: Sequence[Any] = range(len(value)) if isinstance(value, list) else ()
+    if isinstance(value, dict):
+        keys = list(value)
     for key in keys:
         yield value, key
         yield from _places(value[key])
 
 
-class Dumper(yaml.SafeDumper):
+class Dumper(yaml.SafeDumper):  # type: ignore[misc]
     """Writes what is twice in a file twice."""
 
     def ignore_aliases(self, data: object) -> bool:
@@ -173,7 +180,8 @@ class Sandbox:
 
         `prepare` writes the input's files and returns the command line.
         """
-        codes, failures = [], {}
+        codes: list[int] = []
+        failures: dict[str, str] = {}
         for seed in seeds:
             arguments = prepare(random.Random(seed))
             try:

@@ -2,9 +2,14 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import yaml
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
+from sequel_core.config import SECTIONS, choices, settings
 from tests.hostile.fuzzing import Dumper, Sandbox, altered, hostile, inputs, mutated
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +28,7 @@ LINES = (
 )  # fmt: skip
 
 
-@inputs(quick=100)
+@inputs(quick=60)
 def test_bytes_of_a_file(sandbox: Sandbox, seeds: range) -> None:
     file = sandbox.given / "experiment.yaml"
 
@@ -34,7 +39,7 @@ def test_bytes_of_a_file(sandbox: Sandbox, seeds: range) -> None:
     assert {0, 2} == set(sandbox.fuzz(seeds, prepare))
 
 
-@inputs(quick=100)
+@inputs(quick=60)
 def test_values_of_a_file(sandbox: Sandbox, seeds: range) -> None:
     file = sandbox.given / "experiment.yaml"
     shipped = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in FILES]
@@ -47,7 +52,7 @@ def test_values_of_a_file(sandbox: Sandbox, seeds: range) -> None:
     assert {0, 2} == set(sandbox.fuzz(seeds, prepare))
 
 
-@inputs(quick=100)
+@inputs(quick=60)
 def test_bytes_of_a_command_line(sandbox: Sandbox, seeds: range) -> None:
     def prepare(rng: random.Random) -> list[str]:
         line = []
@@ -60,3 +65,51 @@ def test_bytes_of_a_command_line(sandbox: Sandbox, seeds: range) -> None:
         return ["run", *line, rng.choice(("--cfg", "--check")), *rng.choice(([], ["-m"]))]
 
     assert {0, 2} == set(sandbox.fuzz(seeds, prepare))
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 300) | st.integers(),
+    st.floats(-2, 2) | st.floats(),
+    st.text(max_size=6),
+    st.lists(st.integers(-1, 99), max_size=3),
+    st.dictionaries(st.text(max_size=4), st.integers(), max_size=2),
+    st.sampled_from(["${seed}", "${algo.name}", "${nothing}", "1e-3", "x" * 300]),
+)
+
+
+def section(name: str) -> st.SearchStrategy[Any]:
+    """Settings of a section, most of them its own, some with a value that nobody would give."""
+
+    def values(choice: str) -> st.SearchStrategy[dict[str, Any]]:
+        keys = [spec.key for spec in settings(name, choice)] + ["width", "data_dir", "_target_"]
+        named = {} if not choice else {SECTIONS[name]: st.just(choice)}
+        others = st.dictionaries(st.sampled_from(keys), JUNK, max_size=3)
+        return st.builds(lambda own, other: {**other, **own}, st.fixed_dictionaries(named), others)
+
+    return st.sampled_from(choices(name)).flatmap(values) if name in SECTIONS else values("")
+
+
+WHOLE = st.fixed_dictionaries(
+    {},
+    optional={
+        **{name: section(name) | JUNK for name in (*SECTIONS, "training", "checkpoint", "trainer")},
+        **dict.fromkeys(("mode", "seed", "logger", "callbacks", "wandb", "expected", "evaluate_on"), JUNK),
+        "evaluate_every": JUNK,
+        "source": JUNK,
+    },
+)
+
+
+@inputs(quick=60)
+def test_settings_of_every_kind(sandbox: Sandbox, seeds: range) -> None:
+    file = sandbox.given / "experiment.yaml"
+
+    @hypothesis_settings(max_examples=len(seeds))
+    @given(WHOLE)
+    def check(values: dict[str, Any]) -> None:
+        file.write_text(yaml.dump(values, Dumper=Dumper, allow_unicode=True), encoding="utf-8")
+        sandbox.run(["run", str(file), "--check"])
+
+    check()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sequel_core.checkpoints import Checkpoints
+from sequel_core.checkpoints import MANIFEST, RUN, Checkpoints, _files
 from sequel_core.results import RunDirectory, write_json
 from tests.hostile import conftest
 from tests.hostile.fuzzing import Dumper, Sandbox, altered, inputs, mutated
@@ -102,8 +102,6 @@ def test_any_file_of_it(sandbox: Sandbox, run: Path, seeds: range) -> None:
 
 
 def save_again(path: Path, state: Any) -> None:
-    """Replace the orchestrator's part of a checkpoint by anything that JSON can say, and tell the manifest."""
-    from sequel_core.checkpoints import MANIFEST, RUN, _files
-
+    """Replace the orchestrator's part of a checkpoint, and tell the manifest."""
     write_json(path / RUN, json.loads(json.dumps(state, default=str)))
     write_json(path / MANIFEST, _files(path))

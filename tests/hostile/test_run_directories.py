@@ -2,18 +2,20 @@
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from jinja2 import Environment
 
 from sequel_core.report import page
 from tests.hostile.fuzzing import Dumper, Sandbox, altered, inputs, mutated
 from tests.report.directories import write_run
 
+Report = Callable[[random.Random], list[str]]
 DRAWN = 100  # of so many reports one has its figures drawn, which takes a second or two
-
 
 
 @pytest.fixture
@@ -23,25 +25,25 @@ def run(sandbox: Sandbox) -> Path:
 
 
 @pytest.fixture
-def report(sandbox: Sandbox, run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[random.Random], list[str]]]:
+def report(sandbox: Sandbox, run: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
     """The command line of a report whose page is compiled once and whose figures are drawn now and then."""
-    made, draw, compiled = page.Environment, page._svg, {}
+    draw = page._svg
+    compiled: list[Environment] = []
 
-    def once(**options: object) -> object:
-        return compiled.setdefault("page", made(**options))  # type: ignore[arg-type]
+    def once(**options: Any) -> Environment:
+        compiled.extend([] if compiled else [Environment(**options)])
+        return compiled[0]
 
     def line(rng: random.Random) -> list[str]:
         monkeypatch.setattr(page, "_svg", draw if rng.random() * DRAWN < 1 else lambda *_: "")
         return ["report", str(run), "-o", str(sandbox.given / "report.html")]
 
     monkeypatch.setattr(page, "Environment", once)
-    yield line
+    return line
 
 
 @inputs(quick=150)
-def test_bytes_of_any_file(
-    sandbox: Sandbox, run: Path, report: Callable[[random.Random], list[str]], seeds: range
-) -> None:
+def test_bytes_of_any_file(sandbox: Sandbox, run: Path, report: Report, seeds: range) -> None:
     kept = {path: path.read_bytes() for path in run.iterdir()}
 
     def prepare(rng: random.Random) -> list[str]:
@@ -55,9 +57,7 @@ def test_bytes_of_any_file(
 
 
 @inputs(quick=150)
-def test_values_of_a_summary(
-    sandbox: Sandbox, run: Path, report: Callable[[random.Random], list[str]], seeds: range
-) -> None:
+def test_values_of_a_summary(sandbox: Sandbox, run: Path, report: Report, seeds: range) -> None:
     file = run / "summary.json"
     whole = file.read_bytes()
 
@@ -70,9 +70,7 @@ def test_values_of_a_summary(
 
 
 @inputs(quick=100)
-def test_values_of_a_configuration(
-    sandbox: Sandbox, run: Path, report: Callable[[random.Random], list[str]], seeds: range
-) -> None:
+def test_values_of_a_configuration(sandbox: Sandbox, run: Path, report: Report, seeds: range) -> None:
     """Read for a report, or given to `sequel run` as a file."""
     file = run / "config.yaml"
     whole = yaml.safe_load(file.read_text())

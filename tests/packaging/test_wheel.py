@@ -85,7 +85,9 @@ def test_every_package_is_named(project: dict[str, Any]) -> None:
 
 
 def test_the_wheel_holds_every_file_and_no_other(contents: set[str]) -> None:
-    expected = {installed_name(path) for path in source_files("*.py", "*.yaml", "*.html", "*.css", "py.typed")}
+    expected = {
+        installed_name(path) for path in source_files("*.py", "*.yaml", "*.html", "*.css", "py.typed")
+    }
     assert {name for name in contents if ".dist-info/" not in name} == expected
     assert {name.partition("/")[0] for name in expected} == set(FOLDERS.values())
     assert {f"{FOLDERS[folder]}/py.typed" for folder in FOLDERS if folder != "configs"} <= expected

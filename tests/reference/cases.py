@@ -185,7 +185,9 @@ def without_each_setting(case: Case) -> dict[str, Case]:
         settings = getattr(case, part)
         for spec in fields(settings):
             if spec.name not in COMMON and spec.default not in (MISSING, getattr(settings, spec.name)):
-                left = [s for s in fields(settings) if spec.name in (s.name, s.metadata.get("only", ("",))[0])]
+                left = [
+                    s for s in fields(settings) if spec.name in (s.name, s.metadata.get("only", ("",))[0])
+                ]
                 changed = replace(settings, **{s.name: s.default for s in left})
                 variants[spec.name] = case._replace(**{part: changed})
     return variants

@@ -16,16 +16,21 @@ from tests.resume.short_runs import METHODS, MODES, assert_same_end, go, learner
 EVERYTHING = CheckpointHParams(every_n_steps=7, keep=1000)
 
 
-def cut_back(straight: Path, run_dir: Path, number: int) -> dict[str, object]:
-    """Copy a run directory as it was when its checkpoint of this number was the newest one."""
+def cut_back(straight: Path, run_dir: Path) -> int:
+    """Copy a run directory as it was in the middle of the second task; return its checkpoint's number."""
+    found = {
+        int(path.parent.name): json.loads(path.read_text())["done"]
+        for path in (straight / "checkpoints").glob("*/run.json")
+    }
+    _, *within = sorted(number for number, done in found.items() if done == [0, "evaluate"])
+    number = within[-1]
     shutil.copytree(straight, run_dir)
     for name in ("summary.json", "weights.npz"):
         (run_dir / name).unlink()
     for path in (run_dir / "checkpoints").iterdir():
         if int(path.name) > number:
             shutil.rmtree(path)
-    found: dict[str, object] = json.loads((run_dir / "checkpoints" / str(number) / "run.json").read_text())
-    return found
+    return number
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -33,8 +38,7 @@ def cut_back(straight: Path, run_dir: Path, number: int) -> dict[str, object]:
 def test_every_method_goes_on_in_the_middle_of_a_task(mode: str, method: str, tmp_path: Path) -> None:
     benchmark, straight = stream(), tmp_path / "straight"
     go(learner(mode, method, benchmark), benchmark, straight, EVERYTHING)
-    state = cut_back(straight, tmp_path / "resumed", 6)
-    assert state["done"] == [0, "evaluate"]  # in the middle of the second task, whose fourth part it is
+    cut_back(straight, tmp_path / "resumed")
     go(learner(mode, method, benchmark), benchmark, tmp_path / "resumed", EVERYTHING)
     assert_same_end(tmp_path / "resumed", straight)
 
@@ -43,13 +47,13 @@ def test_every_method_goes_on_in_the_middle_of_a_task(mode: str, method: str, tm
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(mode: str, tmp_path: Path) -> None:
     benchmark, straight, resumed = stream(), tmp_path / "straight", tmp_path / "resumed"
     go(learner(mode, "er", benchmark), benchmark, straight, EVERYTHING)
-    cut_back(straight, resumed, 6)
-    files = sorted(path for path in (resumed / "checkpoints" / "6").rglob("*") if path.is_file())
+    number = cut_back(straight, resumed)
+    files = [path for path in (resumed / "checkpoints" / str(number)).rglob("*") if path.is_file()]
     victim = max(files, key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    with pytest.warns(UserWarning, match=rf"checkpoints/6 is damaged: .*{victim.name} differs"):
+    with pytest.warns(UserWarning, match=rf"checkpoints/{number} is damaged: .*{victim.name} differs"):
         go(learner(mode, "er", benchmark), benchmark, resumed, EVERYTHING)
     assert_same_end(resumed, straight)
 
