@@ -36,6 +36,7 @@ from sequel_core.hparams import (
     NaiveHParams,
     OptimizerHParams,
     Settings,
+    TrainerHParams,
     TrainingHParams,
     allowed,
 )
@@ -92,17 +93,7 @@ NAMES = {
 }
 """Values that are spelt differently."""
 
-TRAINER = {
-    "accelerator": "auto",
-    "devices": "auto",
-    "strategy": "auto",
-    "precision": "32-true",
-    "accumulate_grad_batches": 1,
-    "deterministic": None,
-    "benchmark": None,
-    "detect_anomaly": False,
-    "profiler": None,
-}
+TRAINER = {spec.name: spec.default for spec in fields(TrainerHParams)}
 """Settings of Lightning's Trainer that a configuration may give, with their defaults."""
 
 EVALUATION = ("evaluate_every", "evaluate_on", "evaluate_future")
@@ -313,7 +304,7 @@ def settings(section: str, name: str | Target = "") -> list[Setting]:
         remarks = {line.partition(":")[0].strip(): line.partition(" # ")[2] for line in text.splitlines()}
         values = yaml.safe_load(text)[name]
         return [Setting(key, default, "", remarks.get(key, "")) for key, default in values.items()]
-    return [Setting(key, default, "", "") for key, default in TRAINER.items()]
+    return _fields(TrainerHParams)
 
 
 def _logger_files() -> Traversable:
@@ -791,6 +782,7 @@ def build(flat: Layer) -> ExperimentConfig:
         value = expected.get(key, 0)
         if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
             raise ValueError(f"expected.{key} must be a number >= 0, got {value!r}")
+    trainer = _settings(TrainerHParams, "trainer", groups["trainer"])
     others: dict[str, Any] = {key: values[key] for key in EVALUATION if key in values}
     others |= {key: str(values[key]) for key in ("version", "source", "comment") if key in values}
     algo = own_hparams(own["algo"]) if "algo" in own else ALGORITHMS[names["algo"]]
@@ -804,7 +796,7 @@ def build(flat: Layer) -> ExperimentConfig:
         optimizer=_settings(OptimizerHParams, "optimizer", optimizer),
         training=_settings(TrainingHParams, "training", groups["training"]),
         checkpoint=_settings(CheckpointHParams, "checkpoint", groups["checkpoint"]),
-        trainer=groups["trainer"],
+        trainer={key: getattr(trainer, key) for key in groups["trainer"]},
         logger=_loggers(values.get("logger"), mode),
         callbacks=_objects("callbacks", values.get("callbacks"), mode),
         own=own,

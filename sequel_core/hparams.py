@@ -698,6 +698,23 @@ class CheckpointHParams(Settings):
 
 
 @dataclass(frozen=True)
+class TrainerHParams(Settings):
+    """Settings of Lightning's Trainer that a configuration may give; the names in them are Lightning's."""
+
+    accelerator: str = setting("auto", "auto, cpu, gpu, ...")
+    devices: Literal["auto"] | int | tuple[int, ...] = setting(
+        "auto", "auto, a number of devices, -1 for all, or a list of their indices", ge=-1
+    )
+    strategy: str = setting("auto", "auto, or one for a single device")
+    precision: str | int = setting("32-true", "32-true, 64-true, bf16-mixed, ...", ge=1)
+    accumulate_grad_batches: int = setting(1, "batches whose gradients make a step", ge=1)
+    deterministic: bool | Literal["warn"] | None = setting(None, "use deterministic operators, or warn")
+    benchmark: bool | None = setting(None, "let cuDNN choose the fastest convolutions")
+    detect_anomaly: bool = setting(False, "find the operator that a nan comes from; slow")
+    profiler: Literal["simple", "advanced", "pytorch"] | None = setting(None, "of Lightning; null for none")
+
+
+@dataclass(frozen=True)
 class BackboneHParams(Settings):
     """Settings of a built-in backbone."""
 
@@ -734,7 +751,7 @@ class CNNHParams(BackboneHParams):
 
     channels: tuple[int, ...] = setting((32, 64), "channels of each convolution, in order", ge=1)
     kernel_size: int = setting(
-        3, "height and width of the kernels; images are padded by half of it, rounded down", ge=1
+        3, "height and width of the kernels; images are padded by half of it, rounded down", ge=1, le=255
     )
     stride: int = setting(2, "step of the convolutions, in pixels", ge=1, le=2)
     max_pool: bool = setting(False, "take the maxima of 2x2 pixels after each convolution; needs stride=1")

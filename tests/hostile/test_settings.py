@@ -28,6 +28,7 @@ from sequel_core.hparams import (
     CheckpointHParams,
     OptimizerHParams,
     Settings,
+    TrainerHParams,
     TrainingHParams,
     allowed,
 )
@@ -42,6 +43,7 @@ CLASSES: dict[str, tuple[str, type[Settings]]] = {
     "optimizer=adam": ("optimizer", OptimizerHParams),
     "training": ("training", TrainingHParams),
     "checkpoint": ("checkpoint", CheckpointHParams),
+    "trainer": ("trainer", TrainerHParams),
 }
 DEFAULTS = {
     "algo.name": "naive",
@@ -49,7 +51,9 @@ DEFAULTS = {
     "backbone.type": "mlp",
     "optimizer.type": "sgd",
 }
-ELSEWHERE = {"backbone.model", "backbone.weights"}  # torchvision knows its models
+ELSEWHERE = {  # torchvision and Lightning know their names
+    "backbone.model", "backbone.weights", "trainer.accelerator", "trainer.strategy", "trainer.precision",
+}  # fmt: skip
 
 
 def of(cls: type[Settings]) -> Iterator[tuple[Field[Any], set[Any]]]:
@@ -74,8 +78,9 @@ def kinds(hint: Any) -> Iterator[Any]:
 def outside(spec: Field[Any], types: set[Any]) -> list[Any]:
     """Return values that a field must refuse, its bounds' neighbours among them."""
     wrong: list[Any] = ["no such value", {"a": 1}, object()]
+    wrong += [] if type(None) in types else [None]
     if bool in types:
-        return [*wrong, 0, 1, "true", [], None, math.nan]
+        return [*wrong, 0, 1, "true", [], math.nan]
     if {int, float} & types:
         wrong += [True, math.nan, math.inf, -math.inf, 10**400, -(10**400), "1", 1j, [["1"]]]
         whole, bounds = int in types, spec.metadata
@@ -86,7 +91,6 @@ def outside(spec: Field[Any], types: set[Any]) -> list[Any]:
         wrong += [2**63, -(2**63), 1.5] if whole else []
     else:
         wrong += [True, 0, 1.5, math.nan, []]
-    wrong += [] if type(None) in types else [None]
     return [value for value in wrong if not (str in types and isinstance(value, str))]
 
 
