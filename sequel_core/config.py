@@ -796,7 +796,7 @@ def build(flat: Layer) -> ExperimentConfig:
         optimizer=_settings(OptimizerHParams, "optimizer", optimizer),
         training=_settings(TrainingHParams, "training", groups["training"]),
         checkpoint=_settings(CheckpointHParams, "checkpoint", groups["checkpoint"]),
-        trainer={key: getattr(trainer, key) for key in groups["trainer"]},
+        trainer={key: _plain(getattr(trainer, key)) for key in groups["trainer"]},
         logger=_loggers(values.get("logger"), mode),
         callbacks=_objects("callbacks", values.get("callbacks"), mode),
         own=own,

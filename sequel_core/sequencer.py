@@ -454,8 +454,16 @@ class _Checkpointer:
         """Bring learner and recorder to the newest whole checkpoint; False where there is none."""
         found = self._files.newest()
         if found is not None:
-            self._recorder.learner.restore(found.path)
-            self._recorder.load(found.run)
+            try:
+                self._recorder.learner.restore(found.path)
+                self._recorder.load(found.run)
+            except Exception as error:  # what a file leads to that another program wrote
+                if isinstance(error, ValueError) and str(found.path) in str(error):
+                    raise
+                raise ValueError(
+                    f"checkpoint {found.path} cannot be used, though it is whole ({type(error).__name__}); "
+                    "remove it to go on from the one before"
+                ) from error
         self._files.clear(None if found is None else found.path)
         return found is not None
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from io import StringIO
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from hydra import initialize_config_module
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -44,6 +44,7 @@ from sequel_core.results import read_yaml
 from sequel_core.target import TARGET, Target
 
 CONFIGS = "sequel_configs"
+MOST_RUNS = 1000  # of a sweep, which are all composed before the first one starts
 PLACES = ("file", "experiment", "run_dir")
 """Keys that say where settings come from and where results go; they are not part of an experiment."""
 
@@ -280,6 +281,9 @@ def _parse(arguments: Sequence[str], loader: ConfigLoader) -> list[Override]:
             raise ValueError(f"{text} would delete a setting; give it a value instead, for example key=null")
         if override.package is not None:
             raise ValueError(f"{text} names a package; write {override.key_or_group}=... without it")
+        swept = override.value()
+        if isinstance(swept, RangeSweep) and sum(1 for _ in islice(swept.range(), MOST_RUNS + 1)) > MOST_RUNS:
+            raise ValueError(f"{text} has more than {MOST_RUNS} values; a sweep has at most {MOST_RUNS} runs")
         parsed.append(override)
     return parsed
 

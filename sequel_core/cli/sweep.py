@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from sequel_core.cli.compose import compose, one_line
+from sequel_core.cli.compose import MOST_RUNS, compose, one_line
 from sequel_core.config import ExperimentConfig, build_benchmark
 
 
@@ -40,6 +41,10 @@ def combinations(overrides: Sequence[str]) -> list[Combination]:
     """
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
+        swept = [override for override in parsed if override.is_sweep_override()]
+        count = math.prod(sum(1 for _ in override.sweep_string_iterator()) for override in swept)
+        if count > MOST_RUNS:
+            raise ValueError(f"a sweep must have at most {MOST_RUNS} runs, got {count}; take fewer values")
         jobs = BasicSweeper.split_arguments(parsed, None)[0]
     except HydraException as error:
         raise ValueError(one_line(error)) from error

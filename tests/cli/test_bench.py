@@ -120,7 +120,9 @@ def check(algo: str, losses: list[float], learner: Any, task: Task) -> None:
     assert min(losses[-3:]) < 0.95 * losses[0]
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize(
+    "algo", [pytest.param(a, marks=[pytest.mark.slow] if a == "lamaml" else []) for a in ALGORITHMS]
+)
 def test_the_jax_step_is_the_same_method_and_learns(algo: str) -> None:
     hparams = benched(algo, SIZE)
     benchmark = stream(hparams, SAMPLES)

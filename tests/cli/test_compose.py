@@ -219,7 +219,7 @@ def test_a_shipped_experiment_says_where_it_comes_from(name: str) -> None:
 
 ALGOS = "naive, joint, ewc, si, mas, lfl, stable_sgd, agem, er, der, derpp, mcsgd, lamaml, icarl, kcl"
 BAD = [
-    ([CODE3, "algo.lmc_line_samples=1"], "algo.lmc_line_samples must be >= 2, got 1"),
+    ([CODE3, "algo.lmc_line_samples=1"], "algo.lmc_line_samples must be >= 2 and <= 1000, got 1"),
     ([CODE3, "algo.lmc_policy=on"], "algo.lmc_policy must be one of offline, online, got 'on'"),
     ([CODE3, "algo.lmc_interpolation=bezier"], "algo.lmc_interpolation must be one of linear, got 'bezier'"),
     ([CODE4, "algo.alpha_init=0"], "algo.alpha_init must be > 0, got 0.0"),
@@ -281,7 +281,7 @@ BAD = [
     (["wandb.mode=a"], "logger.wandb.mode must be online, offline or disabled, got 'a'"),
     (["mode=jax", "trainer.precision=16"], "trainer.precision is a setting of Lightning's Trainer, got 16 "
      "with mode=jax; drop it or set mode=pytorch"),
-    (["trainer.device=2"], "trainer.device is not a setting of trainer; did you mean trainer.devices?"),
+    (["trainer.device=2"], "trainer.device is not a setting of trainer; did you mean trainer.devices (>= -1"),
     (["evaluate_every=0"], "evaluate_every must be task, epoch or a number of steps >= 1, got 0"),
     (["evaluate_on=train"], "evaluate_on must be one of test, validation, got 'train'"),
     (["evaluate_future=1"], "evaluate_future must be true or false, got 1"),

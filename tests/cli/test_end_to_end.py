@@ -15,7 +15,9 @@ CODE2 = str(Path(__file__).parent / "fixtures" / "code2_ewc.yaml")
 DIGITS = ["benchmark=rotateddigits", "benchmark.num_tasks=2", "benchmark.per_task_rotation=90"]
 
 
-@pytest.mark.parametrize("algo", ["naive", "joint", "ewc"])
+@pytest.mark.parametrize(
+    "algo", ["ewc", *(pytest.param(algo, marks=pytest.mark.slow) for algo in ("naive", "joint"))]
+)
 def test_both_frameworks_agree(algo: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     matrices = []
     for mode in ("pytorch", "jax"):
@@ -69,7 +71,7 @@ def test_a_sweep_over_frameworks(tmp_path: Path) -> None:
     assert len(rows) == 5
 
 
-@pytest.mark.parametrize("mode", ["pytorch", "jax"])
+@pytest.mark.parametrize("mode", ["pytorch", pytest.param("jax", marks=pytest.mark.slow)])
 def test_the_papers_file_with_its_wandb_block_runs_offline(mode: str, tmp_path: Path) -> None:
     line = [CODE2, *DIGITS, "benchmark.subset=100", f"mode={mode}", "wandb.mode=offline", "run_dir=run"]
     program = "import sys; from sequel_core.cli import main; sys.exit(main(sys.argv[1:]))"

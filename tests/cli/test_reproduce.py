@@ -33,7 +33,8 @@ ABOVE = [*SMALL, "expected.avg_acc=1", "expected.std=1", "comment=an easier stre
 
 
 def snapshot(directory: Path) -> dict[str, tuple[bytes, int]]:
-    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in directory.iterdir()}
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 def row(out: str, mode: str) -> list[str]:

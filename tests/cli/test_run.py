@@ -172,7 +172,7 @@ def test_divergence_is_one_line_and_exit_code_1(
          "grad_clip=1.0; drop grad_clip"),
         (["algo=lamaml", "optimizer.lr_decay=0.8"], "algo.lr_decay must be 1 where the rates take the "
          "optimizer's place, got 0.8; set sync_update=true or drop lr_decay"),
-        (["algo=mcsgd", "algo.lmc_line_samples=1"], "algo.lmc_line_samples must be >= 2, got 1"),
+        (["algo=mcsgd", "algo.lmc_line_samples=1"], "algo.lmc_line_samples must be >= 2 and <= 1000"),
         (["algo=mcsgd", "algo.mem_size=42", "benchmark.num_tasks=5"], "algo.mem_size must divide into the 5 "
          "equal parts of memory=task_quota, one for each task, got 42; use 40 or 45"),
         (["algo=er", "algo.mem_size=9"], "algo.mem_size must be 0 or give at least batch_size=10 slots, so "

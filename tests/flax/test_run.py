@@ -36,7 +36,7 @@ def test_the_run_directory_holds_what_was_run(tmp_path: Path) -> None:
     result = run(model, rotated(), run_dir=tmp_path / "new" / "run", progress=False)
     where = tmp_path / "new" / "run"
     names = {"config.yaml", "metrics.jsonl", "accuracy_matrix.csv", "summary.json", "weights.npz"}
-    assert {path.name for path in where.iterdir()} == names
+    assert {path.name for path in where.iterdir()} == {*names, "checkpoints"}
 
     config = yaml.safe_load((where / "config.yaml").read_text())
     assert config["mode"] == "jax"

@@ -25,6 +25,8 @@ LINES = (
     "evaluate_on=validation", "evaluate_every=10", "expected.avg_acc=3", "+experiment=naive_rotateddigits",
     "comment=x", "training={batch_size: 3}", "algo={name: si}", "checkpoint.keep=0", "resume=auto",
     "resume=nowhere", "checkpoint={every_minutes: 1}", "seed=range(3)", "algo=naive,er", "data_dir=x",
+    "seed=range(1000000000)", "seed=shuffle(range(1000000000))", "optimizer.lr=range(0,1,0)",
+    "training.seed=range(999)", "optimizer.lr=range(0.1,99,0.1)",
 )  # fmt: skip
 
 
