@@ -1,5 +1,6 @@
 """`sequel reproduce`: verdicts, intervals, what is kept, what runs again; mostly with a learner in NumPy."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import metadata
@@ -186,8 +187,8 @@ def test_an_unfinished_run_is_left_alone_and_run_again(
     elif damage == "failed":
         summary.write_text(summary.read_text().replace('"finished"', '"failed"'))
     else:
-        for file in path.iterdir():
-            file.unlink()
+        shutil.rmtree(path)
+        path.mkdir()
     before = snapshot(path)
     assert reproduce(EXPERIMENT, ["jax"], 1, tmp_path, REACHED) == 0
     assert snapshot(path) == before
