@@ -111,7 +111,7 @@ def _coerce(name: str, value: Any, hint: Any, spec: Field[Any]) -> Any:
 
 def _told(value: Any) -> str:
     """Return a value as a configuration has it."""
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _and_range(spec: Field[Any]) -> str:
@@ -127,10 +127,10 @@ class Settings:
         for spec in fields(self):
             value = _coerce(spec.name, getattr(self, spec.name), hints[spec.name], spec)
             object.__setattr__(self, spec.name, value)
-        for spec in fields(self):
-            other, *wanted = spec.metadata.get("only", ("",))
-            value, beside = getattr(self, spec.name), getattr(self, other, None)
-            if other and beside not in wanted and value != spec.default:
+        for spec in (spec for spec in fields(self) if "only" in spec.metadata):
+            other, *wanted = spec.metadata["only"]
+            value, beside = getattr(self, spec.name), getattr(self, other)
+            if beside not in wanted and value != spec.default:
                 told = f"{other}={' or '.join(map(_told, wanted))}"
                 raise ValueError(
                     f"{spec.name} is read with {told} alone, got {spec.name}={_told(value)} with "

@@ -121,8 +121,8 @@ class JsonLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add a line; nan and infinity become null."""
-        self._directory.mkdir(parents=True, exist_ok=True)
         if not self._begun:
+            self._directory.mkdir(parents=True, exist_ok=True)
             (self._directory / METRICS).unlink(missing_ok=True)
             self._begun = True
         RunDirectory(self._directory).append_metrics(record)
@@ -158,26 +158,28 @@ class CsvTable:
     def write_numbers(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a row."""
         row: dict[str, Any] = {STEP: step, **{name: number(value) for name, value in values.items()}}
-        rows, mode = [row], "a"
-        if not row.keys() <= set(self.columns):
-            before = read_csv(self.path) if self.columns else []
-            self.columns, rows, mode = sorted({*self.columns, *row}), [*before, row], "w"
-        self._write(rows, mode)
+        if row.keys() <= set(self.columns):
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerow([row.get(name, "") for name in self.columns])
+            return
+        before = read_csv(self.path) if self.columns else []
+        self.columns = sorted({*self.columns, *row})
+        self._replace([*before, row])
 
     def resume(self, step: int) -> None:
         """Take away the rows after a step."""
         kept = [row for row in read_csv(self.path) if int(row[STEP]) <= step]
         self.columns = list(kept[0]) if kept else []
         if self.path.is_file():
-            self._write(kept, "w")
+            self._replace(kept)
 
-    def _write(self, rows: Sequence[Mapping[str, Any]], mode: str) -> None:
+    def _replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the whole file, or leave it as it is."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part") if mode == "w" else self.path  # whole, or as it was before
-        with part.open(mode, newline="", encoding="utf-8") as file:
+        part = self.path.with_suffix(".part")
+        with part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
-            if mode == "w":
-                writer.writeheader()
+            writer.writeheader()
             writer.writerows(rows)
         part.replace(self.path)
 

@@ -266,7 +266,8 @@ class FlaxLearner:
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Write numbers with every writer, at the current step."""
-        self.writers.each(lambda writer: writer.write_scalars(self.step, metrics))
+        step = self.step  # read from the device once
+        self.writers.each(lambda writer: writer.write_scalars(step, metrics))
 
     def log_image(self, name: str, image: NDArray[np.uint8]) -> None:
         """Write a picture `[H, W, 3]` with every writer, at the current step."""

@@ -76,12 +76,20 @@ FILE = {
         },
     }
 }
-COMMAND = "import sys; from sequel_core.cli import main; sys.exit(main(sys.argv[1:]))"
+PROGRAM = """
+import sys
+from sequel_core.cli import main
+for mode in ("pytorch", "jax"):
+    code = main(["run", *sys.argv[1:], f"mode={mode}", f"run_dir={mode}"])
+    print("<end>", flush=True)
+    if code:
+        sys.exit(code)
+"""
 
 
 @dataclass
 class Ran:
-    """A run with all loggers, and what it printed."""
+    """A run with all loggers, and what it printed; on standard error both runs together."""
 
     result: Result
     out: str
@@ -95,31 +103,21 @@ class Ran:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
-    """Run every logger in both modes, each in a process of its own, as W&B and Comet keep theirs."""
+    """Run every logger in both modes, in a process of their own, as W&B and Comet leave traces in it."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "own_pytorch.py").write_text(OWN)
     (folder / "own_jax.py").write_text(OWN_JAX)
     (folder / "file.yaml").write_text(yaml.safe_dump(FILE))
     environment = {**os.environ, **{key: value for key, value in SECRETS.items() if key.isupper()}}
     environment["COLUMNS"] = "100"
-    line = ["run", "file.yaml", *SMALL, "evaluate_every=epoch", "training.epochs_per_task=2"]
+    line = ["file.yaml", *SMALL, "evaluate_every=epoch", "training.epochs_per_task=2"]
     line.append("benchmark.validation=0.2")
     line.append(f"logger.mine.password={SECRETS['argument']}")
-    started = {
-        mode: subprocess.Popen(
-            [sys.executable, "-c", COMMAND, *line, f"mode={mode}", f"run_dir={mode}"],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for mode in MODES
-    }
-    ended = {mode: process.communicate(timeout=300) for mode, process in started.items()}
-    for mode, process in started.items():
-        assert process.returncode == 0, ended[mode]
-    return {mode: Ran(load_result(folder / mode), *texts) for mode, texts in ended.items()}
+    command = [sys.executable, "-c", PROGRAM, *line]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    texts = done.stdout.split("<end>\n")
+    return {mode: Ran(load_result(folder / mode), texts[k], done.stderr) for k, mode in enumerate(MODES)}
 
 
 Series = dict[str, list[tuple[int, float]]]
