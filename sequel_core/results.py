@@ -18,11 +18,12 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
@@ -45,6 +46,8 @@ SUMMARY = "summary.json"
 WEIGHTS = "weights.npz"
 ERROR = "error.txt"  # why a run of a sweep failed
 LOCK = ".lock"
+BEGUN = r"\.lock(\.json)?|\.(\.lock\.json|config\.yaml)\.[0-9]+"
+"""Names of what a run has in its directory before its first file, or left there where it died before that."""
 FREE = ("logger", "wandb", "callbacks", "checkpoint", "expected", "version", "source", "comment")
 """Settings that may differ where a run is resumed."""
 
@@ -88,13 +91,23 @@ def _write(path: Path, content: bytes) -> None:
     """Write a whole file or nothing."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with part.open("wb") as file:
+        with naming(path), part.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let the error of a write tell the file's name, as that of opening it does."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _open_no_link(path: str, flags: int) -> int:
@@ -201,7 +214,7 @@ class RunDirectory:
             raise ValueError(f"run_dir must be a directory, got the file {target}; choose another path")
         try:
             target.mkdir(parents=True, exist_ok=path is not None)
-            occupied = next(target.iterdir(), None)
+            occupied = next((p for p in target.iterdir() if not re.fullmatch(BEGUN, p.name)), None)
             with tempfile.TemporaryFile(dir=target):
                 pass  # the only test of a right to write that holds for every file system and user
         except FileExistsError:
@@ -268,8 +281,9 @@ class RunDirectory:
             write_json(holder, {"host": platform.node(), "process": os.getpid()})
             yield
         finally:
-            holder.unlink(missing_ok=True)
-            (self.path / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # from a disk that can be read only by now; no lock is held by its file
+                holder.unlink(missing_ok=True)
+                (self.path / LOCK).unlink(missing_ok=True)
             lock.release()
 
     def check_config(self, config: Mapping[str, Any]) -> None:
@@ -317,7 +331,8 @@ class RunDirectory:
             ValueError: something in it is not a plain value.
         """
         line = json.dumps(_finite(_plain("record", record)), allow_nan=False, ensure_ascii=False)
-        with open(self.path / METRICS, "a", encoding="utf-8", opener=_open_no_link) as file:
+        path = self.path / METRICS
+        with naming(path), open(path, "a", encoding="utf-8", opener=_open_no_link) as file:
             file.write(line + "\n")
 
     def write_matrix(self, matrix: FloatArray) -> None:

@@ -152,6 +152,16 @@ def _run(
         learner.end_stream()
 
 
+def training_numbers(progress: Progress, samples_per_second: float) -> dict[str, float]:
+    """Return what the loggers get of a learner's report, by tag."""
+    scores = {"loss": progress.loss}
+    for name in ("accuracy", "learning_rate"):
+        if not math.isnan(value := getattr(progress, name)):
+            scores[name] = value
+    scores["samples_per_second"] = samples_per_second
+    return {**{f"train/{name}": value for name, value in scores.items()}, **progress.extra}
+
+
 def check_run(
     learner: Learner, benchmark: Benchmark, evaluate_every: EvaluateEvery, evaluate_on: EvaluateOn
 ) -> None:
@@ -270,10 +280,7 @@ class _Recorder:
         self.directory.append_metrics(
             {"kind": "train", "task": task.index, **record, "samples_per_second": rate, **extra}
         )
-        scores = {name: record[name] for name in ("loss", "accuracy", "learning_rate")}
-        scores = {name: value for name, value in scores.items() if name == "loss" or not math.isnan(value)}
-        named = {f"train/{name}": value for name, value in {**scores, "samples_per_second": rate}.items()}
-        self.learner.log({**named, **extra})
+        self.learner.log(training_numbers(progress, rate))
         self.display.update(task, progress)
 
     def evaluate(self, tasks: range, after: int | None, within: bool = False) -> FloatArray:

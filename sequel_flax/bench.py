@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,11 +25,14 @@ from sequel_core.hparams import (
     TrainingHParams,
 )
 from sequel_core.learner import FitMonitor
+from sequel_core.sequencer import training_numbers
 from sequel_core.task import Benchmark
 from sequel_flax.backbones import BACKBONES, MLP
 from sequel_flax.build import make_learner, use_one_thread
 from sequel_flax.bundle import batch_stats
+from sequel_flax.learner import FlaxLearner
 from sequel_flax.optimizers import build_optimizer
+from sequel_flax.writers import WRITERS, MetricWriter
 
 WIDTHS = (256, 256)
 RATE = 0.01
@@ -38,31 +42,73 @@ Step = Callable[[Any, Any, jax.Array, jax.Array], tuple[Any, Any, jax.Array]]
 """layers, what the method keeps, images, labels -> layers, what it keeps, loss."""
 
 
+def network(benchmark: Benchmark, backbone: str) -> Any:
+    """Return the network that is measured."""
+    use_one_thread()
+    if backbone == "mlp":
+        return MLP(WIDTHS, benchmark.num_classes)
+    return BACKBONES[backbone](**vars(SETTINGS[backbone]()), num_classes=benchmark.num_classes)
+
+
+def ours(
+    hparams: AlgorithmHParams,
+    model: Any,
+    benchmark: Benchmark,
+    batch_size: int,
+    loggers: Sequence[MetricWriter] = (),
+) -> tuple[FlaxLearner, Callable[[], float]]:
+    """Return a learner, and what trains it on the second task for one epoch and returns the seconds.
+
+    Args:
+        hparams: of the algorithm.
+        model: the network.
+        benchmark: of two tasks.
+        batch_size: of training.
+        loggers: that get all that a run logs while it trains.
+    """
+    first, task = benchmark.tasks
+    training, optimizer = TrainingHParams(batch_size=batch_size), build_optimizer(OptimizerHParams(lr=RATE))
+    learner = make_learner(hparams, model, optimizer, benchmark, training, loggers=loggers)
+    monitor = SILENT
+    if loggers:
+        learner.start_stream(learner.describe())
+        monitor = SILENT._replace(on_progress=lambda told: learner.log(training_numbers(told, told.step)))
+    learner.fit_task(first, monitor)
+    learner.algorithm = learner.algorithm._replace(end_task=lambda ts, state, batches: (ts, state))
+
+    def fit() -> float:
+        start = time.perf_counter()
+        learner.fit_task(task, monitor)
+        jax.block_until_ready(learner.ts.params)
+        return time.perf_counter() - start
+
+    return learner, fit
+
+
+def logging_contenders(
+    hparams: AlgorithmHParams,
+    benchmark: Benchmark,
+    batch_size: int,
+    backbone: str,
+    names: Sequence[str],
+    directory: Path,
+) -> dict[str, Callable[[], float]]:
+    """Return the learner with some loggers, which write into a directory, and without."""
+    model = network(benchmark, backbone)
+    loggers = [WRITERS[name](directory, {}) for name in names]
+    return {
+        "sequel, logging": ours(hparams, model, benchmark, batch_size, loggers)[1],
+        "sequel, no logger": ours(hparams, model, benchmark, batch_size)[1],
+    }
+
+
 def contenders(
     hparams: AlgorithmHParams, benchmark: Benchmark, batch_size: int, backbone: str = "mlp"
 ) -> dict[str, Callable[[], float]]:
     """Return functions that train on the second task for one epoch and return the seconds, ours first."""
-    first, task = benchmark.tasks
-    use_one_thread()
-    model: Any = MLP(WIDTHS, benchmark.num_classes)
-    if backbone != "mlp":
-        model = BACKBONES[backbone](**vars(SETTINGS[backbone]()), num_classes=benchmark.num_classes)
-    learner = make_learner(
-        hparams,
-        model,
-        build_optimizer(OptimizerHParams(lr=RATE)),
-        benchmark,
-        TrainingHParams(batch_size=batch_size),
-    )
-    learner.fit_task(first, SILENT)
-    learner.algorithm = learner.algorithm._replace(end_task=lambda ts, state, batches: (ts, state))
-
-    def ours() -> float:
-        start = time.perf_counter()
-        learner.fit_task(task, SILENT)
-        jax.block_until_ready(learner.ts.params)
-        return time.perf_counter() - start
-
+    _, task = benchmark.tasks
+    model = network(benchmark, backbone)
+    learner, fit = ours(hparams, model, benchmark, batch_size)
     samples = task.train.take(plan.epoch_batches(0, 0, 0, len(task.train), batch_size).reshape(-1))
     x = samples.x.reshape(-1, batch_size, *benchmark.image_shape)
     y = samples.y.astype(np.int32).reshape(-1, batch_size)
@@ -100,7 +146,7 @@ def contenders(
         jax.block_until_ready(scan(*carry, x, y))
         return time.perf_counter() - start
 
-    found: dict[str, Callable[[], float]] = {"sequel": ours, "JAX step, dispatched": dispatched}
+    found: dict[str, Callable[[], float]] = {"sequel": fit, "JAX step, dispatched": dispatched}
     return {**found, "JAX step, scanned": scanned} if backbone == "mlp" else found
 
 

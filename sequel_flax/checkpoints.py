@@ -5,7 +5,14 @@ Plain orbax reads it, without this package: `StandardCheckpointer().restore(path
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +35,82 @@ class Saver:
         """Copy a tree and write it to `path`, whose name is a number; return what waits for the end of that.
 
         The tree may be donated as soon as this returns.
+
+        Raises:
+            OSError: it could not be written; what is returned raises it, too.
         """
+        leave_errors_to_the_caller()
         if self._manager is None or Path(self._manager.directory) != path.parent.absolute():
             self.close()
             self._manager = ocp.CheckpointManager(
                 path.parent.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=None)
             )
-        args = ocp.args.StandardSave(_storable(tree))
-        self._manager.save(int(path.name), args=ocp.args.Composite(**{ITEM: args}))
-        wait: Callable[[], None] = self._manager.wait_until_finished
+        manager, args = self._manager, ocp.args.StandardSave(_storable(tree))
+        with _system_errors(path):
+            manager.save(int(path.name), args=ocp.args.Composite(**{ITEM: args}))
+
+        def wait() -> None:
+            with _system_errors(path):
+                manager.wait_until_finished()
+
         return wait
 
     def close(self) -> None:
-        """Wait for what is being written, and end orbax's threads."""
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+        """Wait for what is being written, and end orbax's threads.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            with _system_errors(Path(manager.directory)):
+                manager.close()
+
+
+@cache
+def leave_errors_to_the_caller() -> None:
+    """Keep orbax's threads from telling at length of a failure that is raised besides; done once, for good.
+
+    They log it with its traceback, some of it when garbage is collected, and tensorstore calls back into
+    event loops that the failure has closed, which Python reports as an ignored exception.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)
+    report = sys.unraisablehook
+
+    def of_other_things(unraisable: Any) -> None:
+        if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = of_other_things
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a record tells of something other than a write of orbax's that failed."""
+    error = record.exc_info[1] if record.exc_info else None
+    if not isinstance(error, OSError):
+        return error is None or _number(error) is None
+    return not any("orbax" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+
+
+def _number(error: BaseException) -> int | None:
+    """Return the system's number for what went wrong, where an error tells it: 28 where a disk is full."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's, as a ValueError
+    return int(told[1]) if told else None
+
+
+@contextmanager
+def _system_errors(path: Path) -> Iterator[None]:
+    """Raise an OSError that names the checkpoint for what orbax and tensorstore raise."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        number = _number(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def restored(path: Path, like: Any) -> Any:

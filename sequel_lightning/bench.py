@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -27,14 +28,17 @@ from sequel_core.hparams import (
     TrainingHParams,
 )
 from sequel_core.learner import FitMonitor
+from sequel_core.sequencer import training_numbers
 from sequel_core.task import Benchmark
 from sequel_lightning.backbones import BACKBONES, MLP, initialise
 from sequel_lightning.build import build_optimizer, make_learner, use_one_thread
 from sequel_lightning.data import as_batch
-from sequel_lightning.learner import LightningLearner, quiet
+from sequel_lightning.learner import quiet
+from sequel_lightning.loggers import LOGGERS
 
 WIDTHS = (256, 256)
 RATE = 0.01
+SEED = 0
 SILENT = FitMonitor(on_progress=lambda progress: None, on_evaluate=lambda: None)
 
 
@@ -249,23 +253,73 @@ class Batches:
         return iter(self._batches)
 
 
+def network(benchmark: Benchmark, backbone: str) -> nn.Module:
+    """Return the network that is measured; the multi-layer perceptron runs on one thread."""
+    sizes: Any = {"num_classes": benchmark.num_classes, "image_shape": benchmark.image_shape}
+    if backbone == "mlp":
+        use_one_thread()
+        return initialise(MLP(WIDTHS, **sizes), SEED)
+    return initialise(BACKBONES[backbone](**vars(SETTINGS[backbone]()), **sizes), SEED)
+
+
+def ours(
+    hparams: AlgorithmHParams,
+    net: nn.Module,
+    benchmark: Benchmark,
+    batch_size: int,
+    loggers: Sequence[Logger] = (),
+) -> Callable[[], float]:
+    """Return a function that trains a learner on the second task for one epoch and returns the seconds.
+
+    Args:
+        hparams: of the algorithm.
+        net: left as it is.
+        benchmark: of two tasks.
+        batch_size: of training.
+        loggers: that get all that a run logs while it trains.
+    """
+    first, task = benchmark.tasks
+    training = TrainingHParams(batch_size=batch_size, seed=SEED)
+    optimizer = build_optimizer(OptimizerHParams(lr=RATE))
+    learner = make_learner(hparams, copy.deepcopy(net), optimizer, benchmark, training, loggers=loggers)
+    monitor = SILENT
+    if loggers:
+        learner.start_stream(learner.describe())
+        monitor = SILENT._replace(on_progress=lambda told: learner.log(training_numbers(told, told.step)))
+    learner.fit_task(first, monitor)
+    learner.module.end_task = lambda batches: None  # type: ignore[method-assign]
+
+    def fit() -> float:
+        start = time.perf_counter()
+        learner.fit_task(task, monitor)
+        return time.perf_counter() - start
+
+    return fit
+
+
+def logging_contenders(
+    hparams: AlgorithmHParams,
+    benchmark: Benchmark,
+    batch_size: int,
+    backbone: str,
+    names: Sequence[str],
+    directory: Path,
+) -> dict[str, Callable[[], float]]:
+    """Return the learner with some loggers, which write into a directory, and without."""
+    net = network(benchmark, backbone)
+    loggers = [LOGGERS[name](directory, {}) for name in names]
+    return {
+        "sequel, logging": ours(hparams, net, benchmark, batch_size, loggers),
+        "sequel, no logger": ours(hparams, net, benchmark, batch_size),
+    }
+
+
 def contenders(
     hparams: AlgorithmHParams, benchmark: Benchmark, batch_size: int, backbone: str = "mlp"
 ) -> dict[str, Callable[[], float]]:
     """Return functions that train on the second task for one epoch and return the seconds, ours first."""
-    first, task = benchmark.tasks
-    training = TrainingHParams(batch_size=batch_size)
-    sizes: Any = {"num_classes": benchmark.num_classes, "image_shape": benchmark.image_shape}
-    if backbone == "mlp":
-        use_one_thread()
-        net = initialise(MLP(WIDTHS, **sizes), training.seed)
-    else:
-        net = initialise(BACKBONES[backbone](**vars(SETTINGS[backbone]()), **sizes), training.seed)
-    optimizer = build_optimizer(OptimizerHParams(lr=RATE))
-    learner = make_learner(hparams, copy.deepcopy(net), optimizer, benchmark, training)
-    learner.fit_task(first, SILENT)
-    learner.module.end_task = lambda batches: None  # type: ignore[method-assign]
-    naive = make_learner(NaiveHParams(), copy.deepcopy(net), optimizer, benchmark, training)
+    _, task = benchmark.tasks
+    net = network(benchmark, backbone)
     samples = task.train.take(plan.epoch_batches(0, 0, 0, len(task.train), batch_size).reshape(-1))
     x, y, _, _ = as_batch(samples)
     batches = Batches(list(zip(x.split(batch_size), y.split(batch_size), strict=True)))
@@ -275,11 +329,6 @@ def contenders(
         torch.tensor(a, dtype=torch.float32).reshape(-1, 1, 1)
         for a in (benchmark.normalisation.scale, benchmark.normalisation.shift)
     )
-
-    def fit(learner: LightningLearner) -> float:
-        start = time.perf_counter()
-        learner.fit_task(task, SILENT)
-        return time.perf_counter() - start
 
     def bare() -> float:
         module = BareModule(copy.deepcopy(net), scale, shift, hparams, stored)
@@ -297,6 +346,8 @@ def contenders(
             plain_step(module, optimizer, batch)
         return time.perf_counter() - start
 
-    found: dict[str, Callable[[], float]] = {}
-    found |= {"sequel": partial(fit, learner), "bare LightningModule": bare, "PyTorch loop": plain}
-    return found if hparams.name == "naive" else {**found, "sequel, naive": partial(fit, naive)}
+    found = {"sequel": ours(hparams, net, benchmark, batch_size)}
+    found |= {"bare LightningModule": bare, "PyTorch loop": plain}
+    if hparams.name != "naive":
+        found["sequel, naive"] = ours(NaiveHParams(), net, benchmark, batch_size)
+    return found

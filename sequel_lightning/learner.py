@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins import TorchCheckpointIO
 from numpy.typing import NDArray
 from pytorch_lightning.callbacks import Callback, Checkpoint, ProgressBar
 from pytorch_lightning.loggers import Logger
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from sequel_core import plan
 from sequel_core.hparams import TrainingHParams
 from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
+from sequel_core.results import naming
 from sequel_core.task import FloatArray, Samples, StreamSpec, Task
 from sequel_lightning.backbones import canonical_weights
 from sequel_lightning.callbacks import (
@@ -201,9 +203,14 @@ class LightningLearner:
 
     def save(self, directory: Path) -> Callable[[], None]:
         """Write a checkpoint of Lightning's own format; see `sequel_core.learner.Learner`."""
+        strategy = self.trainer.strategy
         if self.trainer.model is None:  # nothing was fitted since the start, or since `restore`
-            self.trainer.strategy.connect(self.module)
-        self.trainer.save_checkpoint(directory / CHECKPOINT, weights_only=False)
+            strategy.connect(self.module)
+        own, strategy.checkpoint_io = strategy.checkpoint_io, StraightToFile()
+        try:
+            self.trainer.save_checkpoint(directory / CHECKPOINT, weights_only=False)
+        finally:
+            strategy.checkpoint_io = own
         return lambda: None
 
     def restore(self, directory: Path) -> None:
@@ -273,6 +280,20 @@ class LightningLearner:
         loggers = list(self.loggers) or False  # those that still work
         with quiet():
             return pl.Trainer(**self._settings, max_epochs=epochs, callbacks=callbacks, logger=loggers)
+
+
+class StraightToFile(TorchCheckpointIO):
+    """Writes the same file as Lightning's, which first makes a copy of all that it holds in memory."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a file; half of one is left where it fails."""
+        file = Path(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with naming(file), file.open("wb") as stream:
+            try:
+                torch.save(checkpoint, stream)
+            except RuntimeError as error:  # of the archive's end, which torch writes after a failed write too
+                raise error.__context__ or error from None
 
 
 class NoProfiler(PassThroughProfiler):

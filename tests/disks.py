@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 
-SIZE = "128k"
-
 
 @contextmanager
-def small_disk(path: Path) -> Iterator[Path]:
-    """Mount a disk of 128 KiB at a new folder for a while; skip the test where this may not be done."""
+def small_disk(path: Path, kibibytes: int = 128) -> Iterator[Path]:
+    """Mount a small disk at a new folder for a while; skip the test where this may not be done."""
     path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(path)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(path)]
     try:
         subprocess.run(command, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
@@ -23,6 +21,22 @@ def small_disk(path: Path) -> Iterator[Path]:
         yield path
     finally:
         subprocess.run(["umount", str(path)], check=True, capture_output=True)
+
+
+def enlarge(path: Path) -> None:
+    """Give a mounted disk 9 MiB."""
+    subprocess.run(["mount", "-o", "remount,size=9m", str(path)], check=True, capture_output=True)
+
+
+def write_protect(path: Path) -> None:
+    """Let a mounted disk be read only, until `write_again`; a file that is open may still be written."""
+    for options in (["--bind", str(path)], ["-o", "remount,bind,ro"]):
+        subprocess.run(["mount", *options, str(path)], check=True, capture_output=True)
+
+
+def write_again(path: Path) -> None:
+    """Undo `write_protect`."""
+    subprocess.run(["umount", str(path)], check=True, capture_output=True)
 
 
 def fill(path: Path) -> None:

@@ -1,5 +1,7 @@
 """`sequel bench`: training steps per second of each algorithm, beside hand-written loops of the same method.
 
+With `--logging` beside the same learner without loggers.
+
 Machines are noisy, so only ratios within one run mean much: all contenders take turns in one process, and
 medians are compared.
 """
@@ -12,6 +14,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +38,11 @@ NOTE = (
     "JAX steps are dispatched one by one, as ours are on a CPU; scanned ones are left out: there XLA runs a "
     "convolution about 12 times slower within a loop."
 )
+
+LOGGED = ("console", "csv", "tensorboard")
+"""The loggers that `--logging` measures: those that write on this machine."""
+
+LOGGING_NOTE = f"With {', '.join(LOGGED)} at every report, which is every 50 steps."
 
 Contenders = Mapping[str, Callable[[], float]]
 """Name: a function that trains for all steps and returns the seconds; the first is ours.
@@ -106,6 +114,11 @@ def main(args: Sequence[str]) -> int:
     )
     defaults = "; ".join(f"{name} {dict(network.steps)}" for name, network in NETWORKS.items())
     parser.add_argument("--steps", type=int, help=f"steps of a turn (default: {defaults})")
+    parser.add_argument(
+        "--logging",
+        action="store_true",
+        help=f"compare with no logger, instead of with hand-written loops: what {', '.join(LOGGED)} cost",
+    )
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     options = parser.parse_args(args)
     check_name("backbone", options.backbone, NETWORKS)
@@ -135,27 +148,43 @@ def main(args: Sequence[str]) -> int:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for mode, size, algo in progress.track(cases, description="measuring"):
             steps = options.steps or network.steps[mode]
-            rows += measure(algo, mode, size, steps, options.rounds, options.backbone)
-    console.print(_table(rows, options.rounds, options.backbone))
+            rows += measure(algo, mode, size, steps, options.rounds, options.backbone, options.logging)
+    console.print(_table(rows, options.rounds, options.backbone, options.logging))
     if options.json is not None:
         options.json.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
     return 0
 
 
 def measure(
-    algo: str, mode: Mode, batch_size: int, steps: int, rounds: int, backbone: str = "mlp"
+    algo: str,
+    mode: Mode,
+    batch_size: int,
+    steps: int,
+    rounds: int,
+    backbone: str = "mlp",
+    logging: bool = False,
 ) -> list[Row]:
-    """Return one row per reference: medians of `rounds` turns, taken alternately, of `steps` steps each."""
+    """Return one row per reference: medians of `rounds` turns, taken alternately, of `steps` steps each.
+
+    With `logging` the reference is the same learner without loggers.
+    """
     bench = import_module(f"{PLUGINS[mode]}.bench")
     hparams = benched(algo, batch_size)
     benchmark = stream(hparams, batch_size * steps, backbone)
-    contenders: Contenders = bench.contenders(hparams, benchmark, batch_size, backbone)
-    for contender in contenders.values():
-        contender()  # compiles and warms up
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, contender in contenders.items():
-            seconds[name].append(contender())
+    with TemporaryDirectory() as folder:
+        contenders: Contenders
+        if logging:
+            contenders = bench.logging_contenders(
+                hparams, benchmark, batch_size, backbone, LOGGED, Path(folder)
+            )
+        else:
+            contenders = bench.contenders(hparams, benchmark, batch_size, backbone)
+        for contender in contenders.values():
+            contender()  # compiles and warms up
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(rounds):
+            for name, contender in contenders.items():
+                seconds[name].append(contender())
     ours, *references = seconds
     rate = {name: steps / median(taken) for name, taken in seconds.items()}
     return [Row(algo, mode, batch_size, rate[ours], name, rate[ours] / rate[name]) for name in references]
@@ -206,10 +235,10 @@ def _size(backbone: str) -> str:
     return f"{'x'.join(map(str, shape))} pixels in {classes} classes"
 
 
-def _table(rows: Sequence[Row], rounds: int, backbone: str) -> Table:
+def _table(rows: Sequence[Row], rounds: int, backbone: str, logging: bool = False) -> Table:
     title = NETWORKS[backbone].title + ("" if backbone == "mlp" else f", {_size(backbone)}")
     scans = backbone == "mlp" or all(row.mode != "jax" for row in rows)
-    caption = None if scans else NOTE
+    caption = LOGGING_NOTE if logging else None if scans else NOTE
     table = Table(title=f"Training steps per second, {title}, median of {rounds}", caption=caption)
     columns: dict[str, dict[str, Any]] = {
         "algorithm": {}, "mode": {}, "batch": {"justify": "right"}, "steps/s": {"justify": "right"},

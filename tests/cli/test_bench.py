@@ -1,9 +1,11 @@
 """`sequel bench`: every algorithm has rows, and what it is compared with is the same method, and learns."""
 
 import copy
+import csv
 import json
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from sequel_core import plan
-from sequel_core.cli import main
+from sequel_core.cli import bench, main
 from sequel_core.cli.bench import CONVOLUTIONAL, NETWORKS, Row, _table, benched, stream
 from sequel_core.hparams import ALGORITHMS, AlgorithmHParams, OptimizerHParams, TrainingHParams
 from sequel_core.learner import FitMonitor
@@ -70,6 +72,25 @@ def test_convolutional_networks_have_rows(
     out = " ".join(capsys.readouterr().out.split())
     assert f"{NETWORKS[backbone].title}, 32x32x3 pixels in 100 classes, median of 1" in out
     assert "scanned ones are left out" in out
+
+
+@pytest.mark.parametrize("mode", ["pytorch", "jax"])
+def test_logging_is_compared_with_none(
+    mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(bench, "TemporaryDirectory", lambda: nullcontext(str(tmp_path)))
+    line = ["--algo", "naive", "--mode", mode, "--batch-size", "4", "--steps", "60", "--rounds", "2"]
+    assert main(["bench", "--logging", *line, "--json", str(tmp_path / "rows.json")]) == 0
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["reference"] == "sequel, no logger"
+    assert row["ratio"] > 0
+    assert "With console, csv, tensorboard" in " ".join(capsys.readouterr().out.split())
+    with (tmp_path / "csv" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    turns = range(4)  # the first task, what compiles, and two turns, of 60 steps each
+    assert [int(row["step"]) for row in rows] == [60 * turn + step for turn in turns for step in (50, 60)]
+    assert all(float(row["train/loss"]) > 0 for row in rows)
+    assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
 def test_a_perceptrons_table_names_it_alone() -> None:

@@ -419,6 +419,15 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_run_leaves_that_died_before_its_first_file_does_not_count(tmp_path: Path) -> None:
+    for name in (".lock", ".lock.json", "..lock.json.12", ".config.yaml.7"):
+        (tmp_path / name).touch()
+    assert RunDirectory.create(tmp_path).path == tmp_path
+    (tmp_path / ".lock.old").touch()
+    with pytest.raises(ValueError, match=r"must be empty or new, got .*, which holds \.lock\.old; choose"):
+        RunDirectory.create(tmp_path)
+
+
 def test_the_lock_is_released_by_an_error(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     for _ in range(2):

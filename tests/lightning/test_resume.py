@@ -33,7 +33,9 @@ from tests.lightning.parts import (
     everything,
     learn,
     module,
+    own_loader,
     stream,
+    trainer,
 )
 
 EPOCHS = 2
@@ -198,3 +200,15 @@ def test_resume_with_augmentation_and_batch_statistics(hparams: AlgorithmHParams
     changed = {name for name, value in expected["tensors"].items() if not torch.equal(after[name], value)}
     assert "net.norm_0.running_mean" in changed
     assert all(name.startswith("net.") for name in changed)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_a_plain_loader_that_goes_on_within_an_epoch_is_warned_of(tmp_path: Path) -> None:
+    """It begins the epoch anew, which Lightning says; our own data module does not, and nothing is said."""
+    benchmark, path = stream(), tmp_path / "within.ckpt"
+    save = At(lambda trainer, hook: trainer.save_checkpoint(path), "on_train_batch_end", step=STEPS + 2)
+    loader = own_loader(benchmark, 0, with_task=False)
+    trainer(EPOCHS, callbacks=[save]).fit(module(benchmark, NaiveHParams()), loader)
+    with pytest.warns(UserWarning, match="your dataloader is not resumable"):
+        trainer(EPOCHS).fit(module(benchmark, NaiveHParams()), loader, ckpt_path=path)
+    learn(module(benchmark, NaiveHParams()), benchmark, 0, EPOCHS, ckpt_path=str(path))

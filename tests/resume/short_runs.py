@@ -194,17 +194,26 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k != "samples_per_second"} for line in lines]
 
 
-def assert_same_end(run_dir: Path, straight: Path) -> None:
-    """Assert that two runs ended alike: weights, matrix, memory, and all else, to the last bit."""
-    pairs = [(path / "weights.npz", path.with_suffix(".npz")) for path in (run_dir, straight)]
-    for one, other in zip(*pairs, strict=True):
-        with np.load(one) as found, np.load(other) as wanted:
-            assert set(found.files) == set(wanted.files)
-            for name in wanted.files:
-                np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
+def assert_same_arrays(path: Path, wanted: Path) -> None:
+    """Assert that two files hold the same arrays, to the last bit."""
+    with np.load(path) as found, np.load(wanted) as arrays:
+        assert set(found.files) == set(arrays.files)
+        for name in arrays.files:
+            np.testing.assert_array_equal(found[name], arrays[name], err_msg=name)
+
+
+def assert_same_records(run_dir: Path, straight: Path) -> None:
+    """Assert that two runs ended with the same weights, matrix and records, to the last bit."""
+    assert_same_arrays(run_dir / "weights.npz", straight / "weights.npz")
     matrix = "accuracy_matrix.csv"
     assert (run_dir / matrix).read_text() == (straight / matrix).read_text()
     assert records(run_dir) == records(straight)
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert not [path for path in run_dir.iterdir() if path.name.startswith(".lock")]
+
+
+def assert_same_end(run_dir: Path, straight: Path) -> None:
+    """Assert that two runs of `go` ended alike: also memory, and all else that their learners have."""
+    assert_same_arrays(run_dir.with_suffix(".npz"), straight.with_suffix(".npz"))
+    assert_same_records(run_dir, straight)
