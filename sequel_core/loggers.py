@@ -115,8 +115,8 @@ class JsonLines:
     A file of an earlier run is replaced at the first write, unless `resume` comes before it.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
         self._begun = False
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -151,8 +151,8 @@ class CsvTable:
     replaced at the first write, unless `resume` comes before it.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / CSV
+    def __init__(self, directory: str | Path) -> None:
+        self.path = Path(directory) / CSV
         self.columns: list[str] = []
 
     def write_numbers(self, step: int, values: Mapping[str, Any]) -> None:

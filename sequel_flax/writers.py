@@ -144,7 +144,7 @@ class JsonLinesWriter(SilentWriter):
         directory: made at the first write.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: str | Path) -> None:
         self._lines = JsonLines(directory)
         self.resume = self._lines.resume
 
@@ -174,8 +174,8 @@ class CsvWriter(SilentWriter):
         directory: made at the first write.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
         self._table = CsvTable(directory)
         self.resume = self._table.resume
 
@@ -196,8 +196,8 @@ class TensorBoardWriter(SilentWriter):
         directory: made at the first write.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
         self._file: Any = None
         self._first_step = 0  # from which on readers forget what the directory holds of an earlier run
         self._configured = self._failed = False

@@ -166,9 +166,9 @@ class JsonLinesLogger(Logger):
         directory: made at the first write.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: str | Path) -> None:
         super().__init__()
-        self._directory = directory
+        self._directory = Path(directory)
         self.lines = JsonLines(directory)
         self.resume = self.lines.resume
 

@@ -129,7 +129,7 @@ def test_tensorboard_goes_on_after_an_interruption(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         writer.write_scalars(step, {"a": step})
     close_writer(writer, failed=True)
-    again = TensorBoardWriter(tmp_path)
+    again = TensorBoardWriter(str(tmp_path))
     again.resume(2)
     for step in (3, 4, 5):
         again.write_scalars(step, {"a": 10 * step})
@@ -140,7 +140,7 @@ def test_tensorboard_goes_on_after_an_interruption(tmp_path: Path) -> None:
 
 def test_files_of_csv_and_json_lines(tmp_path: Path) -> None:
     for kind, folder in ((CsvWriter, "csv"), (JsonLinesWriter, "jsonl")):
-        writer = kind(tmp_path / folder)
+        writer = kind(str(tmp_path / folder))
         writer.write_hparams({"algo": {"name": "ewc"}, "n": None})
         writer.write_scalars(1, {"a": jnp.float32(0.5), "b": np.array(2)})
         writer.write_texts(2, {"t": "x"})
@@ -220,7 +220,7 @@ def test_a_full_disk_under_a_writer_is_told_once_and_the_run_goes_on(
     writer.write_scalars(0, {"a": 0.0})
     writer.flush()
     fill(disk)
-    with pytest.warns(LoggerWarning, match="No space left on device.; the run goes on without it") as caught:
+    with pytest.warns(LoggerWarning, match="No space left on device.*; the run goes on without it") as caught:
         model = tell(writer)
     assert len(caught) == 1
     assert not model.logs
