@@ -29,6 +29,7 @@ from sequel_core.callbacks import StreamCallback
 from sequel_core.hparams import (
     ALGORITHMS,
     BACKBONES,
+    MOST_UNITS,
     AlgorithmHParams,
     BackboneHParams,
     CheckpointHParams,
@@ -565,9 +566,9 @@ def drop_foreign(layer: Layer, section: str, name: str | Target) -> list[str]:
 def _widths(group: dict[str, Any]) -> None:
     """Replace `width` and `n_hidden_layers` by `widths`."""
     width, count = group.pop("width", None), group.pop("n_hidden_layers", None)
-    for key, value in (("width", width), ("n_hidden_layers", count)):
-        if value is not None and not (_whole(value) and value >= 1):
-            raise ValueError(f"backbone.{key} must be a whole number >= 1, got {value!r}")
+    for key, value, most in (("width", width, MOST_UNITS), ("n_hidden_layers", count, 1000)):
+        if value is not None and not (_whole(value) and 1 <= value <= most):
+            raise ValueError(f"backbone.{key} must be a whole number >= 1 and <= {most}, got {value!r}")
     if width is None and count is None:
         return
     known = group.get("widths", MLPHParams().widths)

@@ -21,6 +21,10 @@ Dtype = Literal["float32", "float64"]
 MemoryPolicy = Literal["reservoir", "ring", "class_balanced", "task_balanced", "task_quota", "class_quota"]
 
 
+MOST_UNITS = 100_000
+"""The width of a layer has this bound: two such layers alone would take 40 GB."""
+
+
 def setting(
     default: Any,
     help: str,
@@ -728,7 +732,7 @@ class MLPHParams(BackboneHParams):
 
     type: ClassVar[str] = "mlp"
 
-    widths: tuple[int, ...] = setting((256, 256), "units of each hidden layer, in order", ge=1)
+    widths: tuple[int, ...] = setting((256, 256), "units of each hidden layer, in order", ge=1, le=MOST_UNITS)
     dropout: float = setting(0.0, "probability of dropping a hidden unit while training", ge=0, lt=1)
 
 
@@ -749,14 +753,16 @@ class CNNHParams(BackboneHParams):
 
     type: ClassVar[str] = "cnn"
 
-    channels: tuple[int, ...] = setting((32, 64), "channels of each convolution, in order", ge=1)
+    channels: tuple[int, ...] = setting(
+        (32, 64), "channels of each convolution, in order", ge=1, le=MOST_UNITS
+    )
     kernel_size: int = setting(
         3, "height and width of the kernels; images are padded by half of it, rounded down", ge=1, le=255
     )
     stride: int = setting(2, "step of the convolutions, in pixels", ge=1, le=2)
     max_pool: bool = setting(False, "take the maxima of 2x2 pixels after each convolution; needs stride=1")
     linear_widths: tuple[int, ...] = setting(
-        (128,), "units of each hidden dense layer after the convolutions", ge=1
+        (128,), "units of each hidden dense layer after the convolutions", ge=1, le=MOST_UNITS
     )
     activation: Literal["relu", "tanh", "sigmoid", "elu", "gelu"] = setting(
         "relu", "of the convolutions and hidden dense layers"
@@ -809,7 +815,9 @@ class ResNet18HParams(BackboneHParams):
 
     type: ClassVar[str] = "resnet18"
 
-    channels: int = setting(64, "channels of the first of four stages; each has twice the one before's", ge=1)
+    channels: int = setting(
+        64, "channels of the first of four stages; each has twice the one before's", ge=1, le=MOST_UNITS
+    )
     norm: Literal["batch", "group"] = setting(
         "batch", "normalisation after each convolution: by batch statistics, or in groups of channels"
     )
@@ -834,7 +842,9 @@ class ResNet18ThinHParams(ResNet18HParams):
 
     type: ClassVar[str] = "resnet18_thin"
 
-    channels: int = setting(20, "channels of the first of four stages; each has twice the one before's", ge=1)
+    channels: int = setting(
+        20, "channels of the first of four stages; each has twice the one before's", ge=1, le=MOST_UNITS
+    )
 
 
 @dataclass(frozen=True)

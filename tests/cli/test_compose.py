@@ -253,7 +253,7 @@ BAD = [
     (["training.batch_sise=1"], "training.batch_sise is not a setting of training; "
      "did you mean training.batch_size (>= 1)?"),
     (["training=5"], "training must be a group of settings, got 5"),
-    (["backbone.width=0"], "backbone.width must be a whole number >= 1, got 0"),
+    (["backbone.width=0"], "backbone.width must be a whole number >= 1 and <= 100000, got 0"),
     (["backbone.dropout=1"], "backbone.dropout must be >= 0 and < 1, got 1.0"),
     (
         ["backbone.widths=[8,8]", "backbone.width=9"],
