@@ -254,6 +254,10 @@ BAD = [
      "did you mean training.batch_size (>= 1)?"),
     (["training=5"], "training must be a group of settings, got 5"),
     (["backbone.width=0"], "backbone.width must be a whole number >= 1 and <= 100000, got 0"),
+    (
+        ["backbone.width=8", f"backbone.n_hidden_layers={10**30}"],
+        "backbone.n_hidden_layers must be a whole number >= 1 and <= 1000, got 1000",
+    ),
     (["backbone.dropout=1"], "backbone.dropout must be >= 0 and < 1, got 1.0"),
     (
         ["backbone.widths=[8,8]", "backbone.width=9"],
