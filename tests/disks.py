@@ -28,15 +28,15 @@ def enlarge(path: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=9m", str(path)], check=True, capture_output=True)
 
 
-def write_protect(path: Path) -> None:
-    """Let a mounted disk be read only, until `write_again`; a file that is open may still be written."""
+@contextmanager
+def write_protected(path: Path) -> Iterator[None]:
+    """Let a mounted disk be read only for a while; a file that is open may still be written."""
     for options in (["--bind", str(path)], ["-o", "remount,bind,ro"]):
         subprocess.run(["mount", *options, str(path)], check=True, capture_output=True)
-
-
-def write_again(path: Path) -> None:
-    """Undo `write_protect`."""
-    subprocess.run(["umount", str(path)], check=True, capture_output=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(path)], check=True, capture_output=True)
 
 
 def fill(path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from sequel_core import results
 from sequel_core.checkpoints import MANIFEST, RUN, Checkpoints, verify
+from tests import disks
 
 PARTS = {"weights.bin": 5000, "state/a.bin": 300, "state/deep/b.bin": 1, "state/empty": 0}
 
@@ -329,15 +330,8 @@ def test_what_somebody_else_has_put_there(tmp_path: Path, name: str, kind: str) 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB, of the test's own."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = sys.platform == "linux" and shutil.which("mount") is not None
-    line = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    if not mounted or subprocess.run(line, capture_output=True, check=False).returncode:
-        pytest.skip("no file system can be mounted here: that needs Linux and root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with disks.small_disk(tmp_path / "disk", kibibytes=64) as disk:
+        yield disk
 
 
 def test_a_full_disk(small_disk: Path) -> None:
@@ -362,10 +356,10 @@ def test_a_full_disk(small_disk: Path) -> None:
 
 def test_a_disk_that_can_only_be_read(small_disk: Path) -> None:
     saved(small_disk, 2)
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert chosen(small_disk) == ("2", [1, "evaluate"])
-    files = Checkpoints(small_disk)
-    with pytest.raises(OSError, match="Read-only file system"):
-        files.save(write, {"done": 3})
-    files.close()
-    assert chosen(small_disk) == ("2", [1, "evaluate"])
+    with disks.write_protected(small_disk):
+        assert chosen(small_disk) == ("2", [1, "evaluate"])
+        files = Checkpoints(small_disk)
+        with pytest.raises(OSError, match="Read-only file system"):
+            files.save(write, {"done": 3})
+        files.close()
+        assert chosen(small_disk) == ("2", [1, "evaluate"])

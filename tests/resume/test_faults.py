@@ -6,6 +6,7 @@ import multiprocessing
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sequel_core.cli import main
 from sequel_core.results import RunDirectory, load_result
-from tests.disks import enlarge, small_disk, write_again, write_protect
+from tests.disks import enlarge, small_disk, write_protected
 from tests.resume.faulty import After, write_files
 from tests.resume.short_runs import MODES, assert_same_records
 
@@ -80,8 +81,8 @@ def test_a_disk_that_is_full_at_any_write(mode: str, run: Run, tmp_path: Path) -
 def test_a_disk_that_can_only_be_read_all_at_once(mode: str, run: Run, tmp_path: Path) -> None:
     assert run(mode, tmp_path / "straight", *DIGITS) == (0, "")
     disk = tmp_path / "disk"
-    with small_disk(disk, 9000):
-        After.harm = partial(write_protect, disk)
+    with small_disk(disk, 9000), ExitStack() as protection:
+        After.harm = partial(protection.enter_context, write_protected(disk))
         code, err = run(mode, disk / "run", *DIGITS, *HARM)
         assert code == 2
         assert err.count("\n") == 1
@@ -89,7 +90,7 @@ def test_a_disk_that_can_only_be_read_all_at_once(mode: str, run: Run, tmp_path:
         assert (
             load_result(disk / "run").summary["status"] == "unfinished"
         )  # nothing could be written any more
-        write_again(disk)
+        protection.close()
         assert run(mode, disk / "run", *DIGITS, *HARM) == (0, "")
         assert_same_records(disk / "run", tmp_path / "straight")
 
