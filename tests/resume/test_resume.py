@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from sequel_core import load_result
-from sequel_core.hparams import CheckpointHParams
+from sequel_core.hparams import CheckpointHParams, ERHParams
 from sequel_core.sequencer import run
 from tests.resume.short_runs import METHODS, MODES, assert_same_end, go, learner, stream
 
@@ -130,3 +131,19 @@ def test_load_from_checkpoint_reads_the_weights(tmp_path: Path) -> None:
     assert int(module.task_index) == len(benchmark) - 1
     for name, array in made.weights().items():
         np.testing.assert_array_equal(canonical_weights(module.net)[name], array)
+
+
+def test_lightnings_file_is_written_without_a_copy_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "er", ERHParams(mem_size=200_000, mem_batch_size=6))
+    made = learner("pytorch", "er", stream())
+    tracemalloc.start()
+    try:
+        made.save(tmp_path / "1")()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    size = (tmp_path / "1" / "lightning.ckpt").stat().st_size
+    assert size > 200_000 * 8 * 8  # bytes of the memory's images
+    assert peak < size / 5
