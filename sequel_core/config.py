@@ -572,10 +572,12 @@ def _widths(group: dict[str, Any]) -> None:
     if width is None and count is None:
         return
     known = group.get("widths", MLPHParams().widths)
+    if not isinstance(known, list | tuple):
+        raise ValueError(f"backbone.widths must be a list, got {known!r}")
     if count is None:
         count = len(known)
     if width is None:
-        if len(set(known)) != 1:
+        if len({repr(units) for units in known}) != 1:
             raise ValueError(
                 f"backbone.n_hidden_layers needs backbone.width beside it, got widths {list(known)}; "
                 "give widths instead"

@@ -258,6 +258,11 @@ BAD = [
         ["backbone.width=8", f"backbone.n_hidden_layers={10**30}"],
         "backbone.n_hidden_layers must be a whole number >= 1 and <= 1000, got 1000",
     ),
+    (["backbone.widths=1", "backbone.n_hidden_layers=2"], "backbone.widths must be a list, got 1"),
+    (
+        ["backbone.widths=[[1],2]", "backbone.n_hidden_layers=2"],
+        "backbone.widths must be a number >= 1 and <= 100000, got [1]",
+    ),
     (["backbone.dropout=1"], "backbone.dropout must be >= 0 and < 1, got 1.0"),
     (
         ["backbone.widths=[8,8]", "backbone.width=9"],
