@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib import resources
 from io import StringIO
 from itertools import chain, islice
@@ -88,7 +90,7 @@ def compose(overrides: Sequence[str]) -> Composed:
         line = _values(_parse(with_paths(overrides), loader))
         file = _file(line)
         line_layer = canonical(line)
-        default = canonical(_plain(compose_groups("config")))
+        default = _groups()
         file_layer = canonical(file)
         notes = []
         if any(TARGET in f"{path}: {value}" for path, value in (file_layer | line_layer).items()):
@@ -118,13 +120,24 @@ def compose(overrides: Sequence[str]) -> Composed:
         chosen_loggers = _choice_of_loggers(line, line_layer, file_layer, notes)
         chosen_groups = [f"{key}={name}" for key, name in names.items()]
         chosen_groups.append(f"logger=[{','.join(chosen_loggers)}]")
-        groups = canonical(_plain(compose_groups("config", chosen_groups)))
+        groups = _groups(*chosen_groups)
     for key in list(groups):
         if key.partition(".")[0] in SECTIONS.keys() - names.keys():  # which are the user's own code
             del groups[key]
     for key in PLACES:
         groups.pop(key, None)
     return Composed(build(_resolve(merge(groups, file_layer, line_layer))), notes)
+
+
+def _groups(*chosen: str) -> Layer:
+    """Return the settings of the groups that a choice names, of the default ones for none."""
+    return copy.deepcopy(_composed(chosen))
+
+
+@cache
+def _composed(chosen: tuple[str, ...]) -> Layer:
+    """Compose the shipped groups, once for each choice: nothing else of a command line takes so long."""
+    return canonical(_plain(compose_groups("config", list(chosen))))
 
 
 def _choice_of_loggers(line: Layer, line_layer: Layer, file_layer: Layer, notes: list[str]) -> list[str]:

@@ -1,6 +1,5 @@
-"""A sandbox without a framework, a network or the composition of the same groups over and over."""
+"""A sandbox without a framework or a network."""
 
-import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import sequel_lightning._torchvision  # noqa: F401 - what the plug-in would have done
 from sequel_benchmarks import cache, data
 from sequel_core import learner
-from sequel_core.cli import compose
 from sequel_core.config import ExperimentConfig
 from sequel_core.learner import Learner
 from sequel_core.task import Benchmark
@@ -46,19 +44,12 @@ class Plugin:
         return Untrained(config, benchmark)  # type: ignore[abstract]  # what is not there does nothing
 
 
-compose_groups: Any = compose.compose_groups  # type: ignore[attr-defined]
-composed = functools.cache(lambda config, overrides: compose_groups(config, list(overrides)))
-
-
 @pytest.fixture
 def sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Sandbox:
-    """A data directory with a little MNIST; composing groups takes 0.2 s and depends on their names alone."""
+    """A data directory with a little MNIST."""
     made = Sandbox(tmp_path)
     monkeypatch.chdir(made.here)
     monkeypatch.setattr(learner, "plugin", lambda mode: Plugin())
-    monkeypatch.setattr(
-        compose, "compose_groups", lambda config, overrides=(): composed(config, tuple(overrides))
-    )
     folder = made.given / "data" / "mnist"
     folder.mkdir(parents=True)
     monkeypatch.setenv("SEQUEL_DATA_DIR", str(folder.parent))
