@@ -209,7 +209,7 @@ def curves(
         limits: of the vertical axis; None for what the lines need.
         boundaries: x where a task ends, each a thin vertical line.
     """
-    labels = [_shortened(line.label, width - 0.9) for line in lines]
+    labels = [_in_legend(_shortened(line.label, width - 0.9)) for line in lines]
     columns = max(1, int(width / (0.75 + INCHES_PER_LETTER * max(map(len, labels), default=1))))
     height = min(0.62 * width, 3.4) + 0.2 * math.ceil(len(lines) / columns)
     with own_style():
@@ -273,7 +273,10 @@ def bars(rows: Sequence[Row], width: float, x_label: str) -> Figure:
         axes.grid(axis="x")
         axes.axvline(0, color=LIGHT["ink"], linewidth=0.8)
         if len(kinds) > 1:
-            handles = [Rectangle((0, 0), 1, 1, label=name, **_filling(kind)) for name, kind in kinds.items()]
+            handles = [
+                Rectangle((0, 0), 1, 1, label=_in_legend(name), **_filling(kind))
+                for name, kind in kinds.items()
+            ]
             figure.legend(handles=handles, loc="outside lower left", ncols=len(kinds))
     return figure
 
@@ -327,6 +330,11 @@ def matrix_picture(matrix: ArrayLike, title: str) -> NDArray[np.uint8]:
 def tips(*texts: str) -> str:
     """Return the `gid` of an artist whose points, or which itself, have these tooltips."""
     return json.dumps(texts)
+
+
+def _in_legend(label: str) -> str:
+    """Return a label that matplotlib shows: one that is empty or begins with an underscore it leaves out."""
+    return f" {label}" if label[:1] in ("", "_") else label
 
 
 def _shortened(text: str, width: float) -> str:

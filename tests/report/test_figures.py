@@ -102,6 +102,12 @@ def test_of_long_curves_some_points_have_tooltips() -> None:
     assert len(svg) < 60_000
 
 
+@pytest.mark.parametrize("label", ["_private", ""])
+def test_any_name_is_in_the_legend(label: str) -> None:
+    figure = curves([Curve(label, [1, 2], [50.0, 60.0], None, 0)], 9, "step", "accuracy")
+    assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == [label]
+
+
 def test_bars_have_tooltips_and_a_legend_where_there_are_two_series() -> None:
     given = [Bar("PyTorch", 0, 50, 5, [48, 52], "50.00 ± 5.00"), Bar("JAX", 1, -3, NAN, [-3], "-3.00")]
     svg = inline_svg(bars([Row("naive", given)], 9, "percent"), "a-")
