@@ -293,7 +293,9 @@ class StraightToFile(TorchCheckpointIO):
             try:
                 torch.save(checkpoint, stream)
             except RuntimeError as error:  # of the archive's end, which torch writes after a failed write too
-                raise error.__context__ or error from None
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
 
 class NoProfiler(PassThroughProfiler):
