@@ -34,6 +34,9 @@ class Untrained(Learner):
     def fit_task(self, *_: object) -> None:
         raise ValueError("nothing is trained here")
 
+    def evaluate(self, *_: object) -> Any:
+        raise ValueError("nothing is evaluated here")
+
 
 class Plugin:
     """What `sequel_core.learner.plugin` returns."""

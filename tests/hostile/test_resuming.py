@@ -3,6 +3,7 @@
 import json
 import pickle
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,38 @@ def test_a_whole_checkpoint_that_cannot_be_used(
     assert told in answer.err
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("done", [2, "train"], r"a task from -1 to 1 and train or evaluate, got \[2, 'train'\]"),
+        ("done", [0, "both"], "a task from -1 to 1 and train or evaluate"),
+        ("matrix", [[0.5, None]], r"2 x 2 fractions, got \[\[0\.5, None\]\]"),
+        ("matrix", [[0.5, None], [None, 50]], "2 x 2 fractions"),
+        ("baseline", [0.5], "2 fractions or null"),
+        ("extra", {"masked_average_accuracy": "0.5"}, "numbers by name"),
+        ("seconds", {"train": "1.0"}, "numbers by name"),
+        ("total_seconds", None, "a number, got None"),
+        ("metrics_bytes", -1, "a whole number >= 0, got -1"),
+        ("metrics_bytes", ..., "a whole number >= 0, got none"),
+    ],
+)
+def test_a_state_that_no_run_has_written(
+    sandbox: Sandbox, run: Path, name: str, value: Any, rule: str
+) -> None:
+    state = {"format": 1, **STATE, name: value}
+    if value is ...:
+        del state[name]
+    save_again(run / "checkpoints" / "1", state)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    answer = sandbox.run(["run", f"resume={run}"])
+    assert answer.code == 2
+    told = rf"{run}/checkpoints/1 cannot be used, though it is whole: in its run\.json, {name} must be {rule}"
+    assert re.search(told, answer.err)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.filterwarnings("ignore:checkpoint .* is damaged")
-@inputs(quick=8, full=1000)
+@inputs(quick=8)
 def test_any_file_of_it(sandbox: Sandbox, run: Path, seeds: range) -> None:
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     config = yaml.safe_load((run / "config.yaml").read_text())
