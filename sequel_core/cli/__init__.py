@@ -69,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(INTERRUPTED, "interrupted")
     except SystemExit as stop:  # argparse, after its help
         return stop.code if isinstance(stop.code, int) else 0
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        remedy = "make the network, the batches or the algorithm's memory smaller"
+        return _say(FAILED, f"out of memory: {error}; {remedy}")
 
 
 def entry_point() -> None:
@@ -116,6 +121,12 @@ def _one_line_for_a_lost_logger() -> Iterator[None]:
 
         warnings.showwarning = show
         yield
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory was missing, the machine's or the accelerator's; the frameworks say so in words."""
+    words = ("out of memory", "can't allocate memory", "resource_exhausted")
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in words)
 
 
 def _say(code: int, message: str) -> int:

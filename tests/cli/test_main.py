@@ -37,6 +37,41 @@ def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
     )
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 74.5 GiB"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nto allocate 9 bytes"
+        ),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 40000000000 bytes."),
+    ],
+    ids=["NumPy", "torch", "torch on a GPU", "XLA"],
+)
+def test_no_memory_left_is_one_line(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr("sequel_core.cli.catalogue.main", fail)
+    assert main(["list"]) == 1
+    told = " ".join(str(error).split())
+    assert capsys.readouterr().err == (
+        f"sequel: out of memory: {told}; make the network, the batches or the algorithm's memory smaller\n"
+    )
+
+
+def test_an_error_of_the_code_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> int:
+        raise RuntimeError("a tensor has the wrong shape")
+
+    monkeypatch.setattr("sequel_core.cli.catalogue.main", fail)
+    with pytest.raises(RuntimeError, match="wrong shape"):
+        main(["list"])
+
+
 def test_list_shows_every_choice_and_its_settings(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

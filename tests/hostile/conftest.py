@@ -37,6 +37,9 @@ class Untrained(Learner):
     def evaluate(self, *_: object) -> Any:
         raise ValueError("nothing is evaluated here")
 
+    def weights(self) -> Any:
+        raise ValueError("nothing was trained here")
+
 
 class Plugin:
     """What `sequel_core.learner.plugin` returns."""
