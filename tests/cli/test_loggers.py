@@ -153,10 +153,11 @@ def read_jsonl(path: Path) -> Series:
 
 @cache
 def wandb_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of the offline run, as W&B's own reader prints them."""
-    (file,) = (path / "wandb").glob("offline-run-*/run-*.wandb")
-    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    """Return the records of the offline run, as W&B's own reader prints them; all parts of a resumed one."""
+    lines: list[str] = []
+    for file in sorted((path / "wandb").glob("offline-run-*/run-*.wandb")):
+        command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)]
+        lines += subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -169,9 +170,11 @@ def read_wandb(path: Path) -> Series:
 
 
 def comet_messages(path: Path) -> list[dict[str, Any]]:
-    (archive,) = (path / "comet").glob("*.zip")
-    with zipfile.ZipFile(archive) as files:
-        return [json.loads(line) for line in files.read("messages.json").decode().splitlines()]
+    lines: list[str] = []
+    for archive in sorted((path / "comet").glob("*.zip"), key=lambda file: file.stat().st_mtime_ns):
+        with zipfile.ZipFile(archive) as files:
+            lines += files.read("messages.json").decode().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def read_comet(path: Path) -> Series:
@@ -395,6 +398,49 @@ def test_a_masked_configuration_runs_again_once_the_secrets_are_given(
     assert isinstance(mine, Target)
     assert (mine.arguments["api_key"], mine.arguments["password"]) == ("a", "b")
     assert config.plain() == runs["jax"].result.config
+
+
+# -- a run that is stopped and gone on with
+
+STOPPED_AT = 2 * STEPS + EVERY  # the first report of the second task
+STOP = f"""
+    def {{}}
+        import os, signal
+        super().{{}}
+        if step == {STOPPED_AT}:
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
+STOPPING = {
+    "pytorch": OWN + STOP.format("log_metrics(self, metrics, step=None):", "log_metrics(metrics, step)"),
+    "jax": OWN_JAX + STOP.format("write_scalars(self, step, scalars):", "write_scalars(step, scalars)"),
+}
+
+
+@pytest.mark.slow
+@BOTH
+def test_a_run_that_is_stopped_and_resumed_is_one_series(tmp_path: Path, mode: str) -> None:
+    (tmp_path / "stopping.py").write_text(STOPPING[mode])
+    own = {"_target_": "stopping.Logger", "api_key": "a", "password": "b", "comment": "c"}
+    settings = {"logger": {**FILE["logger"], "mine": own}}
+    (tmp_path / "file.yaml").write_text(yaml.safe_dump(settings))
+    program = "import sys; from sequel_core.cli import main; sys.exit(main(sys.argv[1:]))"
+    line = ["file.yaml", *SMALL, f"mode={mode}", "run_dir=run", "evaluate_every=epoch"]
+    line += ["training.epochs_per_task=2", "benchmark.validation=0.2"]
+    secrets = ["logger.mine.api_key=a", "logger.mine.password=b"]  # which no file of the run has
+    for arguments, code in ((line, 143), (["resume=run", *secrets], 0)):
+        command = [sys.executable, "-c", program, "run", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+        assert (load_result(tmp_path / "run").summary["status"] == "finished") == (code == 0)
+    for name, read in READERS.items():
+        series = read(tmp_path / "run")
+        assert {tag: [step for step, _ in points] for tag, points in series.items()} == EXPECTED, name
+    assert (
+        len(
+            {record["run"]["run_id"] for record in wandb_records(tmp_path / "run") if record["type"] == "run"}
+        )
+        == 1
+    )
 
 
 # -- the choice of loggers
