@@ -142,7 +142,11 @@ def check(algo: str, losses: list[float], learner: Any, task: Task) -> None:
 
 
 @pytest.mark.parametrize(
-    "algo", [pytest.param(a, marks=[pytest.mark.slow] if a == "lamaml" else []) for a in ALGORITHMS]
+    "algo",
+    [
+        pytest.param(a, marks=[] if a in ("naive", "ewc", "er", "agem", "icarl") else [pytest.mark.slow])
+        for a in ALGORITHMS
+    ],
 )
 def test_the_jax_step_is_the_same_method_and_learns(algo: str) -> None:
     hparams = benched(algo, SIZE)

@@ -249,11 +249,11 @@ MODES = pytest.mark.parametrize("mode", ["pytorch", "jax"])
 
 CLIPPED = replace(RFF, tau=1, lmd=-0.2, reset_optimizer=False, lr_decay=0.8)
 SHORT: list[tuple[KCLHParams, str, Any, Scenario]] = [
-    (RFF, "momentum", {}, "domain"),
-    (RBF, "decay", {}, "class"),
     (replace(RFF, normalisation="minmax", task_parameters="current"), "adam", {"epochs_per_task": 2}, "task"),
 ]
 SLOW: list[tuple[KCLHParams, str, Any, Scenario]] = [
+    (RFF, "momentum", {}, "domain"),
+    (RBF, "decay", {}, "class"),
     (RFF, "momentum", {}, "task"),
     (CLIPPED, "decay", {"grad_clip": 0.5}, "domain"),
     (replace(RBF, normalisation="minmax", bandwidth=3), "momentum", {}, "domain"),
@@ -304,7 +304,7 @@ def test_the_parameters_of_each_task_move_in_its_turn(mode: str) -> None:
 
 
 @MODES
-@pytest.mark.parametrize("scenario", ["domain", "task"])
+@pytest.mark.parametrize("scenario", [pytest.param("domain", marks=pytest.mark.slow), "task"])
 def test_a_mixed_batch_is_answered_as_its_tasks_are_alone(mode: str, scenario: Scenario) -> None:
     learner = trained(mode, RFF, scenario)
     x, _, t = mixed(scenario)

@@ -14,7 +14,7 @@ from sequel_core.hparams import CheckpointHParams, ERHParams
 from sequel_core.sequencer import run
 from tests.resume.short_runs import METHODS, MODES, assert_same_end, go, learner, stream
 
-EVERYTHING = CheckpointHParams(every_n_steps=7, keep=1000)
+EVERYTHING = CheckpointHParams(every_n_steps=17, keep=1000)
 
 
 def cut_back(straight: Path, run_dir: Path) -> int:
