@@ -30,6 +30,10 @@ NAME = r"[0-9]+"
 HALF = rf"{NAME}(\.orbax-checkpoint-tmp.*)?"  # under such a name orbax writes
 
 
+class CheckpointWarning(UserWarning):
+    """A run goes on, but not from where, or not with what, one would expect."""
+
+
 class Checkpoint(NamedTuple):
     """A whole checkpoint."""
 
@@ -98,7 +102,8 @@ class Checkpoints:
             try:
                 run = verify(path)
             except ValueError as error:
-                warnings.warn(f"{error}; an older checkpoint is used, if there is one", stacklevel=2)
+                told = f"{error}; an older checkpoint is used, if there is one"
+                warnings.warn(told, CheckpointWarning, stacklevel=2)
                 continue
             if run.get("format") != FORMAT:
                 raise ValueError(

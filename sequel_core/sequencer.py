@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ import numpy as np
 
 from sequel_core import metrics, plan
 from sequel_core.callbacks import StreamCallback
-from sequel_core.checkpoints import RUN, Checkpoints
+from sequel_core.checkpoints import RUN, Checkpoints, CheckpointWarning
 from sequel_core.console import Display, Shown
 from sequel_core.hparams import CheckpointHParams
 from sequel_core.learner import DivergenceError, EvaluateEvery, Evaluation, FitMonitor, Learner, Progress
@@ -226,6 +227,7 @@ def check_state(state: Mapping[str, Any], num_tasks: int) -> None:
         "seconds": (lambda v: numbers(v) and None not in v.values(), "numbers by name"),
         "total_seconds": (number, "a number"),
         "metrics_bytes": (lambda v: type(v) is int and v >= 0, "a whole number >= 0"),
+        "versions": (lambda v: isinstance(v, dict), "versions by name"),
     }
     for name, (holds, rule) in rules.items():
         if name not in state or not holds(state[name]):
@@ -281,6 +283,7 @@ class _Recorder:
             "seconds": dict(self.seconds),
             "total_seconds": time.perf_counter() - self.began,
             "metrics_bytes": self.directory.metrics_bytes(),
+            "versions": versions(),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -517,6 +520,18 @@ class _Checkpointer:
                     f"checkpoint {found.path} cannot be used, though it is whole ({type(error).__name__}); "
                     "remove it to go on from the one before"
                 ) from error
+            now = versions()
+            changed = [
+                f"{name} {then} (now {now[name]})"
+                for name, then in found.run["versions"].items()
+                if name in now and now[name] != then
+            ]
+            if changed and not self._recorder.directory.finished():
+                told = (
+                    f"checkpoint {found.path} was written with {', '.join(changed)}; the run goes on, but "
+                    "may end with other roundings than one that never stopped"
+                )
+                warnings.warn(told, CheckpointWarning, stacklevel=2)
         self._files.clear(None if found is None else found.path)
         return found is not None
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from importlib import import_module, metadata
 from typing import TextIO
 
+from sequel_core.checkpoints import CheckpointWarning
 from sequel_core.config import nearest
 from sequel_core.learner import DivergenceError
 from sequel_core.loggers import LoggerWarning
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _one_line_for_a_lost_logger():
+        with _warnings_on_one_line():
             return _dispatch(arguments)
     except DivergenceError as error:
         return _say(FAILED, str(error))
@@ -101,8 +102,8 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 @contextmanager
-def _one_line_for_a_lost_logger() -> Iterator[None]:
-    """Let the warning of a logger that failed look like the command's other messages."""
+def _warnings_on_one_line() -> Iterator[None]:
+    """Let what the run itself warns of look like the command's other messages."""
     with warnings.catch_warnings():
         before = warnings.showwarning
 
@@ -114,7 +115,7 @@ def _one_line_for_a_lost_logger() -> Iterator[None]:
             file: TextIO | None = None,
             line: str | None = None,
         ) -> None:
-            if issubclass(category, LoggerWarning):
+            if issubclass(category, LoggerWarning | CheckpointWarning):
                 _say(0, str(message))
             else:
                 before(message, category, filename, lineno, file, line)

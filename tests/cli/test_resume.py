@@ -4,14 +4,16 @@ import json
 import signal
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from sequel_core.checkpoints import MANIFEST, _files
 from sequel_core.cli import main
-from sequel_core.results import load_result, load_weights
+from sequel_core.results import load_result, load_weights, write_json
 from sequel_core.signals import InterruptedRunError
 from sequel_core.task import Task
 from tests.cli.conftest import NearestMean, Plugin
@@ -56,6 +58,32 @@ def test_resume_takes_the_settings_of_the_run_and_trains_on_what_is_left(
     assert main(["run", "resume=runs/a b"]) == 0  # which has ended: it is read back
     assert main([*line, "resume=auto"]) == 0
     assert stop.trained == [0, 1, 1, 2]
+
+
+@pytest.mark.filterwarnings("default::sequel_core.checkpoints.CheckpointWarning")
+def test_a_damaged_checkpoint_and_other_versions_are_told_in_a_line_each(
+    numpy_plugin: Plugin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["run", *SMALL, "run_dir=a", "resume=auto"]
+    Stop(monkeypatch, task=2)
+    assert main(line) == 143
+    first, second = (Path.cwd() / "a" / "checkpoints" / name for name in ("1", "2"))
+    (second / "run.json").write_text("{}")
+    state = json.loads((first / "run.json").read_text())
+    state["versions"] |= {"numpy": "1.0", "sequel-cl": "0.0", "of nothing loaded": "3"}
+    write_json(first / "run.json", state)
+    write_json(first / MANIFEST, _files(first))
+    capsys.readouterr()
+    assert main(line) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        f"sequel: checkpoint {second} is damaged: run.json differs; an older checkpoint is used, if there is "
+        "one",
+        f"sequel: checkpoint {first} was written with numpy 1.0 (now {np.__version__}), sequel-cl 0.0 (now "
+        f"{metadata.version('sequel-cl')}); the run goes on, but may end with other roundings than one that "
+        "never stopped",
+    ]
+    assert main(line) == 0  # it has ended
+    assert capsys.readouterr().err == ""
 
 
 def test_resume_auto_begins_or_goes_on_and_a_sweep_with_every_run(

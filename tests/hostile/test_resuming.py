@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -20,6 +21,7 @@ LINE = ["benchmark.num_tasks=2", "benchmark.subset=50"]
 STATE: dict[str, Any] = {
     "done": [0, "evaluate"], "matrix": [[0.5, None], [None, None]], "baseline": None, "extra": {},
     "seconds": {"train": 1.0, "evaluate": 0.5, "checkpoint": 0.1}, "total_seconds": 2.0, "metrics_bytes": 0,
+    "versions": {"numpy": np.__version__},
 }  # fmt: skip
 
 
@@ -88,6 +90,7 @@ def test_a_whole_checkpoint_that_cannot_be_used(
         ("extra", {"masked_average_accuracy": "0.5"}, "numbers by name"),
         ("seconds", {"train": "1.0"}, "numbers by name"),
         ("total_seconds", None, "a number, got None"),
+        ("versions", ["numpy"], "versions by name"),
         ("metrics_bytes", -1, "a whole number >= 0, got -1"),
         ("metrics_bytes", ..., "a whole number >= 0, got none"),
     ],
@@ -107,7 +110,7 @@ def test_a_state_that_no_run_has_written(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.filterwarnings("ignore:checkpoint .* is damaged")
+@pytest.mark.filterwarnings("ignore::sequel_core.checkpoints.CheckpointWarning")
 @inputs(quick=8)
 def test_any_file_of_it(sandbox: Sandbox, run: Path, seeds: range) -> None:
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
