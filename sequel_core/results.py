@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from importlib import metadata
 from itertools import chain, count
 from pathlib import Path
@@ -544,6 +545,9 @@ def peak_memory_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+_version = cache(metadata.version)  # it reads files, and every checkpoint asks
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python, of this package and of the numerical libraries that are loaded."""
     modules = {
@@ -558,5 +562,5 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for distribution, module in modules.items():
         if module in sys.modules:
-            found[distribution] = metadata.version(distribution)
+            found[distribution] = _version(distribution)
     return found
