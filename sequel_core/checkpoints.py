@@ -12,7 +12,9 @@ before anything is loaded from it.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
+import reprlib
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sequel_core.results import read_json, write_json
+from sequel_core.results import read_json, versions, write_json
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -39,6 +41,66 @@ class Checkpoint(NamedTuple):
 
     path: Path
     run: dict[str, Any]  # the orchestrator's part
+
+    def check(self, num_tasks: int) -> None:
+        """Refuse an orchestrator's part that no run over so many tasks has written.
+
+        Raises:
+            ValueError: a value is missing, or has another kind, shape or range; it is named.
+        """
+
+        def number(value: Any) -> bool:
+            return type(value) in (int, float) and math.isfinite(value)
+
+        def numbers(values: Any) -> bool:
+            return isinstance(values, dict) and all(v is None or number(v) for v in values.values())
+
+        def fractions(values: Any, *shape: int) -> bool:
+            if not shape:
+                return values is None or (number(values) and 0 <= values <= 1)
+            length, *rest = shape
+            return (
+                isinstance(values, list)
+                and len(values) == length
+                and all(fractions(v, *rest) for v in values)
+            )
+
+        def place(value: Any) -> bool:
+            task, part = value if isinstance(value, list) and len(value) == 2 else (None, None)
+            return type(task) is int and -1 <= task < num_tasks and part in ("train", "evaluate")
+
+        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
+            "done": (place, f"a task from -1 to {num_tasks - 1} and train or evaluate"),
+            "matrix": (lambda v: fractions(v, num_tasks, num_tasks), f"{num_tasks} x {num_tasks} fractions"),
+            "baseline": (lambda v: v is None or fractions(v, num_tasks), f"{num_tasks} fractions or null"),
+            "extra": (numbers, "numbers by name"),
+            "seconds": (lambda v: numbers(v) and None not in v.values(), "numbers by name"),
+            "total_seconds": (number, "a number"),
+            "metrics_bytes": (lambda v: type(v) is int and v >= 0, "a whole number >= 0"),
+            "versions": (lambda v: isinstance(v, dict), "versions by name"),
+        }
+        for name, (holds, rule) in rules.items():
+            if name not in self.run or not holds(self.run[name]):
+                got = reprlib.repr(self.run[name]) if name in self.run else "none"
+                raise ValueError(
+                    f"checkpoint {self.path} cannot be used, though it is whole: in its {RUN}, {name} must "
+                    f"be {rule}, got {got}; remove it to go on from the one before"
+                )
+
+    def warn_of_versions(self) -> None:
+        """Warn where other versions of the libraries wrote it than are loaded now."""
+        now = versions()
+        changed = [
+            f"{name} {then} (now {now[name]})"
+            for name, then in self.run["versions"].items()
+            if name in now and now[name] != then
+        ]
+        if changed:
+            told = (
+                f"checkpoint {self.path} was written with {', '.join(changed)}; the run goes on, but may end "
+                "with other roundings than one that never stopped"
+            )
+            warnings.warn(told, CheckpointWarning, stacklevel=2)
 
 
 class Checkpoints:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import reprlib
 import time
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +17,7 @@ import numpy as np
 
 from sequel_core import metrics, plan
 from sequel_core.callbacks import StreamCallback
-from sequel_core.checkpoints import RUN, Checkpoints, CheckpointWarning
+from sequel_core.checkpoints import Checkpoints
 from sequel_core.console import Display, Shown
 from sequel_core.hparams import CheckpointHParams
 from sequel_core.learner import DivergenceError, EvaluateEvery, Evaluation, FitMonitor, Learner, Progress
@@ -194,45 +192,6 @@ def check_run(
                 f"evaluate_on=validation needs validation samples, task {task.index} has none; "
                 "set benchmark.validation=0.1"
             )
-
-
-def check_state(state: Mapping[str, Any], num_tasks: int) -> None:
-    """Refuse an orchestrator's part of a checkpoint that no run over so many tasks has written.
-
-    Raises:
-        ValueError: a value is missing, or has another kind, shape or range; it is named.
-    """
-
-    def number(value: Any) -> bool:
-        return type(value) in (int, float) and math.isfinite(value)
-
-    def numbers(values: Any) -> bool:
-        return isinstance(values, dict) and all(v is None or number(v) for v in values.values())
-
-    def fractions(values: Any, *shape: int) -> bool:
-        if not shape:
-            return values is None or (number(values) and 0 <= values <= 1)
-        length, *rest = shape
-        return isinstance(values, list) and len(values) == length and all(fractions(v, *rest) for v in values)
-
-    def place(value: Any) -> bool:
-        task, part = value if isinstance(value, list) and len(value) == 2 else (None, None)
-        return type(task) is int and -1 <= task < num_tasks and part in ("train", "evaluate")
-
-    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "done": (place, f"a task from -1 to {num_tasks - 1} and train or evaluate"),
-        "matrix": (lambda v: fractions(v, num_tasks, num_tasks), f"{num_tasks} x {num_tasks} fractions"),
-        "baseline": (lambda v: v is None or fractions(v, num_tasks), f"{num_tasks} fractions or null"),
-        "extra": (numbers, "numbers by name"),
-        "seconds": (lambda v: numbers(v) and None not in v.values(), "numbers by name"),
-        "total_seconds": (number, "a number"),
-        "metrics_bytes": (lambda v: type(v) is int and v >= 0, "a whole number >= 0"),
-        "versions": (lambda v: isinstance(v, dict), "versions by name"),
-    }
-    for name, (holds, rule) in rules.items():
-        if name not in state or not holds(state[name]):
-            got = reprlib.repr(state[name]) if name in state else "none"
-            raise ValueError(f"{name} must be {rule}, got {got}")
 
 
 def _describe(learner: Learner, benchmark: Benchmark) -> dict[str, Any]:
@@ -503,13 +462,7 @@ class _Checkpointer:
         """Bring learner and recorder to the newest whole checkpoint; False where there is none."""
         found = self._files.newest()
         if found is not None:
-            try:
-                check_state(found.run, len(self._recorder.benchmark))
-            except ValueError as error:
-                raise ValueError(
-                    f"checkpoint {found.path} cannot be used, though it is whole: in its {RUN}, {error}; "
-                    "remove it to go on from the one before"
-                ) from error
+            found.check(len(self._recorder.benchmark))
             try:
                 self._recorder.learner.restore(found.path)
                 self._recorder.load(found.run)
@@ -520,18 +473,8 @@ class _Checkpointer:
                     f"checkpoint {found.path} cannot be used, though it is whole ({type(error).__name__}); "
                     "remove it to go on from the one before"
                 ) from error
-            now = versions()
-            changed = [
-                f"{name} {then} (now {now[name]})"
-                for name, then in found.run["versions"].items()
-                if name in now and now[name] != then
-            ]
-            if changed and not self._recorder.directory.finished():
-                told = (
-                    f"checkpoint {found.path} was written with {', '.join(changed)}; the run goes on, but "
-                    "may end with other roundings than one that never stopped"
-                )
-                warnings.warn(told, CheckpointWarning, stacklevel=2)
+            if not self._recorder.directory.finished():
+                found.warn_of_versions()
         self._files.clear(None if found is None else found.path)
         return found is not None
 
