@@ -34,10 +34,21 @@ def keep(memory: Memory, k: int, x: Any, y: Any) -> Memory:
 
 
 def start_task(ts: TrainState, state: State, task: Task, hparams: KCLHParams) -> tuple[TrainState, State]:
-    """Begin a task and keep its coreset in `state.memory.coreset`."""
+    """Begin a task and keep its coreset in `state.memory.coreset`.
+
+    Raises:
+        ValueError: the task has no coreset, or one of images of another kind than the spec says.
+    """
     x, y, _ = hparams.coreset(task)
     ts, state = bundle.start_task(ts, state, task, hparams)
     memory = state.memory.coreset
-    images = x if memory.x.dtype == x.dtype else bundle.normalise(state.stream, jnp.asarray(x))
+    images: Any = x
+    if x.dtype == np.uint8 and jnp.issubdtype(memory.x.dtype, jnp.floating):
+        images = bundle.normalise(state.stream, jnp.asarray(x))
+    elif x.dtype != memory.x.dtype:
+        raise ValueError(
+            f"the coresets hold {memory.x.dtype} images, got {x.dtype}; "
+            f"give spec._replace(image_dtype='{x.dtype}')"
+        )
     memory = state.memory._replace(coreset=keep(memory, task.index, images, y))
     return ts, state._replace(memory=memory)

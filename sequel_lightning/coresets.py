@@ -76,7 +76,7 @@ class CoresetModule(ContinualModule):
                 the spec says.
         """
         memory, size = self.kept, self.algorithm_hparams.core_size
-        if x.dtype == torch.uint8 != memory.x.dtype:
+        if x.dtype == torch.uint8 and memory.x.is_floating_point():
             x = self.normalise(x).to(memory.x.dtype)
         if len(x) != size or len(y) != size:
             raise ValueError(
