@@ -130,7 +130,7 @@ def forward(ts: TrainState, params: Params, state: State, x: jax.Array, t: jax.A
         ts: for the model and its running statistics; evaluation mode.
         params: weights, apart from `ts` so that they can be differentiated.
         state: of the algorithm.
-        x: images `[B, H, W, C]`; uint8 is normalised, anything else is taken as it is.
+        x: images `[B, H, W, C]`, or what else the network takes; see `normalise`.
         t: task index of each sample `[B]`.
     """
     return masked(state.stream, network(ts, params, state, x), t)
@@ -246,15 +246,51 @@ def check_augmented(state: State, batch: Batch) -> None:
 
 
 def masked(stream: StreamState, logits: jax.Array, t: jax.Array) -> jax.Array:
-    """Return the logits `[B, num_classes]`, masked to the tasks `[B]` where the scenario says so."""
+    """Return the logits `[B, num_classes]`, masked to the tasks `[B]` if the scenario is `task`.
+
+    Raises:
+        ValueError: logits or task indices of another shape.
+    """
+    check_logits(logits, jnp.shape(t), stream.mask)
     return logits if stream.mask is None else mask_logits(logits, stream.mask[t])
 
 
+def check_logits(logits: Any, tasks: tuple[int, ...], mask: Any) -> None:
+    """Raise ValueError unless logits are `[B, num_classes]` and task indices `[B]`.
+
+    Args:
+        logits: what the network returned.
+        tasks: shape of the task indices.
+        mask: of the stream, `[T, num_classes]`; None if logits are not masked.
+    """
+    found: tuple[int, ...] = getattr(logits, "shape", ())
+    if len(found) == 2 and tasks == found[:1] and (mask is None or found[1] == mask.shape[1]):
+        return
+    shown = list(found) if found else type(logits).__name__
+    classes = "num_classes" if mask is None else mask.shape[1]
+    raise ValueError(
+        f"the network must return one row of logits for each sample, [B, {classes}], for task indices t [B]; "
+        f"got logits {shown} and t {list(tasks)}; reduce a sequence to one prediction in the network (its "
+        "mean or its last position), and give one task index for each sample"
+    )
+
+
 def normalise(stream: StreamState, x: jax.Array) -> jax.Array:
-    """Return images in the dtype of the weights; uint8 as `(x / 255 - mean) / std`."""
+    """Return inputs as the network takes them.
+
+    uint8 images become `(x / 255 - mean) / std` in the dtype of the weights, floats are cast to that dtype,
+    and other integers (tokens, indices) and booleans stay as they are.
+    """
     if x.dtype == jnp.uint8:
         return x.astype(stream.scale.dtype) * stream.scale + stream.shift
-    return x.astype(stream.scale.dtype)
+    return x.astype(stream.scale.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def blank_image(spec: StreamSpec, dtype: Any) -> jax.Array:
+    """Return one input of zeros `[1, H, W, C]` as `normalise` makes it for weights of a dtype."""
+    kept = jnp.dtype(spec.image_dtype)
+    as_weights = kept == jnp.uint8 or jnp.issubdtype(kept, jnp.floating)
+    return jnp.zeros((1, *spec.image_shape), dtype if as_weights else kept)
 
 
 def mask_logits(logits: jax.Array, mask: jax.Array) -> jax.Array:
@@ -299,7 +335,7 @@ def feature_width(ts: TrainState, spec: StreamSpec, name: str) -> int:
     Raises:
         ValueError: the network has no method `features(x, train)`, or no last layer called `head`.
     """
-    image = jnp.zeros((1, *spec.image_shape), jax.tree.leaves(ts.params)[0].dtype)
+    image = blank_image(spec, jax.tree.leaves(ts.params)[0].dtype)
     call = partial(ts.apply_fn, {"params": ts.params, **_collections(batch_stats(ts))})
     try:
         features = jax.eval_shape(partial(call, train=False, method="features"), image)

@@ -35,6 +35,7 @@ from sequel_flax.bundle import (
     advance,
     batch_stats,
     check_augmented,
+    check_logits,
     end_task,
     init_stream,
     masked,
@@ -138,6 +139,7 @@ def look(
             full = all(isinstance(s.count, int) for s in part)  # a batch, not a draw
             counts = None if full else jnp.concatenate([jnp.arange(len(s.y)) < s.count for s in part])
             out, stats = training_forward(ts, params, state, images, stats=stats, draw=k, counts=counts)
+            check_logits(out, (sum(sizes),), state.stream.mask)
             logits += jnp.split(out, np.cumsum(sizes)[:-1])
         else:
             logits += [logits[0][:0] for _ in part]

@@ -21,7 +21,14 @@ from torchmetrics import MetricCollection
 from sequel_core.exemplars import exemplar_means, joined_with_samples, renewed_exemplars
 from sequel_core.hparams import ICaRLHParams, TrainingHParams
 from sequel_core.task import AnySplit, Batch, FloatArray, Samples, StreamSpec
-from sequel_lightning.module import ContinualModule, OptimizerFactory, StateTree, check_features, evaluating
+from sequel_lightning.module import (
+    ContinualModule,
+    OptimizerFactory,
+    StateTree,
+    blank_image,
+    check_features,
+    evaluating,
+)
 from sequel_lightning.replay import Memory, empty_memory, stored_samples
 
 
@@ -103,7 +110,7 @@ class ExemplarModule(ContinualModule):
         memory = empty_memory(spec, hparams.slots(int(spec.mask.sum())), None)
         self.exemplars = StateTree({"x": memory.x, "y": memory.y, "t": memory.t})
         like = next(net.parameters())
-        image = like.new_zeros(1, *np.roll(spec.image_shape, 1).tolist())
+        image = blank_image(spec, like)
         features: Any = net.features
         with evaluating(net), torch.no_grad():
             width = features(image).shape[-1]

@@ -198,7 +198,7 @@ class ContinualModule(pl.LightningModule):
         """Return the logits `[B, num_classes]`, masked to the task of each sample where the scenario says so.
 
         Args:
-            x: images `[B, C, H, W]`; uint8 is normalised, anything else is taken as it is.
+            x: images `[B, C, H, W]`, or what else the network takes; see `normalise`.
             t: task index of each sample `[B]`.
         """
         return self.masked(self.network(x), t)
@@ -209,19 +209,29 @@ class ContinualModule(pl.LightningModule):
         return logits
 
     def masked(self, logits: Tensor, t: Tensor) -> Tensor:
-        """Return the logits `[B, num_classes]`, masked to the tasks `[B]` where the scenario says so."""
+        """Return the logits `[B, num_classes]`, masked to the tasks `[B]` if the scenario is `task`.
+
+        Raises:
+            ValueError: logits or task indices of another shape.
+        """
         mask = self._buffers["mask"]
+        check_logits(logits, t, mask)
         return logits if mask is None else mask_logits(logits, mask[t])
 
     def normalise(self, x: Tensor) -> Tensor:
-        """Return images in the dtype of the weights; uint8 as `(x / 255 - mean) / std`."""
+        """Return inputs as the network takes them.
+
+        uint8 images become `(x / 255 - mean) / std` in the dtype of the weights, floats are cast to that
+        dtype, and other integers (tokens, indices) and booleans stay as they are. Without a spec nothing is
+        changed.
+        """
         buffers = self._buffers  # a third of the time of an attribute, at every step
         scale, shift = buffers["scale"], buffers["shift"]
         if scale is None or shift is None:
             return x
-        if x.dtype != torch.uint8:
-            return x.to(scale.dtype)
-        return x.to(scale.dtype).mul_(scale).add_(shift)
+        if x.dtype == torch.uint8:
+            return x.to(scale.dtype).mul_(scale).add_(shift)
+        return x.to(scale.dtype) if x.is_floating_point() else x
 
     def needed_spec(self) -> StreamSpec:
         """Return the stream's spec, for a method that keeps samples.
@@ -511,17 +521,40 @@ def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
     return logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
 
 
+def check_logits(logits: Any, t: Any, mask: Tensor | None) -> None:
+    """Raise ValueError unless logits are `[B, num_classes]` and t `[B]`; `mask` is that of the stream."""
+    found: tuple[int, ...] = getattr(logits, "shape", ())
+    if len(found) == 2 and (mask is None or (t.shape == found[:1] and found[1] == mask.shape[1])):
+        return
+    shown, tasks = (list(getattr(a, "shape", ())) or type(a).__name__ for a in (logits, t))
+    classes = "num_classes" if mask is None else mask.shape[1]
+    raise ValueError(
+        f"the network must return one row of logits for each sample, [B, {classes}], for task indices t [B]; "
+        f"got logits {shown} and t {tasks}; reduce a sequence to one prediction in the network (its mean or "
+        "its last position), and give one task index for each sample"
+    )
+
+
+def blank_image(spec: StreamSpec, like: Tensor) -> Tensor:
+    """Return one input of zeros `[1, C, H, W]` as `normalise` makes it for weights of the dtype of `like`."""
+    height, width, channels = spec.image_shape
+    dtype = getattr(torch, spec.image_dtype)
+    if dtype == torch.uint8 or dtype.is_floating_point:
+        dtype = torch.get_default_dtype() if is_lazy(like) else like.dtype
+    return torch.zeros((1, channels, height, width), dtype=dtype, device=like.device)
+
+
 def check_network(net: nn.Module, spec: StreamSpec) -> None:
     """Show the network an image of the stream, which also initialises lazy layers.
 
     Raises:
         ValueError: it cannot take the image, or does not return `[B, num_classes]`.
     """
-    like, (height, width, channels) = next(net.parameters()), spec.image_shape
-    dtype, shape = (torch.get_default_dtype() if is_lazy(like) else like.dtype), (1, channels, height, width)
+    image = blank_image(spec, next(net.parameters()))
+    shape = image.shape
     try:
         with evaluating(net), torch.no_grad():
-            logits = net(torch.zeros(shape, dtype=dtype, device=like.device))
+            logits = net(image)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ValueError(
             f"the network must take images {list(shape)}, the stream's, as [B, C, H, W]: "

@@ -17,6 +17,7 @@ from sequel_flax.backbones.cnn import CNN
 from sequel_flax.backbones.mlp import MLP
 from sequel_flax.backbones.normalisation import BatchNorm
 from sequel_flax.backbones.resnet import ResNet18, ResNet18Thin
+from sequel_flax.bundle import blank_image
 
 __all__ = [
     "BACKBONES",
@@ -63,7 +64,7 @@ def initial_variables(model: nn.Module, spec: StreamSpec, seed: int, dtype: Dtyp
         raise ValueError(
             'dtype=float64 needs 64-bit JAX; call jax.config.update("jax_enable_x64", True) first'
         )
-    image = jnp.zeros((1, *spec.image_shape), dtype)
+    image = blank_image(spec, dtype)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(seed), image, train=False))
     others = [name for name in shapes if name not in CARRIED]
     if others:

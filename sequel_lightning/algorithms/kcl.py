@@ -31,7 +31,7 @@ from sequel_core.memory import BasesPlanner, NoPlanner, basis_constants
 from sequel_core.task import Batch, StreamSpec
 from sequel_lightning import kernels
 from sequel_lightning.coresets import CoresetModule, held
-from sequel_lightning.module import OptimizerFactory, check_features, evaluating
+from sequel_lightning.module import OptimizerFactory, blank_image, check_features, evaluating
 from sequel_lightning.replay import Memory
 
 
@@ -68,9 +68,9 @@ class KCL(CoresetModule):
     ) -> None:
         super().__init__(net, optimizer, hparams, spec, metrics, seed)
         check_features(net, "kcl")
-        like, (rows, columns, channels) = next(net.parameters()), self.spec.image_shape
+        like = next(net.parameters())
         with evaluating(net), torch.no_grad():
-            width = int(self.net.features(like.new_zeros(1, channels, rows, columns)).shape[1])
+            width = int(self.net.features(blank_image(self.spec, like)).shape[1])
         self.kcl: Any = kernels.own_parameters(hparams, seed, self.spec.num_tasks, width, like.dtype)
         self.rff = hparams.kernel_type == "rff"
         noise, phase, fixed = map(torch.from_numpy, basis_constants(seed, hparams.d_rn_f, width))
