@@ -594,21 +594,21 @@ class KCLHParams(AlgorithmHParams):
     )
     task_given: bool = setting(
         False,
-        "the task of each sample is given for predictions in the domain scenario, too, where other methods do "
-        "without it; the results say so",
+        "predict with the task of each sample in the domain scenario, too, in which other methods are not "
+        "given it; the results say so",
     )
 
     def check_stream(self, spec: StreamSpec) -> None:
         """Raise ValueError if the task of a sample, which says whose classifier predicts, is not given."""
         if spec.scenario == "class":
             raise ValueError(
-                "kcl cannot run in the class scenario: its classifiers belong to tasks; use scenario=task, or "
+                "kcl cannot run in the class scenario: its classifiers belong to tasks; use scenario=task or "
                 "another method"
             )
         if not self.knows_task(spec):
             raise ValueError(
-                "task_given must be true for kcl in the domain scenario, got false: its classifiers belong to "
-                "tasks; set task_given=true to give it the task of each sample, which the results name, "
+                "task_given must be true for kcl in the domain scenario, got false: its classifiers belong "
+                "to tasks; set task_given=true to give it the task of each sample, which the results name, "
                 "or use scenario=task or another method"
             )
 

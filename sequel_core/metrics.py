@@ -123,9 +123,10 @@ def learning_accuracy(matrix: ArrayLike) -> float:
 
 
 def average_incremental_accuracy(matrix: ArrayLike) -> float:
-    """Return `1/T sum_i (1/(i+1) sum_{j<=i} R[i, j])`, in [0, 1]: the average accuracy, averaged over the stream.
+    """Return `1/T sum_i (1/(i+1) sum_{j<=i} R[i, j])`, in [0, 1].
 
-    Every task has the same weight; see also `average_incremental_accuracy_over_samples`.
+    The accuracy on the tasks seen so far, averaged over these tasks and then over the stream. Every task has
+    the same weight; see also `average_incremental_accuracy_over_samples`.
 
     Source: Wang et al. 2024, arXiv 2302.00487, "AIA"; at the ends of tasks, the "AAA" of Caccia et al. 2022,
     arXiv 2104.05025.
@@ -153,7 +154,7 @@ def average_incremental_accuracy_over_samples(matrix: ArrayLike, samples: ArrayL
     n = np.asarray(samples, np.float64)
     if n.shape != (len(r),) or not np.all(n >= 1):
         raise ValueError(f"samples must have one count >= 1 per task, [{len(r)}], got {n.tolist()}")
-    seen = [(n[: i + 1] * r[i, : i + 1]).sum() / n[: i + 1].sum() for i in range(len(r))]
+    seen = [(n[: i + 1] / n[: i + 1].sum() * r[i, : i + 1]).sum() for i in range(len(r))]
     return _mean(np.array(seen))
 
 

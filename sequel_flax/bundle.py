@@ -89,7 +89,7 @@ def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, see
         seed: of dropout.
 
     Raises:
-        ValueError: the settings do not fit the stream, or `lr_decay` is not 1 and the optimizer's learning rate
+        ValueError: the settings do not fit the stream; `lr_decay` is not 1 and the optimizer's learning rate
             cannot be set.
     """
     hparams.check_stream(spec)

@@ -81,9 +81,9 @@ class ContinualModule(pl.LightningModule):
         seed: of the plan, for methods that choose samples.
 
     Raises:
-        ValueError: a network that the stream's images do not fit, or that returns another shape; settings that
-            do not fit the stream; in `fit`, a Trainer that has nothing left to run, more than one process, or a
-            learning-rate decay beside a scheduler.
+        ValueError: a network that the stream's images do not fit, or that returns another shape; settings
+            that do not fit the stream; in `fit`, a Trainer that has nothing left to run, more than one
+            process, or a learning-rate decay beside a scheduler.
     """
 
     hparams_class: type[AlgorithmHParams]

@@ -144,9 +144,7 @@ def readme() -> dict[str, list[str]]:
 QUICK = [column for column in ALL if "resnet" not in column and "same" not in column]
 
 
-@pytest.mark.parametrize(
-    "columns", [QUICK, pytest.param(ALL, marks=pytest.mark.slow)], ids=["quick", "all"]
-)
+@pytest.mark.parametrize("columns", [QUICK, pytest.param(ALL, marks=pytest.mark.slow)], ids=["quick", "all"])
 def test_the_readme_says_what_runs(columns: list[str]) -> None:
     found = table(columns)
     places = [ALL.index(column) for column in columns]

@@ -397,7 +397,13 @@ def test_coresets_are_stratified_apart_from_training_and_the_same_for_ever(scena
 def test_a_coreset_larger_than_a_class_is_one_line_before_any_run(
     mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["algo=kcl", "algo.task_given=true", "benchmark=rotateddigits", "benchmark.subset=300", f"mode={mode}"]
+    line = [
+        "algo=kcl",
+        "algo.task_given=true",
+        "benchmark=rotateddigits",
+        "benchmark.subset=300",
+        f"mode={mode}",
+    ]
     for size, message in (
         (400, "core_size must leave samples of every class"),
         (55, "core_size must divide"),

@@ -55,7 +55,7 @@ WHOLE: dict[str, Any] = {"lmc_lr": 0.2, "lmc_steps": "epoch", "lmc_epochs": 3}
 LOOKING: dict[str, Any] = {"glances": 2, "second_order": True}
 CORE: dict[str, Any] = {"core_size": 20, "d_rn_f": 32, "task_given": True}
 GAUSSIAN: dict[str, Any] = {"core_size": 20, "kernel_type": "rbf", "task_given": True}
-COMMON = {*SIZES, "per_task_memory_samples", "core_size", "lr", *vars(TRAINING)} - {"grad_clip"}
+COMMON = {*SIZES, "per_task_memory_samples", "core_size", "task_given", "lr", *vars(TRAINING)} - {"grad_clip"}
 
 
 class Case(NamedTuple):
