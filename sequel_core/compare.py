@@ -22,7 +22,7 @@ from sequel_core import learner
 from sequel_core.config import ExperimentConfig, check_name
 from sequel_core.console import Shown
 from sequel_core.learner import PLUGINS, Learner, Mode
-from sequel_core.results import CONFIG, Result, RunDirectory, load_weights
+from sequel_core.results import CONFIG, TASK_GIVEN, Result, RunDirectory, load_weights
 from sequel_core.sequencer import check_run, run
 from sequel_core.signals import InterruptedRunError
 from sequel_core.task import Benchmark
@@ -54,6 +54,7 @@ class Row(NamedTuple):
     mode: Mode
     seeds: tuple[int, ...]  # of the runs that finished
     failed: tuple[int, ...]  # seeds
+    task_given: bool  # whether predictions were given the task of each sample: `Result.task_given`
     measures: Mapping[str, Estimate]  # by the names in `measure`: means over seeds, with 95 % intervals
 
 
@@ -287,7 +288,8 @@ def _rows(runs: Sequence[Run]) -> tuple[Row, ...]:
         names = {name: None for values in found.values() for name in values}
         measures = {name: estimate([values[name] for values in found.values()]) for name in names}
         failed = tuple(item.seed for item in members if item.seed not in found)
-        rows.append(Row(label, mode, tuple(found), failed, measures))
+        given = any(item.result.task_given for item in members if item.result)
+        rows.append(Row(label, mode, tuple(found), failed, given, measures))
     return tuple(rows)
 
 
@@ -348,7 +350,8 @@ def _table(rows: Sequence[Row]) -> Table:
             cells += [seconds.text(digits=1), rate.text(digits=0), decimal(round(memory.mean))]
         last = k + 1 == len(rows) or rows[k + 1].label != row.label
         cells = [cell.replace(" ± ", "\n± ") for cell in cells]
-        table.add_row(escape(row.label), row.mode, seeds, *cells, end_section=last)
+        label = escape(row.label) + (f", {TASK_GIVEN}" if row.task_given else "")
+        table.add_row(label, row.mode, seeds, *cells, end_section=last)
     return table
 
 

@@ -877,7 +877,8 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
         config.algo.check(benchmark.spec, config.training)
         stages = list(config.algo.training_tasks(benchmark, config.training.seed))
     except ValueError as error:
-        raise ValueError(f"algo.{error}") from error
+        known = str(error).partition(" ")[0] in {spec.name for spec in fields(config.algo)}
+        raise ValueError(f"algo.{error}" if known else str(error)) from error
     for task in stages:
         check_batch_size(task.index, len(task.train), config.training.batch_size)
     empty = next((task.index for task in benchmark.tasks if len(task.validation) == 0), None)

@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sequel_core.learner import Learner, Progress
-from sequel_core.results import Result
+from sequel_core.results import TASK_GIVEN, Result
 from sequel_core.task import Benchmark, FloatArray, Task
 
 Shown = bool | Literal["bars"]
@@ -114,6 +114,7 @@ class Display:
         """Print the final table."""
         summary = result.summary
         title = f"{escape(self._benchmark.name)}, {summary['mode']}, {summary['split']} accuracy"
+        title += f", {TASK_GIVEN}" if result.task_given else ""
         table = Table("metric", Column("value", justify="right", overflow="fold"), title=title)
         for name in ("average_accuracy", "forgetting", "bwt", "fwt", "learning_accuracy"):
             if summary.get(name) is not None:

@@ -166,8 +166,16 @@ class AlgorithmHParams(Settings):
         """
         yield from benchmark.tasks
 
+    def check_stream(self, spec: StreamSpec) -> None:
+        """Raise ValueError if the settings do not fit a stream; every algorithm calls it at construction."""
+
     def check(self, spec: StreamSpec, training: TrainingHParams) -> None:
-        """Raise ValueError where the settings do not fit a stream or how it is trained on."""
+        """Raise ValueError if the settings do not fit a stream, or how it is trained on."""
+        self.check_stream(spec)
+
+    def knows_task(self, spec: StreamSpec) -> bool:
+        """Return whether predictions are given the task of each sample, as in the task scenario."""
+        return spec.scenario == "task"
 
 
 @dataclass(frozen=True)
@@ -316,6 +324,7 @@ class MemoryHParams(AlgorithmHParams):
 
     def check(self, spec: StreamSpec, training: TrainingHParams) -> None:
         """Raise ValueError for a memory that fits neither the batches nor the parts it is divided into."""
+        super().check(spec, training)
         self.check_memory(spec, training.batch_size)
 
     def check_memory(self, spec: StreamSpec, batch_size: int) -> None:
@@ -541,8 +550,8 @@ class ICaRLHParams(AlgorithmHParams):
         """Return the quota m of an exemplar set when there are so many."""
         return -(-self.mem_size // num_sets) if self.quota == "ceil" else self.mem_size // num_sets
 
-    def check(self, spec: StreamSpec, training: TrainingHParams) -> None:
-        """Raise ValueError where the exemplars are fewer than the classes."""
+    def check_stream(self, spec: StreamSpec) -> None:
+        """Raise ValueError if the exemplars are fewer than the classes."""
         sets = int(spec.mask.sum())
         if self.mem_size < sets:
             each = "class" if sets == spec.num_classes else "class of each task"
@@ -583,6 +592,29 @@ class KCLHParams(AlgorithmHParams):
         "lambda, gamma and beta that a sample is evaluated with: its own task's, or those of the task "
         "trained last (the official code)",
     )
+    task_given: bool = setting(
+        False,
+        "predict with the task of each sample in the domain scenario, too, in which other methods are not "
+        "given it; the results say so",
+    )
+
+    def check_stream(self, spec: StreamSpec) -> None:
+        """Raise ValueError if the task of a sample, which says whose classifier predicts, is not given."""
+        if spec.scenario == "class":
+            raise ValueError(
+                "kcl cannot run in the class scenario: its classifiers belong to tasks; use scenario=task or "
+                "another method"
+            )
+        if not self.knows_task(spec):
+            raise ValueError(
+                "task_given must be true for kcl in the domain scenario, got false: its classifiers belong "
+                "to tasks; set task_given=true to give it the task of each sample, which the results name, "
+                "or use scenario=task or another method"
+            )
+
+    def knows_task(self, spec: StreamSpec) -> bool:
+        """Return whether predictions are given the task of each sample: see `task_given`."""
+        return super().knows_task(spec) or (spec.scenario == "domain" and self.task_given)
 
     def per_class(self, task: Task) -> int:
         """Return the samples of each class in the coreset of a task.

@@ -123,12 +123,39 @@ def learning_accuracy(matrix: ArrayLike) -> float:
 
 
 def average_incremental_accuracy(matrix: ArrayLike) -> float:
-    """Return `1/T sum_i (1/(i+1) sum_{j<=i} R[i, j])`, in [0, 1]: the average accuracy, averaged over tasks.
+    """Return `1/T sum_i (1/(i+1) sum_{j<=i} R[i, j])`, in [0, 1].
 
-    Source: Rebuffi et al. 2017, arXiv 1611.07725, "average incremental accuracy".
+    The accuracy on the tasks seen so far, averaged over these tasks and then over the stream. Every task has
+    the same weight; see also `average_incremental_accuracy_over_samples`.
+
+    Source: Wang et al. 2024, arXiv 2302.00487, "AIA"; at the ends of tasks, the "AAA" of Caccia et al. 2022,
+    arXiv 2104.05025.
     """
     r = check_matrix(matrix)
     return _mean(np.array([r[i, : i + 1].mean() for i in range(len(r))]))
+
+
+def average_incremental_accuracy_over_samples(matrix: ArrayLike, samples: ArrayLike) -> float:
+    """Return `1/T sum_i (sum_{j<=i} n_j R[i, j] / sum_{j<=i} n_j)`, in [0, 1].
+
+    The accuracy on all samples of the tasks seen so far, averaged over the stream. It equals
+    `average_incremental_accuracy` if all tasks have equally many samples.
+
+    Args:
+        matrix: `[T, T]`.
+        samples: n, number of samples that each task was evaluated on, `[T]`, >= 1.
+
+    Source: Rebuffi et al. 2017, arXiv 1611.07725, "average incremental accuracy".
+
+    Raises:
+        ValueError: as `check_matrix`, or sample counts of another length or below 1.
+    """
+    r = check_matrix(matrix)
+    n = np.asarray(samples, np.float64)
+    if n.shape != (len(r),) or not np.all(n >= 1):
+        raise ValueError(f"samples must have one count >= 1 per task, [{len(r)}], got {n.tolist()}")
+    seen = [(n[: i + 1] / n[: i + 1].sum() * r[i, : i + 1]).sum() for i in range(len(r))]
+    return _mean(np.array(seen))
 
 
 def worst_case_accuracy(matrix: ArrayLike) -> float:
@@ -145,15 +172,19 @@ def worst_case_accuracy(matrix: ArrayLike) -> float:
     return _mean(np.array([*lowest, r[-1, -1]]))  # the same sum: each of the T terms has weight 1/T
 
 
-def summarise(matrix: ArrayLike, baseline: ArrayLike | None = None) -> dict[str, float]:
+def summarise(
+    matrix: ArrayLike, baseline: ArrayLike | None = None, samples: ArrayLike | None = None
+) -> dict[str, float]:
     """Return every metric by name; fractions, nan where undefined.
 
     Args:
         matrix: `[T, T]`.
         baseline: accuracy of the untrained network on each task, `[T]`; without it `fwt` is nan.
+        samples: number of samples that each task was evaluated on, `[T]`; without it
+            `average_incremental_accuracy_over_samples` is nan.
 
     Raises:
-        ValueError: as `check_matrix` and `fwt`.
+        ValueError: as `check_matrix`, `fwt` and `average_incremental_accuracy_over_samples`.
     """
     return {
         "average_accuracy": average_accuracy(matrix),
@@ -163,6 +194,9 @@ def summarise(matrix: ArrayLike, baseline: ArrayLike | None = None) -> dict[str,
         "fwt": float("nan") if baseline is None else fwt(matrix, baseline),
         "learning_accuracy": learning_accuracy(matrix),
         "average_incremental_accuracy": average_incremental_accuracy(matrix),
+        "average_incremental_accuracy_over_samples": float("nan")
+        if samples is None
+        else average_incremental_accuracy_over_samples(matrix, samples),
         "worst_case_accuracy": worst_case_accuracy(matrix),
     }
 

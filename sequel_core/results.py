@@ -52,6 +52,9 @@ BEGUN = r"\.lock(\.json)?|\.(\.lock\.json|config\.yaml)\.[0-9]+"
 FREE = ("logger", "wandb", "callbacks", "checkpoint", "expected", "version", "source", "comment")
 """Settings that may differ where a run is resumed."""
 
+TASK_GIVEN = "task given"
+"""How tables mark a run whose predictions were given the task of each sample; see `Result.task_given`."""
+
 MOST, DEEPEST = 100_000, 50
 """Values in a file that is read, with what YAML's aliases repeat, and levels of lists and mappings in it."""
 
@@ -420,13 +423,23 @@ class Result:
 
     @property
     def average_incremental_accuracy(self) -> float:
-        """Average accuracy of the tasks seen, mean over the stream."""
+        """Accuracy on the tasks seen so far, mean over these tasks, then over the stream."""
         return self._metric("average_incremental_accuracy")
+
+    @property
+    def average_incremental_accuracy_over_samples(self) -> float:
+        """Accuracy on all samples of the tasks seen so far, mean over the stream."""
+        return self._metric("average_incremental_accuracy_over_samples")
 
     @property
     def worst_case_accuracy(self) -> float:
         """Lowest accuracy of each past task and the final one of the last, mean over tasks."""
         return self._metric("worst_case_accuracy")
+
+    @property
+    def task_given(self) -> bool:
+        """Whether predictions were given the task of each sample in a scenario in which it is not known."""
+        return self.summary.get("task_given") is True and self.summary.get("scenario") != "task"
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -393,10 +393,14 @@ class _Recorder:
         """Return what `summary.json` holds beside the status."""
         total = time.perf_counter() - self.began
         spent = {kind: self.seconds[kind] for kind in ("train", "evaluate", "checkpoint")}
-        found = metrics.summarise(self.matrix, self.baseline)
+        samples = [len(task.split(self.split)) for task in self.benchmark.tasks]
+        found = metrics.summarise(self.matrix, self.baseline, samples)
         return {
             "mode": self.learner.mode,
+            "scenario": self.benchmark.scenario,
+            "task_given": self.learner.hparams.knows_task(self.benchmark.spec),
             "split": self.split,
+            "samples": samples,
             **found,
             f"{self.split}_average_accuracy": found["average_accuracy"],
             **self.extra,

@@ -89,8 +89,10 @@ def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, see
         seed: of dropout.
 
     Raises:
-        ValueError: `lr_decay` is not 1 and the optimizer's learning rate cannot be set.
+        ValueError: the settings do not fit the stream; `lr_decay` is not 1 and the optimizer's learning rate
+            cannot be set.
     """
+    hparams.check_stream(spec)
     learning_rate = get_learning_rate(ts.opt_state)
     if learning_rate is None and hparams.lr_decay != 1.0:
         raise ValueError(

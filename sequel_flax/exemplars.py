@@ -18,7 +18,7 @@ import numpy as np
 from flax.training.train_state import TrainState
 
 from sequel_core.exemplars import exemplar_means, renewed_exemplars
-from sequel_core.hparams import ICaRLHParams, TrainingHParams
+from sequel_core.hparams import ICaRLHParams
 from sequel_core.task import Batch, FloatArray, Samples, StreamSpec
 from sequel_flax.bundle import Params, State, feature_width, network
 from sequel_flax.replay import Memory, empty_memory, stored_samples
@@ -32,7 +32,6 @@ def init_exemplars(
     Raises:
         ValueError: a network without `features` or `head`, or less room than classes.
     """
-    hparams.check(spec, TrainingHParams())
     memory = empty_memory(spec, hparams.slots(int(spec.mask.sum())), None)
     shape = spec.num_classes, feature_width(ts, spec, hparams.name)
     return memory, jnp.zeros(shape, jax.tree.leaves(ts.params)[0].dtype), jnp.zeros(shape[0], bool)

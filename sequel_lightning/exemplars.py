@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from sequel_core.exemplars import exemplar_means, joined_with_samples, renewed_exemplars
-from sequel_core.hparams import ICaRLHParams, TrainingHParams
+from sequel_core.hparams import ICaRLHParams
 from sequel_core.task import AnySplit, Batch, FloatArray, Samples, StreamSpec
 from sequel_lightning.module import (
     ContinualModule,
@@ -106,7 +106,6 @@ class ExemplarModule(ContinualModule):
         check_features(net, hparams.name)
         super().__init__(net, optimizer, hparams, spec, metrics, seed)
         spec = self.needed_spec()
-        hparams.check(spec, TrainingHParams())
         memory = empty_memory(spec, hparams.slots(int(spec.mask.sum())), None)
         self.exemplars = StateTree({"x": memory.x, "y": memory.y, "t": memory.t})
         like = next(net.parameters())

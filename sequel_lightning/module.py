@@ -81,9 +81,9 @@ class ContinualModule(pl.LightningModule):
         seed: of the plan, for methods that choose samples.
 
     Raises:
-        ValueError: a network that the stream's images do not fit, or that returns another shape; in `fit`, a
-            Trainer that has nothing left to run, more than one process, or a learning-rate decay beside a
-            scheduler.
+        ValueError: a network that the stream's images do not fit, or that returns another shape; settings
+            that do not fit the stream; in `fit`, a Trainer that has nothing left to run, more than one
+            process, or a learning-rate decay beside a scheduler.
     """
 
     hparams_class: type[AlgorithmHParams]
@@ -110,6 +110,8 @@ class ContinualModule(pl.LightningModule):
             raise ValueError(
                 f"{type(self).__name__} needs {self.hparams_class.__name__}, got {type(hparams).__name__}"
             )
+        if spec is not None:
+            hparams.check_stream(spec)
         self.net = net
         self.optimizer_factory = optimizer
         self.algorithm_hparams = hparams

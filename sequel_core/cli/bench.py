@@ -204,6 +204,8 @@ def benched(algo: str, batch_size: int) -> AlgorithmHParams:
         settings["n_inner_updates"] = max(k for k in range(1, 6) if batch_size % k == 0)
     if algo == "icarl":
         settings["mem_size"] = NETWORKS["mlp"].classes
+    if algo == "kcl":
+        settings["task_given"] = True
     return cls(**settings)
 
 

@@ -25,7 +25,7 @@ from sequel_core.cli.run import execute, record_failure, stated
 from sequel_core.config import DOCUMENTATION, ExperimentConfig, alias, build_benchmark, check_name
 from sequel_core.learner import PLUGINS, DivergenceError, Mode
 from sequel_core.metrics import interval
-from sequel_core.results import Result, load_result
+from sequel_core.results import TASK_GIVEN, Result, load_result
 from sequel_core.signals import InterruptedRunError
 
 RESULTS = Path("reproduced")
@@ -249,7 +249,8 @@ def _row(
 
 def _table(experiment: str, rows: Sequence[Row], expected: Mapping[str, Any]) -> Table:
     """Return the runs beside the published number, in percent."""
-    title = f"{experiment}, average accuracy in percent"
+    given = any(result.task_given for row in rows for result in row.results.values())
+    title = f"{experiment}, average accuracy in percent" + (f", {TASK_GIVEN}" if given else "")
     table = Table(title=title, title_justify="left", padding=0)  # 79 columns wide for three seeds
     table.add_column("mode", no_wrap=True)
     table.add_column("seeds")

@@ -16,7 +16,17 @@ import numpy as np
 
 from sequel_core.config import DOCUMENTATION, SECTIONS, flatten
 from sequel_core.metrics import interval
-from sequel_core.results import CONFIG, ERROR, MATRIX, METRICS, SUMMARY, Result, load_result, read_metrics
+from sequel_core.results import (
+    CONFIG,
+    ERROR,
+    MATRIX,
+    METRICS,
+    SUMMARY,
+    TASK_GIVEN,
+    Result,
+    load_result,
+    read_metrics,
+)
 from sequel_core.target import TARGET
 from sequel_core.task import FloatArray
 
@@ -285,7 +295,10 @@ def _grouped(runs: Sequence[Run]) -> list[Group]:
     taken = Counter(group.label for group in found)
     for k, group in enumerate(found):
         if not group.method or taken[group.label] > 1:
-            found[k] = replace(group, method=group.runs[0].name, label=group.runs[0].name)
+            found[k] = group = replace(group, method=group.runs[0].name, label=group.runs[0].name)
+        if any(run.result.task_given for run in group.runs):
+            method, label = (f"{name}, {TASK_GIVEN}" for name in (group.method, group.label))
+            found[k] = replace(group, method=method, label=label)
     order = [group.method for group in found]
     return sorted(found, key=lambda group: (order.index(group.method), group.mode != "pytorch"))
 

@@ -84,7 +84,15 @@ METRICS = (
         "average incremental accuracy",
         "higher",
         "mean over i of (mean over j <= i of R[i, j])",
-        "The average accuracy of the tasks seen so far, averaged over the whole stream.",
+        "The accuracy on the tasks seen so far, averaged over these tasks and then over the stream.",
+    ),
+    Metric(
+        "average_incremental_accuracy_over_samples",
+        "average incremental accuracy, over samples",
+        "higher",
+        "mean over i of (sum over j <= i of n[j] R[i, j]) / (sum over j <= i of n[j])",
+        "The accuracy on all samples of the tasks seen so far, averaged over the stream; task j has n[j] "
+        "samples.",
     ),
     Metric(
         "worst_case_accuracy",

@@ -45,6 +45,7 @@ def test_every_algorithm_runs_as_it_is_in_both_frameworks(algo: str, tmp_path: P
         size = 400 if algo == "kcl" else 300  # of which KCL sets 200 aside
         line = [f"algo={algo}", *DIGITS, f"benchmark.subset={size}", f"mode={mode}"]
         line.append(f"run_dir={tmp_path / mode}")
+        line += ["algo.task_given=true"] if algo == "kcl" else []
         assert main(["run", *line]) == 0
         found[mode] = load_result(tmp_path / mode)
     torch, flax = found["pytorch"], found["jax"]

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from sequel_core import metrics
+from sequel_benchmarks import from_arrays
+from sequel_core import metrics, run
+from sequel_core.hparams import NaiveHParams
+from tests.core.scripted import scripted
 
 NAN = math.nan
 Matrix = NDArray[np.float64]
@@ -21,6 +25,7 @@ EXAMPLE = np.array(
     ]
 )
 BASELINE = np.array([0.1, 0.15, 0.05])
+SAMPLES = [100, 300, 50]
 BY_HAND = {
     "average_accuracy": (0.6 + 0.4 + 0.7) / 3,
     "forgetting": ((0.9 - 0.6) + (0.8 - 0.4)) / 2,
@@ -29,11 +34,17 @@ BY_HAND = {
     "fwt": ((0.2 - 0.15) + (0.3 - 0.05)) / 2,
     "learning_accuracy": (0.9 + 0.8 + 0.7) / 3,
     "average_incremental_accuracy": (0.9 + (0.5 + 0.8) / 2 + (0.6 + 0.4 + 0.7) / 3) / 3,
+    "average_incremental_accuracy_over_samples": (
+        90 / 100  # correct answers over samples, of the tasks seen
+        + (50 + 240) / 400
+        + (60 + 120 + 35) / 450
+    )
+    / 3,
     "worst_case_accuracy": 0.7 / 3 + 2 / 3 * (0.5 + 0.4) / 2,
 }
 
 
-def _reference(a: list[list[float]], b: list[float]) -> dict[str, float]:
+def _reference(a: list[list[float]], b: list[float], n: list[int]) -> dict[str, float]:
     """Return the metrics by plain loops over the published sums, tasks numbered from 1 as in the papers."""
     tasks = len(a)
 
@@ -56,14 +67,17 @@ def _reference(a: list[list[float]], b: list[float]) -> dict[str, float]:
     forward = 0.0
     for j in range(2, tasks + 1):
         forward += acc(j - 1, j) - b[j - 1]
-    final, learned, incremental = 0.0, 0.0, 0.0
+    final, learned, incremental, pooled = 0.0, 0.0, 0.0, 0.0
     for k in range(1, tasks + 1):
         final += acc(tasks, k) / tasks
         learned += acc(k, k) / tasks
-        seen = 0.0
+        seen, correct, count = 0.0, 0.0, 0
         for j in range(1, k + 1):
             seen += acc(k, j)
+            correct += n[j - 1] * acc(k, j)
+            count += n[j - 1]
         incremental += seen / k / tasks
+        pooled += correct / count / tasks
     return {
         "average_accuracy": final,
         "forgetting": before / (tasks - 1),
@@ -72,6 +86,7 @@ def _reference(a: list[list[float]], b: list[float]) -> dict[str, float]:
         "fwt": forward / (tasks - 1),
         "learning_accuracy": learned,
         "average_incremental_accuracy": incremental,
+        "average_incremental_accuracy_over_samples": pooled,
         "worst_case_accuracy": acc(tasks, tasks) / tasks + (1 - 1 / tasks) * lowest / (tasks - 1),
     }
 
@@ -92,7 +107,7 @@ def lower(matrix: Matrix) -> Matrix:
 
 
 def test_hand_computed_example() -> None:
-    assert metrics.summarise(EXAMPLE, BASELINE) == pytest.approx(BY_HAND, abs=1e-15)
+    assert metrics.summarise(EXAMPLE, BASELINE, SAMPLES) == pytest.approx(BY_HAND, abs=1e-15)
 
 
 def test_variants_of_forgetting_differ_for_a_task_that_ends_at_its_best() -> None:
@@ -108,11 +123,45 @@ def test_forgetting_counts_what_was_known_before_training_where_it_was_evaluated
     )
 
 
+def test_incremental_accuracy_over_tasks_and_over_samples() -> None:
+    """They differ if the tasks have different numbers of samples: 0.7056 and 0.7009."""
+    over_tasks = metrics.average_incremental_accuracy(EXAMPLE)
+    over_samples = metrics.average_incremental_accuracy_over_samples(EXAMPLE, SAMPLES)
+    assert over_tasks == pytest.approx(0.7055555555555556)
+    assert over_samples == pytest.approx(0.7009259259259260)
+    assert metrics.average_incremental_accuracy_over_samples(EXAMPLE, [7, 7, 7]) == pytest.approx(over_tasks)
+    assert math.isnan(metrics.summarise(EXAMPLE)["average_incremental_accuracy_over_samples"])
+
+
+def test_a_run_records_both_and_the_sample_counts(tmp_path: Path) -> None:
+    """By hand from the correct answers of each evaluation; the tasks have 2, 5 and 3 test samples."""
+    x = np.zeros((6, 2, 2, 1), np.uint8)
+    labels = np.zeros(6, np.int64)
+    tasks = [((x, labels), (x[:n], labels[:n])) for n in (2, 5, 3)]
+    benchmark = from_arrays(tasks, scenario="domain")
+    model = scripted("jax", NaiveHParams(), benchmark, batch_size=2)
+    result = run(model, benchmark, run_dir=tmp_path / "run", progress=False)
+    assert result.summary["samples"] == [2, 5, 3]
+    correct = np.rint(np.nan_to_num(result.matrix) * [2, 5, 3])
+    pooled = [correct[i, : i + 1].sum() / n for i, n in enumerate((2, 7, 10))]
+    assert result.average_incremental_accuracy_over_samples == pytest.approx(np.mean(pooled))
+    over_tasks = [result.matrix[i, : i + 1].mean() for i in range(3)]
+    assert result.average_incremental_accuracy == pytest.approx(np.mean(over_tasks))
+    assert abs(np.mean(pooled) - np.mean(over_tasks)) > 0.01
+
+
+@pytest.mark.parametrize("samples", [[1, 2], [1, 2, 0], [[1, 2, 3]], [1, NAN, 2]])
+def test_sample_counts_that_cannot_be(samples: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"samples must have one count >= 1 per task, \[3\], got \["):
+        metrics.average_incremental_accuracy_over_samples(EXAMPLE, samples)
+
+
 @given(matrices())
 def test_plain_loop_reference(drawn: tuple[Matrix, Matrix]) -> None:
     matrix, baseline = drawn
-    expected = _reference(matrix.tolist(), baseline.tolist())
-    assert metrics.summarise(matrix, baseline) == pytest.approx(expected, abs=1e-12)
+    samples = list(range(3, 3 + len(matrix)))
+    expected = _reference(matrix.tolist(), baseline.tolist(), samples)
+    assert metrics.summarise(matrix, baseline, samples) == pytest.approx(expected, abs=1e-12)
 
 
 @given(matrices())
@@ -142,7 +191,7 @@ def test_average_accuracy_is_learning_accuracy_plus_backward_transfer() -> None:
 
 
 def test_one_task() -> None:
-    m = metrics.summarise([[0.8]], [0.1])
+    m = metrics.summarise([[0.8]], [0.1], [3])
     undefined = {"forgetting", "forgetting_with_final", "bwt", "fwt"}
     assert {name for name, value in m.items() if math.isnan(value)} == undefined
     assert {value for name, value in m.items() if name not in undefined} == {0.8}
@@ -160,11 +209,18 @@ def test_one_task() -> None:
                 "bwt",
                 "learning_accuracy",
                 "average_incremental_accuracy",
+                "average_incremental_accuracy_over_samples",
             },
         ),
         (
             (1, 0),
-            {"forgetting", "forgetting_with_final", "average_incremental_accuracy", "worst_case_accuracy"},
+            {
+                "forgetting",
+                "forgetting_with_final",
+                "average_incremental_accuracy",
+                "average_incremental_accuracy_over_samples",
+                "worst_case_accuracy",
+            },
         ),
         ((0, 1), {"fwt"}),
         ((0, 2), set()),
@@ -175,7 +231,7 @@ def test_a_needed_entry_that_was_not_evaluated_gives_nan(
 ) -> None:
     matrix = EXAMPLE.copy()
     matrix[missing] = NAN
-    m = metrics.summarise(matrix, BASELINE)
+    m = metrics.summarise(matrix, BASELINE, SAMPLES)
     assert {name for name, value in m.items() if math.isnan(value)} == undefined
     for name in set(BY_HAND) - undefined:
         assert m[name] == pytest.approx(BY_HAND[name])
@@ -200,8 +256,9 @@ def test_no_baseline_means_no_forward_transfer() -> None:
 )
 def test_bad_matrix(matrix: Matrix, message: str) -> None:
     for name in BY_HAND:
+        further = {"fwt": [[0.1]], "average_incremental_accuracy_over_samples": [[1]]}.get(name, [])
         with pytest.raises(ValueError, match=message):
-            metrics.fwt(matrix, [0.1]) if name == "fwt" else getattr(metrics, name)(matrix)
+            getattr(metrics, name)(matrix, *further)
 
 
 def test_bad_baseline() -> None:

@@ -38,7 +38,7 @@ def complete(tmp_path: Path) -> RunDirectory:
     directory = RunDirectory.create(tmp_path / "run")
     directory.write_config(CONFIG)
     directory.write_matrix(MATRIX)
-    directory.write_summary({"status": "done", **metrics.summarise(MATRIX), "steps": 40})
+    directory.write_summary({"status": "done", **metrics.summarise(MATRIX, samples=[30, 10]), "steps": 40})
     directory.write_weights({"dense_0/kernel": np.eye(2), "dense_0/bias": np.array([1, 2], np.float32)})
     return directory
 
@@ -56,6 +56,8 @@ def test_round_trip(tmp_path: Path) -> None:
     assert result.bwt == 0.1 - 1 / 3
     assert result.learning_accuracy == pytest.approx(0.5)
     assert result.average_incremental_accuracy == pytest.approx((1 / 3 + (0.1 + 2 / 3) / 2) / 2)
+    pooled = (1 / 3 + (0.1 * 30 + 2 / 3 * 10) / 40) / 2
+    assert result.average_incremental_accuracy_over_samples == pytest.approx(pooled)
     assert result.worst_case_accuracy == pytest.approx((0.1 + 2 / 3) / 2)
     assert math.isnan(result.fwt)
     weights = load_weights(directory.path)

@@ -47,7 +47,7 @@ EWC = EWCHParams(ewc_lambda=30, fisher_samples=20, lr_decay=0.8)
 SI = SIHParams(si_lambda=2.0, xi=0.01)
 MAS = MASHParams(mas_lambda=0.1, mas_samples=20)
 LFL = LFLHParams(lfl_lambda=0.5)
-KCL = KCLHParams(core_size=10, d_rn_f=16)  # one of each class
+KCL = KCLHParams(core_size=10, d_rn_f=16, task_given=True)  # one of each class
 AGEM = AGEMHParams(mem_size=150, mem_batch_size=12)  # five of each class of each of three tasks
 ER = ERHParams(mem_size=20, mem_batch_size=6)  # full within the first task
 DER = DERHParams(mem_size=20, mem_batch_size=6, distance="mean")

@@ -237,8 +237,11 @@ BYTES = [
     (MCSGDHParams(mem_size=60, lmc_policy="online"), 60 * 72 + 4 * 910 * 4 + 4),  # and w_bar on its way
     (LaMAMLHParams(**SIZES), 60 * 72 + 910 * 4),  # and a rate of each weight
     (ICaRLHParams(mem_size=60), 60 * 72 + 910 * 4 + 10 * 12 * 4 + 10 + 4 + 30),  # means, which, when, classes
-    (KCLHParams(core_size=20, kernel_type="rbf"), 60 * 72),
-    (KCLHParams(core_size=20, d_rn_f=16), 60 * 72 + (2**20 + 11) * 4 + 16 * 8),  # noise; phases, positions
+    (KCLHParams(core_size=20, kernel_type="rbf", task_given=True), 60 * 72),
+    (  # noise; phases, positions
+        KCLHParams(core_size=20, d_rn_f=16, task_given=True),
+        60 * 72 + (2**20 + 11) * 4 + 16 * 8,
+    ),
 ]
 """The same in tests/lightning/test_replay.py."""
 

@@ -18,7 +18,8 @@ FILES = [
     *sorted((ROOT / "tests" / "cli" / "fixtures").glob("*.yaml")),  # the paper's own
 ]
 LINES = (
-    "algo=er", "algo=mcsgd", "algo=kcl", "mode=jax", "seed=3", "optimizer=adam", "backbone=cnn",
+    "algo=er", "algo=mcsgd", "algo=kcl", "algo.task_given=true", "mode=jax", "seed=3", "optimizer=adam",
+    "backbone=cnn",
     "backbone.widths=[8,8]", "algo.lr_decay=0.5", "optimizer.lr_decay=0.5", "training.epochs_per_task=[1,2]",
     "training.batch_size=7", "benchmark=splitdigits", "benchmark.class_order=[1,0]", "logger=[csv,jsonl]",
     "logger=null", "wandb.tags=[a]", "callbacks._target_=collections.OrderedDict", "trainer.devices=2",

@@ -43,7 +43,7 @@ ADAM = partial(torch.optim.Adam, lr=0.01)
 
 SI = SIHParams(si_lambda=2.0, xi=0.01)
 LFL = LFLHParams(lfl_lambda=0.5)
-KCL = KCLHParams(core_size=4, d_rn_f=16)
+KCL = KCLHParams(core_size=4, d_rn_f=16, task_given=True)
 AGEM = AGEMHParams(mem_size=24, mem_batch_size=6)  # two of each class of each task
 ER = ERHParams(mem_size=9, mem_batch_size=6)  # full within the first task
 DERPP = DERppHParams(mem_size=9, mem_batch_size=6, memory="class_balanced")

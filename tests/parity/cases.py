@@ -55,6 +55,7 @@ OPTIMIZERS: dict[str, tuple[OptimizerHParams, dict[str, Any]]] = {
 
 DECAY: dict[str, Any] = {"lr_decay": 0.7, "min_lr": 0.01}
 CARRY: dict[str, Any] = {"lr_decay": 0.7, "reset_optimizer": False}
+GIVEN: dict[str, Any] = {"task_given": True}
 
 CASES: list[tuple[AlgorithmHParams, str]] = [
     (NaiveHParams(), "sgd"),
@@ -108,9 +109,12 @@ CASES: list[tuple[AlgorithmHParams, str]] = [
     (ICaRLHParams(mem_size=60, outputs="all", flip=True), "clipping"),
     (ICaRLHParams(mem_size=45, quota="ceil", outputs="all", **DECAY), "two epochs"),
     # lambda far from 0, where |lambda| turns about and rounding errors double every few steps
-    (KCLHParams(core_size=10, d_rn_f=33, tau=1, normalisation="minmax", lmd=-2, **CARRY), "adam"),
-    (KCLHParams(core_size=20, d_rn_f=64, tau=0.1, lmd=10), "sgd"),
-    (KCLHParams(core_size=20, kernel_type="rbf", bandwidth=4, normalisation="minmax", lmd=10), "two epochs"),
+    (KCLHParams(**GIVEN, core_size=10, d_rn_f=33, tau=1, normalisation="minmax", lmd=-2, **CARRY), "adam"),
+    (KCLHParams(**GIVEN, core_size=20, d_rn_f=64, tau=0.1, lmd=10), "sgd"),
+    (
+        KCLHParams(**GIVEN, core_size=20, kernel_type="rbf", bandwidth=4, normalisation="minmax", lmd=10),
+        "two epochs",
+    ),
 ]
 
 LONG: list[tuple[AlgorithmHParams, str]] = [
@@ -145,8 +149,8 @@ LONG: list[tuple[AlgorithmHParams, str]] = [
     ),
     (LaMAMLHParams(n_inner_updates=1, second_order=True, sync_update=True, glances=3, **DECAY), "sgd"),
     (LaMAMLHParams(n_inner_updates=1, learn_lr=False, alpha_init=0.02, inner_clip=0.05, glances=2), "sgd"),
-    (KCLHParams(core_size=20, d_rn_f=64, normalisation="minmax", lmd=10), "momentum"),
-    (KCLHParams(core_size=30, d_rn_f=64, normalisation="minmax", lmd=10), "clipping"),
+    (KCLHParams(**GIVEN, core_size=20, d_rn_f=64, normalisation="minmax", lmd=10), "momentum"),
+    (KCLHParams(**GIVEN, core_size=30, d_rn_f=64, normalisation="minmax", lmd=10), "clipping"),
 ]
 """Cases alike that take long; they run with `make slow`."""
 

@@ -36,7 +36,7 @@ from sequel_core.hparams import (
     TrainingHParams,
 )
 from sequel_core.learner import Learner
-from sequel_core.task import Benchmark, FloatArray
+from sequel_core.task import Benchmark, FloatArray, Scenario
 from tests.parity.cases import SILENT, difference
 
 SGD = OptimizerHParams(lr=0.02, momentum=0.5)
@@ -75,7 +75,7 @@ QUICK = {
 
 
 @cache
-def stream() -> Benchmark:
+def stream(scenario: Scenario = "class") -> Benchmark:
     """Two tasks of five classes, 36 training images of 32x32 each, augmented, and about 100 test images."""
     if available("cifar10"):
         data = load("cifar10")
@@ -85,11 +85,16 @@ def stream() -> Benchmark:
         images = rng.integers(0, 256, (2, 200, 32, 32, 3), dtype=np.uint8)
         labels = np.arange(200) % 10
         data = DataSet("noise", images[0], labels, images[1], labels, 10)
-    return split(data, SplitSettings(2, "class", subset=36, crop_padding=3, horizontal_flip=True))
+    return split(data, SplitSettings(2, scenario, subset=36, crop_padding=3, horizontal_flip=True))
+
+
+def stream_of(hparams: AlgorithmHParams) -> Benchmark:
+    """Return the stream in a scenario in which the method runs."""
+    return stream("task" if isinstance(hparams, KCLHParams) else "class")
 
 
 def learners(hparams: AlgorithmHParams, network: str) -> list[Learner]:
-    backbone, benchmark = NETWORKS[network], stream()
+    backbone, benchmark = NETWORKS[network], stream_of(hparams)
     settings: dict[str, Any] = {**vars(backbone), "num_classes": benchmark.num_classes}
     shape = benchmark.image_shape
     theirs = sequel_lightning.backbones.BACKBONES[backbone.type](**settings, image_shape=shape)
@@ -103,7 +108,7 @@ def learners(hparams: AlgorithmHParams, network: str) -> list[Learner]:
 
 
 def trained(learner: Learner) -> dict[str, FloatArray]:
-    for task in learner.hparams.training_tasks(stream(), learner.training.seed):
+    for task in learner.hparams.training_tasks(stream_of(learner.hparams), learner.training.seed):
         learner.fit_task(task, SILENT)
     return learner.weights()
 

@@ -28,8 +28,8 @@ from sequel_lightning import kernels as torch_kernels
 from tests.parity.cases import SILENT, difference
 
 BOTH = pytest.mark.parametrize("kernels", [flax_kernels, torch_kernels], ids=["flax", "lightning"])
-RFF = KCLHParams(core_size=20, d_rn_f=40, tau=0.1)
-RBF = KCLHParams(core_size=20, kernel_type="rbf", bandwidth=0.7)
+RFF = KCLHParams(core_size=20, d_rn_f=40, tau=0.1, task_given=True)
+RBF = KCLHParams(core_size=20, kernel_type="rbf", bandwidth=0.7, task_given=True)
 MOMENTUM = OptimizerHParams(lr=0.1, momentum=0.8)
 
 
@@ -253,7 +253,7 @@ SHORT: list[tuple[KCLHParams, str, Any, Scenario]] = [
 ]
 SLOW: list[tuple[KCLHParams, str, Any, Scenario]] = [
     (RFF, "momentum", {}, "domain"),
-    (RBF, "decay", {}, "class"),
+    (RBF, "decay", {}, "task"),
     (RFF, "momentum", {}, "task"),
     (CLIPPED, "decay", {"grad_clip": 0.5}, "domain"),
     (replace(RBF, normalisation="minmax", bandwidth=3), "momentum", {}, "domain"),
@@ -370,7 +370,7 @@ def test_a_task_not_yet_begun_is_answered_with_zeros(mode: str) -> None:
     assert (found[hidden] == np.finfo(np.float64).min).all()
 
 
-@pytest.mark.parametrize("scenario", ["domain", "class"])
+@pytest.mark.parametrize("scenario", ["domain", "task"])
 def test_coresets_are_stratified_apart_from_training_and_the_same_for_ever(scenario: Scenario) -> None:
     stream = benchmark(scenario)
     tasks = list(RFF.training_tasks(stream, seed=1))
@@ -397,7 +397,13 @@ def test_coresets_are_stratified_apart_from_training_and_the_same_for_ever(scena
 def test_a_coreset_larger_than_a_class_is_one_line_before_any_run(
     mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["algo=kcl", "benchmark=rotateddigits", "benchmark.subset=300", f"mode={mode}"]
+    line = [
+        "algo=kcl",
+        "algo.task_given=true",
+        "benchmark=rotateddigits",
+        "benchmark.subset=300",
+        f"mode={mode}",
+    ]
     for size, message in (
         (400, "core_size must leave samples of every class"),
         (55, "core_size must divide"),

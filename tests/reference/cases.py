@@ -53,9 +53,9 @@ ONWARD: dict[str, Any] = {"mem_size": 66, "lmc_batch_size": 8, "lmc_policy": "on
 CONNECTED: dict[str, Any] = {"lmc_lr": 0.01, "lmc_loss": "mean", "lmc_gradient": "plain", "lmc_momentum": 0.5}
 WHOLE: dict[str, Any] = {"lmc_lr": 0.2, "lmc_steps": "epoch", "lmc_epochs": 3}
 LOOKING: dict[str, Any] = {"glances": 2, "second_order": True}
-CORE: dict[str, Any] = {"core_size": 20, "d_rn_f": 32}
-GAUSSIAN: dict[str, Any] = {"core_size": 20, "kernel_type": "rbf"}
-COMMON = {*SIZES, "per_task_memory_samples", "core_size", "lr", *vars(TRAINING)} - {"grad_clip"}
+CORE: dict[str, Any] = {"core_size": 20, "d_rn_f": 32, "task_given": True}
+GAUSSIAN: dict[str, Any] = {"core_size": 20, "kernel_type": "rbf", "task_given": True}
+COMMON = {*SIZES, "per_task_memory_samples", "core_size", "task_given", "lr", *vars(TRAINING)} - {"grad_clip"}
 
 
 class Case(NamedTuple):
@@ -122,7 +122,7 @@ CASES = [
     Case("incremental", ICaRLHParams(mem_size=30, flip=True, **KEPT), MOMENTUM, EPOCHS),
     Case("rotated", KCLHParams(**CORE, tau=0.2, lmd=0.3, lr_decay=0.8), MOMENTUM),
     Case("masked", KCLHParams(**CORE, tau=0.1, normalisation="minmax", task_parameters="current"), ADAM),
-    Case("incremental", KCLHParams(**GAUSSIAN, bandwidth=0.5), SGD, CLIPPED),
+    Case("masked", KCLHParams(**GAUSSIAN, bandwidth=0.5), SGD, CLIPPED),
     Case("rotated", KCLHParams(**GAUSSIAN, normalisation="minmax", lmd=1, **KEPT), MOMENTUM),
 ]
 

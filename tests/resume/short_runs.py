@@ -61,7 +61,7 @@ METHODS: dict[str, AlgorithmHParams] = {
         MCSGDHParams(mem_size=30, lmc_batch_size=8, lmc_epochs=1),
         LaMAMLHParams(mem_size=25, glances=2, mem_batch_size=6),
         ICaRLHParams(mem_size=30, **CARRY),
-        KCLHParams(core_size=10, d_rn_f=33, normalisation="minmax", lmd=10),
+        KCLHParams(core_size=10, d_rn_f=33, normalisation="minmax", lmd=10, task_given=True),
     )
 }
 MODES = ("pytorch", "jax")
