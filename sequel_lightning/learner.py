@@ -43,6 +43,7 @@ from sequel_lightning.module import (
     Tally,
     evaluating,
     mask_logits,
+    modes_kept_at_errors,
     refuse_data_parallel,
 )
 from sequel_lightning.replay import Memory, stored_samples
@@ -128,7 +129,7 @@ class LightningLearner:
         signals.register_signal_handlers = lambda: None  # the orchestrator's stay
         on_sigint = signal.getsignal(signal.SIGINT)
         try:
-            with quiet():
+            with quiet(), modes_kept_at_errors(self.module):
                 self.trainer.fit(self.module, *loaders, ckpt_path=resumed, weights_only=True)
         except SystemExit as error:  # Lightning's own end at Ctrl-C, after which it ignores the next
             if not isinstance(error.__context__, KeyboardInterrupt):

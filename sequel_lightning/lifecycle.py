@@ -9,12 +9,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor
+
+from sequel_core.task import Batch
+from sequel_lightning.batches import check_batch
 
 if TYPE_CHECKING:
     from sequel_lightning.module import ContinualModule
@@ -122,6 +127,39 @@ def check_open_task(module: ContinualModule) -> None:
             f"{module.algorithm_hparams.name} cannot consolidate task {index} from a loader: its importances "
             "are sums over the steps of the training; go on with the task by fit(..., ckpt_path=...), or "
             'train it anew, with consolidate="best" if the best weights are wanted'
+        )
+
+
+def consolidation_batches(trainer: pl.Trainer, read: int) -> Iterable[Any]:
+    """Return what the end-of-task work reads: the training data once, no more than the training has read.
+
+    Args:
+        trainer: of the fit that ends.
+        read: batches that the task was trained on.
+    """
+    loader: Any = trainer.train_dataloader
+    count = int(min(trainer.num_training_batches, read))
+    if not hasattr(loader, "consolidation_batches"):
+        return islice(loader, count)
+    batches: Iterable[Any] = loader.consolidation_batches()
+    return batches if count >= len(loader) else islice(batches, count)
+
+
+def checked_batches(batches: Iterable[Batch], task: int, known: Tensor | None) -> Iterator[Batch]:
+    """Yield the batches of the end-of-task work.
+
+    Raises:
+        ValueError: there is none, or one has a label that the task does not have; see `check_batch`.
+    """
+    empty = True
+    for batch in batches:
+        check_batch(batch, known)
+        empty = False
+        yield batch
+    if empty:
+        raise ValueError(
+            f"the loader gave no batch for the end of task {task} (an iterator can be read only once); the "
+            "trained weights are kept: call module.consolidate_task(loader) with samples of the task"
         )
 
 

@@ -15,10 +15,9 @@ purpose.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -34,13 +33,7 @@ from sequel_core.hparams import AlgorithmHParams
 from sequel_core.memory import NoPlanner
 from sequel_core.task import AnySplit, Batch, StreamSpec, Task
 from sequel_lightning.augmentation import cropped
-from sequel_lightning.batches import (
-    are_task_indices,
-    check_labels,
-    check_tasks,
-    unknown_batch,
-    wrong_label,
-)
+from sequel_lightning.batches import are_task_indices, check_batch, check_tasks, unknown_batch
 from sequel_lightning.lifecycle import (
     CONSOLIDATED,
     IDLE,
@@ -49,6 +42,8 @@ from sequel_lightning.lifecycle import (
     check_best_keeper,
     check_open_task,
     check_task,
+    checked_batches,
+    consolidation_batches,
     fingerprint,
     keep,
     put_back,
@@ -93,13 +88,11 @@ class ContinualModule(pl.LightningModule):
     hparams_class: type[AlgorithmHParams]
     own_clipping: str = ""  # of a method that takes its steps itself: its setting that clips
     path_integrals: ClassVar[tuple[str, ...]] = ()  # trees that only the steps of a whole task can give
-    moving_trees: ClassVar[
-        tuple[str, ...]
-    ] = ()  # trees that move with the weights; consolidate="best" reads both
+    moving_trees: ClassVar[tuple[str, ...]] = ()  # other trees that belong to the weights of a moment
     task_index: Tensor
     phase: Tensor
-    known: Tensor | None  # the classes of each task, bool [T, num_classes]
-    mask: Tensor | None  # the same; None if logits are not masked
+    known: Tensor | None  # the labels that samples of each task may have, bool [T, num_classes]
+    mask: Tensor | None  # the classes of each task, bool [T, num_classes]; None if logits are not masked
     scale: Tensor | None  # of uint8 images, [C, 1, 1], in the dtype of the weights
     shift: Tensor | None  # of uint8 images, [C, 1, 1]
 
@@ -137,16 +130,13 @@ class ContinualModule(pl.LightningModule):
             self.register_buffer(name, value, persistent=False)
         known = None if spec is None else torch.from_numpy(spec.mask)
         self.register_buffer("known", known, persistent=False)
-        self.register_buffer(
-            "mask", known if spec is not None and spec.masks_logits else None, persistent=False
-        )
+        mask = known if spec is not None and spec.masks_logits else None
+        self.register_buffer("mask", mask, persistent=False)
         self.planner = NoPlanner() if spec is None else augmenting(self.make_planner(spec), spec, seed)
         self._carried_optimizer: dict[str, Any] | None = None
         self._generators: list[Tensor] = []  # their states in the checkpoint that a fit resumes
         self._kept: Kept | None = None  # while an evaluation looks at a file
-        self._consolidated_at: str | None = (
-            None  # fingerprint of the weights before the last end-of-task work
-        )
+        self._consolidated_at: str | None = None  # fingerprint of the weights before the end-of-task work
         self._fitting = self._resumes = False
 
     # -- the algorithm: subclasses override these, in the order of the Flax bundle
@@ -390,7 +380,7 @@ class ContinualModule(pl.LightningModule):
         """Return the loss of a batch; the means of several steps are logged at the Trainer's log interval."""
         batch, tally = self.as_batch(batch), self.tally
         if tally.unchecked:
-            self._check_batch(batch)
+            check_batch(batch, self.known)
             tally.unchecked = False
         loss, logits = self.objective(batch)
         if self.metrics is not None:
@@ -411,7 +401,7 @@ class ContinualModule(pl.LightningModule):
         """Do the end-of-task work, once."""
         if self._fitting and self.phase == TRAINING:
             if self.tally.waiting or self.tally.counts is not None:
-                self._check_report(self.tally.make_report(self._buffers["known"], {}))
+                self.tally.make_report(self._buffers["known"], {})  # for a label that is not of its task
             self._consolidate()
 
     def on_fit_end(self) -> None:
@@ -455,14 +445,16 @@ class ContinualModule(pl.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log `val/loss` and `val/accuracy` of the task's validation samples."""
-        self._evaluation_step(batch, "val")
+        self._evaluation_step(batch, batch_idx, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log `test/loss` and `test/accuracy` of the task's test samples."""
-        self._evaluation_step(batch, "test")
+        self._evaluation_step(batch, batch_idx, "test")
 
-    def _evaluation_step(self, batch: Any, name: str) -> None:
+    def _evaluation_step(self, batch: Any, batch_idx: int, name: str) -> None:
         batch = self.as_batch(batch)
+        if batch_idx == 0:
+            check_tasks(batch.t, self.known)
         logits = self.predict(batch.x, batch.t)
         loss = F.cross_entropy(logits, batch.y)
         scores = {f"{name}/loss": loss, f"{name}/accuracy": accuracy(logits, batch.y)}
@@ -510,32 +502,14 @@ class ContinualModule(pl.LightningModule):
         report = self.tally.make_report(self._buffers["known"], extra)
         if self.metrics is not None:
             self.metrics.reset()
-        self._check_report(report)
+        if self._fitting:
+            self.tally.warn(int(self.task_index))
         scores = {"train/loss": report.loss, "train/accuracy": report.accuracy, **extra}
         trainer: Any = self.trainer
         if trainer.callbacks:  # who alone reads them; Lightning then looks at each at every step
             self.log_dict(scores, prog_bar=True, logger=False)
         for logger in self.loggers if self.tally.after_step is None else ():  # else the orchestrator logs
             logger.log_metrics(scores, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
-
-    def _check_report(self, report: Report) -> None:
-        """Raise ValueError for a label that is not of its task; warn of a loss that is not finite."""
-        if report.wrong_label is not None and self.spec is not None:
-            raise wrong_label(*report.wrong_label, self.spec)
-        learner_tells = self.tally.after_step is not None
-        if report.first_bad_step is not None and self._fitting and not (learner_tells or self.tally.warned):
-            self.tally.warned = True
-            step = self.tally.steps_done - self.tally.task_start - report.first_bad_step
-            warnings.warn(
-                f"the training loss is no longer finite at task {int(self.task_index)}, step {step}; lower "
-                "the learning rate or clip gradients",
-                stacklevel=2,
-            )
-
-    def _check_batch(self, batch: Batch) -> None:
-        """Raise ValueError if a batch has task indices or labels that the stream lacks."""
-        check_tasks(batch.t, self.spec)
-        check_labels(batch.y, batch.t, self.spec)
 
     def _prepared(self, batch: Any) -> Batch:
         """Return a loader's batch as a training step gets it: converted, moved, through the batch hooks."""
@@ -554,41 +528,19 @@ class ContinualModule(pl.LightningModule):
     def _consolidate(self) -> None:
         if self.algorithm_hparams.consolidate == "best":
             take_best(self)
-        self._end_task(self._consolidation_batches())
+        read = self.tally.steps_done - self.tally.task_start
+        self._end_task(consolidation_batches(self.trainer, read))
         optimizers = self.trainer.optimizers
         if not self.algorithm_hparams.reset_optimizer and len(optimizers) == 1:
             self._carried_optimizer = optimizers[0].state_dict()
-
-    def _consolidation_batches(self) -> Iterable[Any]:
-        """Return the batches of the end-of-task work: no more than an epoch of the training has read."""
-        loader: Any = self.trainer.train_dataloader
-        read = self.tally.steps_done - self.tally.task_start
-        count = int(min(self.trainer.num_training_batches, read))
-        if not hasattr(loader, "consolidation_batches"):
-            return islice(loader, count)
-        batches: Iterable[Any] = loader.consolidation_batches()
-        return batches if count >= len(loader) else islice(batches, count)
 
     def _end_task(self, batches: Iterable[Any]) -> None:
         weights = fingerprint(self)
         plugin = None if self._trainer is None else self._trainer.precision_plugin
         with evaluating(self), torch.enable_grad(), plugin.forward_context() if plugin else nullcontext():
-            self.end_task(self._end_of_task_batches(batches))
+            self.end_task(checked_batches(map(self._prepared, batches), int(self.task_index), self.known))
         self._consolidated_at, self._kept = weights, None
         self.phase.fill_(CONSOLIDATED)
-
-    def _end_of_task_batches(self, batches: Iterable[Any]) -> Iterator[Batch]:
-        empty = True
-        for batch in map(self._prepared, batches):
-            self._check_batch(batch)
-            empty = False
-            yield batch
-        if empty:
-            task = int(self.task_index)
-            raise ValueError(
-                f"the loader gave no batch for the end of task {task} (an iterator can be read only once); "
-                f"the trained weights are kept: call module.consolidate_task(loader) with samples of it"
-            )
 
 
 class StateTree(nn.Module):
@@ -687,3 +639,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for submodule, training in modes:
             submodule.training = training
+
+
+@contextmanager
+def modes_kept_at_errors(module: nn.Module) -> Iterator[None]:
+    """After an error, give every submodule the mode that it had, which Lightning's validation does not."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        yield
+    except BaseException:
+        for submodule, training in modes:
+            submodule.training = training
+        raise

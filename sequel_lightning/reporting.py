@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sequel_core.task import Task
+from sequel_lightning.batches import first_wrong, wrong_label
 
 HELD = 1 << 16
 """Numbers of logits that wait to be counted; more are counted at once, which costs a step some time."""
@@ -24,7 +26,6 @@ class Report(NamedTuple):
     loss: float
     accuracy: float
     first_bad_step: int | None  # how many steps before the end of the report the loss was first not finite
-    wrong_label: tuple[int, int] | None  # the first label that is not of its task, and the task
     extra: dict[str, float]  # the user's own metrics
 
 
@@ -95,32 +96,53 @@ class Tally:
             zero = torch.zeros((), dtype=torch.int64, device=losses.device)
             counts = Counts(zero, zero, zero.to(exact), zero, zero + NEVER, zero.repeat(3))
         step = torch.arange(len(losses), device=losses.device) + counts.steps
+        wrong = counts.wrong
+        if known is not None:
+            wrong = wrong.where(wrong[0] > 0, first_wrong(y, t, known))
         counts = Counts(
             counts.steps + len(losses),
             counts.samples + y.numel(),
             counts.loss + losses.sum(dtype=exact),
             counts.correct + (logits.argmax(-1) == y).sum(),
             torch.minimum(counts.bad_step, step.where(~losses.isfinite(), NEVER).min()),
-            counts.wrong if known is None else first_wrong(counts.wrong, y, t, known),
+            wrong,
         )
         self.clear()
         self.counts = counts
         return counts
 
     def make_report(self, known: Tensor | None, extra: dict[str, float]) -> Report:
-        """Return the means since the last report, and begin the next."""
+        """Return the means since the last report, and begin the next.
+
+        Raises:
+            ValueError: a sample had a label that its task does not have.
+        """
         steps, samples, loss, correct, bad_step, wrong = self.count(known)
         flagged, label, task = wrong.tolist()
+        if flagged:
+            raise wrong_label(label, task, known)
         report = Report(
             loss=float(loss) / int(steps),
             accuracy=int(correct) / int(samples),
             first_bad_step=int(steps - bad_step) if bad_step < NEVER else None,
-            wrong_label=(label, task) if flagged else None,
             extra=extra,
         )
         self.clear()
         self.report = report
         return report
+
+    def warn(self, task: int) -> None:
+        """Warn once in a fit of a loss that is not finite, unless a learner looks at the reports."""
+        report = self.report
+        if report is None or report.first_bad_step is None or self.warned or self.after_step is not None:
+            return
+        self.warned = True
+        step = self.steps_done - self.task_start - report.first_bad_step
+        warnings.warn(
+            f"the training loss is no longer finite at task {task}, step {step}; lower the learning rate or "
+            "clip gradients",
+            stacklevel=2,
+        )
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint must hold, as plain values and tensors on the CPU."""
@@ -147,15 +169,6 @@ class Tally:
         ]
         if self.counts is not None:
             self.counts = Counts(*(tensor.to(device) for tensor in self.counts))
-
-
-def first_wrong(earlier: Tensor, y: Tensor, t: Tensor, known: Tensor) -> Tensor:
-    """Return `Counts.wrong` with the labels of more samples `[N]` looked at."""
-    tasks, classes = known.shape
-    inside = (y >= 0) & (y < classes) & (t >= 0) & (t < tasks)
-    wrong = ~(inside & known[t.long().clamp(0, tasks - 1), y.long().clamp(0, classes - 1)])
-    first = wrong.int().argmax()
-    return torch.where(earlier[0] > 0, earlier, torch.stack([wrong[first].long(), y[first], t[first]]))
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ def test_one_file_of_own_code_runs_in_both_modes_with_the_same_numbers(package: 
     assert torch.summary["memory_bytes"] == flax.summary["memory_bytes"] > 0
     assert torch.config["algo"] == {
         "_target_": "outside.pytorch_code.Magnitude",
+        "consolidate": "last",
         "lr_decay": 0.5,
         "min_lr": 0.0,
         "reset_optimizer": True,
