@@ -165,6 +165,21 @@ def test_callbacks_of_the_stream_and_of_the_framework(
     assert (directory(result) / "Both").read_text().splitlines() == [starts[0], "trains", starts[1], "trains"]
 
 
+def test_each_task_is_consolidated_at_its_best_weights(package: Path) -> None:
+    import torch
+
+    keeper = "{_target_: pytorch_lightning.callbacks.ModelCheckpoint, dirpath: kept, monitor: val/loss, mode: max}"
+    line = ["benchmark=rotateddigits", "benchmark.num_tasks=2", "benchmark.subset=60", "backbone.widths=[8]"]
+    line += ["benchmark.validation=0.3", "algo=naive", "algo.consolidate=best", f"callbacks=[{keeper}]"]
+    result = ran(*line, "training.epochs_per_task=3", "optimizer.lr=0.5")
+    (file,) = (package / "kept" / "task_1").iterdir()
+    kept = torch.load(file, weights_only=True)
+    assert kept["epoch"] < 2
+    found = weights(result)
+    np.testing.assert_array_equal(found["head/kernel"], kept["state_dict"]["net.head.weight"].T)
+    np.testing.assert_array_equal(found["head/bias"], kept["state_dict"]["net.head.bias"])
+
+
 def test_what_is_made_of_arguments(package: Path) -> None:
     from tests.cli.fixtures.outside.data import Halves
 
@@ -311,6 +326,10 @@ BAD = [
      "callbacks.every must be a number of steps >= 1, got 0"),
     (["callbacks._target_=sequel_flax.hooks.ImageGrid", "callbacks.evry=1", "mode=jax"],
      "callbacks.evry is not an argument of sequel_flax.hooks.ImageGrid; did you mean callbacks.every?"),
+    (["algo=ewc", "algo.consolidate=best"],
+     'consolidate="best" needs exactly one ModelCheckpoint with a monitor and save_top_k != 0, got 0; give'),
+    (["algo=ewc", "algo.consolidate=best", "mode=jax"],
+     'consolidate="best" needs Lightning\'s ModelCheckpoint, use consolidate="last"'),
 ]  # fmt: skip
 
 
