@@ -168,7 +168,8 @@ def test_callbacks_of_the_stream_and_of_the_framework(
 def test_each_task_is_consolidated_at_its_best_weights(package: Path) -> None:
     import torch
 
-    keeper = "{_target_: pytorch_lightning.callbacks.ModelCheckpoint, dirpath: kept, monitor: val/loss, mode: max}"
+    keeper = "{_target_: pytorch_lightning.callbacks.ModelCheckpoint, dirpath: kept, monitor: val/loss, "
+    keeper += "mode: max}"
     line = ["benchmark=rotateddigits", "benchmark.num_tasks=2", "benchmark.subset=60", "backbone.widths=[8]"]
     line += ["benchmark.validation=0.3", "algo=naive", "algo.consolidate=best", f"callbacks=[{keeper}]"]
     result = ran(*line, "training.epochs_per_task=3", "optimizer.lr=0.5")
