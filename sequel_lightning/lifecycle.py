@@ -88,6 +88,8 @@ def put_back(module: ContinualModule, kept: Kept, before_fit: bool) -> bool:
 def check_task(module: ContinualModule, resumes: bool) -> None:
     """Raise ValueError if a fit would leave the task that the module is in the middle of unconsolidated.
 
+    A task whose fit failed before its first step has not begun.
+
     Args:
         module: attached to the Trainer of the fit.
         resumes: whether the fit was given a checkpoint.
@@ -95,6 +97,10 @@ def check_task(module: ContinualModule, resumes: bool) -> None:
     if module.phase != TRAINING:
         return
     index, coming = int(module.task_index), module.next_task()
+    if not resumes and module.tally.begun_at == module.tally.steps_done:
+        module.task_index.fill_(index - 1)
+        module.phase.fill_(CONSOLIDATED if index else IDLE)
+        return
     if resumes if coming is None else coming.index == index:
         return
     if module._kept is None:

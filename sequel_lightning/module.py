@@ -276,6 +276,8 @@ class ContinualModule(pl.LightningModule):
             ours = isinstance(batch, Batch)
             if not (ours or len(batch) == 3) or not are_task_indices(batch[2], batch[1]):
                 raise unknown_batch(batch[:3] if ours else batch)
+            if batch[2].dtype == torch.uint8:  # which torch would take for a mask
+                batch = (*batch[:2], batch[2].long(), *batch[3:])
             return batch if isinstance(batch, Batch) else Batch(*batch)
         x, y = batch
         trainer: Any = self._trainer
@@ -371,7 +373,7 @@ class ContinualModule(pl.LightningModule):
             return
         tally.clear()
         if self._fitting and self.phase != TRAINING:
-            tally.task_start = tally.steps_done
+            tally.task_start = tally.begun_at = tally.steps_done
             self.task_index.fill_(self._next_task())
             self.phase.fill_(TRAINING)
             self.start_task()

@@ -50,6 +50,7 @@ class Tally:
     def __init__(self) -> None:
         self.steps_done = 0  # since the start of the stream
         self.task_start = 0  # steps done when the task began
+        self.begun_at: int | None = None  # the same, if the task began in this process
         self.unchecked = True  # whether the labels of this fit's first batch are still to be looked at
         self.warned = False  # whether this fit has said that the loss is not finite
         self.waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # loss, logits, labels, tasks
@@ -156,7 +157,7 @@ class Tally:
     def load(self, state: dict[str, Any]) -> None:
         """Read back what `state` gave."""
         self.clear()
-        self.steps_done, self.task_start = state["steps_done"], state["task_start"]
+        self.steps_done, self.task_start, self.begun_at = state["steps_done"], state["task_start"], None
         found = state["waiting"]
         self.waiting = list(zip(found[::4], found[1::4], found[2::4], found[3::4], strict=True))
         self.numbers = sum(step[1].numel() + STEP for step in self.waiting)
