@@ -151,6 +151,10 @@ class AlgorithmHParams(Settings):
     lr_decay: float = setting(1.0, "factor of the learning rate from one task to the next", gt=0, le=1)
     min_lr: float = setting(0.0, "floor of the decayed learning rate", ge=0)
     reset_optimizer: bool = setting(True, "start every task with a fresh optimizer state")
+    consolidate: Literal["last", "best"] = setting(
+        "last",
+        "weights that a task is consolidated at: the last, or the best that a ModelCheckpoint kept (pytorch)",
+    )
 
     def learning_rate_factor(self, task: int, learning_rate: float) -> float:
         """Return max(learning_rate * lr_decay^task, min_lr) / learning_rate; tasks count from 0."""

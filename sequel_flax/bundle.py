@@ -90,9 +90,11 @@ def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, see
 
     Raises:
         ValueError: the settings do not fit the stream; `lr_decay` is not 1 and the optimizer's learning rate
-            cannot be set.
+            cannot be set; or `consolidate` is "best".
     """
     hparams.check_stream(spec)
+    if hparams.consolidate == "best":
+        raise ValueError('consolidate="best" needs Lightning\'s ModelCheckpoint; use consolidate="last"')
     learning_rate = get_learning_rate(ts.opt_state)
     if learning_rate is None and hparams.lr_decay != 1.0:
         raise ValueError(

@@ -35,6 +35,7 @@ from sequel_lightning.callbacks import (
     separate_checkpoints,
 )
 from sequel_lightning.data import EvaluationBatches, TaskDataModule
+from sequel_lightning.lifecycle import best_keeper
 from sequel_lightning.loggers import TrainersLoggers, log_hparams, log_image, log_table, resume_logger
 from sequel_lightning.module import (
     TRAINING,
@@ -42,6 +43,7 @@ from sequel_lightning.module import (
     Tally,
     evaluating,
     mask_logits,
+    modes_kept_at_errors,
     refuse_data_parallel,
 )
 from sequel_lightning.replay import Memory, stored_samples
@@ -89,6 +91,8 @@ class LightningLearner:
         self.hparams.check(self.spec, self.training)
         self.callbacks = tuple(callbacks)
         check_callbacks(self.callbacks, self.training)
+        if self.hparams.consolidate == "best":
+            best_keeper(self.callbacks)
         self.loggers = TrainersLoggers(loggers)
         dtypes = {p.dtype for p in module.net.parameters()}
         if dtypes != {TORCH_DTYPES[self.training.dtype]}:
@@ -116,7 +120,6 @@ class LightningLearner:
         watcher = _Watcher(task, training, monitor, self.module.tally, postpones=bool(self.callbacks))
         self.trainer = self._make_trainer(training.epochs(task.index), watcher)
         separate_checkpoints(self.trainer, task)
-        self.module.train()
         data.trainer = self.trainer  # not attached: Lightning looks up its batch hooks at every step
         tally = self.module.tally
         tally.next_task, tally.after_step = task, watcher.after_step
@@ -126,7 +129,7 @@ class LightningLearner:
         signals.register_signal_handlers = lambda: None  # the orchestrator's stay
         on_sigint = signal.getsignal(signal.SIGINT)
         try:
-            with quiet():
+            with quiet(), modes_kept_at_errors(self.module):
                 self.trainer.fit(self.module, *loaders, ckpt_path=resumed, weights_only=True)
         except SystemExit as error:  # Lightning's own end at Ctrl-C, after which it ignores the next
             if not isinstance(error.__context__, KeyboardInterrupt):

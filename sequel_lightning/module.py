@@ -15,11 +15,10 @@ purpose.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -34,37 +33,37 @@ from sequel_core.hparams import AlgorithmHParams
 from sequel_core.memory import NoPlanner
 from sequel_core.task import AnySplit, Batch, StreamSpec, Task
 from sequel_lightning.augmentation import cropped
+from sequel_lightning.batches import are_task_indices, check_batch, check_tasks, unknown_batch
+from sequel_lightning.lifecycle import (
+    CONSOLIDATED,
+    IDLE,
+    TRAINING,
+    Kept,
+    check_best_keeper,
+    check_open_task,
+    check_task,
+    checked_batches,
+    consolidation_batches,
+    fingerprint,
+    keep,
+    put_back,
+    take_best,
+)
+from sequel_lightning.reporting import Report, Tally, accuracy
+
+__all__ = [
+    "CONSOLIDATED",
+    "IDLE",
+    "TRAINING",
+    "ContinualModule",
+    "OptimizerFactory",
+    "Params",
+    "Report",
+    "Tally",
+]
 
 Params = dict[str, Tensor]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Any]
-
-IDLE, TRAINING, CONSOLIDATED = 0, 1, 2
-
-
-class Report(NamedTuple):
-    """Means of the training batches since the last report."""
-
-    loss: float
-    accuracy: float
-    first_bad_step: int | None  # how many steps before the end of the report the loss was first not finite
-    extra: dict[str, float]  # the user's own metrics
-
-
-class Tally:
-    """Outputs since the last report, and counts; a plain object, because a module's attributes are slow."""
-
-    def __init__(self) -> None:
-        self.steps_done = 0  # since the start of the stream
-        self.outputs: list[tuple[Tensor, Tensor, Tensor]] = []  # loss, logits, labels
-        self.report: Report | None = None  # made by the latest step, if it made one
-        self.next_task: Task | None = None  # the learner's, while it fits; else the data module tells
-        self.after_step: Callable[[pl.Trainer, int], None] | None = None  # the learner's, while it fits
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tally:
-        """Copy the count alone: a copy of the module, as weight averaging makes one, is not being fitted."""
-        new = Tally()
-        new.steps_done = self.steps_done
-        return new
 
 
 class ContinualModule(pl.LightningModule):
@@ -88,9 +87,12 @@ class ContinualModule(pl.LightningModule):
 
     hparams_class: type[AlgorithmHParams]
     own_clipping: str = ""  # of a method that takes its steps itself: its setting that clips
+    path_integrals: ClassVar[tuple[str, ...]] = ()  # trees that only the steps of a whole task can give
+    moving_trees: ClassVar[tuple[str, ...]] = ()  # other trees that belong to the weights of a moment
     task_index: Tensor
     phase: Tensor
-    mask: Tensor | None  # bool [T, num_classes]; None where logits are not masked
+    known: Tensor | None  # the labels that samples of each task may have, bool [T, num_classes]
+    mask: Tensor | None  # the classes of each task, bool [T, num_classes]; None if logits are not masked
     scale: Tensor | None  # of uint8 images, [C, 1, 1], in the dtype of the weights
     shift: Tensor | None  # of uint8 images, [C, 1, 1]
 
@@ -128,12 +130,16 @@ class ContinualModule(pl.LightningModule):
             if spec is not None:
                 value = torch.as_tensor(getattr(spec.normalisation, name), dtype=like.dtype).reshape(-1, 1, 1)
             self.register_buffer(name, value, persistent=False)
-        mask = torch.from_numpy(spec.mask) if spec is not None and spec.masks_logits else None
+        known = None if spec is None else torch.from_numpy(spec.mask)
+        self.register_buffer("known", known, persistent=False)
+        mask = known if spec is not None and spec.masks_logits else None
         self.register_buffer("mask", mask, persistent=False)
         self.planner = NoPlanner() if spec is None else augmenting(self.make_planner(spec), spec, seed)
         self._carried_optimizer: dict[str, Any] | None = None
-        self._loaded: tuple[list[Tensor], list[Tensor]] | None = None  # outputs, generators
-        self._fitting = False
+        self._generators: list[Tensor] = []  # their states in the checkpoint that a fit resumes
+        self._kept: Kept | None = None  # while an evaluation looks at a file
+        self._consolidated_at: str | None = None  # fingerprint of the weights before the end-of-task work
+        self._fitting = self._resumes = False
 
     # -- the algorithm: subclasses override these, in the order of the Flax bundle
 
@@ -264,23 +270,36 @@ class ContinualModule(pl.LightningModule):
 
     def memory_bytes(self) -> int:
         """Return the bytes of all that the algorithm keeps of past tasks: anchors, samples, logits, ..."""
-        common = {"task_index", "phase", "mask", "scale", "shift"}
+        common = {"task_index", "phase", "known", "mask", "scale", "shift"}
         foreign = ("net.", "metrics.", *(f"{name}." for name in self.trained()))
         tensors = chain(self.named_parameters(), self.named_buffers())
         own = (a for name, a in tensors if not name.startswith(foreign) and name not in common)
         return sum(a.nbytes for a in own)
 
     def as_batch(self, batch: Any) -> Batch:
-        """Return a loader's batch, `(x, y)`, `(x, y, t)` or a Batch, as a Batch."""
-        if isinstance(batch, Batch):
-            return batch
+        """Return a loader's batch, `(x, y)`, `(x, y, t)` or a Batch, as a Batch.
+
+        Raises:
+            ValueError: any other batch, or a t that is not an integer tensor `[B]`.
+        """
+        if not isinstance(batch, tuple | list) or len(batch) < 2:
+            raise unknown_batch(batch)
         if len(batch) > 2:
-            return Batch(*batch)
+            ours = isinstance(batch, Batch)
+            if not (ours or len(batch) == 3) or not are_task_indices(batch[2], batch[1]):
+                raise unknown_batch(batch[:3] if ours else batch)
+            if batch[2].dtype == torch.uint8:  # which torch would take for a mask
+                batch = (*batch[:2], batch[2].long(), *batch[3:])
+            return batch if isinstance(batch, Batch) else Batch(*batch)
         x, y = batch
-        trainer: Any = self.trainer
-        ahead = trainer.state.fn == "fit" and (not self._fitting or trainer.sanity_checking)
+        trainer: Any = self._trainer
+        ahead = (
+            trainer is not None
+            and trainer.state.fn == "fit"
+            and (not self._fitting or trainer.sanity_checking)
+        )
         if ahead and self.phase != TRAINING:  # a tuner, fast_dev_run, or the check before the task has begun
-            return Batch(x, y, torch.full_like(y, self._next_task()))
+            return Batch(x, y, torch.full((len(y),), self._next_task(), device=self.device))
         return Batch(x, y, self.task_index.clamp(min=0).expand(len(y)))
 
     # -- Lightning: training
@@ -288,6 +307,7 @@ class ContinualModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what is not supported; let the loggers' x-axis go on where the last Trainer's ended."""
         refuse_data_parallel(self.trainer)
+        self._put_back(before_fit=stage == "fit")
         first = int(stage == "fit")  # the number of a fit's first step; Lightning would begin every fit at 0
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.tally.steps_done + first
         self._fitting = False
@@ -309,7 +329,13 @@ class ContinualModule(pl.LightningModule):
         return []
 
     def configure_optimizers(self) -> Any:
-        """Return what the factory made, with the task's learning rate and, unless reset, the last state."""
+        """Return what the factory made, with the task's learning rate and, unless reset, the last state.
+
+        Raises:
+            ValueError: the fit would leave the task before it unconsolidated.
+        """
+        self._resumes = self.trainer.ckpt_path is not None  # here, because a tuner's search sets it later
+        check_task(self, self._resumes)
         parameters = [p for part in self.trained().values() for p in part.parameters() if p.requires_grad]
         configured = self.optimizer_factory(parameters)
         hparams = self.algorithm_hparams
@@ -331,7 +357,7 @@ class ContinualModule(pl.LightningModule):
         return configured
 
     def on_fit_start(self) -> None:
-        """Refuse a spent Trainer; from here on hooks belong to a real fit, before it to a tuner."""
+        """Refuse an unfit Trainer; from here on hooks belong to a real fit, before it to a tuner."""
         trainer: Any = self.trainer
         spent_epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch >= trainer.max_epochs
         spent_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
@@ -341,35 +367,40 @@ class ContinualModule(pl.LightningModule):
                 "reached, so fit would train nothing; make a new Trainer for each task"
             )
         self._fitting = not trainer.fast_dev_run
+        if self._fitting and self.algorithm_hparams.consolidate == "best":
+            check_best_keeper(self, self._resumes)
 
     def on_train_start(self) -> None:
         """Begin the next task, unless this fit resumes one."""
-        self.train()
-        self.tally.outputs.clear()
+        tally, generators = self.tally, self._generators
+        tally.unchecked, tally.warned, self._generators, self._kept = True, False, [], None
         if self.metrics is not None:
             self.metrics.reset()
-        loaded, self._loaded = self._loaded, None
-        if not self._fitting:
+        if self._fitting and self.phase == TRAINING and self._resumes:
+            tally.move(self.device)
+            if generators:
+                torch.set_rng_state(generators[0])
+            for device, state in enumerate(generators[1:]):
+                torch.cuda.set_rng_state(state, device)
             return
-        if self.phase == TRAINING:
-            if loaded is not None:
-                self._go_on(*loaded)
-            return
-        self.task_index.fill_(self._next_task())
-        self.phase.fill_(TRAINING)
-        self.start_task()
+        tally.clear()
+        if self._fitting and self.phase != TRAINING:
+            tally.task_start = tally.begun_at = tally.steps_done
+            self.task_index.fill_(self._next_task())
+            self.phase.fill_(TRAINING)
+            self.start_task()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch; the means of several steps are logged at the Trainer's log interval."""
-        batch = self.as_batch(batch)
+        batch, tally = self.as_batch(batch), self.tally
+        if tally.unchecked:
+            check_batch(batch, self.known)
+            tally.unchecked = False
         loss, logits = self.objective(batch)
         if self.metrics is not None:
             self.metrics.update(logits.detach(), batch.y)
-        tally = self.tally
         trainer: Any = self.trainer
-        tally.outputs.append((loss.detach(), logits.detach(), batch.y))
-        tally.steps_done += 1
-        tally.report = None
+        tally.add(loss.detach(), logits.detach(), batch.y, batch.t, self._buffers["known"])
         done, interval = trainer.fit_loop.total_batch_idx + 1, trainer.log_every_n_steps  # of the whole task
         if (interval and done % interval == 0) or batch_idx + 1 == trainer.num_training_batches:
             self._make_report()
@@ -383,26 +414,61 @@ class ContinualModule(pl.LightningModule):
     def on_train_end(self) -> None:
         """Do the end-of-task work, once."""
         if self._fitting and self.phase == TRAINING:
+            if self.tally.waiting or self.tally.counts is not None:
+                self.tally.make_report(self._buffers["known"], {})  # for a label that is not of its task
             self._consolidate()
 
     def on_fit_end(self) -> None:
         """Do the end-of-task work of a task that was resumed from a checkpoint made after its last step."""
-        if self._fitting and self.phase == TRAINING:
+        if self._fitting and self._resumes and self.phase == TRAINING:
             self._consolidate()
         self._fitting = False
+
+    def teardown(self, stage: str) -> None:
+        """After an evaluation of a file, put the module's own state back if the weights are the same."""
+        self._put_back(before_fit=False)
+
+    def consolidate_task(self, batches: Iterable[Any] | pl.LightningDataModule) -> None:
+        """Do the end-of-task work of a task whose fit did not, at the weights that the module has now.
+
+        That is a task whose fit ended with an error, or the task of a checkpoint that was loaded. The next
+        fit then begins the next task:
+
+            module = EWC.load_from_checkpoint(keep.best_model_path, ...)
+            module.consolidate_task(loader)
+
+        Args:
+            batches: of the task's training samples, each sample once, as `fit` takes them: a loader or any
+                iterable that ends, of `(x, y)` or `(x, y, t)`; or a data module such as TaskDataModule.
+
+        Raises:
+            ValueError: no task is open, the data module is of another task, or the method sums up importances
+                along the steps of the training (SI).
+        """
+        check_open_task(self)
+        task = getattr(batches, "task", None)
+        if isinstance(task, Task) and task.index != self.task_index:
+            raise ValueError(
+                f"consolidate_task ends task {int(self.task_index)}, got data of task {task.index}; give "
+                "samples of the task that was trained last"
+            )
+        loader: Any = batches.train_dataloader() if isinstance(batches, pl.LightningDataModule) else batches
+        self._end_task(loader.consolidation_batches() if hasattr(loader, "consolidation_batches") else loader)
 
     # -- Lightning: evaluation
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log `val/loss` and `val/accuracy` of the task's validation samples."""
-        self._evaluation_step(batch, "val")
+        self._evaluation_step(batch, batch_idx, "val")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log `test/loss` and `test/accuracy` of the task's test samples."""
-        self._evaluation_step(batch, "test")
+        self._evaluation_step(batch, batch_idx, "test")
 
-    def _evaluation_step(self, batch: Any, name: str) -> None:
+    def _evaluation_step(self, batch: Any, batch_idx: int, name: str) -> None:
         batch = self.as_batch(batch)
+        if batch_idx == 0:
+            check_tasks(batch.t, self.known)
         logits = self.predict(batch.x, batch.t)
         loss = F.cross_entropy(logits, batch.y)
         scores = {f"{name}/loss": loss, f"{name}/accuracy": accuracy(logits, batch.y)}
@@ -413,27 +479,26 @@ class ContinualModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is not a buffer: the step count, what is not yet reported, the carried optimizer state."""
         checkpoint["sequel"] = {
-            "steps_done": self.tally.steps_done,
-            "outputs": [tensor.cpu() for output in self.tally.outputs for tensor in output],
+            **self.tally.state(),
             "carried_optimizer": self._carried_optimizer,
-            "generators": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+            "consolidated_at": self._consolidated_at,
+            "generators": self._generators or [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Read back what `on_save_checkpoint` added."""
-        self.tally.steps_done = checkpoint["sequel"]["steps_done"]
-        self._carried_optimizer = checkpoint["sequel"]["carried_optimizer"]
-        self._loaded = checkpoint["sequel"]["outputs"], checkpoint["sequel"]["generators"]
+        """Read back what `on_save_checkpoint` added; keep a consolidated state if this is an evaluation."""
+        found = checkpoint.get("sequel", {})
+        if "waiting" not in found:
+            raise ValueError("the checkpoint was not written by a ContinualModule of this version of sequel")
+        fn = None if self._trainer is None else self._trainer.state.fn
+        if fn in ("validate", "test", "predict") and self._kept is None and self.phase == CONSOLIDATED:
+            self._kept = keep(self)
+        self.tally.load(found)
+        self._carried_optimizer = found["carried_optimizer"]
+        self._consolidated_at = found["consolidated_at"]
+        self._generators = found["generators"] if fn == "fit" else []
 
     # -- parts of the above
-
-    def _go_on(self, outputs: list[Tensor], generators: list[Tensor]) -> None:
-        """Go on in the middle of a task: with what was not yet reported, and the generators as they were."""
-        moved = [tensor.to(self.device) for tensor in outputs]
-        self.tally.outputs = list(zip(moved[::3], moved[1::3], moved[2::3], strict=True))
-        torch.set_rng_state(generators[0])
-        for device, state in enumerate(generators[1:]):
-            torch.cuda.set_rng_state(state, device)
 
     def _next_task(self) -> int:
         task = self.next_task()
@@ -447,22 +512,12 @@ class ContinualModule(pl.LightningModule):
         return task if isinstance(task, Task) else None
 
     def _make_report(self) -> None:
-        losses = torch.stack([loss for loss, _, _ in self.tally.outputs])
-        logits = torch.cat([logits for _, logits, _ in self.tally.outputs])
-        labels = torch.cat([labels for _, _, labels in self.tally.outputs])
-        loss = float(losses.mean())
-        bad = torch.empty(0) if math.isfinite(loss) else (~losses.isfinite()).nonzero()
         extra = {k: float(v) for k, v in self.metrics.compute().items()} if self.metrics is not None else {}
-        report = Report(
-            loss=loss,
-            accuracy=float(accuracy(logits, labels)),
-            first_bad_step=len(losses) - int(bad[0]) if len(bad) else None,
-            extra=extra,
-        )
-        self.tally.report = report
-        self.tally.outputs.clear()
+        report = self.tally.make_report(self._buffers["known"], extra)
         if self.metrics is not None:
             self.metrics.reset()
+        if self._fitting:
+            self.tally.warn(int(self.task_index))
         scores = {"train/loss": report.loss, "train/accuracy": report.accuracy, **extra}
         trainer: Any = self.trainer
         if trainer.callbacks:  # who alone reads them; Lightning then looks at each at every step
@@ -472,17 +527,33 @@ class ContinualModule(pl.LightningModule):
 
     def _prepared(self, batch: Any) -> Batch:
         """Return a loader's batch as a training step gets it: converted, moved, through the batch hooks."""
-        batch = self._on_before_batch_transfer(self.trainer.precision_plugin.convert_input(batch))
-        return self.as_batch(self.trainer.strategy.batch_to_device(batch, self.device))
+        if self._trainer is not None:
+            batch = self._trainer.precision_plugin.convert_input(batch)
+            batch = self._trainer.strategy.batch_to_device(self._on_before_batch_transfer(batch), self.device)
+        else:
+            batch = self.transfer_batch_to_device(self.on_before_batch_transfer(batch, 0), self.device, 0)
+            batch = self.on_after_batch_transfer(batch, 0)
+        return self.as_batch(batch)
+
+    def _put_back(self, before_fit: bool) -> None:
+        if self._kept is not None and put_back(self, self._kept, before_fit):
+            self._kept = None
 
     def _consolidate(self) -> None:
-        loader: Any = self.trainer.train_dataloader
-        batches = loader.consolidation_batches() if hasattr(loader, "consolidation_batches") else loader
-        with evaluating(self), torch.enable_grad(), self.trainer.precision_plugin.forward_context():
-            self.end_task(map(self._prepared, batches))
+        if self.algorithm_hparams.consolidate == "best":
+            take_best(self)
+        read = self.tally.steps_done - self.tally.task_start
+        self._end_task(consolidation_batches(self.trainer, read))
         optimizers = self.trainer.optimizers
         if not self.algorithm_hparams.reset_optimizer and len(optimizers) == 1:
             self._carried_optimizer = optimizers[0].state_dict()
+
+    def _end_task(self, batches: Iterable[Any]) -> None:
+        weights = fingerprint(self)
+        plugin = None if self._trainer is None else self._trainer.precision_plugin
+        with evaluating(self), torch.enable_grad(), plugin.forward_context() if plugin else nullcontext():
+            self.end_task(checked_batches(map(self._prepared, batches), int(self.task_index), self.known))
+        self._consolidated_at, self._kept = weights, None
         self.phase.fill_(CONSOLIDATED)
 
 
@@ -511,11 +582,6 @@ def refuse_data_parallel(trainer: pl.Trainer) -> None:
         raise ValueError(
             f"data-parallel training is not supported yet, got world_size={trainer.world_size}; use devices=1"
         )
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the fraction of labels `[B]` that have the greatest logit `[B, num_classes]`, shape ()."""
-    return (logits.argmax(-1) == labels).float().mean()
 
 
 def mask_logits(logits: Tensor, mask: Tensor) -> Tensor:
@@ -610,3 +676,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for submodule, training in modes:
             submodule.training = training
+
+
+@contextmanager
+def modes_kept_at_errors(module: nn.Module) -> Iterator[None]:
+    """After an error, give every submodule the mode that it had, which Lightning's validation does not."""
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        yield
+    except BaseException:
+        for submodule, training in modes:
+            submodule.training = training
+        raise

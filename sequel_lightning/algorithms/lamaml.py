@@ -73,6 +73,7 @@ class LaMAML(ReplayModule):
     hparams_class = LaMAMLHParams
     algorithm_hparams: LaMAMLHParams
     own_clipping = "grad_clip_norm"
+    moving_trees = ("rates",)
 
     def __init__(
         self,

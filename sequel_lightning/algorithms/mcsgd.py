@@ -60,6 +60,7 @@ class MCSGD(ReplayModule):
     hparams_class = MCSGDHParams
     algorithm_hparams: MCSGDHParams
     past_only = True
+    moving_trees = ("moving",)
     learned: Tensor
     _samples: Sequence[Recalled] = ()  # the latest batch and, online, its draw
 

@@ -60,6 +60,7 @@ class SI(ContinualModule):
     """Synaptic intelligence."""
 
     hparams_class = SIHParams
+    path_integrals = ("path",)
     algorithm_hparams: SIHParams
 
     def __init__(

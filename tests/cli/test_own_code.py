@@ -63,6 +63,7 @@ def test_one_file_of_own_code_runs_in_both_modes_with_the_same_numbers(package: 
     assert torch.summary["memory_bytes"] == flax.summary["memory_bytes"] > 0
     assert torch.config["algo"] == {
         "_target_": "outside.pytorch_code.Magnitude",
+        "consolidate": "last",
         "lr_decay": 0.5,
         "min_lr": 0.0,
         "reset_optimizer": True,
@@ -162,6 +163,22 @@ def test_callbacks_of_the_stream_and_of_the_framework(
     starts = ["task 0", "task 1"]
     assert (directory(result) / "Tasks").read_text().splitlines() == starts
     assert (directory(result) / "Both").read_text().splitlines() == [starts[0], "trains", starts[1], "trains"]
+
+
+def test_each_task_is_consolidated_at_its_best_weights(package: Path) -> None:
+    import torch
+
+    keeper = "{_target_: pytorch_lightning.callbacks.ModelCheckpoint, dirpath: kept, monitor: val/loss, "
+    keeper += "mode: max}"
+    line = ["benchmark=rotateddigits", "benchmark.num_tasks=2", "benchmark.subset=60", "backbone.widths=[8]"]
+    line += ["benchmark.validation=0.3", "algo=naive", "algo.consolidate=best", f"callbacks=[{keeper}]"]
+    result = ran(*line, "training.epochs_per_task=3", "optimizer.lr=0.5")
+    (file,) = (package / "kept" / "task_1").iterdir()
+    kept = torch.load(file, weights_only=True)
+    assert kept["epoch"] < 2
+    found = weights(result)
+    np.testing.assert_array_equal(found["head/kernel"], kept["state_dict"]["net.head.weight"].T)
+    np.testing.assert_array_equal(found["head/bias"], kept["state_dict"]["net.head.bias"])
 
 
 def test_what_is_made_of_arguments(package: Path) -> None:
@@ -310,6 +327,10 @@ BAD = [
      "callbacks.every must be a number of steps >= 1, got 0"),
     (["callbacks._target_=sequel_flax.hooks.ImageGrid", "callbacks.evry=1", "mode=jax"],
      "callbacks.evry is not an argument of sequel_flax.hooks.ImageGrid; did you mean callbacks.every?"),
+    (["algo=ewc", "algo.consolidate=best"],
+     'consolidate="best" needs exactly one ModelCheckpoint with a monitor and save_top_k != 0, got 0; give'),
+    (["algo=ewc", "algo.consolidate=best", "mode=jax"],
+     'consolidate="best" needs Lightning\'s ModelCheckpoint, use consolidate="last"'),
 ]  # fmt: skip
 
 

@@ -329,21 +329,29 @@ def test_a_memory_needs_a_spec(hparams: ReplayHParams) -> None:
     ids=["label", "negative label", "task", "negative task"],
 )
 def test_labels_and_tasks_outside_the_spec_are_refused(y: int, t: int) -> None:
+    """In the first batch by the module, later by the planner, in both cases before anything is written."""
+    labels, tasks = torch.tensor([0, 1, y, 2]), torch.tensor([0, 0, t, 0])
     model = replay_module(ER, floats=True)
     before = model.planner.state
-    samples = TensorDataset(torch.zeros(4, 1, 3, 3), torch.tensor([0, 1, y, 2]), torch.tensor([0, 0, t, 0]))
+    first = f"task index of each sample, 0 to 2, got {t}" if t else f"label {y} is not among the classes of"
+    with pytest.raises(ValueError, match=first):
+        trainer().fit(model, DataLoader(TensorDataset(torch.zeros(4, 1, 3, 3), labels, tasks), BATCH))
+    assert (model.state.t == -1).all()
+    np.testing.assert_array_equal(model.planner.state, before)
+
+    model = replay_module(ER, floats=True)
+    good = TensorDataset(torch.zeros(8, 1, 3, 3), labels.new_zeros(8), tasks.new_zeros(8))
+    good.tensors[1][4:], good.tensors[2][4:] = labels, tasks
     with pytest.raises(
         ValueError, match=f"a sample has label {y} and task {t}, which the stream's spec does"
     ):
-        trainer().fit(model, DataLoader(samples, BATCH))
-    assert (model.state.t == -1).all()
-    np.testing.assert_array_equal(model.planner.state, before)
+        trainer().fit(model, DataLoader(good, BATCH))
+    assert (model.state.t >= 0).sum() == BATCH
+    assert model.tally.steps_done == 1
 
 
 def test_a_label_of_another_task_is_refused() -> None:
     """Task 0 has classes 0 and 1, task 1 has 2 and 3."""
     model = replay_module(ER, scenario="task", floats=True)
-    with pytest.raises(
-        ValueError, match=r"a sample has label [23] and task 0, which the stream's spec does not"
-    ):
+    with pytest.raises(ValueError, match=r"label [23] is not among the classes of task 0, \[0, 1\]; relabel"):
         trainer().fit(model, own_loader(stream(scenario="task"), 1, with_task=False))

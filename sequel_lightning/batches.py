@@ -1,0 +1,95 @@
+"""What a loader's batch must be: `(x, y)` or `(x, y, t)`, with labels and task indices of the stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sequel_core.task import Batch
+
+INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+SHOWN = 10
+"""Classes of a task that a message lists."""
+
+
+def are_task_indices(t: Any, y: Any) -> bool:
+    """Return whether t is an integer tensor `[B]`, as long as the labels."""
+    return isinstance(t, Tensor) and t.dtype in INTEGERS and t.ndim == 1 and len(t) == len(y)
+
+
+def description(value: Any) -> str:
+    """Return dtype and shape of a tensor, or the type of anything else."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return type(value).__name__
+
+
+def unknown_batch(batch: Any) -> ValueError:
+    """Return the error for a batch that is none of `(x, y)`, `(x, y, t)` and Batch."""
+    several = isinstance(batch, tuple | list)
+    found = f"({', '.join(map(description, batch))})" if several else type(batch).__name__
+    return ValueError(
+        "a batch must be (x, y) or (x, y, t), t the task index of each sample (integers [B], from 0), got "
+        f"{found}; leave out other values in the loader's collate_fn, or override as_batch"
+    )
+
+
+def check_tasks(t: Tensor, known: Tensor | None) -> None:
+    """Raise ValueError if a task index of a batch `[B]` is none of the stream's; see `check_batch`."""
+    if known is None:
+        return
+    outside = t[(t < 0) | (t >= len(known))]
+    if len(outside):
+        raise ValueError(
+            f"the third element of a batch is the task index of each sample, 0 to {len(known) - 1}, got "
+            f"{int(outside[0])}; leave out other values (lengths, weights) in the loader's collate_fn, or "
+            "override as_batch"
+        )
+
+
+def check_batch(batch: Batch, known: Tensor | None) -> None:
+    """Raise ValueError if a batch has a task index or a label that the stream does not have.
+
+    Args:
+        batch: with task indices `[B]`.
+        known: the labels that samples of each task may have, bool `[T, num_classes]`; None for any.
+    """
+    if known is None:
+        return
+    y, t = batch.y, batch.t
+    check_tasks(t, known)
+    if not isinstance(y, Tensor) or y.dtype not in INTEGERS or y.ndim != 1:
+        raise ValueError(f"labels must be an integer tensor [B], got {description(y)}")
+    wrong, label, task = first_wrong(y, t, known).tolist()
+    if wrong:
+        raise wrong_label(label, task, known)
+
+
+def first_wrong(y: Tensor, t: Tensor, known: Tensor) -> Tensor:
+    """Return 1, label and task of the first sample whose label its task does not have, else 0, int64 `[3]`.
+
+    Args:
+        y: labels, integers `[N]`, N > 0.
+        t: task indices, integers `[N]`.
+        known: the labels that samples of each task may have, bool `[T, num_classes]`.
+    """
+    tasks, classes = known.shape
+    inside = (y >= 0) & (y < classes) & (t >= 0) & (t < tasks)
+    wrong = ~(inside & known[t.long().clamp(0, tasks - 1), y.long().clamp(0, classes - 1)])
+    first = wrong.int().argmax()
+    found = torch.stack([wrong[first], y[first], t[first]])
+    return found.long() * wrong[first]
+
+
+def wrong_label(label: int, task: int, known: Tensor | None) -> ValueError:
+    """Return the error for a label that samples of a task cannot have."""
+    assert known is not None
+    classes = known[task].nonzero()[:, 0].tolist()
+    listed = ", ".join(map(str, classes[:SHOWN])) + (", ..." if len(classes) > SHOWN else "")
+    head = "" if 0 <= label < known.shape[1] else f" and outside the head, 0 to {known.shape[1] - 1}"
+    return ValueError(
+        f"label {label} is not among the classes of task {task}, [{listed}]{head}; relabel the samples, or, "
+        "if they belong to another task, give each one's task index as (x, y, t)"
+    )
