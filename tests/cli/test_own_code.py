@@ -330,7 +330,7 @@ BAD = [
     (["algo=ewc", "algo.consolidate=best"],
      'consolidate="best" needs exactly one ModelCheckpoint with a monitor and save_top_k != 0, got 0; give'),
     (["algo=ewc", "algo.consolidate=best", "mode=jax"],
-     'consolidate="best" needs Lightning\'s ModelCheckpoint, use consolidate="last"'),
+     'consolidate="best" needs Lightning\'s ModelCheckpoint; use consolidate="last"'),
 ]  # fmt: skip
 
 
