@@ -24,7 +24,7 @@ from sequel_flax.backbones import CNN, MLP, ResNet18, ResNet18Thin, initial_para
 from sequel_flax.build import build_learner, make_learner
 from sequel_flax.bundle import Algorithm, BatchStatsTrainState, State
 from sequel_flax.evaluation import Evaluator
-from sequel_flax.foreign import adapted
+from sequel_flax.foreign import adapted, write_back
 from sequel_flax.hooks import Hook
 from sequel_flax.learner import FlaxLearner
 from sequel_flax.optimizers import build_optimizer
@@ -62,4 +62,5 @@ __all__ = [
     "naive",
     "si",
     "stable_sgd",
+    "write_back",
 ]

@@ -27,7 +27,7 @@ from sequel_core.hparams import AlgorithmHParams
 from sequel_core.memory import NoPlanner, Planner
 from sequel_core.task import AnySplit, Batch, StreamSpec, Task
 from sequel_flax import augmentation
-from sequel_flax.foreign import counting_only
+from sequel_flax.foreign import as_called, counting_only
 
 Params = Any
 Stats = Any  # running statistics of batch normalisation; {} for a network without
@@ -160,7 +160,8 @@ def network(
         stats: running statistics, of an old network for example; None for those of `ts`.
     """
     variables = {"params": params, **_collections(batch_stats(ts) if stats is None else stats)}
-    out: jax.Array = ts.apply_fn(variables, normalise(state.stream, x), train=False, method=method)
+    call = as_called(ts.apply_fn)
+    out: jax.Array = call(variables, normalise(state.stream, x), train=False, method=method)
     return out
 
 
@@ -191,7 +192,7 @@ def training_forward(
     key = jax.random.fold_in(state.stream.dropout_key, ts.step)
     first = isinstance(draw, int) and draw == 0
     rngs = {"dropout": key if first else jax.random.fold_in(key, draw)}
-    call = partial(ts.apply_fn, train=True, rngs=rngs, method=method)
+    call = partial(as_called(ts.apply_fn), train=True, rngs=rngs, method=method)
     images = normalise(state.stream, x)
     if not jax.tree.leaves(stats):
         return call({"params": params}, images), stats
@@ -340,7 +341,7 @@ def feature_width(ts: TrainState, spec: StreamSpec, name: str) -> int:
         ValueError: the network has no method `features(x, train)`, or no last layer called `head`.
     """
     image = blank_image(spec, jax.tree.leaves(ts.params)[0].dtype)
-    call = partial(ts.apply_fn, {"params": ts.params, **_collections(batch_stats(ts))})
+    call = partial(as_called(ts.apply_fn), {"params": ts.params, **_collections(batch_stats(ts))})
     try:
         features = jax.eval_shape(partial(call, train=False, method="features"), image)
         if "head" in ts.params:
@@ -358,6 +359,13 @@ def feature_width(ts: TrainState, spec: StreamSpec, name: str) -> int:
 def apply_head(module: nn.Module, features: jax.Array) -> jax.Array:
     """Return the logits `[B, num_classes]` that a network's last layer makes of features `[B, D]`."""
     logits: jax.Array = module.head(features)
+    return logits
+
+
+def head_logits(ts: TrainState, params: Params, stats: Stats, features: jax.Array) -> jax.Array:
+    """Return the logits `[B, num_classes]` that weights make of features `[B, D]`, unmasked."""
+    variables = {"params": params, **_collections(stats)}
+    logits: jax.Array = as_called(ts.apply_fn)(variables, features, method=apply_head)
     return logits
 
 

@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import nnx
+from flax.errors import ScopeCollectionNotFound
+from flax.training.train_state import TrainState
 from flax.traverse_util import unflatten_dict
 
 Path = tuple[Any, ...]  # of a leaf in an NNX module: names, and numbers in lists
@@ -72,6 +74,85 @@ def adapted(model: Any) -> Any:
     told_alike = not callable(features) or "train" in inspect.signature(features).parameters
     conforms = _arguments(model.__call__) == ("train",) and told_alike
     return model if conforms else _LinenNetwork(model)
+
+
+def as_called(apply_fn: Any) -> Call:
+    """Return the function by which our steps call the network of a TrainState.
+
+    That is its `apply_fn`, except for `net.apply` of a linen module that has no argument `train`: this is
+    replaced by `adapted(net).apply`.
+
+    Args:
+        apply_fn: field of a TrainState.
+
+    Raises:
+        ValueError: a function with other arguments, or a module that `adapted` does not take.
+    """
+    owner = getattr(apply_fn, "__self__", None)
+    if isinstance(owner, nn.Module) and apply_fn.__name__ == "apply":
+        return partial(_with_statistics, adapted(owner).apply)
+    try:
+        inspect.signature(apply_fn).bind({}, (), train=True, rngs=None, method=None, mutable=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "the TrainState's apply_fn must be called as apply_fn(variables, x, train=..., rngs=..., "
+            f"method=..., mutable=...), got {apply_fn!r}: {error}; give "
+            "apply_fn=sequel_flax.adapted(net).apply of a linen or an NNX module"
+        ) from error
+    return cast(Call, apply_fn)
+
+
+def _with_statistics(apply: Call, *args: Any, **kwargs: Any) -> Any:
+    """Call a linen module; say what to do if it keeps batch statistics that it was not given."""
+    try:
+        return apply(*args, **kwargs)
+    except ScopeCollectionNotFound as error:
+        raise ValueError(_no_statistics(str(error).partition(" (http")[0])) from error
+
+
+def _no_statistics(what: str) -> str:
+    return (
+        f"the network keeps batch statistics, which the TrainState lacks: {what.rstrip('.')}; make it with "
+        "sequel_flax.BatchStatsTrainState.create(apply_fn=model.apply, tx=tx, **variables) of variables = "
+        "model.init(key, x)"
+    )
+
+
+def write_back(module: nnx.Module, ts: TrainState) -> None:
+    """Write the parameters and batch statistics of a TrainState into the NNX module that they began as.
+
+        model = adapted(module)
+        ts = BatchStatsTrainState.create(apply_fn=model.apply, tx=tx, **model.init(key, x))
+        ...  # train; after FlaxLearner, ts is learner.ts
+        write_back(module, ts)
+
+    The arrays are copies. What the module does not have, as the parameters of KCL's kernels, is left out.
+
+    Args:
+        module: given to `adapted`; changed in place.
+        ts: with parameters named as `adapted(module).init` names them; numbers of lists are strings.
+
+    Raises:
+        ValueError: an array of the module is missing, or has another shape; nothing is written then.
+    """
+    found: dict[Path, Any] = {}
+    leaves = {p: a for p, a in _leaves(module).items() if isinstance(a, nnx.Param | nnx.BatchStat)}
+    for path, leaf in leaves.items():
+        collection = "params" if isinstance(leaf, nnx.Param) else "batch_stats"
+        value: Any = getattr(ts, collection, {})
+        for part in map(str, path):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        shape = None if value is None else jnp.shape(value)
+        if shape != leaf.shape:
+            got = "none" if shape is None else list(shape)
+            raise ValueError(
+                f"ts.{collection} must have the array {'/'.join(map(str, path))} of {type(module).__name__}, "
+                f"{list(leaf.shape)}, got {got}; give the module that the TrainState was made from with "
+                "sequel_flax.adapted"
+            )
+        found[path] = value
+    for path, leaf in leaves.items():
+        leaf.set_value(jnp.array(found[path]))
 
 
 @contextmanager
@@ -195,6 +276,8 @@ class _NNXNetwork:
         for i, (path, leaf) in enumerate(self.leaves.items()):
             value = leaf[...] if isinstance(leaf, nnx.Variable) else leaf
             if isinstance(leaf, nnx.Param | nnx.BatchStat):
+                if isinstance(leaf, nnx.BatchStat) and "batch_stats" not in variables:
+                    raise ValueError(_no_statistics(f"no array {'/'.join(map(str, path))}"))
                 value = variables["params" if isinstance(leaf, nnx.Param) else "batch_stats"]
                 for part in path:
                     value = value[str(part)]

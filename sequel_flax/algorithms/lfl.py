@@ -29,10 +29,10 @@ from sequel_flax.bundle import (
     Params,
     State,
     advance,
-    apply_head,
     cross_entropy,
     feature_width,
     frozen_network,
+    head_logits,
     init_stream,
     masked,
     network,
@@ -81,8 +81,7 @@ def lfl(hparams: LFLHParams, seed: int = 0) -> Algorithm:
 
         def loss_fn(params: Params) -> tuple[jax.Array, Any]:
             features, stats = training_forward(ts, params, state, batch.x, method="features")
-            logits = ts.apply_fn({"params": params}, features, method=apply_head)
-            logits = masked(state.stream, logits, batch.t)
+            logits = masked(state.stream, head_logits(ts, params, stats, features), batch.t)
             pull = learned * hparams.lfl_lambda * feature_distance(features, old)
             return cross_entropy(logits, batch.y) + pull, (logits, stats)
 

@@ -18,6 +18,7 @@ from sequel_flax.backbones.mlp import MLP
 from sequel_flax.backbones.normalisation import BatchNorm
 from sequel_flax.backbones.resnet import ResNet18, ResNet18Thin
 from sequel_flax.bundle import blank_image
+from sequel_flax.foreign import adapted
 
 __all__ = [
     "BACKBONES",
@@ -43,12 +44,12 @@ CARRIED = ("params", "batch_stats")
 """The collections of variables that a run carries from step to step."""
 
 
-def initial_variables(model: nn.Module, spec: StreamSpec, seed: int, dtype: Dtype = "float32") -> Variables:
+def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "float32") -> Variables:
     """Return the initial variables: from the plan for a built-in network, from `model.init` for any other.
 
     Args:
-        model: called as `model.init(key, x, train=False)` and `model.apply(variables, x, train=False)` with
-            images `[B, H, W, C]`.
+        model: what `adapted` takes: a linen module, or an NNX module, whose own values are returned; called
+            with images `[B, H, W, C]`.
         spec: of the benchmark.
         seed: of the run.
         dtype: of the variables.
@@ -64,7 +65,7 @@ def initial_variables(model: nn.Module, spec: StreamSpec, seed: int, dtype: Dtyp
         raise ValueError(
             'dtype=float64 needs 64-bit JAX; call jax.config.update("jax_enable_x64", True) first'
         )
-    image = blank_image(spec, dtype)
+    model, image = adapted(model), blank_image(spec, dtype)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(seed), image, train=False))
     others = [name for name in shapes if name not in CARRIED]
     if others:
@@ -91,7 +92,7 @@ def initial_variables(model: nn.Module, spec: StreamSpec, seed: int, dtype: Dtyp
     return found
 
 
-def initial_params(model: nn.Module, spec: StreamSpec, seed: int, dtype: Dtype = "float32") -> Any:
+def initial_params(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "float32") -> Any:
     """Return the parameters of `initial_variables`."""
     return initial_variables(model, spec, seed, dtype)["params"]
 

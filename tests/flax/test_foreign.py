@@ -8,17 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.training.train_state import TrainState
 
 from sequel_core.hparams import AlgorithmHParams, ERHParams, LFLHParams, NaiveHParams
-from sequel_core.task import FloatArray
-from sequel_flax import FlaxLearner
+from sequel_core.task import Batch, FloatArray
+from sequel_flax import ALGORITHMS, BatchStatsTrainState, FlaxLearner, initial_params
 from sequel_flax.backbones import MLP, BatchNorm
-from sequel_flax.foreign import adapted, counting_only
+from sequel_flax.foreign import adapted, counting_only, write_back
 from tests.flax.parts import ICARL, SILENT, divided, flat, learner, same
 
+WITH_STATISTICS: Any = BatchStatsTrainState
 KEY = jax.random.PRNGKey(5)  # as the bundle hands it to a network: not typed
 # ER's memory is not full within the first steps: some of its draws do not count.
 naive_and_er = pytest.mark.parametrize(
@@ -496,3 +499,163 @@ def test_a_layer_that_cannot_leave_rows_out_is_named(own: Any) -> None:
         counting_only(jnp.ones(6, bool)),
     ):
         model.apply(variables, x, train=True)
+
+
+# -- a TrainState made by hand
+
+
+class Unmoded(nn.Module):
+    """A linen module that is called with its images alone."""
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        logits: jax.Array = nn.Dense(10)(nn.tanh(nn.Dense(6)(images.reshape((len(images), -1)))))
+        return logits
+
+
+def stepped(ts: TrainState, hparams: AlgorithmHParams | None = None, steps: int = 4) -> TrainState:
+    """Return the train state after the README's loop, without its end of a task."""
+    hparams, task = hparams or NaiveHParams(), divided("class").tasks[0]
+    algorithm, spec = ALGORITHMS[hparams.name](hparams), divided("class").spec
+    ts, state = algorithm.start_task(ts, algorithm.init(ts, spec), task)
+    step = jax.jit(algorithm.train_step)
+    for rows in np.arange(4 * steps).reshape(steps, 4):
+        ts, state, _ = step(ts, state, Batch(*task.train.take(rows)))
+    return ts
+
+
+def by_hand(ts: TrainState, forward: Any, steps: int = 4) -> Any:
+    """Return parameters after SGD steps on the cross-entropy of `forward(params, x, step)`."""
+    params, task, normalisation = ts.params, divided("class").tasks[0], divided("class").normalisation
+
+    @jax.jit
+    def update(params: Any, x: jax.Array, y: jax.Array, step: Any) -> Any:
+        def loss(params: Any) -> jax.Array:
+            logits = nn.log_softmax(forward(params, x, step))
+            return -(logits * jax.nn.one_hot(y, 10)).sum() / len(y)
+
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
+
+    for k, rows in enumerate(np.arange(4 * steps).reshape(steps, 4)):
+        x, y, _ = task.train.take(rows)
+        x = (x / 255 - normalisation.mean[0]) / normalisation.std[0]
+        params = update(params, jnp.asarray(x, jnp.float32), jnp.asarray(y), k)
+    return params
+
+
+def test_a_linen_module_without_a_mode_in_the_readmes_loop_is_a_loop_by_hand() -> None:
+    net = Unmoded()
+    params = initial_params(net, divided("class").spec, seed=0)
+    ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
+    assert_close(stepped(ts).params, by_hand(ts, lambda p, x, _: net.apply({"params": p}, x)), 1e-5)
+
+
+def test_another_word_for_the_mode_drops_units_in_the_readmes_loop() -> None:
+    class Dropping(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+            h = nn.relu(nn.Dense(20)(x.reshape((len(x), -1))))
+            logits: jax.Array = nn.Dense(10)(nn.Dropout(0.5)(h, deterministic=deterministic))
+            return logits
+
+    net = Dropping()
+    params = net.init(KEY, images(), deterministic=True)["params"]
+    ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
+
+    def forward(params: Any, x: jax.Array, step: Any) -> Any:
+        rngs = {"dropout": jax.random.fold_in(jax.random.PRNGKey(0), step)}
+        return net.apply({"params": params}, x, deterministic=False, rngs=rngs)
+
+    assert_close(stepped(ts).params, by_hand(ts, forward), 1e-5)
+
+
+def plain_state(apply_fn: Any, params: Any) -> TrainState:
+    ts: TrainState = TrainState.create(apply_fn=apply_fn, params=params, tx=optax.sgd(0.1))
+    return ts
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: plain_state(lambda v, x: x, {"w": jnp.zeros(1)}),
+            r"got an unexpected keyword argument 'train'",
+        ),
+        (
+            lambda: plain_state(None, {"w": jnp.zeros(1)}),
+            r"got None: .*give apply_fn=sequel_flax\.adapted\(net\)",
+        ),
+        (lambda: plain_state(Needy().apply, {"w": jnp.zeros(1)}), "it needs labels too"),
+        (
+            lambda: plain_state(Body().apply, Body().init(KEY, images())["params"]),
+            'lacks: Tried to access "mean"',
+        ),
+        (
+            lambda: plain_state(adapted(NNXBody()).apply, adapted(NNXBody()).init(KEY, images())["params"]),
+            r"lacks: no array norm/mean; make it with sequel_flax\.BatchStatsTrainState\.create",
+        ),
+    ],
+    ids=["function", "none", "needy", "linen without statistics", "nnx without statistics"],
+)
+def test_a_train_state_that_cannot_be_called_says_what_to_do(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stepped(make())
+
+
+def test_less_forgetting_learning_takes_an_nnx_module_with_batch_normalisation() -> None:
+    linen = Body(dropout=0.0)
+    variables = linen.init(KEY, images())
+    own = NNXBody(dropout=0.0)
+    model = adapted(own)
+    params = {**variables["params"]}
+    renamed = {**params, "layers": {"0": params.pop("conv")}}
+    del renamed["conv"]
+    made = WITH_STATISTICS.create(
+        apply_fn=model.apply, params=renamed, batch_stats=variables["batch_stats"], tx=optax.sgd(0.1)
+    )
+    truth = WITH_STATISTICS.create(apply_fn=linen.apply, tx=optax.sgd(0.1), **variables)
+    hparams = LFLHParams(lfl_lambda=0.5)
+    found, expected = stepped(made, hparams), stepped(truth, hparams)
+    assert_close(found.params["head"], expected.params["head"], 1e-4)
+    assert_close(found.params["layers"]["0"], expected.params["conv"], 1e-4)
+
+
+def test_trained_weights_are_written_back_into_an_nnx_module_with_a_list() -> None:
+    own: Any = NNXBody(dropout=0.0)
+    model = adapted(own)
+    ts = WITH_STATISTICS.create(apply_fn=model.apply, tx=optax.sgd(0.1), **model.init(KEY, images()))
+    trained: Any = stepped(ts)
+    expected = model.apply({"params": trained.params, "batch_stats": trained.batch_stats}, images())
+    own.eval()
+    assert np.abs(own(images()) - expected).max() > 1e-3
+    write_back(own, trained)
+    assert_close(own(images()), expected)
+    np.testing.assert_array_equal(own.layers[0].kernel[...], trained.params["layers"]["0"]["kernel"])
+    assert_close(
+        adapted(own).init(KEY, images()), {"params": trained.params, "batch_stats": trained.batch_stats}
+    )
+    jax.tree.map(lambda leaf: leaf.delete(), trained.params)  # what was written is not its buffer
+    assert np.isfinite(own(images())).all()
+
+
+@pytest.mark.parametrize("change", ["shape", "missing", "statistics"])
+def test_what_does_not_fit_an_nnx_module_is_not_written(change: str) -> None:
+    own: Any = NNXBody()
+    before = np.array(own.layers[0].bias[...])
+    ts: Any = WITH_STATISTICS.create(
+        apply_fn=None, tx=optax.sgd(0.1), **jax.tree.map(lambda a: a + 1, adapted(own).init(KEY, images()))
+    )
+    if change == "shape":
+        ts = ts.replace(params={**ts.params, "norm": {"scale": jnp.zeros(4), "bias": jnp.zeros(3)}})
+    elif change == "missing":
+        ts = ts.replace(params={k: v for k, v in ts.params.items() if k != "norm"})
+    else:
+        ts = plain_state(None, ts.params)
+    message = {
+        "shape": r"ts\.params must have the array norm/scale of NNXBody, \[3\], got \[4\]; give the module",
+        "missing": r"ts\.params must have the array norm/bias of NNXBody, \[3\], got none",
+        "statistics": r"ts\.batch_stats must have the array norm/mean of NNXBody, \[3\], got none",
+    }
+    with pytest.raises(ValueError, match=message[change]):
+        write_back(own, ts)
+    np.testing.assert_array_equal(own.layers[0].bias[...], before)
