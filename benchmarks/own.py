@@ -2,7 +2,9 @@
 
     benchmark = from_datasets([(train_0, test_0), (train_1, test_1)], scenario="class")
 
-Nothing of torch is imported for it. Labels are the user's; the classes of a task are those that occur in it.
+Nothing of torch is imported for it. The classes of a task are the labels that occur in it. In the task
+scenario no two tasks share an output: if their labels overlap, label y of task k becomes k * width + y, which
+`benchmark.settings` records as `heads` and `label_offsets`; heads="shared" keeps the labels as they are.
 The images of a data set are read as they are asked for, with its transforms: see `sequel_core.items`.
 
 torchvision, and with it Avalanche and Continuum, cannot be imported beside some CPU builds of PyTorch
@@ -21,7 +23,16 @@ from numpy.typing import NDArray
 from sequel_benchmarks.streams import StreamSettings, hold_out
 from sequel_core.hparams import Settings, setting
 from sequel_core.items import ItemImages, Items
-from sequel_core.task import Augmentation, Benchmark, Normalisation, Scenario, Split, Task
+from sequel_core.task import (
+    Augmentation,
+    Benchmark,
+    Heads,
+    Normalisation,
+    Scenario,
+    Split,
+    Task,
+    separate_heads,
+)
 
 Pair = tuple[NDArray[Any], NDArray[Any]]  # images and labels
 WHICH = ("train", "test", "validation")
@@ -37,6 +48,8 @@ class OwnOptions(TypedDict, total=False):
     augmentation: Augmentation | None  # of training samples; None for none
     validation: float  # fraction of the training samples that is held out, in [0, 1); 0
     seed: int  # of the choice of what is held out; 0
+    heads: Heads | None  # in the task scenario; None: separate
+    channels_last: bool  # whether images are [N, H, W, C] even if they look like [N, C, H, W]; False
 
 
 @dataclass(frozen=True)
@@ -48,10 +61,18 @@ class _OwnSettings(Settings):
     num_classes: int | None = setting(None, "width of the output", ge=1)
     validation: float = setting(0.0, "fraction of the training samples that is held out", ge=0, lt=1)
     seed: int = setting(0, "of the choice of what is held out", ge=0)
+    heads: Heads | None = setting(
+        None,
+        "separate: a class that several tasks have is an output of its own in each; shared: the same one",
+        only=("scenario", "task"),
+    )
+    channels_last: bool = setting(False, "images are [N, H, W, C] even if they look like [N, C, H, W]")
 
 
 def from_arrays(tasks: Sequence[Sequence[Pair]], **options: Unpack[OwnOptions]) -> Benchmark:
     """Return the stream of tasks that are given as NumPy arrays.
+
+    In the task scenario each task has outputs of its own; see `OwnOptions.heads`.
 
     Args:
         tasks: `((x_train, y_train), (x_test, y_test))` of each, and a third pair where there is validation
@@ -64,7 +85,10 @@ def from_arrays(tasks: Sequence[Sequence[Pair]], **options: Unpack[OwnOptions]) 
     """
     settings = _checked(options)
     splits = [
-        [_from_pair(pair, t, f"task {t}, {which}") for which, pair in zip(WHICH, parts, strict=False)]
+        [
+            _from_pair(pair, t, f"task {t}, {which}", settings)
+            for which, pair in zip(WHICH, parts, strict=False)
+        ]
         for t, parts in enumerate(_parts(tasks))
     ]
     return _benchmark(splits, settings, options, "arrays")
@@ -102,7 +126,7 @@ def from_datasets(
                 "(train, test) of each task, or two dictionaries"
             )
         listed = tasks
-    return _benchmark(_item_splits(_parts(listed)), settings, options, "datasets")
+    return _benchmark(_item_splits(_parts(listed), settings), settings, options, "datasets")
 
 
 def from_prepared(owner: Any, **options: Unpack[OwnOptions]) -> Benchmark:
@@ -156,7 +180,7 @@ def from_datamodules(modules: Sequence[Any], **options: Unpack[OwnOptions]) -> B
         module.setup("test")
         test = _loaded(module, "test_dataloader", t)
         parts.append((train, test) if held_out is None else (train, test, held_out))
-    return _benchmark(_item_splits(_parts(parts)), settings, options, "datamodules")
+    return _benchmark(_item_splits(_parts(parts), settings), settings, options, "datamodules")
 
 
 def from_avalanche(benchmark: Any, **options: Unpack[OwnOptions]) -> Benchmark:
@@ -165,8 +189,8 @@ def from_avalanche(benchmark: Any, **options: Unpack[OwnOptions]) -> Benchmark:
     Its `train_stream` and `test_stream` are read, and its `valid_stream` where it has one; of a single test
     experience for all, each task has the samples of its own classes. Without a scenario it is task where the
     experiences have different task labels, else class where they differ in their classes, else domain. In the
-    task scenario, a class that occurs under several task labels has an output of its own under each, as in
-    Avalanche's multi-head models: label y under the k-th task label becomes k * width + y.
+    task scenario each task label has a head, as in Avalanche's multi-head models; if all experiences have the
+    same one, each experience has a head.
 
     Args:
         benchmark: for example `SplitMNIST(5)`.
@@ -188,20 +212,12 @@ def from_avalanche(benchmark: Any, **options: Unpack[OwnOptions]) -> Benchmark:
     if settings.scenario is None and len(kinds) > 1:
         settings = replace(settings, scenario="task")
     parts = _parts([[experience.dataset for experience in row] for row in zip(*streams, strict=True)])
-    splits = _item_splits(parts)
+    splits = _item_splits(parts, settings)
     if shared:
         for row in splits:
             row[1] = row[1].pick(np.flatnonzero(np.isin(row[1].targets, row[0].targets)))
-    if settings.scenario == "task":
-        heads = [kinds.index(owner) for owner in owners]
-        seen = {(head, c) for head, row in zip(heads, splits, strict=True) for c in _classes(row)}
-        if len({c for _, c in seen}) < len(seen):
-            width = 1 + max(c for _, c in seen)
-            splits = [
-                [replace(split, labels=split.labels + head * width) for split in row]
-                for head, row in zip(heads, splits, strict=True)
-            ]
-    return _benchmark(splits, settings, options, "avalanche")
+    owned = [kinds.index(owner) for owner in owners] if len(kinds) > 1 else None
+    return _benchmark(splits, settings, options, "avalanche", owned)
 
 
 def from_continuum(train: Any, test: Any, **options: Unpack[OwnOptions]) -> Benchmark:
@@ -228,11 +244,10 @@ def from_continuum(train: Any, test: Any, **options: Unpack[OwnOptions]) -> Benc
         for which, task_set in zip(WHICH, row, strict=False):
             name = f"task {t}, {which}"
             if plain:
-                splits[-1].append(_from_pair((task_set._x, task_set._y), t, name))
+                splits[-1].append(_from_pair((task_set._x, task_set._y), t, name, settings))
             else:
                 known = task_set._y if task_set.target_trsf is None else None
-                images = ItemImages(task_set, name, known)
-                splits[-1].append(Split(images, images.labels, t))
+                splits[-1].append(_from_items(task_set, t, name, settings, known))
     return _benchmark(splits, settings, options, "continuum")
 
 
@@ -257,29 +272,56 @@ def _parts(tasks: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
     return list(tasks)
 
 
-def _from_pair(pair: Pair, task: int, name: str) -> Split:
+def _from_pair(pair: Pair, task: int, name: str, settings: _OwnSettings) -> Split:
     """Return a split of images `[N, H, W, C]` or `[N, H, W]` and their labels."""
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise ValueError(f"{name} must be (images, labels), got {type(pair).__name__}")
     images, labels = (np.asarray(array) for array in pair)
+    return _split(images[..., None] if images.ndim == 3 else images, labels, task, name, settings)
+
+
+def _from_items(
+    data: Items, task: int, name: str, settings: _OwnSettings, labels: NDArray[Any] | None = None
+) -> Split:
+    """Return a split of a data set's items; labels are those of all items, if they are known."""
+    images = ItemImages(data, name, labels)
+    return _split(images, images.labels, task, name, settings)
+
+
+def _split(images: Any, labels: NDArray[Any], task: int, name: str, settings: _OwnSettings) -> Split:
+    """Return a split; an error names the task."""
     try:
-        return Split(images[..., None] if images.ndim == 3 else images, labels, task)
+        return Split(images, labels, task, channels_last=settings.channels_last)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _item_splits(parts: Sequence[Sequence[Items]]) -> list[list[Split]]:
-    rows = []
-    for t, row in enumerate(parts):
-        read = [ItemImages(data, f"task {t}, {which}") for which, data in zip(WHICH, row, strict=False)]
-        rows.append([Split(images, images.labels, t) for images in read])
-    return rows
+def _item_splits(parts: Sequence[Sequence[Items]], settings: _OwnSettings) -> list[list[Split]]:
+    return [
+        [
+            _from_items(data, t, f"task {t}, {which}", settings)
+            for which, data in zip(WHICH, row, strict=False)
+        ]
+        for t, row in enumerate(parts)
+    ]
 
 
 def _benchmark(
-    rows: Sequence[Sequence[Split]], settings: _OwnSettings, options: OwnOptions, source: str
+    rows: Sequence[Sequence[Split]],
+    settings: _OwnSettings,
+    options: OwnOptions,
+    source: str,
+    owners: Sequence[int] | None = None,
 ) -> Benchmark:
-    """Return the stream of tasks with these splits; what was not given is found out."""
+    """Return the stream of tasks with these splits; what was not given is found out.
+
+    Args:
+        rows: training, test and perhaps validation split of each task.
+        settings: the options that have a range.
+        options: all of them.
+        source: what they were made of.
+        owners: in the task scenario, the head of each task; None for one per task.
+    """
     if not rows:
         raise ValueError("there must be at least one task, got none")
     if settings.validation > 0 and len(rows[0]) == 3:
@@ -287,7 +329,7 @@ def _benchmark(
             f"validation must be 0 where the tasks have validation data, got {settings.validation:g}"
         )
     stream = StreamSettings(num_tasks=len(rows), validation=settings.validation, seed=settings.seed)
-    tasks = []
+    tasks: list[Task] = []
     for t, (train, test, *given) in enumerate(rows):
         kept, held_out = hold_out(np.arange(len(train)), stream, t)
         tasks.append(
@@ -302,7 +344,14 @@ def _benchmark(
         )
     classes = [task.classes for task in tasks]
     scenario = settings.scenario or ("class" if len(set(classes)) > 1 else "domain")
-    num_classes = settings.num_classes or 1 + max(max(own) for own in classes)
+    heads: Heads | None = None
+    if scenario == "task":
+        heads = settings.heads or "separate"
+    before = tasks
+    if heads == "separate":
+        tasks = list(separate_heads(before, owners))
+    offsets = [new.classes[0] - old.classes[0] for new, old in zip(tasks, before, strict=True)]
+    num_classes = _num_classes(tasks, settings.num_classes, separated=any(offsets))
     augmentation = options.get("augmentation") or Augmentation()
     normalisation = options.get("normalisation") or Normalisation()
     recorded = {
@@ -310,6 +359,8 @@ def _benchmark(
         "num_tasks": len(tasks),
         "scenario": scenario,
         "num_classes": num_classes,
+        "heads": heads,
+        "label_offsets": offsets if any(offsets) else None,
         "mean": list(normalisation.mean),
         "std": list(normalisation.std),
         "crop_padding": augmentation.padding,
@@ -317,9 +368,40 @@ def _benchmark(
         "validation": settings.validation,
         "seed": settings.seed,
     }
+    several = owners is not None and len(set(owners)) < len(tasks)  # tasks of one head have classes in common
     return Benchmark(
-        settings.name, tuple(tasks), num_classes, scenario, normalisation, recorded, augmentation
+        settings.name,
+        tuple(tasks),
+        num_classes,
+        scenario,
+        normalisation,
+        recorded,
+        augmentation,
+        "shared" if heads == "shared" or several else "separate",
     )
+
+
+def _num_classes(tasks: Sequence[Task], given: int | None, separated: bool) -> int:
+    """Return the width of the output: what is given, or up to the largest label.
+
+    Raises:
+        ValueError: nothing is given and most outputs would have no label, or fewer outputs than the separate
+            heads need are.
+    """
+    labels = {c for task in tasks for c in task.classes}
+    needed = 1 + max(labels)
+    if given is None and needed > 2 * len(labels):
+        raise ValueError(
+            f"num_classes must be given if most outputs have no label, got {len(labels)} different labels up "
+            f"to {needed - 1}; number them with np.unique(y, return_inverse=True)[1] over all tasks, or give "
+            f"num_classes={needed}"
+        )
+    if given is not None and separated and given < needed:
+        raise ValueError(
+            f"num_classes must be >= {needed}, as every task has outputs of its own, got {given}; leave it "
+            "out, or give heads='shared' if tasks are to share outputs"
+        )
+    return given or needed
 
 
 def _classes(row: Sequence[Split]) -> tuple[int, ...]:

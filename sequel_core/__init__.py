@@ -28,7 +28,16 @@ from sequel_core.learner import DivergenceError, Learner
 from sequel_core.memory import joined_with_memory, memory_stream
 from sequel_core.results import Result, load_result, load_weights
 from sequel_core.sequencer import run
-from sequel_core.task import Augmentation, Batch, Benchmark, Normalisation, PixelMap, Split, Task
+from sequel_core.task import (
+    Augmentation,
+    Batch,
+    Benchmark,
+    Normalisation,
+    PixelMap,
+    Split,
+    Task,
+    separate_heads,
+)
 
 __all__ = [
     "AGEMHParams",
@@ -67,4 +76,5 @@ __all__ = [
     "load_weights",
     "memory_stream",
     "run",
+    "separate_heads",
 ]

@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sequel_core.results import read_json, versions, write_json
+from sequel_core.results import PACKAGE, other_version, read_json, versions, write_json
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -84,8 +84,13 @@ class Checkpoint(NamedTuple):
                 got = reprlib.repr(self.run[name]) if name in self.run else "none"
                 raise ValueError(
                     f"checkpoint {self.path} cannot be used, though it is whole: in its {RUN}, {name} must "
-                    f"be {rule}, got {got}; remove it to go on from the one before"
+                    f"be {rule}, got {got}; remove it to go on from the one before{self.other_version()}"
                 )
+
+    def other_version(self) -> str:
+        """Return what an error adds if another version of this package wrote the checkpoint; else nothing."""
+        known = self.run.get("versions")
+        return other_version(known[PACKAGE]) if isinstance(known, dict) and PACKAGE in known else ""
 
     def warn_of_versions(self) -> None:
         """Warn where other versions of the libraries wrote it than are loaded now."""
@@ -170,7 +175,7 @@ class Checkpoints:
             if run.get("format") != FORMAT:
                 raise ValueError(
                     f"checkpoint {path} has format {run.get('format')}, this version reads {FORMAT}; go on "
-                    "with the version that wrote it"
+                    f"with the version that wrote it{Checkpoint(path, run).other_version()}"
                 )
             return Checkpoint(path, run)
         return None

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 PIL_MODES = ("L", "RGB", "RGBA")
+MOST_CHANNELS = 4  # of images as one knows them; more, after so few rows, are a width
+SOME = 1000  # images whose values tell how the others are to be converted
 
 
 class Items(Protocol):
@@ -134,8 +136,63 @@ def as_image(value: Any) -> NDArray[Any]:
     if np.issubdtype(image.dtype, np.floating):
         return image.astype(np.float32, copy=False)
     if image.dtype != np.uint8:
-        raise ValueError(f"an image must be uint8 or of floats, got {image.dtype}")
+        raise ValueError(f"an image must be uint8 or of floats, got {image.dtype} ({conversion(image)})")
     return image
+
+
+def check_images(images: Any, channels_last: bool = False) -> None:
+    """Raise ValueError if images are not uint8 or float32 `[N, H, W, C]`; it says how to convert them.
+
+    Args:
+        images: an array, or what has the shape and the dtype of one.
+        channels_last: whether they are `[N, H, W, C]` although their shape looks like `[N, C, H, W]`.
+    """
+    got, shape = f"got {images.dtype} {list(images.shape)}", images.shape
+    if images.ndim != 4:
+        remedy = {
+            2: "reshape each row to an image, x.reshape(len(x), H, W, C)",
+            3: "add the axis of channels, x[..., None]",
+        }.get(images.ndim, "give them one axis each for samples, height, width and channels")
+        raise ValueError(f"images must be uint8 or float32 [N, H, W, C], {got}; {remedy}")
+    if images.dtype not in (np.uint8, np.float32):
+        raise ValueError(f"images must be uint8 or float32 [N, H, W, C], {got}; {conversion(images)}")
+    if not channels_last and shape[1] <= MOST_CHANNELS < min(shape[2:]):
+        raise ValueError(
+            f"images must be [N, H, W, C], {got}, which looks like [N, C, H, W]; use np.moveaxis(x, 1, -1), "
+            f"or give channels_last=True if their height is {shape[1]}"
+        )
+
+
+def conversion(images: Any) -> str:
+    """Return how to make uint8 or float32 images of an array of another dtype, by its first values."""
+    kind, as_they_are = images.dtype.kind, "x.astype(np.float32) to have them taken as they are"
+    some = np.asarray(images[:SOME])
+    if kind == "b":
+        return "convert with 255 * x.astype(np.uint8)"
+    if kind not in "iuf" or some.size == 0:
+        return "convert them to numbers, uint8 from 0 to 255 or float32"
+    low, high = some.min(), some.max()
+    if not (low >= 0 and high <= 255):
+        if kind == "f":
+            return f"convert with {as_they_are}"
+        return f"values from {low} to {high} do not fit uint8; scale them to 0..255, or use {as_they_are}"
+    if kind in "iu":
+        return "convert with x.astype(np.uint8)"
+    pixels = "np.rint(255 * x).astype(np.uint8)" if high <= 1 else "np.rint(x).astype(np.uint8)"
+    return f"convert with {pixels}, or with {as_they_are}"
+
+
+def check_labels(labels: Any) -> None:
+    """Raise ValueError if labels are not integers `[N]`; it says how to convert them."""
+    if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
+        return
+    if labels.ndim == 2:
+        remedy = "use y.ravel()" if labels.shape[1] == 1 else "one-hot labels become integers by y.argmax(1)"
+    elif labels.dtype == np.bool_ or (labels.dtype.kind == "f" and np.array_equal(labels, np.trunc(labels))):
+        remedy = "convert with y.astype(np.int64)"
+    else:
+        remedy = "number them with np.unique(y, return_inverse=True)[1]"
+    raise ValueError(f"labels must be integers [N], got {labels.dtype} {list(labels.shape)}; {remedy}")
 
 
 def known_labels(data: Any) -> NDArray[Any] | None:

@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 from sequel_core.metrics import check_matrix, summarise
 from sequel_core.task import FloatArray
 
+PACKAGE = "sequel-cl"
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 MATRIX = "accuracy_matrix.csv"
@@ -49,7 +50,8 @@ ERROR = "error.txt"  # why a run of a sweep failed
 LOCK = ".lock"
 BEGUN = r"\.lock(\.json)?|\.(\.lock\.json|config\.yaml)\.[0-9]+"
 """Names of what a run has in its directory before its first file, or left there where it died before that."""
-FREE = ("logger", "wandb", "callbacks", "checkpoint", "expected", "version", "source", "comment")
+WRITER = "written_by"  # in config.yaml: the version of this package that wrote it
+FREE = ("logger", "wandb", "callbacks", "checkpoint", "expected", "version", "source", "comment", WRITER)
 """Settings that may differ where a run is resumed."""
 
 TASK_GIVEN = "task given"
@@ -300,10 +302,13 @@ class RunDirectory:
         keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
         keys = [key for key in keys if key.partition(".")[0] not in FREE]
         if keys:
-            told = (f"{key} is {before.get(key)!r} there and {now.get(key)!r} here" for key in keys)
+            there, here = (
+                [repr(flat[key]) if key in flat else "not set" for key in keys] for flat in (before, now)
+            )
+            told = map("{} is {} there and {} here".format, keys, there, here)
             raise ValueError(
                 f"run_dir holds another run, got {self.path}: {'; '.join(told)}; resume it with its own "
-                "settings, or choose another path"
+                f"settings, or choose another path{other_version(writer(self.path))}"
             )
 
     def rewind_metrics(self, size: int) -> None:
@@ -386,6 +391,11 @@ class Result:
     config: dict[str, Any]
     matrix: FloatArray  # [T, T], nan where not evaluated
     summary: dict[str, Any]
+
+    @property
+    def version(self) -> str | None:
+        """The version of this package that wrote the run; None for an unfinished run of an early version."""
+        return _writer(self.config, self.summary)
 
     def _metric(self, name: str) -> float:
         value = self.summary.get(name)
@@ -561,6 +571,33 @@ def peak_memory_bytes() -> int | None:
 _version = cache(metadata.version)  # it reads files, and every checkpoint asks
 
 
+def _writer(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str | None:
+    found = config.get(WRITER)
+    if found is None and isinstance(summary.get("versions"), Mapping):
+        found = summary["versions"].get(PACKAGE)
+    return None if found is None else str(found)
+
+
+def writer(directory: Path) -> str | None:
+    """Return the version of this package that wrote a run directory; None if it does not tell, or is none."""
+    found: dict[str, Any] = {}
+    for name in (CONFIG, SUMMARY):
+        with suppress(OSError, ValueError):
+            found[name] = READERS[name](directory / name)
+    return _writer(found.get(CONFIG, {}), found.get(SUMMARY, {}))
+
+
+def other_version(found: str | None, what: str = "it was") -> str:
+    """Return what an error adds if another version of this package wrote what does not fit; else nothing.
+
+    Args:
+        found: the version that wrote it; None if it does not tell, as 0.1.0 did not before the end of a run.
+        what: was written by that version.
+    """
+    here = _version(PACKAGE)
+    return "" if found == here else f" ({what} written by {PACKAGE} {found or '0.1.0'}, this is {here})"
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python, of this package and of the numerical libraries that are loaded."""
     modules = {
@@ -570,7 +607,7 @@ def versions() -> dict[str, str]:
         "jax": "jax",
         "flax": "flax",
         "optax": "optax",
-        "sequel-cl": "sequel_core",
+        PACKAGE: "sequel_core",
     }
     found = {"python": platform.python_version()}
     for distribution, module in modules.items():

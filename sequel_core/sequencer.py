@@ -22,7 +22,15 @@ from sequel_core.console import Display, Shown
 from sequel_core.hparams import CheckpointHParams
 from sequel_core.learner import DivergenceError, EvaluateEvery, Evaluation, FitMonitor, Learner, Progress
 from sequel_core.pictures import sample_images
-from sequel_core.results import Result, RunDirectory, load_result, peak_memory_bytes, versions
+from sequel_core.results import (
+    PACKAGE,
+    WRITER,
+    Result,
+    RunDirectory,
+    load_result,
+    peak_memory_bytes,
+    versions,
+)
 from sequel_core.services import masked
 from sequel_core.signals import InterruptedRunError, Signals
 from sequel_core.task import Benchmark, FloatArray, Task
@@ -93,7 +101,7 @@ def run(
             return recorder.result()
         if not resumed:
             directory.rewind_metrics(0)
-            directory.write_config(described)
+            directory.write_config({**described, WRITER: versions()[PACKAGE]})
         _run(recorder, callbacks, evaluate_every, evaluate_future, described, resumed)
     result = recorder.result()
     recorder.display.summarise(result)
@@ -236,9 +244,9 @@ class _Recorder:
         """Return what `load` needs, as plain values."""
         return {
             "done": list(self.done),
-            "matrix": self.matrix,
+            "matrix": self.matrix.copy(),  # it is written in the background, while the run goes on
             "baseline": self.baseline,
-            "extra": self.extra,
+            "extra": dict(self.extra),
             "seconds": dict(self.seconds),
             "total_seconds": time.perf_counter() - self.began,
             "metrics_bytes": self.directory.metrics_bytes(),
@@ -471,11 +479,15 @@ class _Checkpointer:
                 self._recorder.learner.restore(found.path)
                 self._recorder.load(found.run)
             except Exception as error:  # what a file leads to that another program wrote
+                other = found.other_version()
                 if isinstance(error, ValueError) and str(found.path) in str(error):
-                    raise
+                    if not other:
+                        raise
+                    raise ValueError(f"{error}{other}") from error
+                what = type(error).__name__ + (f": {error}" if isinstance(error, KeyError) else "")
                 raise ValueError(
-                    f"checkpoint {found.path} cannot be used, though it is whole ({type(error).__name__}); "
-                    "remove it to go on from the one before"
+                    f"checkpoint {found.path} cannot be used, though it is whole ({what}); "
+                    f"remove it to go on from the one before{other}"
                 ) from error
             if not self._recorder.directory.finished():
                 found.warn_of_versions()

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from sequel_core.items import ItemImages
+from sequel_core.items import ItemImages, check_images, check_labels
 
 ImageArray = NDArray[Any]  # uint8 or float32
 UInt8Array = NDArray[np.uint8]
@@ -23,6 +23,7 @@ BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.float64]
 
 Scenario = Literal["domain", "task", "class"]
+Heads = Literal["separate", "shared"]
 
 BLOCK = 256
 """Images that a weighted pixel map works on at a time."""
@@ -161,6 +162,8 @@ class Split:
         task: index of the task that the samples belong to, from 0.
         indices: rows that belong to the split, `[n]`; None for all.
         pixel_map: applied to uint8 images as they are taken.
+        channels_last: whether images are `[N, H, W, C]` although they look like `[N, C, H, W]`: at most 4
+            rows, and more than 4 columns and channels.
 
     Raises:
         ValueError: arrays of another type, shape or length.
@@ -171,22 +174,15 @@ class Split:
     task: int = 0
     indices: IntArray | None = None
     pixel_map: PixelMap | None = None
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
-        if self.images.dtype not in (np.uint8, np.float32) or self.images.ndim != 4:
-            raise ValueError(
-                f"images must be uint8 or float32 [N, H, W, C], got {self.images.dtype} "
-                f"{list(self.images.shape)}; convert with (255 * x).astype(np.uint8), or with "
-                "x.astype(np.float32) to have them taken as they are"
-            )
+        check_images(self.images, self.channels_last)
         if self.pixel_map is not None and self.images.dtype != np.uint8:
             raise ValueError(
                 f"a pixel map needs uint8 images, got {self.images.dtype}; map the pixels yourself"
             )
-        if self.labels.ndim != 1 or not np.issubdtype(self.labels.dtype, np.integer):
-            raise ValueError(
-                f"labels must be integers [N], got {self.labels.dtype} {list(self.labels.shape)}"
-            )
+        check_labels(self.labels)
         if len(self.images) != len(self.labels):
             raise ValueError(f"images and labels differ in number: {len(self.images)} and {len(self.labels)}")
 
@@ -305,7 +301,7 @@ class Task:
         coreset: samples set aside from the training samples for a method that asks for them.
 
     Raises:
-        ValueError: no training or no test samples, or a label that `classes` lacks.
+        ValueError: no training or no test samples, a label that `classes` lacks, or one below 0.
     """
 
     index: int
@@ -317,6 +313,11 @@ class Task:
     coreset: AnySplit | None = None
 
     def __post_init__(self) -> None:
+        if negative := [c for c in self.classes if c < 0]:
+            raise ValueError(
+                f"task {self.index} ({self.name}): labels must be >= 0, got {negative[:5]}; number them with "
+                "np.unique(y, return_inverse=True)[1]"
+            )
         for name in ("train", "test"):
             if len(getattr(self, name)) == 0:
                 raise ValueError(
@@ -369,10 +370,12 @@ class Benchmark:
         normalisation: of uint8 images, applied inside the step.
         settings: the arguments that made it, recorded with every run.
         augmentation: of training samples, applied inside the step.
+        heads: in the task scenario, `separate` if each output belongs to one task (see `separate_heads`), or
+            `shared` if tasks may have classes, and so outputs, in common.
 
     Raises:
-        ValueError: no task, tasks out of order, a class outside the head, images of different shapes or
-            dtypes, or a normalisation of images that are not uint8.
+        ValueError: no task, tasks out of order, a class outside the head, a class of two tasks with separate
+            heads, images of different shapes or dtypes, or a normalisation of images that are not uint8.
     """
 
     name: str
@@ -382,6 +385,7 @@ class Benchmark:
     normalisation: Normalisation = Normalisation()
     settings: Mapping[str, Any] = field(default_factory=dict)
     augmentation: Augmentation = Augmentation()
+    heads: Heads = "separate"
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -390,6 +394,8 @@ class Benchmark:
             raise ValueError(
                 f"scenario must be one of {', '.join(get_args(Scenario))}, got {self.scenario!r}"
             )
+        if self.heads not in get_args(Heads):
+            raise ValueError(f"heads must be one of {', '.join(get_args(Heads))}, got {self.heads!r}")
         for i, task in enumerate(self.tasks):
             if task.index != i:
                 raise ValueError(f"tasks must be numbered from 0 in order: task {i} has index {task.index}")
@@ -407,6 +413,16 @@ class Benchmark:
                         f"the images of a stream must have one dtype, got {part.image_dtype} in task {i} and "
                         f"{self.image_dtype} in task 0; convert one of them"
                     )
+        if self.scenario == "task" and self.heads == "separate":
+            owners: dict[int, int] = {}
+            for task in self.tasks:
+                for c in task.classes:
+                    if owners.setdefault(c, task.index) != task.index:
+                        raise ValueError(
+                            f"tasks {owners[c]} and {task.index} both have label {c}, so in the task "
+                            "scenario they would share an output; relabel them with separate_heads(tasks), "
+                            "or give heads='shared' if that is meant"
+                        )
         if self.image_dtype != "uint8" and self.normalisation != Normalisation():
             raise ValueError(
                 f"normalisation is of uint8 images, got it with {self.image_dtype}, which are taken as they "
@@ -471,6 +487,41 @@ class Benchmark:
             validation=join([task.validation for task in seen]),
             test=join([task.test for task in seen]),
         )
+
+
+def separate_heads(tasks: Sequence[Task], heads: Sequence[int] | None = None) -> tuple[Task, ...]:
+    """Return tasks of which no two share an output: label y of head k becomes `k * width + y`.
+
+    The width is the largest label plus one. Tasks stay as they are if no class belongs to several heads.
+
+    Args:
+        tasks: whose labels may restart at 0 in each.
+        heads: the head of each task, `[T]`, from 0; None for one head per task.
+    """
+    owners = range(len(tasks)) if heads is None else heads
+    seen = {(head, c) for head, task in zip(owners, tasks, strict=True) for c in task.classes}
+    if len({c for _, c in seen}) == len(seen):
+        return tuple(tasks)
+    width = 1 + max(c for _, c in seen)
+    return tuple(_relabelled(task, head * width) for head, task in zip(owners, tasks, strict=True))
+
+
+def _relabelled(task: Task, offset: int) -> Task:
+    """Return a task with an offset added to its labels."""
+
+    def moved(split: AnySplit) -> AnySplit:
+        if isinstance(split, JoinedSplit):
+            return join([moved(part) for part in split.parts])
+        return replace(split, labels=split.labels.astype(np.int64) + offset)
+
+    return replace(
+        task,
+        classes=tuple(c + offset for c in task.classes),
+        train=moved(task.train),
+        test=moved(task.test),
+        validation=moved(task.validation),
+        coreset=None if task.coreset is None else moved(task.coreset),
+    )
 
 
 def join(splits: Sequence[AnySplit]) -> JoinedSplit:

@@ -42,7 +42,7 @@ from sequel_core.config import (
     nest,
     own_code,
 )
-from sequel_core.results import read_yaml
+from sequel_core.results import CONFIG, METRICS, SUMMARY, WRITER, other_version, read_yaml, writer
 from sequel_core.target import TARGET, Target
 
 CONFIGS = "sequel_configs"
@@ -346,7 +346,15 @@ def _read(path: Path) -> Mapping[str, Any]:
     for key in PLACES:
         if key in values:
             raise ValueError(f"{path} cannot set {key}; give it on the command line")
-    return {str(key): value for key, value in values.items()}
+    return {str(key): value for key, value in values.items() if key != WRITER}
+
+
+def other_version_of(overrides: Sequence[str]) -> str:
+    """Return what an error adds if the FILE is that of a run, and another version wrote it; else nothing."""
+    for path in map(Path, overrides):
+        if path.name == CONFIG and any(path.with_name(name).is_file() for name in (METRICS, SUMMARY)):
+            return other_version(writer(path.parent), "the settings were")
+    return ""
 
 
 def _import_from_here() -> None:

@@ -29,13 +29,13 @@ from rich.markup import escape
 from sequel_core import learner
 from sequel_core.callbacks import StreamCallback
 from sequel_core.cli.arguments import Parser
-from sequel_core.cli.compose import CONFIGS, compose, one_line, quoted, request
+from sequel_core.cli.compose import CONFIGS, compose, one_line, other_version_of, quoted, request
 from sequel_core.cli.ranking import Job, rank
 from sequel_core.cli.sweep import check_streams, combinations, varied
 from sequel_core.config import SPREAD, ExperimentConfig, build_benchmark, build_callbacks, settings
 from sequel_core.console import Shown
 from sequel_core.learner import DivergenceError
-from sequel_core.results import CONFIG, ERROR, Result, RunDirectory
+from sequel_core.results import CONFIG, ERROR, PACKAGE, Result, RunDirectory
 from sequel_core.sequencer import Resume
 from sequel_core.signals import InterruptedRunError
 from sequel_core.task import Benchmark
@@ -89,18 +89,30 @@ def main(args: Sequence[str]) -> int:
     quiet = options.quiet and not options.cfg
     console = Console(quiet=quiet)
     arguments, resume = resumed(options.arguments)
-    if options.multirun:
-        return _sweep(arguments, console, options.cfg, options.check, resume)
+    try:
+        if options.multirun:
+            return _sweep(arguments, console, options.cfg, options.check, resume)
+        return _single(arguments, console, options.cfg, options.check, resume)
+    except ValueError as error:
+        other = other_version_of(arguments)
+        if not other or f"written by {PACKAGE}" in str(error):
+            raise
+        raise ValueError(f"{error}{other}") from error
+
+
+def _single(arguments: Sequence[str], console: Console, show: bool, test: bool, resume: Resume) -> int:
+    """Run one experiment, or show or check it."""
+    quiet = console.quiet
     asked = request(arguments, sweep=False)
     if resume and asked.run_dir is None:
         raise ValueError("resume=auto needs run_dir=DIR, got none; or give resume=DIR")
     composed = compose(asked.overrides)
     tell(console, composed.notes)
-    if options.cfg:
+    if show:
         console.print(_yaml(composed.config), end="", markup=False, highlight=False, soft_wrap=True)
-    if options.check:
+    if test:
         check(composed.config, console)
-    if options.cfg or options.check:
+    if show or test:
         return 0
     failures: list[Exception] = []
 

@@ -23,6 +23,7 @@ from sequel_core.results import (
     METRICS,
     SUMMARY,
     TASK_GIVEN,
+    WRITER,
     Result,
     load_result,
     read_metrics,
@@ -31,7 +32,7 @@ from sequel_core.target import TARGET
 from sequel_core.task import FloatArray
 
 SEEDS = ("seed", "training.seed", "benchmark.seed")
-UNRELATED = ("wandb", "logger", "checkpoint", "benchmark.data_dir", *DOCUMENTATION)
+UNRELATED = ("wandb", "logger", "checkpoint", "benchmark.data_dir", WRITER, *DOCUMENTATION)
 """Settings that change nothing in what a run computes."""
 
 OF_A_FRAMEWORK = ("model", "trainer")

@@ -286,14 +286,17 @@ def every_run(study: Study) -> Table:
     """Return every run with its status."""
     rows = []
     keys = [key for key in SEEDS if any(key in run.seeds for run in study.runs)]
+    several = len({run.result.version for run in study.runs}) > 1
     for group in study.groups:
         for run in group.runs:
             seeds = [run.seeds.get(key, "") for key in keys]
             accuracy = estimate([run.number("average_accuracy")]).text(100) if run.finished else NONE
             tasks = f"{run.trained} of {len(run.result.matrix)}" if run.result.matrix.size else NONE
-            values = [run.name, group.label, *seeds, run.status, tasks, accuracy, run.reason]
+            wrote = [run.result.version or ""] if several else []
+            values = [run.name, group.label, *seeds, *wrote, run.status, tasks, accuracy, run.reason]
             rows.append([value or NONE for value in values])
-    header = ["run", "configuration", *keys, "status", "tasks", "average accuracy, %", "why it ended"]
+    wrote = ["written by"] if several else []
+    header = ["run", "configuration", *keys, *wrote, "status", "tasks", "average accuracy, %", "why it ended"]
     if not any(run.reason for run in study.runs):
         header, rows = header[:-1], [row[:-1] for row in rows]
     return Table("Only finished runs count in means", header, rows)

@@ -75,6 +75,8 @@ def test_tasks_from_arrays(rng: np.random.Generator) -> None:
         "num_tasks": 2,
         "scenario": "class",
         "num_classes": 5,
+        "heads": None,
+        "label_offsets": None,
         "mean": [0.5],
         "std": [0.25],
         "crop_padding": 2,

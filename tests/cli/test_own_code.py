@@ -201,8 +201,11 @@ def test_what_is_made_of_arguments(package: Path) -> None:
     )
     owner = "owner={_target_: outside.data.Prepared, num_tasks: 3, batch_size: 1}"
     line = [f"benchmark.{owner}", "benchmark._target_=sequel_benchmarks.from_prepared"]
-    stream = build_benchmark(compose([*line, "benchmark.scenario=task", "benchmark.num_classes=4"]).config)
+    line += ["benchmark.scenario=task", "benchmark.num_classes=4"]
+    stream = build_benchmark(compose([*line, "benchmark.heads=shared"]).config)
     assert (len(stream), stream.scenario, stream.num_classes) == (3, "task", 4)
+    with pytest.raises(ValueError, match=r"benchmark.num_classes must be >= 6, as every task has outputs of"):
+        build_benchmark(compose(line).config)
 
 
 def test_the_choice_of_a_target_and_of_a_name(package: Path) -> None:

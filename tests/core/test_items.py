@@ -120,7 +120,10 @@ IMAGE = np.zeros((3, 4, 1), np.uint8)
             [(torch.zeros(784), 0)],
             r"an image must be \[C, H, W\] or \[H, W\], got Tensor \[784\] at position 0",
         ),
-        ([(IMAGE.astype(np.int64), 0)], "an image must be uint8 or of floats, got int64 at position 0"),
+        (
+            [(IMAGE.astype(np.int64), 0)],
+            r"an image must be uint8 or of floats, got int64 \(convert with x.astype\(np.uint8\)\) at posi",
+        ),
         ([(Image.new("P", (4, 3)), 0)], r"L, RGB, RGBA \(use .convert\('RGB'\)\), got 'P' at position 0"),
     ],
 )

@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ EXAMPLE = np.array(
 )
 BASELINE = np.array([0.1, 0.15, 0.05])
 SAMPLES = [100, 300, 50]
+OVER_SAMPLES = "average_incremental_accuracy_over_samples"
 BY_HAND = {
     "average_accuracy": (0.6 + 0.4 + 0.7) / 3,
     "forgetting": ((0.9 - 0.6) + (0.8 - 0.4)) / 2,
@@ -256,7 +258,7 @@ def test_no_baseline_means_no_forward_transfer() -> None:
 )
 def test_bad_matrix(matrix: Matrix, message: str) -> None:
     for name in BY_HAND:
-        further = {"fwt": [[0.1]], "average_incremental_accuracy_over_samples": [[1]]}.get(name, [])
+        further: Any = {"fwt": [[0.1]], OVER_SAMPLES: [[1]]}.get(name, [])
         with pytest.raises(ValueError, match=message):
             getattr(metrics, name)(matrix, *further)
 

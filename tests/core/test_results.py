@@ -344,6 +344,7 @@ def test_opening_the_directory_of_a_run(tmp_path: Path) -> None:
 
 def test_settings_that_differ_are_named(tmp_path: Path) -> None:
     directory = complete(tmp_path)
+    directory.write_config({**CONFIG, "written_by": metadata.version("sequel-cl")})
     directory.check_config({**CONFIG, "logger": {"csv": {}}, "comment": "another", "checkpoint": {"keep": 1}})
     directory.check_config({**CONFIG, "widths": (256, np.int64(256))})  # as it would be written
     algo = {"name": "ewc", "ewc_lambda": 1e-4, "fisher_samples": None}
@@ -352,8 +353,8 @@ def test_settings_that_differ_are_named(tmp_path: Path) -> None:
         directory.check_config(other)
     assert str(error.value) == (
         f"run_dir holds another run, got {directory.path}: algo.ewc_lambda is 1e-05 there and 0.0001 here; "
-        "new is None there and 'x' here; widths is [256, 256] there and [256] here; resume it with its own "
-        "settings, or choose another path"
+        "new is not set there and 'x' here; widths is [256, 256] there and [256] here; resume it with its "
+        "own settings, or choose another path"
     )
     (directory.path / "config.yaml").write_text("- 1")
     with pytest.raises(ValueError, match=r"run/config\.yaml is damaged: it holds no mapping"):

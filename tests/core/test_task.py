@@ -153,7 +153,7 @@ def test_joined_split_keeps_each_sample_s_task_and_pixel_map(rng: np.random.Gene
         (
             np.zeros((2, 3, 4, 1)),
             np.zeros(2, int),
-            r"images must be uint8 or float32 \[N, H, W, C\], got float64 \[2, 3, 4, 1\]; convert with \(255",
+            r"images must be uint8 or float32 \[N, H, W, C\], got float64 \[2, 3, 4, 1\]; convert with np",
         ),
         (np.zeros((2, 3, 4), np.uint8), np.zeros(2, int), r"uint8 or float32 \[N, H, W, C\], got uint8"),
         (np.zeros((2, 3, 4, 1), np.uint8), np.zeros(2), r"labels must be integers \[N\], got float64 \[2\]"),
@@ -253,6 +253,7 @@ def test_joined_task_is_every_stream_up_to_it() -> None:
             {"tasks": (task_of(0), task_of(1, dtype=np.float32))},
             "a stream must have one dtype, got float32 in task 1 and uint8 in task 0; convert",
         ),
+        ({"heads": "own"}, "heads must be one of separate, shared, got 'own'"),
         ({"normalisation": Normalisation((0.0, 0.0), (1.0, 1.0))}, "has 2 channels, the images 1; give 1"),
     ],
 )

@@ -75,7 +75,8 @@ def test_a_whole_checkpoint_that_cannot_be_used(
     monkeypatch.setattr(conftest.Untrained, "restore", restore)
     answer = sandbox.run(["run", f"resume={run}"])
     assert answer.code == 2
-    told = f"checkpoint {run}/checkpoints/1 cannot be used, though it is whole ({type(error).__name__})"
+    what = type(error).__name__ + (": 'optimizer'" if isinstance(error, KeyError) else "")
+    told = f"checkpoint {run}/checkpoints/1 cannot be used, though it is whole ({what})"
     assert told in answer.err
 
 

@@ -95,11 +95,12 @@ def test_the_wheel_holds_every_file_and_no_other(contents: set[str]) -> None:
 
 
 def test_the_wheel_names_the_distribution(wheel: Path, contents: set[str]) -> None:
-    assert wheel.name == "sequel_cl-0.1.0-py3-none-any.whl"
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert wheel.name == f"sequel_cl-{version}-py3-none-any.whl"
     info = {name.partition(".dist-info/")[2] for name in contents if ".dist-info/" in name}
     assert {"METADATA", "RECORD", "entry_points.txt", "licenses/LICENSE"} <= info
     with zipfile.ZipFile(wheel) as archive:
-        metadata = archive.read("sequel_cl-0.1.0.dist-info/METADATA").decode()
+        metadata = archive.read(f"sequel_cl-{version}.dist-info/METADATA").decode()
     assert "Name: sequel-cl\n" in metadata
     assert "Requires-Python: >=3.11\n" in metadata
     core = [
