@@ -86,7 +86,8 @@ class GradientSums:
                 gradients = vmap(grad(self._of_one), in_dims=(None, 0, 0, 0))(self._params, *batch[:3])
             if self._follows is None:
                 first = self._backward(Batch(*(a[:1] for a in batch[:3])))
-                self._follows = close({k: g[0] for k, g in gradients.items()}, first)
+                found = {k: g[0] for k, g in gradients.items()}
+                self._follows = close(found, first, tolerance=0.1)  # half precision rounds in another order
         except Exception:  # of any kind: the ordinary backward pass that follows raises its own
             self._follows = False
         return gradients if self._follows else None
@@ -208,11 +209,11 @@ def call_with(module: nn.Module, params: Params, *inputs: Any) -> Tensor:
     return result
 
 
-def close(found: Params, expected: Params) -> bool:
-    """Return whether two gradients are equal but for rounding, even that of half precision."""
-    scale = torch.stack([g.float().norm() for g in expected.values()]).norm()
+def close(found: Params, expected: Params, tolerance: float) -> bool:
+    """Return whether two gradients are equal but for a relative difference in each array."""
+    length = torch.stack([g.float().norm() for g in expected.values()]).norm()
     return all(
-        bool((found[k].float() - g.float()).norm() <= 0.1 * g.float().norm() + 1e-3 * scale)
+        bool((found[k].float() - g.float()).norm() <= tolerance * (g.float().norm() + 0.01 * length))
         for k, g in expected.items()
     )
 
@@ -227,7 +228,7 @@ def check_functional_call(model: ContinualModule, x: Tensor) -> None:
     Raises:
         ValueError: it does not, as with activation checkpointing, or it fails.
     """
-    other = {k: (1.01 * p.detach() + 0.01).requires_grad_() for k, p in model.params().items()}
+    other = {k: (1.2 * p.detach() + 0.05).requires_grad_() for k, p in model.params().items()}
     traces, image = Traces(model.net), model.normalise(x[:1])
     reason = "its gradients are not those of the network with these weights"
     with evaluating(model), traces.generators(), native_rnn(model.net):
@@ -237,7 +238,7 @@ def check_functional_call(model: ContinualModule, x: Tensor) -> None:
             with traces.buffers():
                 loss = functional_call(model.net, other, (image,)).square().sum()
                 found = torch.autograd.grad(loss, list(other.values()), materialize_grads=True)
-            if close(dict(zip(other, found, strict=True)), expected):
+            if close(dict(zip(other, found, strict=True)), expected, tolerance=0.01):
                 return
         except Exception as error:
             reason = " ".join(str(error).split())

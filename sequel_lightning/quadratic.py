@@ -173,8 +173,8 @@ class QuadraticModule(ContinualModule):
         except Exception as error:
             raise ValueError(
                 f"{self.algorithm_hparams.name} takes gradients of single samples at the end of a task, in "
-                f"evaluation mode and in batches of one, which fails: {' '.join(str(error).split())}; make "
-                "the network take such batches"
+                f"evaluation mode and in batches of one, which fails: {' '.join(str(error).split())}; the "
+                "network must allow that"
             ) from error
         self._checked = True
 
