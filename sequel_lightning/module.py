@@ -622,7 +622,8 @@ def named_state(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict
 def carry_over(carried: dict[str, Any], optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> None:
     """Load a state that `named_state` returned; for another set of parameters, the state of those it has."""
     own = named_state(optimizer, names)
-    if carried.setdefault("names", own["names"]) != own["names"]:
+    same_groups = len(carried["param_groups"]) == len(own["param_groups"])
+    if carried.setdefault("names", own["names"]) != own["names"] or not same_groups:
         index = {name: i for i, name in enumerate(carried["names"])}
         states = {i: carried["state"].get(index.get(name)) for i, name in enumerate(own["names"])}
         carried = {**own, "state": {i: state for i, state in states.items() if state is not None}}

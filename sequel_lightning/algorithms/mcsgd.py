@@ -129,8 +129,7 @@ class MCSGD(ReplayModule):
         """Add to `total`, times a factor, the gradient of the summed cross-entropy at a point of a line."""
         if samples.count:
             with holding(self, point) as params, native_rnn(self.net):
-                logits = self.forward(samples.x, samples.t)
-                loss = F.cross_entropy(logits, samples.y, reduction="sum")
+                loss = F.cross_entropy(self.forward(samples.x, samples.t), samples.y, reduction="sum")
                 for k, g in backward(loss, params, self).items():
                     total[k].add_(g, alpha=factor)
 

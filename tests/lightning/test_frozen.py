@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import BaseFinetuning
+from pytorch_lightning.callbacks import BaseFinetuning, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -260,6 +260,33 @@ def test_a_callback_unfreezes_within_a_task(hparams: AlgorithmHParams) -> None:
         assert all(tree.get().keys() == before.keys() for tree in trees(module).values())
     if hparams.name in ("ewc", "si"):
         assert float(module.importance.get()["dense_0.weight"].abs().sum()) > 0
+
+
+class FirstIsBest(pl.Callback):
+    """Says how good each epoch was: the first is the best."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.log("epochs", float(trainer.current_epoch))
+
+
+@pytest.mark.parametrize("hparams", [EWCHParams(), SI], ids=lambda hparams: hparams.name)
+def test_the_best_weights_are_older_than_the_trained_parameters(
+    hparams: AlgorithmHParams, tmp_path: Path
+) -> None:
+    """A layer is unfrozen after the epoch that is consolidated: its path integral there was 0."""
+    benchmark = stream(num_tasks=2)
+    hparams = replace(hparams, consolidate="best", reset_optimizer=False)
+    module = made(hparams, benchmark, net=Net(frozen=False))
+    start = copies(module.net)
+    for task in range(2):
+        keeper = ModelCheckpoint(tmp_path / str(task), monitor="epochs", save_on_train_epoch_end=True)
+        callbacks = [Unfreeze(), FirstIsBest(), keeper]
+        learn(module, benchmark, task, epochs=2, callbacks=callbacks, enable_checkpointing=True)
+        assert moved(module.net, start) == {"dense_1", "head"}
+        assert all(tree.get().keys() == start.keys() for tree in trees(module).values())
+        importance = module.importance.get()
+        assert float(importance["dense_1.weight"].abs().sum()) > 0
+        assert (float(importance["dense_0.weight"].abs().sum()) > 0) == (hparams.name == "ewc")
 
 
 WAYS = [
