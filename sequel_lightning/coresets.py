@@ -16,8 +16,9 @@ from torchmetrics import MetricCollection
 from sequel_core.hparams import KCLHParams
 from sequel_core.task import StreamSpec
 from sequel_lightning.data import as_batch
-from sequel_lightning.module import TRAINING, ContinualModule, OptimizerFactory, StateTree
+from sequel_lightning.module import TRAINING, ContinualModule, OptimizerFactory
 from sequel_lightning.replay import Memory, empty_memory
+from sequel_lightning.trees import StateTree
 
 
 def held(memory: Memory, k: Any, size: int) -> tuple[Tensor, Tensor]:

@@ -24,12 +24,12 @@ from sequel_core.task import AnySplit, Batch, FloatArray, Samples, StreamSpec
 from sequel_lightning.module import (
     ContinualModule,
     OptimizerFactory,
-    StateTree,
     blank_image,
     check_features,
     evaluating,
 )
 from sequel_lightning.replay import Memory, empty_memory, stored_samples
+from sequel_lightning.trees import StateTree
 
 
 def embed(module: Any, x: Tensor) -> Tensor:

@@ -220,6 +220,7 @@ class LightningLearner:
         """Read back what `save` wrote; see `sequel_core.learner.Learner`."""
         path = directory / CHECKPOINT
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        self.module.adopt_names(checkpoint["state_dict"])
         check_tensors(directory, checkpoint["state_dict"], self.module.state_dict())
         self.module.load_state_dict(checkpoint["state_dict"])
         self.module.on_load_checkpoint(checkpoint)

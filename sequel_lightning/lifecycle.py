@@ -208,7 +208,6 @@ def take_best(module: ContinualModule) -> None:
     trainer, index = module.trainer, int(module.task_index)
     own = module.state_dict()
     along = tuple(f"{name}." for name in (*module.path_integrals, *module.moving_trees))
-    wanted = [*weight_names(module, own), *(name for name in own if name.startswith(along))]
     path = best_keeper(trainer.checkpoint_callbacks).best_model_path
     try:
         if not path:
@@ -216,8 +215,12 @@ def take_best(module: ContinualModule) -> None:
         found = trainer.strategy.load_checkpoint(path, weights_only=True)["state_dict"]
         if (int(found["task_index"]), int(found["phase"])) != (index, TRAINING):
             raise ValueError("it is of another task")
-        best = {name: found[name] for name in wanted}
-        if any(best[name].shape != own[name].shape for name in wanted if isinstance(own[name], Tensor)):
+        sums = [name for name in found if name.startswith(along)]  # of what was trained then
+        if {name.split(".")[0] for name in own if name.startswith(along)} - {s.split(".")[0] for s in sums}:
+            raise ValueError("it is of another method")
+        best = {name: found[name] for name in (*weight_names(module, own), *sums)}
+        tensors = {name: value for name, value in best.items() if isinstance(value, Tensor) and name in own}
+        if any(own[name].shape != value.shape for name, value in tensors.items()):
             raise ValueError("it is of another network")
     except Exception as error:  # whatever a file that is missing or broken raises: the task is not lost
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"

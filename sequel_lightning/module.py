@@ -15,7 +15,7 @@ purpose.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any, ClassVar
@@ -50,6 +50,7 @@ from sequel_lightning.lifecycle import (
     take_best,
 )
 from sequel_lightning.reporting import Report, Tally, accuracy
+from sequel_lightning.trees import ParameterTree
 
 __all__ = [
     "CONSOLIDATED",
@@ -140,6 +141,7 @@ class ContinualModule(pl.LightningModule):
         self._kept: Kept | None = None  # while an evaluation looks at a file
         self._consolidated_at: str | None = None  # fingerprint of the weights before the end-of-task work
         self._fitting = self._resumes = False
+        self._trained_params: Params = {}  # `params()` while a fit runs: a deep network is slow to list
 
     # -- the algorithm: subclasses override these, in the order of the Flax bundle
 
@@ -255,18 +257,50 @@ class ContinualModule(pl.LightningModule):
         return self.spec
 
     def params(self) -> Params:
-        """Return the parameters of the network by name."""
-        return dict(self.net.named_parameters())
+        """Return the trained parameters of the network by name: those with `requires_grad`."""
+        return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
 
     def frozen_params(self) -> Params:
-        """Return copies of the parameters that no gradient reaches."""
-        return {name: p.detach().clone() for name, p in self.net.named_parameters()}
+        """Return copies of the trained parameters, which no gradient reaches."""
+        return {name: p.detach().clone() for name, p in self.params().items()}
 
     @torch.no_grad()
     def set_params(self, params: Params) -> None:
-        """Copy new values into the parameters of the network."""
-        for name, p in self.net.named_parameters():
+        """Copy new values into the trained parameters."""
+        for name, p in self.params().items():
             p.copy_(params[name])
+
+    def follow_trained(self) -> None:
+        """Let each `ParameterTree` hold the parameters that are trained now.
+
+        Newly trained parameters are added. Those that are frozen keep what is remembered of them; before the
+        first task nothing is, and they are left out.
+
+        Raises:
+            ValueError: a parameter has another shape than in the tasks before.
+        """
+        self._trained_params = self.params()
+        for tree in self.modules():
+            if isinstance(tree, ParameterTree):
+                tree.follow(self._trained_params, first=bool(self.phase == IDLE))
+
+    def adopt_names(self, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
+        """Let each `ParameterTree` hold the parameters that it holds in a checkpoint, before it is loaded.
+
+        Args:
+            state_dict: of the checkpoint.
+            prefix: of this module's names in it.
+        """
+        params = dict(self.net.named_parameters())
+        for name, tree in self.named_modules():
+            if isinstance(tree, ParameterTree):
+                start = f"{prefix}{name}."
+                names = {key.removeprefix(start) for key in state_dict if key.startswith(start)}
+                tree.adopt({k: p for k, p in params.items() if k.replace(".", "/") in names})
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.adopt_names(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def memory_bytes(self) -> int:
         """Return the bytes of all that the algorithm keeps of past tasks: anchors, samples, logits, ..."""
@@ -311,6 +345,7 @@ class ContinualModule(pl.LightningModule):
         first = int(stage == "fit")  # the number of a fit's first step; Lightning would begin every fit at 0
         self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.tally.steps_done + first
         self._fitting = False
+        self._trained_params = {}
 
     def configure_callbacks(self) -> list[Any]:
         """Add none; refuse a Trainer that a method with steps of its own cannot follow."""
@@ -336,9 +371,13 @@ class ContinualModule(pl.LightningModule):
         """
         self._resumes = self.trainer.ckpt_path is not None  # here, because a tuner's search sets it later
         check_task(self, self._resumes)
-        parameters = [p for part in self.trained().values() for p in part.parameters() if p.requires_grad]
-        configured = self.optimizer_factory(parameters)
-        hparams = self.algorithm_hparams
+        names, hparams = self._names_of_trained(), self.algorithm_hparams
+        if not names:
+            raise ValueError(
+                f"{hparams.name} needs a parameter to train, got a network whose parameters all have "
+                "requires_grad=False; call requires_grad_() on what is to be trained"
+            )
+        configured = self.optimizer_factory(list(names))
         if not isinstance(configured, Optimizer):
             if not self.automatic_optimization:
                 raise ValueError(f"{hparams.name} takes its steps itself, without a scheduler; leave it out")
@@ -350,7 +389,8 @@ class ContinualModule(pl.LightningModule):
             return configured
         rates = [group["lr"] for group in configured.param_groups]
         if self._carried_optimizer is not None and not hparams.reset_optimizer:
-            configured.load_state_dict(copy.deepcopy(self._carried_optimizer))  # it would share the tensors
+            carried = copy.deepcopy(self._carried_optimizer)  # the optimizer would share the tensors
+            carry_over(carried, configured, names)
         task = int(self.task_index) if self.phase == TRAINING else self._next_task()
         for group, rate in zip(configured.param_groups, rates, strict=True):
             group["lr"] = rate * hparams.learning_rate_factor(task, rate) if hparams.lr_decay != 1.0 else rate
@@ -376,6 +416,7 @@ class ContinualModule(pl.LightningModule):
         tally.unchecked, tally.warned, self._generators, self._kept = True, False, [], None
         if self.metrics is not None:
             self.metrics.reset()
+        self.follow_trained()
         if self._fitting and self.phase == TRAINING and self._resumes:
             tally.move(self.device)
             if generators:
@@ -389,6 +430,10 @@ class ContinualModule(pl.LightningModule):
             self.task_index.fill_(self._next_task())
             self.phase.fill_(TRAINING)
             self.start_task()
+
+    def on_train_epoch_start(self) -> None:
+        """Follow the trained parameters: a callback may unfreeze some, as `BaseFinetuning` does here."""
+        self.follow_trained()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch; the means of several steps are logged at the Trainer's log interval."""
@@ -423,6 +468,7 @@ class ContinualModule(pl.LightningModule):
         if self._fitting and self._resumes and self.phase == TRAINING:
             self._consolidate()
         self._fitting = False
+        self._trained_params = {}
 
     def teardown(self, stage: str) -> None:
         """After an evaluation of a file, put the module's own state back if the weights are the same."""
@@ -539,6 +585,15 @@ class ContinualModule(pl.LightningModule):
         if self._kept is not None and put_back(self, self._kept, before_fit):
             self._kept = None
 
+    def _names_of_trained(self) -> dict[nn.Parameter, str]:
+        """Return the name of each trained parameter, of the network and of what else is trained."""
+        return {
+            p: f"{part}.{name}"
+            for part, module in self.trained().items()
+            for name, p in module.named_parameters()
+            if p.requires_grad
+        }
+
     def _consolidate(self) -> None:
         if self.algorithm_hparams.consolidate == "best":
             take_best(self)
@@ -546,9 +601,10 @@ class ContinualModule(pl.LightningModule):
         self._end_task(consolidation_batches(self.trainer, read))
         optimizers = self.trainer.optimizers
         if not self.algorithm_hparams.reset_optimizer and len(optimizers) == 1:
-            self._carried_optimizer = optimizers[0].state_dict()
+            self._carried_optimizer = named_state(optimizers[0], self._names_of_trained())
 
     def _end_task(self, batches: Iterable[Any]) -> None:
+        self.follow_trained()
         weights = fingerprint(self)
         plugin = None if self._trainer is None else self._trainer.precision_plugin
         with evaluating(self), torch.enable_grad(), plugin.forward_context() if plugin else nullcontext():
@@ -557,23 +613,21 @@ class ContinualModule(pl.LightningModule):
         self.phase.fill_(CONSOLIDATED)
 
 
-class StateTree(nn.Module):
-    """Tensors by parameter name, as buffers: they move, checkpoint and load into a fresh module."""
+def named_state(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Any]:
+    """Return the state of an optimizer, with the name of each of its parameters."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return {**optimizer.state_dict(), "names": [names.get(p, str(i)) for i, p in enumerate(params)]}
 
-    def __init__(self, tensors: Params) -> None:
-        """Hold these tensors; their names and shapes never change."""
-        super().__init__()
-        for name, tensor in tensors.items():
-            self.register_buffer(name.replace(".", "/"), tensor)
 
-    def get(self) -> Params:
-        """Return the tensors by parameter name."""
-        return {name.replace("/", "."): t for name, t in self._buffers.items() if t is not None}
-
-    def set(self, tensors: Params) -> None:
-        """Copy new values into the tensors."""
-        for name, tensor in self.get().items():
-            tensor.copy_(tensors[name])
+def carry_over(carried: dict[str, Any], optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> None:
+    """Load a state that `named_state` returned; for another set of parameters, the state of those it has."""
+    own = named_state(optimizer, names)
+    same_groups = len(carried["param_groups"]) == len(own["param_groups"])
+    if carried.setdefault("names", own["names"]) != own["names"] or not same_groups:
+        index = {name: i for i, name in enumerate(carried["names"])}
+        states = {i: carried["state"].get(index.get(name)) for i, name in enumerate(own["names"])}
+        carried = {**own, "state": {i: state for i, state in states.items() if state is not None}}
+    optimizer.load_state_dict(carried)
 
 
 def refuse_data_parallel(trainer: pl.Trainer) -> None:

@@ -9,24 +9,20 @@ Mirror: sequel_flax/quadratic.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
 from torchmetrics import MetricCollection
 
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.task import Batch, StreamSpec
-from sequel_lightning.module import ContinualModule, OptimizerFactory, Params, StateTree
-
-GRADIENTS = 1 << 24
-"""Numbers in the gradients of single samples that are held at a time."""
+from sequel_lightning.gradients import Contribution, GradientSums, Objective
+from sequel_lightning.module import ContinualModule, OptimizerFactory, Params, evaluating
+from sequel_lightning.trees import ParameterTree, SumTree, restricted
 
 Model = ContinualModule
-Objective = Callable[[Params, Model, Batch], Tensor]
-Contribution = Callable[[Tensor], Tensor]
 
 
 class QuadraticState(NamedTuple):
@@ -47,8 +43,10 @@ class QuadraticPenalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, n: int, *tensors: Tensor) -> Tensor:
         """Return the penalty, shape ()."""
-        distance = torch._foreach_sub(tensors[:n], tensors[n : 2 * n])
-        ctx.gradient = torch._foreach_mul(tensors[2 * n :], distance)
+        importances = tensors[2 * n :]
+        params = [p.to(f.dtype) for p, f in zip(tensors[:n], importances, strict=True)]
+        distance = torch._foreach_sub(params, tensors[n : 2 * n])
+        ctx.gradient = torch._foreach_mul(importances, distance)
         terms = [torch.dot(g.flatten(), d.flatten()) for g, d in zip(ctx.gradient, distance, strict=True)]
         return 0.5 * torch.stack(terms).sum()
 
@@ -108,26 +106,14 @@ def mean_gradients(
         samples: N, the first so many; None for all.
         per_batch: one gradient for each whole batch instead.
     """
-
-    def of_one(params: Params, x: Tensor, y: Tensor, t: Tensor) -> Tensor:
-        return objective(params, model, Batch(x[None], y[None], t[None]))
-
-    total, count = {k: torch.zeros_like(p) for k, p in params.items()}, 0
-    width = max(1, GRADIENTS // sum(p.numel() for p in params.values()))
+    sums, count = GradientSums(params, model, objective, contribution, per_batch), 0
     for batch in batches:
         wanted = len(batch.y) if samples is None else min(len(batch.y), samples - count)
-        part = Batch(*(a[:wanted] for a in batch[:3]))
-        if per_batch:
-            gradient = grad(objective)(params, model, part)
-            total = {k: f + contribution(gradient[k]) for k, f in total.items()}
-        else:
-            for piece in zip(*(a.split(width) for a in part[:3]), strict=True):
-                gradient = vmap(grad(of_one), in_dims=(None, 0, 0, 0))(params, *piece)
-                total = {k: f + contribution(gradient[k]).sum(0) for k, f in total.items()}
+        sums.add(Batch(*(a[:wanted] for a in batch[:3])))
         count += wanted
         if count == samples:
             break
-    return {k: f / count for k, f in total.items()}
+    return {k: f / count for k, f in sums.total.items()}
 
 
 class QuadraticModule(ContinualModule):
@@ -147,8 +133,9 @@ class QuadraticModule(ContinualModule):
         seed: int = 0,
     ) -> None:
         super().__init__(net, optimizer, hparams, spec, metrics, seed)
-        self.anchor = StateTree(self.frozen_params())
-        self.importance = StateTree({k: torch.zeros_like(p) for k, p in self.frozen_params().items()})
+        self.anchor = ParameterTree(self.params(), torch.clone)
+        self.importance = SumTree(self.params())
+        self._checked = False  # whether the network has importances; tried with the first batch
 
     def importances(self, params: Params, batches: Iterable[Batch]) -> Params:
         """Return the importances of a task, from the weights at its end and batches of its samples."""
@@ -161,12 +148,41 @@ class QuadraticModule(ContinualModule):
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return cross-entropy plus the penalty, shape ()."""
-        return super().loss(logits, batch) + self.strength * penalty(self.params(), *self.state)
+        params = self._trained_params or self.params()
+        return super().loss(logits, batch) + self.strength * penalty(params, *self.state)
+
+    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`.
+
+        Raises:
+            ValueError: the network has no gradients of single samples, which a task would end with.
+        """
+        if not self._checked:
+            self.check_importances(batch)
+        return super().objective(batch)
+
+    def check_importances(self, batch: Batch) -> None:
+        """Take the importances of two samples, as at the end of a task.
+
+        Raises:
+            ValueError: that fails.
+        """
+        try:
+            with evaluating(self):
+                self.importances(self.frozen_params(), [Batch(*(a[:2] for a in batch[:3]))])
+        except Exception as error:
+            raise ValueError(
+                f"{self.algorithm_hparams.name} takes gradients of single samples at the end of a task, in "
+                f"evaluation mode and in batches of one, which fails: {' '.join(str(error).split())}; the "
+                "network must allow that"
+            ) from error
+        self._checked = True
 
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Add the task's importances and move the anchor."""
         params = self.frozen_params()
         found = self.importances(params, batches)
-        state = consolidate(params, self.state, found, self.separate, self.gamma)
+        past = QuadraticState(*(restricted(tree, params) for tree in self.state))
+        state = consolidate(params, past, found, self.separate, self.gamma)
         self.anchor.set(state.anchor)
         self.importance.set(state.importance)

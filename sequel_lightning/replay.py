@@ -26,7 +26,8 @@ from sequel_core.hparams import MemoryHParams
 from sequel_core.memory import MemoryPlanner, StepPlan
 from sequel_core.task import Batch, Samples, StreamSpec
 from sequel_lightning.augmentation import cropped, cropped_draw
-from sequel_lightning.module import ContinualModule, OptimizerFactory, StateTree
+from sequel_lightning.module import ContinualModule, OptimizerFactory
+from sequel_lightning.trees import StateTree
 
 Slots = NDArray[np.integer[Any]]
 

@@ -69,9 +69,12 @@ class AGEM(ReplayModule):
         """Project the gradient, before clipping."""
         if self._past is None or not len(self._past.y):
             return
-        trained = {k: p for k, p in self.params().items() if p.grad is not None}
+        params = self._trained_params
+        gradient = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in params.items()}
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
             loss = mean_cross_entropy(*look(self, [self._past], together=True))
-        reference = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
-        for k, g in project({k: p.grad for k, p in trained.items() if p.grad is not None}, reference).items():
-            trained[k].grad = g
+        found = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+        projected = project(gradient, dict(zip(params, found, strict=True)))
+        if projected is not gradient:
+            for k, p in params.items():
+                p.grad = projected[k]

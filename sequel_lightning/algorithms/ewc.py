@@ -17,12 +17,12 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from sequel_core.hparams import EWCHParams
 from sequel_core.task import Batch, StreamSpec
+from sequel_lightning.gradients import call_with
 from sequel_lightning.module import OptimizerFactory, Params
 from sequel_lightning.quadratic import Model, QuadraticModule, mean_gradients
 
@@ -30,7 +30,7 @@ from sequel_lightning.quadratic import Model, QuadraticModule, mean_gradients
 def negative_log_likelihood(params: Params, model: Model, batch: Batch) -> Tensor:
     """Return -log p(y | x) of a batch of one sample, in evaluation mode, shape ()."""
     weights = {f"net.{k}": p for k, p in params.items()}
-    return F.cross_entropy(functional_call(model, weights, (batch.x, batch.t)), batch.y)
+    return F.cross_entropy(call_with(model, weights, batch.x, batch.t), batch.y)
 
 
 def diagonal_fisher(params: Params, model: Model, batches: Iterable[Batch], samples: int | None) -> Params:

@@ -19,6 +19,7 @@ Mirror: sequel_flax/algorithms/lamaml.py
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +32,10 @@ from sequel_core.hparams import LaMAMLHParams
 from sequel_core.memory import MetaPlan, MetaPlanner
 from sequel_core.task import Batch, StreamSpec
 from sequel_lightning.augmentation import cropped
-from sequel_lightning.module import OptimizerFactory, Params, StateTree, refuse_batch_stats
+from sequel_lightning.gradients import check_functional_call
+from sequel_lightning.module import OptimizerFactory, Params, refuse_batch_stats
 from sequel_lightning.replay import Memory, Recalled, ReplayModule, Seen, drawn, mean_cross_entropy, planned
+from sequel_lightning.trees import ParameterTree, restricted
 
 
 class LaMAMLState(NamedTuple):
@@ -86,8 +89,8 @@ class LaMAML(ReplayModule):
     ) -> None:
         refuse_batch_stats(net, "lamaml", "its inner steps look at too few samples for statistics of a batch")
         super().__init__(net, optimizer, hparams, spec, metrics, seed)
-        rates = {k: torch.full_like(p, hparams.alpha_init) for k, p in self.frozen_params().items()}
-        self.rates = StateTree(rates)
+        self.rates = ParameterTree(self.params(), partial(torch.full_like, fill_value=hparams.alpha_init))
+        self._checked = False  # whether functional_call follows the network; tried with the first batch
 
     def make_planner(self, spec: StreamSpec) -> MetaPlanner:
         """Return the planner."""
@@ -101,11 +104,13 @@ class LaMAML(ReplayModule):
     def meta_loss(self, batch: Batch, draw: Recalled, rates: Params) -> Tensor:
         """Return M, shape ()."""
         hparams, meta, losses = self.algorithm_hparams, with_draw(batch, draw), []
-        fast = {k: p for k, p in self.params().items() if p.requires_grad}
+        fast = self.params()
         parts = hparams.check_parts(len(batch.y))
         for x, y, t in zip(*(a.chunk(parts) for a in batch[:3]), strict=True):
             loss = self.sample_loss(fast, Recalled(x, y, t, None, len(y)))
-            found = torch.autograd.grad(loss, list(fast.values()), create_graph=hparams.second_order)
+            found = torch.autograd.grad(
+                loss, list(fast.values()), create_graph=hparams.second_order, materialize_grads=True
+            )
             gradient = clamped(dict(zip(fast, found, strict=True)), hparams.inner_clip)
             fast = moved(fast, rates, gradient)
             losses.append(self.sample_loss(fast, meta))
@@ -119,6 +124,9 @@ class LaMAML(ReplayModule):
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Take all glances at a batch; return M of the first, and the batch's logits before it."""
+        if not self._checked:
+            check_functional_call(self, batch.x)
+            self._checked = True
         hparams, batch = self.algorithm_hparams, self.planned(batch)
         (_, reads, orders), seen_x = planned(self.held, batch, MetaPlan), cropped(batch).x
         optimizer: Any = self.optimizers()
@@ -126,21 +134,22 @@ class LaMAML(ReplayModule):
         with torch.no_grad():
             logits = self.network(seen_x)
         seen = Seen(logits, self.masked(logits, batch.t), batch.y, None, len(batch.y))
-        params = {k: p for k, p in self.params().items() if p.requires_grad}
+        params = self.params()
         losses = []
         for glance, order in enumerate(torch.from_numpy(orders).to(batch.y.device, torch.int64)):
-            rates = {k: a.clone().requires_grad_() for k, a in self.rates.get().items() if k in params}
+            rates = {k: a.clone().requires_grad_() for k, a in restricted(self.rates.get(), params).items()}
             ordered = Batch(*(a[order] for a in (seen_x, batch.y, batch.t)))
             loss = self.meta_loss(ordered, drawn(self.held, batch, reads[glance], glance), rates)
             losses.append(loss.detach())
-            found = iter(torch.autograd.grad(loss, [*params.values(), *rates.values()]))
+            weights = [*params.values(), *rates.values()]
+            found = iter(torch.autograd.grad(loss, weights, materialize_grads=True))
             slope, rates_slope = (
                 shortened({k: next(found) for k in params}, hparams.grad_clip_norm) for _ in range(2)
             )
             with torch.no_grad():
                 if hparams.learn_lr:
                     rates = {k: a - hparams.lr_alpha * rates_slope[k] for k, a in rates.items()}
-                    self.rates.set({**self.rates.get(), **rates} if self._fitting else self.rates.get())
+                    self.rates.set(rates if self._fitting else {})
                 for k, after in moved(params, rates, slope).items():
                     if hparams.sync_update:
                         params[k].grad = slope[k]

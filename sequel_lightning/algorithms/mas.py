@@ -16,19 +16,18 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torchmetrics import MetricCollection
 
 from sequel_core.hparams import MASHParams
 from sequel_core.task import Batch, StreamSpec
+from sequel_lightning.gradients import call_with
 from sequel_lightning.module import OptimizerFactory, Params
 from sequel_lightning.quadratic import Model, QuadraticModule, mean_gradients
 
 
 def squared_norm(params: Params, model: Model, batch: Batch) -> Tensor:
     """Return the sum over a batch of ||f(x)||^2, in evaluation mode, shape ()."""
-    logits: Tensor = functional_call(model.net, params, (model.normalise(batch.x),))
-    return logits.square().sum()
+    return call_with(model.net, params, model.normalise(batch.x)).square().sum()
 
 
 def sensitivity(params: Params, model: Model, batches: Iterable[Batch], hparams: MASHParams) -> Params:

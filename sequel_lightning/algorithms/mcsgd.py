@@ -20,15 +20,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from sequel_core.hparams import MCSGDHParams
 from sequel_core.memory import connection_batches
 from sequel_core.task import Batch, StreamSpec
-from sequel_lightning.module import OptimizerFactory, Params, StateTree, evaluating, refuse_batch_stats
+from sequel_lightning.gradients import backward, holding, native_rnn
+from sequel_lightning.module import OptimizerFactory, Params, evaluating, refuse_batch_stats
 from sequel_lightning.replay import Memory, Recalled, ReplayModule, draws, look, mean_cross_entropy, recall
+from sequel_lightning.trees import ParameterTree, restricted
 
 Lines = Sequence[tuple[Params, Sequence[Recalled]]]  # where each begins, and the samples that it is for
 
@@ -45,7 +46,7 @@ class MCSGDState(NamedTuple):
 
 def between(start: Params, end: Params, place: float) -> Params:
     """Return the point of a line at a place from 0 (start) to 1 (end)."""
-    return {k: (1 - place) * a + place * end[k] for k, a in start.items()}
+    return {k: (1 - place) * start[k] + place * b for k, b in end.items()}
 
 
 def momentum_step(moving: Any, gradient: Params, hparams: MCSGDHParams) -> tuple[Params, Params]:
@@ -77,8 +78,9 @@ class MCSGD(ReplayModule):
         self.online = hparams.lmc_policy == "online"
         self.num_draws = int(self.online)
         super().__init__(net, optimizer, hparams, spec, metrics, seed)
-        self.w_bar, self.w_hat = (StateTree(self.frozen_params()) for _ in range(2))
-        self.moving: Any = nn.ModuleList(StateTree(self.frozen_params()) for _ in range(2 * self.online))
+        self.w_bar, self.w_hat = (ParameterTree(self.params(), torch.clone) for _ in range(2))
+        fresh = (torch.clone, torch.zeros_like) if self.online else ()
+        self.moving: Any = nn.ModuleList(ParameterTree(self.params(), f) for f in fresh)
         self.register_buffer("learned", torch.tensor(-1, dtype=torch.int32))
 
     @property
@@ -107,9 +109,10 @@ class MCSGD(ReplayModule):
         """Take the optimizer's step; online, let w_bar follow."""
         super().optimizer_step(*args, **options)
         if self.online and self._fitting and self.learned >= 0:
-            kept, (own, *past) = self.state, self._samples
+            kept, (own, *past), w_hat = self.state, self._samples, self.frozen_params()
+            moving = [restricted(tree, w_hat) for tree in kept.moving]
             with evaluating(self):
-                self._move(self.step(kept.moving, [(kept.w_bar, past), (self.frozen_params(), [own])]))
+                self._move(self.step(moving, [(kept.w_bar, past), (w_hat, [own])]))
 
     def step(self, moving: Any, lines: Lines) -> tuple[Params, Params]:
         """Return w and its velocity after a step on the lines that begin at each of the weights given."""
@@ -125,34 +128,33 @@ class MCSGD(ReplayModule):
     def add_point(self, total: Params, point: Params, factor: float, samples: Recalled) -> None:
         """Add to `total`, times a factor, the gradient of the summed cross-entropy at a point of a line."""
         if samples.count:
-            trained = {k: point[k].requires_grad_() for k, p in self.params().items() if p.requires_grad}
-            logits = functional_call(self.net, trained, (self.normalise(samples.x),))
-            loss = F.cross_entropy(self.masked(logits, samples.t), samples.y, reduction="sum")
-            for k, g in zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True):
-                total[k].add_(g, alpha=factor)
+            with holding(self, point) as params, native_rnn(self.net):
+                loss = F.cross_entropy(self.forward(samples.x, samples.t), samples.y, reduction="sum")
+                for k, g in backward(loss, params, self).items():
+                    total[k].add_(g, alpha=factor)
 
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Find w_bar, and put it into the network."""
         hparams, kept, task = self.algorithm_hparams, self.state, int(self.task_index)
         w = w_hat = self.frozen_params()
         if kept.learned >= 0 and self.online:
-            w, _ = kept.moving
+            w = restricted(kept.moving[0], w_hat)
         elif kept.learned >= 0:
             moving = _at_rest(between(kept.w_bar, w_hat, hparams.lmc_init_position))
             for pairs in connection_batches(hparams, kept.memory.t.cpu().numpy(), task, self.seed):
                 past, now = ([recall(kept.memory, pair[kind]) for pair in pairs] for kind in (0, 1))
                 moving = self.step(moving, [(kept.w_bar, past), (w_hat, now)])
             w, _ = moving
-        self.w_hat.set(w_hat)
-        self.w_bar.set(w)
+        frozen = {k: p for k, p in self.net.named_parameters() if k in kept.w_bar and k not in w_hat}
+        self.w_hat.set({**frozen, **w_hat})
+        self.w_bar.set({**frozen, **w})
         self.set_params(w)
         self.learned.fill_(task)
 
     def alternatives(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
         """Return the logits of w_hat."""
-        w_hat = self.w_hat.get() if self.learned == self.task_index else self.params()
-        logits = functional_call(self.net, w_hat, (self.normalise(x),))
-        return {"w_hat": self.masked(logits, t)}
+        with holding(self, self.w_hat.get() if self.learned == self.task_index else {}):
+            return {"w_hat": self.forward(x, t)}
 
     def _move(self, moving: tuple[Params, Params]) -> None:
         for tree, values in zip(self.moving, moving, strict=True):

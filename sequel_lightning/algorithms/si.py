@@ -25,8 +25,9 @@ from torchmetrics import MetricCollection
 
 from sequel_core.hparams import SIHParams
 from sequel_core.task import Batch, StreamSpec
-from sequel_lightning.module import ContinualModule, OptimizerFactory, Params, StateTree
+from sequel_lightning.module import ContinualModule, OptimizerFactory, Params
 from sequel_lightning.quadratic import penalty
+from sequel_lightning.trees import ParameterTree, SumTree, restricted
 
 
 class SIState(NamedTuple):
@@ -40,7 +41,7 @@ class SIState(NamedTuple):
 def walk(path: Params, gradient: Params, before: Params, after: Params) -> Params:
     """Return omega with one more step in it: omega - g (after - before)."""
     names = list(path)
-    moved = torch._foreach_sub([after[k] for k in names], [before[k] for k in names])
+    moved = torch._foreach_sub([after[k].to(path[k].dtype) for k in names], [before[k] for k in names])
     torch._foreach_mul_(moved, [gradient[k] for k in names])
     return dict(zip(names, torch._foreach_sub([path[k] for k in names], moved), strict=True))
 
@@ -49,11 +50,11 @@ def consolidate(params: Params, state: SIState, hparams: SIHParams) -> SIState:
     """Return the state at the end of a task: its omega moved into Omega."""
 
     def add(total: Tensor, path: Tensor, p: Tensor, anchor: Tensor) -> Tensor:
-        total = total + path / ((p - anchor) ** 2 + hparams.xi)
+        total = total + path / ((p.to(path.dtype) - anchor) ** 2 + hparams.xi)
         return total.clamp(min=0) if hparams.clamp else total
 
     importance = {k: add(state.importance[k], state.path[k], p, state.anchor[k]) for k, p in params.items()}
-    return SIState(params, importance, {k: torch.zeros_like(p) for k, p in params.items()})
+    return SIState(params, importance, {k: torch.zeros_like(path) for k, path in state.path.items()})
 
 
 class SI(ContinualModule):
@@ -74,10 +75,8 @@ class SI(ContinualModule):
     ) -> None:
         super().__init__(net, optimizer, hparams, spec, metrics, seed)
         self.strength = 2 * hparams.si_lambda
-        self.anchor = StateTree(self.frozen_params())
-        self.importance, self.path = (
-            StateTree({k: torch.zeros_like(p) for k, p in self.frozen_params().items()}) for _ in range(2)
-        )
+        self.anchor = ParameterTree(self.params(), torch.clone)
+        self.importance, self.path = (SumTree(self.params()) for _ in range(2))
         self._gradient: Params = {}  # of the cross-entropy, at the current step
 
     @property
@@ -92,16 +91,18 @@ class SI(ContinualModule):
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return cross-entropy plus the penalty, shape (); the gradient is the cross-entropy's alone."""
         with torch.no_grad():
-            pull = penalty(self.params(), self.anchor.get(), self.importance.get())
+            params = self._trained_params or self.params()
+            pull = penalty(params, self.anchor.get(), self.importance.get())
         return super().loss(logits, batch) + self.strength * pull
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Keep the gradient of the cross-entropy and add the penalty's, before clipping."""
         anchor, importance = self.anchor.get(), self.importance.get()
-        params = self.params()
+        params = self._trained_params
         gradient = {k: p.grad for k, p in params.items() if p.grad is not None}
         self._gradient = {k: g.clone() for k, g in gradient.items()}
-        slope = torch._foreach_sub([params[k].detach() for k in gradient], [anchor[k] for k in gradient])
+        weights = [params[k].detach().to(importance[k].dtype) for k in gradient]
+        slope = torch._foreach_sub(weights, [anchor[k] for k in gradient])
         torch._foreach_mul_(slope, [importance[k] for k in gradient])
         torch._foreach_add_(list(gradient.values()), slope, alpha=self.strength)
 
@@ -113,16 +114,17 @@ class SI(ContinualModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         """Take the optimizer's step and add it to the path."""
-        before = self.frozen_params()
+        before = {k: p.detach().clone() for k, p in self._trained_params.items()}
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self._fitting:
-            path = self.path.get()
-            moved = {k: path[k] for k in self._gradient}
-            after = {k: p.detach() for k, p in self.params().items()}
-            self.path.set({**path, **walk(moved, self._gradient, before, after)})
+            path = restricted(self.path.get(), self._gradient)
+            after = {k: p.detach() for k, p in self._trained_params.items()}
+            self.path.set(walk(path, self._gradient, before, after))
 
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Move the task's path integral into the importance, and the anchor to its end."""
-        state = consolidate(self.frozen_params(), self.state, self.algorithm_hparams)
+        params = self.frozen_params()
+        past = SIState(*(restricted(tree, params) for tree in self.state))
+        state = consolidate(params, past, self.algorithm_hparams)
         for tree, tensors in zip((self.anchor, self.importance, self.path), state, strict=True):
             tree.set(tensors)

@@ -1,0 +1,249 @@
+"""Gradients of single samples, and gradients at weights that are not the network's current ones.
+
+`torch.func` computes them fast, but it cannot follow every network: not `nn.GRU`, control flow that depends
+on data, activation checkpointing, or a buffer that is updated in `forward`. An ordinary backward pass of the
+network can, with the other weights copied into it for a while.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from sequel_core.task import Batch
+from sequel_lightning.module import ContinualModule, Params, evaluating
+from sequel_lightning.trees import zero_sum
+
+Objective = Callable[[Params, ContinualModule, Batch], Tensor]
+Contribution = Callable[[Tensor], Tensor]
+
+GRADIENTS = 1 << 24
+"""Numbers in the gradients of single samples that are held at a time."""
+
+
+class GradientSums:
+    """Sums of gradients over samples, of which a network keeps no trace.
+
+    Buffers are at every sample what they were at first. Random numbers that the network draws continue from
+    sample to sample, and the generators are afterwards what they were.
+
+    Args:
+        params: weights at which gradients are taken.
+        model: what the objective needs beside them.
+        objective: of a batch, shape (); given batches of one sample, unless `per_batch`.
+        contribution: of a gradient array to the sum, elementwise.
+        per_batch: one gradient for each whole batch instead of each sample.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        model: ContinualModule,
+        objective: Objective,
+        contribution: Contribution,
+        per_batch: bool = False,
+    ) -> None:
+        self.total = {k: zero_sum(p) for k, p in params.items()}  # in float32 or wider
+        self._params, self._model = params, model
+        self._objective, self._contribution = objective, contribution
+        self._per_batch = per_batch
+        self._follows: bool | None = None  # whether torch.func follows the network; None: not yet known
+        self._width = max(1, GRADIENTS // sum(p.numel() for p in params.values()))
+        self._traces = Traces(model.net)
+
+    def add(self, batch: Batch) -> None:
+        """Add the gradients of a batch's samples."""
+        with self._traces.generators():
+            if self._per_batch:
+                self._add(self._backward(batch))
+                return
+            for piece in zip(*(a.split(self._width) for a in batch[:3]), strict=True):
+                gradients = self._vectorized(Batch(*piece))
+                if gradients is not None:
+                    self._add(gradients, summed=True)
+                    continue
+                for sample in zip(*(a.split(1) for a in piece), strict=True):
+                    self._add(self._backward(Batch(*sample)))
+
+    def _add(self, gradients: Params, summed: bool = False) -> None:
+        for k, gradient in gradients.items():
+            contribution = self._contribution(gradient.to(self.total[k].dtype))
+            self.total[k] += contribution.sum(0) if summed else contribution
+
+    def _vectorized(self, batch: Batch) -> Params | None:
+        """Return the gradient of each sample `[n, ...]`; None if torch.func does not follow the network."""
+        if self._follows is False:
+            return None
+        try:
+            with self._traces.buffers(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*performance drop.*")
+                gradients = vmap(grad(self._of_one), in_dims=(None, 0, 0, 0))(self._params, *batch[:3])
+            if self._follows is None:
+                first = self._backward(Batch(*(a[:1] for a in batch[:3])))
+                found = {k: g[0] for k, g in gradients.items()}
+                self._follows = close(found, first, tolerance=0.1)  # half precision rounds in another order
+        except Exception:  # of any kind: the ordinary backward pass that follows raises its own
+            self._follows = False
+        return gradients if self._follows else None
+
+    def _of_one(self, params: Params, x: Tensor, y: Tensor, t: Tensor) -> Tensor:
+        return self._objective(params, self._model, Batch(x[None], y[None], t[None]))
+
+    def _backward(self, batch: Batch) -> Params:
+        model = self._model
+        with self._traces.buffers(), holding(model, self._params) as params, native_rnn(model.net):
+            return backward(self._objective(params, model, batch), params, model)
+
+
+class Traces:
+    """What passes through a network could change beside its weights, and how it was: buffers, generators."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in net.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._device = next(net.parameters()).device
+        self._inside: list[Tensor] | None = None  # generators after the latest pass
+
+    @contextmanager
+    def generators(self) -> Iterator[None]:
+        """Let passes draw random numbers from where the latest ones stopped; restore the generators."""
+        outside = self._states()
+        if self._inside is not None:
+            self._set_states(self._inside)
+        try:
+            yield
+        finally:
+            self._inside = self._states()
+            self._set_states(outside)
+
+    @contextmanager
+    def buffers(self) -> Iterator[None]:
+        """Restore the buffers after a pass."""
+        versions = [_version(buffer) for _, _, buffer, _ in self._buffers]
+        try:
+            yield
+        finally:
+            for (module, name, buffer, value), version in zip(self._buffers, versions, strict=True):
+                module._buffers[name] = buffer
+                if _version(buffer) != version:
+                    with torch.no_grad():
+                        buffer.copy_(value)
+
+    def _states(self) -> list[Tensor]:
+        cuda = [torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else []
+        return [torch.get_rng_state(), *cuda]
+
+    def _set_states(self, states: Sequence[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for state in states[1:]:
+            torch.cuda.set_rng_state(state, self._device)
+
+
+def _version(buffer: Tensor) -> int | None:
+    return None if buffer.is_inference() else buffer._version  # nothing writes to an inference tensor
+
+
+@contextmanager
+def holding(model: ContinualModule, params: Params) -> Iterator[Params]:
+    """Put values into parameters of a network for a while; yield those parameters, by name."""
+    own: Params = {k: p for k, p in model.net.named_parameters() if k in params}
+    kept = [p.detach().clone() for p in own.values()]
+    _fill(own, [params[k] for k in own])
+    try:
+        yield own
+    finally:
+        _fill(own, kept)
+
+
+@torch.no_grad()
+def _fill(params: Params, values: list[Tensor]) -> None:
+    if values:
+        torch._foreach_copy_(list(params.values()), values)
+    torch.clear_autocast_cache()  # of the weights in half precision
+
+
+@contextmanager
+def native_rnn(net: nn.Module) -> Iterator[None]:
+    """Run recurrent layers without cuDNN for a while, which has no gradient for them in evaluation mode."""
+    if any(isinstance(module, nn.RNNBase) for module in net.modules()):
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    else:
+        yield
+
+
+def backward(loss: Tensor, params: Params, model: nn.Module) -> Params:
+    """Return the gradient of a loss by parameters of a model, 0 for one that it does not depend on.
+
+    It comes from `loss.backward()`, which every network that can be trained has; `.grad` stays what it was.
+    """
+    kept = [(p, p.grad) for p in model.parameters()]
+    for p, _ in kept:
+        p.grad = None
+    try:
+        loss.backward()
+        return {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in params.items()}
+    finally:
+        for p, gradient in kept:
+            p.grad = gradient
+
+
+def call_with(module: nn.Module, params: Params, *inputs: Any) -> Tensor:
+    """Return what a module computes with these values of its parameters; with its own, by calling it."""
+    own = dict(module.named_parameters())
+    called: Any = module
+    if all(p is own[k] for k, p in params.items()):
+        result: Tensor = called(*inputs)
+    else:
+        result = functional_call(module, params, inputs)
+    return result
+
+
+def close(found: Params, expected: Params, tolerance: float) -> bool:
+    """Return whether two gradients are equal but for a relative difference in each array."""
+    length = torch.stack([g.float().norm() for g in expected.values()]).norm()
+    return all(
+        bool((found[k].float() - g.float()).norm() <= tolerance * (g.float().norm() + 0.01 * length))
+        for k, g in expected.items()
+    )
+
+
+def check_functional_call(model: ContinualModule, x: Tensor) -> None:
+    """Check that `functional_call` computes what the network computes if it holds other weights.
+
+    Args:
+        model: whose network is checked, in evaluation mode; no trace of it stays.
+        x: images `[B, C, H, W]`.
+
+    Raises:
+        ValueError: it does not, as with activation checkpointing, or it fails.
+    """
+    other = {k: (1.2 * p.detach() + 0.05).requires_grad_() for k, p in model.params().items()}
+    traces, image = Traces(model.net), model.normalise(x[:1])
+    reason = "its gradients are not those of the network with these weights"
+    with evaluating(model), traces.generators(), native_rnn(model.net):
+        with traces.buffers(), holding(model, other) as params:
+            expected = backward(model.network(x[:1]).square().sum(), params, model)
+        try:
+            with traces.buffers():
+                loss = functional_call(model.net, other, (image,)).square().sum()
+                found = torch.autograd.grad(loss, list(other.values()), materialize_grads=True)
+            if close(dict(zip(other, found, strict=True)), expected, tolerance=0.01):
+                return
+        except Exception as error:
+            reason = " ".join(str(error).split())
+    raise ValueError(
+        f"{model.algorithm_hparams.name} takes gradients at weights that the network does not hold, with "
+        f"torch.func.functional_call, which does not follow {type(model.net).__name__}: {reason}; leave "
+        "activation checkpointing out of the network, or use another method"
+    )

@@ -1,0 +1,118 @@
+"""Tensors that a module keeps by name, and those that follow the trained parameters of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Params = dict[str, Tensor]
+
+
+class StateTree(nn.Module):
+    """Tensors by name, as buffers: they move, checkpoint and load into a fresh module."""
+
+    def __init__(self, tensors: Params) -> None:
+        """Hold these tensors."""
+        super().__init__()
+        self._tensors: Params = {}  # the same tensors as in `_buffers`, by their names; made anew if empty
+        for name, tensor in tensors.items():
+            self.register_buffer(name.replace(".", "/"), tensor)
+
+    def get(self) -> Params:
+        """Return the tensors by name."""
+        if not self._tensors:
+            self._tensors = {name.replace("/", "."): t for name, t in self._buffers.items() if t is not None}
+        return self._tensors
+
+    def set(self, tensors: Params) -> None:
+        """Copy new values into the tensors of these names."""
+        if tensors:
+            torch._foreach_copy_([self.get()[name] for name in tensors], list(tensors.values()))
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        self._tensors = {}
+        return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self._tensors = {}
+        super()._load_from_state_dict(*args, **options)
+
+
+class ParameterTree(StateTree):
+    """A tensor for each parameter of a network that is or was trained, by the parameter's name.
+
+    Args:
+        params: the trained parameters.
+        fresh: makes the tensor of a newly trained parameter, for example a copy of it.
+    """
+
+    def __init__(self, params: Params, fresh: Callable[[Tensor], Tensor]) -> None:
+        super().__init__({})
+        self.fresh = fresh
+        self._hold(params)
+
+    def follow(self, params: Params, first: bool) -> None:
+        """Add the trained parameters that are new; before the first task, leave out all others.
+
+        Raises:
+            ValueError: a parameter has another shape than in the tasks before.
+        """
+        if first:
+            self.adopt(params)
+        for name, tensor in self.get().items():
+            if name in params and tensor.shape != params[name].shape:
+                raise ValueError(
+                    f"the trained parameter {name} must keep its shape from task to task, got "
+                    f"{list(params[name].shape)} after {list(tensor.shape)}; make the network large enough "
+                    "for all tasks, or give a new layer a new name"
+                )
+        self._hold(params)
+
+    def adopt(self, params: Params) -> None:
+        """Hold a tensor for each of these parameters, and for no other; without any, change nothing."""
+        if params:
+            for name, tensor in dict(self.get()).items():
+                if name not in params or tensor.shape != params[name].shape:
+                    del self._buffers[name.replace(".", "/")]
+            self._tensors = {}
+            self._hold(params)
+
+    def _hold(self, params: Params) -> None:
+        held = self.get()
+        for name in [name for name in params if name not in held]:
+            self.register_buffer(name.replace(".", "/"), self.fresh(params[name].detach()))
+        self._tensors = {}
+
+
+class SumTree(ParameterTree):
+    """Sums over samples or steps, 0 at first: in float32 or wider, whatever the dtype of the weights."""
+
+    def __init__(self, params: Params) -> None:
+        super().__init__(params, zero_sum)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move the sums, as `to()` does, but keep their dtype where the new one is narrower than float32."""
+
+        def wide(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if new.dtype == sum_dtype(new.dtype) else tensor.to(new.device)
+
+        return super()._apply(wide, recurse)
+
+
+def restricted(tree: Params, names: Iterable[str]) -> Params:
+    """Return the tensors of these names."""
+    return {k: tree[k] for k in names}
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums over tensors of a dtype: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def zero_sum(like: Tensor) -> Tensor:
+    """Return zeros to sum up tensors like this one."""
+    return torch.zeros_like(like, dtype=sum_dtype(like.dtype))
