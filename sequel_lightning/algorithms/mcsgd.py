@@ -130,7 +130,7 @@ class MCSGD(ReplayModule):
         if samples.count:
             with holding(self, point) as params, native_rnn(self.net):
                 loss = F.cross_entropy(self.forward(samples.x, samples.t), samples.y, reduction="sum")
-                for k, g in backward(loss, params, self).items():
+                for k, g in backward(loss, params, self.net).items():
                     total[k].add_(g, alpha=factor)
 
     def end_task(self, batches: Iterable[Batch]) -> None:
