@@ -316,15 +316,16 @@ class ContinualModule(pl.LightningModule):
         Raises:
             ValueError: any other batch, or a t that is not an integer tensor `[B]`.
         """
-        if not isinstance(batch, tuple | list) or len(batch) < 2:
+        planned = type(batch) is Batch
+        if planned or (isinstance(batch, (tuple, list)) and len(batch) == 3):
+            x, y, t = batch[:3]
+            if not are_task_indices(t, y):
+                raise unknown_batch(batch[:3])
+            if t.dtype == torch.uint8:  # which torch would take for a mask
+                t = t.long()
+            return batch._replace(t=t) if planned else Batch(x, y, t)
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise unknown_batch(batch)
-        if len(batch) > 2:
-            ours = isinstance(batch, Batch)
-            if not (ours or len(batch) == 3) or not are_task_indices(batch[2], batch[1]):
-                raise unknown_batch(batch[:3] if ours else batch)
-            if batch[2].dtype == torch.uint8:  # which torch would take for a mask
-                batch = (*batch[:2], batch[2].long(), *batch[3:])
-            return batch if isinstance(batch, Batch) else Batch(*batch)
         x, y = batch
         trainer: Any = self._trainer
         ahead = (
@@ -414,6 +415,7 @@ class ContinualModule(pl.LightningModule):
         """Begin the next task, unless this fit resumes one."""
         tally, generators = self.tally, self._generators
         tally.unchecked, tally.warned, self._generators, self._kept = True, False, [], None
+        tally.known = self.known if self.next_task() is None else None  # our own streams are checked already
         if self.metrics is not None:
             self.metrics.reset()
         self.follow_trained()
@@ -439,13 +441,13 @@ class ContinualModule(pl.LightningModule):
         """Return the loss of a batch; the means of several steps are logged at the Trainer's log interval."""
         batch, tally = self.as_batch(batch), self.tally
         if tally.unchecked:
-            check_batch(batch, self.known)
+            check_batch(batch, tally.known)
             tally.unchecked = False
         loss, logits = self.objective(batch)
         if self.metrics is not None:
             self.metrics.update(logits.detach(), batch.y)
         trainer: Any = self.trainer
-        tally.add(loss.detach(), logits.detach(), batch.y, batch.t, self._buffers["known"])
+        tally.add(loss.detach(), logits.detach(), batch.y, batch.t)
         done, interval = trainer.fit_loop.total_batch_idx + 1, trainer.log_every_n_steps  # of the whole task
         if (interval and done % interval == 0) or batch_idx + 1 == trainer.num_training_batches:
             self._make_report()
@@ -460,7 +462,7 @@ class ContinualModule(pl.LightningModule):
         """Do the end-of-task work, once."""
         if self._fitting and self.phase == TRAINING:
             if self.tally.waiting or self.tally.counts is not None:
-                self.tally.make_report(self._buffers["known"], {})  # for a label that is not of its task
+                self.tally.make_report({})  # for a label that is not of its task
             self._consolidate()
 
     def on_fit_end(self) -> None:
@@ -559,7 +561,7 @@ class ContinualModule(pl.LightningModule):
 
     def _make_report(self) -> None:
         extra = {k: float(v) for k, v in self.metrics.compute().items()} if self.metrics is not None else {}
-        report = self.tally.make_report(self._buffers["known"], extra)
+        report = self.tally.make_report(extra)
         if self.metrics is not None:
             self.metrics.reset()
         if self._fitting:

@@ -55,6 +55,7 @@ class Tally:
         self.warned = False  # whether this fit has said that the loss is not finite
         self.waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # loss, logits, labels, tasks
         self.numbers = 0  # that wait
+        self.known: Tensor | None = None  # as in check_batch, for a user's loader
         self.counts: Counts | None = None  # of what no longer waits
         self.report: Report | None = None  # made by the latest step, if it made one
         self.next_task: Task | None = None  # the learner's, while it fits; else the data module tells
@@ -71,35 +72,32 @@ class Tally:
         self.waiting.clear()
         self.numbers, self.counts = 0, None
 
-    def add(self, loss: Tensor, logits: Tensor, y: Tensor, t: Tensor, known: Tensor | None) -> None:
-        """Note a step: its loss (), logits `[B, num_classes]`, labels and tasks `[B]`; see `count`."""
+    def add(self, loss: Tensor, logits: Tensor, y: Tensor, t: Tensor) -> None:
+        """Note a step: its loss (), logits `[B, num_classes]`, labels and tasks `[B]`."""
         self.waiting.append((loss, logits, y, t))
         self.steps_done += 1
         self.report = None
         self.numbers += logits.numel() + STEP
         if self.numbers > HELD:
-            self.count(known)
+            self.count()
 
-    def count(self, known: Tensor | None) -> Counts:
-        """Count the steps that wait, and return the sums; nothing waits for the device.
-
-        Args:
-            known: which classes belong to which task, bool `[T, num_classes]`; None to take any label.
-        """
+    def count(self) -> Counts:
+        """Count the steps that wait, and return the sums; nothing waits for the device."""
         counts, waiting = self.counts, self.waiting
         if not waiting:
             assert counts is not None
             return counts
         losses = torch.stack([step[0] for step in waiting])
-        logits, y, t = (torch.cat([step[k] for step in waiting]) for k in (1, 2, 3))
+        logits, y = (torch.cat([step[k] for step in waiting]) for k in (1, 2))
         exact = torch.float32 if losses.device.type == "mps" else torch.float64  # it has no float64
         if counts is None:
             zero = torch.zeros((), dtype=torch.int64, device=losses.device)
             counts = Counts(zero, zero, zero.to(exact), zero, zero + NEVER, zero.repeat(3))
         step = torch.arange(len(losses), device=losses.device) + counts.steps
         wrong = counts.wrong
-        if known is not None:
-            wrong = wrong.where(wrong[0] > 0, first_wrong(y, t, known))
+        if self.known is not None:
+            t = torch.cat([step[3] for step in waiting])
+            wrong = wrong.where(wrong[0] > 0, first_wrong(y, t, self.known))
         counts = Counts(
             counts.steps + len(losses),
             counts.samples + y.numel(),
@@ -112,16 +110,16 @@ class Tally:
         self.counts = counts
         return counts
 
-    def make_report(self, known: Tensor | None, extra: dict[str, float]) -> Report:
+    def make_report(self, extra: dict[str, float]) -> Report:
         """Return the means since the last report, and begin the next.
 
         Raises:
             ValueError: a sample had a label that its task does not have.
         """
-        steps, samples, loss, correct, bad_step, wrong = self.count(known)
+        steps, samples, loss, correct, bad_step, wrong = self.count()
         flagged, label, task = wrong.tolist()
         if flagged:
-            raise wrong_label(label, task, known)
+            raise wrong_label(label, task, self.known)
         report = Report(
             loss=float(loss) / int(steps),
             accuracy=int(correct) / int(samples),
