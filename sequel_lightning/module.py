@@ -49,7 +49,10 @@ from sequel_lightning.lifecycle import (
     put_back,
     take_best,
 )
-from sequel_lightning.reporting import Report, Tally, accuracy
+from sequel_lightning.optimizers import OptimizerFactory, check_factory, make_optimizer
+from sequel_lightning.reporting import Report, Tally
+from sequel_lightning.scores import TaskScores, check_metrics, with_loaders_task
+from sequel_lightning.settings import accept_plain_values, plain_hparams, plain_spec
 
 __all__ = [
     "CONSOLIDATED",
@@ -63,7 +66,6 @@ __all__ = [
 ]
 
 Params = dict[str, Tensor]
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Any]
 
 
 class ContinualModule(pl.LightningModule):
@@ -72,11 +74,13 @@ class ContinualModule(pl.LightningModule):
     Args:
         net: called with images `[B, C, H, W]`, returns logits `[B, num_classes]`.
         optimizer: factory over parameters, for example `partial(torch.optim.SGD, lr=0.1)`; it may return what
-            `configure_optimizers` may, a scheduler included.
+            `configure_optimizers` may, a scheduler included. A factory with a parameter `named_parameters`
+            gets pairs of name and parameter, for parameter groups.
         hparams: settings of the algorithm.
         spec: of the stream (`benchmark.spec`): the mask of each task and the normalisation of uint8 images.
             Without one, logits are not masked and images must come normalised.
         metrics: updated with `(logits, labels)` at every training step, logged and reset with the loss.
+            Copies score the validation and test samples, see `sequel_lightning.scores`.
         seed: of the plan, for methods that choose samples.
 
     Raises:
@@ -96,6 +100,10 @@ class ContinualModule(pl.LightningModule):
     scale: Tensor | None  # of uint8 images, [C, 1, 1], in the dtype of the weights
     shift: Tensor | None  # of uint8 images, [C, 1, 1]
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        accept_plain_values(cls)
+
     def __init__(
         self,
         net: nn.Module,
@@ -106,6 +114,8 @@ class ContinualModule(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_factory(optimizer)
+        check_metrics(metrics)
         if spec is not None:
             check_network(net, spec)
         if not isinstance(hparams, self.hparams_class):
@@ -120,6 +130,13 @@ class ContinualModule(pl.LightningModule):
         self.spec = spec
         self.metrics = metrics
         self.seed = seed
+        self.save_hyperparameters(
+            {
+                "hparams": plain_hparams(hparams),
+                "spec": None if spec is None else plain_spec(spec),
+                "seed": seed,
+            }
+        )
         self.tally = Tally()
         self.automatic_optimization = not self.own_clipping
         self.register_buffer("task_index", torch.tensor(-1))
@@ -140,6 +157,7 @@ class ContinualModule(pl.LightningModule):
         self._kept: Kept | None = None  # while an evaluation looks at a file
         self._consolidated_at: str | None = None  # fingerprint of the weights before the end-of-task work
         self._fitting = self._resumes = False
+        self._scores = TaskScores("val", None)
 
     # -- the algorithm: subclasses override these, in the order of the Flax bundle
 
@@ -159,11 +177,11 @@ class ContinualModule(pl.LightningModule):
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Do the end-of-task work on batches of the task's training samples, each sample once."""
 
-    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Return the logits `[B, num_classes]` that are evaluated."""
         return self.forward(x, t)
 
-    def alternatives(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def alternatives(self, x: Tensor, t: Tensor | None = None) -> dict[str, Tensor]:
         """Return what else can be predicted with, by name, as `predict` does: logits `[B, num_classes]`."""
         return {}
 
@@ -202,12 +220,15 @@ class ContinualModule(pl.LightningModule):
 
     # -- the network
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the logits `[B, num_classes]`, masked to the task of each sample where the scenario says so.
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        """Return the logits `[B, num_classes]`, masked to the task of each sample in the task scenario.
 
         Args:
             x: images `[B, C, H, W]`, or what else the network takes; see `normalise`.
-            t: task index of each sample `[B]`.
+            t: task index of each sample `[B]`; needed in the task scenario only.
+
+        Raises:
+            ValueError: no t in the task scenario.
         """
         return self.masked(self.network(x), t)
 
@@ -216,15 +237,30 @@ class ContinualModule(pl.LightningModule):
         logits: Tensor = self.net(self.normalise(x))
         return logits
 
-    def masked(self, logits: Tensor, t: Tensor) -> Tensor:
-        """Return the logits `[B, num_classes]`, masked to the tasks `[B]` if the scenario is `task`.
+    def masked(self, logits: Tensor, t: Tensor | None) -> Tensor:
+        """Return the logits `[B, num_classes]`, masked to the tasks `[B]` in the task scenario.
 
         Raises:
-            ValueError: logits or task indices of another shape.
+            ValueError: no t in the task scenario, or logits or task indices of another shape.
         """
         mask = self._buffers["mask"]
+        if mask is not None:
+            t = self.needed_tasks(t)
         check_logits(logits, t, mask)
         return logits if mask is None else mask_logits(logits, mask[t])
+
+    def needed_tasks(self, t: Tensor | None) -> Tensor:
+        """Return the task index of each sample, for logits that depend on it.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if t is None:
+            raise ValueError(
+                f"{self.algorithm_hparams.name} needs the task index of each sample here, because the logits "
+                "depend on it, got t=None; call module(x, t), or predict from batches (x, y, t)"
+            )
+        return t
 
     def normalise(self, x: Tensor) -> Tensor:
         """Return inputs as the network takes them.
@@ -336,8 +372,13 @@ class ContinualModule(pl.LightningModule):
         """
         self._resumes = self.trainer.ckpt_path is not None  # here, because a tuner's search sets it later
         check_task(self, self._resumes)
-        parameters = [p for part in self.trained().values() for p in part.parameters() if p.requires_grad]
-        configured = self.optimizer_factory(parameters)
+        named = [
+            (f"{prefix}.{name}" if prefix else name, p)
+            for prefix, part in self.trained().items()
+            for name, p in part.named_parameters()
+            if p.requires_grad
+        ]
+        configured = make_optimizer(self.optimizer_factory, named)
         hparams = self.algorithm_hparams
         if not isinstance(configured, Optimizer):
             if not self.automatic_optimization:
@@ -366,6 +407,8 @@ class ContinualModule(pl.LightningModule):
                 f"this Trainer is spent: max_epochs={trainer.max_epochs} or max_steps={trainer.max_steps} is "
                 "reached, so fit would train nothing; make a new Trainer for each task"
             )
+        if self.phase != TRAINING:
+            self._next_task()
         self._fitting = not trainer.fast_dev_run
         if self._fitting and self.algorithm_hparams.consolidate == "best":
             check_best_keeper(self, self._resumes)
@@ -457,22 +500,51 @@ class ContinualModule(pl.LightningModule):
 
     # -- Lightning: evaluation
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log `val/loss` and `val/accuracy` of the task's validation samples."""
-        self._evaluation_step(batch, batch_idx, "val")
+    def on_validation_epoch_start(self) -> None:
+        """Begin the scores of the validation samples."""
+        self._scores = TaskScores("val", self.metrics)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Log `test/loss` and `test/accuracy` of the task's test samples."""
-        self._evaluation_step(batch, batch_idx, "test")
+    def on_test_epoch_start(self) -> None:
+        """Begin the scores of the test samples."""
+        self._scores = TaskScores("test", self.metrics)
 
-    def _evaluation_step(self, batch: Any, batch_idx: int, name: str) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int | None = None) -> None:
+        """Add a batch to the scores of its tasks.
+
+        A batch without task indices belongs to the current task. If there are several loaders, it belongs to
+        the task with the index of its loader.
+        """
+        if dataloader_idx is not None:
+            batch = with_loaders_task(batch, dataloader_idx, self.spec)
         batch = self.as_batch(batch)
         if batch_idx == 0:
             check_tasks(batch.t, self.known)
-        logits = self.predict(batch.x, batch.t)
-        loss = F.cross_entropy(logits, batch.y)
-        scores = {f"{name}/loss": loss, f"{name}/accuracy": accuracy(logits, batch.y)}
-        self.log_dict(scores, on_epoch=True, prog_bar=True, batch_size=len(batch.y))
+        self._scores.update(self.predict(batch.x, batch.t), batch.y, batch.t)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int | None = None) -> None:
+        """Add a batch to the scores of its tasks, as `validation_step` does."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/accuracy`, `val/accuracy/task_<j>`, and the loss and the user's metrics alike."""
+        self._log_scores()
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/accuracy`, `test/accuracy/task_<j>`, and the loss and the user's metrics alike."""
+        self._log_scores()
+
+    def _log_scores(self) -> None:
+        for name, value in self._scores.compute().items():
+            self.log(name, value, prog_bar="/task_" not in name)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return what `predict` returns for a batch `x`, `(x,)`, `(x, y)`, `(x, y, t)` or a Batch."""
+        if isinstance(batch, Tensor):
+            return self.predict(batch)
+        if isinstance(batch, Batch) or len(batch) > 2:
+            batch = self.as_batch(batch)
+            return self.predict(batch.x, batch.t)
+        return self.predict(batch[0])
 
     # -- Lightning: checkpoints
 
@@ -502,7 +574,13 @@ class ContinualModule(pl.LightningModule):
 
     def _next_task(self) -> int:
         task = self.next_task()
-        return int(self.task_index) + 1 if task is None else task.index
+        index = int(self.task_index) + 1 if task is None else task.index
+        if self.spec is not None and index >= self.spec.num_tasks:
+            raise ValueError(
+                f"fit would begin task {index}, but the spec has tasks 0 to {self.spec.num_tasks - 1} only; "
+                "make the module with the spec of the whole stream"
+            )
+        return index
 
     def next_task(self) -> Task | None:
         """Return the task that this fit trains on; None where the loaders are of another kind than ours."""

@@ -120,8 +120,9 @@ class KCL(CoresetModule):
                 loss = loss + self.algorithm_hparams.tau * kernels.gaussian_kl(source, prior)
         return loss, logits
 
-    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Return the logits by the coreset of each sample's task, 0 where it has none yet."""
+        t = self.needed_tasks(t)
         hparams, kept, h = self.algorithm_hparams, self.kept, self.features(x)
         logits = h.new_zeros(len(x), self.spec.num_classes)
         for j in t.unique().tolist():
