@@ -15,7 +15,7 @@ purpose.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any, ClassVar
@@ -91,6 +91,7 @@ class ContinualModule(pl.LightningModule):
 
     hparams_class: type[AlgorithmHParams]
     own_clipping: str = ""  # of a method that takes its steps itself: its setting that clips
+    has_penalty = False  # whether the loss has terms beside the task's own, see `added`
     path_integrals: ClassVar[tuple[str, ...]] = ()  # trees that only the steps of a whole task can give
     moving_trees: ClassVar[tuple[str, ...]] = ()  # other trees that belong to the weights of a moment
     task_index: Tensor
@@ -167,6 +168,11 @@ class ContinualModule(pl.LightningModule):
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the training loss of a batch, shape (): the mean cross-entropy; subclasses add to it."""
         return F.cross_entropy(logits, batch.y)
+
+    def added(self, penalty: Tensor) -> Tensor:
+        """Return what a method adds to the task's own loss, shape (), and note it for `train/penalty`."""
+        self.tally.penalties.append(penalty.detach())
+        return penalty
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
@@ -597,9 +603,12 @@ class ContinualModule(pl.LightningModule):
         if self._fitting:
             self.tally.warn(int(self.task_index))
         scores = {"train/loss": report.loss, "train/accuracy": report.accuracy, **extra}
+        if self.has_penalty:
+            scores["train/penalty"] = report.penalty
         trainer: Any = self.trainer
-        if trainer.callbacks:  # who alone reads them; Lightning then looks at each at every step
+        if trainer.callbacks:  # the progress bar reads them; Lightning then looks at each at every step
             self.log_dict(scores, prog_bar=True, logger=False)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scores.items()})
         for logger in self.loggers if self.tally.after_step is None else ():  # else the orchestrator logs
             logger.log_metrics(scores, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 

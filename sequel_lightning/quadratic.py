@@ -133,6 +133,7 @@ def mean_gradients(
 class QuadraticModule(ContinualModule):
     """A quadratic penalty on importances that are taken at the end of a task; subclasses say which."""
 
+    has_penalty = True
     strength = 1.0  # factor of the penalty
     separate = False  # see `consolidate`
     gamma = 1.0  # see `consolidate`
@@ -161,7 +162,8 @@ class QuadraticModule(ContinualModule):
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return cross-entropy plus the penalty, shape ()."""
-        return super().loss(logits, batch) + self.strength * penalty(self.params(), *self.state)
+        added = self.added(self.strength * penalty(self.params(), *self.state))
+        return super().loss(logits, batch) + added
 
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Add the task's importances and move the anchor."""

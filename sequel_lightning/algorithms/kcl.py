@@ -52,6 +52,7 @@ class KCL(CoresetModule):
     """
 
     hparams_class = KCLHParams
+    has_penalty = True
     net: Any
     noise: Tensor | None
     basis_phase: Tensor | None
@@ -117,7 +118,7 @@ class KCL(CoresetModule):
             loss = self.loss(logits, batch)
             if self.rff:
                 prior = kernels.infer(self.kcl.prior, h)
-                loss = loss + self.algorithm_hparams.tau * kernels.gaussian_kl(source, prior)
+                loss = loss + self.added(self.algorithm_hparams.tau * kernels.gaussian_kl(source, prior))
         return loss, logits
 
     def predict(self, x: Tensor, t: Tensor | None = None) -> Tensor:

@@ -56,8 +56,7 @@ def test_parameter_groups_by_name_equal_a_loop_written_by_hand() -> None:
         with torch.no_grad():
             for name, p in net.named_parameters():
                 assert p.grad is not None
-                step = 0.02 * p.grad if name.endswith("bias") else 0.1 * (p.grad + 0.5 * p)
-                p -= step
+                p.sub_(0.02 * p.grad if name.endswith("bias") else 0.1 * (p.grad + 0.5 * p))
     for found, expected in zip(model.net.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 

@@ -32,8 +32,7 @@ def test_predict_returns_the_logits_of_the_test_samples(hparams: AlgorithmHParam
     benchmark = own_stream(hparams)
     model = module(benchmark, hparams)
     learn(model, benchmark, 0)
-    found = trainer().predict(model, data(benchmark, 0, eval_batch_size=10))
-    assert found is not None
+    found: Any = trainer().predict(model, data(benchmark, 0, eval_batch_size=10))
     assert [len(part) for part in found] == [10, 10, 3]
     split = benchmark.tasks[0].test
     samples = split.take(np.arange(len(split)))
@@ -70,9 +69,8 @@ def test_every_form_of_a_batch_gives_the_same_without_t(hparams: AlgorithmHParam
         DataLoader(TensorDataset(x, y, t), whole, collate_fn=as_named),
     ]
     for loader in loaders:
-        found = trainer().predict(model, loader)
-        assert found is not None
-        assert torch.equal(torch.cat(found), expected)  # type: ignore[arg-type]
+        found: Any = trainer().predict(model, loader)
+        assert torch.equal(torch.cat(found), expected)
 
 
 @pytest.mark.parametrize(("hparams", "scenario"), [(EWCHParams(), "task"), (KCL, "domain")])
