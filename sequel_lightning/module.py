@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import LearningRateFinder
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
@@ -131,6 +132,7 @@ class ContinualModule(pl.LightningModule):
         self.spec = spec
         self.metrics = metrics
         self.seed = seed
+        self.lr: float | None = None  # in place of the factory's; a tuner's `lr_find` sets it
         self.save_hyperparameters(
             {
                 "hparams": plain_hparams(hparams),
@@ -368,6 +370,12 @@ class ContinualModule(pl.LightningModule):
                     f"{self.algorithm_hparams.name} takes its steps itself: leave the Trainer's {name} out, "
                     f"got {value}; {self.own_clipping} is what clips"
                 )
+        searches = any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks)
+        if searches and not self.automatic_optimization:
+            raise ValueError(
+                f"{self.algorithm_hparams.name} takes its steps itself, so that Lightning's learning-rate "
+                "finder would measure a single rate; set the rate in the optimizer factory"
+            )
         return []
 
     def configure_optimizers(self) -> Any:
@@ -394,8 +402,13 @@ class ContinualModule(pl.LightningModule):
                     f"lr_decay={hparams.lr_decay} and a learning-rate scheduler both set the learning rate; "
                     "use lr_decay=1 or an optimizer alone"
                 )
+            if self.lr is not None:
+                raise ValueError(
+                    f"module.lr={self.lr} and a learning-rate scheduler both set the learning rate; give the "
+                    "factory this rate and set module.lr=None"
+                )
             return configured
-        rates = [group["lr"] for group in configured.param_groups]
+        rates = [group["lr"] if self.lr is None else self.lr for group in configured.param_groups]
         if self._carried_optimizer is not None and not hparams.reset_optimizer:
             configured.load_state_dict(copy.deepcopy(self._carried_optimizer))  # it would share the tensors
         task = int(self.task_index) if self.phase == TRAINING else self._next_task()
@@ -558,6 +571,7 @@ class ContinualModule(pl.LightningModule):
         """Add what is not a buffer: the step count, what is not yet reported, the carried optimizer state."""
         checkpoint["sequel"] = {
             **self.tally.state(),
+            "lr": self.lr,
             "carried_optimizer": self._carried_optimizer,
             "consolidated_at": self._consolidated_at,
             "generators": self._generators or [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
@@ -569,8 +583,11 @@ class ContinualModule(pl.LightningModule):
         if "waiting" not in found:
             raise ValueError("the checkpoint was not written by a ContinualModule of this version of sequel")
         fn = None if self._trainer is None else self._trainer.state.fn
-        if fn in ("validate", "test", "predict") and self._kept is None and self.phase == CONSOLIDATED:
+        evaluates = fn in ("validate", "test", "predict")
+        if evaluates and self._kept is None and self.phase == CONSOLIDATED:
             self._kept = keep(self)
+        if not evaluates:
+            self.lr = found.get("lr")
         self.tally.load(found)
         self._carried_optimizer = found["carried_optimizer"]
         self._consolidated_at = found["consolidated_at"]

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from sequel_core.hparams import NaiveHParams
 from sequel_lightning import Naive
 from tests.lightning.parts import (
-    BATCH,
     KCL,
     MOMENTUM,
     STEPS,
@@ -136,4 +135,3 @@ def test_one_fit_too_many_raises_before_training(own: bool) -> None:
         trainer().fit(model, own_loader(benchmark, 0, with_task=False))
     assert_same(everything(model), before)
     assert model.tally.steps_done == 2 * (STEPS + own)
-    assert BATCH * STEPS + 2 == len(benchmark.tasks[0].train)

@@ -20,9 +20,7 @@ from tests.lightning.parts import (
     CLASSES,
     At,
     arrays,
-    learn,
     module,
-    network,
     own_loader,
     stream,
     trainer,
@@ -37,7 +35,9 @@ def held_out(benchmark: Benchmark, task: int, with_task: bool) -> DataLoader[Any
     return DataLoader(TensorDataset(*tensors[: 2 + with_task]), batch_size=6)
 
 
-def by_hand(model: ContinualModule, benchmark: Benchmark, tasks: Any, masked: bool = False) -> dict[str, float]:
+def by_hand(
+    model: ContinualModule, benchmark: Benchmark, tasks: Any, masked: bool = False
+) -> dict[str, float]:
     """Return loss and accuracy of each task and the means over tasks, from the network's own logits."""
     scores: dict[str, float] = {}
     for task in tasks:
@@ -63,13 +63,12 @@ def test_forgetting_is_visible_while_training(with_task: bool, scenario: Any, tm
     benchmark = stream(3, scenario)
     model = module(benchmark, EWCHParams(), spec=benchmark.spec._replace(image_dtype="float32"))
     for task in range(2):
-        seen: list[dict[str, float]] = []
-        expected: list[dict[str, float]] = []
+        seen: list[tuple[dict[str, float], dict[str, float]]] = []
 
-        def note(trainer: pl.Trainer, _: str, seen: Any = seen, expected: Any = expected, task: int = task) -> None:
+        def note(trainer: pl.Trainer, _: str, seen: Any = seen, tasks: Any = range(task + 1)) -> None:
             if not trainer.sanity_checking:
-                seen.append(vals(trainer.callback_metrics))
-                expected.append(by_hand(model, benchmark, range(task + 1), scenario == "task"))
+                wanted = by_hand(model, benchmark, tasks, scenario == "task")
+                seen.append((vals(trainer.callback_metrics), wanted))
 
         best = ModelCheckpoint(tmp_path / f"{scenario}{task}", monitor="val/accuracy/task_0", mode="max")
         stop = EarlyStopping("val/loss/task_0", patience=9)
@@ -81,10 +80,10 @@ def test_forgetting_is_visible_while_training(with_task: bool, scenario: Any, tm
             val_dataloaders=[held_out(benchmark, j, with_task) for j in range(task + 1)],
         )
         assert len(seen) == 2
-        for found, wanted in zip(seen, expected, strict=True):
+        for found, wanted in seen:
             assert found == pytest.approx(wanted, rel=1e-5)
-        assert float(best.best_model_score or -1) == max(found["val/accuracy/task_0"] for found in seen)
-        assert float(stop.best_score) == min(found["val/loss/task_0"] for found in seen)
+        assert float(best.best_model_score or -1) == max(found["val/accuracy/task_0"] for found, _ in seen)
+        assert float(stop.best_score) == min(found["val/loss/task_0"] for found, _ in seen)
 
 
 def test_the_tasks_in_one_loader_are_told_apart_by_t() -> None:
@@ -108,7 +107,6 @@ def test_a_single_loader_without_t_is_of_the_current_task() -> None:
 def test_several_test_loaders() -> None:
     benchmark = stream()
     model = module(benchmark, NaiveHParams(), spec=None)
-    learn(module(benchmark, NaiveHParams()), benchmark, 0)
     loaders = [held_out(benchmark, j, with_task=False) for j in range(3)]
     found = trainer().test(model, loaders, verbose=False)
     expected = {k.replace("val/", "test/"): v for k, v in by_hand(model, benchmark, range(3)).items()}
@@ -120,7 +118,7 @@ def test_a_loader_of_another_task_raises() -> None:
     benchmark = stream(2, "task")
     model = module(benchmark, NaiveHParams(), spec=benchmark.spec._replace(image_dtype="float32"))
     swapped = [held_out(benchmark, j, with_task=False) for j in (1, 0)]
-    with pytest.raises(ValueError, match=r"loader 0 has labels \[2, 3\].*not classes of task 0; give batches"):
+    with pytest.raises(ValueError, match=r"loader 0 has labels \[2, 3\].*not classes of task 0"):
         trainer().validate(model, swapped)
     three = [held_out(benchmark, j, with_task=False) for j in (0, 1, 1)]
     with pytest.raises(ValueError, match="belong to the 2 tasks in order"):
@@ -173,4 +171,3 @@ def test_metrics_that_cannot_be_logged_raise(metrics: Any, message: str) -> None
     benchmark = stream()
     with pytest.raises(ValueError, match=message):
         module(benchmark, NaiveHParams(), metrics=metrics)
-    assert network(benchmark) is not None
