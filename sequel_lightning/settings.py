@@ -95,9 +95,9 @@ def spec_from(plain: Mapping[str, Any]) -> StreamSpec:
 
 
 def accept_plain_values(cls: Any) -> None:
-    """Let the constructor of a class of algorithms take plain values, and say which settings it takes.
+    """Let the constructor of a class of algorithms take plain values, and annotate which settings it takes.
 
-    `load_from_checkpoint` passes plain values. LightningCLI reads the class of `hparams` from its annotation.
+    `load_from_checkpoint` passes plain values. LightningCLI reads the types of arguments from annotations.
     """
     construct = cls.__init__
     signature = inspect.signature(construct)
@@ -114,9 +114,9 @@ def accept_plain_values(cls: Any) -> None:
             bound.arguments["spec"] = spec_from(spec)
         construct(*bound.args, **bound.kwargs)
 
-    annotations = {**construct.__annotations__, "hparams": cls.hparams_class}
-    settings = signature.parameters["hparams"].replace(annotation=cls.hparams_class)
-    parameters = {**signature.parameters, "hparams": settings}
-    init.__annotations__ = annotations
-    init.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
+    types: dict[str, Any] = {"hparams": cls.hparams_class, "spec": StreamSpec | dict[str, Any] | None}
+    init.__annotations__ = {k: types.get(k, kind) for k, kind in construct.__annotations__.items()}
+    init.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[p.replace(annotation=types.get(k, p.annotation)) for k, p in signature.parameters.items()]
+    )
     cls.__init__ = init
