@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` 
 EWC = EWCHParams(ewc_lambda=10.0, fisher_samples=None)
 MAS = MASHParams(mas_lambda=0.1)
 DER = DERHParams(mem_size=9, mem_batch_size=6)
-RBF = KCLHParams(core_size=4, kernel_type="rbf")
+RBF = KCLHParams(core_size=4, kernel_type="rbf", task_given=True)
 
 
 class Rate:
