@@ -23,7 +23,8 @@ from sequel_lightning.algorithms import ALGORITHMS
 from sequel_lightning.backbones import BACKBONES, initialise
 from sequel_lightning.learner import SEEDS, TORCH_DTYPES, LightningLearner
 from sequel_lightning.loggers import LOGGERS
-from sequel_lightning.module import ContinualModule, OptimizerFactory
+from sequel_lightning.module import ContinualModule
+from sequel_lightning.optimizers import OptimizerFactory, make_optimizer
 
 
 def build_optimizer(hparams: OptimizerHParams) -> OptimizerFactory:
@@ -140,7 +141,7 @@ def own_optimizer(target: Target) -> OptimizerFactory:
     """
     factory: OptimizerFactory = replace(target, partial=True).make()
     try:
-        factory([nn.Parameter(torch.zeros(1, 1))])
+        make_optimizer(factory, [("weight", nn.Parameter(torch.zeros(1, 1)))])
     except ValueError as error:
         raise ValueError(f"{target.key}: {error}") from error
     return factory

@@ -128,3 +128,7 @@ class TaskDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> Any:
         """Return the test batches."""
         return EvaluationBatches(self.task.test, self.eval_batch_size)
+
+    def predict_dataloader(self) -> Any:
+        """Return the test batches; `predict_step` does not read their labels."""
+        return self.test_dataloader()

@@ -132,7 +132,7 @@ class ExemplarModule(ContinualModule):
         self.has_mean.copy_(has_mean)
         self.learned.copy_(self.task_index)
 
-    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Return minus the squared distances from the means; the head's logits where there are none."""
         if self.learned < 0 or self.learned != self.task_index:
             return self.forward(x, t)
@@ -141,7 +141,7 @@ class ExemplarModule(ContinualModule):
         known = (self.has_mean[None] if mask is None else self.has_mean & mask[t]).any(1, keepdim=True)
         return near if known.all() else near.where(known, self.forward(x, t))
 
-    def alternatives(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def alternatives(self, x: Tensor, t: Tensor | None = None) -> dict[str, Tensor]:
         """Return the logits of the head."""
         return {"head": self.forward(x, t)}
 

@@ -85,6 +85,7 @@ class LightningLearner:
         if module.spec is None:
             raise ValueError("the module has no spec; construct it with spec=benchmark.spec")
         self.module = module
+        module.save_hyperparameters(dict(module.hparams), logger=False)  # the run's configuration is logged
         self.hparams = module.algorithm_hparams
         self.training = training or TrainingHParams()
         self.spec: StreamSpec = module.spec

@@ -15,13 +15,14 @@ purpose.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import LearningRateFinder
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
@@ -49,7 +50,10 @@ from sequel_lightning.lifecycle import (
     put_back,
     take_best,
 )
-from sequel_lightning.reporting import Report, Tally, accuracy
+from sequel_lightning.optimizers import OptimizerFactory, check_factory, make_optimizer
+from sequel_lightning.reporting import Report, Tally
+from sequel_lightning.scores import TaskScores, check_metrics, with_loaders_task
+from sequel_lightning.settings import accept_plain_values, plain_hparams, plain_spec
 from sequel_lightning.trees import ParameterTree
 
 __all__ = [
@@ -64,7 +68,6 @@ __all__ = [
 ]
 
 Params = dict[str, Tensor]
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], Any]
 
 
 class ContinualModule(pl.LightningModule):
@@ -73,11 +76,13 @@ class ContinualModule(pl.LightningModule):
     Args:
         net: called with images `[B, C, H, W]`, returns logits `[B, num_classes]`.
         optimizer: factory over parameters, for example `partial(torch.optim.SGD, lr=0.1)`; it may return what
-            `configure_optimizers` may, a scheduler included.
+            `configure_optimizers` may, a scheduler included. A factory with a parameter `named_parameters`
+            gets pairs of name and parameter, for parameter groups.
         hparams: settings of the algorithm.
         spec: of the stream (`benchmark.spec`): the mask of each task and the normalisation of uint8 images.
             Without one, logits are not masked and images must come normalised.
         metrics: updated with `(logits, labels)` at every training step, logged and reset with the loss.
+            Copies score the validation and test samples, see `sequel_lightning.scores`.
         seed: of the plan, for methods that choose samples.
 
     Raises:
@@ -88,6 +93,7 @@ class ContinualModule(pl.LightningModule):
 
     hparams_class: type[AlgorithmHParams]
     own_clipping: str = ""  # of a method that takes its steps itself: its setting that clips
+    has_penalty = False  # whether the loss has terms beside the task's own, see `added`
     path_integrals: ClassVar[tuple[str, ...]] = ()  # trees that only the steps of a whole task can give
     moving_trees: ClassVar[tuple[str, ...]] = ()  # other trees that belong to the weights of a moment
     task_index: Tensor
@@ -96,6 +102,10 @@ class ContinualModule(pl.LightningModule):
     mask: Tensor | None  # the classes of each task, bool [T, num_classes]; None if logits are not masked
     scale: Tensor | None  # of uint8 images, [C, 1, 1], in the dtype of the weights
     shift: Tensor | None  # of uint8 images, [C, 1, 1]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        accept_plain_values(cls)
 
     def __init__(
         self,
@@ -107,6 +117,8 @@ class ContinualModule(pl.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_factory(optimizer)
+        check_metrics(metrics)
         if spec is not None:
             check_network(net, spec)
         if not isinstance(hparams, self.hparams_class):
@@ -121,6 +133,14 @@ class ContinualModule(pl.LightningModule):
         self.spec = spec
         self.metrics = metrics
         self.seed = seed
+        self.lr: float | None = None  # in place of the factory's; a tuner's `lr_find` sets it
+        self.save_hyperparameters(
+            {
+                "hparams": plain_hparams(hparams),
+                "spec": None if spec is None else plain_spec(spec),
+                "seed": seed,
+            }
+        )
         self.tally = Tally()
         self.automatic_optimization = not self.own_clipping
         self.register_buffer("task_index", torch.tensor(-1))
@@ -142,6 +162,7 @@ class ContinualModule(pl.LightningModule):
         self._consolidated_at: str | None = None  # fingerprint of the weights before the end-of-task work
         self._fitting = self._resumes = False
         self._trained_params: Params = {}  # `params()` while a fit runs: a deep network is slow to list
+        self._scores = TaskScores("val", None)
 
     # -- the algorithm: subclasses override these, in the order of the Flax bundle
 
@@ -152,6 +173,11 @@ class ContinualModule(pl.LightningModule):
         """Return the training loss of a batch, shape (): the mean cross-entropy; subclasses add to it."""
         return F.cross_entropy(logits, batch.y)
 
+    def added(self, penalty: Tensor) -> Tensor:
+        """Return what a method adds to the task's own loss, shape (), and note it for `train/penalty`."""
+        self.tally.penalties.append(penalty.detach())
+        return penalty
+
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
         batch = self.trained_on(batch)
@@ -161,11 +187,11 @@ class ContinualModule(pl.LightningModule):
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Do the end-of-task work on batches of the task's training samples, each sample once."""
 
-    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Return the logits `[B, num_classes]` that are evaluated."""
         return self.forward(x, t)
 
-    def alternatives(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def alternatives(self, x: Tensor, t: Tensor | None = None) -> dict[str, Tensor]:
         """Return what else can be predicted with, by name, as `predict` does: logits `[B, num_classes]`."""
         return {}
 
@@ -204,12 +230,15 @@ class ContinualModule(pl.LightningModule):
 
     # -- the network
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Return the logits `[B, num_classes]`, masked to the task of each sample where the scenario says so.
+    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
+        """Return the logits `[B, num_classes]`, masked to the task of each sample in the task scenario.
 
         Args:
             x: images `[B, C, H, W]`, or what else the network takes; see `normalise`.
-            t: task index of each sample `[B]`.
+            t: task index of each sample `[B]`; needed in the task scenario only.
+
+        Raises:
+            ValueError: no t in the task scenario.
         """
         return self.masked(self.network(x), t)
 
@@ -218,15 +247,30 @@ class ContinualModule(pl.LightningModule):
         logits: Tensor = self.net(self.normalise(x))
         return logits
 
-    def masked(self, logits: Tensor, t: Tensor) -> Tensor:
-        """Return the logits `[B, num_classes]`, masked to the tasks `[B]` if the scenario is `task`.
+    def masked(self, logits: Tensor, t: Tensor | None) -> Tensor:
+        """Return the logits `[B, num_classes]`, masked to the tasks `[B]` in the task scenario.
 
         Raises:
-            ValueError: logits or task indices of another shape.
+            ValueError: no t in the task scenario, or logits or task indices of another shape.
         """
         mask = self._buffers["mask"]
+        if mask is not None:
+            t = self.needed_tasks(t)
         check_logits(logits, t, mask)
         return logits if mask is None else mask_logits(logits, mask[t])
+
+    def needed_tasks(self, t: Tensor | None) -> Tensor:
+        """Return the task index of each sample, for logits that depend on it.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if t is None:
+            raise ValueError(
+                f"{self.algorithm_hparams.name} needs the task index of each sample here, because the logits "
+                "depend on it, got t=None; call module(x, t), or predict from batches (x, y, t)"
+            )
+        return t
 
     def normalise(self, x: Tensor) -> Tensor:
         """Return inputs as the network takes them.
@@ -362,6 +406,12 @@ class ContinualModule(pl.LightningModule):
                     f"{self.algorithm_hparams.name} takes its steps itself: leave the Trainer's {name} out, "
                     f"got {value}; {self.own_clipping} is what clips"
                 )
+        searches = any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks)
+        if searches and not self.automatic_optimization:
+            raise ValueError(
+                f"{self.algorithm_hparams.name} takes its steps itself, so that Lightning's learning-rate "
+                "finder would measure a single rate; set the rate in the optimizer factory"
+            )
         return []
 
     def configure_optimizers(self) -> Any:
@@ -378,7 +428,7 @@ class ContinualModule(pl.LightningModule):
                 f"{hparams.name} needs a parameter to train, got a network whose parameters all have "
                 "requires_grad=False; call requires_grad_() on what is to be trained"
             )
-        configured = self.optimizer_factory(list(names))
+        configured = make_optimizer(self.optimizer_factory, ((name, p) for p, name in names.items()))
         if not isinstance(configured, Optimizer):
             if not self.automatic_optimization:
                 raise ValueError(f"{hparams.name} takes its steps itself, without a scheduler; leave it out")
@@ -387,8 +437,13 @@ class ContinualModule(pl.LightningModule):
                     f"lr_decay={hparams.lr_decay} and a learning-rate scheduler both set the learning rate; "
                     "use lr_decay=1 or an optimizer alone"
                 )
+            if self.lr is not None:
+                raise ValueError(
+                    f"module.lr={self.lr} and a learning-rate scheduler both set the learning rate; give the "
+                    "factory this rate and set module.lr=None"
+                )
             return configured
-        rates = [group["lr"] for group in configured.param_groups]
+        rates = [group["lr"] if self.lr is None else self.lr for group in configured.param_groups]
         if self._carried_optimizer is not None and not hparams.reset_optimizer:
             carried = copy.deepcopy(self._carried_optimizer)  # the optimizer would share the tensors
             carry_over(carried, configured, names)
@@ -407,6 +462,8 @@ class ContinualModule(pl.LightningModule):
                 f"this Trainer is spent: max_epochs={trainer.max_epochs} or max_steps={trainer.max_steps} is "
                 "reached, so fit would train nothing; make a new Trainer for each task"
             )
+        if self.phase != TRAINING:
+            self._next_task()
         self._fitting = not trainer.fast_dev_run
         if self._fitting and self.algorithm_hparams.consolidate == "best":
             check_best_keeper(self, self._resumes)
@@ -505,22 +562,51 @@ class ContinualModule(pl.LightningModule):
 
     # -- Lightning: evaluation
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log `val/loss` and `val/accuracy` of the task's validation samples."""
-        self._evaluation_step(batch, batch_idx, "val")
+    def on_validation_epoch_start(self) -> None:
+        """Begin the scores of the validation samples."""
+        self._scores = TaskScores("val", self.metrics)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Log `test/loss` and `test/accuracy` of the task's test samples."""
-        self._evaluation_step(batch, batch_idx, "test")
+    def on_test_epoch_start(self) -> None:
+        """Begin the scores of the test samples."""
+        self._scores = TaskScores("test", self.metrics)
 
-    def _evaluation_step(self, batch: Any, batch_idx: int, name: str) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int | None = None) -> None:
+        """Add a batch to the scores of its tasks.
+
+        A batch without task indices belongs to the current task. If there are several loaders, it belongs to
+        the task with the index of its loader.
+        """
+        if dataloader_idx is not None:
+            batch = with_loaders_task(batch, dataloader_idx, self.spec)
         batch = self.as_batch(batch)
         if batch_idx == 0:
             check_tasks(batch.t, self.known)
-        logits = self.predict(batch.x, batch.t)
-        loss = F.cross_entropy(logits, batch.y)
-        scores = {f"{name}/loss": loss, f"{name}/accuracy": accuracy(logits, batch.y)}
-        self.log_dict(scores, on_epoch=True, prog_bar=True, batch_size=len(batch.y))
+        self._scores.update(self.predict(batch.x, batch.t), batch.y, batch.t)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int | None = None) -> None:
+        """Add a batch to the scores of its tasks, as `validation_step` does."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/accuracy`, `val/accuracy/task_<j>`, and the loss and the user's metrics alike."""
+        self._log_scores()
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/accuracy`, `test/accuracy/task_<j>`, and the loss and the user's metrics alike."""
+        self._log_scores()
+
+    def _log_scores(self) -> None:
+        for name, value in self._scores.compute().items():
+            self.log(name, value, prog_bar="/task_" not in name)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Return what `predict` returns for a batch `x`, `(x,)`, `(x, y)`, `(x, y, t)` or a Batch."""
+        if isinstance(batch, Tensor):
+            return self.predict(batch)
+        if isinstance(batch, Batch) or len(batch) > 2:
+            batch = self.as_batch(batch)
+            return self.predict(batch.x, batch.t)
+        return self.predict(batch[0])
 
     # -- Lightning: checkpoints
 
@@ -528,6 +614,7 @@ class ContinualModule(pl.LightningModule):
         """Add what is not a buffer: the step count, what is not yet reported, the carried optimizer state."""
         checkpoint["sequel"] = {
             **self.tally.state(),
+            "lr": self.lr,
             "carried_optimizer": self._carried_optimizer,
             "consolidated_at": self._consolidated_at,
             "generators": self._generators or [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
@@ -539,8 +626,11 @@ class ContinualModule(pl.LightningModule):
         if "waiting" not in found:
             raise ValueError("the checkpoint was not written by a ContinualModule of this version of sequel")
         fn = None if self._trainer is None else self._trainer.state.fn
-        if fn in ("validate", "test", "predict") and self._kept is None and self.phase == CONSOLIDATED:
+        evaluates = fn in ("validate", "test", "predict")
+        if evaluates and self._kept is None and self.phase == CONSOLIDATED:
             self._kept = keep(self)
+        if not evaluates:
+            self.lr = found.get("lr")
         self.tally.load(found)
         self._carried_optimizer = found["carried_optimizer"]
         self._consolidated_at = found["consolidated_at"]
@@ -550,7 +640,13 @@ class ContinualModule(pl.LightningModule):
 
     def _next_task(self) -> int:
         task = self.next_task()
-        return int(self.task_index) + 1 if task is None else task.index
+        index = int(self.task_index) + 1 if task is None else task.index
+        if self.spec is not None and index >= self.spec.num_tasks:
+            raise ValueError(
+                f"fit would begin task {index}, but the spec has tasks 0 to {self.spec.num_tasks - 1} only; "
+                "make the module with the spec of the whole stream"
+            )
+        return index
 
     def next_task(self) -> Task | None:
         """Return the task that this fit trains on; None where the loaders are of another kind than ours."""
@@ -567,9 +663,12 @@ class ContinualModule(pl.LightningModule):
         if self._fitting:
             self.tally.warn(int(self.task_index))
         scores = {"train/loss": report.loss, "train/accuracy": report.accuracy, **extra}
+        if self.has_penalty:
+            scores["train/penalty"] = report.penalty
         trainer: Any = self.trainer
-        if trainer.callbacks:  # who alone reads them; Lightning then looks at each at every step
+        if trainer.callbacks:  # the progress bar reads them; Lightning then looks at each at every step
             self.log_dict(scores, prog_bar=True, logger=False)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scores.items()})
         for logger in self.loggers if self.tally.after_step is None else ():  # else the orchestrator logs
             logger.log_metrics(scores, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
@@ -590,7 +689,7 @@ class ContinualModule(pl.LightningModule):
     def _names_of_trained(self) -> dict[nn.Parameter, str]:
         """Return the name of each trained parameter, of the network and of what else is trained."""
         return {
-            p: f"{part}.{name}"
+            p: f"{part}.{name}" if part else name
             for part, module in self.trained().items()
             for name, p in module.named_parameters()
             if p.requires_grad

@@ -119,6 +119,7 @@ def mean_gradients(
 class QuadraticModule(ContinualModule):
     """A quadratic penalty on importances that are taken at the end of a task; subclasses say which."""
 
+    has_penalty = True
     strength = 1.0  # factor of the penalty
     separate = False  # see `consolidate`
     gamma = 1.0  # see `consolidate`
@@ -149,7 +150,7 @@ class QuadraticModule(ContinualModule):
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return cross-entropy plus the penalty, shape ()."""
         params = self._trained_params or self.params()
-        return super().loss(logits, batch) + self.strength * penalty(params, *self.state)
+        return super().loss(logits, batch) + self.added(self.strength * penalty(params, *self.state))
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`.

@@ -217,6 +217,9 @@ class ReplayModule(ContinualModule):
         batch = self.planned(batch)
         own, *drawn = look(self, draws(self.held, batch), self.together)
         loss = self.replay_loss(own, drawn)
+        if self.has_penalty:
+            with torch.no_grad():
+                self.added(loss - mean_cross_entropy(own))
         self.remember(batch, own)
         return loss, own.masked
 

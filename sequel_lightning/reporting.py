@@ -25,6 +25,7 @@ class Report(NamedTuple):
 
     loss: float
     accuracy: float
+    penalty: float  # the part of the loss that the method adds to the task's own
     first_bad_step: int | None  # how many steps before the end of the report the loss was first not finite
     extra: dict[str, float]  # the user's own metrics
 
@@ -57,6 +58,7 @@ class Tally:
         self.numbers = 0  # that wait
         self.known: Tensor | None = None  # as in check_batch, for a user's loader
         self.counts: Counts | None = None  # of what no longer waits
+        self.penalties: list[Tensor] = []  # what methods added to the losses since the last report
         self.report: Report | None = None  # made by the latest step, if it made one
         self.next_task: Task | None = None  # the learner's, while it fits; else the data module tells
         self.after_step: Callable[[pl.Trainer, int], None] | None = None  # the learner's, while it fits
@@ -70,6 +72,7 @@ class Tally:
     def clear(self) -> None:
         """Forget what was not reported."""
         self.waiting.clear()
+        self.penalties.clear()
         self.numbers, self.counts = 0, None
 
     def add(self, loss: Tensor, logits: Tensor, y: Tensor, t: Tensor) -> None:
@@ -106,8 +109,9 @@ class Tally:
             torch.minimum(counts.bad_step, step.where(~losses.isfinite(), NEVER).min()),
             wrong,
         )
+        penalties = [torch.stack([p.to(exact) for p in self.penalties]).sum()] if self.penalties else []
         self.clear()
-        self.counts = counts
+        self.counts, self.penalties = counts, penalties
         return counts
 
     def make_report(self, extra: dict[str, float]) -> Report:
@@ -123,6 +127,7 @@ class Tally:
         report = Report(
             loss=float(loss) / int(steps),
             accuracy=int(correct) / int(samples),
+            penalty=sum(map(float, self.penalties)) / int(steps),
             first_bad_step=int(steps - bad_step) if bad_step < NEVER else None,
             extra=extra,
         )
@@ -149,6 +154,7 @@ class Tally:
             "steps_done": self.steps_done,
             "task_start": self.task_start,
             "waiting": [tensor.cpu() for step in self.waiting for tensor in step],
+            "penalties": [penalty.cpu() for penalty in self.penalties],
             "counts": [] if self.counts is None else [tensor.cpu() for tensor in self.counts],
         }
 
@@ -159,6 +165,7 @@ class Tally:
         found = state["waiting"]
         self.waiting = list(zip(found[::4], found[1::4], found[2::4], found[3::4], strict=True))
         self.numbers = sum(step[1].numel() + STEP for step in self.waiting)
+        self.penalties = list(state.get("penalties", []))
         self.counts = Counts(*state["counts"]) if state["counts"] else None
 
     def move(self, device: torch.device) -> None:
@@ -166,6 +173,7 @@ class Tally:
         self.waiting = [
             (a.to(device), b.to(device), c.to(device), d.to(device)) for a, b, c, d in self.waiting
         ]
+        self.penalties = [penalty.to(device) for penalty in self.penalties]
         if self.counts is not None:
             self.counts = Counts(*(tensor.to(device) for tensor in self.counts))
 

@@ -37,6 +37,7 @@ class DER(ReplayModule):
     """Dark experience replay."""
 
     hparams_class = DERHParams
+    has_penalty = True
     algorithm_hparams: DERHParams
     keep_logits = True
 

@@ -29,6 +29,7 @@ class DERpp(ReplayModule):
     """DER++."""
 
     hparams_class = DERppHParams
+    has_penalty = True
     algorithm_hparams: DERppHParams
     num_draws = 2
     keep_logits = True

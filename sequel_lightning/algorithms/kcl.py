@@ -52,6 +52,7 @@ class KCL(CoresetModule):
     """
 
     hparams_class = KCLHParams
+    has_penalty = True
     net: Any
     noise: Tensor | None
     basis_phase: Tensor | None
@@ -117,11 +118,12 @@ class KCL(CoresetModule):
             loss = self.loss(logits, batch)
             if self.rff:
                 prior = kernels.infer(self.kcl.prior, h)
-                loss = loss + self.algorithm_hparams.tau * kernels.gaussian_kl(source, prior)
+                loss = loss + self.added(self.algorithm_hparams.tau * kernels.gaussian_kl(source, prior))
         return loss, logits
 
-    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Return the logits by the coreset of each sample's task, 0 where it has none yet."""
+        t = self.needed_tasks(t)
         hparams, kept, h = self.algorithm_hparams, self.kept, self.features(x)
         logits = h.new_zeros(len(x), self.spec.num_classes)
         for j in t.unique().tolist():

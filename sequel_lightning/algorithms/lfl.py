@@ -56,6 +56,7 @@ class LFL(ContinualModule):
     """
 
     hparams_class = LFLHParams
+    has_penalty = True
     algorithm_hparams: LFLHParams
     net: Any
     learned: Tensor
@@ -90,7 +91,7 @@ class LFL(ContinualModule):
         if self.learned > 0:
             with evaluating(self.old), torch.no_grad():
                 old = self.old.features(x)
-            loss = loss + self.algorithm_hparams.lfl_lambda * feature_distance(features, old)
+            loss = loss + self.added(self.algorithm_hparams.lfl_lambda * feature_distance(features, old))
         return loss, logits
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -151,7 +151,7 @@ class MCSGD(ReplayModule):
         self.set_params(w)
         self.learned.fill_(task)
 
-    def alternatives(self, x: Tensor, t: Tensor) -> dict[str, Tensor]:
+    def alternatives(self, x: Tensor, t: Tensor | None = None) -> dict[str, Tensor]:
         """Return the logits of w_hat."""
         with holding(self, self.w_hat.get() if self.learned == self.task_index else {}):
             return {"w_hat": self.forward(x, t)}

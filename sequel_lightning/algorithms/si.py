@@ -61,6 +61,7 @@ class SI(ContinualModule):
     """Synaptic intelligence."""
 
     hparams_class = SIHParams
+    has_penalty = True
     path_integrals = ("path",)
     algorithm_hparams: SIHParams
 
@@ -93,7 +94,7 @@ class SI(ContinualModule):
         with torch.no_grad():
             params = self._trained_params or self.params()
             pull = penalty(params, self.anchor.get(), self.importance.get())
-        return super().loss(logits, batch) + self.strength * pull
+        return super().loss(logits, batch) + self.added(self.strength * pull)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Keep the gradient of the cross-entropy and add the penalty's, before clipping."""

@@ -1,0 +1,122 @@
+"""Settings and stream specs as plain values, in checkpoints and in hparams.yaml, and back.
+
+Plain values are numbers, texts, lists and dictionaries: `torch.load(weights_only=True)` reads them, and YAML
+is readable. A constructor takes them in place of `hparams` and `spec`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from sequel_core.hparams import AlgorithmHParams
+from sequel_core.task import Augmentation, Normalisation, StreamSpec
+
+
+def plain_hparams(hparams: AlgorithmHParams) -> dict[str, Any]:
+    """Return the name of the algorithm and its settings."""
+    values = {field.name: getattr(hparams, field.name) for field in fields(hparams)}
+    return {"name": hparams.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+
+
+def plain_spec(spec: StreamSpec) -> dict[str, Any]:
+    """Return the spec; in place of the mask, the classes of each task."""
+    normalisation, augmentation = spec.normalisation, spec.augmentation
+    return {
+        "image_shape": [int(n) for n in spec.image_shape],
+        "num_classes": int(spec.num_classes),
+        "num_tasks": int(spec.num_tasks),
+        "scenario": str(spec.scenario),
+        "classes": [np.flatnonzero(row).tolist() for row in spec.mask],
+        "normalisation": {k: [float(v) for v in vars(normalisation)[k]] for k in ("mean", "std")},
+        "image_dtype": str(spec.image_dtype),
+        "augmentation": {"padding": int(augmentation.padding), "flip": bool(augmentation.flip)},
+    }
+
+
+def hparams_from(plain: Mapping[str, Any], kind: type[AlgorithmHParams]) -> AlgorithmHParams:
+    """Return the settings that `plain_hparams` wrote down; what is left out has its default.
+
+    Raises:
+        ValueError: settings of another algorithm, an unknown setting, or a value out of its range.
+    """
+    values = dict(plain)
+    name = values.pop("name", kind.name)
+    if name != kind.name:
+        raise ValueError(f"hparams are settings of {name}, and {kind.name} is what they are given to")
+    known = [field.name for field in fields(kind)]
+    unknown = sorted(values.keys() - set(known))
+    if unknown:
+        raise ValueError(
+            f"{kind.name} has no setting {', '.join(unknown)}; its settings are {', '.join(known)}"
+        )
+    return kind(**values)
+
+
+def spec_from(plain: Mapping[str, Any]) -> StreamSpec:
+    """Return the spec that `plain_spec` wrote down.
+
+    Raises:
+        ValueError: a field is missing or unknown, or a class is not below `num_classes`.
+    """
+    values = dict(plain)
+    classes = values.pop("classes", [])
+    needed = {"image_shape", "num_classes", "num_tasks", "scenario"}
+    wrong = (needed - values.keys()) | (values.keys() - set(StreamSpec._fields))
+    if wrong:
+        raise ValueError(
+            f"spec must have {', '.join(sorted(needed))} and classes, and may have the other fields of "
+            f"StreamSpec; missing or unknown: {', '.join(sorted(wrong))}"
+        )
+    num_tasks, num_classes = values["num_tasks"], values["num_classes"]
+    if len(classes) != num_tasks or not all(0 <= c < num_classes for row in classes for c in row):
+        raise ValueError(
+            f"spec.classes must list, for each of the {num_tasks} tasks, classes from 0 to "
+            f"{num_classes - 1}, got {classes}"
+        )
+    mask = np.zeros((num_tasks, num_classes), np.bool_)
+    for task, row in enumerate(classes):
+        mask[task, row] = True
+    normalisation = {k: tuple(v) for k, v in values.get("normalisation", {}).items()}
+    return StreamSpec(
+        **{
+            **values,
+            "image_shape": tuple(values["image_shape"]),
+            "mask": mask,
+            "normalisation": Normalisation(**normalisation),
+            "augmentation": Augmentation(**values.get("augmentation", {})),
+        }
+    )
+
+
+def accept_plain_values(cls: Any) -> None:
+    """Let the constructor of a class of algorithms take plain values, and annotate which settings it takes.
+
+    `load_from_checkpoint` passes plain values. LightningCLI reads the types of arguments from annotations.
+    """
+    construct = cls.__init__
+    signature = inspect.signature(construct)
+    if "hparams" not in signature.parameters or not hasattr(cls, "hparams_class"):
+        return
+
+    @functools.wraps(construct)
+    def init(*args: Any, **options: Any) -> None:
+        bound = signature.bind(*args, **options)
+        hparams, spec = bound.arguments["hparams"], bound.arguments.get("spec")
+        if isinstance(hparams, Mapping):
+            bound.arguments["hparams"] = hparams_from(hparams, cls.hparams_class)
+        if isinstance(spec, Mapping):
+            bound.arguments["spec"] = spec_from(spec)
+        construct(*bound.args, **bound.kwargs)
+
+    types: dict[str, Any] = {"hparams": cls.hparams_class, "spec": StreamSpec | dict[str, Any] | None}
+    init.__annotations__ = {k: types.get(k, kind) for k, kind in construct.__annotations__.items()}
+    init.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[p.replace(annotation=types.get(k, p.annotation)) for k, p in signature.parameters.items()]
+    )
+    cls.__init__ = init
