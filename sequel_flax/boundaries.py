@@ -42,8 +42,11 @@ def stack_plans(plans: Sequence[Any]) -> Any:
         arrays = [np.asarray(leaf) for leaf in leaves]
         shape = tuple(map(max, zip(*(a.shape for a in arrays), strict=True)))
         found = np.full((len(arrays), *shape), -1 if arrays[0].dtype.kind == "i" else 0, arrays[0].dtype)
-        for row, array in zip(found, arrays, strict=True):
-            row[tuple(map(slice, array.shape))] = array
+        if not shape:
+            return np.stack(arrays)
+        for k, array in enumerate(arrays):
+            part = tuple(slice(n) for n in array.shape)
+            found[k][part] = array
         return found
 
     return jax.tree.map(stacked, *plans)

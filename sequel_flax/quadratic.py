@@ -190,7 +190,7 @@ def quadratic(
         seed: of dropout.
         strength: factor of the penalty.
         importances: of a task, from the weights at its end and batches of its samples, most often
-            `mean_gradients` of these; from `apply_end` the batches come as one `Batch` of arrays `[n, B, ...]`.
+            `mean_gradients` of these; from `apply_end` they come as one `Batch` of arrays `[n, B, ...]`.
         separate: see `consolidate`.
         gamma: see `consolidate`.
         samples: the importances need the first so many samples; None for all.

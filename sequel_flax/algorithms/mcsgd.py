@@ -28,18 +28,10 @@ from flax.training.train_state import TrainState
 from sequel_core.hparams import MCSGDHParams
 from sequel_core.memory import ConnectionPlan, connection_plan
 from sequel_core.task import Batch, StreamSpec
+from sequel_flax import bundle
 from sequel_flax.augmentation import without_draws
 from sequel_flax.boundaries import StartPlan, repeated, select
-from sequel_flax.bundle import (
-    Algorithm,
-    Outputs,
-    Params,
-    State,
-    apply_start,
-    masked,
-    network,
-    refuse_batch_stats,
-)
+from sequel_flax.bundle import Algorithm, Outputs, Params, State, apply_start, masked, network
 from sequel_flax.replay import Memory, Recalled, draws, mean_cross_entropy, recall, replay, sum_of_first
 from sequel_flax.trainable import Selection
 
@@ -91,13 +83,13 @@ def mcsgd(hparams: MCSGDHParams, seed: int = 0, trainable: Selection = None) -> 
     """
     online = hparams.lmc_policy == "online"
     make = partial(replay, hparams, seed, lambda own, _: mean_cross_entropy(own), int(online), True)
-    bundle = make()
+    base = make()
 
     def init_memory(ts: TrainState, spec: StreamSpec) -> MCSGDState:
-        refuse_batch_stats(ts, "mcsgd", "the weights between two solutions have no running statistics")
+        bundle.refuse_batch_stats(ts, "mcsgd", "the weights between two solutions have no running statistics")
         w_bar, w_hat, w = (jax.tree.map(jnp.copy, ts.params) for _ in range(3))
         moving = (w, jax.tree.map(jnp.zeros_like, w)) if online else ()
-        memory = bundle.init(ts, spec).memory
+        memory = base.init(ts, spec).memory
         return MCSGDState(memory, w_bar, w_hat, moving, jnp.asarray(-1, jnp.int32))
 
     def start(ts: TrainState, state: State, plan: StartPlan) -> tuple[TrainState, State]:
@@ -124,7 +116,7 @@ def mcsgd(hparams: MCSGDHParams, seed: int = 0, trainable: Selection = None) -> 
         kept, moving = state.memory, state.memory.moving
         own, *past = draws(kept.memory, batch)
         alone = without_draws(batch)
-        after, plain, outputs = bundle.train_step(ts, state._replace(memory=kept.memory), alone)
+        after, plain, outputs = base.train_step(ts, state._replace(memory=kept.memory), alone)
         if online:
             lines = [(kept.w_bar, past), (after.params, [own])]
             go = partial(step, ts=after, state=state, lines=lines)
@@ -154,14 +146,18 @@ def mcsgd(hparams: MCSGDHParams, seed: int = 0, trainable: Selection = None) -> 
     def alternatives(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> Outputs:
         ended = state.memory.learned == state.stream.task
         w_hat = jax.tree.map(lambda a, b: jnp.where(ended, a, b), state.memory.w_hat, ts.params)
-        return {"w_hat": bundle.predict(ts.replace(params=w_hat), state, x, t)}
+        return {"w_hat": base.predict(ts.replace(params=w_hat), state, x, t)}
 
     fills: dict[str, Any] = {"w_bar": jnp.copy, "w_hat": jnp.copy}
-    fills |= {"moving": (jnp.copy, jnp.zeros_like)} if online else {}
-    boundaries: dict[str, Any] = {"apply_start": start, "plan_end": plan_end, "apply_end": end}
-    parts: dict[str, Any] = {
-        "train_step": train_step,
-        "init_memory": init_memory,
-        "alternatives": alternatives,
-    }
-    return make(trainable=trainable, fills=fills, **boundaries, **parts)
+    if online:
+        fills["moving"] = (jnp.copy, jnp.zeros_like)
+    return make(
+        trainable=trainable,
+        train_step=train_step,
+        init_memory=init_memory,
+        fills=fills,
+        apply_start=start,
+        plan_end=plan_end,
+        apply_end=end,
+        alternatives=alternatives,
+    )
