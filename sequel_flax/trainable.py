@@ -81,7 +81,7 @@ def _predicate(trainable: Selection, leaves: Mapping[Any, Any]) -> Callable[[tup
         return lambda path, leaf: trainable(path)
     try:
         selects = nnx.filterlib.to_predicate(trainable)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"trainable must be a predicate over paths, a tree of bools or an NNX filter, got {trainable!r}"
         ) from error

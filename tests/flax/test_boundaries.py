@@ -26,14 +26,16 @@ from tests.flax.parts import EVERY, EWC, MCSGD, SILENT, Layered, learner, own_st
 SEEDS, STEPS, SIZE = 3, 50, 4
 STREAM = RotatedDigits(num_tasks=2, subset=220)
 TX = sgd(0.05)
+GENTLE = sgd(0.001)  # KCL's solves amplify rounding from step to step, the more so the larger the steps
 NET = Layered(width=6)
 METHODS = tuple(replace(h, mem_size=160) if isinstance(h, AGEMHParams) else h for h in EVERY)
-CHEAP = ("naive", "ewc", "si", "agem", "icarl", "kcl")
+CHEAP = ("agem", "icarl")
 
 
 def begun(algorithm: Algorithm, seed: int) -> tuple[TrainState, State]:
+    tx = GENTLE if algorithm.hparams.name == "kcl" else TX
     params = NET.init(jax.random.key(seed), np.zeros((1, *STREAM.image_shape)))["params"]
-    ts = TrainState.create(apply_fn=NET.apply, params=jax.tree.map(jnp.float64, params), tx=TX)
+    ts = TrainState.create(apply_fn=NET.apply, params=jax.tree.map(jnp.float64, params), tx=tx)
     ts = algorithm.prepare(ts, STREAM.spec)
     found: tuple[TrainState, State] = strong_types((ts, algorithm.init(ts, STREAM.spec)))
     return found
@@ -64,7 +66,7 @@ def last_batches(task: Task, seed: int, counts: Sequence[int]) -> list[Batch]:
     return [Batch(*task.train.take(rows[k : k + 8])) for k in range(0, len(rows), 8)]
 
 
-def test_samples() -> tuple[np.ndarray, np.ndarray]:
+def seen_samples() -> tuple[np.ndarray, np.ndarray]:
     parts = [task.test.take(np.arange(8)) for task in STREAM.tasks]
     return np.concatenate([p.x for p in parts]), np.concatenate([p.t for p in parts]).astype(np.int32)
 
@@ -77,7 +79,7 @@ def alone(algorithm: Algorithm, seed: int, counts: Sequence[int]) -> list[Any]:
         ts, state = algorithm.start_task(ts, state, task)
         ts, state = run(*strong_types((ts, state)), task_batches(algorithm, state, task, seed))
         ts, state = algorithm.end_task(ts, state, last_batches(task, seed, counts))
-    return [ts.params, ts.opt_state, state.memory, state.position, predict(ts, state, *test_samples())]
+    return [ts.params, ts.opt_state, state.memory, state.position, predict(ts, state, *seen_samples())]
 
 
 def mapped(algorithms: Sequence[Algorithm], counts: Sequence[int]) -> list[Any]:
@@ -101,7 +103,7 @@ def mapped(algorithms: Sequence[Algorithm], counts: Sequence[int]) -> list[Any]:
         ts, state = start(ts, state, each(lambda a, own, task, k: a.plan_start(own, task), tasks))
         ts, state = run(ts, state, each(task_batches, tasks))
         ts, state = end(ts, state, each(plan_end, tasks))
-    return [ts.params, ts.opt_state, state.memory, state.position, predict(ts, state, *test_samples())]
+    return [ts.params, ts.opt_state, state.memory, state.position, predict(ts, state, *seen_samples())]
 
 
 def check(hparams: AlgorithmHParams, counts: Sequence[int]) -> None:

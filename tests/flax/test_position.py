@@ -47,6 +47,7 @@ QUOTAS = [
 ]
 POLICIES: list[MemoryHParams] = [replace(ER, memory=memory, mem_size=60) for memory in get_args(MemoryPolicy)]
 PLANNED: list[AlgorithmHParams] = [replace(AGEM, mem_size=60), DERPP, LAMAML, ONLINE, KCL, *QUOTAS, *POLICIES]
+FAST = (DERPP, QUOTAS[1], POLICIES[0])
 STOP = 7  # in the middle of the second task
 
 
@@ -87,7 +88,7 @@ def leaves(tree: Any) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(
     "hparams",
-    [pytest.param(h, marks=[pytest.mark.slow] if h in (LAMAML, ONLINE) else []) for h in PLANNED],
+    [pytest.param(h, marks=[] if h in FAST else [pytest.mark.slow]) for h in PLANNED],
     ids=lambda h: f"{h.name}-{getattr(h, 'memory', '')}",
 )
 def test_a_bare_loop_resumes_from_what_orbax_stored_of_ts_and_state(
@@ -173,7 +174,7 @@ def test_a_learner_whose_state_was_assigned_without_its_planner_is_refused() -> 
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("hparams", [ER, KCL], ids=lambda h: h.name)
+@pytest.mark.parametrize("hparams", [ER, pytest.param(KCL, marks=pytest.mark.slow)], ids=lambda h: h.name)
 def test_a_plan_of_another_step_is_an_error_at_the_next_boundary(hparams: AlgorithmHParams) -> None:
     """In a bare loop: a fresh planner after a restored state, which is issue 16's example."""
     algorithm, stream = ALGORITHMS[hparams.name](hparams), own_stream(hparams, num_tasks=2)
