@@ -142,6 +142,19 @@ def test_a_planner_made_from_a_state_plans_what_the_first_one_would(
 # -- what does not fit
 
 
+def test_a_checkpoint_of_the_older_layout_is_refused(tmp_path: Path) -> None:
+    """It had the planner's state beside the algorithm's."""
+    made = learner(ER)
+    tree = made._tree()
+    older = {**tree, "state": tree["state"]._replace(position=None), "planner": made.planner.state}
+    made._saver.save(tmp_path / "1", older)()
+    made.close()
+    with pytest.raises(
+        ValueError, match=r"checkpoint .*1 does not fit: planner is int64 \[3\] there, and unk"
+    ):
+        learner(ER).restore(tmp_path / "1")
+
+
 def test_a_position_of_other_settings_is_refused() -> None:
     _, state = begun(ALGORITHMS["er"](ER), rotated())
     other = ALGORITHMS["er"](replace(ER, memory="class_balanced"))
