@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sequel_core import plan
-from sequel_core.memory import Planner
+from sequel_core.memory import Planner, SlotArray, counted
 from sequel_core.task import Augmentation, Batch, IntArray, StreamSpec
 
 NUMBERS = 3
@@ -25,6 +25,7 @@ class Augmented(NamedTuple):
     plan: Any  # of the method; () where it needs none
     own: Any  # of the batch [..., B, 3]
     reads: Any  # of each draw from a memory [..., draws, R, 3]
+    position: Any  # of the planner after the step, int32 [..., n]
 
 
 class AugmentingPlanner:
@@ -40,7 +41,7 @@ class AugmentingPlanner:
         self._planner = planner
         self._augmentation = augmentation
         self._seed = seed
-        self._seen = self._read = 0
+        self._steps = self._seen = self._read = 0
 
     def next(self, y: Any, t: Any) -> Augmented:
         """Return the plan of the next step, or of the next steps; see `Planner.next`."""
@@ -50,9 +51,14 @@ class AugmentingPlanner:
             self._crops(name, size, start)
             for name, size, start in (("batch", shape, self._seen), ("reads", drawn, self._read))
         ]
-        self._seen += int(np.prod(shape))
-        self._read += int(np.prod(drawn))
-        return Augmented(own, *crops)
+        steps = int(np.prod(shape[:-1], dtype=np.int64))
+        counts = np.arange(1, steps + 1)[:, None] * [[1, shape[-1], int(np.prod(drawn[-2:]))]]
+        counts += [[self._steps, self._seen, self._read]]
+        counted("samples", int(counts[-1].max()))
+        self._steps, self._seen, self._read = counts[-1].tolist()
+        inner = own.position.reshape(steps, own.position.shape[-1]) if own else np.empty((steps, 0), np.int32)
+        position = np.concatenate([counts.astype(np.int32), inner], axis=1)
+        return Augmented(own, crops[0], crops[1], position.reshape(*shape[:-1], position.shape[1]))
 
     def _crops(self, name: str, shape: tuple[int, ...], start: int) -> NDArray[np.int32]:
         """Return crops `[*shape, 3]`, those of item `start` of the stream `name` and of what follows it."""
@@ -77,6 +83,17 @@ class AugmentingPlanner:
             )
         self._planner.state = values[2:]
         self._seen, self._read = int(values[0]), int(values[1])
+
+    @property
+    def position(self) -> SlotArray:
+        """Steps planned, samples seen and drawn, then the method's planner's, int32 `[n]`."""
+        inner = () if self._planner.position is None else self._planner.position
+        return np.asarray([self._steps, self._seen, self._read, *inner], np.int32)
+
+    def resume(self, position: Any) -> None:
+        """Continue from the position of another one."""
+        self._steps, self._seen, self._read = map(int, position[:3])
+        self._planner.resume(position[3:])
 
 
 def augmenting(planner: Planner, spec: StreamSpec, seed: int) -> Planner:

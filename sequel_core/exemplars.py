@@ -5,7 +5,7 @@ Features come from the frameworks; what is chosen by them, and where it lies, is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -103,9 +103,24 @@ def exemplar_means(
     """
     blocks = [exemplars.x[start : start + EMBEDDED] for start in range(0, len(exemplars.y), EMBEDDED)]
     views = (blocks, [block[:, :, ::-1] for block in blocks]) if flip else (blocks,)
-    owner = (exemplars.y == np.arange(num_classes)[:, None]) & (exemplars.t >= 0)  # [num_classes, slots]
+    features = [np.concatenate([embed(block) for block in view]) for view in views]
+    return class_means(features, exemplars.y, exemplars.t, num_classes)
+
+
+def class_means(
+    features: Sequence[FloatArray], y: IntArray, t: IntArray, num_classes: int
+) -> tuple[FloatArray, BoolArray]:
+    """Return what `exemplar_means` does, from the features of each view of the exemplars.
+
+    Args:
+        features: of unit length `[slots, D]`, of the images and, with flip, of their mirror images.
+        y: label of each slot.
+        t: task of each slot, -1 where it is empty.
+        num_classes: rows.
+    """
+    owner = (y == np.arange(num_classes)[:, None]) & (t >= 0)  # [num_classes, slots]
     weights = owner / np.maximum(owner.sum(axis=1, keepdims=True), 1)
-    means = sum(weights @ np.concatenate([embed(block) for block in view]) for view in views) / len(views)
+    means = sum(weights @ view for view in features) / len(features)
     norm = np.linalg.norm(means, axis=1, keepdims=True)
     return means / np.where(norm > 0, norm, 1), owner.any(axis=1)
 

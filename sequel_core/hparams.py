@@ -156,10 +156,17 @@ class AlgorithmHParams(Settings):
         "weights that a task is consolidated at: the last, or the best that a ModelCheckpoint kept (pytorch)",
     )
 
-    def learning_rate_factor(self, task: int, learning_rate: float) -> float:
-        """Return max(learning_rate * lr_decay^task, min_lr) / learning_rate; tasks count from 0."""
+    def learning_rate_factor(self, task: Any, learning_rate: Any) -> Any:
+        """Return max(learning_rate * lr_decay^task, min_lr) / learning_rate; tasks count from 0.
+
+        Both arguments are numbers, or arrays of a framework, traced ones too; so is what is returned.
+        """
         decayed = learning_rate * self.lr_decay**task
-        return float(max(decayed, min(self.min_lr, learning_rate)) / learning_rate)
+        above = learning_rate > self.min_lr  # no branches: an array that is traced has no value
+        floor = self.min_lr * above + learning_rate * (1 - above)
+        return (decayed * (decayed > floor) + floor * (decayed <= floor)) / (
+            learning_rate + (learning_rate == 0)
+        )
 
     def training_tasks(self, benchmark: Benchmark, seed: int = 0) -> Iterator[Task]:
         """Yield what to train on, stage by stage; a stage's index says after which task it stands.
@@ -280,7 +287,7 @@ class StableSGDHParams(AlgorithmHParams):
         True, "task t (from 0) has lr * gamma^(t + 1), as in the official code; false for lr * gamma^t"
     )
 
-    def learning_rate_factor(self, task: int, learning_rate: float) -> float:
+    def learning_rate_factor(self, task: Any, learning_rate: Any) -> Any:
         """Return max(learning_rate * lr_decay^(task + 1), min_lr) / learning_rate; see `decay_first`."""
         return super().learning_rate_factor(task + self.decay_first, learning_rate)
 

@@ -4,8 +4,11 @@ A planner tells for every step where each of its samples is written and what is 
 decisions are a function of the seed, the samples seen so far and their labels and tasks, never of a
 framework; the contents are preallocated arrays in the state of the algorithm, on the framework's side.
 
-    planner = algorithm.planner(benchmark.spec)
+    planner = algorithm.planner(benchmark.spec, state)
     batch = Batch(x, y, t, planner.next(y, t))
+
+A plan holds the planner's position after its step, which a step of Flax puts into the state: a planner that
+is made from the state continues exactly where the state is.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,12 +39,16 @@ SlotArray = NDArray[np.int32]
 NOISE = 1 << 20
 """Numbers in the table that random bases are cut from."""
 
+LARGEST = int(np.iinfo(np.int32).max)
+"""Largest count that a position can hold."""
+
 
 class StepPlan(NamedTuple):
-    """What a step writes to the memory and reads from it; int32, "none" is the number of slots."""
+    """What a step writes and reads; int32, "none" is the number of the memory's slots, 1 if it has none."""
 
     write: SlotArray  # of each sample [..., B]; none where it is not kept, or overwritten in the same step
     reads: SlotArray  # of each draw [..., draws, R], ascending, as before the step; none where it has less
+    position: SlotArray  # of the planner after the step [..., n]
 
 
 class MetaPlan(NamedTuple):
@@ -50,6 +57,21 @@ class MetaPlan(NamedTuple):
     write: SlotArray  # slot of each sample [..., B], written in the first glance
     reads: SlotArray  # slots of each glance's draw [..., glances, R]; after the first the batch is in
     order: SlotArray  # samples of the batch in the order of each glance [..., glances, B]
+    position: SlotArray  # of the planner after the step [..., n]
+
+
+class BasesPlan(NamedTuple):
+    """Where the random bases of a step begin in the table of noise; int32."""
+
+    starts: SlotArray  # of each basis [..., D]
+    position: SlotArray  # of the planner after the step [..., 1]
+
+
+class ConnectionPlan(NamedTuple):
+    """Which samples the steps read that look for MC-SGD's w_bar after a task; int32."""
+
+    slots: SlotArray  # of each step and pair, past and current [steps, pairs, 2, lmc_batch_size]
+    count: Any  # of steps, (); what follows them is padding
 
 
 class Planner(Protocol):
@@ -72,6 +94,86 @@ class Planner(Protocol):
     @state.setter
     def state(self, values: IntArray) -> None: ...
 
+    @property
+    def position(self) -> SlotArray | None:
+        """The same with the number of steps planned first, int32 `[n]`; None if there is nothing to plan."""
+        ...
+
+    def resume(self, position: Any) -> None:
+        """Continue from the position of another one."""
+        ...
+
+
+P = TypeVar("P", bound=Planner)
+
+
+def resumed(planner: P, position: Any) -> P:
+    """Return the planner, set to the position that the state of an algorithm holds.
+
+    Args:
+        planner: of the same settings, stream and seed.
+        position: `state.position`, int32 `[n]`, or None.
+
+    Raises:
+        ValueError: the position is of other settings, or a step of the state was given a plan that was made
+            for another step.
+    """
+    _check_length(planner, position)
+    if position is not None:
+        planner.resume(np.asarray(position))
+    return planner
+
+
+def check_position(planner: Planner, position: Any) -> None:
+    """Raise ValueError if a planner is not where the state of an algorithm is.
+
+    Args:
+        planner: that the next steps are to be planned with.
+        position: `state.position`, int32 `[n]`, or None.
+    """
+    _check_length(planner, position)
+    if position is None:
+        return
+    own, found = np.asarray(planner.position), np.asarray(position)
+    if not np.array_equal(own, found):
+        raise ValueError(
+            f"the planner has planned {own[0]} steps and the state has taken {found[0]}"
+            f"{'' if own[0] != found[0] else ', of other samples'}; a planner has to be made from the state "
+            "that training continues with: planner = algorithm.planner(spec, state)"
+        )
+
+
+def check_steps(position: Any) -> None:
+    """Raise ValueError if a step was given a plan that was made for another step.
+
+    Args:
+        position: `state.position`, int32 `[..., n]`, or None.
+    """
+    if position is not None and np.asarray(position)[..., 0].min() < 0:
+        raise ValueError(
+            "a step was given a plan that was made for another step of the stream, so what the memory holds "
+            "is not what the planner knows; restore an earlier state, and make the planner from the state "
+            "that training continues with: planner = algorithm.planner(spec, state)"
+        )
+
+
+def _check_length(planner: Planner, position: Any) -> None:
+    own = planner.position
+    if (own is None) != (position is None) or (own is not None and np.shape(position) != own.shape):
+        wanted, found = ("none" if p is None else str(list(np.shape(p))) for p in (own, position))
+        raise ValueError(
+            f"state.position must have the planner's shape, {wanted} with these settings and this spec, got "
+            f"{found}; use the settings and the spec that the state was made with"
+        )
+    check_steps(position)
+
+
+def counted(name: str, value: int) -> int:
+    """Return a count; raise ValueError if it is more than a position can hold."""
+    if value > LARGEST:
+        raise ValueError(f"a planner counts up to {LARGEST} {name}, got {value}; train on fewer")
+    return value
+
 
 class NoPlanner:
     """The planner of algorithms whose steps need nothing but their batches."""
@@ -79,6 +181,14 @@ class NoPlanner:
     def next(self, y: Any, t: Any) -> Any:
         """Return `()`."""
         return ()
+
+    @property
+    def position(self) -> None:
+        """Nothing."""
+        return None
+
+    def resume(self, position: Any) -> None:
+        """Do nothing."""
 
     @property
     def state(self) -> IntArray:
@@ -97,6 +207,8 @@ class NoPlanner:
 class Policy(Protocol):
     """Assigns slots to samples, one after the other."""
 
+    state: SlotArray  # what the decisions so far have left, int32; always as long; read-only for others
+
     def slot(self, y: int, t: int, u: float) -> int:
         """Return the slot of the next sample, or the number of slots for none; u is uniform in [0, 1)."""
         ...
@@ -105,13 +217,9 @@ class Policy(Protocol):
         """Return the slots that a step of task t may read."""
         ...
 
-    @property
-    def state(self) -> list[int]:
-        """What the decisions so far have left; always as long."""
+    def resume(self, state: IntArray) -> None:
+        """Continue from the state of another one."""
         ...
-
-    @state.setter
-    def state(self, values: list[int]) -> None: ...
 
 
 class Reservoir:
@@ -120,24 +228,22 @@ class Reservoir:
     def __init__(self, size: int) -> None:
         self._size = size
         self._seen = 0
+        self.state = np.zeros(1, np.int32)  # samples seen
 
     def slot(self, y: int, t: int, u: float) -> int:
         """Return where sample n (from 1) goes: slot n - 1 up to M, then j uniform in 0..n-1 if j < M."""
         self._seen += 1
+        self.state[0] = self._seen
         return self._seen - 1 if self._seen <= self._size else min(int(u * self._seen), self._size)
 
     def readable(self, t: int) -> Sequence[int]:
         """Return the slots that are filled."""
         return range(min(self._seen, self._size))
 
-    @property
-    def state(self) -> list[int]:
-        """Samples seen."""
-        return [self._seen]
-
-    @state.setter
-    def state(self, values: list[int]) -> None:
-        (self._seen,) = values
+    def resume(self, state: IntArray) -> None:
+        """Continue from the state of another one."""
+        self.state[:] = state
+        self._seen = int(state[0])
 
 
 class Parts:
@@ -156,6 +262,7 @@ class Parts:
         self._quota, self._ring, self._past_only = quota, ring, past_only
         self._size = parts * quota
         self._seen = [0] * parts
+        self.state = np.zeros(parts, np.int32)  # samples seen of each part
         self._task = [int(np.argwhere(table == part)[0, 0]) for part in range(parts)]
         self._readable: list[int] = []
         self._readable_for: int | None = None
@@ -164,7 +271,7 @@ class Parts:
         """Return the slot in the part of task t and class y."""
         part = self._table[t][y]
         seen, quota = self._seen[part], self._quota
-        self._seen[part] += 1
+        self._seen[part] = self.state[part] = seen + 1
         if seen < quota:
             self._readable_for = None
             within = seen
@@ -184,14 +291,10 @@ class Parts:
             self._readable_for = t
         return self._readable
 
-    @property
-    def state(self) -> list[int]:
-        """Samples seen of each part."""
-        return self._seen
-
-    @state.setter
-    def state(self, values: list[int]) -> None:
-        self._seen = list(values)
+    def resume(self, state: IntArray) -> None:
+        """Continue from the state of another one."""
+        self.state[:] = state
+        self._seen = self.state.tolist()
         self._readable_for = None
 
 
@@ -210,7 +313,11 @@ class Balanced:
     def __init__(self, size: int, groups: int, by_task: bool) -> None:
         self._size, self._by_task = size, by_task
         self._seen = [0] * groups
-        self._has_led = [0] * groups
+        # samples seen of each group, whether it has ever been the largest, and the group of each slot
+        self.state = np.full(2 * groups + size, -1, np.int32)
+        self.state[: 2 * groups] = 0
+        self._has_led = self.state[groups : 2 * groups]
+        self._owner = self.state[2 * groups :]
         self._members: list[list[int]] = [[] for _ in range(groups)]  # slots, ascending
         self._filled = 0
 
@@ -218,8 +325,10 @@ class Balanced:
         """Return the slot of a sample of class y and task t."""
         group = t if self._by_task else y
         self._seen[group] += 1
+        self.state[group] = self._seen[group]
         if self._filled < self._size:
             self._members[group].append(self._filled)
+            self._owner[self._filled] = group
             self._filled += 1
             return self._filled - 1
         if not self._has_led[group]:
@@ -231,6 +340,7 @@ class Balanced:
                 which, place = divmod(int(u * most * len(leaders)), most)
                 slot = self._members[leaders[which]].pop(place)
                 insort(self._members[group], slot)
+                self._owner[slot] = group
                 return slot
         j = int(u * self._seen[group])
         own = self._members[group]
@@ -240,20 +350,11 @@ class Balanced:
         """Return the slots that are filled."""
         return range(self._filled)
 
-    @property
-    def state(self) -> list[int]:
-        """Samples seen of each group, whether it has ever been the largest, and the group of each slot."""
-        owner = [-1] * self._size
-        for group, slots in enumerate(self._members):
-            for slot in slots:
-                owner[slot] = group
-        return [*self._seen, *self._has_led, *owner]
-
-    @state.setter
-    def state(self, values: list[int]) -> None:
-        groups = len(self._seen)
-        self._seen, self._has_led = list(values[:groups]), list(values[groups : 2 * groups])
-        owner = values[2 * groups :]
+    def resume(self, state: IntArray) -> None:
+        """Continue from the state of another one."""
+        self.state[:] = state
+        groups, owner = len(self._seen), self._owner.tolist()
+        self._seen = self.state[:groups].tolist()
         self._members = [[slot for slot, of in enumerate(owner) if of == group] for group in range(groups)]
         self._filled = sum(map(len, self._members))
 
@@ -285,6 +386,7 @@ class MemoryPlanner:
     ) -> None:
         hparams.check_memory(spec, batch_size=1)
         self.slots = hparams.slots(spec.num_tasks)
+        self._none = max(self.slots, 1)  # a memory has one slot at least, as its arrays must not be empty
         self._hparams, self._spec = hparams, spec
         self._early, self._draws = draws, draws + later_draws
         self._drawn = hparams.drawn if self.slots else 0
@@ -298,8 +400,8 @@ class MemoryPlanner:
         """Return the plan of the next step, or of the next steps; see `Planner.next`.
 
         Raises:
-            ValueError: a batch larger than the memory, or a label or task that the spec does not have;
-                nothing was decided.
+            ValueError: a batch larger than the memory, a label or task that the spec does not have, or more
+                samples than can be counted; nothing was decided.
         """
         labels, tasks = np.asarray(y), np.asarray(t)
         if labels.shape != tasks.shape or labels.ndim not in (1, 2) or not labels.shape[-1]:
@@ -307,11 +409,18 @@ class MemoryPlanner:
                 "y and t must be alike, [B] or [steps, B] with at least one sample, "
                 f"got {list(labels.shape)} and {list(tasks.shape)}"
             )
-        write = np.full(labels.shape, self.slots, np.int32)
-        reads = np.full((*labels.shape[:-1], self._draws, self._drawn), self.slots, np.int32)
+        lead, size = labels.shape[:-1], labels.shape[-1]
+        steps = labels.size // size
+        seen = counted("samples", self._seen + labels.size)
+        write = np.full(labels.shape, self._none, np.int32)
+        reads = np.full((*lead, self._draws, self._drawn), self._none, np.int32)
+        position = np.zeros((steps, 2 + len(self._policy.state)), np.int32)
+        position[:, 0] = np.arange(self._steps + 1, self._steps + steps + 1)
+        position[:, 1] = np.arange(self._seen + size, seen + size, size)
+        step_plan = StepPlan(write, reads, position.reshape(*lead, position.shape[1]))
         if self.slots == 0:
-            return StepPlan(write, reads)
-        size = labels.shape[-1]
+            self._steps, self._seen = self._steps + steps, seen
+            return step_plan
         if size > self.slots:
             self._hparams.check_memory(self._spec, size)
         self._refuse_strangers(labels, tasks)
@@ -321,10 +430,11 @@ class MemoryPlanner:
             labels.reshape(-1, size).tolist(),
             tasks.reshape(-1, size).tolist(),
             write.reshape(-1, size),
-            reads.reshape(labels.size // size, self._draws, self._drawn),
+            reads.reshape(steps, self._draws, self._drawn),
+            position[:, 2:],
             strict=True,
         )
-        for row, (row_y, row_t, row_write, row_reads) in enumerate(rows):
+        for row, (row_y, row_t, row_write, row_reads, row_state) in enumerate(rows):
             start = row * self._draws * self._drawn
             self._read(row_t[0], pick[start:], row_reads[: self._early])
             last = {}
@@ -334,9 +444,9 @@ class MemoryPlanner:
             if self._early < self._draws:
                 start += self._early * self._drawn
                 self._read(row_t[0], pick[start:], row_reads[self._early :])
-        self._steps += labels.size // size
-        self._seen += labels.size
-        return StepPlan(write, reads)
+            row_state[:] = self._policy.state
+        self._steps, self._seen = self._steps + steps, seen
+        return step_plan
 
     def _read(self, task: int, u: Sequence[float], draws: SlotArray) -> None:
         """Fill in the slots of some draws `[draws, R]`."""
@@ -358,7 +468,7 @@ class MemoryPlanner:
     @property
     def state(self) -> IntArray:
         """All that decisions to come depend on beside the seed, int64 `[n]`, n fixed; may be set."""
-        return np.asarray([self._steps, self._seen, *self._policy.state], np.int64)
+        return np.concatenate([np.asarray([self._steps, self._seen], np.int64), self._policy.state])
 
     @state.setter
     def state(self, values: IntArray) -> None:
@@ -367,8 +477,18 @@ class MemoryPlanner:
                 f"the planner's state must have {self.state.size} numbers, got {np.size(values)}; "
                 "it comes from a memory of other settings"
             )
-        self._steps, self._seen, *rest = np.asarray(values).tolist()
-        self._policy.state = rest
+        steps, seen, *_ = np.asarray(values).tolist()
+        self._steps, self._seen = steps, counted("samples", seen)
+        self._policy.resume(np.asarray(values)[2:])
+
+    @property
+    def position(self) -> SlotArray:
+        """Steps, samples seen, and the state of the policy, int32 `[n]`."""
+        return self.state.astype(np.int32)
+
+    def resume(self, position: Any) -> None:
+        """Continue from the position of another one."""
+        self.state = np.asarray(position, np.int64)
 
 
 class MetaPlanner:
@@ -389,11 +509,12 @@ class MetaPlanner:
 
     def next(self, y: Any, t: Any) -> MetaPlan:
         """Return the plan of the next step, or of the next steps; see `Planner.next`."""
-        write, reads = self._memory.next(y, t)
+        write, reads, position = self._memory.next(y, t)
         shape = (*write.shape[:-1], self._glances, write.shape[-1])
         keys = np.reshape(self._order.take(self._seen * self._glances, write.size * self._glances), shape)
         self._seen += write.size
-        return MetaPlan(write, reads, np.argsort(keys, axis=-1, kind="stable").astype(np.int32))
+        order = np.argsort(keys, axis=-1, kind="stable").astype(np.int32)
+        return MetaPlan(write, reads, order, position)
 
     @property
     def state(self) -> IntArray:
@@ -404,6 +525,16 @@ class MetaPlanner:
     def state(self, values: IntArray) -> None:
         self._memory.state = values[1:]
         self._seen = int(values[0])
+
+    @property
+    def position(self) -> SlotArray:
+        """That of the memory's planner, which counts the samples seen, too, int32 `[n]`."""
+        return self._memory.position
+
+    def resume(self, position: Any) -> None:
+        """Continue from the position of another one."""
+        self._memory.resume(position)
+        self._seen = int(position[1])
 
 
 class BasesPlanner:
@@ -419,13 +550,15 @@ class BasesPlanner:
         self._seed = seed
         self._steps = 0
 
-    def next(self, y: Any, t: Any) -> SlotArray:
-        """Return positions in the table, int32 `[count]` or `[steps, count]`; see `Planner.next`."""
+    def next(self, y: Any, t: Any) -> BasesPlan:
+        """Return the plan of the next step, or of the next steps; see `Planner.next`."""
         lead = np.shape(y)[:-1]
         steps = int(np.prod(lead, dtype=np.int64))
-        start, self._steps = self._steps * self._count, self._steps + steps
-        words = plan.words(self._seed, "bases", count=steps * self._count, start=start)
-        return (words % NOISE).astype(np.int32).reshape(*lead, self._count)
+        before, self._steps = self._steps, counted("steps", self._steps + steps)
+        words = plan.words(self._seed, "bases", count=steps * self._count, start=before * self._count)
+        starts = (words % NOISE).astype(np.int32).reshape(*lead, self._count)
+        position = np.arange(before + 1, self._steps + 1, dtype=np.int32).reshape(*lead, 1)
+        return BasesPlan(starts, position)
 
     @property
     def state(self) -> IntArray:
@@ -435,6 +568,15 @@ class BasesPlanner:
     @state.setter
     def state(self, values: IntArray) -> None:
         self._steps = int(values[0])
+
+    @property
+    def position(self) -> SlotArray:
+        """Steps planned, int32 `[1]`."""
+        return self.state.astype(np.int32)
+
+    def resume(self, position: Any) -> None:
+        """Continue from the position of another one."""
+        self.state = np.asarray(position, np.int64)
 
 
 def noise_table(seed: int) -> NDArray[np.float32]:
@@ -490,6 +632,13 @@ def connection_batches(
             columns[-1].shape = (rows, size)
         pairs = list(zip(*columns, strict=True))
         yield from [pairs] if hparams.lmc_steps == "epoch" else [[pair] for pair in pairs]
+
+
+def connection_plan(hparams: MCSGDHParams, tasks: IntArray, task: int, seed: int) -> ConnectionPlan:
+    """Return all of `connection_batches` as one array, with a step of padding if there are none."""
+    steps = list(connection_batches(hparams, tasks, task, seed))
+    none = np.full((1, 1, 2, hparams.lmc_batch_size), len(tasks))
+    return ConnectionPlan(np.asarray(steps or none, np.int32), np.asarray(len(steps), np.int32))
 
 
 def policy(hparams: MemoryHParams, spec: StreamSpec, past_only: bool) -> Policy:

@@ -21,8 +21,9 @@ from sequel_flax.algorithms import (
     stable_sgd,
 )
 from sequel_flax.backbones import CNN, MLP, ResNet18, ResNet18Thin, initial_params, initial_variables
+from sequel_flax.boundaries import stack_plans
 from sequel_flax.build import build_learner, make_learner
-from sequel_flax.bundle import Algorithm, BatchStatsTrainState, State
+from sequel_flax.bundle import Algorithm, BatchStatsTrainState, State, make_algorithm
 from sequel_flax.evaluation import Evaluator
 from sequel_flax.foreign import adapted, write_back
 from sequel_flax.hooks import Hook
@@ -56,11 +57,13 @@ __all__ = [
     "kcl",
     "lamaml",
     "lfl",
+    "make_algorithm",
     "make_learner",
     "mas",
     "mcsgd",
     "naive",
     "si",
     "stable_sgd",
+    "stack_plans",
     "write_back",
 ]

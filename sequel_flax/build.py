@@ -52,7 +52,8 @@ def make_learner(
         metrics: of the training batches.
         loggers: metric writers.
         implementation: of an algorithm of one's own, called as `implementation(hparams, seed=...)`.
-        options: further arguments of `FlaxLearner`: `hooks`, `steps_per_call`.
+        options: further arguments of `FlaxLearner`, `hooks` and `steps_per_call`, and `trainable`, which
+            parameters are trained: a predicate over paths, a tree of bools, or an NNX filter.
 
     Raises:
         ValueError: an algorithm that is not built in without an implementation, or one of another type.
@@ -61,7 +62,9 @@ def make_learner(
     implementation = implementation or ALGORITHMS.get(hparams.name)
     if implementation is None:
         raise ValueError(f"implementation is needed for {hparams.name}, which is not built in; pass it")
-    algorithm = implementation(hparams, seed=training.seed)
+    trainable = options.pop("trainable", None)
+    selection = {} if trainable is None else {"trainable": trainable}
+    algorithm = implementation(hparams, seed=training.seed, **selection)
     if not isinstance(algorithm, Algorithm):
         raise ValueError(f"implementation must give an Algorithm, got a {type(algorithm).__name__}")
     return FlaxLearner(

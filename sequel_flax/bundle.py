@@ -1,33 +1,40 @@
 """An algorithm as a bundle of pure functions over Flax's TrainState, after optax's GradientTransformation.
 
-    ts, state = algorithm.start_task(ts, algorithm.init(ts, spec), task)
-    for batch in ...:
-        ts, state, outputs = train_step(ts, state, batch)  # train_step = jax.jit(algorithm.train_step)
-    ts, state = algorithm.end_task(ts, state, batches)
+    state = algorithm.init(ts, spec)
+    planner = algorithm.planner(spec, state)
+    train_step = jax.jit(algorithm.train_step)
+    for task in benchmark.tasks:
+        ts, state = algorithm.start_task(ts, state, task)
+        for x, y, t in ...:
+            ts, state, outputs = train_step(ts, state, Batch(x, y, t, planner.next(y, t)))
+        ts, state = algorithm.end_task(ts, state, batches)
 
 State is always an argument, never a closure: a compiled step that closes over the anchor of task 1 keeps it
-for ever.
+for ever. `(ts, state)` hold all that the coming steps depend on, so saving these two is enough to resume.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from flax.training.train_state import TrainState
 
 from sequel_core.augmentation import Augmented, augmenting
 from sequel_core.hparams import AlgorithmHParams
-from sequel_core.memory import NoPlanner, Planner
+from sequel_core.memory import NoPlanner, Planner, check_steps, resumed
 from sequel_core.task import AnySplit, Batch, StreamSpec, Task
 from sequel_flax import augmentation
+from sequel_flax.boundaries import StartPlan, is_traced, select
 from sequel_flax.foreign import as_called, counting_only
+from sequel_flax.trainable import Fill, Selection, Trained
 
 Params = Any
 Stats = Any  # running statistics of batch normalisation; {} for a network without
@@ -48,24 +55,35 @@ class StreamState(NamedTuple):
     scale: jax.Array  # of uint8 images, [1, 1, 1, C], in the dtype of the weights
     shift: jax.Array  # of uint8 images, [1, 1, 1, C]
     dropout_key: jax.Array  # folded with ts.step at every step
-    learning_rate: jax.Array  # of the first task; nan where the optimizer does not tell
+    learning_rate: jax.Array | None  # of the first task; None if the optimizer does not tell
     augmented: tuple[()] | None  # () where training samples are augmented, else None: structure, not data
 
 
 class State(NamedTuple):
-    """The state of an algorithm: the stream's part and its own; its shapes never change."""
+    """The state of an algorithm: the stream's part, its own, and the planner's; its shapes never change."""
 
     stream: StreamState
     memory: Any  # the algorithm's own, for example QuadraticState; () where there is none
+    position: Any = None  # of the planner, int32 [n]; None where steps need no plan
 
 
-def plain_planner(spec: StreamSpec, seed: int = 0) -> Planner:
-    """Return the planner of a method whose steps need nothing but their batches, and what augments these."""
-    return augmenting(NoPlanner(), spec, seed)
+def no_planner(spec: StreamSpec) -> Planner:
+    """Return the planner of a method whose steps need nothing but their batches."""
+    return NoPlanner()
+
+
+def nothing(state: State, batches: Iterable[Batch]) -> tuple[()]:
+    """Return `()`: what the end of a task needs to know in algorithms that keep nothing of it."""
+    return ()
+
+
+def unchanged(ts: TrainState, state: State, plan: Any) -> tuple[TrainState, State]:
+    """Do nothing: the end of a task for algorithms that keep nothing of it."""
+    return ts, state
 
 
 class Algorithm(NamedTuple):
-    """A continual-learning algorithm as pure functions."""
+    """A continual-learning algorithm as pure functions; `make_algorithm` makes one of its own parts."""
 
     init: Callable[[TrainState, StreamSpec], State]
     start_task: Callable[[TrainState, State, Task], tuple[TrainState, State]]
@@ -73,10 +91,175 @@ class Algorithm(NamedTuple):
     end_task: Callable[[TrainState, State, Iterable[Batch]], tuple[TrainState, State]]
     predict: Callable[[TrainState, State, jax.Array, jax.Array], jax.Array]  # x, t -> logits [B, num_classes]
     hparams: AlgorithmHParams
-    planner: Callable[[StreamSpec], Planner] = plain_planner  # fills `Batch.plan`, on the host
-    prepare: Callable[[TrainState, StreamSpec], TrainState] = lambda ts, spec: ts  # adds own parameters
-    training_split: Callable[[State, AnySplit], AnySplit] = lambda state, split: split  # to train on
-    alternatives: Callable[[TrainState, State, jax.Array, jax.Array], Outputs] = lambda *_: {}  # as `predict`
+    planner: Callable[
+        [StreamSpec, State], Planner
+    ]  # fills `Batch.plan`, on the host, from where the state is
+    plan_start: Callable[[State, Task], Any]  # the part of start_task on the host; see `boundaries`
+    apply_start: Callable[[TrainState, State, Any], tuple[TrainState, State]]  # the rest; jit- and vmap-able
+    plan_end: Callable[[State, Iterable[Batch]], Any]
+    apply_end: Callable[[TrainState, State, Any], tuple[TrainState, State]]
+    prepare: Callable[[TrainState, StreamSpec], TrainState]  # adds own parameters
+    training_split: Callable[[State, AnySplit], AnySplit]  # to train on
+    alternatives: Callable[[TrainState, State, jax.Array, jax.Array], Outputs]  # as `predict`
+    trained: Trained  # which parameters are trained
+
+
+def plan_start(state: State, task: Task) -> StartPlan:
+    """Return what the start of a task needs to know of it."""
+    return StartPlan(np.asarray(task.index, np.int32))
+
+
+def apply_start(
+    ts: TrainState, state: State, plan: StartPlan, hparams: AlgorithmHParams
+) -> tuple[TrainState, State]:
+    """Begin a task: a fresh optimizer where `reset_optimizer` says so, and the decayed learning rate."""
+    opt_state, base = ts.opt_state, state.stream.learning_rate
+    if hparams.reset_optimizer:
+        fresh = ts.tx.init(ts.params)
+        alike = _structure(fresh) == _structure(opt_state)  # not if another optimizer trains others
+        opt_state = select(state.stream.task < 0, opt_state, fresh) if alike else fresh
+    if hparams.lr_decay != 1.0 and base is not None:
+        rate = jnp.asarray(base * hparams.learning_rate_factor(plan.task, base), base.dtype)
+        opt_state = optax.tree_utils.tree_set(opt_state, learning_rate=rate)
+    stream = state.stream._replace(task=jnp.asarray(plan.task, jnp.int32))
+    return ts.replace(opt_state=opt_state), state._replace(stream=stream)
+
+
+def make_algorithm(
+    hparams: AlgorithmHParams,
+    seed: int,
+    train_step: Callable[[TrainState, State, Batch], tuple[TrainState, State, Outputs]],
+    *,
+    trainable: Selection = None,
+    init_memory: Callable[[TrainState, StreamSpec], Any] = lambda ts, spec: (),
+    fills: Mapping[str, Fill] | None = None,
+    plan_start: Callable[[State, Task], Any] = plan_start,
+    apply_start: Callable[[TrainState, State, Any], tuple[TrainState, State]] | None = None,
+    plan_end: Callable[[State, Iterable[Batch]], Any] = nothing,
+    apply_end: Callable[[TrainState, State, Any], tuple[TrainState, State]] = unchanged,
+    end_task: Callable[[TrainState, State, Iterable[Batch]], tuple[TrainState, State]] | None = None,
+    predict: Callable[[TrainState, State, jax.Array, jax.Array], jax.Array] | None = None,
+    make_planner: Callable[[StreamSpec], Planner] = no_planner,
+    prepare: Callable[[TrainState, StreamSpec], TrainState] = lambda ts, spec: ts,
+    own_parameters: tuple[str, ...] = (),
+    training_split: Callable[[State, AnySplit], AnySplit] = lambda state, split: split,
+    alternatives: Callable[[TrainState, State, jax.Array, jax.Array], Outputs] = lambda *_: {},
+) -> Algorithm:
+    """Return an algorithm made of its own parts; what all algorithms share is added here.
+
+    That is: the stream's part of the state, the planner's position in it, the augmentation of training
+    samples, and that a method sees trained parameters only.
+
+    Args:
+        hparams: settings.
+        seed: of dropout and of the planner.
+        train_step: one step.
+        trainable: which parameters of the network are trained: None for all, a predicate over paths such as
+            `lambda path: path[0] == "head"`, a tree of bools, or an NNX filter. The others stay exactly as
+            they are, and nothing is kept of them.
+        init_memory: the method's own part of the state before the first task.
+        fills: of each field of the memory that has the structure of the parameters, how a leaf begins: a
+            function of the parameter, or a tuple of these for a tuple of trees.
+        plan_start: what the start of a task decides on the host, as a tree of NumPy arrays.
+        apply_start: the start of a task, a pure function; None for the module's own function of that name.
+        plan_end: what the end of a task decides on the host, from batches of its samples.
+        apply_end: the end of a task, a pure function.
+        end_task: the two in one, if that can do without all samples at once; None for one after the other.
+        predict: logits in evaluation mode; None for the network's.
+        make_planner: plans the steps, from the first on.
+        prepare: adds parameters of the method.
+        own_parameters: their names, always trained.
+        training_split: what a task is trained on.
+        alternatives: further predictions that are reported.
+    """
+    trained = Trained(trainable, fills or {}, own_parameters)
+    start = trained.changes(apply_start or partial(_apply_start, hparams=hparams))
+    finish, step = trained.changes(apply_end), trained.changes(train_step)
+    whole = None if end_task is None else trained.changes(end_task)
+
+    def fresh_planner(spec: StreamSpec) -> Planner:
+        return augmenting(make_planner(spec), spec, seed)
+
+    def init(ts: TrainState, spec: StreamSpec) -> State:
+        part = trained.part(ts)
+        stream, position = init_stream(part, spec, hparams, seed), fresh_planner(spec).position
+        return State(stream, init_memory(part, spec), None if position is None else jnp.asarray(position))
+
+    def planned_start(state: State, task: Task) -> Any:
+        _check_steps(state)
+        return plan_start(state, task)
+
+    def start_now(ts: TrainState, state: State, plan: Any) -> tuple[TrainState, State]:
+        begun: tuple[TrainState, State] = start(ts, trained.begun(ts, state), plan)
+        return begun
+
+    def step_now(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+        ts, after, outputs = step(ts, state, batch)
+        return ts, after._replace(position=next_position(state.position, batch.plan)), outputs
+
+    def planned_end(state: State, batches: Iterable[Batch]) -> Any:
+        _check_steps(state)
+        return plan_end(state, batches)
+
+    def end_now(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
+        _check_steps(state)
+        now: tuple[TrainState, State]
+        now = finish(ts, state, plan_end(state, batches)) if whole is None else whole(ts, state, batches)
+        return now
+
+    return Algorithm(
+        init=init,
+        start_task=lambda ts, state, task: start_now(ts, state, planned_start(state, task)),
+        train_step=step_now,
+        end_task=end_now,
+        predict=trained.reads(predict or _predict),
+        hparams=hparams,
+        planner=lambda spec, state: resumed(fresh_planner(spec), state.position),
+        plan_start=planned_start,
+        apply_start=start_now,
+        plan_end=planned_end,
+        apply_end=finish,
+        prepare=prepare,
+        training_split=training_split,
+        alternatives=trained.reads(alternatives),
+        trained=trained,
+    )
+
+
+def next_position(position: Any, plan: Any) -> Any:
+    """Return the position of the planner after a step; its first number is -1 if the plan is of another step.
+
+    Args:
+        position: before the step, int32 `[n]`, or None.
+        plan: of the step.
+
+    Raises:
+        ValueError: the plan is of other settings.
+    """
+    found = getattr(plan, "position", None)
+    if _shape(position) != _shape(found):
+        shapes = [_shape(p) for p in (position, found)]
+        raise ValueError(
+            f"the plan of a batch must have a position like the state's, {shapes[0]}, got {shapes[1]}; make "
+            "the planner with algorithm.planner(spec, state) and give Batch(x, y, t, planner.next(y, t))"
+        )
+    if position is None:
+        return None
+    found = jnp.asarray(found, position.dtype)
+    return found.at[0].set(jnp.where(found[0] == position[0] + 1, found[0], -1))
+
+
+def _structure(tree: Any) -> Any:
+    return jax.tree.structure(tree)
+
+
+def _shape(position: Any) -> str:
+    return "none" if position is None else str(list(np.shape(position)))
+
+
+def _check_steps(state: State) -> None:
+    if not is_traced(state.position):
+        check_steps(state.position)
 
 
 def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, seed: int = 0) -> StreamState:
@@ -108,23 +291,9 @@ def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, see
         scale=jnp.asarray(spec.normalisation.scale, dtype).reshape(1, 1, 1, -1),
         shift=jnp.asarray(spec.normalisation.shift, dtype).reshape(1, 1, 1, -1),
         dropout_key=jax.random.PRNGKey(seed),
-        learning_rate=jnp.asarray(jnp.nan, dtype) if learning_rate is None else jnp.array(learning_rate),
+        learning_rate=None if learning_rate is None else jnp.array(learning_rate),
         augmented=() if spec.augmentation else None,
     )
-
-
-def start_task(
-    ts: TrainState, state: State, task: Task, hparams: AlgorithmHParams
-) -> tuple[TrainState, State]:
-    """Begin a task: a fresh optimizer where `reset_optimizer` says so, and the decayed learning rate."""
-    first = int(state.stream.task) < 0
-    opt_state = ts.tx.init(ts.params) if hparams.reset_optimizer and not first else ts.opt_state
-    if hparams.lr_decay != 1.0:
-        base = state.stream.learning_rate
-        factor = hparams.learning_rate_factor(task.index, float(base))
-        opt_state = optax.tree_utils.tree_set(opt_state, learning_rate=jnp.asarray(base * factor, base.dtype))
-    stream = state.stream._replace(task=jnp.asarray(task.index, jnp.int32))
-    return ts.replace(opt_state=opt_state), state._replace(stream=stream)
 
 
 def forward(ts: TrainState, params: Params, state: State, x: jax.Array, t: jax.Array) -> jax.Array:
@@ -216,6 +385,11 @@ def frozen_network(ts: TrainState) -> tuple[Params, Stats]:
     return copies
 
 
+def empty_sum(p: jax.Array) -> jax.Array:
+    """Return zeros like a parameter, for a sum of at least 32 bits: few bits lose what is small."""
+    return jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32))
+
+
 def refuse_batch_stats(ts: TrainState, name: str, reason: str) -> None:
     """Raise ValueError where the network has running statistics, which a method cannot follow."""
     if jax.tree.leaves(batch_stats(ts)):
@@ -246,7 +420,7 @@ def check_augmented(state: State, batch: Batch) -> None:
     if state.stream.augmented is not None and not isinstance(batch.plan, Augmented):
         raise ValueError(
             "the stream's training samples are augmented and the batch has no plan, which says how; make one "
-            "planner with algorithm.planner(spec) and give Batch(x, y, t, planner.next(y, t))"
+            "planner with algorithm.planner(spec, state) and give Batch(x, y, t, planner.next(y, t))"
         )
 
 
@@ -329,9 +503,7 @@ def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> jax.Arr
     return forward(ts, ts.params, state, x, t)
 
 
-def end_task(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
-    """Do nothing: the end of a task for algorithms that keep nothing of it."""
-    return ts, state
+_apply_start, _predict = apply_start, predict  # `make_algorithm` has arguments of these names
 
 
 def feature_width(ts: TrainState, spec: StreamSpec, name: str) -> int:

@@ -17,6 +17,7 @@ from flax.training.train_state import TrainState
 from sequel_core.hparams import KCLHParams
 from sequel_core.task import Batch, Task
 from sequel_flax import bundle
+from sequel_flax.boundaries import StartPlan
 from sequel_flax.bundle import State
 from sequel_flax.replay import Memory, store
 
@@ -27,20 +28,32 @@ def held(memory: Memory, k: Any, size: int) -> tuple[jax.Array, jax.Array]:
     return x, y
 
 
-def keep(memory: Memory, k: int, x: Any, y: Any) -> Memory:
+def keep(memory: Memory, k: Any, x: Any, y: Any) -> Memory:
     """Return the memory with the coreset of task k, images `[N, ...]` and labels `[N]`."""
-    slots = k * len(y) + np.arange(len(y))
-    return store(memory, jnp.asarray(slots), Batch(x, y, np.full(len(y), k)), memory.y)
+    slots = k * len(y) + jnp.arange(len(y))
+    return store(memory, slots, Batch(x, y, jnp.full(len(y), k)), memory.y)
 
 
-def start_task(ts: TrainState, state: State, task: Task, hparams: KCLHParams) -> tuple[TrainState, State]:
+def plan_start(state: State, task: Task, hparams: KCLHParams) -> StartPlan:
+    """Return the index of a task and its coreset.
+
+    Raises:
+        ValueError: the task has no coreset.
+    """
+    x, y, _ = hparams.coreset(task)
+    return bundle.plan_start(state, task)._replace(samples=(x, y.astype(np.int32)))
+
+
+def apply_start(
+    ts: TrainState, state: State, plan: StartPlan, hparams: KCLHParams
+) -> tuple[TrainState, State]:
     """Begin a task and keep its coreset in `state.memory.coreset`.
 
     Raises:
-        ValueError: the task has no coreset, or one of images of another kind than the spec says.
+        ValueError: a coreset of images of another kind than the spec says.
     """
-    x, y, _ = hparams.coreset(task)
-    ts, state = bundle.start_task(ts, state, task, hparams)
+    x, y = plan.samples
+    ts, state = bundle.apply_start(ts, state, plan, hparams)
     memory = state.memory.coreset
     images: Any = x
     if x.dtype == np.uint8 and jnp.issubdtype(memory.x.dtype, jnp.floating):
@@ -50,5 +63,5 @@ def start_task(ts: TrainState, state: State, task: Task, hparams: KCLHParams) ->
             f"the coresets hold {memory.x.dtype} images, got {x.dtype}; "
             f"give spec._replace(image_dtype='{x.dtype}')"
         )
-    memory = state.memory._replace(coreset=keep(memory, task.index, images, y))
+    memory = state.memory._replace(coreset=keep(memory, plan.task, jnp.asarray(images), jnp.asarray(y)))
     return ts, state._replace(memory=memory)

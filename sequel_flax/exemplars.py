@@ -10,18 +10,20 @@ Mirror: sequel_lightning/exemplars.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 
-from sequel_core.exemplars import exemplar_means, renewed_exemplars
+from sequel_core.exemplars import EMBEDDED, class_means, renewed_exemplars
 from sequel_core.hparams import ICaRLHParams
-from sequel_core.task import Batch, FloatArray, Samples, StreamSpec
+from sequel_core.task import Batch, Samples, StreamSpec
+from sequel_flax.boundaries import is_traced, on_host
 from sequel_flax.bundle import Params, State, feature_width, network
-from sequel_flax.replay import Memory, empty_memory, stored_samples
+from sequel_flax.replay import Memory, empty_memory
 
 
 def init_exemplars(
@@ -52,7 +54,7 @@ def nearest_mean(features: jax.Array, means: jax.Array, has_mean: jax.Array) -> 
 
 
 def renew(
-    ts: TrainState, params: Params, state: State, batches: Iterable[Batch], hparams: ICaRLHParams
+    ts: TrainState, params: Params, state: State, batches: Batch, hparams: ICaRLHParams
 ) -> tuple[Memory, jax.Array, jax.Array]:
     """Return the exemplars at the end of a task, the means of classes, and which classes have one.
 
@@ -61,20 +63,29 @@ def renew(
     """
     kept = state.memory
 
-    def look(x: jax.Array) -> FloatArray:
-        return np.asarray(_embed(ts, params, state, x))
+    def look(blocks: jax.Array) -> jax.Array:
+        """Return h of images `[n, B, H, W, C]`, a block at a time, shape `[n, B, D]`."""
+        if is_traced((ts, blocks)):
+            found: jax.Array = jax.lax.map(lambda x: embed(ts, params, state, x), blocks)
+            return found
+        return jnp.stack([_embed(ts, params, state, x) for x in blocks])
 
-    samples = renewed_exemplars(
-        hparams,
-        mask=np.asarray(kept.classes),
-        task=int(state.stream.task),
-        held=stored_samples(kept.exemplars),
-        found=((Samples(*map(np.asarray, batch[:3])), look(batch.x)) for batch in batches),
-    )
-    means, has_mean = exemplar_means(look, samples, len(kept.means), hparams.flip)
-    x, y, t = samples
-    memory = Memory(jnp.array(x), jnp.array(y, jnp.int32), jnp.array(t, jnp.int32), None)
-    return memory, jnp.array(means, kept.means.dtype), jnp.array(has_mean)
+    def choose(mask: Any, task: Any, held: Any, found: Any, features: Any) -> Any:
+        samples = (Samples(*row) for row in zip(*found, strict=True))
+        pairs = zip(samples, features, strict=True)
+        before = Samples(*(a[held[2] >= 0] for a in held))
+        return tuple(renewed_exemplars(hparams, mask, int(task), before, pairs))
+
+    held, found = tuple(kept.exemplars[:3]), tuple(jnp.asarray(a) for a in batches[:3])
+    x, y, t = on_host(choose, held, kept.classes, state.stream.task, held, found, look(found[0]))
+    memory = kept.exemplars._replace(x=x, y=y, t=t)
+    slots, rows = len(memory.y), -(-len(memory.y) // EMBEDDED)
+    order = np.minimum(np.arange(rows * -(-slots // rows)), slots - 1).reshape(rows, -1)
+    views = (memory.x, memory.x[:, :, ::-1]) if hparams.flip else (memory.x,)
+    seen = [(f := look(view[order])).reshape(-1, f.shape[-1])[:slots] for view in views]
+    count = partial(class_means, num_classes=len(kept.means))
+    means, has_mean = on_host(count, (kept.means, kept.has_mean), seen, memory.y, memory.t)
+    return memory, means, has_mean
 
 
 _embed = jax.jit(embed)

@@ -24,6 +24,7 @@ from sequel_core import plan
 from sequel_core.hparams import TrainingHParams
 from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
 from sequel_core.loggers import Loggers
+from sequel_core.memory import check_position
 from sequel_core.task import AnySplit, Batch, FloatArray, IntArray, Samples, StreamSpec, Task
 from sequel_flax.backbones import initial_variables
 from sequel_flax.bundle import (
@@ -116,7 +117,6 @@ class FlaxLearner:
         self.training = training or TrainingHParams()
         self.spec = spec
         self.hparams.check(spec, self.training)
-        self.planner = algorithm.planner(spec)
         self.model = adapted(model)
         self.writers = Loggers(writers)
         self.hooks = tuple(hooks)
@@ -127,11 +127,14 @@ class FlaxLearner:
         self.metrics = metrics
         if self.training.grad_clip is not None:
             tx = optax.chain(clip_by_global_norm(self.training.grad_clip), tx)
+        if algorithm.trained.trainable is not None:
+            tx = optax.masked(tx, lambda params: algorithm.trained.mask_of(params, self.model))
         variables = initial_variables(self.model, spec, self.training.seed, self.training.dtype)
         kind: Any = BatchStatsTrainState if "batch_stats" in variables else TrainState
         ts = algorithm.prepare(kind.create(apply_fn=self.model.apply, tx=tx, **variables), spec)
         self.ts = strong_types(ts)
         self.state = strong_types(algorithm.init(self.ts, spec))
+        self.planner = algorithm.planner(spec, self.state)
         self._empty = jax.device_get(Tally(strong_types(metrics.empty()), jnp.asarray(NEVER, jnp.int32)))
         self._within: Within | None = None  # None between tasks
         self._saver = Saver()
@@ -170,8 +173,13 @@ class FlaxLearner:
     # -- the Learner protocol
 
     def fit_task(self, task: Task, monitor: FitMonitor) -> None:
-        """Train on one task, then do the algorithm's end-of-task work; see `sequel_core.learner.Learner`."""
+        """Train on one task, then do the algorithm's end-of-task work; see `sequel_core.learner.Learner`.
+
+        Raises:
+            ValueError: the planner is not where the state is: one of the two was assigned without the other.
+        """
         training, size = self.training, self.training.batch_size
+        check_position(self.planner, self.state.position)
         split = self.algorithm.training_split(self.state, task.train)
         plan.check_batch_size(task.index, len(split), size)
         epochs, steps_per_epoch = training.epochs(task.index), len(split) // size
@@ -300,7 +308,8 @@ class FlaxLearner:
     def restore(self, directory: Path) -> None:
         """Read back what `save` wrote; see `sequel_core.learner.Learner`."""
         tree = restored(directory, self._tree())
-        self.ts, self.state, self.planner.state = tree["ts"], tree["state"], tree["planner"]
+        self.ts, self.state = tree["ts"], tree["state"]
+        self.planner = self.algorithm.planner(self.spec, self.state)
         task, done = map(int, tree["position"])
         self._within = None if task < 0 else Within(task, done, tree["tally"])
 
@@ -310,7 +319,6 @@ class FlaxLearner:
         return {
             "ts": self.ts,
             "state": self.state,
-            "planner": self.planner.state,
             "position": np.array([task, done]),
             "tally": tally,
         }
@@ -384,7 +392,7 @@ class FlaxLearner:
             chunk = as_batch(samples)
             if self.steps_per_call is None:
                 one = rows(chunk, 0)
-                planned = one._replace(plan=self.algorithm.planner(self.spec).next(one.y, one.t))
+                planned = one._replace(plan=self.algorithm.planner(self.spec, self.state).next(one.y, one.t))
                 self.steps_per_call = self._choose_steps_per_call(planned)
             k, count = 0, len(chunk.y)
             while k < count:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +19,17 @@ import optax
 from flax.training.train_state import TrainState
 
 from sequel_core.hparams import AlgorithmHParams
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.task import Batch
+from sequel_flax.boundaries import collected, select
 from sequel_flax.bundle import (
     Algorithm,
     Params,
     State,
-    init_stream,
-    plain_planner,
-    predict,
-    start_task,
+    empty_sum,
+    make_algorithm,
     train_step,
 )
+from sequel_flax.trainable import Selection
 
 Model = tuple[TrainState, State]
 Objective = Callable[[Params, Model, Batch], jax.Array]
@@ -68,7 +68,9 @@ def consolidate(
         return QuadraticState(jax.tree.map(jnp.copy, params), total)
     total = jax.tree.map(jnp.add, state.importance, importance)
     share = jax.tree.map(lambda f, total: f / jnp.where(total > 0, total, 1), state.importance, total)
-    anchor = jax.tree.map(lambda p, a, share: p + share * (a - p), params, state.anchor, share)
+    anchor = jax.tree.map(
+        lambda p, a, share: (p + share * (a - p)).astype(a.dtype), params, state.anchor, share
+    )
     return QuadraticState(anchor, total)
 
 
@@ -92,7 +94,10 @@ def mean_gradients(
         samples: N, the first so many; None for all.
         per_batch: one gradient for each whole batch instead.
     """
-    total, count = optax.tree_utils.tree_zeros_like(params), 0
+    total = jax.tree.map(empty_sum, params)
+    if isinstance(batches, Batch):
+        return _mean_in_loop(total, params, model, batches, objective, contribution, samples, per_batch)
+    count = 0
     for batch in batches:
         wanted = len(batch.y) if samples is None else min(len(batch.y), samples - count)
         width = wanted if per_batch else 1
@@ -102,6 +107,39 @@ def mean_gradients(
         if count == samples:
             break
     return _scale(total, 1 / count)
+
+
+def _mean_in_loop(
+    total: Params,
+    params: Params,
+    model: Model,
+    batches: Batch,
+    objective: Objective,
+    contribution: Contribution,
+    samples: int | None,
+    per_batch: bool,
+) -> Params:
+    """Do what `mean_gradients` does with the arrays `[n, B, ...]` of `collected`, while tracing."""
+    x, y, t = (jnp.asarray(a) for a in batches[:3])
+    if samples is not None:
+        t = jnp.where(jnp.cumsum(t.ravel() >= 0).reshape(t.shape) <= samples, t, -1)
+    if not per_batch:
+        x, y, t = (a.reshape(-1, 1, *a.shape[2:]) for a in (x, y, t))
+    counts = jnp.any(t >= 0, axis=1)
+
+    def add(k: Any, total: Params) -> Params:
+        gradient = jax.grad(objective)(params, model, Batch(x[k], y[k], t[k]))
+        new = _summed(total, gradient, contribution)
+        return select(counts[k], new, total)
+
+    last = jnp.max(jnp.where(counts, jnp.arange(len(counts)), -1))
+    total = jax.lax.fori_loop(0, last + 1, add, total)
+    return jax.tree.map(lambda f: f / jnp.sum(t >= 0).astype(f.dtype), total)
+
+
+def _summed(total: Params, gradient: Params, contribution: Contribution) -> Params:
+    """Return the sum with one more gradient in it, computed in the dtype of the sum."""
+    return jax.tree.map(lambda f, g: f + contribution(g.astype(f.dtype)), total, gradient)
 
 
 @partial(jax.jit, static_argnames=("width", "objective", "contribution"), donate_argnums=0)
@@ -118,7 +156,7 @@ def _add_gradient(
     """Dispatched sample by sample: on a CPU ten times as fast as vmap(grad)."""
     part = Batch(*(jax.lax.dynamic_slice_in_dim(a, start, width) for a in batch[:3]))
     gradient = jax.grad(objective)(params, model, part)
-    return jax.tree.map(lambda f, g: f + contribution(g), total, gradient)
+    return _summed(total, gradient, contribution)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -126,18 +164,24 @@ def _scale(tree: Params, factor: float) -> Params:
     return optax.tree_utils.tree_scale(factor, tree)
 
 
+FILLS = {"anchor": jnp.copy, "importance": empty_sum}
+"""How the trees of `QuadraticState` begin."""
+
+
 def init_quadratic(ts: TrainState) -> QuadraticState:
     """Return the state before the first task: no importance."""
-    return QuadraticState(jax.tree.map(jnp.copy, ts.params), jax.tree.map(jnp.zeros_like, ts.params))
+    return QuadraticState(jax.tree.map(jnp.copy, ts.params), jax.tree.map(empty_sum, ts.params))
 
 
 def quadratic(
     hparams: AlgorithmHParams,
     seed: int,
     strength: float,
-    importances: Callable[[Params, Model, Iterable[Batch]], Params],
+    importances: Callable[[Params, Model, Any], Params],
     separate: bool = False,
     gamma: float = 1.0,
+    samples: int | None = None,
+    trainable: Selection = None,
 ) -> Algorithm:
     """Return the algorithm with a quadratic penalty on importances that are taken at the end of a task.
 
@@ -145,24 +189,26 @@ def quadratic(
         hparams: settings.
         seed: of dropout.
         strength: factor of the penalty.
-        importances: of a task, from the weights at its end and batches of its samples.
+        importances: of a task, from the weights at its end and batches of its samples, most often
+            `mean_gradients` of these; from `apply_end` they come as one `Batch` of arrays `[n, B, ...]`.
         separate: see `consolidate`.
         gamma: see `consolidate`.
+        samples: the importances need the first so many samples; None for all.
+        trainable: which parameters are trained; see `make_algorithm`.
     """
-
-    def init(ts: TrainState, spec: StreamSpec) -> State:
-        return State(init_stream(ts, spec, hparams, seed), init_quadratic(ts))
 
     def end_task(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
         found = importances(ts.params, (ts, state), batches)
         return ts, state._replace(memory=consolidate(ts.params, state.memory, found, separate, gamma))
 
-    return Algorithm(
-        init=init,
-        start_task=partial(start_task, hparams=hparams),
-        train_step=partial(train_step, penalty=lambda p, memory: strength * penalty(p, *memory)),
+    return make_algorithm(
+        hparams,
+        seed,
+        partial(train_step, penalty=lambda p, memory: strength * penalty(p, *memory)),
+        trainable=trainable,
+        init_memory=lambda ts, spec: init_quadratic(ts),
+        fills=FILLS,
+        plan_end=lambda state, batches: collected(batches, samples),
+        apply_end=end_task,
         end_task=end_task,
-        predict=predict,
-        hparams=hparams,
-        planner=partial(plain_planner, seed=seed),
     )

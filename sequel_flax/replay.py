@@ -12,7 +12,6 @@ Mirror: sequel_lightning/replay.py
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,9 +20,9 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
-from sequel_core.augmentation import augmenting, own_plan
+from sequel_core.augmentation import own_plan
 from sequel_core.hparams import MemoryHParams
-from sequel_core.memory import MemoryPlanner, StepPlan
+from sequel_core.memory import MemoryPlanner, Planner, StepPlan
 from sequel_core.task import Batch, Samples, StreamSpec
 from sequel_flax.augmentation import cropped, cropped_draw
 from sequel_flax.bundle import (
@@ -36,13 +35,11 @@ from sequel_flax.bundle import (
     batch_stats,
     check_augmented,
     check_logits,
-    end_task,
-    init_stream,
+    make_algorithm,
     masked,
-    predict,
-    start_task,
     training_forward,
 )
+from sequel_flax.trainable import Selection
 
 
 class Memory(NamedTuple):
@@ -79,6 +76,7 @@ Loss = Callable[[Seen, Sequence[Seen]], jax.Array]
 
 def empty_memory(spec: StreamSpec, slots: int, dtype: jnp.dtype | None) -> Memory:
     """Return a memory of so many empty slots; `dtype` of the logits, None for none."""
+    slots = max(slots, 1)  # no array of a state is empty: orbax does not store such arrays
     return Memory(
         x=jnp.zeros((slots, *spec.image_shape), spec.image_dtype),
         y=jnp.zeros(slots, jnp.int32),
@@ -96,9 +94,7 @@ def recall(memory: Memory, slots: jax.Array) -> Recalled:
 def store(memory: Memory, slots: jax.Array, batch: Batch, logits: jax.Array) -> Memory:
     """Return the memory with the batch in these slots `[B]`; nothing is kept beyond the last slot."""
     new = Memory(batch.x, batch.y, batch.t, None if memory.logits is None else logits)
-    stored: Memory = jax.tree.map(
-        lambda a, b: a.at[slots].set(b.astype(a.dtype), mode="drop"), memory, new
-    )
+    stored: Memory = jax.tree.map(lambda a, b: a.at[slots].set(b.astype(a.dtype), mode="drop"), memory, new)
     return stored
 
 
@@ -160,7 +156,7 @@ def planned(memory: Memory, batch: Batch, kind: type[Any] = StepPlan) -> Any:
     if not isinstance(plan, kind):
         raise ValueError(
             "the batch has no plan, which says what to write to the memory and what to read; make one "
-            "planner with algorithm.planner(spec) and give Batch(x, y, t, planner.next(y, t))"
+            "planner with algorithm.planner(spec, state) and give Batch(x, y, t, planner.next(y, t))"
         )
     if batch.x.dtype != memory.x.dtype:
         raise ValueError(
@@ -191,6 +187,8 @@ def replay(
     past_only: bool = False,
     together: bool = False,
     keep_logits: bool = False,
+    trainable: Selection = None,
+    **parts: Any,
 ) -> Algorithm:
     """Return the algorithm that trains on `loss(batch, draws)`.
 
@@ -202,12 +200,13 @@ def replay(
         past_only: read past tasks alone.
         together: one pass of the network for the batch and the draws, else one for each of the two.
         keep_logits: whether the memory holds the logits of its samples.
+        trainable: which parameters are trained; see `make_algorithm`.
+        parts: of `make_algorithm`, in place of the usual ones.
     """
 
-    def init(ts: TrainState, spec: StreamSpec) -> State:
+    def init_memory(ts: TrainState, spec: StreamSpec) -> Memory:
         dtype = jax.tree.leaves(ts.params)[0].dtype if keep_logits else None
-        memory = empty_memory(spec, hparams.slots(spec.num_tasks), dtype)
-        return State(init_stream(ts, spec, hparams, seed), memory)
+        return empty_memory(spec, hparams.slots(spec.num_tasks), dtype)
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
         check_augmented(state, batch)
@@ -222,14 +221,9 @@ def replay(
         outputs = {"loss": value, "logits": own.masked, "labels": batch.y}
         return advance(ts, gradient, stats), state._replace(memory=memory), outputs
 
-    return Algorithm(
-        init=init,
-        start_task=partial(start_task, hparams=hparams),
-        train_step=train_step,
-        end_task=end_task,
-        predict=predict,
-        hparams=hparams,
-        planner=lambda spec: augmenting(
-            MemoryPlanner(hparams, spec, seed, num_draws, past_only), spec, seed
-        ),
-    )
+    def make_planner(spec: StreamSpec) -> Planner:
+        return MemoryPlanner(hparams, spec, seed, num_draws, past_only)
+
+    usual: dict[str, Any] = {"init_memory": init_memory, "make_planner": make_planner}
+    step = parts.pop("train_step", train_step)
+    return make_algorithm(hparams, seed, step, trainable=trainable, **{**usual, **parts})

@@ -35,7 +35,7 @@ FILE_NAMES = {"resnet18": "resnet", "resnet18_thin": "resnet"}
 SHARED = "."
 SHARED_FILES = {"coresets.py", "exemplars.py", "kernels.py", "quadratic.py", "replay.py"}
 CONTAINERS = {
-    "coresets.py": ("start_task",),
+    "coresets.py": ("plan_start", "apply_start", "start_task"),
     "exemplars.py": ("init_exemplars",),
     "quadratic.py": ("quadratic", "init_quadratic"),
     "replay.py": ("replay",),

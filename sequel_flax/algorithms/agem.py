@@ -35,6 +35,7 @@ from sequel_flax.bundle import (
     training_forward,
 )
 from sequel_flax.replay import Seen, draws, look, mean_cross_entropy, replay, store
+from sequel_flax.trainable import Selection
 
 
 def project(gradient: Params, reference: Params) -> Params:
@@ -55,12 +56,13 @@ def batch_loss(batch: Seen, draws: Sequence[Seen]) -> jax.Array:
     return mean_cross_entropy(batch)
 
 
-def agem(hparams: AGEMHParams, seed: int = 0) -> Algorithm:
+def agem(hparams: AGEMHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
     """Return A-GEM.
 
     Args:
         hparams: settings.
         seed: of dropout and of the memory.
+        trainable: which parameters are trained; see `make_algorithm`.
     """
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
@@ -73,9 +75,7 @@ def agem(hparams: AGEMHParams, seed: int = 0) -> Algorithm:
 
         def reference_fn(params: Params, stats: Stats) -> tuple[jax.Array, Stats]:
             counts = jnp.arange(len(past.y)) < past.count
-            logits, stats = training_forward(
-                ts, params, state, past.x, stats=stats, draw=1, counts=counts
-            )
+            logits, stats = training_forward(ts, params, state, past.x, stats=stats, draw=1, counts=counts)
             own = masked(state.stream, logits, past.t)
             return mean_cross_entropy(Seen(logits, own, past.y, None, past.count)), stats
 
@@ -87,4 +87,4 @@ def agem(hparams: AGEMHParams, seed: int = 0) -> Algorithm:
         outputs = {"loss": loss, "logits": seen.masked, "labels": batch.y}
         return advance(ts, gradient, stats), state._replace(memory=memory), outputs
 
-    return replay(hparams, seed, batch_loss, past_only=True)._replace(train_step=train_step)
+    return replay(hparams, seed, batch_loss, past_only=True, trainable=trainable, train_step=train_step)

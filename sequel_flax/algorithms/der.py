@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from sequel_core.hparams import DERHParams
 from sequel_flax.bundle import Algorithm
 from sequel_flax.replay import Seen, mean_cross_entropy, replay, sum_of_first
+from sequel_flax.trainable import Selection
 
 
 def logit_distance(draw: Seen, hparams: DERHParams) -> jax.Array:
@@ -35,11 +36,13 @@ def replay_loss(batch: Seen, draws: Sequence[Seen], hparams: DERHParams) -> jax.
     return mean_cross_entropy(batch) + hparams.alpha * logit_distance(draws[0], hparams)
 
 
-def der(hparams: DERHParams, seed: int = 0) -> Algorithm:
+def der(hparams: DERHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
     """Return dark experience replay.
 
     Args:
         hparams: settings.
         seed: of dropout and of the memory.
+        trainable: which parameters are trained; see `make_algorithm`.
     """
-    return replay(hparams, seed, partial(replay_loss, hparams=hparams), keep_logits=True)
+    loss = partial(replay_loss, hparams=hparams)
+    return replay(hparams, seed, loss, keep_logits=True, trainable=trainable)

@@ -19,6 +19,7 @@ from sequel_core.hparams import DERppHParams
 from sequel_flax.algorithms.der import logit_distance
 from sequel_flax.bundle import Algorithm
 from sequel_flax.replay import Seen, mean_cross_entropy, replay
+from sequel_flax.trainable import Selection
 
 
 def replay_loss(batch: Seen, draws: Sequence[Seen], hparams: DERppHParams) -> jax.Array:
@@ -27,11 +28,13 @@ def replay_loss(batch: Seen, draws: Sequence[Seen], hparams: DERppHParams) -> ja
     return dark + hparams.beta * mean_cross_entropy(draws[1])
 
 
-def derpp(hparams: DERppHParams, seed: int = 0) -> Algorithm:
+def derpp(hparams: DERppHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
     """Return DER++.
 
     Args:
         hparams: settings.
         seed: of dropout and of the memory.
+        trainable: which parameters are trained; see `make_algorithm`.
     """
-    return replay(hparams, seed, partial(replay_loss, hparams=hparams), num_draws=2, keep_logits=True)
+    loss = partial(replay_loss, hparams=hparams)
+    return replay(hparams, seed, loss, num_draws=2, keep_logits=True, trainable=trainable)

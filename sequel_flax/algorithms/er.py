@@ -19,6 +19,7 @@ import jax
 from sequel_core.hparams import ERHParams
 from sequel_flax.bundle import Algorithm
 from sequel_flax.replay import Seen, mean_cross_entropy, replay
+from sequel_flax.trainable import Selection
 
 
 def replay_loss(batch: Seen, draws: Sequence[Seen]) -> jax.Array:
@@ -26,11 +27,12 @@ def replay_loss(batch: Seen, draws: Sequence[Seen]) -> jax.Array:
     return mean_cross_entropy(batch, *draws)
 
 
-def er(hparams: ERHParams, seed: int = 0) -> Algorithm:
+def er(hparams: ERHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
     """Return experience replay.
 
     Args:
         hparams: settings.
         seed: of dropout and of the memory.
+        trainable: which parameters are trained; see `make_algorithm`.
     """
-    return replay(hparams, seed, replay_loss, together=True)
+    return replay(hparams, seed, replay_loss, together=True, trainable=trainable)

@@ -23,6 +23,7 @@ from sequel_core.hparams import EWCHParams
 from sequel_core.task import Batch
 from sequel_flax.bundle import Algorithm, Params, cross_entropy, forward
 from sequel_flax.quadratic import Model, mean_gradients, quadratic
+from sequel_flax.trainable import Selection
 
 
 def negative_log_likelihood(params: Params, model: Model, batch: Batch) -> jax.Array:
@@ -36,13 +37,14 @@ def diagonal_fisher(params: Params, model: Model, batches: Iterable[Batch], samp
     return mean_gradients(params, model, batches, negative_log_likelihood, jnp.square, samples)
 
 
-def ewc(hparams: EWCHParams, seed: int = 0) -> Algorithm:
+def ewc(hparams: EWCHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
     """Return elastic weight consolidation.
 
     Args:
         hparams: settings; the published RotatedMNIST number (48.5, MC-SGD paper) comes from another variant,
             with a min-max normalised Fisher.
         seed: of dropout.
+        trainable: which parameters are trained; see `make_algorithm`.
     """
     online = hparams.accumulation == "online"
     return quadratic(
@@ -52,4 +54,6 @@ def ewc(hparams: EWCHParams, seed: int = 0) -> Algorithm:
         importances=partial(diagonal_fisher, samples=hparams.fisher_samples),
         separate=not online,
         gamma=hparams.gamma if online else 1.0,
+        samples=hparams.fisher_samples,
+        trainable=trainable,
     )

@@ -22,8 +22,6 @@ Mirror: sequel_lightning/algorithms/icarl.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +33,7 @@ from sequel_core.exemplars import joined_with_samples
 from sequel_core.hparams import ICaRLHParams
 from sequel_core.task import Batch, StreamSpec
 from sequel_flax import bundle
+from sequel_flax.boundaries import collected
 from sequel_flax.bundle import (
     Algorithm,
     Outputs,
@@ -42,16 +41,15 @@ from sequel_flax.bundle import (
     State,
     advance,
     frozen_network,
-    init_stream,
+    make_algorithm,
     masked,
     network,
-    plain_planner,
-    start_task,
     trained_on,
     training_forward,
 )
 from sequel_flax.exemplars import embed, init_exemplars, nearest_mean, renew
 from sequel_flax.replay import Memory, planned, stored_samples
+from sequel_flax.trainable import Selection
 
 
 class ICaRLState(NamedTuple):
@@ -84,24 +82,22 @@ def sigmoid_loss(logits: jax.Array, target: jax.Array, outputs: jax.Array) -> ja
     return jnp.mean(jnp.sum(jnp.where(outputs[None], losses, 0), axis=1)) / jnp.sum(outputs)
 
 
-def icarl(hparams: ICaRLHParams, seed: int = 0) -> Algorithm:
+def icarl(hparams: ICaRLHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
     """Return iCaRL.
 
     Args:
         hparams: settings.
         seed: of dropout.
+        trainable: which parameters are trained; see `make_algorithm`.
 
     Raises:
         ValueError: in `init`, a network without `features` or `head`, or fewer exemplars than classes.
     """
 
-    def init(ts: TrainState, spec: StreamSpec) -> State:
+    def init_memory(ts: TrainState, spec: StreamSpec) -> ICaRLState:
         exemplars, means, has_mean = init_exemplars(ts, spec, hparams)
         learned = jnp.asarray(-1, jnp.int32)
-        memory = ICaRLState(
-            exemplars, *frozen_network(ts), means, has_mean, learned, jnp.array(spec.mask)
-        )
-        return State(init_stream(ts, spec, hparams, seed), memory)
+        return ICaRLState(exemplars, *frozen_network(ts), means, has_mean, learned, jnp.array(spec.mask))
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
         planned(state.memory.exemplars, batch, tuple)  # any plan will do; refuses images of another dtype
@@ -118,12 +114,10 @@ def icarl(hparams: ICaRLHParams, seed: int = 0) -> Algorithm:
         (loss, (logits, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
         return advance(ts, gradient, stats), state, {"loss": loss, "logits": logits, "labels": batch.y}
 
-    def end_task(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
-        exemplars, means, has_mean = renew(ts, ts.params, state, batches, hparams)
+    def end(ts: TrainState, state: State, plan: Batch) -> tuple[TrainState, State]:
+        exemplars, means, has_mean = renew(ts, ts.params, state, plan, hparams)
         learned = jnp.copy(state.stream.task)
-        memory = ICaRLState(
-            exemplars, *frozen_network(ts), means, has_mean, learned, state.memory.classes
-        )
+        memory = ICaRLState(exemplars, *frozen_network(ts), means, has_mean, learned, state.memory.classes)
         return ts, state._replace(memory=memory)
 
     def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> jax.Array:
@@ -135,14 +129,16 @@ def icarl(hparams: ICaRLHParams, seed: int = 0) -> Algorithm:
         head = network(ts, ts.params, state, x)
         return masked(state.stream, jnp.where(ready[:, None], near, head), t)
 
-    return Algorithm(
-        init=init,
-        start_task=partial(start_task, hparams=hparams),
-        train_step=train_step,
-        end_task=end_task,
+    return make_algorithm(
+        hparams,
+        seed,
+        train_step,
+        trainable=trainable,
+        init_memory=init_memory,
+        fills={"old": jnp.copy},
+        plan_end=lambda state, batches: collected(batches),
+        apply_end=end,
         predict=predict,
-        hparams=hparams,
-        planner=partial(plain_planner, seed=seed),
         training_split=lambda state, split: joined_with_samples(
             split, stored_samples(state.memory.exemplars)
         ),

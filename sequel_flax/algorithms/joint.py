@@ -12,13 +12,15 @@ from __future__ import annotations
 from sequel_core.hparams import JointHParams
 from sequel_flax.algorithms.naive import naive
 from sequel_flax.bundle import Algorithm
+from sequel_flax.trainable import Selection
 
 
-def joint(hparams: JointHParams, seed: int = 0) -> Algorithm:
+def joint(hparams: JointHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
     """Return joint training.
 
     Args:
         hparams: settings.
         seed: of dropout.
+        trainable: which parameters are trained; see `make_algorithm`.
     """
-    return naive(hparams, seed)
+    return naive(hparams, seed, trainable)

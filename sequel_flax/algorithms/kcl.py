@@ -26,14 +26,14 @@ import jax
 import jax.numpy as jnp
 from flax.training.train_state import TrainState
 
-from sequel_core.augmentation import augmenting
 from sequel_core.hparams import KCLHParams
-from sequel_core.memory import BasesPlanner, NoPlanner, basis_constants
+from sequel_core.memory import BasesPlan, BasesPlanner, NoPlanner, Planner, basis_constants
 from sequel_core.task import Batch, StreamSpec
 from sequel_flax import bundle, kernels
-from sequel_flax.bundle import Algorithm, Outputs, Params, State
-from sequel_flax.coresets import held, start_task
+from sequel_flax.bundle import Algorithm, Outputs, Params, State, make_algorithm
+from sequel_flax.coresets import apply_start, held, plan_start
 from sequel_flax.replay import Memory, empty_memory
+from sequel_flax.trainable import Selection
 
 
 class KCLState(NamedTuple):
@@ -45,12 +45,13 @@ class KCLState(NamedTuple):
     fixed: jax.Array | None  # where in the noise the bases of evaluation begin, int32 [D]
 
 
-def kcl(hparams: KCLHParams, seed: int = 0) -> Algorithm:
+def kcl(hparams: KCLHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
     """Return kernel continual learning.
 
     Args:
         hparams: settings.
         seed: of dropout, of the bases, and of the networks that infer them.
+        trainable: which parameters of the network are trained; see `make_algorithm`.
 
     Raises:
         ValueError: in `prepare`, for a network without `features` or `head`; in `init`, without `prepare`; in
@@ -63,7 +64,7 @@ def kcl(hparams: KCLHParams, seed: int = 0) -> Algorithm:
         params = {**ts.params, "kcl": kernels.own_parameters(hparams, seed, spec.num_tasks, width, dtype)}
         return ts.replace(params=params, opt_state=ts.tx.init(params))
 
-    def init(ts: TrainState, spec: StreamSpec) -> State:
+    def init_memory(ts: TrainState, spec: StreamSpec) -> KCLState:
         if "kcl" not in ts.params:
             raise ValueError(
                 "kcl trains parameters of its own, which ts.params lacks; call "
@@ -75,7 +76,7 @@ def kcl(hparams: KCLHParams, seed: int = 0) -> Algorithm:
             noise, phase, fixed = map(jnp.asarray, basis_constants(seed, hparams.d_rn_f, width))
             phase = phase.astype(ts.params["kcl"]["lmd"].dtype)
             memory = memory._replace(noise=noise, phase=phase, fixed=fixed)
-        return State(bundle.init_stream(ts, spec, hparams, seed), memory)
+        return memory
 
     def features(ts: TrainState, params: Params, state: State, x: jax.Array) -> jax.Array:
         h = bundle.network(ts, params, state, x, method="features")
@@ -93,13 +94,13 @@ def kcl(hparams: KCLHParams, seed: int = 0) -> Algorithm:
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
         batch = bundle.trained_on(state, batch)
-        if rff and getattr(batch.plan, "shape", ()) != (hparams.d_rn_f,):
+        if rff and (not isinstance(batch.plan, BasesPlan) or batch.plan.starts.shape != (hparams.d_rn_f,)):
             raise ValueError(
                 "the batch has no plan, which says where in the noise bases begin; make one planner with "
-                "algorithm.planner(spec) and give Batch(x, y, t, planner.next(y, t))"
+                "algorithm.planner(spec, state) and give Batch(x, y, t, planner.next(y, t))"
             )
 
-        k = state.stream.task
+        k, starts = state.stream.task, batch.plan.starts if rff else None
         x, y = held(state.memory.coreset, k, hparams.core_size)
 
         def loss_fn(params: Params) -> tuple[jax.Array, Any]:
@@ -108,7 +109,7 @@ def kcl(hparams: KCLHParams, seed: int = 0) -> Algorithm:
                 ts, params, state, x, method="features", stats=stats, draw=1
             )
             h, core = (kernels.normalised(a, hparams.normalisation) for a in (h, core))
-            logits, source = answer(ts, state, params["kcl"], core, y, k, h, batch.plan)
+            logits, source = answer(ts, state, params["kcl"], core, y, k, h, starts)
             logits = bundle.masked(state.stream, logits, batch.t)
             loss = bundle.cross_entropy(logits, batch.y)
             if rff:
@@ -138,15 +139,19 @@ def kcl(hparams: KCLHParams, seed: int = 0) -> Algorithm:
 
         return bundle.masked(state.stream, jax.lax.fori_loop(0, len(owner), of_task, none), t)
 
-    return Algorithm(
-        init=init,
-        start_task=partial(start_task, hparams=hparams),
-        train_step=train_step,
-        end_task=bundle.end_task,
+    def make_planner(spec: StreamSpec) -> Planner:
+        return BasesPlanner(hparams.d_rn_f, seed) if rff else NoPlanner()
+
+    return make_algorithm(
+        hparams,
+        seed,
+        train_step,
+        trainable=trainable,
+        init_memory=init_memory,
+        plan_start=partial(plan_start, hparams=hparams),
+        apply_start=partial(apply_start, hparams=hparams),
         predict=predict,
-        hparams=hparams,
-        planner=lambda spec: augmenting(
-            BasesPlanner(hparams.d_rn_f, seed) if rff else NoPlanner(), spec, seed
-        ),
+        make_planner=make_planner,
         prepare=prepare,
+        own_parameters=("kcl",),
     )

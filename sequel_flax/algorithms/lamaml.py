@@ -19,6 +19,7 @@ Mirror: sequel_lightning/algorithms/lamaml.py
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,6 @@ import jax.numpy as jnp
 import optax
 from flax.training.train_state import TrainState
 
-from sequel_core.augmentation import augmenting
 from sequel_core.hparams import LaMAMLHParams
 from sequel_core.memory import MetaPlan, MetaPlanner
 from sequel_core.task import Batch, StreamSpec
@@ -35,13 +35,24 @@ from sequel_flax.bundle import (
     Outputs,
     Params,
     State,
+    make_algorithm,
     masked,
     refuse_batch_stats,
     trained_on,
     training_forward,
 )
 from sequel_flax.optimizers import clip_by_global_norm
-from sequel_flax.replay import Memory, Recalled, Seen, drawn, mean_cross_entropy, planned, replay, store
+from sequel_flax.replay import (
+    Memory,
+    Recalled,
+    Seen,
+    drawn,
+    empty_memory,
+    mean_cross_entropy,
+    planned,
+    store,
+)
+from sequel_flax.trainable import Selection
 
 
 class LaMAMLState(NamedTuple):
@@ -72,19 +83,20 @@ def shortened(gradient: Params, norm: float | None) -> Params:
     return gradient if norm is None else clip_by_global_norm(norm).update(gradient, optax.EmptyState())[0]
 
 
-def lamaml(hparams: LaMAMLHParams, seed: int = 0) -> Algorithm:
+def lamaml(hparams: LaMAMLHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
     """Return La-MAML.
 
     Args:
         hparams: settings.
         seed: of dropout, of the memory and of the order within a glance.
+        trainable: which parameters are trained; see `make_algorithm`.
     """
+    first_rate = partial(jnp.full_like, fill_value=hparams.alpha_init)
 
-    def init(ts: TrainState, spec: StreamSpec) -> State:
+    def init_memory(ts: TrainState, spec: StreamSpec) -> LaMAMLState:
         refuse_batch_stats(ts, "lamaml", "its inner steps look at too few samples for statistics of a batch")
-        state = bundle.init(ts, spec)
-        rates = jax.tree.map(lambda p: jnp.full_like(p, hparams.alpha_init), ts.params)
-        return state._replace(memory=LaMAMLState(state.memory, rates))
+        memory = empty_memory(spec, hparams.slots(spec.num_tasks), None)
+        return LaMAMLState(memory, jax.tree.map(first_rate, ts.params))
 
     def sample_loss(params: Params, ts: TrainState, state: State, samples: Recalled, draw: Any) -> jax.Array:
         """Return the mean cross-entropy of the samples that count, shape (); `draw` numbers the pass."""
@@ -142,9 +154,12 @@ def lamaml(hparams: LaMAMLHParams, seed: int = 0) -> Algorithm:
         outputs = {"loss": losses[0], "logits": masked(state.stream, logits, batch.t), "labels": batch.y}
         return ts, state._replace(memory=LaMAMLState(memory, rates)), outputs
 
-    bundle = replay(hparams, seed, lambda own, draws: mean_cross_entropy(own))
-    return bundle._replace(
-        init=init,
-        train_step=train_step,
-        planner=lambda spec: augmenting(MetaPlanner(hparams, spec, seed), spec, seed),
+    return make_algorithm(
+        hparams,
+        seed,
+        train_step,
+        trainable=trainable,
+        init_memory=init_memory,
+        fills={"rates": first_rate},
+        make_planner=lambda spec: MetaPlanner(hparams, spec, seed),
     )

@@ -13,7 +13,6 @@ Mirror: sequel_lightning/algorithms/lfl.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,15 +32,13 @@ from sequel_flax.bundle import (
     feature_width,
     frozen_network,
     head_logits,
-    init_stream,
+    make_algorithm,
     masked,
     network,
-    plain_planner,
-    predict,
-    start_task,
     trained_on,
     training_forward,
 )
+from sequel_flax.trainable import Selection
 
 
 class LFLState(NamedTuple):
@@ -57,22 +54,22 @@ def feature_distance(features: jax.Array, old: jax.Array) -> jax.Array:
     return 0.5 * jnp.mean(jnp.sum((features - old) ** 2, axis=1))
 
 
-def lfl(hparams: LFLHParams, seed: int = 0) -> Algorithm:
+def lfl(hparams: LFLHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
     """Return less-forgetting learning.
 
     Args:
         hparams: settings.
         seed: of dropout.
+        trainable: which parameters are trained; see `make_algorithm`.
 
     Raises:
         ValueError: in `init`, for a network without `features` or `head`.
     """
 
-    def init(ts: TrainState, spec: StreamSpec) -> State:
+    def init_memory(ts: TrainState, spec: StreamSpec) -> LFLState:
         feature_width(ts, spec, "lfl")
         dtype = jax.tree.leaves(ts.params)[0].dtype
-        memory = LFLState(*frozen_network(ts), jnp.zeros((), dtype))
-        return State(init_stream(ts, spec, hparams, seed), memory)
+        return LFLState(*frozen_network(ts), jnp.zeros((), dtype))
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
         anchor, statistics, learned = state.memory
@@ -96,15 +93,15 @@ def lfl(hparams: LFLHParams, seed: int = 0) -> Algorithm:
             )
         return after, state, {"loss": loss, "logits": logits, "labels": batch.y}
 
-    def end_task(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
+    def end(ts: TrainState, state: State, plan: Any) -> tuple[TrainState, State]:
         return ts, state._replace(memory=LFLState(*frozen_network(ts), jnp.ones_like(state.memory.learned)))
 
-    return Algorithm(
-        init=init,
-        start_task=partial(start_task, hparams=hparams),
-        train_step=train_step,
-        end_task=end_task,
-        predict=predict,
-        hparams=hparams,
-        planner=partial(plain_planner, seed=seed),
+    return make_algorithm(
+        hparams,
+        seed,
+        train_step,
+        trainable=trainable,
+        init_memory=init_memory,
+        fills={"anchor": jnp.copy},
+        apply_end=end,
     )

@@ -22,12 +22,14 @@ from sequel_core.hparams import MASHParams
 from sequel_core.task import Batch
 from sequel_flax.bundle import Algorithm, Params, network
 from sequel_flax.quadratic import Model, mean_gradients, quadratic
+from sequel_flax.trainable import Selection
 
 
 def squared_norm(params: Params, model: Model, batch: Batch) -> jax.Array:
     """Return the sum over a batch of ||f(x)||^2, in evaluation mode, shape ()."""
     ts, state = model
-    return jnp.sum(network(ts, params, state, batch.x) ** 2)
+    norms = jnp.sum(network(ts, params, state, batch.x) ** 2, axis=1)
+    return jnp.sum(jnp.where(batch.t >= 0, norms, 0))
 
 
 def sensitivity(params: Params, model: Model, batches: Iterable[Batch], hparams: MASHParams) -> Params:
@@ -37,16 +39,19 @@ def sensitivity(params: Params, model: Model, batches: Iterable[Batch], hparams:
     )
 
 
-def mas(hparams: MASHParams, seed: int = 0) -> Algorithm:
+def mas(hparams: MASHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
     """Return memory aware synapses.
 
     Args:
         hparams: settings.
         seed: of dropout.
+        trainable: which parameters are trained; see `make_algorithm`.
     """
     return quadratic(
         hparams,
         seed,
         strength=2 * hparams.mas_lambda,
         importances=partial(sensitivity, hparams=hparams),
+        samples=hparams.mas_samples,
+        trainable=trainable,
     )

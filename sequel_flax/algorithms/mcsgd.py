@@ -26,20 +26,14 @@ import optax
 from flax.training.train_state import TrainState
 
 from sequel_core.hparams import MCSGDHParams
-from sequel_core.memory import connection_batches
-from sequel_core.task import Batch, StreamSpec, Task
+from sequel_core.memory import ConnectionPlan, connection_plan
+from sequel_core.task import Batch, StreamSpec
+from sequel_flax import bundle
 from sequel_flax.augmentation import without_draws
-from sequel_flax.bundle import (
-    Algorithm,
-    Outputs,
-    Params,
-    State,
-    masked,
-    network,
-    refuse_batch_stats,
-    start_task,
-)
+from sequel_flax.boundaries import StartPlan, repeated, select
+from sequel_flax.bundle import Algorithm, Outputs, Params, State, apply_start, masked, network
 from sequel_flax.replay import Memory, Recalled, draws, mean_cross_entropy, recall, replay, sum_of_first
+from sequel_flax.trainable import Selection
 
 Lines = Sequence[tuple[Params, Sequence[Recalled]]]  # where each begins, and the samples that it is for
 
@@ -79,32 +73,33 @@ def _add_point(total: Params, ts: TrainState, state: State, point: Any, samples:
     return jax.tree.map(lambda a, g: a + factor.astype(a.dtype) * g, total, gradient)
 
 
-def mcsgd(hparams: MCSGDHParams, seed: int = 0) -> Algorithm:
+def mcsgd(hparams: MCSGDHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
     """Return MC-SGD.
 
     Args:
         hparams: settings.
         seed: of dropout, of the memory and of the order in which w_bar sees it.
+        trainable: which parameters are trained; see `make_algorithm`.
     """
     online = hparams.lmc_policy == "online"
-    bundle = replay(hparams, seed, lambda own, _: mean_cross_entropy(own), int(online), past_only=True)
+    make = partial(replay, hparams, seed, lambda own, _: mean_cross_entropy(own), int(online), True)
+    base = make()
 
-    def init(ts: TrainState, spec: StreamSpec) -> State:
-        refuse_batch_stats(ts, "mcsgd", "the weights between two solutions have no running statistics")
+    def init_memory(ts: TrainState, spec: StreamSpec) -> MCSGDState:
+        bundle.refuse_batch_stats(ts, "mcsgd", "the weights between two solutions have no running statistics")
         w_bar, w_hat, w = (jax.tree.map(jnp.copy, ts.params) for _ in range(3))
         moving = (w, jax.tree.map(jnp.zeros_like, w)) if online else ()
-        state = bundle.init(ts, spec)
-        learned = jnp.asarray(-1, jnp.int32)
-        return state._replace(memory=MCSGDState(state.memory, w_bar, w_hat, moving, learned))
+        memory = base.init(ts, spec).memory
+        return MCSGDState(memory, w_bar, w_hat, moving, jnp.asarray(-1, jnp.int32))
 
-    def start(ts: TrainState, state: State, task: Task) -> tuple[TrainState, State]:
+    def start(ts: TrainState, state: State, plan: StartPlan) -> tuple[TrainState, State]:
         kept = state.memory
-        if kept.learned >= 0 and hparams.lmc_start == "w_hat":
-            ts = ts.replace(params=jax.tree.map(jnp.copy, kept.w_hat))
+        if hparams.lmc_start == "w_hat":
+            ts = ts.replace(params=select(kept.learned >= 0, kept.w_hat, ts.params))
         if online:
             w = between(kept.w_bar, ts.params, hparams.lmc_init_position)
             kept = kept._replace(moving=(w, jax.tree.map(jnp.zeros_like, w)))
-        return start_task(ts, state._replace(memory=kept), task, hparams)
+        return apply_start(ts, state._replace(memory=kept), plan, hparams)
 
     def step(moving: Any, ts: TrainState, state: State, lines: Lines) -> tuple[Params, Params]:
         """Return w and its velocity after a step on the lines that begin at each of the weights given."""
@@ -121,36 +116,48 @@ def mcsgd(hparams: MCSGDHParams, seed: int = 0) -> Algorithm:
         kept, moving = state.memory, state.memory.moving
         own, *past = draws(kept.memory, batch)
         alone = without_draws(batch)
-        after, plain, outputs = bundle.train_step(ts, state._replace(memory=kept.memory), alone)
+        after, plain, outputs = base.train_step(ts, state._replace(memory=kept.memory), alone)
         if online:
             lines = [(kept.w_bar, past), (after.params, [own])]
             go = partial(step, ts=after, state=state, lines=lines)
             moving = jax.lax.cond(kept.learned >= 0, go, lambda still: still, moving)
         return after, state._replace(memory=kept._replace(memory=plain.memory, moving=moving)), outputs
 
-    def end_task(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
-        kept, task = state.memory, int(state.stream.task)
-        w = w_hat = jax.tree.map(jnp.copy, ts.params)
-        if kept.learned >= 0 and online:
-            w, _ = kept.moving
-        elif kept.learned >= 0:
-            w = between(kept.w_bar, w_hat, hparams.lmc_init_position)
-            moving = (w, jax.tree.map(jnp.zeros_like, w))
-            for pairs in connection_batches(hparams, np.asarray(kept.memory.t), task, seed):
-                past, now = (
-                    [recall(kept.memory, jnp.asarray(pair[kind])) for pair in pairs] for kind in (0, 1)
-                )
-                moving = step(moving, ts, state, [(kept.w_bar, past), (w_hat, now)])
-            w, _ = moving
-        w_bar, params = (jax.tree.map(jnp.copy, w) for _ in range(2))
-        memory = kept._replace(w_bar=w_bar, w_hat=w_hat, learned=jnp.asarray(task, jnp.int32))
+    def plan_end(state: State, batches: Iterable[Batch]) -> ConnectionPlan:
+        tasks, first = np.asarray(state.memory.memory.t), int(state.memory.learned) < 0
+        past = np.full_like(tasks, -1) if online or first else tasks  # nothing to look for
+        return connection_plan(hparams, past, int(state.stream.task), seed)
+
+    def end(ts: TrainState, state: State, plan: ConnectionPlan) -> tuple[TrainState, State]:
+        kept, w_hat = state.memory, jax.tree.map(jnp.copy, ts.params)
+        slots = jnp.where(plan.slots < 0, len(kept.memory.t), plan.slots)  # padding is "none", too
+
+        def look(k: Any, moving: Any) -> Any:
+            past, now = ([recall(kept.memory, pair[kind]) for pair in slots[k]] for kind in (0, 1))
+            return step(moving, ts, state, [(kept.w_bar, past), (w_hat, now)])
+
+        w = between(kept.w_bar, w_hat, hparams.lmc_init_position)
+        start = kept.moving if online else (w, jax.tree.map(jnp.zeros_like, w))
+        w, _ = repeated(plan.count, look, start)
+        w_bar, params = (select(kept.learned >= 0, w, w_hat) for _ in range(2))
+        memory = kept._replace(w_bar=w_bar, w_hat=w_hat, learned=jnp.copy(state.stream.task))
         return ts.replace(params=params), state._replace(memory=memory)
 
     def alternatives(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> Outputs:
         ended = state.memory.learned == state.stream.task
         w_hat = jax.tree.map(lambda a, b: jnp.where(ended, a, b), state.memory.w_hat, ts.params)
-        return {"w_hat": bundle.predict(ts.replace(params=w_hat), state, x, t)}
+        return {"w_hat": base.predict(ts.replace(params=w_hat), state, x, t)}
 
-    return bundle._replace(
-        init=init, start_task=start, train_step=train_step, end_task=end_task, alternatives=alternatives
+    fills: dict[str, Any] = {"w_bar": jnp.copy, "w_hat": jnp.copy}
+    if online:
+        fills["moving"] = (jnp.copy, jnp.zeros_like)
+    return make(
+        trainable=trainable,
+        train_step=train_step,
+        init_memory=init_memory,
+        fills=fills,
+        apply_start=start,
+        plan_end=plan_end,
+        apply_end=end,
+        alternatives=alternatives,
     )

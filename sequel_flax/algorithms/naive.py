@@ -7,41 +7,17 @@ Mirror: sequel_lightning/algorithms/naive.py
 
 from __future__ import annotations
 
-from functools import partial
-
-from flax.training.train_state import TrainState
-
 from sequel_core.hparams import AlgorithmHParams
-from sequel_core.task import StreamSpec
-from sequel_flax.bundle import (
-    Algorithm,
-    State,
-    end_task,
-    init_stream,
-    plain_planner,
-    predict,
-    start_task,
-    train_step,
-)
+from sequel_flax.bundle import Algorithm, make_algorithm, train_step
+from sequel_flax.trainable import Selection
 
 
-def naive(hparams: AlgorithmHParams, seed: int = 0) -> Algorithm:
+def naive(hparams: AlgorithmHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
     """Return naive finetuning.
 
     Args:
         hparams: settings.
         seed: of dropout.
+        trainable: which parameters are trained; see `make_algorithm`.
     """
-
-    def init(ts: TrainState, spec: StreamSpec) -> State:
-        return State(init_stream(ts, spec, hparams, seed), memory=())
-
-    return Algorithm(
-        init=init,
-        start_task=partial(start_task, hparams=hparams),
-        train_step=train_step,
-        end_task=end_task,
-        predict=predict,
-        hparams=hparams,
-        planner=partial(plain_planner, seed=seed),
-    )
+    return make_algorithm(hparams, seed, train_step, trainable=trainable)

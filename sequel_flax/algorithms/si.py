@@ -15,7 +15,6 @@ Mirror: sequel_lightning/algorithms/si.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,23 +23,24 @@ import jax.numpy as jnp
 from flax.training.train_state import TrainState
 
 from sequel_core.hparams import SIHParams
-from sequel_core.task import Batch, StreamSpec, Task
+from sequel_core.task import Batch, StreamSpec
+from sequel_flax.boundaries import StartPlan
 from sequel_flax.bundle import (
     Algorithm,
     Outputs,
     Params,
     State,
     advance,
+    apply_start,
     cross_entropy,
-    init_stream,
+    empty_sum,
+    make_algorithm,
     masked,
-    plain_planner,
-    predict,
-    start_task,
     trained_on,
     training_forward,
 )
-from sequel_flax.quadratic import init_quadratic, penalty
+from sequel_flax.quadratic import FILLS, init_quadratic, penalty
+from sequel_flax.trainable import Selection
 
 
 class SIState(NamedTuple):
@@ -53,7 +53,11 @@ class SIState(NamedTuple):
 
 def walk(path: Params, gradient: Params, before: Params, after: Params) -> Params:
     """Return omega with one more step in it: omega - g (after - before)."""
-    return jax.tree.map(lambda w, g, b, a: w - g * (a - b), path, gradient, before, after)
+
+    def add(w: jax.Array, g: jax.Array, b: jax.Array, a: jax.Array) -> jax.Array:
+        return w - g.astype(w.dtype) * (a.astype(w.dtype) - b.astype(w.dtype))
+
+    return jax.tree.map(add, path, gradient, before, after)
 
 
 @partial(jax.jit, static_argnames="hparams")
@@ -61,28 +65,29 @@ def consolidate(params: Params, state: SIState, hparams: SIHParams) -> SIState:
     """Return the state at the end of a task: its omega moved into Omega."""
 
     def add(total: jax.Array, path: jax.Array, p: jax.Array, anchor: jax.Array) -> jax.Array:
-        total = total + path / ((p - anchor) ** 2 + hparams.xi)
+        distance = p.astype(total.dtype) - anchor.astype(total.dtype)
+        total = total + path / (distance**2 + hparams.xi)
         return jnp.maximum(total, 0) if hparams.clamp else total
 
     importance = jax.tree.map(add, state.importance, state.path, params, state.anchor)
-    return SIState(jax.tree.map(jnp.copy, params), importance, jax.tree.map(jnp.zeros_like, params))
+    return SIState(jax.tree.map(jnp.copy, params), importance, jax.tree.map(jnp.zeros_like, state.path))
 
 
-def si(hparams: SIHParams, seed: int = 0) -> Algorithm:
+def si(hparams: SIHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
     """Return synaptic intelligence.
 
     Args:
         hparams: settings.
         seed: of dropout.
+        trainable: which parameters are trained; see `make_algorithm`.
     """
     strength = 2 * hparams.si_lambda
 
-    def init(ts: TrainState, spec: StreamSpec) -> State:
-        memory = SIState(*init_quadratic(ts), path=jax.tree.map(jnp.zeros_like, ts.params))
-        return State(init_stream(ts, spec, hparams, seed), memory)
+    def init_memory(ts: TrainState, spec: StreamSpec) -> SIState:
+        return SIState(*init_quadratic(ts), path=jax.tree.map(empty_sum, ts.params))
 
-    def start(ts: TrainState, state: State, task: Task) -> tuple[TrainState, State]:
-        ts, state = start_task(ts, state, task, hparams)
+    def start(ts: TrainState, state: State, plan: StartPlan) -> tuple[TrainState, State]:
+        ts, state = apply_start(ts, state, plan, hparams)
         return ts, state._replace(memory=state.memory._replace(anchor=jax.tree.map(jnp.copy, ts.params)))
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
@@ -101,15 +106,16 @@ def si(hparams: SIHParams, seed: int = 0) -> Algorithm:
         outputs = {"loss": loss + strength * pull, "logits": logits, "labels": batch.y}
         return after, state._replace(memory=memory._replace(path=path)), outputs
 
-    def end_task(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
+    def end(ts: TrainState, state: State, plan: Any) -> tuple[TrainState, State]:
         return ts, state._replace(memory=consolidate(ts.params, state.memory, hparams))
 
-    return Algorithm(
-        init=init,
-        start_task=start,
-        train_step=train_step,
-        end_task=end_task,
-        predict=predict,
-        hparams=hparams,
-        planner=partial(plain_planner, seed=seed),
+    return make_algorithm(
+        hparams,
+        seed,
+        train_step,
+        trainable=trainable,
+        init_memory=init_memory,
+        fills={**FILLS, "path": empty_sum},
+        apply_start=start,
+        apply_end=end,
     )

@@ -109,7 +109,7 @@ class KCL(CoresetModule):
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy of a batch, with the divergence of the bases, and its logits."""
         batch = self.trained_on(batch)
-        positions = torch.from_numpy(batch.plan).to(batch.x.device) if self.rff else None
+        positions = torch.from_numpy(batch.plan.starts).to(batch.x.device) if self.rff else None
         k, x, y = self.current_coreset()
         h, core = self.features(batch.x), self.features(x)
         with torch.autocast(h.device.type, enabled=False):

@@ -128,7 +128,7 @@ class LaMAML(ReplayModule):
             check_functional_call(self, batch.x)
             self._checked = True
         hparams, batch = self.algorithm_hparams, self.planned(batch)
-        (_, reads, orders), seen_x = planned(self.held, batch, MetaPlan), cropped(batch).x
+        (_, reads, orders, _), seen_x = planned(self.held, batch, MetaPlan), cropped(batch).x
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         with torch.no_grad():

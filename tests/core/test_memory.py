@@ -339,7 +339,7 @@ def test_reads_hold_different_samples_of_earlier_steps(
     memory: MemoryPolicy, past_only: bool, batch: int, read: int, draws: int, seed: int
 ) -> None:
     y, t = stream_of(36 // batch + 1, batch, seed)
-    write, reads = planner_of(memory, seed, read=read, draws=draws, past_only=past_only).next(y, t)
+    write, reads, _ = planner_of(memory, seed, read=read, draws=draws, past_only=past_only).next(y, t)
     assert reads.shape == (len(y), draws, read)
     for step, held in enumerate(memories(write, SIZE)[:-1]):
         readable = held >= 0
@@ -362,7 +362,7 @@ def test_a_draw_as_large_as_the_memory_reads_all_that_a_step_may_read(
     # two samples a step, two of each class of each task: nothing is lost; task 0 comes back at the end
     y = [[0, 1], [1, 0], [2, 3], [3, 2], [1, 4], [4, 1], [0, 0]]
     t = [[0, 0], [0, 0], [1, 1], [1, 1], [2, 2], [2, 2], [0, 0]]
-    write, reads = planner_of(memory, read=SIZE, past_only=past_only).next(y, t)
+    write, reads, _ = planner_of(memory, read=SIZE, past_only=past_only).next(y, t)
     first, second, third = {0, 1, 2, 3}, {4, 5, 6, 7}, {8, 9, 10, 11}
     expected: list[set[int]] = [set(range(2 * step)) for step in range(7)]
     if past_only or memory in QUOTAS:
@@ -453,7 +453,7 @@ def test_long_streams_go_on_where_blocks_of_random_numbers_end(
 def test_labels_may_be_integers_of_any_kind(memory: MemoryPolicy) -> None:
     y, t = stream_of(8, 5)
     expected = planner_of(memory).next(y, t)
-    assert [array.dtype for array in expected] == [np.int32, np.int32]
+    assert [array.dtype for array in expected] == [np.int32] * 3
     assert_same(planner_of(memory).next(y.tolist(), t.tolist()), expected)
     for dtype in (np.int32, np.int64, np.uint8):
         assert_same(planner_of(memory).next(y.astype(dtype), t.astype(dtype)), expected)
@@ -476,9 +476,9 @@ def test_no_memory_writes_and_reads_nothing(memory: MemoryPolicy) -> None:
     planner = planner_of(memory, size=0, read=10, draws=2)
     y, t = stream_of(2, 5)
     for labels, tasks in ((y, t), (y[0], t[0])):
-        write, reads = planner.next(labels, tasks)
+        write, reads, _ = planner.next(labels, tasks)
         assert planner.slots == 0
-        np.testing.assert_array_equal(write, np.zeros(labels.shape))
+        np.testing.assert_array_equal(write, np.ones(labels.shape))  # beyond the one slot of empty arrays
         assert reads.shape == (*labels.shape[:-1], 2, 0)
 
 

@@ -31,7 +31,7 @@ def labels(steps: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def test_each_glance_has_an_order_and_a_draw_of_its_own() -> None:
     y, t = labels(30, 6)
-    write, reads, order = MetaPlanner(META, SPEC, 0).next(y, t)
+    write, reads, order, _ = MetaPlanner(META, SPEC, 0).next(y, t)
     assert (write.shape, reads.shape, order.shape) == ((30, 6), (30, 3, 4), (30, 3, 6))
     assert {a.dtype for a in (write, reads, order)} == {np.dtype(np.int32)}
     np.testing.assert_array_equal(np.sort(order, axis=-1), np.broadcast_to(np.arange(6), order.shape))
@@ -41,11 +41,11 @@ def test_each_glance_has_an_order_and_a_draw_of_its_own() -> None:
 
 def test_the_first_glance_reads_the_memory_as_it_was_and_the_later_ones_as_it_is() -> None:
     planner = MetaPlanner(META, SPEC, 0)
-    (write, reads, _), held = planner.next(np.arange(4), np.zeros(4, int)), set(range(4))
+    (write, reads, *_), held = planner.next(np.arange(4), np.zeros(4, int)), set(range(4))
     assert set(write.tolist()) == held
     assert set(reads[0].tolist()) == {12}  # there was nothing
     assert {tuple(r) for r in reads[1:].tolist()} == {(0, 1, 2, 3)}  # all that was just written
-    write, reads, _ = planner.next(np.arange(4), np.zeros(4, int))
+    write, reads, *_ = planner.next(np.arange(4), np.zeros(4, int))
     assert set(reads[0].tolist()) <= held
     assert set(write.tolist()) == {4, 5, 6, 7}
     assert not set(reads[1:].ravel().tolist()) <= held
@@ -85,13 +85,13 @@ def test_no_draw_is_a_plan_without_reads() -> None:
 def test_bases_begin_anywhere_and_are_the_same_in_chunks() -> None:
     whole, alone = (BasesPlanner(50, 3) for _ in range(2))
     y = np.zeros((40, 6), int)
-    found = whole.next(y, y)
+    found = whole.next(y, y).starts
     assert found.shape == (40, 50)
     assert found.dtype == np.int32
     for k in range(40):
         if k == 20:
             alone.state = alone.state.copy()
-        np.testing.assert_array_equal(alone.next(y[k], y[k]), found[k])
+        np.testing.assert_array_equal(alone.next(y[k], y[k]).starts, found[k])
     assert alone.state == whole.state == [40]
     assert stats.kstest(found.ravel() / NOISE, "uniform").pvalue > 1e-3
 

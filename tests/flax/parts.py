@@ -186,7 +186,7 @@ def user_loop(
     ts = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
     ts = algorithm.prepare(ts, spec)
     state = algorithm.init(ts, spec)
-    planner = algorithm.planner(spec)
+    planner = algorithm.planner(spec, state)
     step = jax.jit(algorithm.train_step, **jit)
     losses = []
     for task in algorithm.hparams.training_tasks(benchmark, training.seed):

@@ -17,7 +17,6 @@ from sequel_core.hparams import AlgorithmHParams, ERHParams, EWCHParams, NaiveHP
 from sequel_core.task import Batch, Scenario, StreamSpec
 from sequel_flax import ALGORITHMS, initial_variables
 from sequel_flax.bundle import blank_image, init_stream, masked, normalise
-from sequel_flax.coresets import start_task
 from tests.flax.parts import BATCH, KCL, Layered, divided, own_stream, rotated
 
 VOCABULARY, LENGTH, WIDTH = 30_002, 8, 4
@@ -63,7 +62,7 @@ def trained(
     ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.5))
     algorithm, spec = ALGORITHMS[hparams.name](hparams), spec_of_tokens(str(batches[0].x.dtype))
     ts, state = algorithm.start_task(ts, algorithm.init(ts, spec), rotated().tasks[0])
-    planner, step = algorithm.planner(spec), jax.jit(algorithm.train_step)
+    planner, step = algorithm.planner(spec, state), jax.jit(algorithm.train_step)
     for batch in batches:
         ts, state, _ = step(ts, state, batch._replace(plan=planner.next(batch.y, batch.t)))
     return *algorithm.end_task(ts, state, batches), params
@@ -135,7 +134,7 @@ def test_a_coreset_of_another_dtype_than_the_spec_is_refused() -> None:
     ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
     ts = algorithm.prepare(ts, spec)
     with pytest.raises(ValueError, match=r"the coresets hold int32 images, got uint8; give spec\._replace"):
-        start_task(ts, algorithm.init(ts, spec), task, KCL)
+        algorithm.start_task(ts, algorithm.init(ts, spec), task)
 
 
 # -- outputs
@@ -190,7 +189,7 @@ def test_logits_that_are_not_one_row_for_each_sample_are_refused(
     params = net.init(jax.random.key(0), jnp.asarray(x))["params"]
     ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
     ts, state = algorithm.start_task(ts, algorithm.init(ts, spec), task)
-    batch = Batch(x, y, t, algorithm.planner(spec).next(y, t))
+    batch = Batch(x, y, t, algorithm.planner(spec, state).next(y, t))
     for act, rows in (
         (lambda: jax.jit(algorithm.train_step)(ts, state, batch), 8 + 4 * (hparams.name == "er")),
         (lambda: algorithm.predict(ts, state, *map(jnp.asarray, (x, t))), 8),

@@ -71,9 +71,9 @@ def test_a_users_float_images_train_as_the_streams_own() -> None:
 
 
 def test_bases_are_new_at_every_step_and_follow_the_seed() -> None:
-    planners = [kcl(KCL, seed=seed).planner(own_stream(KCL).spec) for seed in (0, 0, 1)]
+    planners = [learner(KCL, own_stream(KCL), settings(seed=seed), seed=seed).planner for seed in (0, 0, 1)]
     y = np.zeros((3, 8))
-    several, again, other = (planner.next(y, y) for planner in planners)
+    several, again, other = (planner.next(y, y).starts for planner in planners)
     assert several.shape == (3, 16)
     assert several.dtype == np.int32
     np.testing.assert_array_equal(several, again)

@@ -177,7 +177,7 @@ class KCL(Reference):
         return theta
 
     def start_step(self, samples: Samples) -> None:
-        self.positions = self.planner.next(samples.y, samples.t)
+        self.positions = self.planner.next(samples.y, samples.t).starts
 
     # -- the loss
 

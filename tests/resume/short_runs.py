@@ -91,8 +91,7 @@ def tensors(made: Any) -> dict[str, np.ndarray]:
     import jax
 
     leaves = jax.tree_util.tree_flatten_with_path((made.ts, made.state))[0]
-    planner = {"planner": np.asarray(made.planner.state)}
-    return planner | {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 class Moments:
