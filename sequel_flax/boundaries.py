@@ -11,7 +11,7 @@ Many seeds at once: each has a plan of its own, and they are stacked; see `stack
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,16 +64,33 @@ def collected(batches: Iterable[Batch], samples: int | None = None) -> Batch:
     """
     found: list[Batch] = []
     count = 0
-    for batch in batches:
+    for batch in given(batches):
         wanted = len(batch.y) if samples is None else min(len(batch.y), samples - count)
         found.append(Batch(*(np.asarray(a)[:wanted] for a in batch[:3])))
         count += wanted
         if count == samples:
             break
-    if not count:
-        raise ValueError("the end of a task needs its samples, got no batch; give batches anew at every end")
     stacked = stack_plans(found)
     return Batch(stacked.x, np.maximum(stacked.y, 0), stacked.t)
+
+
+def given(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches that the end of a task reads.
+
+    Raises:
+        ValueError: on reading, there is none, or one batch is given in place of several.
+    """
+    if isinstance(batches, Batch):
+        raise ValueError("end_task needs batches of the task's samples, got a single Batch; give [batch]")
+    count = 0
+    for batch in batches:
+        count += len(batch.y)
+        yield batch
+    if not count:
+        raise ValueError(
+            "the end of a task needs its samples, got no batch; give the task's batches again: a generator "
+            "can be read only once, so make a new one, or give a list"
+        )
 
 
 def is_traced(tree: Any) -> bool:

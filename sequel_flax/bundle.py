@@ -15,6 +15,7 @@ for ever. `(ts, state)` hold all that the coming steps depend on, so saving thes
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -32,7 +33,7 @@ from sequel_core.hparams import AlgorithmHParams
 from sequel_core.memory import NoPlanner, Planner, check_steps, resumed
 from sequel_core.task import AnySplit, Batch, StreamSpec, Task
 from sequel_flax import augmentation
-from sequel_flax.boundaries import StartPlan, is_traced, select
+from sequel_flax.boundaries import StartPlan, given, is_traced, select
 from sequel_flax.foreign import as_called, counting_only
 from sequel_flax.trainable import Fill, Selection, Trained
 
@@ -47,15 +48,19 @@ class BatchStatsTrainState(TrainState):
     batch_stats: Stats
 
 
+NOT_BEGUN = -2
+"""The task of a state that took a step with samples of a task that had not begun."""
+
+
 class StreamState(NamedTuple):
     """What every algorithm keeps of the stream."""
 
-    task: jax.Array  # index of the current task, int32 (), -1 before the first
+    task: jax.Array  # index of the current task, int32 (), -1 before the first; see also NOT_BEGUN
     mask: jax.Array | None  # bool [T, num_classes]; None where logits are not masked
     scale: jax.Array  # of uint8 images, [1, 1, 1, C], in the dtype of the weights
     shift: jax.Array  # of uint8 images, [1, 1, 1, C]
     dropout_key: jax.Array  # folded with ts.step at every step
-    learning_rate: jax.Array | None  # of the first task; None if the optimizer does not tell
+    learning_rates: tuple[jax.Array, ...]  # of the first task; () if the optimizer does not tell
     augmented: tuple[()] | None  # () where training samples are augmented, else None: structure, not data
 
 
@@ -113,14 +118,17 @@ def apply_start(
     ts: TrainState, state: State, plan: StartPlan, hparams: AlgorithmHParams
 ) -> tuple[TrainState, State]:
     """Begin a task: a fresh optimizer where `reset_optimizer` says so, and the decayed learning rate."""
-    opt_state, base = ts.opt_state, state.stream.learning_rate
+    opt_state = ts.opt_state
     if hparams.reset_optimizer:
         fresh = ts.tx.init(ts.params)
         alike = _structure(fresh) == _structure(opt_state)  # not if another optimizer trains others
         opt_state = select(state.stream.task < 0, opt_state, fresh) if alike else fresh
-    if hparams.lr_decay != 1.0 and base is not None:
-        rate = jnp.asarray(base * hparams.learning_rate_factor(plan.task, base), base.dtype)
-        opt_state = optax.tree_utils.tree_set(opt_state, learning_rate=rate)
+    if hparams.lr_decay != 1.0:
+        rates = [
+            jnp.asarray(base * hparams.learning_rate_factor(plan.task, base), base.dtype)
+            for base in state.stream.learning_rates
+        ]
+        opt_state = with_learning_rates(opt_state, rates)
     stream = state.stream._replace(task=jnp.asarray(plan.task, jnp.int32))
     return ts.replace(opt_state=opt_state), state._replace(stream=stream)
 
@@ -187,6 +195,7 @@ def make_algorithm(
 
     def planned_start(state: State, task: Task) -> Any:
         _check_steps(state)
+        _check_task(state, least=-1)
         return plan_start(state, task)
 
     def start_now(ts: TrainState, state: State, plan: Any) -> tuple[TrainState, State]:
@@ -194,16 +203,25 @@ def make_algorithm(
         return begun
 
     def step_now(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+        check_batch(batch)
+        begun = jnp.all((batch.t >= 0) & (batch.t <= state.stream.task))
         ts, after, outputs = step(ts, state, batch)
-        return ts, after._replace(position=next_position(state.position, batch.plan)), outputs
+        known = jnp.all((batch.y >= 0) & (batch.y < outputs["logits"].shape[-1]))
+        stream = after.stream._replace(task=jnp.where(begun, after.stream.task, NOT_BEGUN))
+        outputs = {**outputs, "loss": jnp.where(begun & known, outputs["loss"], jnp.nan)}
+        position = next_position(state.position, batch.plan)
+        return ts, after._replace(stream=stream, position=position), outputs
 
     def planned_end(state: State, batches: Iterable[Batch]) -> Any:
         _check_steps(state)
-        return plan_end(state, batches)
+        _check_task(state, least=0)
+        return plan_end(state, given(batches))
 
     def end_now(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
         _check_steps(state)
+        _check_task(state, least=0)
         now: tuple[TrainState, State]
+        batches = given(batches)
         now = finish(ts, state, plan_end(state, batches)) if whole is None else whole(ts, state, batches)
         return now
 
@@ -257,6 +275,30 @@ def _shape(position: Any) -> str:
     return "none" if position is None else str(list(np.shape(position)))
 
 
+def check_batch(batch: Batch) -> None:
+    """Raise ValueError unless labels and task indices are integers, one of each for every sample."""
+    count = jnp.shape(batch.x)[:1]
+    for name, values in (("labels y", batch.y), ("task indices t", batch.t)):
+        dtype, shape = jnp.result_type(values), jnp.shape(values)
+        if shape != count or not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(
+                f"{name} of a batch must be integers {list(count)}, one for each of its samples, got {dtype} "
+                f"{list(shape)}; give class indices, not one-hot rows, without a further axis"
+            )
+
+
+def _check_task(state: State, least: int) -> None:
+    """Raise ValueError if a step was taken before its task had begun, or if no task has begun (`least` 0)."""
+    task = state.stream.task
+    if is_traced(task) or (found := int(np.min(task))) >= least:
+        return
+    what = "no task has begun" if found == -1 else "a step had samples of a task that had not begun"
+    raise ValueError(
+        f"{what}, so what was trained is of no use; call ts, state = algorithm.start_task(ts, state, task) "
+        "before the first step of every task, and give each sample the index of its task as t"
+    )
+
+
 def _check_steps(state: State) -> None:
     if not is_traced(state.position):
         check_steps(state.position)
@@ -278,8 +320,8 @@ def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, see
     hparams.check_stream(spec)
     if hparams.consolidate == "best":
         raise ValueError('consolidate="best" needs Lightning\'s ModelCheckpoint; use consolidate="last"')
-    learning_rate = get_learning_rate(ts.opt_state)
-    if learning_rate is None and hparams.lr_decay != 1.0:
+    learning_rates = get_learning_rates(ts.opt_state)
+    if not learning_rates and hparams.lr_decay != 1.0:
         raise ValueError(
             f"lr_decay={hparams.lr_decay} needs an optimizer whose learning rate can be set; build it with "
             "optax.inject_hyperparams(optax.sgd)(learning_rate=0.1) and no schedule, or use lr_decay=1"
@@ -291,7 +333,7 @@ def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, see
         scale=jnp.asarray(spec.normalisation.scale, dtype).reshape(1, 1, 1, -1),
         shift=jnp.asarray(spec.normalisation.shift, dtype).reshape(1, 1, 1, -1),
         dropout_key=jax.random.PRNGKey(seed),
-        learning_rate=None if learning_rate is None else jnp.array(learning_rate),
+        learning_rates=tuple(map(jnp.array, learning_rates)),
         augmented=() if spec.augmentation else None,
     )
 
@@ -541,7 +583,31 @@ def head_logits(ts: TrainState, params: Params, stats: Stats, features: jax.Arra
     return logits
 
 
+def get_learning_rates(opt_state: optax.OptState) -> tuple[jax.Array, ...]:
+    """Return the rates that `optax.inject_hyperparams` keeps; () without one, or if one has a schedule."""
+    leaves = _leaves_with_path(opt_state)
+    if any(SCHEDULED in itertools.pairwise(path) for path, _ in leaves):
+        return ()
+    return tuple(leaf for path, leaf in leaves if path[-2:] == INJECTED)
+
+
+def with_learning_rates(opt_state: optax.OptState, rates: Iterable[jax.Array]) -> optax.OptState:
+    """Return the optimizer's state with other rates, in the order of `get_learning_rates`."""
+    new = iter(rates)
+    leaves = [next(new) if path[-2:] == INJECTED else leaf for path, leaf in _leaves_with_path(opt_state)]
+    return jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
+
+
 def get_learning_rate(opt_state: optax.OptState) -> jax.Array | None:
-    """Return the rate that `optax.inject_hyperparams` keeps; None without it, or with a schedule."""
-    found = optax.tree_utils.tree_get_all_with_path(opt_state, "learning_rate")
-    return found[0][1] if len(found) == 1 and isinstance(found[0][1], jax.Array) else None
+    """Return the learning rate if there is one, as `get_learning_rates` does; else None."""
+    found = get_learning_rates(opt_state)
+    return found[0] if len(found) == 1 else None
+
+
+INJECTED, SCHEDULED = ("hyperparams", "learning_rate"), ("hyperparams_states", "learning_rate")
+"""Where `optax.inject_hyperparams` keeps a rate, and where it keeps the state of a schedule of one."""
+
+
+def _leaves_with_path(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(tuple(jax.tree_util.keystr((key,), simple=True) for key in path), leaf) for path, leaf in leaves]

@@ -1,0 +1,237 @@
+"""What a user's loop may forget or give twice: an error that says what to do, or the right result."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.train_state import TrainState
+
+from sequel_core.hparams import AlgorithmHParams, NaiveHParams
+from sequel_core.task import Batch, Task
+from sequel_flax import ALGORITHMS, State
+from sequel_flax.bundle import get_learning_rates
+from tests.flax.parts import (
+    BATCH,
+    EVERY,
+    EWC,
+    ICARL,
+    MAS,
+    Net,
+    own_model,
+    own_stream,
+    rotated,
+    sgd,
+)
+
+
+def begun(hparams: AlgorithmHParams, tx: Any = None) -> tuple[Any, TrainState, State]:
+    """Return an algorithm, a train state, and the state before the first task."""
+    algorithm, spec, model = ALGORITHMS[hparams.name](hparams), own_stream(hparams).spec, own_model(hparams)
+    params = model.init(jax.random.key(0), jnp.zeros((1, *spec.image_shape)))["params"]
+    ts = TrainState.create(apply_fn=model.apply, params=params, tx=tx or sgd())
+    ts = algorithm.prepare(ts, spec)
+    return algorithm, ts, algorithm.init(ts, spec)
+
+
+def task_of(hparams: AlgorithmHParams, k: int) -> Task:
+    return list(hparams.training_tasks(own_stream(hparams), 0))[k]
+
+
+def batches(task: Task, count: int = 2) -> list[Batch]:
+    rows = np.arange(count * BATCH).reshape(count, BATCH)
+    return [Batch(*task.train.take(row)) for row in rows]
+
+
+FORGOTTEN = r"call ts, state = algorithm\.start_task\(ts, state, task\) before the first step of every task"
+
+
+# -- a task that has not begun
+
+
+@pytest.mark.parametrize("hparams", [NaiveHParams(), EWC], ids=["naive", "ewc"])
+def test_the_end_of_a_task_that_never_began_is_refused(hparams: AlgorithmHParams) -> None:
+    algorithm, ts, state = begun(hparams)
+    with pytest.raises(ValueError, match=f"no task has begun, .*{FORGOTTEN}"):
+        algorithm.end_task(ts, state, batches(task_of(hparams, 0)))
+
+
+@pytest.mark.parametrize(
+    "hparams",
+    [pytest.param(h, marks=[] if h.name in ("naive", "er") else [pytest.mark.slow]) for h in EVERY],
+    ids=lambda h: h.name,
+)
+def test_a_step_of_a_task_that_has_not_begun_has_no_loss_and_is_remembered(hparams: AlgorithmHParams) -> None:
+    """Before the first task; before the second, whose start was forgotten; as soon as all is right, none."""
+    algorithm, ts, state = begun(hparams)
+    planner, step = algorithm.planner(own_stream(hparams).spec, state), jax.jit(algorithm.train_step)
+
+    def take(ts: TrainState, state: State, k: int) -> Any:
+        (batch,) = batches(task_of(hparams, k), 1)
+        batch = batch._replace(t=np.full(BATCH, k))  # joint training has samples of earlier tasks, too
+        return step(ts, state, batch._replace(plan=planner.next(batch.y, batch.t)))
+
+    if hparams.name != "kcl":  # whose coreset is empty then
+        wrong = step(ts, state, batches(task_of(hparams, 0), 1)[0]._replace(plan=_plan(algorithm, hparams)))
+        assert np.isnan(wrong[2]["loss"])
+        with pytest.raises(ValueError, match=f"samples of a task that had not begun, .*{FORGOTTEN}"):
+            algorithm.start_task(*wrong[:2], task_of(hparams, 0))
+    ts, state = algorithm.start_task(ts, state, task_of(hparams, 0))
+    ts, state, outputs = take(ts, state, 0)
+    assert np.isfinite(outputs["loss"])
+    ts, state = algorithm.end_task(ts, state, batches(task_of(hparams, 0)))
+    ts, state, outputs = take(ts, state, 1)
+    assert np.isnan(outputs["loss"])
+    for act in (
+        partial(algorithm.end_task, ts, state, batches(task_of(hparams, 1))),
+        partial(algorithm.plan_end, state, batches(task_of(hparams, 1))),
+        partial(algorithm.start_task, ts, state, task_of(hparams, 2)),
+    ):
+        with pytest.raises(ValueError, match=f"samples of a task that had not begun, .*{FORGOTTEN}"):
+            act()
+
+
+def _plan(algorithm: Any, hparams: AlgorithmHParams) -> Any:
+    _, _, state = begun(hparams)
+    (batch,) = batches(task_of(hparams, 0), 1)
+    return algorithm.planner(own_stream(hparams).spec, state).next(batch.y, batch.t)
+
+
+def test_samples_of_earlier_tasks_may_be_among_those_of_a_step() -> None:
+    algorithm, ts, state = begun(NaiveHParams())
+    step = jax.jit(algorithm.train_step)
+    for k in range(2):
+        ts, state = algorithm.start_task(ts, state, task_of(NaiveHParams(), k))
+    x, y, t = (
+        np.concatenate(a) for a in zip(*(batches(rotated().tasks[k])[0][:3] for k in (0, 1)), strict=True)
+    )
+    ts, state, outputs = step(ts, state, Batch(x, y, t))
+    assert np.isfinite(outputs["loss"])
+    assert int(state.stream.task) == 1
+    for wrong in (-1, 2, 99):
+        outputs = step(ts, state, Batch(x, y, np.where(t == 1, wrong, t)))[2]
+        assert np.isnan(outputs["loss"])
+
+
+# -- labels
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"y": np.eye(10, dtype=np.float32)[:BATCH]},
+            r"labels y .* got float32 \[8, 10\]; give class indices",
+        ),
+        (
+            {"y": np.zeros((BATCH, 1), np.int32)},
+            r"labels y of a batch must be integers \[8\], .* got int32 \[8, 1\]",
+        ),
+        ({"y": np.zeros(1, np.int32)}, r"labels y .* got int32 \[1\]"),  # one for all would be broadcast
+        ({"y": np.zeros(BATCH, np.float32)}, r"labels y .* got float32 \[8\]"),
+        ({"t": np.zeros(BATCH, np.float32)}, r"task indices t .* got float32 \[8\]"),
+        ({"t": 0}, r"task indices t .* got int32 \[\]"),
+    ],
+)
+@pytest.mark.parametrize("hparams", [NaiveHParams(), ICARL], ids=["naive", "icarl"])
+def test_labels_and_tasks_of_another_kind_are_refused(
+    hparams: AlgorithmHParams, change: dict[str, Any], message: str
+) -> None:
+    algorithm, ts, state = begun(hparams)
+    ts, state = algorithm.start_task(ts, state, task_of(hparams, 0))
+    (batch,) = batches(task_of(hparams, 0), 1)
+    with pytest.raises(ValueError, match=message):
+        jax.jit(algorithm.train_step)(ts, state, batch._replace(**change))
+
+
+@pytest.mark.parametrize("hparams", [NaiveHParams(), ICARL], ids=["naive", "icarl"])
+def test_a_label_outside_the_head_has_no_loss(hparams: AlgorithmHParams) -> None:
+    algorithm, ts, state = begun(hparams)
+    ts, state = algorithm.start_task(ts, state, task_of(hparams, 0))
+    (batch,) = batches(task_of(hparams, 0), 1)
+    step = jax.jit(algorithm.train_step)
+    assert np.isfinite(step(ts, state, batch)[2]["loss"])
+    for label in (-1, 10):
+        y = np.where(np.arange(BATCH) == 3, label, batch.y)
+        assert np.isnan(step(ts, state, batch._replace(y=y))[2]["loss"])
+
+
+# -- samples at the end of a task
+
+
+@pytest.mark.parametrize("hparams", [EWC, MAS, ICARL], ids=["ewc", "mas", "icarl"])
+def test_a_generator_that_was_read_before_is_refused(hparams: AlgorithmHParams) -> None:
+    algorithm, ts, state = begun(hparams)
+    ts, state = algorithm.start_task(ts, state, task_of(hparams, 0))
+    read = iter(batches(task_of(hparams, 0)))
+    list(read)
+    nothing: list[Batch] = []
+    for spent in (read, iter(nothing), nothing):
+        for act in (partial(algorithm.end_task, ts, state), partial(algorithm.plan_end, state)):
+            with pytest.raises(ValueError, match="got no batch; give the task's batches again: a generator"):
+                act(spent)
+    for act in (partial(algorithm.end_task, ts, state), partial(algorithm.plan_end, state)):
+        with pytest.raises(ValueError, match=r"got a single Batch; give \[batch\]"):
+            act(batches(task_of(hparams, 0))[0])
+
+
+# -- several learning rates
+
+
+def two_rates(head: Any = 0.2) -> optax.GradientTransformation:
+    transforms = {"body": sgd(0.1, momentum=None), "head": sgd(head)}
+    return optax.multi_transform(
+        transforms, lambda params: {k: "head" if k == "Dense_1" else "body" for k in params}
+    )
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_each_of_two_learning_rates_decays_from_its_own_value(chained: bool) -> None:
+    hparams = NaiveHParams(lr_decay=0.5, min_lr=0.03)
+    tx = optax.chain(optax.clip_by_global_norm(1e6), two_rates()) if chained else two_rates()
+    algorithm, ts, state = begun(hparams, tx)
+    expected = {"Dense_0": 0.1, "Dense_1": 0.2}
+    step = jax.jit(algorithm.train_step)
+    for k, rates in enumerate([(0.1, 0.2), (0.05, 0.1), (0.03, 0.05)]):
+        task = rotated().tasks[k]
+        ts, state = algorithm.start_task(ts, state, task)
+        np.testing.assert_allclose(sorted(map(float, get_learning_rates(ts.opt_state))), rates, rtol=1e-6)
+        before, (batch,) = ts.params, batches(task, 1)
+        ts, state, _ = step(ts, state, batch)
+        expected = dict(zip(("Dense_0", "Dense_1"), rates, strict=True))
+        gradient = by_hand(before, batch)
+        for name, rate in expected.items():
+            for leaf in ("kernel", "bias"):
+                wanted = before[name][leaf] - rate * gradient[name][leaf]  # momentum starts anew
+                np.testing.assert_allclose(ts.params[name][leaf], wanted, rtol=1e-5, atol=1e-6)
+
+
+def by_hand(params: Any, batch: Batch) -> Any:
+    """Return the gradient of the mean cross-entropy."""
+    normalisation = rotated().normalisation
+    x = jnp.asarray((batch.x / 255 - normalisation.mean[0]) / normalisation.std[0], jnp.float32)
+
+    def loss(params: Any) -> jax.Array:
+        logits: Any = Net().apply({"params": params}, x)
+        logits = jax.nn.log_softmax(logits)
+        return -jnp.sum(logits * jax.nn.one_hot(batch.y, 10)) / len(batch.y)
+
+    return jax.grad(loss)(params)
+
+
+def test_one_schedule_among_two_learning_rates_is_refused_with_lr_decay_only() -> None:
+    tx = two_rates(optax.constant_schedule(0.1))
+    with pytest.raises(ValueError, match=r"lr_decay=0\.5 needs an optimizer whose learning rate can be set"):
+        begun(NaiveHParams(lr_decay=0.5), tx)
+    assert get_learning_rates(begun(NaiveHParams(), tx)[1].opt_state) == ()
+
+
+def test_a_parameter_called_learning_rate_is_none() -> None:
+    params = {"learning_rate": jnp.zeros(3), "w": jnp.zeros(2)}
+    found = get_learning_rates(sgd(0.3).init(params))
+    np.testing.assert_allclose(found, [0.3], rtol=1e-6)
