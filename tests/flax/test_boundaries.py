@@ -187,4 +187,4 @@ def test_no_method_makes_a_nan_on_its_way(hparams: AlgorithmHParams) -> None:
         for seen in stream.tasks:
             model.evaluate(seen, "test")
     plain = learner(NaiveHParams(), stream, tx=optax.sgd(0.1))
-    assert plain.state.stream.learning_rate is None
+    assert plain.state.stream.learning_rates == ()
