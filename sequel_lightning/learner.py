@@ -68,7 +68,8 @@ class LightningLearner:
 
     Raises:
         ValueError: a module without a spec, a dtype that the network has not, a callback that cannot be used
-            for each task, or `trainer` sets what the learner sets.
+            for each task, `consolidate="best"` without a ModelCheckpoint that says what is best, or `trainer`
+            sets what the learner sets.
     """
 
     mode: Mode = "pytorch"

@@ -30,7 +30,7 @@ IDLE, TRAINING, CONSOLIDATED = 0, 1, 2
 class Kept(NamedTuple):
     """The state of a consolidated module, while an evaluation has put a file's state in its place."""
 
-    tensors: dict[str, Tensor]  # the state_dict, copied
+    state: dict[str, Any]  # the state_dict, copied
     steps_done: int
     task_start: int
     carried_optimizer: dict[str, Any] | None
@@ -57,12 +57,17 @@ def fingerprint(module: ContinualModule, state: Mapping[str, Any] | None = None)
 def keep(module: ContinualModule) -> Kept:
     """Return copies, on the CPU, of all that `on_load_checkpoint` and `load_state_dict` are to replace."""
     return Kept(
-        copy.deepcopy({name: value.cpu() for name, value in module.state_dict().items()}),
+        {name: copied(value) for name, value in module.state_dict().items()},
         module.tally.steps_done,
         module.tally.task_start,
         module._carried_optimizer,
         module._consolidated_at,
     )
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of a value of a state_dict; a tensor's is on the CPU."""
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def put_back(module: ContinualModule, kept: Kept, before_fit: bool) -> bool:
@@ -77,9 +82,9 @@ def put_back(module: ContinualModule, kept: Kept, before_fit: bool) -> bool:
         Whether it was put back.
     """
     found = fingerprint(module)
-    if found != fingerprint(module, kept.tensors) and not (before_fit and found == kept.consolidated_at):
+    if found != fingerprint(module, kept.state) and not (before_fit and found == kept.consolidated_at):
         return False
-    module.load_state_dict(kept.tensors)
+    module.load_state_dict(kept.state)
     module.tally.steps_done, module.tally.task_start = kept.steps_done, kept.task_start
     module._carried_optimizer, module._consolidated_at = kept.carried_optimizer, kept.consolidated_at
     return True

@@ -9,7 +9,8 @@ One `Trainer.fit` is one task, under any Trainer, with no orchestrator:
 Because Lightning's hooks also fire on resume, after an exception and within a tuner, the module keeps two
 persistent buffers: the index of the task and the phase it is in. A task starts in `on_train_start` only from
 a phase other than training; its end-of-task work runs once, when training ran to its end or was stopped on
-purpose.
+purpose. With `consolidate="best"` that work is done at the weights of the best checkpoint, which are
+restored first. A fit that would leave an unfinished task behind is refused: see `lifecycle.py`.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ class ContinualModule(pl.LightningModule):
     Raises:
         ValueError: a network that the stream's images do not fit, or that returns another shape; settings
             that do not fit the stream; in `fit`, a Trainer that has nothing left to run, more than one
-            process, or a learning-rate decay beside a scheduler.
+            process, a learning-rate decay beside a scheduler, a task before it that was never consolidated,
+            batches of another kind, or a label that is not of its task.
     """
 
     hparams_class: type[AlgorithmHParams]
