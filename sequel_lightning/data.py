@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -103,13 +103,30 @@ class TaskDataModule(pl.LightningDataModule):
         batch_size: training samples per step; the incomplete last batch of an epoch is dropped.
         eval_batch_size: samples per validation or test step.
         seed: of the order of batches.
+        validate_on: tasks whose validation samples are scored, for example `benchmark.tasks[: i + 1]` to see
+            while task i is trained on what is forgotten; empty for those of the task itself.
 
     Raises:
-        ValueError: the task has fewer training samples than a batch.
+        ValueError: the task has fewer training samples than a batch, or a task of `validate_on` has no
+            validation samples.
     """
 
-    def __init__(self, task: Task, batch_size: int = 10, eval_batch_size: int = 1000, seed: int = 0) -> None:
+    def __init__(
+        self,
+        task: Task,
+        batch_size: int = 10,
+        eval_batch_size: int = 1000,
+        seed: int = 0,
+        validate_on: Sequence[Task] = (),
+    ) -> None:
         super().__init__()
+        for other in validate_on:
+            if not len(other.validation):
+                raise ValueError(
+                    f"validate_on needs tasks with validation samples, got task {other.index} without; make "
+                    "the benchmark with validation=0.1, for example"
+                )
+        self.validate_on = tuple(validate_on)
         plan.check_batch_size(task.index, len(task.train), batch_size)
         self.task = task
         self.batch_size = batch_size
@@ -121,7 +138,9 @@ class TaskDataModule(pl.LightningDataModule):
         return PlannedBatches(self)
 
     def val_dataloader(self) -> Any:
-        """Return the validation batches; where there are none, an iterator: Lightning warns of length 0."""
+        """Return the validation batches; an iterator if there are none: Lightning warns of length 0."""
+        if self.validate_on:
+            return [EvaluationBatches(task.validation, self.eval_batch_size) for task in self.validate_on]
         validation = self.task.validation
         return EvaluationBatches(validation, self.eval_batch_size) if len(validation) else iter(())
 

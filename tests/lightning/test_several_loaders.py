@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -15,8 +16,9 @@ from torchmetrics.classification import MulticlassF1Score
 
 from sequel_core.hparams import EWCHParams, NaiveHParams
 from sequel_core.task import Benchmark
-from sequel_lightning import ContinualModule
+from sequel_lightning import ContinualModule, TaskDataModule
 from tests.lightning.parts import (
+    BATCH,
     CLASSES,
     At,
     arrays,
@@ -93,6 +95,21 @@ def test_the_tasks_in_one_loader_are_told_apart_by_t() -> None:
     x, y, t = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     found = trainer().validate(model, DataLoader(TensorDataset(x, y, t), 16), verbose=False)
     assert found == [pytest.approx(by_hand(model, benchmark, range(3)), rel=1e-5)]
+
+
+def test_a_data_module_validates_on_several_tasks() -> None:
+    benchmark = stream(validation=9)
+    model = module(benchmark, NaiveHParams())
+    new = trainer()
+    new.fit(model, datamodule=TaskDataModule(benchmark.tasks[2], BATCH, validate_on=benchmark.tasks[1:]))
+    for j, task in enumerate(benchmark.tasks[1:], 1):
+        x, y, _ = task.validation.take(np.arange(9))
+        logits = model.net(model.normalise(torch.from_numpy(x).movedim(-1, 1))).detach()
+        expected = float((logits.argmax(1) == torch.from_numpy(y)).float().mean())
+        assert float(new.callback_metrics[f"val/accuracy/task_{j}"]) == pytest.approx(expected)
+    assert "val/accuracy/task_0" not in new.callback_metrics
+    with pytest.raises(ValueError, match=r"validate_on needs tasks with .* got task 1 without"):
+        TaskDataModule(benchmark.tasks[0], BATCH, validate_on=stream().tasks[1:])
 
 
 def test_a_single_loader_without_t_is_of_the_current_task() -> None:

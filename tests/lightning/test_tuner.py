@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams
-from sequel_lightning import EWC, ContinualModule
+from sequel_lightning import EWC
 from tests.lightning.parts import (
-    ER,
     KCL,
     LAMAML,
     MOMENTUM,
@@ -130,15 +129,3 @@ def test_a_rate_beside_a_scheduler_raises(tmp_path: Path) -> None:
     model.lr = 0.2
     with pytest.raises(ValueError, match=r"module\.lr=0\.2 and a learning-rate scheduler both set"):
         learn(model, benchmark, 0)
-
-
-@pytest.mark.parametrize("hparams", [EWCHParams(), ER, LAMAML], ids=lambda hparams: hparams.name)
-def test_a_search_for_the_batch_size_leaves_nothing(hparams: AlgorithmHParams, tmp_path: Path) -> None:
-    benchmark = own_stream(hparams)
-    model: ContinualModule = module(benchmark, hparams)
-    learn(model, benchmark, 0)
-    before, loaders = everything(model), data(benchmark, 1)
-    searching = trainer(default_root_dir=tmp_path, limit_val_batches=0)
-    size = Tuner(searching).scale_batch_size(model, datamodule=loaders, steps_per_trial=1, max_trials=1)
-    assert size == loaders.batch_size == 2
-    assert_same(everything(model), before)
