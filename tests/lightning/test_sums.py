@@ -52,7 +52,7 @@ def test_the_importance_of_a_network_in_bfloat16_loses_nothing(
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.normal(size=(count, 1, 3, 3))).to(HALF)
     y = torch.from_numpy(rng.integers(0, CLASSES, count))
-    batches = [Batch(*part) for part in zip(x.split(20), y.split(20), (0 * y).split(20), strict=True)]
+    batches = [Batch(*part) for part in zip(x.split(4), y.split(4), (0 * y).split(4), strict=True)]
     with torch.enable_grad():
         found = module.eval().importances(module.frozen_params(), batches)
     expected = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in net.named_parameters()}
