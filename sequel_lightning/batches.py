@@ -85,9 +85,8 @@ def first_wrong(y: Tensor, t: Tensor, known: Tensor) -> Tensor:
     return found.long() * wrong[first]
 
 
-def wrong_label(label: int, task: int, known: Tensor | None) -> ValueError:
+def wrong_label(label: int, task: int, known: Tensor) -> ValueError:
     """Return the error for a label that samples of a task cannot have."""
-    assert known is not None
     classes = known[task].nonzero()[:, 0].tolist()
     listed = ", ".join(map(str, classes[:SHOWN])) + (", ..." if len(classes) > SHOWN else "")
     head = "" if 0 <= label < known.shape[1] else f" and outside the head, 0 to {known.shape[1] - 1}"

@@ -25,6 +25,7 @@ from sequel_core.memory import NOISE, basis_constants, noise_table
 from sequel_core.task import Benchmark, FloatArray, Scenario
 from sequel_flax import kernels as flax_kernels
 from sequel_lightning import kernels as torch_kernels
+from sequel_lightning.module import evaluating
 from tests.parity.cases import SILENT, difference
 
 BOTH = pytest.mark.parametrize("kernels", [flax_kernels, torch_kernels], ids=["flax", "lightning"])
@@ -223,8 +224,7 @@ def predict(learner: Any, x: Any, t: Any) -> FloatArray:
         return np.asarray(
             learner.algorithm.predict(learner.ts, learner.state, jnp.asarray(x), jnp.asarray(t))
         )
-    learner.module.eval()
-    with torch.no_grad():
+    with evaluating(learner.module), torch.no_grad():
         found: FloatArray = learner.module.predict(
             torch.from_numpy(x).movedim(-1, 1), torch.from_numpy(t)
         ).numpy()
