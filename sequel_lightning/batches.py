@@ -10,6 +10,7 @@ from torch import Tensor
 from sequel_core.task import Batch
 
 INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+NARROW = INTEGERS - {torch.int64}
 SHOWN = 10
 """Classes of a task that a message lists."""
 
@@ -19,6 +20,11 @@ def are_task_indices(t: Any, y: Any) -> bool:
     if not isinstance(t, Tensor) or t.dtype not in INTEGERS or t.ndim != 1:
         return False
     return isinstance(y, Tensor) and y.ndim > 0 and t.size(0) == y.size(0)  # len takes ten times as long
+
+
+def widened(y: Any) -> Any:
+    """Return labels as int64 if they are narrower integers, which the cross-entropy does not take."""
+    return y.long() if isinstance(y, Tensor) and y.dtype in NARROW else y
 
 
 def description(value: Any) -> str:
@@ -52,18 +58,18 @@ def check_tasks(t: Tensor, known: Tensor | None) -> None:
 
 
 def check_batch(batch: Batch, known: Tensor | None) -> None:
-    """Raise ValueError if a batch has a task index or a label that the stream does not have.
+    """Raise ValueError if a batch has no labels, or a task index or label that the stream does not have.
 
     Args:
         batch: with task indices `[B]`.
         known: the labels that samples of each task may have, bool `[T, num_classes]`; None for any.
     """
-    if known is None:
-        return
     y, t = batch.y, batch.t
     check_tasks(t, known)
     if not isinstance(y, Tensor) or y.dtype not in INTEGERS or y.ndim != 1:
         raise ValueError(f"labels must be an integer tensor [B], got {description(y)}")
+    if known is None:
+        return
     wrong, label, task = first_wrong(y, t, known).tolist()
     if wrong:
         raise wrong_label(label, task, known)

@@ -14,25 +14,22 @@ from pytorch_lightning.callbacks import (
     Checkpoint,
     LambdaCallback,
     ModelCheckpoint,
-    ModelPruning,
     ModelSummary,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
-    WeightAveraging,
 )
 
 from sequel_core.callbacks import StreamCallback
 from sequel_core.hparams import TrainingHParams
 from sequel_core.task import Task
+from sequel_lightning.lifecycle import SPOILING
 
 STATELESS = (Callback, Checkpoint, LambdaCallback)
 
 REFUSED: dict[type[Callback], str] = {
     BatchSizeFinder: "changes the batch size, which is the plan's; set training.batch_size",
-    ModelPruning: "replaces the network's parameters, which methods know by name; prune after the run",
     OnExceptionCheckpoint: "would let the next task start from its file; use sequel_core.run(resume=True)",
-    WeightAveraging: "replaces buffers, in which methods keep their memory, by earlier ones; use "
-    "StochasticWeightAveraging",
+    **SPOILING,
 }
 """Callbacks that spoil what a method keeps, and what to do instead."""
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ModelPruning, WeightAveraging
 from torch import Tensor
 
 from sequel_core.task import Batch
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
     from sequel_lightning.module import ContinualModule
 
 IDLE, TRAINING, CONSOLIDATED = 0, 1, 2
+
+SPOILING: dict[type[Callback], str] = {
+    ModelPruning: "replaces the network's parameters, which methods know by name; prune after the last task",
+    WeightAveraging: "replaces buffers, in which methods keep their memory, by earlier ones; use "
+    "StochasticWeightAveraging",
+}
+"""Callbacks that spoil what a method keeps, and what to do instead."""
 
 
 class Kept(NamedTuple):
@@ -125,6 +132,29 @@ def check_task(module: ContinualModule, resumes: bool) -> None:
         f'consolidate="best" to consolidate tasks at the weights of the best checkpoint; {call}; or go on '
         "with it: fit(..., ckpt_path=...), or the TaskDataModule of the same task"
     )
+
+
+def check_resumed_file(module: ContinualModule, checkpoint: Mapping[str, Any]) -> None:
+    """Raise ValueError for a fit with the checkpoint of a task that has ended, unless it is on that task.
+
+    Lightning would continue to count its epochs, and would train the next task too briefly or not at all.
+    A checkpoint from before the first step of the next task is fine.
+    """
+    index, phase = (int(checkpoint["state_dict"][name]) for name in ("task_index", "phase"))
+    coming = module.next_task()
+    if phase == CONSOLIDATED and checkpoint["global_step"] and (coming is None or coming.index != index):
+        raise ValueError(
+            f"ckpt_path is a checkpoint from after the end of task {index}, so nothing is left to resume; to "
+            "begin the next task, read it with load_from_checkpoint and call fit without ckpt_path"
+        )
+
+
+def check_spoiling(callbacks: Iterable[Any]) -> None:
+    """Raise ValueError for a callback that would spoil what a method keeps."""
+    for callback in callbacks:
+        for kind, reason in SPOILING.items():
+            if isinstance(callback, kind):
+                raise ValueError(f"callbacks: {type(callback).__name__} {reason}")
 
 
 def check_open_task(module: ContinualModule) -> None:

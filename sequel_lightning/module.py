@@ -35,7 +35,7 @@ from sequel_core.hparams import AlgorithmHParams
 from sequel_core.memory import NoPlanner
 from sequel_core.task import AnySplit, Batch, StreamSpec, Task
 from sequel_lightning.augmentation import cropped
-from sequel_lightning.batches import are_task_indices, check_batch, check_tasks, unknown_batch
+from sequel_lightning.batches import are_task_indices, check_batch, check_tasks, unknown_batch, widened
 from sequel_lightning.lifecycle import (
     CONSOLIDATED,
     IDLE,
@@ -43,6 +43,8 @@ from sequel_lightning.lifecycle import (
     Kept,
     check_best_keeper,
     check_open_task,
+    check_resumed_file,
+    check_spoiling,
     check_task,
     checked_batches,
     consolidation_batches,
@@ -121,6 +123,7 @@ class ContinualModule(pl.LightningModule):
         super().__init__()
         check_factory(optimizer)
         check_metrics(metrics)
+        check_arguments(net, spec)
         if spec is not None:
             check_network(net, spec)
         if not isinstance(hparams, self.hparams_class):
@@ -369,10 +372,12 @@ class ContinualModule(pl.LightningModule):
                 raise unknown_batch(batch[:3])
             if t.dtype == torch.uint8:  # which torch would take for a mask
                 t = t.long()
-            return batch._replace(t=t) if planned else Batch(x, y, t)
+            y = widened(y)
+            return batch._replace(y=y, t=t) if planned else Batch(x, y, t)
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise unknown_batch(batch)
         x, y = batch
+        y = widened(y)
         trainer: Any = self._trainer
         ahead = (
             trainer is not None
@@ -395,8 +400,10 @@ class ContinualModule(pl.LightningModule):
         self._trained_params = {}
 
     def configure_callbacks(self) -> list[Any]:
-        """Add none; refuse a Trainer that a method with steps of its own cannot follow."""
+        """Add none; raise ValueError for a Trainer or a callback that the method cannot work with."""
         trainer: Any = self.trainer
+        if trainer.state.fn == "fit":
+            check_spoiling(trainer.callbacks)
         clip, accumulate = trainer.gradient_clip_val, trainer.accumulate_grad_batches
         for name, value, unused in (
             ("gradient_clip_val", clip, not clip),
@@ -500,6 +507,11 @@ class ContinualModule(pl.LightningModule):
         """Return the loss of a batch; the means of several steps are logged at the Trainer's log interval."""
         batch, tally = self.as_batch(batch), self.tally
         if tally.unchecked:
+            if self._fitting and self.phase != TRAINING:
+                raise ValueError(
+                    "on_train_start did not begin the task; if a subclass overrides it, call "
+                    "super().on_train_start() there"
+                )
             check_batch(batch, tally.known)
             tally.unchecked = False
         loss, logits = self.objective(batch)
@@ -583,6 +595,8 @@ class ContinualModule(pl.LightningModule):
         batch = self.as_batch(batch)
         if batch_idx == 0:
             check_tasks(batch.t, self.known)
+            if self.mask is not None:  # logits of other classes are masked, so the loss would be huge
+                check_batch(batch, self.known)
         self._scores.update(self.predict(batch.x, batch.t), batch.y, batch.t)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int | None = None) -> None:
@@ -628,6 +642,8 @@ class ContinualModule(pl.LightningModule):
         if "waiting" not in found:
             raise ValueError("the checkpoint was not written by a ContinualModule of this version of sequel")
         fn = None if self._trainer is None else self._trainer.state.fn
+        if fn == "fit":
+            check_resumed_file(self, checkpoint)
         evaluates = fn in ("validate", "test", "predict")
         if evaluates and self._kept is None and self.phase == CONSOLIDATED:
             self._kept = keep(self)
@@ -767,6 +783,17 @@ def blank_image(spec: StreamSpec, like: Tensor) -> Tensor:
     if dtype == torch.uint8 or dtype.is_floating_point:
         dtype = torch.get_default_dtype() if is_lazy(like) else like.dtype
     return torch.zeros((1, channels, height, width), dtype=dtype, device=like.device)
+
+
+def check_arguments(net: Any, spec: Any) -> None:
+    """Raise ValueError unless the network is a module with parameters, and the spec a StreamSpec or None."""
+    if not isinstance(net, nn.Module) or next(net.parameters(), None) is None:
+        found = f"a {type(net).__name__}" + (" without any" if isinstance(net, nn.Module) else "")
+        raise ValueError(f"net must be a torch.nn.Module with parameters, got {found}")
+    if spec is not None and not isinstance(spec, StreamSpec):
+        raise ValueError(
+            f"spec must be a StreamSpec or None, got a {type(spec).__name__}; pass benchmark.spec"
+        )
 
 
 def check_network(net: nn.Module, spec: StreamSpec) -> None:

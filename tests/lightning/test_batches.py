@@ -22,6 +22,7 @@ from tests.lightning.parts import (
     KCL,
     STEPS,
     arrays,
+    assert_same,
     everything,
     float_spec,
     module,
@@ -206,3 +207,36 @@ def test_a_loss_that_is_not_finite_is_warned_of_once() -> None:
     with pytest.warns(UserWarning, match=told) as found:
         trainer(2).fit(model, own_loader(benchmark, 0, with_task=False))
     assert len([w for w in found if "no longer finite" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
+def test_narrow_integers_are_labels_too(dtype: torch.dtype) -> None:
+    """Any integers train as int64 does, with and without task indices."""
+    benchmark = stream()
+    for rest in ((), (T,)):
+        options: dict[str, Any] = {"spec": float_spec(benchmark)}
+        expected = fitted(module(benchmark, EWCHParams(), **options), X, Y, *rest)
+        found = fitted(module(benchmark, EWCHParams(), **options), X, Y.to(dtype), *rest)
+        assert_same(everything(found), everything(expected))
+
+
+@pytest.mark.parametrize("y", [Y.float(), torch.eye(CLASSES)[Y], Y[:, None], Y > 1])
+def test_labels_must_be_integers_without_a_spec_too(y: Tensor) -> None:
+    model = module(stream(), EWCHParams(), spec=None)
+    with pytest.raises(ValueError, match=r"labels must be an integer tensor \[B\], got"):
+        fitted(model, X, y)
+
+
+@pytest.mark.parametrize("evaluate", ["validate", "test"])
+def test_an_evaluation_names_a_label_whose_logit_is_masked(evaluate: str) -> None:
+    """Batches without task indices belong to the current task: a loader of another one would score 0."""
+    benchmark = stream(scenario="task")
+    model = module(benchmark, NaiveHParams(), spec=float_spec(benchmark))
+    for task in range(2):
+        trainer().fit(model, own_loader(benchmark, task, with_task=False))
+    run = getattr(trainer(), evaluate)
+    wrong = r"label \d is not among the classes of task 1, \[2, 3\].*\(x, y, t\)"
+    with pytest.raises(ValueError, match=wrong):
+        run(model, own_loader(benchmark, 0, with_task=False), verbose=False)
+    given = run(model, own_loader(benchmark, 0, with_task=True), verbose=False)[0]
+    assert given[f"{'val' if evaluate == 'validate' else 'test'}/loss"] < 100

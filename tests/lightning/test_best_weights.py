@@ -42,6 +42,7 @@ from tests.lightning.parts import (
     everything,
     learn,
     module,
+    network,
     own_loader,
     own_stream,
     position,
@@ -447,3 +448,16 @@ def test_naive_finetuning_goes_on_from_the_best_weights(tmp_path: Path) -> None:
     fit(model, benchmark, 0, kept)
     file = state_of(kept.best_model_path)
     assert all(torch.equal(p, file[f"net.{name}"]) for name, p in model.net.named_parameters())
+
+
+@pytest.mark.parametrize("epochs", [1, 2], ids=["nothing left", "one epoch left"])
+def test_the_file_of_a_task_that_has_ended_cannot_begin_the_next(epochs: int, tmp_path: Path) -> None:
+    """Lightning would go on after the epochs in the file: the next task would be trained too briefly."""
+    benchmark, path = stream(), str(tmp_path / "ended.ckpt")
+    learn(module(benchmark), benchmark, 0).save_checkpoint(path)
+    model = module(benchmark)
+    with pytest.raises(ValueError, match="ckpt_path is a checkpoint from after the end of task 0"):
+        learn(model, benchmark, 1, epochs, ckpt_path=path)
+    loaded = EWC.load_from_checkpoint(path, net=network(benchmark), optimizer=MOMENTUM)
+    learn(loaded, benchmark, 1)
+    assert position(loaded) == (1, CONSOLIDATED)

@@ -44,8 +44,8 @@ from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams, Trai
 from sequel_core.learner import FitMonitor, Progress
 from sequel_core.task import Benchmark, FloatArray
 from sequel_lightning import MLP, LightningLearner, Naive, initialise, make_learner
-from sequel_lightning.module import CONSOLIDATED, TRAINING
-from tests.lightning.parts import At, counted, position
+from sequel_lightning.module import CONSOLIDATED, IDLE, TRAINING
+from tests.lightning.parts import At, counted, learn, module, position, stream
 
 SILENT = FitMonitor(lambda progress: None, lambda: None)
 BATCH, STEPS, TASKS = 10, 8, 3
@@ -447,7 +447,7 @@ def test_what_cannot_be_copied_is_refused(tmp_path: Path) -> None:
             r"OnExceptionCheckpoint would let .* use sequel_core.run.resume=True.",
         ),
         (EMAWeightAveraging(), "EMAWeightAveraging replaces buffers.*use StochasticWeightAveraging"),
-        (ModelPruning("l1_unstructured"), "ModelPruning replaces the network's parameters.*after the run"),
+        (ModelPruning("l1_unstructured"), "ModelPruning replaces the network.s parameters.*after the last"),
         (
             StreamCallback(),
             "must be objects of subclasses of pytorch_lightning.Callback, got a .*StreamCallback",
@@ -458,6 +458,23 @@ def test_what_cannot_be_copied_is_refused(tmp_path: Path) -> None:
 def test_what_spoils_a_method_is_refused(callback: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         learner(callback)
+
+
+@pytest.mark.parametrize(
+    ("callback", "match"),
+    [
+        (EMAWeightAveraging(update_starting_at_step=100), "EMAWeightAveraging replaces buffers"),
+        (ModelPruning("l1_unstructured"), "ModelPruning replaces the network's parameters"),
+    ],
+    ids=["averaging", "pruning"],
+)
+def test_what_spoils_a_method_is_refused_under_any_trainer(callback: Callback, match: str) -> None:
+    """The buffers of the average say that no task has begun; pruned weights had no importances."""
+    benchmark = stream()
+    model = module(benchmark)
+    with pytest.raises(ValueError, match=match):
+        learn(model, benchmark, 0, callbacks=[callback])
+    assert position(model) == (-1, IDLE)
 
 
 # -- errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sequel_core import plan
-from sequel_core.hparams import AlgorithmHParams, NaiveHParams, TrainingHParams
+from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams, TrainingHParams
 from sequel_core.learner import FitMonitor
 from sequel_core.task import Benchmark
-from sequel_lightning import ALGORITHMS, ContinualModule, LightningLearner
+from sequel_lightning import ALGORITHMS, EWC, ContinualModule, LightningLearner
 from tests.lightning.parts import (
     BATCH,
     CLASSES,
@@ -140,3 +141,30 @@ def test_tied_weights_count_once(name: str) -> None:
             learn(module, benchmark, task)
     assert net.one.weight is net.two.weight
     assert_close(modules[0], modules[1])
+
+
+@pytest.mark.parametrize(
+    ("net", "spec", "match"),
+    [
+        (nn.Flatten(), stream().spec, "net must be a torch.nn.Module with parameters, got a Flatten without"),
+        (nn.Flatten(), None, "net must be a torch.nn.Module with parameters, got a Flatten without"),
+        (nn.Linear, None, "net must be a torch.nn.Module with parameters, got a type"),
+        (nn.Linear(9, 4), stream(), "spec must be a StreamSpec or None, got a Benchmark; pass"),
+    ],
+    ids=["no parameters", "no parameters or spec", "class", "benchmark"],
+)
+def test_what_is_no_network_or_no_spec_is_named(net: Any, spec: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        EWC(net, MOMENTUM, EWCHParams(), spec)
+
+
+def test_a_subclass_that_leaves_out_the_start_of_the_task_is_an_error() -> None:
+    class Forgets(EWC):
+        def on_train_start(self) -> None:
+            """Do something else."""
+
+    benchmark = stream()
+    net = nn.Sequential(nn.Flatten(), nn.Linear(9, CLASSES))
+    model = Forgets(net, MOMENTUM, EWCHParams(), benchmark.spec)
+    with pytest.raises(ValueError, match=r"call super\(\).on_train_start\(\) there"):
+        learn(model, benchmark, 0)
