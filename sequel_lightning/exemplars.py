@@ -59,8 +59,11 @@ def renew(
 
     def look(x: Tensor) -> FloatArray:
         with torch.no_grad():
-            features: FloatArray = embed(module, x).cpu().numpy()
-        return features
+            features = embed(module, x).cpu()
+        if features.dtype == torch.bfloat16:  # which NumPy does not have
+            features = features.float()
+        array: FloatArray = features.numpy()
+        return array
 
     def look_at_array(x: Any) -> FloatArray:
         return look(torch.from_numpy(np.moveaxis(x, -1, 1).copy()).to(module.means.device))

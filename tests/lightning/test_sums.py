@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from sequel_core.hparams import AlgorithmHParams, EWCHParams, MASHParams, SIHParams
 from sequel_core.task import Batch
 from sequel_lightning import ALGORITHMS
+from sequel_lightning.module import CONSOLIDATED
 from sequel_lightning.quadratic import penalty
-from tests.lightning.parts import CLASSES, MOMENTUM, At, learn, stream
+from tests.lightning.parts import CLASSES, ICARL, MOMENTUM, At, learn, module, position, stream
 
 HALF = torch.bfloat16
 BOTH = [EWCHParams(fisher_samples=None), MASHParams()]
@@ -130,3 +131,18 @@ def test_the_penalty_of_weights_in_bfloat16_is_that_of_float64() -> None:
         expected += 0.5 * float((force * (p.detach().double() - module.state.anchor[k].double())).sum())
         torch.testing.assert_close(p.grad, force.to(HALF))
     assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_exemplars_are_chosen_in_bfloat16() -> None:
+    """The means are those of the exemplars' features, taken in float64 with the same weights."""
+    benchmark = stream()
+    model = module(benchmark, ICARL)
+    learn(model, benchmark, 0, precision="bf16-true")
+    assert position(model) == (0, CONSOLIDATED)
+    wide: Any = copy.deepcopy(model).double()
+    held = wide.held
+    features = wide.net.features(wide.normalise(held.x[held.t >= 0]))
+    unit = features / features.norm(dim=1, keepdim=True)
+    for c in held.y[held.t >= 0].unique():
+        mean = unit[held.y[held.t >= 0] == c].mean(0)
+        torch.testing.assert_close(wide.means[c], mean / mean.norm(), rtol=0, atol=0.02)
