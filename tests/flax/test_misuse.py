@@ -169,7 +169,7 @@ def test_a_label_of_another_task_has_no_loss_where_logits_are_masked(hparams: Al
     task = divided("task").tasks[1]
     (batch,) = batches(task, 1)
     for scenario in ("task", "class"):
-        made = learner(hparams, divided(scenario))  # type: ignore[arg-type]
+        made = learner(hparams, divided(scenario))
         ts, state = made.algorithm.start_task(made.ts, made.state, task)
         for label in (*task.classes, *divided("task").tasks[0].classes):
             y = np.where(np.arange(BATCH) == 3, label, batch.y)
