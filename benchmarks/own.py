@@ -263,13 +263,14 @@ def _checked(options: OwnOptions) -> _OwnSettings:
 
 def _parts(tasks: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
     """Return training, test and, where there is one, validation data of each task."""
+    tasks = list(tasks)  # which may be a generator
     for t, parts in enumerate(tasks):
         if not isinstance(parts, tuple | list) or len(parts) not in (2, 3):
             got = f"{len(parts)} parts" if isinstance(parts, tuple | list) else type(parts).__name__
             raise ValueError(f"task {t} must be (train, test) or (train, test, validation), got {got}")
     if len({len(parts) for parts in tasks}) > 1:
         raise ValueError("every task must have validation data, or none")
-    return list(tasks)
+    return tasks
 
 
 def _from_pair(pair: Pair, task: int, name: str, settings: _OwnSettings) -> Split:

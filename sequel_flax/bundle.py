@@ -206,9 +206,11 @@ def make_algorithm(
         check_batch(batch)
         begun = jnp.all((batch.t >= 0) & (batch.t <= state.stream.task))
         ts, after, outputs = step(ts, state, batch)
-        known = jnp.all((batch.y >= 0) & (batch.y < outputs["logits"].shape[-1]))
+        known = (batch.y >= 0) & (batch.y < outputs["logits"].shape[-1])
+        if state.stream.mask is not None:  # a label of another task, which not every loss notices
+            known = known & state.stream.mask[batch.t, batch.y]
         stream = after.stream._replace(task=jnp.where(begun, after.stream.task, NOT_BEGUN))
-        outputs = {**outputs, "loss": jnp.where(begun & known, outputs["loss"], jnp.nan)}
+        outputs = {**outputs, "loss": jnp.where(begun & jnp.all(known), outputs["loss"], jnp.nan)}
         position = next_position(state.position, batch.plan)
         return ts, after._replace(stream=stream, position=position), outputs
 

@@ -52,8 +52,9 @@ def gaussian_kernel(a: jax.Array, b: jax.Array, bandwidth: float) -> jax.Array:
 def solve(kernel: jax.Array, ridge: jax.Array, targets: jax.Array) -> jax.Array:
     """Return (K + ridge I)^-1 Y of a kernel `[N, N]` and targets `[N, num_classes]`, by Cholesky's factor."""
     matrix = kernel + ridge * jnp.eye(len(kernel), dtype=kernel.dtype)
-    found: jax.Array = jax.scipy.linalg.solve(matrix, targets, assume_a="pos")
-    return found
+    wide = jnp.promote_types(matrix.dtype, jnp.float32)  # there is no solver for 16 bits
+    found: jax.Array = jax.scipy.linalg.solve(matrix.astype(wide), targets.astype(wide), assume_a="pos")
+    return found.astype(targets.dtype)
 
 
 def compare(

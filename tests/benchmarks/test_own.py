@@ -111,6 +111,13 @@ def test_validation_is_given_or_held_out(rng: np.random.Generator) -> None:
         from_arrays([given[0], tasks[1]])
 
 
+def test_tasks_may_come_from_a_generator(rng: np.random.Generator) -> None:
+    tasks = two_tasks(rng, (0, 1), (2, 3))
+    made = from_arrays(task for task in tasks)  # type: ignore[arg-type]
+    assert [task.classes for task in made.tasks] == [(0, 1), (2, 3)]
+    np.testing.assert_array_equal(everything(made.tasks[1].train)[0][..., 0], tasks[1][0][0])
+
+
 @pytest.mark.parametrize(
     ("tasks", "options", "message"),
     [

@@ -12,6 +12,7 @@ from flax.training.train_state import TrainState
 
 from sequel_core.task import Batch
 from sequel_flax import kcl
+from sequel_flax.kernels import solve
 from tests.flax.parts import KCL, Layered, Net, learner, own_stream, rotated, settings, sgd, user_loop
 
 
@@ -54,6 +55,16 @@ def test_a_batch_without_a_plan_is_refused() -> None:
     batch = Batch(*own_stream(KCL).tasks[0].train.take(np.arange(8)))
     with pytest.raises(ValueError, match=r"no plan, .* give Batch\(x, y, t, planner.next\(y, t\)\)"):
         model.algorithm.train_step(model.ts, model.state, batch)
+
+
+def test_weights_of_16_bits_have_a_solution() -> None:
+    rows = np.random.default_rng(0).normal(size=(6, 4))
+    kernel, targets = (jnp.asarray(a, jnp.bfloat16) for a in (rows @ rows.T / 4, np.eye(6)[:, :3]))
+    found = solve(kernel, jnp.asarray(0.5, jnp.bfloat16), targets)
+    assert found.dtype == jnp.bfloat16
+    matrix = np.asarray(kernel, float) + 0.5 * np.eye(6)
+    expected = np.linalg.solve(matrix, np.asarray(targets, float))
+    np.testing.assert_allclose(np.asarray(found, float), expected, atol=0.04)
 
 
 def test_a_users_float_images_train_as_the_streams_own() -> None:

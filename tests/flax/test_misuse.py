@@ -23,6 +23,8 @@ from tests.flax.parts import (
     ICARL,
     MAS,
     Net,
+    divided,
+    learner,
     own_model,
     own_stream,
     rotated,
@@ -159,6 +161,20 @@ def test_a_label_outside_the_head_has_no_loss(hparams: AlgorithmHParams) -> None
     for label in (-1, 10):
         y = np.where(np.arange(BATCH) == 3, label, batch.y)
         assert np.isnan(step(ts, state, batch._replace(y=y))[2]["loss"])
+
+
+@pytest.mark.parametrize("hparams", [NaiveHParams(), ICARL], ids=["naive", "icarl"])
+def test_a_label_of_another_task_has_no_loss_where_logits_are_masked(hparams: AlgorithmHParams) -> None:
+    """iCaRL's own loss is finite for such a label."""
+    task = divided("task").tasks[1]
+    (batch,) = batches(task, 1)
+    for scenario in ("task", "class"):
+        made = learner(hparams, divided(scenario))
+        ts, state = made.algorithm.start_task(made.ts, made.state, task)
+        for label in (*task.classes, *divided("task").tasks[0].classes):
+            y = np.where(np.arange(BATCH) == 3, label, batch.y)
+            loss = made.algorithm.train_step(ts, state, batch._replace(y=y))[2]["loss"]
+            assert np.isnan(loss) == (scenario == "task" and label not in task.classes)
 
 
 # -- samples at the end of a task
