@@ -52,11 +52,13 @@ def gaussian_kernel(a: Tensor, b: Tensor, bandwidth: float) -> Tensor:
 def solve(kernel: Tensor, ridge: Tensor, targets: Tensor) -> Tensor:
     """Return (K + ridge I)^-1 Y of a kernel `[N, N]` and targets `[N, num_classes]`, by Cholesky's factor."""
     matrix = kernel + ridge * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+    wide = torch.promote_types(matrix.dtype, torch.float32)  # there is no solver for 16 bits
+    matrix, right = matrix.to(wide), targets.to(wide)
     factor, failed = torch.linalg.cholesky_ex(matrix.detach())
     factor = factor.masked_fill(failed > 0, math.nan)  # as in JAX: no exception, a loss that is not finite
-    found = torch.cholesky_solve(targets, factor)
+    found = torch.cholesky_solve(right, factor)
     # d(M^-1 Y) = -M^-1 dM M^-1 Y: a third of the time of a gradient through the factor
-    return torch.cholesky_solve(targets - (matrix - matrix.detach()) @ found, factor)
+    return torch.cholesky_solve(right - (matrix - matrix.detach()) @ found, factor).to(targets.dtype)
 
 
 def compare(

@@ -17,6 +17,7 @@ from sequel_core.hparams import KCLHParams, TrainingHParams
 from sequel_core.learner import FitMonitor
 from sequel_core.task import Benchmark
 from sequel_lightning import KCL, LightningLearner
+from sequel_lightning.kernels import solve
 from sequel_lightning.module import CONSOLIDATED, IDLE, TRAINING
 from tests.lightning.parts import (
     ADAM,
@@ -198,3 +199,13 @@ def test_own_parameters_move_with_the_module_and_are_no_memory() -> None:
     fitted = LightningLearner(made(benchmark, RBF), settings, trainer={"accelerator": "cpu"})
     fitted.fit_task(benchmark.tasks[0], FitMonitor(lambda progress: None, lambda: None))
     assert len(fitted.memory_samples().y) == 4
+
+
+def test_weights_of_16_bits_have_a_solution() -> None:
+    rows = np.random.default_rng(0).normal(size=(6, 4))
+    kernel, targets = (torch.tensor(a, dtype=torch.bfloat16) for a in (rows @ rows.T / 4, np.eye(6)[:, :3]))
+    found = solve(kernel, torch.tensor(0.5, dtype=torch.bfloat16), targets)
+    assert found.dtype == torch.bfloat16
+    matrix = kernel.double().numpy() + 0.5 * np.eye(6)
+    expected = np.linalg.solve(matrix, targets.double().numpy())
+    np.testing.assert_allclose(found.double().numpy(), expected, atol=0.04)
