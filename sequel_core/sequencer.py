@@ -101,7 +101,8 @@ def run(
             return recorder.result()
         if not resumed:
             directory.rewind_metrics(0)
-            directory.write_config({**described, WRITER: versions()[PACKAGE]})
+            described = {**described, WRITER: versions()[PACKAGE]}
+            directory.write_config(described)
         _run(recorder, callbacks, evaluate_every, evaluate_future, described, resumed)
     result = recorder.result()
     recorder.display.summarise(result)

@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -397,7 +398,7 @@ def test_a_masked_configuration_runs_again_once_the_secrets_are_given(
     mine = config.logger["mine"]
     assert isinstance(mine, Target)
     assert (mine.arguments["api_key"], mine.arguments["password"]) == ("a", "b")
-    assert config.plain() == runs["jax"].result.config
+    assert {**config.plain(), "written_by": metadata.version("sequel-cl")} == runs["jax"].result.config
 
 
 # -- a run that is stopped and gone on with
