@@ -282,7 +282,9 @@ def test_the_batch_is_dropped_as_in_naive_and_the_draw_otherwise() -> None:
     der, naive = (learner(h, model=DROPPING, tx=STILL) for h in (hparams, NaiveHParams()))
     x, y, t, _ = next(iter(batches(rotated().tasks[0], settings())))
     step, bare_step = (jax.jit(made.algorithm.train_step) for made in (der, naive))
-    (ts, state), (bare, bare_state) = (der.ts, der.state), (naive.ts, naive.state)
+    (ts, state), (bare, bare_state) = (
+        made.algorithm.start_task(made.ts, made.state, rotated().tasks[0]) for made in (der, naive)
+    )
     passes, losses = [], []
     for _ in range(2):
         held = state.memory

@@ -78,7 +78,7 @@ class MCSGD(Replay):
 
     def filled(self, slots: IntArray) -> IntArray:
         """Return the slots without those that stand for none."""
-        return np.asarray(slots[slots != self.planner.slots])
+        return np.asarray(slots[slots < self.planner.slots])
 
     def begin(self, w_hat: Weights) -> None:
         """Put w where its way starts."""

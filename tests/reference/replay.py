@@ -56,14 +56,14 @@ class Replay(Reference):
         """Write a batch to the memory, with the logits that `theta` gives it."""
         emitted, _ = network.logits(theta, self.inputs(samples).x)
         for n, slot in enumerate(self.step_plan.write):
-            if slot != self.planner.slots:
+            if slot < self.planner.slots:
                 self.held.x[slot], self.held.y[slot], self.held.t[slot] = (array[n] for array in samples)
                 self.held_logits[slot] = emitted[n]
 
     def drawn(self, draw: int) -> IntArray:
         """Return the slots that a draw of this step reads; none where there is nothing to read."""
         slots = self.step_plan.reads[draw]
-        return np.asarray(slots[slots != self.planner.slots])
+        return np.asarray(slots[slots < self.planner.slots])
 
     def contents(self, slots: IntArray) -> Samples:
         """Return what slots hold."""
