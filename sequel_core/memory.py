@@ -8,7 +8,7 @@ framework; the contents are preallocated arrays in the state of the algorithm, o
     batch = Batch(x, y, t, planner.next(y, t))
 
 A plan holds the planner's position after its step, which a step of Flax puts into the state: a planner that
-is made from the state continues exactly where the state is.
+is made from the state resumes at exactly that position.
 """
 
 from __future__ import annotations

@@ -96,9 +96,7 @@ class Algorithm(NamedTuple):
     end_task: Callable[[TrainState, State, Iterable[Batch]], tuple[TrainState, State]]
     predict: Callable[[TrainState, State, jax.Array, jax.Array], jax.Array]  # x, t -> logits [B, num_classes]
     hparams: AlgorithmHParams
-    planner: Callable[
-        [StreamSpec, State], Planner
-    ]  # fills `Batch.plan`, on the host, from where the state is
+    planner: Callable[[StreamSpec, State], Planner]  # fills `Batch.plan` on the host; resumes from the state
     plan_start: Callable[[State, Task], Any]  # the part of start_task on the host; see `boundaries`
     apply_start: Callable[[TrainState, State, Any], tuple[TrainState, State]]  # the rest; jit- and vmap-able
     plan_end: Callable[[State, Iterable[Batch]], Any]

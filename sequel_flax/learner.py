@@ -176,7 +176,7 @@ class FlaxLearner:
         """Train on one task, then do the algorithm's end-of-task work; see `sequel_core.learner.Learner`.
 
         Raises:
-            ValueError: the planner is not where the state is: one of the two was assigned without the other.
+            ValueError: planner and state have different positions: one was assigned without the other.
         """
         training, size = self.training, self.training.batch_size
         check_position(self.planner, self.state.position)

@@ -113,7 +113,7 @@ def _names(tree: Any) -> list[str]:
 
 
 def chosen(mask: Any, tree: Any) -> Any:
-    """Return the tree with None where the mask is False."""
+    """Return the tree with None in place of leaves that the mask leaves out."""
     return jax.tree.map(lambda on, leaf: leaf if on else None, mask, tree)
 
 
