@@ -30,6 +30,7 @@ from sequel_core.config import choices
 from sequel_core.results import Result, load_result
 from sequel_core.target import Target
 from tests.cli.conftest import Plugin
+from tests.events import scalars
 
 MODES = ["pytorch", "jax"]
 BOTH = pytest.mark.parametrize("mode", MODES)
@@ -125,9 +126,7 @@ Series = dict[str, list[tuple[int, float]]]
 
 
 def read_tensorboard(path: Path) -> Series:
-    events = EventAccumulator(str(path / "tensorboard"), {"scalars": 0})
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return scalars(path / "tensorboard")
 
 
 def read_rows(rows: Iterator[tuple[int, Mapping[str, Any]]]) -> Series:

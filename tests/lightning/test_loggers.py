@@ -21,6 +21,7 @@ from sequel_core.results import Result
 from sequel_lightning import LightningLearner
 from sequel_lightning.loggers import LOGGERS, ConsoleLogger, JsonLinesLogger, resume_logger
 from tests.disks import fill, small_disk
+from tests.events import scalars
 from tests.lightning.parts import BATCH, STEPS, module, stream
 
 
@@ -56,15 +57,15 @@ def read(path: Path) -> EventAccumulator:
 def test_what_callbacks_log_goes_on_across_tasks_and_epochs_are_left_out(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, "own")  # whose default_hp_metric is True
     ran(tmp_path / "run", logger, callbacks=[Scores(), LearningRateMonitor("step")])
-    events = read(Path(logger.log_dir))
-    tags = set(events.Tags()["scalars"])
+    found = scalars(Path(logger.log_dir))
+    tags = set(found)
     assert {"own/score", "lr-SGD", "train/loss", "test/average_accuracy"} <= tags
     assert not tags & {"epoch", "hp_metric"}
     for tag in tags:
-        steps = [event.step for event in events.Scalars(tag)]
+        steps = [step for step, _ in found[tag]]
         assert steps == sorted(set(steps)), tag
         assert steps[-1] <= 3 * STEPS
-    assert [event.step for event in events.Scalars("lr-SGD")][-1] > 2 * STEPS
+    assert found["lr-SGD"][-1][0] > 2 * STEPS
 
 
 class Told(ConsoleLogger):

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sequel_core.cli import main
 from sequel_core.results import RunDirectory, load_result
 from tests.disks import enlarge, small_disk, write_protected
+from tests.events import scalars
 from tests.resume.faulty import After, write_files
 from tests.resume.short_runs import MODES, assert_same_records
 
@@ -120,10 +120,7 @@ def logged(run_dir: Path) -> list[Any]:
     with (run_dir / "csv" / "metrics.csv").open(newline="") as file:
         rows: list[Any] = list(csv.DictReader(file))
     rows += map(json.loads, (run_dir / "jsonl" / "metrics.jsonl").read_text().splitlines())
-    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    found = {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
-    }
+    found = scalars(run_dir / "tensorboard")
     assert len(found["train/loss"]) == 9  # 6 steps for each of three tasks
     assert all(steps == sorted(set(steps)) for steps in ([step for step, _ in found[tag]] for tag in found))
     return [{k: v for k, v in row.items() if k != "train/samples_per_second"} for row in [*rows, found]]
