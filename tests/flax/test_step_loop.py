@@ -61,7 +61,10 @@ def compiled() -> Iterator[Counter[str]]:
 @pytest.mark.parametrize(
     "hparams",
     [
-        pytest.param(h, marks=[pytest.mark.slow] if h.name in ("lamaml", "mcsgd", "kcl") else [])
+        pytest.param(
+            h,
+            marks=[pytest.mark.slow] if h.name in ("lamaml", "mcsgd", "kcl", "der", "derpp", "icarl") else [],
+        )
         for h in EVERY
     ],
     ids=lambda h: h.name,

@@ -35,7 +35,7 @@ def killed_and_resumed(mode: str, method: str, points: int, folder: Path) -> Non
             raise AssertionError(f"killed at moment {moment} of {moments}") from error
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param("pytorch", marks=pytest.mark.slow), "jax"])
 @pytest.mark.parametrize("method", ["derpp"])
 def test_killed_at_random_moments(mode: str, method: str, tmp_path: Path) -> None:
     killed_and_resumed(mode, method, 2, tmp_path)
