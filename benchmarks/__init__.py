@@ -20,7 +20,7 @@ from sequel_benchmarks.own import (
     from_prepared,
 )
 from sequel_benchmarks.streams import PermutedSettings, RotatedSettings, SplitSettings, permute, rotate, split
-from sequel_core.task import Benchmark
+from sequel_core.stream.benchmark import Benchmark
 
 BENCHMARKS: dict[str, type[Benchmark]] = {
     cls.__name__.lower(): cls

@@ -21,7 +21,7 @@ import numpy as np
 
 from sequel_benchmarks.cache import Allocate, Arrays, Decode, Origin
 from sequel_benchmarks.decode import in_threads
-from sequel_core.task import IntArray, UInt8Array
+from sequel_core.stream.arrays import IntArray, UInt8Array
 
 SHAPE = (32, 32, 3)
 PIXELS = 3 * 32 * 32

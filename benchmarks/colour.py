@@ -8,7 +8,7 @@ from typing import Literal
 from sequel_benchmarks.cache import folder_of
 from sequel_benchmarks.imagefolder import class_folders, image_folder
 from sequel_benchmarks.streams import Inputs, SplitSettings, split, split_known
-from sequel_core.task import Benchmark, Scenario
+from sequel_core.stream.benchmark import Benchmark, Scenario
 
 
 class SplitCIFAR10(Benchmark):

@@ -36,8 +36,9 @@ from sequel_benchmarks.cifar import (
 )
 from sequel_benchmarks.idx import MNIST
 from sequel_benchmarks.tinyimagenet import TINY_IMAGENET
-from sequel_core import plan
-from sequel_core.task import IntArray, Normalisation, UInt8Array
+from sequel_core.stream import plan
+from sequel_core.stream.arrays import IntArray, UInt8Array
+from sequel_core.stream.images import Normalisation
 
 DATASETS: dict[str, str] = {
     "mnist": "handwritten digits, 60,000 + 10,000 images of 28 x 28 (downloaded)",

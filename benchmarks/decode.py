@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sequel_core.task import UInt8Array
+from sequel_core.stream.arrays import UInt8Array
 
 T = TypeVar("T")
 

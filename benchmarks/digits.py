@@ -15,7 +15,7 @@ from sequel_benchmarks.streams import (
     rotate,
     split_known,
 )
-from sequel_core.task import Benchmark, Scenario
+from sequel_core.stream.benchmark import Benchmark, Scenario
 
 
 class SplitDigits(Benchmark):

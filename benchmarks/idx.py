@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from sequel_benchmarks.cache import Allocate, Arrays, Decode, Origin, check_arrays
-from sequel_core.task import UInt8Array
+from sequel_core.stream.arrays import UInt8Array
 
 IDX_FILES = {
     # name of the archive without .gz: md5 of the published archive

@@ -11,7 +11,8 @@ import numpy as np
 from sequel_benchmarks.cache import Arrays, folder_of, in_memory
 from sequel_benchmarks.data import DataSet
 from sequel_benchmarks.decode import BLOCK, decode_pictures, pillows_warnings, read_picture
-from sequel_core.task import Normalisation, UInt8Array
+from sequel_core.stream.arrays import UInt8Array
+from sequel_core.stream.images import Normalisation
 
 TEST_FOLDERS = ("test", "val")
 

@@ -5,7 +5,7 @@
 Nothing of torch is imported for it. The classes of a task are the labels that occur in it. In the task
 scenario no two tasks share an output: if their labels overlap, label y of task k becomes k * width + y, which
 `benchmark.settings` records as `heads` and `label_offsets`; heads="shared" keeps the labels as they are.
-The images of a data set are read as they are asked for, with its transforms: see `sequel_core.items`.
+The images of a data set are read as they are asked for, with its transforms: see `sequel_core.stream.items`.
 
 torchvision, and with it Avalanche and Continuum, cannot be imported beside some CPU builds of PyTorch
 ("operator torchvision::nms does not exist"), unless `sequel_lightning` has been imported first.
@@ -21,18 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sequel_benchmarks.streams import StreamSettings, hold_out
-from sequel_core.hparams import Settings, setting
-from sequel_core.items import ItemImages, Items
-from sequel_core.task import (
-    Augmentation,
-    Benchmark,
-    Heads,
-    Normalisation,
-    Scenario,
-    Split,
-    Task,
-    separate_heads,
-)
+from sequel_core.settings import Settings, setting
+from sequel_core.stream.benchmark import Benchmark, Heads, Scenario, separate_heads
+from sequel_core.stream.images import Augmentation, Normalisation
+from sequel_core.stream.items import ItemImages, Items
+from sequel_core.stream.task import Split, Task
 
 Pair = tuple[NDArray[Any], NDArray[Any]]  # images and labels
 WHICH = ("train", "test", "validation")
@@ -108,7 +101,7 @@ def from_datasets(
 
     Raises:
         ValueError: an option out of range, dictionaries that do not fit, or a data set or an item that is not
-            as `sequel_core.items.ItemImages` has it; names the task, and the position of the item.
+            as `sequel_core.stream.items.ItemImages` has it; names the task, and the position of the item.
     """
     settings = _checked(options)
     if isinstance(tasks, Mapping):

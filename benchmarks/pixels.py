@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sequel_core import plan
-from sequel_core.task import FloatArray, PixelMap
+from sequel_core.stream import plan
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.images import PixelMap
 
 Interpolation = Literal["nearest", "bilinear"]
 

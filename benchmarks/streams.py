@@ -17,18 +17,12 @@ import numpy as np
 from sequel_benchmarks.cifar import CIFAR100_SUPERCLASSES
 from sequel_benchmarks.data import NUM_CLASSES, DataSet, load
 from sequel_benchmarks.pixels import Interpolation, permutation, rotation
-from sequel_core import plan
-from sequel_core.hparams import Settings, setting
-from sequel_core.task import (
-    Augmentation,
-    Benchmark,
-    IntArray,
-    Normalisation,
-    PixelMap,
-    Scenario,
-    Split,
-    Task,
-)
+from sequel_core.settings import Settings, setting
+from sequel_core.stream import plan
+from sequel_core.stream.arrays import IntArray
+from sequel_core.stream.benchmark import Benchmark, Scenario
+from sequel_core.stream.images import Augmentation, Normalisation, PixelMap
+from sequel_core.stream.task import Split, Task
 
 Inputs = Literal["standardised", "unit"]
 HALF_TURN = 180.0

@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-from sequel_core.callbacks import StreamCallback
-from sequel_core.compare import Comparison, compare
-from sequel_core.hparams import (
-    AGEMHParams,
-    AlgorithmHParams,
-    DERHParams,
-    DERppHParams,
-    ERHParams,
-    EWCHParams,
-    ICaRLHParams,
-    JointHParams,
-    KCLHParams,
-    LaMAMLHParams,
-    LFLHParams,
-    MASHParams,
-    MCSGDHParams,
-    NaiveHParams,
-    OptimizerHParams,
-    SIHParams,
-    StableSGDHParams,
-    TrainingHParams,
-)
-from sequel_core.learner import DivergenceError, Learner
-from sequel_core.memory import joined_with_memory, memory_stream
-from sequel_core.results import Result, load_result, load_weights
-from sequel_core.sequencer import run
-from sequel_core.task import (
-    Augmentation,
-    Batch,
-    Benchmark,
-    Normalisation,
-    PixelMap,
-    Split,
-    Task,
-    separate_heads,
-)
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.der import DERHParams
+from sequel_core.algorithms.derpp import DERppHParams
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.algorithms.joint import JointHParams
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.algorithms.lamaml import LaMAMLHParams
+from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.algorithms.stable_sgd import StableSGDHParams
+from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
+from sequel_core.runs.callbacks import StreamCallback
+from sequel_core.runs.compare import Comparison, compare
+from sequel_core.runs.learner import DivergenceError, Learner
+from sequel_core.runs.orchestrator import run
+from sequel_core.runs.results import Result, load_result, load_weights
+from sequel_core.stream.benchmark import Benchmark, separate_heads
+from sequel_core.stream.images import Augmentation, Normalisation, PixelMap
+from sequel_core.stream.memory import joined_with_memory, memory_stream
+from sequel_core.stream.task import Batch, Split, Task
 
 __all__ = [
     "AGEMHParams",

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sequel_core.augmentation import Augmented, own_plan
-from sequel_core.task import Batch
+from sequel_core.stream.augmentation import Augmented, own_plan
+from sequel_core.stream.task import Batch
 
 
 def crop(x: jax.Array, crops: jax.Array) -> jax.Array:

@@ -12,21 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sequel_core import plan
-from sequel_core.hparams import BACKBONES as SETTINGS
-from sequel_core.hparams import (
-    AlgorithmHParams,
-    DERHParams,
-    DERppHParams,
-    KCLHParams,
-    LaMAMLHParams,
-    MemoryHParams,
-    OptimizerHParams,
-    TrainingHParams,
-)
-from sequel_core.learner import FitMonitor
-from sequel_core.sequencer import training_numbers
-from sequel_core.task import Benchmark
+from sequel_core.algorithms.der import DERHParams
+from sequel_core.algorithms.derpp import DERppHParams
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.algorithms.lamaml import LaMAMLHParams
+from sequel_core.backbones import BACKBONES as SETTINGS
+from sequel_core.hparams import AlgorithmHParams, MemoryHParams, OptimizerHParams, TrainingHParams
+from sequel_core.runs.learner import FitMonitor
+from sequel_core.runs.orchestrator import training_numbers
+from sequel_core.stream import plan
+from sequel_core.stream.benchmark import Benchmark
 from sequel_flax.backbones import BACKBONES, MLP
 from sequel_flax.build import make_learner, use_one_thread
 from sequel_flax.bundle import batch_stats

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sequel_core.task import Batch
+from sequel_core.stream.task import Batch
 
 
 class StartPlan(NamedTuple):

@@ -16,10 +16,10 @@ from flax import linen as nn
 from flax import nnx
 from threadpoolctl import threadpool_limits
 
-from sequel_core.config import SUPPLIED, ExperimentConfig
+from sequel_core.experiment.config import SUPPLIED, ExperimentConfig
+from sequel_core.experiment.target import TARGET, Target
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
-from sequel_core.target import TARGET, Target
-from sequel_core.task import Benchmark
+from sequel_core.stream.benchmark import Benchmark
 from sequel_flax.algorithms import ALGORITHMS
 from sequel_flax.backbones import BACKBONES
 from sequel_flax.bundle import Algorithm

@@ -28,10 +28,11 @@ import optax
 from flax import linen as nn
 from flax.training.train_state import TrainState
 
-from sequel_core.augmentation import Augmented, augmenting
 from sequel_core.hparams import AlgorithmHParams
-from sequel_core.memory import NoPlanner, Planner, check_steps, resumed
-from sequel_core.task import AnySplit, Batch, StreamSpec, Task
+from sequel_core.stream.augmentation import Augmented, augmenting
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.planner import NoPlanner, Planner, check_steps, resumed
+from sequel_core.stream.task import AnySplit, Batch, Task
 from sequel_flax import augmentation
 from sequel_flax.boundaries import StartPlan, given, is_traced, select
 from sequel_flax.foreign import as_called, counting_only

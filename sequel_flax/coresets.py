@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 
-from sequel_core.hparams import KCLHParams
-from sequel_core.task import Batch, Task
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.stream.task import Batch, Task
 from sequel_flax import bundle
 from sequel_flax.boundaries import StartPlan
 from sequel_flax.bundle import State

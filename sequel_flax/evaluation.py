@@ -10,9 +10,10 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
-from sequel_core import plan
-from sequel_core.learner import Evaluation
-from sequel_core.task import AnySplit, Batch, Samples, StreamSpec
+from sequel_core.runs.learner import Evaluation
+from sequel_core.stream import plan
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.task import AnySplit, Batch, Samples
 from sequel_flax.bundle import Algorithm, State, mask_logits
 
 

@@ -3,7 +3,7 @@
     y*(x) = argmin_c ||h(x) - mu_c||, mu_c the mean of h over the exemplars of class c
 
 h is the network's last hidden layer; h(x), that of each exemplar, and mu_c have unit length. At the end of a
-task the room is shared out anew (`sequel_core.exemplars.renewed_exemplars`). iCaRL is built on it.
+task the room is shared out anew (`sequel_core.stream.exemplars.renewed_exemplars`). iCaRL is built on it.
 
 Mirror: sequel_lightning/exemplars.py
 """
@@ -18,16 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
 
-from sequel_core.exemplars import EMBEDDED, class_means, renewed_exemplars
-from sequel_core.hparams import ICaRLHParams
-from sequel_core.task import Batch, Samples, StreamSpec
+from sequel_core.hparams import ExemplarHParams
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.exemplars import EMBEDDED, class_means, renewed_exemplars
+from sequel_core.stream.task import Batch, Samples
 from sequel_flax.boundaries import is_traced, on_host
 from sequel_flax.bundle import Params, State, feature_width, network
 from sequel_flax.replay import Memory, empty_memory
 
 
 def init_exemplars(
-    ts: TrainState, spec: StreamSpec, hparams: ICaRLHParams
+    ts: TrainState, spec: StreamSpec, hparams: ExemplarHParams
 ) -> tuple[Memory, jax.Array, jax.Array]:
     """Return room for the exemplars, and the means of classes `[num_classes, D]`, of which there are none.
 
@@ -54,7 +55,7 @@ def nearest_mean(features: jax.Array, means: jax.Array, has_mean: jax.Array) -> 
 
 
 def renew(
-    ts: TrainState, params: Params, state: State, batches: Batch, hparams: ICaRLHParams
+    ts: TrainState, params: Params, state: State, batches: Batch, hparams: ExemplarHParams
 ) -> tuple[Memory, jax.Array, jax.Array]:
     """Return the exemplars at the end of a task, the means of classes, and which classes have one.
 

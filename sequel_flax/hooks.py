@@ -24,9 +24,10 @@ import numpy as np
 from flax.training.train_state import TrainState
 from tqdm import tqdm
 
-from sequel_core.loggers import Loggers
-from sequel_core.pictures import COUNT, image_grid
-from sequel_core.task import Batch, Benchmark
+from sequel_core.runs.loggers import Loggers
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.pictures import COUNT, image_grid
+from sequel_core.stream.task import Batch
 from sequel_flax.bundle import Algorithm, State
 from sequel_flax.evaluation import Evaluator
 from sequel_flax.writers import MetricWriter

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sequel_core.hparams import KCLHParams
-from sequel_core.plan import initial_weights
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.stream.plan import initial_weights
 from sequel_flax.bundle import Params
 
 RIDGE = 0.01
@@ -67,7 +67,7 @@ def compare(
         hparams: settings.
         core: normalised features of a coreset `[N, H]`.
         h: normalised features `[n, H]`.
-        noise: see `sequel_core.memory.basis_constants`; of a kernel with bases, as what follows.
+        noise: see `sequel_core.stream.memory.basis_constants`; of a kernel with bases, as what follows.
         phase: of each basis `[D]`.
         positions: where in the noise each basis begins `[D]`.
     """

@@ -20,12 +20,14 @@ from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict
 from numpy.typing import NDArray
 
-from sequel_core import plan
 from sequel_core.hparams import TrainingHParams
-from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
-from sequel_core.loggers import Loggers
-from sequel_core.memory import check_position
-from sequel_core.task import AnySplit, Batch, FloatArray, IntArray, Samples, StreamSpec, Task
+from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
+from sequel_core.runs.loggers import Loggers
+from sequel_core.stream import plan
+from sequel_core.stream.arrays import FloatArray, IntArray
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.planner import check_position
+from sequel_core.stream.task import AnySplit, Batch, Samples, Task
 from sequel_flax.backbones import initial_variables
 from sequel_flax.bundle import (
     Algorithm,
@@ -173,7 +175,7 @@ class FlaxLearner:
     # -- the Learner protocol
 
     def fit_task(self, task: Task, monitor: FitMonitor) -> None:
-        """Train on one task, then do the algorithm's end-of-task work; see `sequel_core.learner.Learner`.
+        """Train on one task, then consolidate it; see `sequel_core.runs.learner.Learner`.
 
         Raises:
             ValueError: planner and state have different positions: one was assigned without the other.
@@ -237,7 +239,7 @@ class FlaxLearner:
         self._call("after_task", {"task": task.index, "task_steps": task_steps})
 
     def evaluate(self, task: Task, split: str) -> Evaluation:
-        """Count correct predictions on a split of a task; see `sequel_core.learner.Learner`."""
+        """Count correct predictions on a split of a task; see `sequel_core.runs.learner.Learner`."""
         where = {"task": task.index, "split": split}
         self._call("before_evaluation", where)
         found = self._evaluator(self.ts, self.state, task.split(split))
@@ -260,7 +262,7 @@ class FlaxLearner:
         return len(self.writers) > 0
 
     def start_stream(self, config: Mapping[str, Any], resumed: bool = False) -> None:
-        """Write the run's configuration with every writer; see `sequel_core.learner.Learner`."""
+        """Write the run's configuration with every writer; see `sequel_core.runs.learner.Learner`."""
         if resumed:
             self.writers.each(lambda writer: resume_writer(writer, self.step))
         else:
@@ -302,11 +304,11 @@ class FlaxLearner:
         return int(sum(leaf.nbytes for leaf in jax.tree.leaves(self.state.memory)))
 
     def save(self, directory: Path) -> Callable[[], None]:
-        """Write the train state, the algorithm's state, ...; see `sequel_core.learner.Learner`."""
+        """Write the train state, the algorithm's state, ...; see `sequel_core.runs.learner.Learner`."""
         return self._saver.save(directory, self._tree())
 
     def restore(self, directory: Path) -> None:
-        """Read back what `save` wrote; see `sequel_core.learner.Learner`."""
+        """Read back what `save` wrote; see `sequel_core.runs.learner.Learner`."""
         tree = restored(directory, self._tree())
         self.ts, self.state = tree["ts"], tree["state"]
         self.planner = self.algorithm.planner(self.spec, self.state)

@@ -19,7 +19,7 @@ import optax
 from flax.training.train_state import TrainState
 
 from sequel_core.hparams import AlgorithmHParams
-from sequel_core.task import Batch
+from sequel_core.stream.task import Batch
 from sequel_flax.boundaries import collected, select
 from sequel_flax.bundle import (
     Algorithm,

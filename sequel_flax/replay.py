@@ -2,9 +2,8 @@
 
     L = loss(batch, draws), draws of the memory as it was before the step; then the batch is written to it
 
-Which sample sits in which slot, and which slots a step reads, comes with the batch (`Batch.plan`, from
-`sequel_core.memory`). A new method of this kind needs only its loss of what the network says of the batch and
-of the draws.
+Which sample is in which slot, and which slots a step reads, comes with the batch (`Batch.plan`, from
+`sequel_core.stream.memory`). A new replay method defines only its loss.
 
 Mirror: sequel_lightning/replay.py
 """
@@ -20,10 +19,12 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
-from sequel_core.augmentation import own_plan
 from sequel_core.hparams import MemoryHParams
-from sequel_core.memory import MemoryPlanner, Planner, StepPlan
-from sequel_core.task import Batch, Samples, StreamSpec
+from sequel_core.stream.augmentation import own_plan
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.memory import MemoryPlanner, StepPlan
+from sequel_core.stream.planner import Planner
+from sequel_core.stream.task import Batch, Samples
 from sequel_flax.augmentation import cropped, cropped_draw
 from sequel_flax.bundle import (
     Algorithm,

@@ -13,7 +13,7 @@ import yaml
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from sequel_core.loggers import (
+from sequel_core.runs.loggers import (
     FLUSH_SECONDS,
     ConsoleTable,
     CsvTable,
@@ -24,7 +24,7 @@ from sequel_core.loggers import (
     markdown_table,
     number,
 )
-from sequel_core.services import comet_experiment, wandb_arguments
+from sequel_core.runs.services import comet_experiment, wandb_arguments
 
 QUEUED_EVENTS = 100
 

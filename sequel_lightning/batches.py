@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sequel_core.task import Batch
+from sequel_core.stream.task import Batch
 
 INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 NARROW = INTEGERS - {torch.int64}

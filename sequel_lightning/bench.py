@@ -17,19 +17,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from sequel_core import plan
-from sequel_core.hparams import BACKBONES as SETTINGS
-from sequel_core.hparams import (
-    AlgorithmHParams,
-    KCLHParams,
-    MemoryHParams,
-    NaiveHParams,
-    OptimizerHParams,
-    TrainingHParams,
-)
-from sequel_core.learner import FitMonitor
-from sequel_core.sequencer import training_numbers
-from sequel_core.task import Benchmark
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.backbones import BACKBONES as SETTINGS
+from sequel_core.hparams import AlgorithmHParams, MemoryHParams, OptimizerHParams, TrainingHParams
+from sequel_core.runs.learner import FitMonitor
+from sequel_core.runs.orchestrator import training_numbers
+from sequel_core.stream import plan
+from sequel_core.stream.benchmark import Benchmark
 from sequel_lightning.backbones import BACKBONES, MLP, initialise
 from sequel_lightning.build import build_optimizer, make_learner, use_one_thread
 from sequel_lightning.data import as_batch

@@ -14,11 +14,11 @@ from pytorch_lightning.loggers import Logger
 from torch import nn
 from torchmetrics import MetricCollection
 
-from sequel_core import plan
-from sequel_core.config import SUPPLIED, ExperimentConfig
+from sequel_core.experiment.config import SUPPLIED, ExperimentConfig
+from sequel_core.experiment.target import TARGET, Target
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
-from sequel_core.target import TARGET, Target
-from sequel_core.task import Benchmark
+from sequel_core.stream import plan
+from sequel_core.stream.benchmark import Benchmark
 from sequel_lightning.algorithms import ALGORITHMS
 from sequel_lightning.backbones import BACKBONES, initialise
 from sequel_lightning.learner import SEEDS, TORCH_DTYPES, LightningLearner

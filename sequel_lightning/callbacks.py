@@ -19,9 +19,9 @@ from pytorch_lightning.callbacks import (
     StochasticWeightAveraging,
 )
 
-from sequel_core.callbacks import StreamCallback
 from sequel_core.hparams import TrainingHParams
-from sequel_core.task import Task
+from sequel_core.runs.callbacks import StreamCallback
+from sequel_core.stream.task import Task
 from sequel_lightning.lifecycle import SPOILING
 
 STATELESS = (Callback, Checkpoint, LambdaCallback)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from sequel_core.hparams import KCLHParams
-from sequel_core.task import StreamSpec
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.stream.benchmark import StreamSpec
 from sequel_lightning.data import as_batch
 from sequel_lightning.module import TRAINING, ContinualModule, OptimizerFactory
 from sequel_lightning.replay import Memory, empty_memory

@@ -8,8 +8,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
-from sequel_core import plan
-from sequel_core.task import AnySplit, Batch, Samples, Task
+from sequel_core.stream import plan
+from sequel_core.stream.task import AnySplit, Batch, Samples, Task
 
 
 def as_batch(samples: Samples) -> Batch:

@@ -3,7 +3,7 @@
     y*(x) = argmin_c ||h(x) - mu_c||, mu_c the mean of h over the exemplars of class c
 
 h is the network's last hidden layer; h(x), that of each exemplar, and mu_c have unit length. At the end of a
-task the room is shared out anew (`sequel_core.exemplars.renewed_exemplars`). iCaRL is built on it.
+task the room is shared out anew (`sequel_core.stream.exemplars.renewed_exemplars`). iCaRL is built on it.
 
 Mirror: sequel_flax/exemplars.py
 """
@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from sequel_core.exemplars import exemplar_means, joined_with_samples, renewed_exemplars
-from sequel_core.hparams import ICaRLHParams
-from sequel_core.task import AnySplit, Batch, FloatArray, Samples, StreamSpec
+from sequel_core.hparams import ExemplarHParams
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.exemplars import exemplar_means, joined_with_samples, renewed_exemplars
+from sequel_core.stream.task import AnySplit, Batch, Samples
 from sequel_lightning.module import (
     ContinualModule,
     OptimizerFactory,
@@ -49,7 +51,7 @@ def nearest_mean(features: Tensor, means: Tensor, has_mean: Tensor) -> Tensor:
 
 
 def renew(
-    module: ExemplarModule, batches: Iterable[Batch], hparams: ICaRLHParams
+    module: ExemplarModule, batches: Iterable[Batch], hparams: ExemplarHParams
 ) -> tuple[Memory, Tensor, Tensor]:
     """Return the exemplars at the end of a task, the means of classes, and which classes have one.
 
@@ -91,7 +93,7 @@ class ExemplarModule(ContinualModule):
         ValueError: without a spec, a network without `features` or `head`, or less room than classes.
     """
 
-    algorithm_hparams: ICaRLHParams
+    algorithm_hparams: ExemplarHParams
     means: Tensor
     has_mean: Tensor
     learned: Tensor
@@ -101,7 +103,7 @@ class ExemplarModule(ContinualModule):
         self,
         net: nn.Module,
         optimizer: OptimizerFactory,
-        hparams: ICaRLHParams,
+        hparams: ExemplarHParams,
         spec: StreamSpec | None = None,
         metrics: MetricCollection | None = None,
         seed: int = 0,

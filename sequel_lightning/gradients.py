@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from sequel_core.task import Batch
+from sequel_core.stream.task import Batch
 from sequel_lightning.module import ContinualModule, Params, evaluating
 from sequel_lightning.trees import zero_sum
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sequel_core.hparams import KCLHParams
-from sequel_core.plan import initial_weights
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.stream.plan import initial_weights
 
 RIDGE = 0.01
 
@@ -71,7 +71,7 @@ def compare(
         hparams: settings.
         core: normalised features of a coreset `[N, H]`.
         h: normalised features `[n, H]`.
-        noise: see `sequel_core.memory.basis_constants`; of a kernel with bases, as what follows.
+        noise: see `sequel_core.stream.memory.basis_constants`; of a kernel with bases, as what follows.
         phase: of each basis `[D]`.
         positions: where in the noise each basis begins `[D]`.
     """

@@ -22,11 +22,13 @@ from pytorch_lightning.profilers import PassThroughProfiler
 from torch import Tensor
 from torch.nn import functional as F
 
-from sequel_core import plan
 from sequel_core.hparams import TrainingHParams
-from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
-from sequel_core.results import naming
-from sequel_core.task import FloatArray, Samples, StreamSpec, Task
+from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
+from sequel_core.runs.results import naming
+from sequel_core.stream import plan
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.task import Samples, Task
 from sequel_lightning.backbones import canonical_weights
 from sequel_lightning.callbacks import (
     callbacks_of_task,
@@ -114,7 +116,7 @@ class LightningLearner:
         return self.module.tally.steps_done
 
     def fit_task(self, task: Task, monitor: FitMonitor) -> None:
-        """Train on one task, then do the algorithm's end-of-task work; see `sequel_core.learner.Learner`."""
+        """Train on one task, then consolidate it; see `sequel_core.runs.learner.Learner`."""
         training = self.training
         check_monitors(self.callbacks, task)
         data = TaskDataModule(task, training.batch_size, training.eval_batch_size, training.seed)
@@ -142,7 +144,7 @@ class LightningLearner:
             tally.next_task = tally.after_step = None
 
     def evaluate(self, task: Task, split: str) -> Evaluation:
-        """Count correct predictions on a split of a task; see `sequel_core.learner.Learner`."""
+        """Count correct predictions on a split of a task; see `sequel_core.runs.learner.Learner`."""
         device = self.trainer.strategy.root_device
         module = self.module.to(device)
         mask = torch.from_numpy(self.spec.mask).to(device)
@@ -168,7 +170,7 @@ class LightningLearner:
         return len(self.loggers) > 0
 
     def start_stream(self, config: Mapping[str, Any], resumed: bool = False) -> None:
-        """Send the run's configuration to every logger; see `sequel_core.learner.Learner`."""
+        """Send the run's configuration to every logger; see `sequel_core.runs.learner.Learner`."""
         if resumed:
             self.loggers.each(lambda logger: resume_logger(logger, self.step))
         else:
@@ -207,7 +209,7 @@ class LightningLearner:
         return self.module.memory_bytes()
 
     def save(self, directory: Path) -> Callable[[], None]:
-        """Write a checkpoint of Lightning's own format; see `sequel_core.learner.Learner`."""
+        """Write a checkpoint of Lightning's own format; see `sequel_core.runs.learner.Learner`."""
         strategy = self.trainer.strategy
         if self.trainer.model is None:  # nothing was fitted since the start, or since `restore`
             strategy.connect(self.module)
@@ -219,7 +221,7 @@ class LightningLearner:
         return lambda: None
 
     def restore(self, directory: Path) -> None:
-        """Read back what `save` wrote; see `sequel_core.learner.Learner`."""
+        """Read back what `save` wrote; see `sequel_core.runs.learner.Learner`."""
         path = directory / CHECKPOINT
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         self.module.adopt_names(checkpoint["state_dict"])
@@ -246,7 +248,7 @@ class LightningLearner:
         return torch.get_num_threads()
 
     def close(self, failed: bool = False) -> None:
-        """Flush and close the loggers; see `sequel_core.learner.Learner`."""
+        """Flush and close the loggers; see `sequel_core.runs.learner.Learner`."""
         self.loggers.close(failed)
 
     # -- parts of the above

@@ -18,7 +18,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ModelPruning, WeightAveraging
 from torch import Tensor
 
-from sequel_core.task import Batch
+from sequel_core.stream.task import Batch
 from sequel_lightning.batches import check_batch
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pytorch_lightning.loggers import CometLogger, CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
-from sequel_core.loggers import (
+from sequel_core.runs.loggers import (
     FLUSH_SECONDS,
     ConsoleTable,
     CsvTable,
@@ -25,7 +25,7 @@ from sequel_core.loggers import (
     leave_event_errors_to_the_caller,
     markdown_table,
 )
-from sequel_core.services import comet_experiment, wandb_arguments
+from sequel_core.runs.services import comet_experiment, wandb_arguments
 
 GUARDED = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
 

@@ -30,10 +30,11 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
-from sequel_core.augmentation import augmenting
 from sequel_core.hparams import AlgorithmHParams
-from sequel_core.memory import NoPlanner
-from sequel_core.task import AnySplit, Batch, StreamSpec, Task
+from sequel_core.stream.augmentation import augmenting
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.planner import NoPlanner
+from sequel_core.stream.task import AnySplit, Batch, Task
 from sequel_lightning.augmentation import cropped
 from sequel_lightning.batches import are_task_indices, check_batch, check_tasks, unknown_batch, widened
 from sequel_lightning.lifecycle import (

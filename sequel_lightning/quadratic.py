@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from sequel_core.hparams import AlgorithmHParams
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.task import Batch
 from sequel_lightning.gradients import Contribution, GradientSums, Objective
 from sequel_lightning.module import ContinualModule, OptimizerFactory, Params, evaluating
 from sequel_lightning.trees import ParameterTree, SumTree, restricted

@@ -2,9 +2,8 @@
 
     L = loss(batch, draws), draws of the memory as it was before the step; then the batch is written to it
 
-Which sample sits in which slot, and which slots a step reads, comes with the batch (`Batch.plan`, from
-`sequel_core.memory`). A new method of this kind needs only its loss of what the network says of the batch and
-of the draws.
+Which sample is in which slot, and which slots a step reads, comes with the batch (`Batch.plan`, from
+`sequel_core.stream.memory`). A new replay method defines only its loss.
 
 Mirror: sequel_flax/replay.py
 """
@@ -21,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
-from sequel_core.augmentation import own_plan
 from sequel_core.hparams import MemoryHParams
-from sequel_core.memory import MemoryPlanner, StepPlan
-from sequel_core.task import Batch, Samples, StreamSpec
+from sequel_core.stream.augmentation import own_plan
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.memory import MemoryPlanner, StepPlan
+from sequel_core.stream.task import Batch, Samples
 from sequel_lightning.augmentation import cropped, cropped_draw
 from sequel_lightning.module import ContinualModule, OptimizerFactory
 from sequel_lightning.trees import StateTree

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from sequel_core.task import Task
+from sequel_core.stream.task import Task
 from sequel_lightning.batches import first_wrong, wrong_label
 
 HELD = 1 << 16

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.task import Batch
 
 OURS = ("loss", "accuracy", "penalty")
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from sequel_core.hparams import AlgorithmHParams
-from sequel_core.task import Augmentation, Normalisation, StreamSpec
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.images import Augmentation, Normalisation
 
 
 def plain_hparams(hparams: AlgorithmHParams) -> dict[str, Any]:

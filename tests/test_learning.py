@@ -10,7 +10,7 @@ import pytest
 
 from sequel_core import load_result
 from sequel_core.cli import main
-from sequel_core.results import Result
+from sequel_core.runs.results import Result
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ import pytest
 
 from sequel_core import load_result, load_weights
 from sequel_core.cli import main
-from sequel_core.results import Result
+from sequel_core.runs.results import Result
 
 pytestmark = pytest.mark.slow
 

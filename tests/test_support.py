@@ -16,16 +16,11 @@ import pytest
 import sequel_flax
 import sequel_lightning
 from sequel_benchmarks import DataSet, SplitSettings, split
-from sequel_core.hparams import (
-    ALGORITHMS,
-    BACKBONES,
-    AlgorithmHParams,
-    BackboneHParams,
-    OptimizerHParams,
-    TrainingHParams,
-)
-from sequel_core.learner import Learner
-from sequel_core.task import Benchmark, Scenario
+from sequel_core.algorithms import ALGORITHMS
+from sequel_core.backbones import BACKBONES, BackboneHParams
+from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
+from sequel_core.runs.learner import Learner
+from sequel_core.stream.benchmark import Benchmark, Scenario
 from tests.parity.cases import SILENT
 
 SMALL: dict[str, dict[str, Any]] = {

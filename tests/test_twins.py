@@ -13,7 +13,8 @@ import sequel_flax.backbones
 import sequel_flax.build
 import sequel_lightning.backbones
 import sequel_lightning.build
-from sequel_core.hparams import ALGORITHMS, BACKBONES
+from sequel_core.algorithms import ALGORITHMS
+from sequel_core.backbones import BACKBONES
 
 PLUGINS: list[ModuleType] = [sequel_flax, sequel_lightning]
 

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from importlib import import_module, metadata
 from typing import TextIO
 
-from sequel_core.checkpoints import CheckpointWarning
-from sequel_core.config import nearest
-from sequel_core.learner import DivergenceError
-from sequel_core.loggers import LoggerWarning
-from sequel_core.signals import InterruptedRunError
+from sequel_core.experiment.target import nearest
+from sequel_core.runs.checkpoints import CheckpointWarning
+from sequel_core.runs.learner import DivergenceError
+from sequel_core.runs.loggers import LoggerWarning
+from sequel_core.runs.signals import InterruptedRunError
 
 COMMANDS = {
     "run": "run an experiment, or a sweep of them with -m",

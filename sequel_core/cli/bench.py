@@ -22,12 +22,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from sequel_core.algorithms import ALGORITHMS
+from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.cli.arguments import Parser
-from sequel_core.config import check_name
-from sequel_core.hparams import ALGORITHMS, AlgorithmHParams, ICaRLHParams, KCLHParams, ReplayHParams
-from sequel_core.learner import PLUGINS, Mode, plugin
-from sequel_core.plan import words
-from sequel_core.task import Benchmark, Normalisation, Scenario, Split, Task
+from sequel_core.experiment.config import check_name
+from sequel_core.hparams import AlgorithmHParams, ReplayHParams
+from sequel_core.runs.learner import PLUGINS, Mode, plugin
+from sequel_core.stream.benchmark import Benchmark, Scenario
+from sequel_core.stream.images import Normalisation
+from sequel_core.stream.plan import words
+from sequel_core.stream.task import Split, Task
 
 ROUNDS = 7
 MEMORY = 1000

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sequel_core.algorithms import ALGORITHMS
+from sequel_core.backbones import BACKBONES
 from sequel_core.cli.arguments import Parser
-from sequel_core.config import Setting, check_name, choices, settings
-from sequel_core.hparams import ALGORITHMS, BACKBONES
+from sequel_core.experiment.config import Setting, check_name, choices, settings
 
 KINDS = ("algo", "benchmark", "backbone", "optimizer", "logger", "training", "checkpoint", "experiment")
 

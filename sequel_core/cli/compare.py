@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from sequel_core.cli.arguments import Parser
-from sequel_core.compare import compare
+from sequel_core.runs.compare import compare
 
 EXAMPLES = """examples:
   sequel compare +experiment=ewc_rotateddigits             PyTorch beside JAX

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sequel_core.cli.arguments import Parser
-from sequel_core.cli.compose import compose
-from sequel_core.compare import compare
-from sequel_core.learner import PLUGINS
+from sequel_core.experiment.compose import compose
+from sequel_core.runs.compare import compare
+from sequel_core.runs.learner import PLUGINS
 
 ALGORITHMS = ("naive", "ewc")
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sequel_core.results import Result, load_result
+from sequel_core.runs.results import Result, load_result
 
 VALIDATION, TEST = "validation_average_accuracy", "test_average_accuracy"
 FILE = "sweep.csv"

@@ -18,15 +18,15 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from sequel_core import learner
 from sequel_core.cli.arguments import Parser
-from sequel_core.cli.compose import CONFIGS, compose, experiments, quoted
 from sequel_core.cli.run import execute, record_failure, stated
-from sequel_core.config import DOCUMENTATION, ExperimentConfig, alias, build_benchmark, check_name
-from sequel_core.learner import PLUGINS, DivergenceError, Mode
-from sequel_core.metrics import interval
-from sequel_core.results import TASK_GIVEN, Result, load_result
-from sequel_core.signals import InterruptedRunError
+from sequel_core.experiment.compose import CONFIGS, compose, experiments, quoted
+from sequel_core.experiment.config import DOCUMENTATION, ExperimentConfig, alias, build_benchmark, check_name
+from sequel_core.runs import learner
+from sequel_core.runs.learner import PLUGINS, DivergenceError, Mode
+from sequel_core.runs.results import TASK_GIVEN, Result, load_result
+from sequel_core.runs.signals import InterruptedRunError
+from sequel_core.runs.statistics import interval
 
 RESULTS = Path("reproduced")
 SUFFIX = "_rotatedmnist"

@@ -26,19 +26,19 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 
-from sequel_core import learner
-from sequel_core.callbacks import StreamCallback
 from sequel_core.cli.arguments import Parser
-from sequel_core.cli.compose import CONFIGS, compose, one_line, other_version_of, quoted, request
 from sequel_core.cli.ranking import Job, rank
 from sequel_core.cli.sweep import check_streams, combinations, varied
-from sequel_core.config import SPREAD, ExperimentConfig, build_benchmark, build_callbacks, settings
-from sequel_core.console import Shown
-from sequel_core.learner import DivergenceError
-from sequel_core.results import CONFIG, ERROR, PACKAGE, Result, RunDirectory
-from sequel_core.sequencer import Resume
-from sequel_core.signals import InterruptedRunError
-from sequel_core.task import Benchmark
+from sequel_core.experiment.compose import CONFIGS, compose, one_line, other_version_of, quoted, request
+from sequel_core.experiment.config import SPREAD, ExperimentConfig, build_benchmark, build_callbacks, settings
+from sequel_core.runs import learner
+from sequel_core.runs.callbacks import StreamCallback
+from sequel_core.runs.console import Shown
+from sequel_core.runs.learner import DivergenceError
+from sequel_core.runs.orchestrator import Resume
+from sequel_core.runs.results import CONFIG, ERROR, PACKAGE, Result, RunDirectory
+from sequel_core.runs.signals import InterruptedRunError
+from sequel_core.stream.benchmark import Benchmark
 
 VALIDATION = 0.1
 REPEATS = {"mode", "seed", "training.seed", "benchmark.seed"}
@@ -232,7 +232,7 @@ def execute(
     """
     benchmark = build_benchmark(config)
     model, stream_callbacks = build(config, benchmark, run_dir)
-    result: Result = import_module("sequel_core.sequencer").run(
+    result: Result = import_module("sequel_core.runs.orchestrator").run(
         model,
         benchmark,
         run_dir=run_dir,

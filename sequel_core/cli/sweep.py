@@ -10,8 +10,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from sequel_core.cli.compose import MOST_RUNS, compose, one_line
-from sequel_core.config import ExperimentConfig, build_benchmark
+from sequel_core.experiment.compose import MOST_RUNS, compose, one_line
+from sequel_core.experiment.config import ExperimentConfig, build_benchmark
 
 
 class Combination(NamedTuple):
@@ -34,7 +34,7 @@ def combinations(overrides: Sequence[str]) -> list[Combination]:
     """Compose every experiment, in the order in which Hydra's own sweeper starts them.
 
     Args:
-        overrides: as `sequel_core.cli.compose.request` gives them.
+        overrides: as `sequel_core.experiment.compose.request` gives them.
 
     Raises:
         ValueError: something that cannot be read or is out of range.

@@ -24,8 +24,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from sequel_core.metrics import check_matrix
-from sequel_core.task import FloatArray
+from sequel_core.runs.metrics import check_matrix
+from sequel_core.stream.arrays import FloatArray
 
 LARGEST = 20
 """Tasks up to which every entry of a matrix has its number and its tooltip, and every task its curve."""
@@ -137,7 +137,7 @@ def heat_map(matrix: ArrayLike, width: float, title: str = "") -> Figure:
         title: above the figure; empty for none.
 
     Raises:
-        ValueError: as `sequel_core.metrics.check_matrix`.
+        ValueError: as `sequel_core.runs.metrics.check_matrix`.
     """
     r = check_matrix(matrix)
     size = len(r)
@@ -318,7 +318,7 @@ def matrix_picture(matrix: ArrayLike, title: str) -> NDArray[np.uint8]:
         title: above it.
 
     Raises:
-        ValueError: as `sequel_core.metrics.check_matrix`.
+        ValueError: as `sequel_core.runs.metrics.check_matrix`.
     """
     figure = heat_map(matrix, 6.4, title)
     with own_style():

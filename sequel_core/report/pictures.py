@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from sequel_core.report.figures import Bar, Curve, Row, bars, curves, heat_map
 from sequel_core.report.runs import MODES, Estimate, Group, Run, Study
 from sequel_core.report.tables import Table, matrix_numbers, picked
-from sequel_core.task import FloatArray
+from sequel_core.stream.arrays import FloatArray
 
 MOST = 16
 """Configurations that are drawn; of more, those with the highest average accuracy."""

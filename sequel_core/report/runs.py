@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sequel_core.config import DOCUMENTATION, SECTIONS, flatten
-from sequel_core.metrics import interval
-from sequel_core.results import (
+from sequel_core.experiment.config import DOCUMENTATION, SECTIONS, flatten
+from sequel_core.experiment.target import TARGET
+from sequel_core.runs.results import (
     CONFIG,
     ERROR,
     MATRIX,
@@ -28,8 +28,8 @@ from sequel_core.results import (
     load_result,
     read_metrics,
 )
-from sequel_core.target import TARGET
-from sequel_core.task import FloatArray
+from sequel_core.runs.statistics import interval
+from sequel_core.stream.arrays import FloatArray
 
 SEEDS = ("seed", "training.seed", "benchmark.seed")
 UNRELATED = ("wandb", "logger", "checkpoint", "benchmark.data_dir", WRITER, *DOCUMENTATION)

@@ -10,7 +10,7 @@ import numpy as np
 
 from sequel_core.report.figures import LARGEST
 from sequel_core.report.runs import MODES, SEEDS, Estimate, Group, Run, Study, estimate
-from sequel_core.task import FloatArray
+from sequel_core.stream.arrays import FloatArray
 
 NONE = "-"
 

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import optax
 from flax.training.train_state import TrainState
 
-from sequel_core.augmentation import own_plan
-from sequel_core.hparams import AGEMHParams
-from sequel_core.task import Batch
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.stream.augmentation import own_plan
+from sequel_core.stream.task import Batch
 from sequel_flax.bundle import (
     Algorithm,
     Outputs,

@@ -18,7 +18,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from sequel_core.hparams import DERHParams
+from sequel_core.algorithms.der import DERHParams
 from sequel_flax.bundle import Algorithm
 from sequel_flax.replay import Seen, mean_cross_entropy, replay, sum_of_first
 from sequel_flax.trainable import Selection

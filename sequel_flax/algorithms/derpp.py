@@ -15,7 +15,7 @@ from functools import partial
 
 import jax
 
-from sequel_core.hparams import DERppHParams
+from sequel_core.algorithms.derpp import DERppHParams
 from sequel_flax.algorithms.der import logit_distance
 from sequel_flax.bundle import Algorithm
 from sequel_flax.replay import Seen, mean_cross_entropy, replay

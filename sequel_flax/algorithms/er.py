@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import jax
 
-from sequel_core.hparams import ERHParams
+from sequel_core.algorithms.er import ERHParams
 from sequel_flax.bundle import Algorithm
 from sequel_flax.replay import Seen, mean_cross_entropy, replay
 from sequel_flax.trainable import Selection

@@ -19,8 +19,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from sequel_core.hparams import EWCHParams
-from sequel_core.task import Batch
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.stream.task import Batch
 from sequel_flax.bundle import Algorithm, Params, cross_entropy, forward
 from sequel_flax.quadratic import Model, mean_gradients, quadratic
 from sequel_flax.trainable import Selection

@@ -29,9 +29,10 @@ import jax.numpy as jnp
 import optax
 from flax.training.train_state import TrainState
 
-from sequel_core.exemplars import joined_with_samples
-from sequel_core.hparams import ICaRLHParams
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.exemplars import joined_with_samples
+from sequel_core.stream.task import Batch
 from sequel_flax import bundle
 from sequel_flax.boundaries import collected
 from sequel_flax.bundle import (

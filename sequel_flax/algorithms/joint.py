@@ -9,7 +9,7 @@ Mirror: sequel_lightning/algorithms/joint.py
 
 from __future__ import annotations
 
-from sequel_core.hparams import JointHParams
+from sequel_core.algorithms.joint import JointHParams
 from sequel_flax.algorithms.naive import naive
 from sequel_flax.bundle import Algorithm
 from sequel_flax.trainable import Selection

@@ -26,9 +26,10 @@ import jax
 import jax.numpy as jnp
 from flax.training.train_state import TrainState
 
-from sequel_core.hparams import KCLHParams
-from sequel_core.memory import BasesPlan, BasesPlanner, NoPlanner, Planner, basis_constants
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.algorithms.kcl import BasesPlan, BasesPlanner, KCLHParams, basis_constants
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.planner import NoPlanner, Planner
+from sequel_core.stream.task import Batch
 from sequel_flax import bundle, kernels
 from sequel_flax.bundle import Algorithm, Outputs, Params, State, make_algorithm
 from sequel_flax.coresets import apply_start, held, plan_start

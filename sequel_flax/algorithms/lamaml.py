@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import optax
 from flax.training.train_state import TrainState
 
-from sequel_core.hparams import LaMAMLHParams
-from sequel_core.memory import MetaPlan, MetaPlanner
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.algorithms.lamaml import LaMAMLHParams, MetaPlan, MetaPlanner
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.task import Batch
 from sequel_flax.bundle import (
     Algorithm,
     Outputs,

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from flax.training.train_state import TrainState
 
-from sequel_core.hparams import LFLHParams
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.task import Batch
 from sequel_flax.bundle import (
     Algorithm,
     Outputs,

@@ -18,8 +18,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from sequel_core.hparams import MASHParams
-from sequel_core.task import Batch
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.stream.task import Batch
 from sequel_flax.bundle import Algorithm, Params, network
 from sequel_flax.quadratic import Model, mean_gradients, quadratic
 from sequel_flax.trainable import Selection

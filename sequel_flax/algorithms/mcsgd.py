@@ -25,9 +25,9 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
-from sequel_core.hparams import MCSGDHParams
-from sequel_core.memory import ConnectionPlan, connection_plan
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.algorithms.mcsgd import ConnectionPlan, MCSGDHParams, connection_plan
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.task import Batch
 from sequel_flax import bundle
 from sequel_flax.augmentation import without_draws
 from sequel_flax.boundaries import StartPlan, repeated, select

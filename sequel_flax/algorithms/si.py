@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 from flax.training.train_state import TrainState
 
-from sequel_core.hparams import SIHParams
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.task import Batch
 from sequel_flax.boundaries import StartPlan
 from sequel_flax.bundle import (
     Algorithm,

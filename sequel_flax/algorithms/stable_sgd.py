@@ -14,7 +14,7 @@ Mirror: sequel_lightning/algorithms/stable_sgd.py
 
 from __future__ import annotations
 
-from sequel_core.hparams import StableSGDHParams
+from sequel_core.algorithms.stable_sgd import StableSGDHParams
 from sequel_flax.algorithms.naive import naive
 from sequel_flax.bundle import Algorithm
 from sequel_flax.trainable import Selection

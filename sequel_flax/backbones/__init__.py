@@ -11,8 +11,9 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sequel_core.hparams import Dtype
-from sequel_core.plan import initial_weights
-from sequel_core.task import FloatArray, StreamSpec
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.plan import initial_weights
 from sequel_flax.backbones.cnn import CNN
 from sequel_flax.backbones.mlp import MLP
 from sequel_flax.backbones.normalisation import BatchNorm

@@ -14,7 +14,7 @@ from functools import partial
 import jax
 from flax import linen as nn
 
-from sequel_core.hparams import CNNHParams
+from sequel_core.backbones import CNNHParams
 from sequel_flax.backbones.normalisation import normalisation, normalised
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 from flax import linen as nn
 
-from sequel_core.hparams import ResNet18HParams
+from sequel_core.backbones import ResNet18HParams
 from sequel_flax.backbones.normalisation import normalisation, normalised
 
 STAGES = 4

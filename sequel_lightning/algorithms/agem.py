@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sequel_core.hparams import AGEMHParams
-from sequel_core.task import Batch
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.stream.task import Batch
 from sequel_lightning.module import Params
 from sequel_lightning.replay import Recalled, ReplayModule, Seen, draws, look, mean_cross_entropy
 

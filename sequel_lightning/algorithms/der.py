@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sequel_core.hparams import DERHParams
+from sequel_core.algorithms.der import DERHParams
 from sequel_lightning.replay import ReplayModule, Seen, mean_cross_entropy, sum_of_first
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sequel_core.hparams import DERppHParams
+from sequel_core.algorithms.derpp import DERppHParams
 from sequel_lightning.algorithms.der import logit_distance
 from sequel_lightning.replay import ReplayModule, Seen, mean_cross_entropy
 

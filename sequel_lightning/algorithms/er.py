@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sequel_core.hparams import ERHParams
+from sequel_core.algorithms.er import ERHParams
 from sequel_lightning.replay import ReplayModule, Seen, mean_cross_entropy
 
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
-from sequel_core.hparams import EWCHParams
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.task import Batch
 from sequel_lightning.gradients import call_with
 from sequel_lightning.module import OptimizerFactory, Params
 from sequel_lightning.quadratic import Model, QuadraticModule, mean_gradients

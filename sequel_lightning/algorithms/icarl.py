@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
-from sequel_core.hparams import ICaRLHParams
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.task import Batch
 from sequel_lightning.exemplars import ExemplarModule
 from sequel_lightning.module import TRAINING, OptimizerFactory, Params, evaluating, frozen_network
 from sequel_lightning.replay import Memory, planned
@@ -76,6 +77,7 @@ class ICaRL(ExemplarModule):
     """
 
     hparams_class = ICaRLHParams
+    algorithm_hparams: ICaRLHParams
 
     def __init__(
         self,

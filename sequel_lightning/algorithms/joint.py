@@ -9,7 +9,7 @@ Mirror: sequel_flax/algorithms/joint.py
 
 from __future__ import annotations
 
-from sequel_core.hparams import JointHParams
+from sequel_core.algorithms.joint import JointHParams
 from sequel_lightning.module import ContinualModule
 
 

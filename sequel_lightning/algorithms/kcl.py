@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
-from sequel_core.hparams import KCLHParams
-from sequel_core.memory import BasesPlanner, NoPlanner, basis_constants
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.algorithms.kcl import BasesPlanner, KCLHParams, basis_constants
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.planner import NoPlanner
+from sequel_core.stream.task import Batch
 from sequel_lightning import kernels
 from sequel_lightning.coresets import CoresetModule, held
 from sequel_lightning.module import OptimizerFactory, blank_image, check_features, evaluating

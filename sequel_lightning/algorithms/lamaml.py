@@ -28,9 +28,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
-from sequel_core.hparams import LaMAMLHParams
-from sequel_core.memory import MetaPlan, MetaPlanner
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.algorithms.lamaml import LaMAMLHParams, MetaPlan, MetaPlanner
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.task import Batch
 from sequel_lightning.augmentation import cropped
 from sequel_lightning.gradients import check_functional_call
 from sequel_lightning.module import OptimizerFactory, Params, refuse_batch_stats

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
-from sequel_core.hparams import LFLHParams
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.task import Batch
 from sequel_lightning.module import (
     ContinualModule,
     OptimizerFactory,

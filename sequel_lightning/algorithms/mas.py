@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from sequel_core.hparams import MASHParams
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.task import Batch
 from sequel_lightning.gradients import call_with
 from sequel_lightning.module import OptimizerFactory, Params
 from sequel_lightning.quadratic import Model, QuadraticModule, mean_gradients

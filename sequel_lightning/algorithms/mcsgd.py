@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
-from sequel_core.hparams import MCSGDHParams
-from sequel_core.memory import connection_batches
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.algorithms.mcsgd import MCSGDHParams, connection_batches
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.task import Batch
 from sequel_lightning.gradients import backward, holding, native_rnn
 from sequel_lightning.module import OptimizerFactory, Params, evaluating, refuse_batch_stats
 from sequel_lightning.replay import Memory, Recalled, ReplayModule, draws, look, mean_cross_entropy, recall

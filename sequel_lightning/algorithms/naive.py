@@ -7,7 +7,7 @@ Mirror: sequel_flax/algorithms/naive.py
 
 from __future__ import annotations
 
-from sequel_core.hparams import NaiveHParams
+from sequel_core.algorithms.naive import NaiveHParams
 from sequel_lightning.module import ContinualModule
 
 

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MetricCollection
 
-from sequel_core.hparams import SIHParams
-from sequel_core.task import Batch, StreamSpec
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.task import Batch
 from sequel_lightning.module import ContinualModule, OptimizerFactory, Params
 from sequel_lightning.quadratic import penalty
 from sequel_lightning.trees import ParameterTree, SumTree, restricted

@@ -14,7 +14,7 @@ Mirror: sequel_flax/algorithms/stable_sgd.py
 
 from __future__ import annotations
 
-from sequel_core.hparams import StableSGDHParams
+from sequel_core.algorithms.stable_sgd import StableSGDHParams
 from sequel_lightning.module import ContinualModule
 
 

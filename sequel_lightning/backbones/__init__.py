@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sequel_core.plan import initial_weights
-from sequel_core.task import FloatArray
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.plan import initial_weights
 from sequel_lightning.backbones.cnn import CNN
 from sequel_lightning.backbones.mlp import MLP
 from sequel_lightning.backbones.resnet import ResNet18, ResNet18Thin

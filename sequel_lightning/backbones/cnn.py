@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sequel_core.hparams import CNNHParams
+from sequel_core.backbones import CNNHParams
 from sequel_lightning.backbones.normalisation import normalisation
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sequel_core.hparams import ResNet18HParams
+from sequel_core.backbones import ResNet18HParams
 from sequel_lightning.backbones.normalisation import normalisation
 
 STAGES = 4

@@ -18,8 +18,10 @@ import sequel_flax
 import sequel_lightning  # first: see sequel_benchmarks.own
 from sequel_benchmarks import data_directory, from_avalanche, from_continuum
 from sequel_core import run
-from sequel_core.hparams import ERHParams, OptimizerHParams, TrainingHParams
-from sequel_core.task import AnySplit, Benchmark
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.hparams import OptimizerHParams, TrainingHParams
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.task import AnySplit
 
 pytestmark = pytest.mark.slow
 

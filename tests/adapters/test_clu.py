@@ -17,9 +17,11 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from sequel_benchmarks import RotatedDigits
 from sequel_core import run
-from sequel_core.hparams import MLPHParams, NaiveHParams, OptimizerHParams, TrainingHParams
-from sequel_core.loggers import LoggerWarning
-from sequel_core.results import Result
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.backbones import MLPHParams
+from sequel_core.hparams import OptimizerHParams, TrainingHParams
+from sequel_core.runs.loggers import LoggerWarning
+from sequel_core.runs.results import Result
 from sequel_flax import MLP, make_learner
 from sequel_flax.optimizers import build_optimizer
 from sequel_flax.writers import CsvWriter, JsonLinesWriter, SilentWriter, TensorBoardWriter

@@ -43,8 +43,9 @@ from sequel_benchmarks import (
 )
 from sequel_benchmarks.imagefolder import normalisation_of
 from sequel_core.cli import main
-from sequel_core.config import canonical
-from sequel_core.task import Augmentation, Split
+from sequel_core.experiment.config import canonical
+from sequel_core.stream.images import Augmentation
+from sequel_core.stream.task import Split
 
 COARSE = [  # as published: superclass of each class of CIFAR-100
     *(4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15, 3, 15),

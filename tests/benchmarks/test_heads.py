@@ -24,8 +24,10 @@ from sequel_benchmarks import (
     from_prepared,
 )
 from sequel_core import Benchmark, separate_heads
-from sequel_core.hparams import NaiveHParams, OptimizerHParams, TrainingHParams
-from sequel_core.task import FloatArray, Split, Task
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import OptimizerHParams, TrainingHParams
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.task import Split, Task
 from tests.parity.cases import SILENT
 
 Pairs = list[tuple[tuple[Any, Any], tuple[Any, Any]]]

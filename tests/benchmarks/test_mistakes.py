@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sequel_benchmarks import from_arrays, from_datasets
-from sequel_core.task import Split
+from sequel_core.stream.task import Split
 
 PIXELS = np.arange(6 * 5 * 5, dtype=np.uint8).reshape(6, 5, 5, 1)
 LABELS = np.resize([0, 1], 6)

@@ -14,9 +14,14 @@ import sequel_flax
 import sequel_lightning
 from sequel_benchmarks import from_arrays, from_datamodules, from_datasets, from_prepared
 from sequel_core import run
-from sequel_core.hparams import AlgorithmHParams, ERHParams, ICaRLHParams, OptimizerHParams, TrainingHParams
-from sequel_core.memory import joined_with_memory, memory_stream
-from sequel_core.task import Augmentation, Benchmark, FloatArray, Normalisation, Split
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.images import Augmentation, Normalisation
+from sequel_core.stream.memory import joined_with_memory, memory_stream
+from sequel_core.stream.task import Split
 
 Arrays = tuple[Any, Any]
 SIDE = 3

@@ -9,7 +9,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import rotate
 
 from sequel_benchmarks.pixels import Interpolation, permutation, rotation
-from sequel_core.task import UInt8Array
+from sequel_core.stream.arrays import UInt8Array
 
 ANGLES = [0.0, 9.0, 27.0, 30.0, 45.0, 90.0, 133.7, 171.0, 180.0, 270.0, -9.0]
 

@@ -25,8 +25,9 @@ from sequel_benchmarks import (
     rotate,
     split,
 )
-from sequel_core import plan
-from sequel_core.task import Benchmark, Split, Task
+from sequel_core.stream import plan
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.task import Split, Task
 
 
 def own_data(per_class: int = 20, num_classes: int = 6) -> DataSet:

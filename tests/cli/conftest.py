@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sequel_core import learner
-from sequel_core.config import ExperimentConfig
-from sequel_core.learner import DivergenceError, Evaluation, FitMonitor
-from sequel_core.task import Benchmark, FloatArray, Task
+from sequel_core.experiment.config import ExperimentConfig
+from sequel_core.runs import learner
+from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.task import Task
 
 
 class NearestMean:
@@ -81,7 +83,7 @@ class NearestMean:
 
 
 class Plugin:
-    """What `sequel_core.learner.plugin` returns, in NumPy; keeps the configurations that it was asked for."""
+    """A NumPy plug-in for `sequel_core.runs.learner.plugin`; keeps the configurations that it receives."""
 
     def __init__(self) -> None:
         self.built: list[ExperimentConfig] = []

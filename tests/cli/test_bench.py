@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from sequel_core import plan
+from sequel_core.algorithms import ALGORITHMS
 from sequel_core.cli import bench, main
 from sequel_core.cli.bench import CONVOLUTIONAL, NETWORKS, Row, _table, benched, stream
-from sequel_core.hparams import ALGORITHMS, AlgorithmHParams, OptimizerHParams, TrainingHParams
-from sequel_core.learner import FitMonitor
-from sequel_core.task import AnySplit, Benchmark, Samples, Task
+from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
+from sequel_core.runs.learner import FitMonitor
+from sequel_core.stream import plan
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.task import AnySplit, Samples, Task
 from sequel_flax import bench as flax_bench
 from sequel_flax.backbones import CNN as FlaxCNN
 from sequel_flax.backbones import MLP as FlaxMLP

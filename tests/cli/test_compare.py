@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sequel_core import compare, learner, report
+from sequel_core import compare, report
 from sequel_core.cli import demo, main
-from sequel_core.cli.compose import compose
-from sequel_core.learner import PLUGINS
-from sequel_core.results import load_result
+from sequel_core.experiment.compose import compose
+from sequel_core.runs import learner
+from sequel_core.runs.learner import PLUGINS
+from sequel_core.runs.results import load_result
 from tests.core.scripted import ScriptedPlugin
 
 SMALL = ["benchmark.num_tasks=2", "benchmark.subset=100"]

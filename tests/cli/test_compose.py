@@ -8,17 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sequel_core.cli.compose import compose, experiments, request
-from sequel_core.config import EVALUATION, SECTIONS, ExperimentConfig, choices, flatten, nest, settings
-from sequel_core.hparams import (
-    EWCHParams,
-    LaMAMLHParams,
-    MCSGDHParams,
-    MLPHParams,
-    NaiveHParams,
-    OptimizerHParams,
-    TrainingHParams,
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.lamaml import LaMAMLHParams
+from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.backbones import MLPHParams
+from sequel_core.experiment.compose import compose, experiments, request
+from sequel_core.experiment.config import (
+    EVALUATION,
+    SECTIONS,
+    ExperimentConfig,
+    choices,
+    flatten,
+    nest,
+    settings,
 )
+from sequel_core.hparams import OptimizerHParams, TrainingHParams
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CODE2, CODE3, CODE4 = (

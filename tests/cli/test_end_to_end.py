@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sequel_core.algorithms import ALGORITHMS
 from sequel_core.cli import main
-from sequel_core.hparams import ALGORITHMS
-from sequel_core.results import load_result
+from sequel_core.runs.results import load_result
 
 CODE2 = str(Path(__file__).parent / "fixtures" / "code2_ewc.yaml")
 DIGITS = ["benchmark=rotateddigits", "benchmark.num_tasks=2", "benchmark.per_task_rotation=90"]

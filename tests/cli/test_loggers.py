@@ -22,13 +22,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from sequel_core import services
 from sequel_core.cli import main
-from sequel_core.cli.compose import compose, request
 from sequel_core.cli.sweep import combinations
-from sequel_core.config import choices
-from sequel_core.results import Result, load_result
-from sequel_core.target import Target
+from sequel_core.experiment.compose import compose, request
+from sequel_core.experiment.config import choices
+from sequel_core.experiment.target import Target
+from sequel_core.runs import services
+from sequel_core.runs.results import Result, load_result
 from tests.cli.conftest import Plugin
 from tests.events import scalars
 
@@ -612,7 +612,7 @@ class Failing(Parent):
 
 
 @BOTH
-@pytest.mark.filterwarnings("default::sequel_core.loggers.LoggerWarning")
+@pytest.mark.filterwarnings("default::sequel_core.runs.loggers.LoggerWarning")
 def test_a_logger_that_fails_is_one_line_and_the_run_goes_on(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

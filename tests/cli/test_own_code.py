@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from sequel_core.cli import main
-from sequel_core.cli.compose import compose
-from sequel_core.config import build_benchmark
-from sequel_core.results import Result, load_result
+from sequel_core.experiment.compose import compose
+from sequel_core.experiment.config import build_benchmark
+from sequel_core.runs.results import Result, load_result
 from tests.cli.conftest import Plugin
 
 FILE = {
@@ -121,7 +121,7 @@ def test_own_network_logger_and_transforms_from_the_command_line(package: Path, 
 WATCHING = """
 from pathlib import Path
 
-from sequel_core.callbacks import StreamCallback
+from sequel_core.runs.callbacks import StreamCallback
 from {module} import {base}
 
 

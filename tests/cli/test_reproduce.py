@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sequel_core import learner
 from sequel_core.cli import main
 from sequel_core.cli import reproduce as command
-from sequel_core.cli.compose import compose
 from sequel_core.cli.reproduce import (
     fingerprint,
     kept,
@@ -22,8 +20,10 @@ from sequel_core.cli.reproduce import (
     reproduce,
     verdict,
 )
-from sequel_core.metrics import interval
-from sequel_core.results import load_result
+from sequel_core.experiment.compose import compose
+from sequel_core.runs import learner
+from sequel_core.runs.results import load_result
+from sequel_core.runs.statistics import interval
 from tests.cli.conftest import Plugin
 
 EXPERIMENT = "naive_rotateddigits"

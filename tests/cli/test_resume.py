@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sequel_core.checkpoints import MANIFEST, _files
 from sequel_core.cli import main
-from sequel_core.results import load_result, load_weights, write_json
-from sequel_core.signals import InterruptedRunError
-from sequel_core.task import Task
+from sequel_core.runs.checkpoints import MANIFEST, _files
+from sequel_core.runs.results import load_result, load_weights, write_json
+from sequel_core.runs.signals import InterruptedRunError
+from sequel_core.stream.task import Task
 from tests.cli.conftest import NearestMean, Plugin
 
 SMALL = ["benchmark.num_tasks=3", "benchmark.subset=100"]
@@ -60,7 +60,7 @@ def test_resume_takes_the_settings_of_the_run_and_trains_on_what_is_left(
     assert stop.trained == [0, 1, 1, 2]
 
 
-@pytest.mark.filterwarnings("default::sequel_core.checkpoints.CheckpointWarning")
+@pytest.mark.filterwarnings("default::sequel_core.runs.checkpoints.CheckpointWarning")
 def test_a_damaged_checkpoint_and_other_versions_are_told_in_a_line_each(
     numpy_plugin: Plugin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sequel_core.cli import main
-from sequel_core.results import load_result
+from sequel_core.runs.results import load_result
 from tests.cli.conftest import Plugin
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -9,10 +9,13 @@ from zlib import crc32
 
 import numpy as np
 
-from sequel_core.config import ExperimentConfig
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, TrainingHParams
-from sequel_core.learner import DivergenceError, Evaluation, FitMonitor, Learner, Mode, Progress
-from sequel_core.task import Benchmark, FloatArray, Task
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.experiment.config import ExperimentConfig
+from sequel_core.hparams import AlgorithmHParams, TrainingHParams
+from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor, Learner, Mode, Progress
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.task import Task
 
 STEPS = 7
 
@@ -75,7 +78,7 @@ def scripted(
 
 
 class ScriptedPlugin:
-    """What `sequel_core.learner.plugin` returns; keeps the configurations that it was asked for."""
+    """What `sequel_core.runs.learner.plugin` returns; keeps the configurations that it was asked for."""
 
     def __init__(self) -> None:
         self.built: list[ExperimentConfig] = []

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sequel_core.augmentation import AugmentingPlanner, augmenting
-from sequel_core.hparams import DERppHParams, ERHParams
-from sequel_core.memory import MemoryPlanner, NoPlanner
-from sequel_core.task import Augmentation, Normalisation, StreamSpec
+from sequel_core.algorithms.derpp import DERppHParams
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.stream.augmentation import AugmentingPlanner, augmenting
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.images import Augmentation, Normalisation
+from sequel_core.stream.memory import MemoryPlanner
+from sequel_core.stream.planner import NoPlanner
 
 MASK = np.ones((2, 3), np.bool_)
 SPEC = StreamSpec((8, 8, 1), 3, 2, "domain", MASK, Normalisation(), augmentation=Augmentation(2, True))

@@ -11,10 +11,12 @@ import pytest
 
 from sequel_benchmarks import RotatedDigits
 from sequel_core import Benchmark, load_result, run
-from sequel_core.callbacks import StreamCallback
-from sequel_core.hparams import NaiveHParams, TrainingHParams
-from sequel_core.learner import Learner, Mode, plugin
-from sequel_core.task import FloatArray, Task
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import TrainingHParams
+from sequel_core.runs.callbacks import StreamCallback
+from sequel_core.runs.learner import Learner, Mode, plugin
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.task import Task
 
 BATCH, STEPS = 10, 4
 BOTH = pytest.mark.parametrize("mode", ["pytorch", "jax"])

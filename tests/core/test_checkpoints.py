@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from sequel_core import results
-from sequel_core.checkpoints import MANIFEST, RUN, Checkpoints, verify
+from sequel_core.runs import results
+from sequel_core.runs.checkpoints import MANIFEST, RUN, Checkpoints, verify
 from tests import disks
 
 PARTS = {"weights.bin": 5000, "state/a.bin": 300, "state/deep/b.bin": 1, "state/empty": 0}

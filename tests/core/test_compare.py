@@ -11,12 +11,15 @@ import pytest
 import scipy.stats
 
 from sequel_benchmarks import RotatedDigits
-from sequel_core import Benchmark, Comparison, compare, learner, load_result, report
-from sequel_core.callbacks import StreamCallback
-from sequel_core.cli.compose import compose
-from sequel_core.compare import Difference, Row
-from sequel_core.hparams import AGEMHParams, EWCHParams, NaiveHParams
-from sequel_core.learner import PLUGINS, Learner, Mode
+from sequel_core import Benchmark, Comparison, compare, load_result, report
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.experiment.compose import compose
+from sequel_core.runs import learner
+from sequel_core.runs.callbacks import StreamCallback
+from sequel_core.runs.compare import Difference, Row
+from sequel_core.runs.learner import PLUGINS, Learner, Mode
 from tests.core.scripted import STEPS, ScriptedPlugin, scripted
 
 MODES: tuple[Mode, ...] = ("pytorch", "jax")

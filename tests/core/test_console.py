@@ -13,9 +13,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from sequel_core.console import Display, Shown
-from sequel_core.learner import Learner, Progress
-from sequel_core.results import Result
+from sequel_core.runs.console import Display, Shown
+from sequel_core.runs.learner import Learner, Progress
+from sequel_core.runs.results import Result
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 HIDE_CURSOR, SHOW_CURSOR, ERASE_LINE = "\x1b[?25l", "\x1b[?25h", "\x1b[2K"

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sequel_core.exemplars import exemplar_means, herding, joined_with_samples, renewed_exemplars
-from sequel_core.hparams import ICaRLHParams
-from sequel_core.task import FloatArray, IntArray, JoinedSplit, Samples, Split
+from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.stream.arrays import FloatArray, IntArray
+from sequel_core.stream.exemplars import exemplar_means, herding, joined_with_samples, renewed_exemplars
+from sequel_core.stream.task import JoinedSplit, Samples, Split
 
 MASK = np.array([[1, 1, 0, 0], [0, 0, 1, 1], [1, 0, 0, 1]], bool)  # classes 0 and 3 come back in task 2
 

@@ -5,28 +5,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sequel_core.hparams import (
-    ALGORITHMS,
-    AGEMHParams,
-    DERHParams,
-    DERppHParams,
-    ERHParams,
-    EWCHParams,
-    JointHParams,
-    LFLHParams,
-    MASHParams,
-    MemoryPolicy,
-    NaiveHParams,
-    OptimizerHParams,
-    ReplayHParams,
-    Settings,
-    SIHParams,
-    StableSGDHParams,
-    TrainingHParams,
-    allowed,
-    setting,
-)
-from sequel_core.task import Normalisation, StreamSpec
+from sequel_core.algorithms import ALGORITHMS
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.der import DERHParams
+from sequel_core.algorithms.derpp import DERppHParams
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.joint import JointHParams
+from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.algorithms.stable_sgd import StableSGDHParams
+from sequel_core.hparams import MemoryPolicy, OptimizerHParams, ReplayHParams, TrainingHParams
+from sequel_core.settings import Settings, allowed, setting
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.images import Normalisation
 
 SPEC = StreamSpec(  # three tasks with five classes of theirs
     (2, 2, 1), 4, 3, "class", np.array([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]], np.bool_), Normalisation()

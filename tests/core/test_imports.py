@@ -30,7 +30,7 @@ def test_the_core_and_the_benchmarks_load_no_framework() -> None:
         for package in (sequel_core, sequel_benchmarks)
         for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     ]
-    assert {"sequel_core.metrics", "sequel_core.results", "sequel_core.plan"} <= set(modules)
+    assert {"sequel_core.runs.metrics", "sequel_core.runs.results", "sequel_core.stream.plan"} <= set(modules)
     assert not loaded_by("sequel_core", "sequel_benchmarks", *modules) & (TORCH | JAX)
 
 

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from sequel_core.items import ItemImages
-from sequel_core.task import JoinedSplit, Split, join
+from sequel_core.stream.items import ItemImages
+from sequel_core.stream.task import JoinedSplit, Split, join
 
 
 class Counted(Dataset[Any]):

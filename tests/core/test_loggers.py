@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from sequel_core import services
-from sequel_core.loggers import (
+from sequel_core.runs import services
+from sequel_core.runs.loggers import (
     ConsoleTable,
     CsvTable,
     JsonLines,
@@ -23,7 +23,7 @@ from sequel_core.loggers import (
     leave_event_errors_to_the_caller,
     markdown_table,
 )
-from sequel_core.services import check_service, masked, service_mode, wandb_arguments
+from sequel_core.runs.services import check_service, masked, service_mode, wandb_arguments
 
 
 class Calls(list[str]):
@@ -85,7 +85,7 @@ def test_a_dead_process_of_wandb_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -
         raise ConnectionResetError("Connection lost")
 
     abandoned = []
-    monkeypatch.setattr("sequel_core.loggers.abandon_wandb", lambda: abandoned.append(1))
+    monkeypatch.setattr("sequel_core.runs.loggers.abandon_wandb", lambda: abandoned.append(1))
     with pytest.warns(LoggerWarning, match="Connection lost"):
         Loggers([Calls(), WandbThing()]).each(lose)
     assert abandoned == [1]

@@ -11,18 +11,23 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import chi2
 
-from sequel_core import plan
-from sequel_core.hparams import AGEMHParams, ERHParams, MemoryPolicy
-from sequel_core.memory import (
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.hparams import MemoryPolicy
+from sequel_core.stream import plan
+from sequel_core.stream.arrays import BoolArray, IntArray
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.images import Normalisation
+from sequel_core.stream.memory import (
     MemoryPlanner,
-    NoPlanner,
     Reservoir,
     StepPlan,
     distinct,
     joined_with_memory,
     memory_stream,
 )
-from sequel_core.task import BoolArray, IntArray, Normalisation, Samples, Split, StreamSpec, Task
+from sequel_core.stream.planner import NoPlanner
+from sequel_core.stream.task import Samples, Split, Task
 
 POLICIES: tuple[MemoryPolicy, ...] = get_args(MemoryPolicy)
 QUOTAS: tuple[MemoryPolicy, ...] = ("task_quota", "class_quota")

@@ -10,8 +10,9 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from sequel_benchmarks import from_arrays
-from sequel_core import metrics, run
-from sequel_core.hparams import NaiveHParams
+from sequel_core import run
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.runs import metrics
 from tests.core.scripted import scripted
 
 NAN = math.nan

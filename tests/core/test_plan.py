@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from sequel_core import plan
-from sequel_core.task import JoinedSplit, PixelMap, Samples, Split, Task
+from sequel_core.stream import plan
+from sequel_core.stream.images import PixelMap
+from sequel_core.stream.task import JoinedSplit, Samples, Split, Task
 
 MASK = (1 << 64) - 1
 

@@ -8,17 +8,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sequel_core import plan
-from sequel_core.hparams import KCLHParams, LaMAMLHParams, MCSGDHParams
-from sequel_core.memory import (
-    NOISE,
-    BasesPlanner,
-    MemoryPlanner,
-    MetaPlanner,
-    connection_batches,
-    noise_table,
-)
-from sequel_core.task import JoinedSplit, Normalisation, Split, StreamSpec, Task
+from sequel_core.algorithms.kcl import NOISE, BasesPlanner, KCLHParams, noise_table, with_coreset
+from sequel_core.algorithms.lamaml import LaMAMLHParams, MetaPlanner
+from sequel_core.algorithms.mcsgd import MCSGDHParams, connection_batches
+from sequel_core.stream import plan
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.images import Normalisation
+from sequel_core.stream.memory import MemoryPlanner
+from sequel_core.stream.task import JoinedSplit, Split, Task
 
 SPEC = StreamSpec((2, 2, 1), 4, 3, "domain", np.ones((3, 4), np.bool_), Normalisation())
 META = LaMAMLHParams(mem_size=12, mem_batch_size=4, glances=3)
@@ -132,7 +129,7 @@ def test_a_coreset_is_stratified_and_apart() -> None:
     second = Split(images, y, 1, indices=np.array([4, 5, 6, 7, 8]))
     for train in (Split(images, y, 1), JoinedSplit((first, second))):
         task = Task(1, "two classes", (0, 1), train, first, first)
-        made = plan.with_coreset(task, 3, seed=0)
+        made = with_coreset(task, 3, seed=0)
         assert made.coreset is not None
         core, rest = (s.take(np.arange(len(s))) for s in (made.coreset, made.train))
         assert core.y.tolist() == [0, 0, 0, 1, 1, 1]
@@ -140,11 +137,11 @@ def test_a_coreset_is_stratified_and_apart() -> None:
         assert sorted(kept) == sorted(x.tobytes() for x in images)
         order = [x.tobytes() for x in train.take(np.arange(10)).x]
         assert [x.tobytes() for x in rest.x] == sorted((x.tobytes() for x in rest.x), key=order.index)
-        again = plan.with_coreset(task, 3, seed=0).coreset
+        again = with_coreset(task, 3, seed=0).coreset
         assert again is not None
         np.testing.assert_array_equal(again.take(np.arange(6)).x, core.x)
     with pytest.raises(ValueError, match=r"core_size must leave samples of every class to train on, got 5"):
-        plan.with_coreset(task, 5, seed=0)
+        with_coreset(task, 5, seed=0)
 
 
 def test_a_coreset_divides_into_the_classes() -> None:

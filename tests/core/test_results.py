@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from sequel_core import metrics
-from sequel_core.results import (
+from sequel_core.runs import metrics
+from sequel_core.runs.results import (
     Result,
     RunDirectory,
     load_result,
@@ -256,13 +256,13 @@ def test_peak_memory_is_a_process_s_own() -> None:
     assert before is not None
     assert after is not None
     assert after >= block.nbytes
-    code = "from sequel_core.results import peak_memory_bytes; print(peak_memory_bytes())"
+    code = "from sequel_core.runs.results import peak_memory_bytes; print(peak_memory_bytes())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 5e6 < int(child.stdout) < block.nbytes
 
 
 def test_versions_name_only_what_is_loaded() -> None:
-    code = "import json, sequel_core.results as r; print(json.dumps(r.versions()))"
+    code = "import json, sequel_core.runs.results as r; print(json.dumps(r.versions()))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found = json.loads(child.stdout)
     assert set(found) == {"python", "numpy", "sequel-cl"}
@@ -376,7 +376,7 @@ def test_whether_a_run_has_finished(tmp_path: Path) -> None:
 
 HOLD = """
 import sys
-from sequel_core.results import RunDirectory
+from sequel_core.runs.results import RunDirectory
 with RunDirectory.open(sys.argv[1], {}, "auto").locked():
     print("held", flush=True)
     sys.stdin.read()

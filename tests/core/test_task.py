@@ -4,18 +4,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sequel_core.plan import take_in_chunks
-from sequel_core.task import (
-    Benchmark,
-    IntArray,
-    JoinedSplit,
-    Normalisation,
-    PixelMap,
-    Split,
-    Task,
-    UInt8Array,
-    join,
-)
+from sequel_core.stream.arrays import IntArray, UInt8Array
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.images import Normalisation, PixelMap
+from sequel_core.stream.plan import take_in_chunks
+from sequel_core.stream.task import JoinedSplit, Split, Task, join
 
 
 def images_of(rng: np.random.Generator, count: int, channels: int = 1) -> UInt8Array:

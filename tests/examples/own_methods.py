@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sequel_core.hparams import AlgorithmHParams, ReplayHParams, setting
+from sequel_core.hparams import AlgorithmHParams, ReplayHParams
+from sequel_core.settings import setting
 
 
 @dataclass(frozen=True)

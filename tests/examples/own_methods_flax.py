@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from sequel_core.task import Batch
+from sequel_core.stream.task import Batch
 from sequel_flax import Algorithm
 from sequel_flax.bundle import Params
 from sequel_flax.quadratic import Model, quadratic

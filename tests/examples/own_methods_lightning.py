@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sequel_core.task import Batch
+from sequel_core.stream.task import Batch
 from sequel_lightning.module import Params
 from sequel_lightning.quadratic import Model, QuadraticModule
 from sequel_lightning.replay import ReplayModule, Seen, mean_cross_entropy, sum_of_first

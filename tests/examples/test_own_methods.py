@@ -12,9 +12,10 @@ import pytest
 import sequel_flax
 import sequel_lightning
 from sequel_benchmarks import RotatedDigits
-from sequel_core.hparams import NaiveHParams, OptimizerHParams, TrainingHParams
-from sequel_core.learner import FitMonitor, Learner
-from sequel_core.task import FloatArray
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import OptimizerHParams, TrainingHParams
+from sequel_core.runs.learner import FitMonitor, Learner
+from sequel_core.stream.arrays import FloatArray
 from tests.examples.own_methods import ConfidentHParams, MagnitudeHParams
 from tests.examples.own_methods_flax import confident, magnitude
 from tests.examples.own_methods_lightning import Confident, Magnitude

@@ -3,7 +3,7 @@ from flax.training.train_state import TrainState
 from optax import inject_hyperparams, sgd
 from sequel_benchmarks import RotatedDigits
 from sequel_core import Batch, EWCHParams
-from sequel_core.plan import epoch_batches
+from sequel_core.stream.plan import epoch_batches
 from sequel_flax import MLP, ewc, initial_params
 from sequel_flax.hooks import ImageGrid
 from sequel_flax.writers import TensorBoardWriter

@@ -16,28 +16,27 @@ from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict
 
 from sequel_benchmarks import RotatedDigits, SplitDigits
-from sequel_core import plan
-from sequel_core.hparams import (
-    AGEMHParams,
-    AlgorithmHParams,
-    DERHParams,
-    DERppHParams,
-    ERHParams,
-    EWCHParams,
-    ICaRLHParams,
-    JointHParams,
-    KCLHParams,
-    LaMAMLHParams,
-    LFLHParams,
-    MASHParams,
-    MCSGDHParams,
-    NaiveHParams,
-    SIHParams,
-    StableSGDHParams,
-    TrainingHParams,
-)
-from sequel_core.learner import FitMonitor
-from sequel_core.task import AnySplit, Batch, Benchmark, FloatArray, Scenario, StreamSpec, Task
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.der import DERHParams
+from sequel_core.algorithms.derpp import DERppHParams
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.algorithms.joint import JointHParams
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.algorithms.lamaml import LaMAMLHParams
+from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.algorithms.stable_sgd import StableSGDHParams
+from sequel_core.hparams import AlgorithmHParams, TrainingHParams
+from sequel_core.runs.learner import FitMonitor
+from sequel_core.stream import plan
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import Benchmark, Scenario, StreamSpec
+from sequel_core.stream.task import AnySplit, Batch, Task
 from sequel_flax import ALGORITHMS, Algorithm, FlaxLearner, State
 
 BATCH, STEPS = 8, 5

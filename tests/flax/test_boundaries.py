@@ -15,9 +15,14 @@ import pytest
 from flax.training.train_state import TrainState
 
 from sequel_benchmarks import RotatedDigits
-from sequel_core import plan
-from sequel_core.hparams import AGEMHParams, AlgorithmHParams, EWCHParams, MASHParams, NaiveHParams
-from sequel_core.task import Batch, Benchmark, Task
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams
+from sequel_core.stream import plan
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.task import Batch, Task
 from sequel_flax import ALGORITHMS, Algorithm, State
 from sequel_flax.boundaries import collected, stack_plans
 from sequel_flax.learner import strong_types

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sequel_core.hparams import DERHParams, SIHParams
-from sequel_core.task import FloatArray
+from sequel_core.algorithms.der import DERHParams
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.stream.arrays import FloatArray
 from sequel_flax.algorithms.agem import project
 from sequel_flax.algorithms.der import logit_distance
 from sequel_flax.algorithms.lfl import feature_distance

@@ -14,8 +14,12 @@ from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from sequel_core.hparams import AlgorithmHParams, ERHParams, LFLHParams, NaiveHParams
-from sequel_core.task import Batch, FloatArray
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.task import Batch
 from sequel_flax import ALGORITHMS, BatchStatsTrainState, FlaxLearner, initial_params
 from sequel_flax.backbones import MLP, BatchNorm
 from sequel_flax.foreign import adapted, counting_only, write_back

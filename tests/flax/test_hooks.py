@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 from jax import monitoring
 
-from sequel_core import load_result, plan, run
-from sequel_core.hparams import AlgorithmHParams, CheckpointHParams, NaiveHParams
-from sequel_core.learner import FitMonitor, Progress
-from sequel_core.task import Batch, FloatArray
+from sequel_core import load_result, run
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams, CheckpointHParams
+from sequel_core.runs.learner import FitMonitor, Progress
+from sequel_core.stream import plan
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.task import Batch
 from sequel_flax import ALGORITHMS, naive
 from sequel_flax.evaluation import Evaluator
 from sequel_flax.hooks import Hook, ImageGrid, PeriodicEvaluation, ProfilerTrace, ProgressBar

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from sequel_core.hparams import ICaRLHParams
-from sequel_core.task import Batch
+from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.stream.task import Batch
 from sequel_flax import ALGORITHMS, MLP, FlaxLearner
 from sequel_flax.replay import stored_samples
 from tests.flax.parts import ICARL, SILENT, Layered, Net, batches, divided, learner, rotated, settings, sgd

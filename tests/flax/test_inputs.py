@@ -13,8 +13,12 @@ import pytest
 from flax import linen as nn
 from flax.training.train_state import TrainState
 
-from sequel_core.hparams import AlgorithmHParams, ERHParams, EWCHParams, NaiveHParams
-from sequel_core.task import Batch, Scenario, StreamSpec
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams
+from sequel_core.stream.benchmark import Scenario, StreamSpec
+from sequel_core.stream.task import Batch
 from sequel_flax import ALGORITHMS, initial_variables
 from sequel_flax.bundle import blank_image, init_stream, masked, normalise
 from tests.flax.parts import BATCH, KCL, Layered, divided, own_stream, rotated

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax.training.train_state import TrainState
 
-from sequel_core.task import Batch
+from sequel_core.stream.task import Batch
 from sequel_flax import kcl
 from sequel_flax.kernels import solve
 from tests.flax.parts import KCL, Layered, Net, learner, own_stream, rotated, settings, sgd, user_loop

@@ -12,9 +12,11 @@ import optax
 import pytest
 
 from sequel_core import run
-from sequel_core.hparams import EWCHParams, NaiveHParams
-from sequel_core.learner import DivergenceError, FitMonitor, Progress
-from sequel_core.task import FloatArray, Scenario
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.runs.learner import DivergenceError, FitMonitor, Progress
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import Scenario
 from sequel_flax import MLP, naive
 from sequel_flax.writers import SilentWriter
 from tests.flax.parts import (

@@ -12,8 +12,9 @@ import optax
 import pytest
 from flax.training.train_state import TrainState
 
-from sequel_core.hparams import AlgorithmHParams, NaiveHParams
-from sequel_core.task import Batch, Task
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams
+from sequel_core.stream.task import Batch, Task
 from sequel_flax import ALGORITHMS, State
 from sequel_flax.bundle import get_learning_rates
 from tests.flax.parts import (

@@ -13,16 +13,14 @@ import pytest
 from flax.training.train_state import TrainState
 
 from sequel_benchmarks import RotatedDigits
-from sequel_core.hparams import (
-    AGEMHParams,
-    AlgorithmHParams,
-    ERHParams,
-    MemoryHParams,
-    MemoryPolicy,
-    NaiveHParams,
-)
-from sequel_core.memory import LARGEST, BasesPlanner, check_position
-from sequel_core.task import Batch, Benchmark
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.kcl import BasesPlanner
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams, MemoryHParams, MemoryPolicy
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.planner import LARGEST, check_position
+from sequel_core.stream.task import Batch
 from sequel_flax import ALGORITHMS, Algorithm, State
 from tests.flax.parts import (
     AGEM,

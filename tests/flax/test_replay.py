@@ -11,26 +11,25 @@ import optax
 import pytest
 from flax import linen as nn
 
-from sequel_core import plan
-from sequel_core.hparams import (
-    AGEMHParams,
-    AlgorithmHParams,
-    DERHParams,
-    DERppHParams,
-    ERHParams,
-    EWCHParams,
-    ICaRLHParams,
-    KCLHParams,
-    LaMAMLHParams,
-    LFLHParams,
-    MASHParams,
-    MCSGDHParams,
-    NaiveHParams,
-    ReplayHParams,
-    SIHParams,
-)
-from sequel_core.memory import StepPlan, joined_with_memory, memory_stream
-from sequel_core.task import Batch, FloatArray, Scenario, UInt8Array
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.der import DERHParams
+from sequel_core.algorithms.derpp import DERppHParams
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.algorithms.lamaml import LaMAMLHParams
+from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.hparams import AlgorithmHParams, ReplayHParams
+from sequel_core.stream import plan
+from sequel_core.stream.arrays import FloatArray, UInt8Array
+from sequel_core.stream.benchmark import Scenario
+from sequel_core.stream.memory import StepPlan, joined_with_memory, memory_stream
+from sequel_core.stream.task import Batch
 from sequel_flax import ALGORITHMS, MLP, FlaxLearner
 from sequel_flax.replay import Memory, stored_samples
 from tests.flax.parts import (

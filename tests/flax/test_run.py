@@ -17,9 +17,11 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import sequel_core
 from sequel_core import load_result, load_weights, run
-from sequel_core.hparams import EWCHParams, JointHParams, NaiveHParams
-from sequel_core.learner import DivergenceError
-from sequel_core.results import Result
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.joint import JointHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.runs.learner import DivergenceError
+from sequel_core.runs.results import Result
 from sequel_flax.build import use_one_thread
 from tests.flax.parts import STEPS, divided, learner, rotated, same, settings
 

@@ -15,13 +15,11 @@ import pytest
 from jax import monitoring
 
 from sequel_core import run
-from sequel_core.hparams import (
-    AlgorithmHParams,
-    EWCHParams,
-    JointHParams,
-    NaiveHParams,
-)
-from sequel_core.learner import FitMonitor, Progress
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.joint import JointHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams
+from sequel_core.runs.learner import FitMonitor, Progress
 from sequel_flax import ALGORITHMS, ewc
 from sequel_flax.bundle import get_learning_rate
 from tests.flax.parts import (

@@ -12,15 +12,13 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from sequel_core import plan
-from sequel_core.hparams import (
-    AlgorithmHParams,
-    EWCHParams,
-    MASHParams,
-    NaiveHParams,
-    SIHParams,
-)
-from sequel_core.task import Batch
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.hparams import AlgorithmHParams
+from sequel_core.stream import plan
+from sequel_core.stream.task import Batch
 from sequel_flax import ALGORITHMS, Algorithm, FlaxLearner, State, adapted, ewc, make_learner, mas, naive, si
 from sequel_flax.algorithms.si import walk
 from sequel_flax.bundle import empty_sum

@@ -20,8 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from sequel_core.hparams import NaiveHParams
-from sequel_core.loggers import LoggerWarning
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.runs.loggers import LoggerWarning
 from sequel_flax import FlaxLearner
 from sequel_flax.writers import (
     WRITERS,

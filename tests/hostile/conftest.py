@@ -9,10 +9,10 @@ import pytest
 
 import sequel_lightning._torchvision  # noqa: F401 - what the plug-in would have done
 from sequel_benchmarks import cache, data
-from sequel_core import learner
-from sequel_core.config import ExperimentConfig
-from sequel_core.learner import Learner
-from sequel_core.task import Benchmark
+from sequel_core.experiment.config import ExperimentConfig
+from sequel_core.runs import learner
+from sequel_core.runs.learner import Learner
+from sequel_core.stream.benchmark import Benchmark
 from tests.hostile.fuzzing import Sandbox
 
 
@@ -42,7 +42,7 @@ class Untrained(Learner):
 
 
 class Plugin:
-    """What `sequel_core.learner.plugin` returns."""
+    """What `sequel_core.runs.learner.plugin` returns."""
 
     def build_learner(
         self, config: ExperimentConfig, benchmark: Benchmark, run_dir: Path, callbacks: object

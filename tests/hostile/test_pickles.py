@@ -19,7 +19,7 @@ import pytest
 from sequel_benchmarks import cache
 from sequel_core.hparams import TrainingHParams
 from sequel_core.report import page
-from sequel_core.results import RunDirectory, load_weights
+from sequel_core.runs.results import RunDirectory, load_weights
 from tests.hostile.fuzzing import Sandbox
 from tests.report.directories import write_run
 
@@ -135,7 +135,7 @@ def test_in_a_checkpoint_of_flax(trap: Trap, tmp_path: Path) -> None:
     import optax
 
     from sequel_benchmarks import SplitDigits
-    from sequel_core.hparams import NaiveHParams
+    from sequel_core.algorithms.naive import NaiveHParams
     from sequel_flax import MLP, make_learner
 
     made = make_learner(NaiveHParams(), MLP((4,), num_classes=10), optax.sgd(0.1), SplitDigits())

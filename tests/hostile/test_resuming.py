@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from sequel_core.checkpoints import MANIFEST, RUN, Checkpoints, _files
-from sequel_core.results import RunDirectory, write_json
+from sequel_core.runs.checkpoints import MANIFEST, RUN, Checkpoints, _files
+from sequel_core.runs.results import RunDirectory, write_json
 from tests.hostile import conftest
 from tests.hostile.fuzzing import Dumper, Sandbox, altered, inputs, mutated
 
@@ -111,7 +111,7 @@ def test_a_state_that_no_run_has_written(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.filterwarnings("ignore::sequel_core.checkpoints.CheckpointWarning")
+@pytest.mark.filterwarnings("ignore::sequel_core.runs.checkpoints.CheckpointWarning")
 @inputs(quick=8)
 def test_any_file_of_it(sandbox: Sandbox, run: Path, seeds: range) -> None:
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

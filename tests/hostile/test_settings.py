@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from sequel_benchmarks import PermutedSettings, RotatedSettings, SplitSettings
-from sequel_core.cli.compose import compose
-from sequel_core.config import (
+from sequel_core.algorithms import ALGORITHMS
+from sequel_core.backbones import BACKBONES
+from sequel_core.experiment.compose import compose
+from sequel_core.experiment.config import (
     SECTIONS,
     ExperimentConfig,
     build,
@@ -22,16 +24,8 @@ from sequel_core.config import (
     merge,
     settings,
 )
-from sequel_core.hparams import (
-    ALGORITHMS,
-    BACKBONES,
-    CheckpointHParams,
-    OptimizerHParams,
-    Settings,
-    TrainerHParams,
-    TrainingHParams,
-    allowed,
-)
+from sequel_core.hparams import CheckpointHParams, OptimizerHParams, TrainerHParams, TrainingHParams
+from sequel_core.settings import Settings, allowed
 from tests.hostile.fuzzing import Sandbox
 
 STREAMS = {"splitdigits": SplitSettings, "permuteddigits": PermutedSettings, "rotateddigits": RotatedSettings}

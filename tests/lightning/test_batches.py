@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams
-from sequel_core.task import Scenario
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams
+from sequel_core.stream.benchmark import Scenario
 from sequel_lightning import ContinualModule, algorithms
 from sequel_lightning.module import CONSOLIDATED, IDLE
 from tests.lightning.parts import (

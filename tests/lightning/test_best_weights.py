@@ -18,8 +18,11 @@ from torch.nn import functional as F
 
 from sequel_benchmarks import RotatedDigits
 from sequel_core import run
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams, SIHParams, TrainingHParams
-from sequel_core.task import Benchmark
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.hparams import AlgorithmHParams, TrainingHParams
+from sequel_core.stream.benchmark import Benchmark
 from sequel_lightning import ALGORITHMS, EWC, MLP, ContinualModule, algorithms, initialise, make_learner
 from sequel_lightning.module import CONSOLIDATED, TRAINING
 from tests.lightning.parts import (

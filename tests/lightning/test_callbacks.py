@@ -38,11 +38,15 @@ from pytorch_lightning.loggers import CSVLogger
 from torch.nn import functional as F
 
 from sequel_benchmarks import RotatedDigits
-from sequel_core import load_result, plan, run
-from sequel_core.callbacks import StreamCallback
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams, TrainingHParams
-from sequel_core.learner import FitMonitor, Progress
-from sequel_core.task import Benchmark, FloatArray
+from sequel_core import load_result, run
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams, TrainingHParams
+from sequel_core.runs.callbacks import StreamCallback
+from sequel_core.runs.learner import FitMonitor, Progress
+from sequel_core.stream import plan
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import Benchmark
 from sequel_lightning import MLP, LightningLearner, Naive, initialise, make_learner
 from sequel_lightning.module import CONSOLIDATED, IDLE, TRAINING
 from tests.lightning.parts import At, counted, learn, module, position, stream

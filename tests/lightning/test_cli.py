@@ -10,8 +10,9 @@ import torch
 import yaml
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
-from sequel_core.hparams import AlgorithmHParams, EWCHParams
-from sequel_core.task import Benchmark
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.hparams import AlgorithmHParams
+from sequel_core.stream.benchmark import Benchmark
 from sequel_lightning import ALGORITHMS, EWC, ContinualModule
 from sequel_lightning.settings import plain_hparams, plain_spec
 from tests.lightning.parts import (

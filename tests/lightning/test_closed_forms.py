@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sequel_core.hparams import DERHParams, SIHParams
-from sequel_core.task import FloatArray
+from sequel_core.algorithms.der import DERHParams
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.stream.arrays import FloatArray
 from sequel_lightning import quadratic
 from sequel_lightning.algorithms import agem, der, lfl, si
 from sequel_lightning.replay import Seen, mean_cross_entropy

@@ -16,10 +16,12 @@ from pytorch_lightning.callbacks import BaseFinetuning, ModelCheckpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sequel_core import plan
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, MASHParams, TrainingHParams
-from sequel_core.learner import FitMonitor
-from sequel_core.task import Benchmark
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.hparams import AlgorithmHParams, TrainingHParams
+from sequel_core.runs.learner import FitMonitor
+from sequel_core.stream import plan
+from sequel_core.stream.benchmark import Benchmark
 from sequel_lightning import ALGORITHMS, MLP, ContinualModule, LightningLearner
 from sequel_lightning.replay import Recalled
 from sequel_lightning.trees import ParameterTree

@@ -18,8 +18,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sequel_benchmarks import RotatedDigits
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, LaMAMLHParams, MASHParams
-from sequel_core.task import Batch, Benchmark
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.lamaml import LaMAMLHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.hparams import AlgorithmHParams
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.task import Batch
 from sequel_lightning import ALGORITHMS, EWC, MAS, ContinualModule
 from sequel_lightning.algorithms.ewc import diagonal_fisher
 from tests.lightning.parts import MCSGD, ONLINE, At, data, own_loader, stream, trainer

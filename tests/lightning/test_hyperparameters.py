@@ -9,8 +9,10 @@ import torch
 import yaml
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, MASHParams, TrainingHParams
-from sequel_core.task import Augmentation, Normalisation
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.hparams import AlgorithmHParams, TrainingHParams
+from sequel_core.stream.images import Augmentation, Normalisation
 from sequel_lightning import ALGORITHMS, ER, EWC, ContinualModule, LightningLearner
 from sequel_lightning.settings import hparams_from, plain_hparams, plain_spec, spec_from
 from tests.lightning.parts import (

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from sequel_core.hparams import ICaRLHParams
+from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_lightning import MLP, ICaRL
 from sequel_lightning.replay import stored_samples
 from tests.lightning.parts import (

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from sequel_core.hparams import AlgorithmHParams, ERHParams, EWCHParams, NaiveHParams
-from sequel_core.task import StreamSpec
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams
+from sequel_core.stream.benchmark import StreamSpec
 from sequel_lightning import ALGORITHMS, ContinualModule, Naive
 from sequel_lightning.module import blank_image
 from tests.lightning.parts import BATCH, CLASSES, KCL, network, own_stream, stream, trainer

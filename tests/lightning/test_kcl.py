@@ -13,9 +13,10 @@ import torch
 from pytorch_lightning.tuner.tuning import Tuner
 from torch import nn
 
-from sequel_core.hparams import KCLHParams, TrainingHParams
-from sequel_core.learner import FitMonitor
-from sequel_core.task import Benchmark
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.hparams import TrainingHParams
+from sequel_core.runs.learner import FitMonitor
+from sequel_core.stream.benchmark import Benchmark
 from sequel_lightning import KCL, LightningLearner
 from sequel_lightning.kernels import solve
 from sequel_lightning.module import CONSOLIDATED, IDLE, TRAINING

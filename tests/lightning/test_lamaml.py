@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sequel_core.hparams import LaMAMLHParams
+from sequel_core.algorithms.lamaml import LaMAMLHParams
 from sequel_lightning import LaMAML
 from tests.lightning.parts import (
     ADAM,

@@ -15,10 +15,14 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from sequel_core import plan, run
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, JointHParams, NaiveHParams, TrainingHParams
-from sequel_core.learner import DivergenceError, FitMonitor, Progress
-from sequel_core.task import Benchmark, Scenario
+from sequel_core import run
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.joint import JointHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams, TrainingHParams
+from sequel_core.runs.learner import DivergenceError, FitMonitor, Progress
+from sequel_core.stream import plan
+from sequel_core.stream.benchmark import Benchmark, Scenario
 from sequel_lightning import LightningLearner
 from sequel_lightning.module import mask_logits
 from tests.lightning.parts import (

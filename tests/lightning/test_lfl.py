@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sequel_core.hparams import LFLHParams
+from sequel_core.algorithms.lfl import LFLHParams
 from sequel_lightning import MLP, algorithms
 from sequel_lightning.module import OptimizerFactory
 from tests.lightning.parts import (

@@ -15,9 +15,10 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from sequel_core import run
-from sequel_core.hparams import NaiveHParams, TrainingHParams
-from sequel_core.loggers import LoggerWarning
-from sequel_core.results import Result
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import TrainingHParams
+from sequel_core.runs.loggers import LoggerWarning
+from sequel_core.runs.results import Result
 from sequel_lightning import LightningLearner
 from sequel_lightning.loggers import LOGGERS, ConsoleLogger, JsonLinesLogger, resume_logger
 from tests.disks import fill, small_disk

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams, TrainingHParams
-from sequel_core.learner import FitMonitor
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams, TrainingHParams
+from sequel_core.runs.learner import FitMonitor
 from sequel_lightning import ALGORITHMS, LightningLearner
 from tests.lightning.parts import (
     BATCH,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sequel_core.hparams import NaiveHParams
+from sequel_core.algorithms.naive import NaiveHParams
 from sequel_lightning import Naive
 from tests.lightning.parts import (
     KCL,

@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams
 from sequel_lightning import ALGORITHMS, EWC, ContinualModule, algorithms
 from sequel_lightning.module import OptimizerFactory
 from tests.lightning.parts import (

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sequel_core import plan
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams, TrainingHParams
-from sequel_core.learner import FitMonitor
-from sequel_core.task import Benchmark
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams, TrainingHParams
+from sequel_core.runs.learner import FitMonitor
+from sequel_core.stream import plan
+from sequel_core.stream.benchmark import Benchmark
 from sequel_lightning import ALGORITHMS, EWC, ContinualModule, LightningLearner
 from tests.lightning.parts import (
     BATCH,

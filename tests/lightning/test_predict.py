@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from sequel_core.hparams import AlgorithmHParams, EWCHParams
-from sequel_core.task import Batch
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.hparams import AlgorithmHParams
+from sequel_core.stream.task import Batch
 from tests.lightning.parts import (
     ICARL,
     KCL,

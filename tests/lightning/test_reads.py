@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, MASHParams, NaiveHParams
-from sequel_core.task import Normalisation, StreamSpec
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.images import Normalisation
 from sequel_lightning import Naive, reporting
 from sequel_lightning.module import CONSOLIDATED, TRAINING
 from tests.lightning.parts import (

@@ -15,28 +15,24 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from sequel_benchmarks import RotatedDigits
-from sequel_core import plan
-from sequel_core.hparams import (
-    AGEMHParams,
-    AlgorithmHParams,
-    DERHParams,
-    DERppHParams,
-    ERHParams,
-    EWCHParams,
-    ICaRLHParams,
-    KCLHParams,
-    LaMAMLHParams,
-    LFLHParams,
-    MASHParams,
-    MCSGDHParams,
-    NaiveHParams,
-    ReplayHParams,
-    SIHParams,
-    TrainingHParams,
-)
-from sequel_core.learner import FitMonitor
-from sequel_core.memory import MemoryPlanner, joined_with_memory, memory_stream
-from sequel_core.task import Scenario
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.der import DERHParams
+from sequel_core.algorithms.derpp import DERppHParams
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.algorithms.lamaml import LaMAMLHParams
+from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.hparams import AlgorithmHParams, ReplayHParams, TrainingHParams
+from sequel_core.runs.learner import FitMonitor
+from sequel_core.stream import plan
+from sequel_core.stream.benchmark import Scenario
+from sequel_core.stream.memory import MemoryPlanner, joined_with_memory, memory_stream
 from sequel_lightning import ALGORITHMS, MLP, LightningLearner
 from sequel_lightning.replay import ReplayModule
 from tests.lightning.parts import (

@@ -9,8 +9,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams, ReplayHParams
-from sequel_core.task import Augmentation
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams, ReplayHParams
+from sequel_core.stream.images import Augmentation
 from sequel_lightning import ALGORITHMS, CNN, ContinualModule, initialise
 from sequel_lightning.module import OptimizerFactory
 from tests.lightning.parts import (

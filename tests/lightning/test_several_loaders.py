@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassF1Score
 
-from sequel_core.hparams import EWCHParams, NaiveHParams
-from sequel_core.task import Benchmark
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.stream.benchmark import Benchmark
 from sequel_lightning import ContinualModule, TaskDataModule
 from tests.lightning.parts import (
     BATCH,

@@ -13,7 +13,9 @@ from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.tuner.tuning import Tuner
 from torch import nn
 
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams
 from sequel_lightning import EWC, TaskDataModule
 from sequel_lightning.module import CONSOLIDATED, IDLE, TRAINING
 from tests.lightning.parts import (

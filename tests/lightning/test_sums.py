@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, MASHParams, SIHParams
-from sequel_core.task import Batch
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.hparams import AlgorithmHParams
+from sequel_core.stream.task import Batch
 from sequel_lightning import ALGORITHMS
 from sequel_lightning.module import CONSOLIDATED
 from sequel_lightning.quadratic import penalty

@@ -12,7 +12,12 @@ from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sequel_core.hparams import AlgorithmHParams, DERHParams, EWCHParams, KCLHParams, MASHParams, NaiveHParams
+from sequel_core.algorithms.der import DERHParams
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams
 from sequel_lightning import ContinualModule, kernels
 from tests.lightning.parts import (
     DERPP,

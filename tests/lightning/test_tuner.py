@@ -11,7 +11,9 @@ from pytorch_lightning.tuner.tuning import Tuner
 from torch import Tensor
 from torch.nn import functional as F
 
-from sequel_core.hparams import AlgorithmHParams, EWCHParams, NaiveHParams
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams
 from sequel_lightning import EWC
 from tests.lightning.parts import (
     KCL,

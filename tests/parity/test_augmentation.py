@@ -14,8 +14,10 @@ import torch
 import sequel_flax
 import sequel_lightning
 from sequel_core.hparams import AlgorithmHParams
-from sequel_core.learner import Learner
-from sequel_core.task import Augmentation, Benchmark, FloatArray
+from sequel_core.runs.learner import Learner
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.images import Augmentation
 from sequel_flax.augmentation import crop as flax_crop
 from sequel_flax.learner import as_batch
 from sequel_lightning.augmentation import crop as torch_crop

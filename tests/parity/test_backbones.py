@@ -19,8 +19,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import sequel_flax
 import sequel_flax.backbones
 import sequel_lightning.backbones
-from sequel_core.hparams import BACKBONES, CNNHParams, ResNet18HParams
-from sequel_core.task import FloatArray, IntArray, Normalisation, StreamSpec
+from sequel_core.backbones import BACKBONES, CNNHParams, ResNet18HParams
+from sequel_core.stream.arrays import FloatArray, IntArray
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.images import Normalisation
 from sequel_flax.backbones import BatchNorm, initial_variables
 from sequel_lightning.backbones import canonical_weights, initialise
 from tests.reference.convolution import Network

@@ -16,27 +16,23 @@ import sequel_flax
 import sequel_lightning
 from sequel_benchmarks import DataSet, SplitSettings, split
 from sequel_benchmarks.data import available, load
-from sequel_core.hparams import (
-    BACKBONES,
-    AGEMHParams,
-    AlgorithmHParams,
-    BackboneHParams,
-    DERppHParams,
-    ERHParams,
-    EWCHParams,
-    ICaRLHParams,
-    KCLHParams,
-    LaMAMLHParams,
-    LFLHParams,
-    MASHParams,
-    MCSGDHParams,
-    NaiveHParams,
-    OptimizerHParams,
-    SIHParams,
-    TrainingHParams,
-)
-from sequel_core.learner import Learner
-from sequel_core.task import Benchmark, FloatArray, Scenario
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.derpp import DERppHParams
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.algorithms.lamaml import LaMAMLHParams
+from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.backbones import BACKBONES, BackboneHParams
+from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
+from sequel_core.runs.learner import Learner
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import Benchmark, Scenario
 from tests.parity.cases import SILENT, difference
 
 SGD = OptimizerHParams(lr=0.02, momentum=0.5)

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 import sequel_flax
 import sequel_lightning
-from sequel_core.task import FloatArray
+from sequel_core.stream.arrays import FloatArray
 
 SHAPE = (8, 8, 3)
 RATE = 0.4

@@ -11,9 +11,11 @@ import pytest
 
 import sequel_flax
 import sequel_lightning
-from sequel_core.hparams import ICaRLHParams
-from sequel_core.learner import Evaluation, FitMonitor, Learner
-from sequel_core.task import FloatArray, Samples, Scenario, Task
+from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.runs.learner import Evaluation, FitMonitor, Learner
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import Scenario
+from sequel_core.stream.task import Samples, Task
 from tests.parity.cases import SGD, SILENT, benchmark, flax_learner, torch_learner
 
 FEW = ICaRLHParams(mem_size=33)

@@ -18,11 +18,12 @@ from sklearn.kernel_ridge import KernelRidge
 import sequel_flax
 import sequel_lightning
 from sequel_benchmarks import RotatedDigits, SplitDigits
-from sequel_core import plan
+from sequel_core.algorithms.kcl import NOISE, KCLHParams, basis_constants, noise_table
 from sequel_core.cli import main
-from sequel_core.hparams import AlgorithmHParams, KCLHParams, OptimizerHParams, TrainingHParams
-from sequel_core.memory import NOISE, basis_constants, noise_table
-from sequel_core.task import Benchmark, FloatArray, Scenario
+from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
+from sequel_core.stream import plan
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import Benchmark, Scenario
 from sequel_flax import kernels as flax_kernels
 from sequel_lightning import kernels as torch_kernels
 from sequel_lightning.module import evaluating

@@ -21,8 +21,10 @@ from flax.traverse_util import unflatten_dict
 import sequel_flax
 import sequel_lightning
 from sequel_benchmarks import RotatedDigits
-from sequel_core.hparams import KCLHParams, OptimizerHParams, TrainingHParams
-from sequel_core.task import Benchmark, FloatArray
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.hparams import OptimizerHParams, TrainingHParams
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import Benchmark
 from sequel_flax.hooks import Hook
 from tests.parity.cases import SILENT, difference
 

@@ -10,23 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sequel_core.hparams import (
-    ALGORITHMS,
-    AGEMHParams,
-    AlgorithmHParams,
-    DERHParams,
-    DERppHParams,
-    ERHParams,
-    EWCHParams,
-    LFLHParams,
-    MASHParams,
-    MCSGDHParams,
-    NaiveHParams,
-    SIHParams,
-    StableSGDHParams,
-)
-from sequel_core.learner import Learner
-from sequel_core.task import Scenario
+from sequel_core.algorithms import ALGORITHMS
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.der import DERHParams
+from sequel_core.algorithms.derpp import DERppHParams
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.algorithms.stable_sgd import StableSGDHParams
+from sequel_core.hparams import AlgorithmHParams
+from sequel_core.runs.learner import Learner
+from sequel_core.stream.benchmark import Scenario
 from tests.parity.cases import (
     CASES,
     LONG,

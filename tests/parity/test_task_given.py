@@ -17,10 +17,13 @@ import sequel_core
 import sequel_flax
 import sequel_lightning
 from sequel_benchmarks import RotatedDigits, SplitDigits
-from sequel_core.hparams import ALGORITHMS, AlgorithmHParams, KCLHParams, OptimizerHParams, TrainingHParams
-from sequel_core.learner import Learner
+from sequel_core.algorithms import ALGORITHMS
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
 from sequel_core.report.runs import read_study
-from sequel_core.task import Benchmark, FloatArray, Scenario
+from sequel_core.runs.learner import Learner
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import Benchmark, Scenario
 from tests.core.scripted import scripted
 from tests.parity.cases import SILENT
 

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from sequel_core.hparams import (
-    AGEMHParams,
-    AlgorithmHParams,
-    DERHParams,
-    DERppHParams,
-    ERHParams,
-    EWCHParams,
-    ICaRLHParams,
-    JointHParams,
-    KCLHParams,
-    LaMAMLHParams,
-    LFLHParams,
-    MASHParams,
-    MCSGDHParams,
-    NaiveHParams,
-    OptimizerHParams,
-    SIHParams,
-    StableSGDHParams,
-    TrainingHParams,
-)
-from sequel_core.task import Benchmark
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.der import DERHParams
+from sequel_core.algorithms.derpp import DERppHParams
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.algorithms.joint import JointHParams
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.algorithms.lamaml import LaMAMLHParams
+from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.algorithms.stable_sgd import StableSGDHParams
+from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
+from sequel_core.stream.benchmark import Benchmark
 from tests.reference.connectivity import MCSGD
 from tests.reference.exemplars import ICaRL
 from tests.reference.kernels import KCL

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from sequel_core import plan
-from sequel_core.task import FloatArray, IntArray
+from sequel_core.stream import plan
+from sequel_core.stream.arrays import FloatArray, IntArray
 from tests.reference import network
 from tests.reference.cases import TRAINING, benchmark
 from tests.reference.network import Weights

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from sequel_core.hparams import MCSGDHParams
-from sequel_core.memory import MemoryPlanner, connection_batches
-from sequel_core.task import FloatArray, IntArray, Samples, Task
+from sequel_core.algorithms.mcsgd import MCSGDHParams, connection_batches
+from sequel_core.stream.arrays import FloatArray, IntArray
+from sequel_core.stream.memory import MemoryPlanner
+from sequel_core.stream.task import Samples, Task
 from tests.reference import network
 from tests.reference.network import Weights
 from tests.reference.replay import Replay

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.special import ndtr
 
-from sequel_core.task import FloatArray
+from sequel_core.stream.arrays import FloatArray
 from tests.reference.network import Weights
 
 ACTIVATIONS: dict[str, Callable[[FloatArray], FloatArray]] = {

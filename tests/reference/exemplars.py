@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from sequel_core.hparams import ICaRLHParams
-from sequel_core.task import AnySplit, FloatArray, JoinedSplit, Samples, Split, Task
+from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.task import AnySplit, JoinedSplit, Samples, Split, Task
 from tests.reference import network
 from tests.reference.network import Weights
 from tests.reference.streams import Reference, rows, together

@@ -21,10 +21,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from sequel_core import plan
-from sequel_core.hparams import KCLHParams
-from sequel_core.memory import NOISE, BasesPlanner, SlotArray, noise_table
-from sequel_core.task import FloatArray, Samples, Task
+from sequel_core.algorithms.kcl import NOISE, BasesPlanner, KCLHParams, noise_table
+from sequel_core.stream import plan
+from sequel_core.stream.arrays import FloatArray, SlotArray
+from sequel_core.stream.task import Samples, Task
 from tests.reference import network
 from tests.reference.network import Weights
 from tests.reference.streams import Reference, together

@@ -19,9 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sequel_core.hparams import LaMAMLHParams
-from sequel_core.memory import MetaPlan, MetaPlanner
-from sequel_core.task import Samples
+from sequel_core.algorithms.lamaml import LaMAMLHParams, MetaPlan, MetaPlanner
+from sequel_core.stream.task import Samples
 from tests.reference import network
 from tests.reference.network import Weights
 from tests.reference.optimizers import Optimizer, clipped

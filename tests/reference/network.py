@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from sequel_core.plan import initial_weights
-from sequel_core.task import BoolArray, FloatArray, IntArray
+from sequel_core.stream.arrays import BoolArray, FloatArray, IntArray
+from sequel_core.stream.plan import initial_weights
 
 Weights = dict[str, FloatArray]  # layer/kernel [in, out], layer/bias [out]
 

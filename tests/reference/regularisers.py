@@ -16,8 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sequel_core.hparams import EWCHParams, LFLHParams, MASHParams, SIHParams
-from sequel_core.task import Samples, Task
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.stream.task import Samples, Task
 from tests.reference import network
 from tests.reference.network import Weights
 from tests.reference.streams import Reference

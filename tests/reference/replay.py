@@ -15,9 +15,15 @@ from typing import ClassVar
 
 import numpy as np
 
-from sequel_core.hparams import AGEMHParams, DERHParams, DERppHParams, ERHParams, MemoryHParams
-from sequel_core.memory import MemoryPlanner, MetaPlan, MetaPlanner, StepPlan
-from sequel_core.task import FloatArray, IntArray, Samples
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.der import DERHParams
+from sequel_core.algorithms.derpp import DERppHParams
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.lamaml import MetaPlan, MetaPlanner
+from sequel_core.hparams import MemoryHParams
+from sequel_core.stream.arrays import FloatArray, IntArray
+from sequel_core.stream.memory import MemoryPlanner, StepPlan
+from sequel_core.stream.task import Samples
 from tests.reference import network
 from tests.reference.network import Weights
 from tests.reference.streams import Reference, rows, together

@@ -15,24 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sequel_core import plan
-from sequel_core.hparams import (
-    AlgorithmHParams,
-    JointHParams,
-    OptimizerHParams,
-    StableSGDHParams,
-    TrainingHParams,
-)
-from sequel_core.task import (
-    AnySplit,
-    Benchmark,
-    BoolArray,
-    FloatArray,
-    IntArray,
-    JoinedSplit,
-    Samples,
-    Task,
-)
+from sequel_core.algorithms.joint import JointHParams
+from sequel_core.algorithms.stable_sgd import StableSGDHParams
+from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
+from sequel_core.stream import plan
+from sequel_core.stream.arrays import BoolArray, FloatArray, IntArray
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.task import AnySplit, JoinedSplit, Samples, Task
 from tests.reference import network
 from tests.reference.network import Weights
 from tests.reference.optimizers import Optimizer, clipped

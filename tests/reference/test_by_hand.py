@@ -9,26 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from sequel_core import plan
-from sequel_core.exemplars import herding
-from sequel_core.hparams import (
-    AGEMHParams,
-    AlgorithmHParams,
-    DERHParams,
-    DERppHParams,
-    ERHParams,
-    ICaRLHParams,
-    KCLHParams,
-    LaMAMLHParams,
-    LFLHParams,
-    MASHParams,
-    MCSGDHParams,
-    NaiveHParams,
-    OptimizerHParams,
-    SIHParams,
-    StableSGDHParams,
-)
-from sequel_core.task import Samples
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.der import DERHParams
+from sequel_core.algorithms.derpp import DERppHParams
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.algorithms.lamaml import LaMAMLHParams
+from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.algorithms.stable_sgd import StableSGDHParams
+from sequel_core.hparams import AlgorithmHParams, OptimizerHParams
+from sequel_core.stream import plan
+from sequel_core.stream.exemplars import herding
+from sequel_core.stream.task import Samples
 from tests.reference import closed_forms, kernels, network
 from tests.reference.algorithms import reference
 from tests.reference.cases import (

@@ -13,19 +13,15 @@ from flax.traverse_util import flatten_dict
 
 import sequel_flax
 import sequel_lightning
-from sequel_core import plan
-from sequel_core.hparams import (
-    AlgorithmHParams,
-    EWCHParams,
-    ICaRLHParams,
-    KCLHParams,
-    MASHParams,
-    OptimizerHParams,
-    SIHParams,
-    TrainingHParams,
-)
-from sequel_core.learner import FitMonitor, Learner, Progress
-from sequel_core.task import Task
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
+from sequel_core.runs.learner import FitMonitor, Learner, Progress
+from sequel_core.stream import plan
+from sequel_core.stream.task import Task
 from sequel_flax.algorithms.ewc import diagonal_fisher as flax_fisher
 from sequel_flax.learner import as_batch as flax_batch
 from sequel_lightning.algorithms.ewc import diagonal_fisher as torch_fisher

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sequel_core.metrics import summarise
 from sequel_core.report import tables
 from sequel_core.report.runs import read_study
+from sequel_core.runs.metrics import summarise
 from tests.report.directories import NAN, ONE, TWO, decay, write_run
 
 

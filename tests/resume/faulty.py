@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from sequel_benchmarks import from_datasets
-from sequel_core.callbacks import StreamCallback
-from sequel_core.learner import Learner
-from sequel_core.task import Benchmark, FloatArray, Task
+from sequel_core.runs.callbacks import StreamCallback
+from sequel_core.runs.learner import Learner
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.task import Task
 
 SAMPLES, CLASSES = 30, 5
 

@@ -13,35 +13,30 @@ from typing import Any
 
 import numpy as np
 
-import sequel_core.checkpoints
-import sequel_core.results
+import sequel_core.runs.checkpoints
+import sequel_core.runs.results
 from sequel_benchmarks import RotatedDigits
-from sequel_core.checkpoints import Checkpoints
-from sequel_core.hparams import (
-    AGEMHParams,
-    AlgorithmHParams,
-    CheckpointHParams,
-    DERHParams,
-    DERppHParams,
-    ERHParams,
-    EWCHParams,
-    ICaRLHParams,
-    JointHParams,
-    KCLHParams,
-    LaMAMLHParams,
-    LFLHParams,
-    MASHParams,
-    MCSGDHParams,
-    NaiveHParams,
-    OptimizerHParams,
-    SIHParams,
-    StableSGDHParams,
-    TrainingHParams,
-)
-from sequel_core.learner import FitMonitor, Learner, plugin
-from sequel_core.results import RunDirectory
-from sequel_core.sequencer import run
-from sequel_core.task import Benchmark
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.der import DERHParams
+from sequel_core.algorithms.derpp import DERppHParams
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.algorithms.joint import JointHParams
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.algorithms.lamaml import LaMAMLHParams
+from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.algorithms.si import SIHParams
+from sequel_core.algorithms.stable_sgd import StableSGDHParams
+from sequel_core.hparams import AlgorithmHParams, CheckpointHParams, OptimizerHParams, TrainingHParams
+from sequel_core.runs.checkpoints import Checkpoints
+from sequel_core.runs.learner import FitMonitor, Learner, plugin
+from sequel_core.runs.orchestrator import run
+from sequel_core.runs.results import RunDirectory
+from sequel_core.stream.benchmark import Benchmark
 
 CARRY: dict[str, Any] = {"lr_decay": 0.7, "reset_optimizer": False}
 METHODS: dict[str, AlgorithmHParams] = {
@@ -153,8 +148,8 @@ def job(mode: str, method: str, run_dir: Path, kill_at: int | None, results: Any
     RunDirectory.append_metrics = lambda self, record: append(self, record)  # type: ignore[method-assign]
     FitMonitor.after_step = moments.around(after_step)  # type: ignore[method-assign]
     Checkpoints._finish = moments.around(Checkpoints._finish)  # type: ignore[method-assign]
-    sequel_core.checkpoints._remove = moments.around(sequel_core.checkpoints._remove)
-    sequel_core.results._write = moments.within_write
+    sequel_core.runs.checkpoints._remove = moments.around(sequel_core.runs.checkpoints._remove)
+    sequel_core.runs.results._write = moments.within_write
     go(made, benchmark, run_dir)
     if results is not None:
         results.put(moments.count)

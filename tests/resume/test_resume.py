@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from sequel_core import load_result
-from sequel_core.hparams import CheckpointHParams, ERHParams
-from sequel_core.sequencer import run
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.hparams import CheckpointHParams
+from sequel_core.runs.orchestrator import run
 from tests.resume.short_runs import METHODS, MODES, assert_same_end, go, learner, stream
 
 EVERYTHING = CheckpointHParams(every_n_steps=17, keep=1000)

@@ -28,14 +28,15 @@ import pytest
 import yaml
 
 from sequel_benchmarks import from_arrays
-from sequel_core import load_result, load_weights, results, run
-from sequel_core.checkpoints import MANIFEST, RUN, CheckpointWarning
+from sequel_core import load_result, load_weights, run
+from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.cli import main
-from sequel_core.hparams import NaiveHParams
-from sequel_core.learner import Evaluation
 from sequel_core.report import tables
 from sequel_core.report.runs import read_study
-from sequel_core.task import Task
+from sequel_core.runs import results
+from sequel_core.runs.checkpoints import MANIFEST, RUN, CheckpointWarning
+from sequel_core.runs.learner import Evaluation
+from sequel_core.stream.task import Task
 from tests.core.scripted import Scripted, scripted
 
 FOLDER = Path(__file__).parent

@@ -1,46 +1,25 @@
-"""Which sample sits in which slot of a replay memory, and which slots a step reads: decided in NumPy.
+"""Replay memories: which sample is in which slot, and which slots a step reads, decided in NumPy.
 
-A planner tells for every step where each of its samples is written and what is replayed beside them. Its
-decisions are a function of the seed, the samples seen so far and their labels and tasks, never of a
-framework; the contents are preallocated arrays in the state of the algorithm, on the framework's side.
-
-    planner = algorithm.planner(benchmark.spec, state)
-    batch = Batch(x, y, t, planner.next(y, t))
-
-A plan holds the planner's position after its step, which a step of Flax puts into the state: a planner that
-is made from the state resumes at exactly that position.
+The decisions are a function of the seed and of the labels and tasks seen so far. They do not depend on a
+framework. The contents are preallocated arrays in the state of the algorithm, on the framework's side.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sequel_core import plan
-from sequel_core.hparams import LaMAMLHParams, MCSGDHParams, MemoryHParams
-from sequel_core.task import (
-    FloatArray,
-    IntArray,
-    JoinedSplit,
-    Samples,
-    Split,
-    StreamSpec,
-    Task,
-    join,
-)
-
-SlotArray = NDArray[np.int32]
-
-NOISE = 1 << 20
-"""Numbers in the table that random bases are cut from."""
-
-LARGEST = int(np.iinfo(np.int32).max)
-"""Largest count that a position can hold."""
+from sequel_core.hparams import MemoryHParams
+from sequel_core.stream import plan
+from sequel_core.stream.arrays import IntArray, SlotArray
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.planner import counted
+from sequel_core.stream.task import JoinedSplit, Samples, Split, Task, join
 
 
 class StepPlan(NamedTuple):
@@ -49,159 +28,6 @@ class StepPlan(NamedTuple):
     write: SlotArray  # of each sample [..., B]; none where it is not kept, or overwritten in the same step
     reads: SlotArray  # of each draw [..., draws, R], ascending, as before the step; none where it has less
     position: SlotArray  # of the planner after the step [..., n]
-
-
-class MetaPlan(NamedTuple):
-    """What a step of La-MAML writes, reads and in which order it looks at its batch; int32."""
-
-    write: SlotArray  # slot of each sample [..., B], written in the first glance
-    reads: SlotArray  # slots of each glance's draw [..., glances, R]; after the first the batch is in
-    order: SlotArray  # samples of the batch in the order of each glance [..., glances, B]
-    position: SlotArray  # of the planner after the step [..., n]
-
-
-class BasesPlan(NamedTuple):
-    """Where the random bases of a step begin in the table of noise; int32."""
-
-    starts: SlotArray  # of each basis [..., D]
-    position: SlotArray  # of the planner after the step [..., 1]
-
-
-class ConnectionPlan(NamedTuple):
-    """Which samples the steps read that look for MC-SGD's w_bar after a task; int32."""
-
-    slots: SlotArray  # of each step and pair, past and current [steps, pairs, 2, lmc_batch_size]
-    count: Any  # of steps, (); what follows them is padding
-
-
-class Planner(Protocol):
-    """Decides on the host what the steps of an algorithm need beside their batches."""
-
-    def next(self, y: Any, t: Any) -> Any:
-        """Return what goes into `Batch.plan`.
-
-        Args:
-            y: labels of a batch `[B]`, or of several `[steps, B]`.
-            t: task index of each sample, alike.
-        """
-        ...
-
-    @property
-    def state(self) -> IntArray:
-        """All that decisions to come depend on beside the seed, int64 `[n]`, n fixed; may be set."""
-        ...
-
-    @state.setter
-    def state(self, values: IntArray) -> None: ...
-
-    @property
-    def position(self) -> SlotArray | None:
-        """The same with the number of steps planned first, int32 `[n]`; None if there is nothing to plan."""
-        ...
-
-    def resume(self, position: Any) -> None:
-        """Continue from the position of another one."""
-        ...
-
-
-P = TypeVar("P", bound=Planner)
-
-
-def resumed(planner: P, position: Any) -> P:
-    """Return the planner, set to the position that the state of an algorithm holds.
-
-    Args:
-        planner: of the same settings, stream and seed.
-        position: `state.position`, int32 `[n]`, or None.
-
-    Raises:
-        ValueError: the position is of other settings, or a step of the state was given a plan that was made
-            for another step.
-    """
-    _check_length(planner, position)
-    if position is not None:
-        planner.resume(np.asarray(position))
-    return planner
-
-
-def check_position(planner: Planner, position: Any) -> None:
-    """Raise ValueError if a planner is not where the state of an algorithm is.
-
-    Args:
-        planner: that the next steps are to be planned with.
-        position: `state.position`, int32 `[n]`, or None.
-    """
-    _check_length(planner, position)
-    if position is None:
-        return
-    own, found = np.asarray(planner.position), np.asarray(position)
-    if not np.array_equal(own, found):
-        raise ValueError(
-            f"the planner has planned {own[0]} steps and the state has taken {found[0]}"
-            f"{'' if own[0] != found[0] else ', of other samples'}; a planner has to be made from the state "
-            "that training continues with: planner = algorithm.planner(spec, state)"
-        )
-
-
-def check_steps(position: Any) -> None:
-    """Raise ValueError if a step was given a plan that was made for another step.
-
-    Args:
-        position: `state.position`, int32 `[..., n]`, or None.
-    """
-    if position is not None and np.asarray(position)[..., 0].min() < 0:
-        raise ValueError(
-            "a step was given a plan that was made for another step of the stream, so what the memory holds "
-            "is not what the planner knows; restore an earlier state, and make the planner from the state "
-            "that training continues with: planner = algorithm.planner(spec, state)"
-        )
-
-
-def _check_length(planner: Planner, position: Any) -> None:
-    own = planner.position
-    if (own is None) != (position is None) or (own is not None and np.shape(position) != own.shape):
-        wanted, found = ("none" if p is None else str(list(np.shape(p))) for p in (own, position))
-        raise ValueError(
-            f"state.position must have the planner's shape, {wanted} with these settings and this spec, got "
-            f"{found}; use the settings and the spec that the state was made with"
-        )
-    check_steps(position)
-
-
-def counted(name: str, value: int) -> int:
-    """Return a count; raise ValueError if it is more than a position can hold."""
-    if value > LARGEST:
-        raise ValueError(f"a planner counts up to {LARGEST} {name}, got {value}; train on fewer")
-    return value
-
-
-class NoPlanner:
-    """The planner of algorithms whose steps need nothing but their batches."""
-
-    def next(self, y: Any, t: Any) -> Any:
-        """Return `()`."""
-        return ()
-
-    @property
-    def position(self) -> None:
-        """Nothing."""
-        return None
-
-    def resume(self, position: Any) -> None:
-        """Do nothing."""
-
-    @property
-    def state(self) -> IntArray:
-        """Nothing, int64 `[0]`; may be set to that."""
-        return np.empty(0, np.int64)
-
-    @state.setter
-    def state(self, values: IntArray) -> None:
-        if np.size(values):
-            raise ValueError(
-                f"the planner's state must have 0 numbers, got {np.size(values)}; it comes from a stream "
-                "with augmentation or from another method"
-            )
 
 
 class Policy(Protocol):
@@ -368,7 +194,7 @@ class MemoryPlanner:
         seed: of the run.
         draws: independent draws that a step makes from the memory.
         later_draws: further draws, from the memory as it is after the step has written to it.
-        past_only: read past tasks alone, as A-GEM does; only for memories with parts.
+        past_only: read the samples of past tasks only; needs a memory with parts.
 
     Raises:
         ValueError: the memory does not divide into its parts, is smaller than a draw, or has none to read the
@@ -489,156 +315,6 @@ class MemoryPlanner:
     def resume(self, position: Any) -> None:
         """Continue from the position of another one."""
         self.state = np.asarray(position, np.int64)
-
-
-class MetaPlanner:
-    """The planner of La-MAML: each glance has a draw from the memory and an order of the batch.
-
-    Args:
-        hparams: with the memory's settings and the number of glances.
-        spec: of the stream.
-        seed: of the run.
-    """
-
-    def __init__(self, hparams: LaMAMLHParams, spec: StreamSpec, seed: int) -> None:
-        self._glances = hparams.glances
-        self._memory = MemoryPlanner(hparams, spec, seed, draws=1, later_draws=hparams.glances - 1)
-        self._order = plan.Uniforms(seed, "order of glances")
-        self._seen = 0
-        self.slots = self._memory.slots
-
-    def next(self, y: Any, t: Any) -> MetaPlan:
-        """Return the plan of the next step, or of the next steps; see `Planner.next`."""
-        write, reads, position = self._memory.next(y, t)
-        shape = (*write.shape[:-1], self._glances, write.shape[-1])
-        keys = np.reshape(self._order.take(self._seen * self._glances, write.size * self._glances), shape)
-        self._seen += write.size
-        order = np.argsort(keys, axis=-1, kind="stable").astype(np.int32)
-        return MetaPlan(write, reads, order, position)
-
-    @property
-    def state(self) -> IntArray:
-        """Samples seen, then the memory planner's, int64 `[n]`; may be set."""
-        return np.concatenate([[self._seen], self._memory.state])
-
-    @state.setter
-    def state(self, values: IntArray) -> None:
-        self._memory.state = values[1:]
-        self._seen = int(values[0])
-
-    @property
-    def position(self) -> SlotArray:
-        """That of the memory's planner, which counts the samples seen, too, int32 `[n]`."""
-        return self._memory.position
-
-    def resume(self, position: Any) -> None:
-        """Continue from the position of another one."""
-        self._memory.resume(position)
-        self._seen = int(position[1])
-
-
-class BasesPlanner:
-    """The planner of variational random features: where each basis of a step begins in the table of noise.
-
-    Args:
-        count: bases of a step.
-        seed: of the run.
-    """
-
-    def __init__(self, count: int, seed: int) -> None:
-        self._count = count
-        self._seed = seed
-        self._steps = 0
-
-    def next(self, y: Any, t: Any) -> BasesPlan:
-        """Return the plan of the next step, or of the next steps; see `Planner.next`."""
-        lead = np.shape(y)[:-1]
-        steps = int(np.prod(lead, dtype=np.int64))
-        before, self._steps = self._steps, counted("steps", self._steps + steps)
-        words = plan.words(self._seed, "bases", count=steps * self._count, start=before * self._count)
-        starts = (words % NOISE).astype(np.int32).reshape(*lead, self._count)
-        position = np.arange(before + 1, self._steps + 1, dtype=np.int32).reshape(*lead, 1)
-        return BasesPlan(starts, position)
-
-    @property
-    def state(self) -> IntArray:
-        """Steps planned, int64 `[1]`; may be set."""
-        return np.asarray([self._steps], np.int64)
-
-    @state.setter
-    def state(self, values: IntArray) -> None:
-        self._steps = int(values[0])
-
-    @property
-    def position(self) -> SlotArray:
-        """Steps planned, int32 `[1]`."""
-        return self.state.astype(np.int32)
-
-    def resume(self, position: Any) -> None:
-        """Continue from the position of another one."""
-        self.state = np.asarray(position, np.int64)
-
-
-def noise_table(seed: int) -> NDArray[np.float32]:
-    """Return the standard normal numbers that random bases are cut from, float32 `[NOISE]`.
-
-    A basis is a stretch of the table that begins at a random place and goes round at its end: fresh noise at
-    every step for the price of one integer (Salimans et al. 2017, section 3, shared noise).
-    """
-    return plan.normal(seed, "noise of bases", count=NOISE).astype(np.float32)
-
-
-def basis_constants(seed: int, count: int, width: int) -> tuple[NDArray[Any], FloatArray, NDArray[Any]]:
-    """Return what bases are made of: noise, phases b, and where in it the bases of evaluation begin.
-
-    Args:
-        seed: of the run.
-        count: bases, D.
-        width: numbers of a basis, H.
-
-    Returns:
-        Noise float32 `[NOISE + H - 1]`, which at its end begins again, so that every stretch lies in it;
-        phases float64 `[D]`; positions int32 `[D]`.
-    """
-    phase = 2 * np.pi * plan.uniform(seed, "phase of bases", count=count)
-    fixed = plan.words(seed, "bases of evaluation", count=count) % NOISE
-    noise = noise_table(seed)
-    return np.concatenate([noise, noise[: width - 1]]), phase, fixed.astype(np.int32)
-
-
-def connection_batches(
-    hparams: MCSGDHParams, tasks: IntArray, task: int, seed: int
-) -> Iterator[list[tuple[SlotArray, SlotArray]]]:
-    """Yield, for each step that looks for w_bar after a task, pairs of slots `[lmc_batch_size]`.
-
-    The first of a pair hold samples of past tasks, the second of the task itself; both are in a random order
-    in each epoch. Where one kind has run out its slots are all "none", the number of slots.
-
-    Args:
-        hparams: of MC-SGD.
-        tasks: task of each slot of the memory `[M]`, -1 where it is empty.
-        task: index.
-        seed: of the run.
-    """
-    size, none = hparams.lmc_batch_size, len(tasks)
-    kinds = [np.flatnonzero((tasks >= 0) & (tasks < task)), np.flatnonzero(tasks == task)]
-    for epoch in range(hparams.lmc_epochs):
-        columns = []
-        for kind, slots in zip(("past", "current"), kinds, strict=True):
-            order = slots[plan.permutation(seed, "connection", kind, task, epoch, count=len(slots))]
-            rows = max(-(-len(s) // size) for s in kinds)
-            columns.append(np.full(rows * size, none, np.int32))
-            columns[-1][: len(order)] = order
-            columns[-1].shape = (rows, size)
-        pairs = list(zip(*columns, strict=True))
-        yield from [pairs] if hparams.lmc_steps == "epoch" else [[pair] for pair in pairs]
-
-
-def connection_plan(hparams: MCSGDHParams, tasks: IntArray, task: int, seed: int) -> ConnectionPlan:
-    """Return all of `connection_batches` as one array, with a step of padding if there are none."""
-    steps = list(connection_batches(hparams, tasks, task, seed))
-    none = np.full((1, 1, 2, hparams.lmc_batch_size), len(tasks))
-    return ConnectionPlan(np.asarray(steps or none, np.int32), np.asarray(len(steps), np.int32))
 
 
 def policy(hparams: MemoryHParams, spec: StreamSpec, past_only: bool) -> Policy:

@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sequel_core.config import (
+from sequel_core.experiment.config import (
     SECTIONS,
     SPELLINGS,
     ExperimentConfig,
@@ -38,12 +38,11 @@ from sequel_core.config import (
     drop_foreign,
     flatten,
     merge,
-    nearest,
     nest,
     own_code,
 )
-from sequel_core.results import CONFIG, METRICS, SUMMARY, WRITER, other_version, read_yaml, writer
-from sequel_core.target import TARGET, Target
+from sequel_core.experiment.target import TARGET, Target, nearest
+from sequel_core.runs.results import CONFIG, METRICS, SUMMARY, WRITER, other_version, read_yaml, writer
 
 CONFIGS = "sequel_configs"
 MOST_RUNS = 1000  # of a sweep, which are all composed before the first one starts

@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sequel_core import plan
-from sequel_core.memory import Planner, SlotArray, counted
-from sequel_core.task import Augmentation, Batch, IntArray, StreamSpec
+from sequel_core.stream import plan
+from sequel_core.stream.arrays import IntArray, SlotArray
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.images import Augmentation
+from sequel_core.stream.planner import Planner, counted
+from sequel_core.stream.task import Batch
 
 NUMBERS = 3
 """Numbers of a crop: rows down and columns right that it begins at, within +-padding, and 1 for a mirror."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sequel_core.learner import Learner
-    from sequel_core.task import Benchmark, FloatArray, Task
+    from sequel_core.runs.learner import Learner
+    from sequel_core.stream.arrays import FloatArray
+    from sequel_core.stream.benchmark import Benchmark
+    from sequel_core.stream.task import Task
 
 
 class StreamCallback:

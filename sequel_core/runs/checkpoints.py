@@ -22,7 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sequel_core.results import PACKAGE, other_version, read_json, versions, write_json
+from sequel_core.runs.results import PACKAGE, other_version, read_json, versions, write_json
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"

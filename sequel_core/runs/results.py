@@ -37,8 +37,8 @@ import yaml
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from sequel_core.metrics import check_matrix, summarise
-from sequel_core.task import FloatArray
+from sequel_core.runs.metrics import check_matrix, summarise
+from sequel_core.stream.arrays import FloatArray
 
 PACKAGE = "sequel-cl"
 CONFIG = "config.yaml"
@@ -348,7 +348,7 @@ class RunDirectory:
         """Write `accuracy_matrix.csv`, `[T, T]`, with every digit that a float64 needs.
 
         Raises:
-            ValueError: not a matrix of accuracies, see `sequel_core.metrics.check_matrix`.
+            ValueError: not a matrix of accuracies, see `sequel_core.runs.metrics.check_matrix`.
         """
         r = check_matrix(matrix)
         text = io.StringIO()
@@ -384,7 +384,7 @@ class RunDirectory:
 class Result:
     """What a run found.
 
-    The metrics are fractions, as `sequel_core.metrics` defines them; nan where undefined.
+    The metrics are fractions, as `sequel_core.runs.metrics` defines them; nan where undefined.
     """
 
     run_dir: Path | None

@@ -14,9 +14,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sequel_core.config import flatten
-from sequel_core.results import METRICS, RunDirectory, read_metrics
-from sequel_core.services import abandon_wandb
+from sequel_core.experiment.config import flatten
+from sequel_core.runs.results import METRICS, RunDirectory, read_metrics
+from sequel_core.runs.services import abandon_wandb
 
 CSV = "metrics.csv"
 STEP = "step"

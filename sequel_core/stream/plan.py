@@ -10,17 +10,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sequel_core.task import AnySplit, BoolArray, FloatArray, IntArray, Samples, Task
+from sequel_core.stream.arrays import BoolArray, FloatArray, IntArray
+from sequel_core.stream.task import AnySplit, Samples, Task
 
 WORDS_PER_COUNTER = 4
+
+
 CHUNK_BYTES = 1 << 22
+
+
 BLOCK_NUMBERS = 4096
+
 
 T = TypeVar("T")
 
@@ -107,32 +112,6 @@ def consolidation_batches(seed: int, task: Task, batch_size: int) -> Iterator[Sa
     order = permutation(seed, "consolidation", task.index, count=len(task.train))
     for start in range(0, len(order), batch_size):
         yield task.train.take(order[start : start + batch_size])
-
-
-def with_coreset(task: Task, per_class: int, seed: int) -> Task:
-    """Return a task with a coreset, equally many samples of each class, that its training samples lack.
-
-    Args:
-        task: its training samples stay in their order.
-        per_class: samples of each class in the coreset, which is sorted by class.
-        seed: of the run.
-
-    Raises:
-        ValueError: a class has no sample left for training.
-    """
-    targets = task.train.targets
-    chosen = []
-    for label in task.classes:
-        own = np.flatnonzero(targets == label)
-        if len(own) <= per_class:
-            raise ValueError(
-                f"core_size must leave samples of every class to train on, got {per_class} per class with "
-                f"{len(own)} of class {label} in task {task.index}; lower core_size or raise subset"
-            )
-        chosen.append(own[permutation(seed, "coreset", task.index, label, count=len(own))[:per_class]])
-    core = np.concatenate(chosen)
-    rest = np.setdiff1d(np.arange(len(targets)), core)
-    return replace(task, train=task.train.pick(rest), coreset=task.train.pick(core))
 
 
 def evaluation_batches(split: AnySplit, batch_size: int) -> Iterator[tuple[Samples, BoolArray]]:

@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
-from sequel_core.task import FloatArray, StreamSpec, Task
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.task import Task
 
 EvaluateEvery = Literal["task", "epoch"] | int
 Mode = Literal["pytorch", "jax"]

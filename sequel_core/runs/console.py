@@ -18,9 +18,11 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
-from sequel_core.learner import Learner, Progress
-from sequel_core.results import TASK_GIVEN, Result
-from sequel_core.task import Benchmark, FloatArray, Task
+from sequel_core.runs.learner import Learner, Progress
+from sequel_core.runs.results import TASK_GIVEN, Result
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.task import Task
 
 Shown = bool | Literal["bars"]
 """How much of a run is shown: all of it, nothing, or the bars alone."""

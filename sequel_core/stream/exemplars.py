@@ -1,6 +1,6 @@
-"""Exemplars of iCaRL, in NumPy outside both frameworks: which samples of a class are kept, and their means.
+"""Exemplars: which samples of each class are kept, chosen by herding in NumPy, and class means.
 
-Features come from the frameworks; what is chosen by them, and where it lies, is decided here.
+The frameworks compute the features. Which samples are kept, and in which slot, is decided here.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from sequel_core.hparams import ICaRLHParams
-from sequel_core.memory import memory_stream
-from sequel_core.task import AnySplit, BoolArray, FloatArray, IntArray, Samples, join
+from sequel_core.hparams import ExemplarHParams
+from sequel_core.stream.arrays import BoolArray, FloatArray, IntArray
+from sequel_core.stream.memory import memory_stream
+from sequel_core.stream.task import AnySplit, Samples, join
 
 TIE = 1e-7
 """Difference of scores below which herding takes two rows for equal."""
@@ -45,13 +46,13 @@ def herding(features: FloatArray, count: int) -> IntArray:
 
 
 def renewed_exemplars(
-    hparams: ICaRLHParams,
+    hparams: ExemplarHParams,
     mask: BoolArray,
     task: int,
     held: Samples,
     found: Iterable[tuple[Samples, FloatArray]],
 ) -> Samples:
-    """Return the exemplars of iCaRL after a task, as its slots hold them; task -1 is an empty slot.
+    """Return the exemplars after a task, in their slots; the task of an empty slot is -1.
 
     There is a set for each class of each task, and all have the same quota. Past sets are cut to it, then the
     task's own follow; classes ascend within a task, and each set is in the order of `herding`.

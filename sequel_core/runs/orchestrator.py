@@ -15,14 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sequel_core import metrics, plan
-from sequel_core.callbacks import StreamCallback
-from sequel_core.checkpoints import Checkpoints
-from sequel_core.console import Display, Shown
 from sequel_core.hparams import CheckpointHParams
-from sequel_core.learner import DivergenceError, EvaluateEvery, Evaluation, FitMonitor, Learner, Progress
-from sequel_core.pictures import sample_images
-from sequel_core.results import (
+from sequel_core.runs import metrics
+from sequel_core.runs.callbacks import StreamCallback
+from sequel_core.runs.checkpoints import Checkpoints
+from sequel_core.runs.console import Display, Shown
+from sequel_core.runs.learner import DivergenceError, EvaluateEvery, Evaluation, FitMonitor, Learner, Progress
+from sequel_core.runs.results import (
     PACKAGE,
     WRITER,
     Result,
@@ -31,9 +30,13 @@ from sequel_core.results import (
     peak_memory_bytes,
     versions,
 )
-from sequel_core.services import masked
-from sequel_core.signals import InterruptedRunError, Signals
-from sequel_core.task import Benchmark, FloatArray, Task
+from sequel_core.runs.services import masked
+from sequel_core.runs.signals import InterruptedRunError, Signals
+from sequel_core.stream import plan
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.pictures import sample_images
+from sequel_core.stream.task import Task
 
 EvaluateOn = Literal["test", "validation"]
 Resume = bool | Literal["auto"]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sequel_core.task import AnySplit
+from sequel_core.stream.task import AnySplit
 
 COUNT = 25
 

@@ -7,14 +7,10 @@ number. Papers number tasks from 1; the formulas here do not.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import stdtrit
 
-from sequel_core.task import FloatArray
+from sequel_core.stream.arrays import FloatArray
 
 
 def check_matrix(matrix: ArrayLike) -> FloatArray:
@@ -199,15 +195,3 @@ def summarise(
         else average_incremental_accuracy_over_samples(matrix, samples),
         "worst_case_accuracy": worst_case_accuracy(matrix),
     }
-
-
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % confidence interval of the mean, None for fewer than two values.
-
-    mean - h to mean + h with h = t(0.975, n - 1) * s / sqrt(n), Student's t and the sample's deviation s.
-    """
-    n = len(values)
-    if n < 2:
-        return None
-    half = float(stdtrit(n - 1, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(n)
-    return float(np.mean(values)) - half, float(np.mean(values)) + half

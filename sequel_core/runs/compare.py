@@ -18,14 +18,14 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Column, Table
 
-from sequel_core import learner
-from sequel_core.config import ExperimentConfig, check_name
-from sequel_core.console import Shown
-from sequel_core.learner import PLUGINS, Learner, Mode
-from sequel_core.results import CONFIG, TASK_GIVEN, Result, RunDirectory, load_weights
-from sequel_core.sequencer import check_run, run
-from sequel_core.signals import InterruptedRunError
-from sequel_core.task import Benchmark
+from sequel_core.experiment.config import ExperimentConfig, check_name
+from sequel_core.runs import learner
+from sequel_core.runs.console import Shown
+from sequel_core.runs.learner import PLUGINS, Learner, Mode
+from sequel_core.runs.orchestrator import check_run, run
+from sequel_core.runs.results import CONFIG, TASK_GIVEN, Result, RunDirectory, load_weights
+from sequel_core.runs.signals import InterruptedRunError
+from sequel_core.stream.benchmark import Benchmark
 
 if TYPE_CHECKING:
     from sequel_core.report.runs import Estimate
@@ -173,8 +173,8 @@ class _Trial(NamedTuple):
 
 def _composed(overrides: Sequence[str]) -> tuple[dict[str, list[ExperimentConfig]], list[str], str | None]:
     """Return the experiments of a command line by label, what to tell of them, and `run_dir`."""
-    from sequel_core.cli.compose import request
     from sequel_core.cli.sweep import combinations, key_of, varied
+    from sequel_core.experiment.compose import request
 
     asked = request(overrides, sweep=True)
     if asked.hydra:

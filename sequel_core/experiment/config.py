@@ -5,7 +5,7 @@ groups', the file's and the command line's, each brought to one spelling by `can
 checked by `build`.
 
 A group of settings may hold `_target_`, the dotted path of the user's own code, in place of a name; see
-`sequel_core.target`.
+`sequel_core.experiment.target`.
 """
 
 from __future__ import annotations
@@ -24,29 +24,25 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get
 
 import yaml
 
-from sequel_core import learner
-from sequel_core.callbacks import StreamCallback
+from sequel_core.algorithms import ALGORITHMS
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.backbones import BACKBONES, MOST_UNITS, BackboneHParams, MLPHParams
+from sequel_core.experiment.target import TARGET, Target, hints_of, read
+from sequel_core.experiment.target import nearest as nearest
 from sequel_core.hparams import (
-    ALGORITHMS,
-    BACKBONES,
-    MOST_UNITS,
     AlgorithmHParams,
-    BackboneHParams,
     CheckpointHParams,
-    MLPHParams,
-    NaiveHParams,
     OptimizerHParams,
-    Settings,
     TrainerHParams,
     TrainingHParams,
-    allowed,
 )
-from sequel_core.learner import PLUGINS, EvaluateEvery, Mode
-from sequel_core.plan import check_batch_size
-from sequel_core.services import MASK, PACKAGES, check_service, masked
-from sequel_core.target import TARGET, Target, hints_of, read
-from sequel_core.target import nearest as nearest
-from sequel_core.task import Benchmark
+from sequel_core.runs import learner
+from sequel_core.runs.callbacks import StreamCallback
+from sequel_core.runs.learner import PLUGINS, EvaluateEvery, Mode
+from sequel_core.runs.services import MASK, PACKAGES, check_service, masked
+from sequel_core.settings import Settings, allowed
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.plan import check_batch_size
 
 S = TypeVar("S", bound=Settings)
 EvaluateOn = Literal["test", "validation"]
@@ -206,7 +202,7 @@ class ExperimentConfig:
     def plain(self) -> dict[str, Any]:
         """Return all settings, defaults included, as plain values under the names that a file gives them.
 
-        What may be a secret is masked, see `sequel_core.services.masked`.
+        What may be a secret is masked, see `sequel_core.runs.services.masked`.
         """
         values: dict[str, Any] = {"mode": self.mode}
         if "algo" in self.own:

@@ -1,0 +1,1 @@
+"""Experiments as configurations: their settings, how they are composed, checked and built."""

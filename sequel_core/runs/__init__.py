@@ -1,0 +1,1 @@
+"""Runs: the orchestrator, the learner protocol, checkpoints, results, metrics and loggers."""
