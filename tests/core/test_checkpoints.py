@@ -145,7 +145,7 @@ def test_a_process_killed_while_it_saves_leaves_the_one_before(tmp_path: Path, s
     code = f"""
 import os, signal, sys
 from pathlib import Path
-from sequel_core import checkpoints, results
+from sequel_core.runs import checkpoints, results
 from tests.core.test_checkpoints import write
 stage, files = {stage!r}, checkpoints.Checkpoints(Path({str(tmp_path)!r}))
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
