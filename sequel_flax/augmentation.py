@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sequel_core.stream.augmentation import Augmented, own_plan
+from sequel_core.stream.augmentation import AugmentedPlan, method_plan
 from sequel_core.stream.task import Batch
 
 
@@ -33,19 +33,19 @@ def crop(x: jax.Array, crops: jax.Array) -> jax.Array:
 
 def cropped(batch: Batch) -> Batch:
     """Return the batch as the network is trained on it: its images cropped, its plan the method's own."""
-    x = crop(batch.x, batch.plan.own) if isinstance(batch.plan, Augmented) else batch.x
-    return batch._replace(x=x, plan=own_plan(batch))
+    x = crop(batch.x, batch.plan.own) if isinstance(batch.plan, AugmentedPlan) else batch.x
+    return batch._replace(x=x, plan=method_plan(batch))
 
 
 def without_draws(batch: Batch) -> Batch:
     """Return the batch with a plan that reads nothing from the memory."""
-    own = own_plan(batch)
+    own = method_plan(batch)
     own = own._replace(reads=own.reads[:0])
-    if isinstance(batch.plan, Augmented):
+    if isinstance(batch.plan, AugmentedPlan):
         own = batch.plan._replace(plan=own, reads=batch.plan.reads[:0])
     return batch._replace(plan=own)
 
 
 def cropped_draw(x: jax.Array, batch: Batch, k: Any) -> jax.Array:
     """Return the images of draw k from the memory `[R, H, W, C]`, cropped."""
-    return crop(x, jnp.asarray(batch.plan.reads)[k]) if isinstance(batch.plan, Augmented) else x
+    return crop(x, jnp.asarray(batch.plan.reads)[k]) if isinstance(batch.plan, AugmentedPlan) else x

@@ -108,7 +108,7 @@ def build_learner(
     return make_learner(
         config.algo,
         model,
-        own_optimizer(own["optimizer"]) if "optimizer" in own else build_optimizer(config.optimizer),
+        user_optimizer(own["optimizer"]) if "optimizer" in own else build_optimizer(config.optimizer),
         benchmark,
         config.training,
         loggers=[build_logger(name, chosen, run_dir) for name, chosen in config.logger.items()],
@@ -117,7 +117,7 @@ def build_learner(
     )
 
 
-def own_optimizer(target: Target) -> optax.GradientTransformation:
+def user_optimizer(target: Target) -> optax.GradientTransformation:
     """Return what a user's own factory makes; a learning rate that is a number can be set between tasks.
 
     Raises:
@@ -143,10 +143,10 @@ def own_optimizer(target: Target) -> optax.GradientTransformation:
 
 def build_logger(name: str, chosen: Target | Mapping[str, Any], run_dir: Path) -> MetricWriter:
     """Return the logger that a name and its settings choose, or the user's own."""
-    return own_logger(chosen, run_dir) if isinstance(chosen, Target) else WRITERS[name](run_dir, chosen)
+    return user_logger(chosen, run_dir) if isinstance(chosen, Target) else WRITERS[name](run_dir, chosen)
 
 
-def own_logger(target: Target, run_dir: Path) -> MetricWriter:
+def user_logger(target: Target, run_dir: Path) -> MetricWriter:
     """Return a user's own metric writer; one that asks for a directory gets the run's.
 
     Raises:

@@ -29,7 +29,7 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 
 from sequel_core.hparams import AlgorithmHParams
-from sequel_core.stream.augmentation import Augmented, augmenting
+from sequel_core.stream.augmentation import AugmentedPlan, augmenting
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.planner import NoPlanner, Planner, check_steps, resumed
 from sequel_core.stream.task import AnySplit, Batch, Task
@@ -40,7 +40,7 @@ from sequel_flax.trainable import Fill, Selection, Trained
 
 Params = Any
 Stats = Any  # running statistics of batch normalisation; {} for a network without
-Outputs = dict[str, jax.Array]
+StepOutputs = dict[str, jax.Array]
 
 
 class BatchStatsTrainState(TrainState):
@@ -93,7 +93,9 @@ class Algorithm(NamedTuple):
 
     init: Callable[[TrainState, StreamSpec], State]
     start_task: Callable[[TrainState, State, Task], tuple[TrainState, State]]
-    train_step: Callable[[TrainState, State, Batch], tuple[TrainState, State, Outputs]]  # jit- and scan-able
+    train_step: Callable[
+        [TrainState, State, Batch], tuple[TrainState, State, StepOutputs]
+    ]  # jit- and scan-able
     end_task: Callable[[TrainState, State, Iterable[Batch]], tuple[TrainState, State]]
     predict: Callable[[TrainState, State, jax.Array, jax.Array], jax.Array]  # x, t -> logits [B, num_classes]
     hparams: AlgorithmHParams
@@ -104,7 +106,7 @@ class Algorithm(NamedTuple):
     apply_end: Callable[[TrainState, State, Any], tuple[TrainState, State]]
     prepare: Callable[[TrainState, StreamSpec], TrainState]  # adds own parameters
     training_split: Callable[[State, AnySplit], AnySplit]  # to train on
-    alternatives: Callable[[TrainState, State, jax.Array, jax.Array], Outputs]  # as `predict`
+    alternatives: Callable[[TrainState, State, jax.Array, jax.Array], StepOutputs]  # as `predict`
     trained: Trained  # which parameters are trained
 
 
@@ -135,7 +137,7 @@ def apply_start(
 def make_algorithm(
     hparams: AlgorithmHParams,
     seed: int,
-    train_step: Callable[[TrainState, State, Batch], tuple[TrainState, State, Outputs]],
+    train_step: Callable[[TrainState, State, Batch], tuple[TrainState, State, StepOutputs]],
     *,
     trainable: Selection = None,
     init_memory: Callable[[TrainState, StreamSpec], Any] = lambda ts, spec: (),
@@ -148,9 +150,9 @@ def make_algorithm(
     predict: Callable[[TrainState, State, jax.Array, jax.Array], jax.Array] | None = None,
     make_planner: Callable[[StreamSpec], Planner] = no_planner,
     prepare: Callable[[TrainState, StreamSpec], TrainState] = lambda ts, spec: ts,
-    own_parameters: tuple[str, ...] = (),
+    extra_parameters: tuple[str, ...] = (),
     training_split: Callable[[State, AnySplit], AnySplit] = lambda state, split: split,
-    alternatives: Callable[[TrainState, State, jax.Array, jax.Array], Outputs] = lambda *_: {},
+    alternatives: Callable[[TrainState, State, jax.Array, jax.Array], StepOutputs] = lambda *_: {},
 ) -> Algorithm:
     """Return an algorithm made of its own parts; what all algorithms share is added here.
 
@@ -175,11 +177,11 @@ def make_algorithm(
         predict: logits in evaluation mode; None for the network's.
         make_planner: plans the steps, from the first on.
         prepare: adds parameters of the method.
-        own_parameters: their names, always trained.
+        extra_parameters: their names, always trained.
         training_split: what a task is trained on.
         alternatives: further predictions that are reported.
     """
-    trained = Trained(trainable, fills or {}, own_parameters)
+    trained = Trained(trainable, fills or {}, extra_parameters)
     start = trained.changes(apply_start or partial(_apply_start, hparams=hparams))
     finish, step = trained.changes(apply_end), trained.changes(train_step)
     whole = None if end_task is None else trained.changes(end_task)
@@ -201,7 +203,7 @@ def make_algorithm(
         begun: tuple[TrainState, State] = start(ts, trained.begun(ts, state), plan)
         return begun
 
-    def step_now(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+    def step_now(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         check_batch(batch)
         begun = jnp.all((batch.t >= 0) & (batch.t <= state.stream.task))
         ts, after, outputs = step(ts, state, batch)
@@ -433,7 +435,7 @@ def empty_sum(p: jax.Array) -> jax.Array:
     return jnp.zeros_like(p, jnp.promote_types(p.dtype, jnp.float32))
 
 
-def refuse_batch_stats(ts: TrainState, name: str, reason: str) -> None:
+def check_no_batch_stats(ts: TrainState, name: str, reason: str) -> None:
     """Raise ValueError where the network has running statistics, which a method cannot follow."""
     if jax.tree.leaves(batch_stats(ts)):
         raise ValueError(
@@ -460,7 +462,7 @@ def trained_on(state: State, batch: Batch) -> Batch:
 
 def check_augmented(state: State, batch: Batch) -> None:
     """Raise ValueError where the stream is augmented, and the batch does not say how."""
-    if state.stream.augmented is not None and not isinstance(batch.plan, Augmented):
+    if state.stream.augmented is not None and not isinstance(batch.plan, AugmentedPlan):
         raise ValueError(
             "the stream's training samples are augmented and the batch has no plan, which says how; make one "
             "planner with algorithm.planner(spec, state) and give Batch(x, y, t, planner.next(y, t))"
@@ -527,7 +529,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def train_step(
     ts: TrainState, state: State, batch: Batch, penalty: Callable[[Params, Any], jax.Array] | None = None
-) -> tuple[TrainState, State, Outputs]:
+) -> tuple[TrainState, State, StepOutputs]:
     """Take one optimizer step on the mean cross-entropy, plus `penalty(params, state.memory)` if given."""
     batch = trained_on(state, batch)
 

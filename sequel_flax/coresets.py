@@ -19,7 +19,7 @@ from sequel_core.stream.task import Batch, Task
 from sequel_flax import bundle
 from sequel_flax.boundaries import StartPlan
 from sequel_flax.bundle import State
-from sequel_flax.replay import Memory, store
+from sequel_flax.replay import Memory, write
 
 
 def held(memory: Memory, k: Any, size: int) -> tuple[jax.Array, jax.Array]:
@@ -31,7 +31,7 @@ def held(memory: Memory, k: Any, size: int) -> tuple[jax.Array, jax.Array]:
 def keep(memory: Memory, k: Any, x: Any, y: Any) -> Memory:
     """Return the memory with the coreset of task k, images `[N, ...]` and labels `[N]`."""
     slots = k * len(y) + jnp.arange(len(y))
-    return store(memory, slots, Batch(x, y, jnp.full(len(y), k)), memory.y)
+    return write(memory, slots, Batch(x, y, jnp.full(len(y), k)), memory.y)
 
 
 def plan_start(state: State, task: Task, hparams: KCLHParams) -> StartPlan:

@@ -64,7 +64,7 @@ def renew(
     """
     kept = state.memory
 
-    def look(blocks: jax.Array) -> jax.Array:
+    def embed_batch(blocks: jax.Array) -> jax.Array:
         """Return h of images `[n, B, H, W, C]`, a block at a time, shape `[n, B, D]`."""
         if is_traced((ts, blocks)):
             found: jax.Array = jax.lax.map(lambda x: embed(ts, params, state, x), blocks)
@@ -78,12 +78,12 @@ def renew(
         return tuple(renewed_exemplars(hparams, mask, int(task), before, pairs))
 
     held, found = tuple(kept.exemplars[:3]), tuple(jnp.asarray(a) for a in batches[:3])
-    x, y, t = on_host(choose, held, kept.classes, state.stream.task, held, found, look(found[0]))
+    x, y, t = on_host(choose, held, kept.classes, state.stream.task, held, found, embed_batch(found[0]))
     memory = kept.exemplars._replace(x=x, y=y, t=t)
     slots, rows = len(memory.y), -(-len(memory.y) // EMBEDDED)
     order = np.minimum(np.arange(rows * -(-slots // rows)), slots - 1).reshape(rows, -1)
     views = (memory.x, memory.x[:, :, ::-1]) if hparams.flip else (memory.x,)
-    seen = [(f := look(view[order])).reshape(-1, f.shape[-1])[:slots] for view in views]
+    seen = [(f := embed_batch(view[order])).reshape(-1, f.shape[-1])[:slots] for view in views]
     count = partial(class_means, num_classes=len(kept.means))
     means, has_mean = on_host(count, (kept.means, kept.has_mean), seen, memory.y, memory.t)
     return memory, means, has_mean

@@ -55,19 +55,19 @@ TrainMetrics = clu.metrics.Collection.create(
 """Default metrics of the training batches."""
 
 
-class Tally(NamedTuple):
+class RunningMetrics(NamedTuple):
     """What is summed on the device between two reports."""
 
     metrics: clu.metrics.Collection
     first_bad_step: jax.Array  # the first step whose loss was not finite, int32 (); NEVER without one
 
 
-class Within(NamedTuple):
+class TaskPosition(NamedTuple):
     """Where in a task the learner is."""
 
     task: int
     done: int  # steps of the task
-    tally: Tally
+    running: RunningMetrics
 
 
 class FlaxLearner:
@@ -137,8 +137,10 @@ class FlaxLearner:
         self.ts = strong_types(ts)
         self.state = strong_types(algorithm.init(self.ts, spec))
         self.planner = algorithm.planner(spec, self.state)
-        self._empty = jax.device_get(Tally(strong_types(metrics.empty()), jnp.asarray(NEVER, jnp.int32)))
-        self._within: Within | None = None  # None between tasks
+        self._empty = jax.device_get(
+            RunningMetrics(strong_types(metrics.empty()), jnp.asarray(NEVER, jnp.int32))
+        )
+        self._within: TaskPosition | None = None  # None between tasks
         self._saver = Saver()
         self._step = jax.jit(self._traced_step, donate_argnums=(0, 1, 2))
         self._loop = jax.jit(self._traced_loop, donate_argnums=(0, 1, 2))
@@ -152,24 +154,32 @@ class FlaxLearner:
     # -- what is compiled; the state is an argument, only what never changes is read from self
 
     def _traced_step(
-        self, ts: TrainState, state: State, tally: Tally, batch: Batch
-    ) -> tuple[TrainState, State, Tally]:
+        self, ts: TrainState, state: State, running: RunningMetrics, batch: Batch
+    ) -> tuple[TrainState, State, RunningMetrics]:
         step = ts.step
         ts, state, outputs = self.algorithm.train_step(ts, state, batch)
-        merged = tally.metrics.merge(self.metrics.single_from_model_output(**outputs))
-        metrics = jax.tree.map(lambda old, new: new.astype(old.dtype), tally.metrics, merged)
+        merged = running.metrics.merge(self.metrics.single_from_model_output(**outputs))
+        metrics = jax.tree.map(lambda old, new: new.astype(old.dtype), running.metrics, merged)
         bad = jnp.where(jnp.isfinite(outputs["loss"]), NEVER, step)
-        return ts, state, Tally(metrics, jnp.minimum(tally.first_bad_step, bad.astype(jnp.int32)))
+        return (
+            ts,
+            state,
+            RunningMetrics(metrics, jnp.minimum(running.first_bad_step, bad.astype(jnp.int32))),
+        )
 
     def _traced_loop(
-        self, ts: TrainState, state: State, tally: Tally, batches: Batch, steps: int
-    ) -> tuple[TrainState, State, Tally]:
+        self, ts: TrainState, state: State, running: RunningMetrics, batches: Batch, steps: int
+    ) -> tuple[TrainState, State, RunningMetrics]:
         """Take the first `steps` of the batches; that number may change without compiling again."""
 
-        def body(k: int, carry: tuple[TrainState, State, Tally]) -> tuple[TrainState, State, Tally]:
+        def body(
+            k: int, carry: tuple[TrainState, State, RunningMetrics]
+        ) -> tuple[TrainState, State, RunningMetrics]:
             return self._traced_step(*carry, jax.tree.map(lambda a: a[k], batches))
 
-        end: tuple[TrainState, State, Tally] = jax.lax.fori_loop(0, steps, body, (ts, state, tally))
+        end: tuple[TrainState, State, RunningMetrics] = jax.lax.fori_loop(
+            0, steps, body, (ts, state, running)
+        )
         return end
 
     # -- the Learner protocol
@@ -190,8 +200,8 @@ class FlaxLearner:
         if self._within is None:
             ts, state = self.algorithm.start_task(self.ts, self.state, task)
             self.ts, self.state = strong_types(ts), strong_types(state)
-            self._within = Within(task.index, 0, self._empty)
-        _, done, tally = self._within
+            self._within = TaskPosition(task.index, 0, self._empty)
+        _, done, running = self._within
         first, learning_rate = self.step - done, self._learning_rate()
         intervals = (training.log_every_n_steps, *monitor.intervals)
         for epoch in range(done // steps_per_epoch, epochs):
@@ -205,14 +215,17 @@ class FlaxLearner:
                     alone = self._take(self._empty, batches, steps)
                     values = self._read(alone, task, first, steps_per_epoch)
                     self._call("after_step", {**values, **where}, batch, hooks)
-                    tally = together(tally, alone)
+                    running = together(running, alone)
                 else:
-                    tally = self._take(tally, batches, steps)
+                    running = self._take(running, batches, steps)
                 done += steps
                 epoch_end = done == (epoch + 1) * steps_per_epoch
                 if epoch_end or done % training.log_every_n_steps == 0:
-                    values = self._read(tally, task, first, steps_per_epoch)
-                    whole, tally = together(whole, tally) if self.hooks else whole, self._empty
+                    values = self._read(running, task, first, steps_per_epoch)
+                    whole, running = (
+                        together(whole, running) if self.hooks else whole,
+                        self._empty,
+                    )
                     loss, accuracy = values.pop("loss", math.nan), values.pop("accuracy", math.nan)
                     monitor.on_progress(
                         Progress(
@@ -229,7 +242,7 @@ class FlaxLearner:
                 if epoch_end and self.hooks:
                     values = self._read(whole, task, first, steps_per_epoch)
                     self._call("after_epoch", {**values, **where})
-                self._within = Within(task.index, done, tally)
+                self._within = TaskPosition(task.index, done, running)
                 monitor.after_step(done, task_steps, epoch_end)
         samples = plan.consolidation_batches(training.seed, task, size)
         kept = (jax.device_put(as_batch(chunk)) for chunk in samples)
@@ -313,16 +326,16 @@ class FlaxLearner:
         self.ts, self.state = tree["ts"], tree["state"]
         self.planner = self.algorithm.planner(self.spec, self.state)
         task, done = map(int, tree["position"])
-        self._within = None if task < 0 else Within(task, done, tree["tally"])
+        self._within = None if task < 0 else TaskPosition(task, done, tree["tally"])
 
     def _tree(self) -> dict[str, Any]:
         """Return all that the coming steps depend on."""
-        task, done, tally = (-1, 0, self._empty) if self._within is None else self._within
+        task, done, running = (-1, 0, self._empty) if self._within is None else self._within
         return {
             "ts": self.ts,
             "state": self.state,
             "position": np.array([task, done]),
-            "tally": tally,
+            "tally": running,
         }
 
     def weights(self) -> dict[str, FloatArray]:
@@ -364,20 +377,22 @@ class FlaxLearner:
         """Return the hooks that are called around a step; `step` is its number in the stream, from 1."""
         return [hook for hook in self._step_hooks if hook.due(step)]
 
-    def _take(self, tally: Tally, batches: Batch, steps: int) -> Tally:
+    def _take(self, running: RunningMetrics, batches: Batch, steps: int) -> RunningMetrics:
         """Take steps in one compiled call."""
         if self.steps_per_call == 1:
-            self.ts, self.state, tally = self._step(self.ts, self.state, tally, batches)
+            self.ts, self.state, running = self._step(self.ts, self.state, running, batches)
         else:
-            self.ts, self.state, tally = self._loop(self.ts, self.state, tally, batches, steps)
-        return tally
+            self.ts, self.state, running = self._loop(self.ts, self.state, running, batches, steps)
+        return running
 
-    def _read(self, tally: Tally, task: Task, first: int, steps_per_epoch: int) -> dict[str, float]:
+    def _read(
+        self, running: RunningMetrics, task: Task, first: int, steps_per_epoch: int
+    ) -> dict[str, float]:
         """Return the metrics of a tally; wait for the steps that it counts."""
-        tally = jax.device_get(tally)  # NumPy computes them: JAX would dispatch every operation alone
-        if tally.first_bad_step != NEVER:
-            raise DivergenceError(task.index, *divmod(int(tally.first_bad_step) - first, steps_per_epoch))
-        return {name: float(value) for name, value in tally.metrics.compute().items()}
+        running = jax.device_get(running)  # NumPy computes them: JAX would dispatch every operation alone
+        if running.first_bad_step != NEVER:
+            raise DivergenceError(task.index, *divmod(int(running.first_bad_step) - first, steps_per_epoch))
+        return {name: float(value) for name, value in running.metrics.compute().items()}
 
     def _learning_rate(self) -> float:
         rate = get_learning_rate(self.ts.opt_state)
@@ -430,11 +445,11 @@ def filled(rows: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([rows, np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)])
 
 
-def together(tally: Tally, more: Tally) -> Tally:
+def together(running: RunningMetrics, more: RunningMetrics) -> RunningMetrics:
     """Return what two tallies count together, on the host, in the dtypes of the first."""
-    (metrics, bad), (others, worse) = jax.device_get((tally, more))
+    (metrics, bad), (others, worse) = jax.device_get((running, more))
     merged = jax.tree.map(lambda old, new: np.asarray(new, old.dtype), metrics, metrics.merge(others))
-    return Tally(merged, np.minimum(bad, worse))
+    return RunningMetrics(merged, np.minimum(bad, worse))
 
 
 def strong_types(tree: Any) -> Any:

@@ -20,7 +20,7 @@ import optax
 from flax.training.train_state import TrainState
 
 from sequel_core.hparams import MemoryHParams
-from sequel_core.stream.augmentation import own_plan
+from sequel_core.stream.augmentation import method_plan
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.memory import MemoryPlanner, StepPlan
 from sequel_core.stream.planner import Planner
@@ -28,10 +28,10 @@ from sequel_core.stream.task import Batch, Samples
 from sequel_flax.augmentation import cropped, cropped_draw
 from sequel_flax.bundle import (
     Algorithm,
-    Outputs,
     Params,
     State,
     Stats,
+    StepOutputs,
     advance,
     batch_stats,
     check_augmented,
@@ -52,7 +52,7 @@ class Memory(NamedTuple):
     logits: jax.Array | None  # [M, num_classes], as the network gave them when it was trained on the sample
 
 
-class Recalled(NamedTuple):
+class ReplayBatch(NamedTuple):
     """Samples as a step takes them: its batch, or a draw from the memory."""
 
     x: jax.Array  # images [N, H, W, C]
@@ -62,7 +62,7 @@ class Recalled(NamedTuple):
     count: Any  # samples that count, the first of them; what follows only fills up a draw
 
 
-class Seen(NamedTuple):
+class Outputs(NamedTuple):
     """What the network says of samples."""
 
     logits: jax.Array  # of all classes [N, num_classes]
@@ -72,7 +72,7 @@ class Seen(NamedTuple):
     count: Any  # samples that count, the first of them
 
 
-Loss = Callable[[Seen, Sequence[Seen]], jax.Array]
+Loss = Callable[[Outputs, Sequence[Outputs]], jax.Array]
 
 
 def empty_memory(spec: StreamSpec, slots: int, dtype: jnp.dtype | None) -> Memory:
@@ -86,13 +86,13 @@ def empty_memory(spec: StreamSpec, slots: int, dtype: jnp.dtype | None) -> Memor
     )
 
 
-def recall(memory: Memory, slots: jax.Array) -> Recalled:
+def read(memory: Memory, slots: jax.Array) -> ReplayBatch:
     """Return the samples in these slots `[N]`; what lies beyond the last slot does not count."""
     x, y, t, stored = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), memory)
-    return Recalled(x, y, jnp.maximum(t, 0), stored, jnp.sum(slots < len(memory.y)))
+    return ReplayBatch(x, y, jnp.maximum(t, 0), stored, jnp.sum(slots < len(memory.y)))
 
 
-def store(memory: Memory, slots: jax.Array, batch: Batch, logits: jax.Array) -> Memory:
+def write(memory: Memory, slots: jax.Array, batch: Batch, logits: jax.Array) -> Memory:
     """Return the memory with the batch in these slots `[B]`; nothing is kept beyond the last slot."""
     new = Memory(batch.x, batch.y, batch.t, None if memory.logits is None else logits)
     stored: Memory = jax.tree.map(lambda a, b: a.at[slots].set(b.astype(a.dtype), mode="drop"), memory, new)
@@ -106,7 +106,7 @@ def stored_samples(memory: Memory) -> Samples:
     return Samples(x[held], y[held].astype(np.int64), t[held].astype(np.int64))
 
 
-def mean_cross_entropy(*seen: Seen) -> jax.Array:
+def mean_cross_entropy(*seen: Outputs) -> jax.Array:
     """Return the mean cross-entropy of all samples that count, 0 without any, shape ()."""
     losses = [optax.softmax_cross_entropy_with_integer_labels(s.masked, s.y) for s in seen]
     total = sum_of_first(losses[0], seen[0].count)
@@ -120,9 +120,9 @@ def sum_of_first(values: jax.Array, count: Any) -> jax.Array:
     return jnp.sum(jnp.where(jnp.arange(len(values)) < count, values, 0))
 
 
-def look(
-    ts: TrainState, params: Params, state: State, samples: Sequence[Recalled], together: bool
-) -> tuple[list[Seen], Stats]:
+def forward(
+    ts: TrainState, params: Params, state: State, samples: Sequence[ReplayBatch], together: bool
+) -> tuple[list[Outputs], Stats]:
     """Return what the network says of samples, in training mode; running statistics move on.
 
     One pass is for all of them together, or one for the first and one for the others.
@@ -141,7 +141,7 @@ def look(
         else:
             logits += [logits[0][:0] for _ in part]
     seen = [
-        Seen(out, masked(state.stream, out, s.t), s.y, s.stored, s.count)
+        Outputs(out, masked(state.stream, out, s.t), s.y, s.stored, s.count)
         for out, s in zip(logits, samples, strict=True)
     ]
     return seen, stats
@@ -153,7 +153,7 @@ def planned(memory: Memory, batch: Batch, kind: type[Any] = StepPlan) -> Any:
     Raises:
         ValueError: the batch has no plan, or its images have not the memory's dtype.
     """
-    plan = own_plan(batch)
+    plan = method_plan(batch)
     if not isinstance(plan, kind):
         raise ValueError(
             "the batch has no plan, which says what to write to the memory and what to read; make one "
@@ -167,16 +167,16 @@ def planned(memory: Memory, batch: Batch, kind: type[Any] = StepPlan) -> Any:
     return plan
 
 
-def draws(memory: Memory, batch: Batch) -> list[Recalled]:
+def draws(memory: Memory, batch: Batch) -> list[ReplayBatch]:
     """Return the batch, then each of its plan's draws from the memory, augmented; see `planned`."""
     reads = planned(memory, batch).reads
-    own = Recalled(cropped(batch).x, batch.y, batch.t, None, len(batch.y))
+    own = ReplayBatch(cropped(batch).x, batch.y, batch.t, None, len(batch.y))
     return [own, *(drawn(memory, batch, reads[k], k) for k in range(len(reads)))]
 
 
-def drawn(memory: Memory, batch: Batch, slots: jax.Array, k: Any) -> Recalled:
+def drawn(memory: Memory, batch: Batch, slots: jax.Array, k: Any) -> ReplayBatch:
     """Return draw k of a batch's plan, the samples in these slots `[R]`, augmented."""
-    found = recall(memory, slots)
+    found = read(memory, slots)
     return found._replace(x=cropped_draw(found.x, batch, k))
 
 
@@ -209,16 +209,16 @@ def replay(
         dtype = jax.tree.leaves(ts.params)[0].dtype if keep_logits else None
         return empty_memory(spec, hparams.slots(spec.num_tasks), dtype)
 
-    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         check_augmented(state, batch)
         samples = draws(state.memory, batch)
 
-        def loss_fn(params: Params) -> tuple[jax.Array, tuple[Seen, Stats]]:
-            (own, *others), stats = look(ts, params, state, samples, together)
+        def loss_fn(params: Params) -> tuple[jax.Array, tuple[Outputs, Stats]]:
+            (own, *others), stats = forward(ts, params, state, samples, together)
             return loss(own, others), (own, stats)
 
         (value, (own, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
-        memory = store(state.memory, own_plan(batch).write, batch, own.logits)
+        memory = write(state.memory, method_plan(batch).write, batch, own.logits)
         outputs = {"loss": value, "logits": own.masked, "labels": batch.y}
         return advance(ts, gradient, stats), state._replace(memory=memory), outputs
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sequel_core.stream.augmentation import Augmented, own_plan
+from sequel_core.stream.augmentation import AugmentedPlan, method_plan
 from sequel_core.stream.task import Batch
 
 
@@ -35,10 +35,10 @@ def crop(x: Tensor, crops: Any) -> Tensor:
 
 def cropped(batch: Batch) -> Batch:
     """Return the batch as the network is trained on it: its images cropped, its plan the method's own."""
-    x = crop(batch.x, batch.plan.own) if isinstance(batch.plan, Augmented) else batch.x
-    return batch._replace(x=x, plan=own_plan(batch))
+    x = crop(batch.x, batch.plan.own) if isinstance(batch.plan, AugmentedPlan) else batch.x
+    return batch._replace(x=x, plan=method_plan(batch))
 
 
 def cropped_draw(x: Tensor, batch: Batch, k: Any) -> Tensor:
     """Return the images of draw k from the memory `[R, C, H, W]`, cropped; R may be less than asked for."""
-    return crop(x, batch.plan.reads[k][: len(x)]) if isinstance(batch.plan, Augmented) else x
+    return crop(x, batch.plan.reads[k][: len(x)]) if isinstance(batch.plan, AugmentedPlan) else x

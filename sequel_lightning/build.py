@@ -103,7 +103,7 @@ def build_learner(
     own = config.own
     sizes = {"num_classes": benchmark.num_classes, "image_shape": benchmark.image_shape}
     if "backbone" in own:
-        model = own_backbone(own["backbone"], config.training.seed, **sizes)
+        model = user_backbone(own["backbone"], config.training.seed, **sizes)
     else:
         if config.backbone.type == "mlp":
             use_one_thread()
@@ -111,7 +111,7 @@ def build_learner(
     return make_learner(
         config.algo,
         model,
-        own_optimizer(own["optimizer"]) if "optimizer" in own else build_optimizer(config.optimizer),
+        user_optimizer(own["optimizer"]) if "optimizer" in own else build_optimizer(config.optimizer),
         benchmark,
         config.training,
         loggers=[build_logger(name, chosen, run_dir) for name, chosen in config.logger.items()],
@@ -121,7 +121,7 @@ def build_learner(
     )
 
 
-def own_backbone(target: Target, seed: int, **sizes: Any) -> nn.Module:
+def user_backbone(target: Target, seed: int, **sizes: Any) -> nn.Module:
     """Return a user's own network; its initial weights follow from the seed, the global generator is left.
 
     Raises:
@@ -133,7 +133,7 @@ def own_backbone(target: Target, seed: int, **sizes: Any) -> nn.Module:
         return net
 
 
-def own_optimizer(target: Target) -> OptimizerFactory:
+def user_optimizer(target: Target) -> OptimizerFactory:
     """Return the factory that a user's own class or function is, with its arguments.
 
     Raises:
@@ -149,10 +149,10 @@ def own_optimizer(target: Target) -> OptimizerFactory:
 
 def build_logger(name: str, chosen: Target | Mapping[str, Any], run_dir: Path) -> Logger:
     """Return the logger that a name and its settings choose, or the user's own."""
-    return own_logger(chosen, run_dir) if isinstance(chosen, Target) else LOGGERS[name](run_dir, chosen)
+    return user_logger(chosen, run_dir) if isinstance(chosen, Target) else LOGGERS[name](run_dir, chosen)
 
 
-def own_logger(target: Target, run_dir: Path) -> Logger:
+def user_logger(target: Target, run_dir: Path) -> Logger:
     """Return a user's own logger; one that asks for a directory gets the run's.
 
     Raises:

@@ -55,9 +55,7 @@ class PlannedBatches:
         resume, self._resume = self._resume, None
         self._position = resume["position"] if resume is not None and resume["epoch"] == self._epoch else 0
         split = self._split
-        order = plan.epoch_batches(
-            module.seed, module.task.index, self._epoch, len(split), module.batch_size
-        )
+        order = plan.epoch_batches(module.seed, module.task.index, self._epoch, len(split), module.batch_size)
         for samples in plan.take_in_chunks(split, order[self._position :]):
             for batch in zip(*as_batch(samples)[:3], strict=True):
                 self._position += 1

@@ -59,7 +59,7 @@ def renew(
     samples, each sample once, and the settings.
     """
 
-    def look(x: Tensor) -> FloatArray:
+    def embed_batch(x: Tensor) -> FloatArray:
         with torch.no_grad():
             features = embed(module, x).cpu()
         if features.dtype == torch.bfloat16:  # which NumPy does not have
@@ -67,8 +67,8 @@ def renew(
         array: FloatArray = features.numpy()
         return array
 
-    def look_at_array(x: Any) -> FloatArray:
-        return look(torch.from_numpy(np.moveaxis(x, -1, 1).copy()).to(module.means.device))
+    def embed_array(x: Any) -> FloatArray:
+        return embed_batch(torch.from_numpy(np.moveaxis(x, -1, 1).copy()).to(module.means.device))
 
     def samples_of(batch: Batch) -> Samples:
         x, y, t = (a.cpu().numpy() for a in batch[:3])
@@ -79,9 +79,9 @@ def renew(
         mask=module.classes.cpu().numpy(),
         task=int(module.task_index),
         held=stored_samples(module.held),
-        found=((samples_of(batch), look(batch.x)) for batch in batches),
+        found=((samples_of(batch), embed_batch(batch.x)) for batch in batches),
     )
-    means, has_mean = exemplar_means(look_at_array, samples, len(module.means), hparams.flip)
+    means, has_mean = exemplar_means(embed_array, samples, len(module.means), hparams.flip)
     x, y, t = map(torch.from_numpy, samples)
     return Memory(x.movedim(-1, 1), y, t, None), torch.from_numpy(means), torch.from_numpy(has_mean)
 

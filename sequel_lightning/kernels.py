@@ -67,7 +67,7 @@ def compare(
     """Return K(C, C), K(h, C) and, for a kernel with bases, what they are drawn from: a Gaussian.
 
     Args:
-        own: parameters, see `own_parameters`.
+        own: parameters, see `extra_parameters`.
         hparams: settings.
         core: normalised features of a coreset `[N, H]`.
         h: normalised features `[n, H]`.
@@ -92,7 +92,7 @@ def classify(own: Any, k: Any, kernel: Tensor, cross: Tensor, targets: Tensor) -
     return logits
 
 
-def own_parameters(hparams: KCLHParams, seed: int, num_tasks: int, width: int, dtype: Any) -> nn.Module:
+def extra_parameters(hparams: KCLHParams, seed: int, num_tasks: int, width: int, dtype: Any) -> nn.Module:
     """Return lambda, gamma and beta of every task as they begin, and the networks of a kernel with bases.
 
     Args:

@@ -42,11 +42,11 @@ from sequel_lightning.loggers import TrainersLoggers, log_hparams, log_image, lo
 from sequel_lightning.module import (
     TRAINING,
     ContinualModule,
-    Tally,
+    RunningMetrics,
+    check_single_device,
     evaluating,
     mask_logits,
     modes_kept_at_errors,
-    refuse_data_parallel,
 )
 from sequel_lightning.replay import Memory, stored_samples
 
@@ -108,12 +108,12 @@ class LightningLearner:
         self._resumed: str | None = None  # the checkpoint that the next task's fit goes on from
         self.trainer = self._make_trainer(0)  # of the latest task
         self.shows_progress = self.trainer.progress_bar_callback is not None
-        refuse_data_parallel(self.trainer)  # here, before Lightning starts the other processes
+        check_single_device(self.trainer)  # here, before Lightning starts the other processes
 
     @property
     def step(self) -> int:
         """Training steps since the start of the stream."""
-        return self.module.tally.steps_done
+        return self.module.running_metrics.steps_done
 
     def fit_task(self, task: Task, monitor: FitMonitor) -> None:
         """Train on one task, then consolidate it; see `sequel_core.runs.learner.Learner`."""
@@ -121,12 +121,14 @@ class LightningLearner:
         check_monitors(self.callbacks, task)
         data = TaskDataModule(task, training.batch_size, training.eval_batch_size, training.seed)
         torch.manual_seed(int(plan.words(training.seed, "dropout", task.index, count=1)[0]) % SEEDS)
-        watcher = _Watcher(task, training, monitor, self.module.tally, postpones=bool(self.callbacks))
+        watcher = _Watcher(
+            task, training, monitor, self.module.running_metrics, postpones=bool(self.callbacks)
+        )
         self.trainer = self._make_trainer(training.epochs(task.index), watcher)
         separate_checkpoints(self.trainer, task)
         data.trainer = self.trainer  # not attached: Lightning looks up its batch hooks at every step
-        tally = self.module.tally
-        tally.next_task, tally.after_step = task, watcher.after_step
+        running_metrics = self.module.running_metrics
+        running_metrics.next_task, running_metrics.after_step = task, watcher.after_step
         loaders = data.train_dataloader(), data.val_dataloader()
         resumed, self._resumed = self._resumed, None
         signals: Any = self.trainer._signal_connector
@@ -141,7 +143,7 @@ class LightningLearner:
             signal.signal(signal.SIGINT, on_sigint)
             raise KeyboardInterrupt from error
         finally:
-            tally.next_task = tally.after_step = None
+            running_metrics.next_task = running_metrics.after_step = None
 
     def evaluate(self, task: Task, split: str) -> Evaluation:
         """Count correct predictions on a split of a task; see `sequel_core.runs.learner.Learner`."""
@@ -324,12 +326,17 @@ class _Watcher(Callback):
     """
 
     def __init__(
-        self, task: Task, training: TrainingHParams, monitor: FitMonitor, tally: Tally, postpones: bool
+        self,
+        task: Task,
+        training: TrainingHParams,
+        monitor: FitMonitor,
+        running_metrics: RunningMetrics,
+        postpones: bool,
     ) -> None:
         self._task = task
         self._monitor = monitor
         self._noting = monitor._replace(on_evaluate=self._postpone, on_checkpoint=self._checkpoint)
-        self._tally = tally
+        self._running_metrics = running_metrics
         self._epochs = training.epochs(task.index)
         self._every_step = bool(monitor.intervals)
         self._postpones, self._postponed = postpones, False
@@ -353,8 +360,8 @@ class _Watcher(Callback):
 
     def after_step(self, trainer: pl.Trainer, batch_idx: int) -> None:
         """Look at what the step left, after the optimizer's step."""
-        report = self._tally.report
-        if report is None and not self._every_step and not self._monitor.pressing():
+        report = self._running_metrics.report
+        if report is None and not self._every_step and not self._monitor.checkpoint_due():
             return
         steps_per_epoch = int(trainer.num_training_batches)
         done = trainer.current_epoch * steps_per_epoch + batch_idx + 1
@@ -365,7 +372,7 @@ class _Watcher(Callback):
                 raise DivergenceError(self._task.index, *where)
             self._monitor.on_progress(
                 Progress(
-                    step=self._tally.steps_done,
+                    step=self._running_metrics.steps_done,
                     epoch=trainer.current_epoch,
                     task_step=done,
                     task_steps=steps_per_epoch * self._epochs,

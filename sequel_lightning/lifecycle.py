@@ -65,8 +65,8 @@ def keep(module: ContinualModule) -> Kept:
     """Return copies, on the CPU, of all that `on_load_checkpoint` and `load_state_dict` are to replace."""
     return Kept(
         {name: copied(value) for name, value in module.state_dict().items()},
-        module.tally.steps_done,
-        module.tally.task_start,
+        module.running_metrics.steps_done,
+        module.running_metrics.task_start,
         module._carried_optimizer,
         module._consolidated_at,
     )
@@ -92,7 +92,7 @@ def put_back(module: ContinualModule, kept: Kept, before_fit: bool) -> bool:
     if found != fingerprint(module, kept.state) and not (before_fit and found == kept.consolidated_at):
         return False
     module.load_state_dict(kept.state)
-    module.tally.steps_done, module.tally.task_start = kept.steps_done, kept.task_start
+    module.running_metrics.steps_done, module.running_metrics.task_start = kept.steps_done, kept.task_start
     module._carried_optimizer, module._consolidated_at = kept.carried_optimizer, kept.consolidated_at
     return True
 
@@ -109,7 +109,7 @@ def check_task(module: ContinualModule, resumes: bool) -> None:
     if module.phase != TRAINING:
         return
     index, coming = int(module.task_index), module.next_task()
-    if not resumes and module.tally.begun_at == module.tally.steps_done:
+    if not resumes and module.running_metrics.begun_at == module.running_metrics.steps_done:
         module.task_index.fill_(index - 1)
         module.phase.fill_(CONSOLIDATED if index else IDLE)
         return

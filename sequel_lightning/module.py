@@ -55,7 +55,7 @@ from sequel_lightning.lifecycle import (
     take_best,
 )
 from sequel_lightning.optimizers import OptimizerFactory, check_factory, make_optimizer
-from sequel_lightning.reporting import Report, Tally
+from sequel_lightning.reporting import Report, RunningMetrics
 from sequel_lightning.scores import TaskScores, check_metrics, with_loaders_task
 from sequel_lightning.settings import accept_plain_values, plain_hparams, plain_spec
 from sequel_lightning.trees import ParameterTree
@@ -68,7 +68,7 @@ __all__ = [
     "OptimizerFactory",
     "Params",
     "Report",
-    "Tally",
+    "RunningMetrics",
 ]
 
 Params = dict[str, Tensor]
@@ -97,7 +97,7 @@ class ContinualModule(pl.LightningModule):
     """
 
     hparams_class: type[AlgorithmHParams]
-    own_clipping: str = ""  # of a method that takes its steps itself: its setting that clips
+    clipping_setting: str = ""  # of a method that takes its steps itself: its setting that clips
     has_penalty = False  # whether the loss has terms beside the task's own, see `added`
     path_integrals: ClassVar[tuple[str, ...]] = ()  # trees that only the steps of a whole task can give
     moving_trees: ClassVar[tuple[str, ...]] = ()  # other trees that belong to the weights of a moment
@@ -147,8 +147,8 @@ class ContinualModule(pl.LightningModule):
                 "seed": seed,
             }
         )
-        self.tally = Tally()
-        self.automatic_optimization = not self.own_clipping
+        self.running_metrics = RunningMetrics()
+        self.automatic_optimization = not self.clipping_setting
         self.register_buffer("task_index", torch.tensor(-1))
         self.register_buffer("phase", torch.tensor(IDLE))
         like = next(net.parameters())
@@ -181,7 +181,7 @@ class ContinualModule(pl.LightningModule):
 
     def added(self, penalty: Tensor) -> Tensor:
         """Return what a method adds to the task's own loss, shape (), and note it for `train/penalty`."""
-        self.tally.penalties.append(penalty.detach())
+        self.running_metrics.penalties.append(penalty.detach())
         return penalty
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -393,10 +393,10 @@ class ContinualModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse what is not supported; let the loggers' x-axis go on where the last Trainer's ended."""
-        refuse_data_parallel(self.trainer)
+        check_single_device(self.trainer)
         self._put_back(before_fit=stage == "fit")
         first = int(stage == "fit")  # the number of a fit's first step; Lightning would begin every fit at 0
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.tally.steps_done + first
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.running_metrics.steps_done + first
         self._fitting = False
         self._trained_params = {}
 
@@ -414,7 +414,7 @@ class ContinualModule(pl.LightningModule):
             if not (self.automatic_optimization or unused) and trainer.state.fn == "fit":
                 raise ValueError(
                     f"{self.algorithm_hparams.name} takes its steps itself: leave the Trainer's {name} out, "
-                    f"got {value}; {self.own_clipping} is what clips"
+                    f"got {value}; {self.clipping_setting} is what clips"
                 )
         searches = any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks)
         if searches and not self.automatic_optimization:
@@ -480,22 +480,24 @@ class ContinualModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Begin the next task, unless this fit resumes one."""
-        tally, generators = self.tally, self._generators
-        tally.unchecked, tally.warned, self._generators, self._kept = True, False, [], None
-        tally.known = self.known if self.next_task() is None else None  # our own streams are checked already
+        running, generators = self.running_metrics, self._generators
+        running.unchecked, running.warned, self._generators, self._kept = True, False, [], None
+        running.known = (
+            self.known if self.next_task() is None else None
+        )  # built-in streams are checked already
         if self.metrics is not None:
             self.metrics.reset()
         self.follow_trained()
         if self._fitting and self.phase == TRAINING and self._resumes:
-            tally.move(self.device)
+            running.move(self.device)
             if generators:
                 torch.set_rng_state(generators[0])
             for device, state in enumerate(generators[1:]):
                 torch.cuda.set_rng_state(state, device)
             return
-        tally.clear()
+        running.clear()
         if self._fitting and self.phase != TRAINING:
-            tally.task_start = tally.begun_at = tally.steps_done
+            running.task_start = running.begun_at = running.steps_done
             self.task_index.fill_(self._next_task())
             self.phase.fill_(TRAINING)
             self.start_task()
@@ -506,20 +508,20 @@ class ContinualModule(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch; the means of several steps are logged at the Trainer's log interval."""
-        batch, tally = self.as_batch(batch), self.tally
-        if tally.unchecked:
+        batch, running = self.as_batch(batch), self.running_metrics
+        if running.unchecked:
             if self._fitting and self.phase != TRAINING:
                 raise ValueError(
                     "on_train_start did not begin the task; if a subclass overrides it, call "
                     "super().on_train_start() there"
                 )
-            check_batch(batch, tally.known)
-            tally.unchecked = False
+            check_batch(batch, running.known)
+            running.unchecked = False
         loss, logits = self.objective(batch)
         if self.metrics is not None:
             self.metrics.update(logits.detach(), batch.y)
         trainer: Any = self.trainer
-        tally.add(loss.detach(), logits.detach(), batch.y, batch.t)
+        running.add(loss.detach(), logits.detach(), batch.y, batch.t)
         done, interval = trainer.fit_loop.total_batch_idx + 1, trainer.log_every_n_steps  # of the whole task
         if (interval and done % interval == 0) or batch_idx + 1 == trainer.num_training_batches:
             self._make_report()
@@ -527,14 +529,14 @@ class ContinualModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let the learner look at the step, unless it is a tuner's."""
-        if self.tally.after_step is not None and self._fitting:
-            self.tally.after_step(self.trainer, batch_idx)
+        if self.running_metrics.after_step is not None and self._fitting:
+            self.running_metrics.after_step(self.trainer, batch_idx)
 
     def on_train_end(self) -> None:
         """Do the end-of-task work, once."""
         if self._fitting and self.phase == TRAINING:
-            if self.tally.waiting or self.tally.counts is not None:
-                self.tally.make_report({})  # for a label that is not of its task
+            if self.running_metrics.waiting or self.running_metrics.counts is not None:
+                self.running_metrics.make_report({})  # for a label that is not of its task
             self._consolidate()
 
     def on_fit_end(self) -> None:
@@ -630,7 +632,7 @@ class ContinualModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is not a buffer: the step count, what is not yet reported, the carried optimizer state."""
         checkpoint["sequel"] = {
-            **self.tally.state(),
+            **self.running_metrics.state(),
             "lr": self.lr,
             "carried_optimizer": self._carried_optimizer,
             "consolidated_at": self._consolidated_at,
@@ -650,7 +652,7 @@ class ContinualModule(pl.LightningModule):
             self._kept = keep(self)
         if not evaluates:
             self.lr = found.get("lr")
-        self.tally.load(found)
+        self.running_metrics.load(found)
         self._carried_optimizer = found["carried_optimizer"]
         self._consolidated_at = found["consolidated_at"]
         self._generators = found["generators"] if fn == "fit" else []
@@ -669,18 +671,18 @@ class ContinualModule(pl.LightningModule):
 
     def next_task(self) -> Task | None:
         """Return the task that this fit trains on; None where the loaders are of another kind than ours."""
-        if self.tally.next_task is not None:
-            return self.tally.next_task
+        if self.running_metrics.next_task is not None:
+            return self.running_metrics.next_task
         task = getattr(getattr(self.trainer, "datamodule", None), "task", None)
         return task if isinstance(task, Task) else None
 
     def _make_report(self) -> None:
         extra = {k: float(v) for k, v in self.metrics.compute().items()} if self.metrics is not None else {}
-        report = self.tally.make_report(extra)
+        report = self.running_metrics.make_report(extra)
         if self.metrics is not None:
             self.metrics.reset()
         if self._fitting:
-            self.tally.warn(int(self.task_index))
+            self.running_metrics.warn(int(self.task_index))
         scores = {"train/loss": report.loss, "train/accuracy": report.accuracy, **extra}
         if self.has_penalty:
             scores["train/penalty"] = report.penalty
@@ -688,7 +690,9 @@ class ContinualModule(pl.LightningModule):
         if trainer.callbacks:  # the progress bar reads them; Lightning then looks at each at every step
             self.log_dict(scores, prog_bar=True, logger=False)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scores.items()})
-        for logger in self.loggers if self.tally.after_step is None else ():  # else the orchestrator logs
+        for logger in (
+            self.loggers if self.running_metrics.after_step is None else ()
+        ):  # else the orchestrator logs
             logger.log_metrics(scores, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def _prepared(self, batch: Any) -> Batch:
@@ -717,7 +721,7 @@ class ContinualModule(pl.LightningModule):
     def _consolidate(self) -> None:
         if self.algorithm_hparams.consolidate == "best":
             take_best(self)
-        read = self.tally.steps_done - self.tally.task_start
+        read = self.running_metrics.steps_done - self.running_metrics.task_start
         self._end_task(consolidation_batches(self.trainer, read))
         optimizers = self.trainer.optimizers
         if not self.algorithm_hparams.reset_optimizer and len(optimizers) == 1:
@@ -750,7 +754,7 @@ def carry_over(carried: dict[str, Any], optimizer: Optimizer, names: Mapping[nn.
     optimizer.load_state_dict(carried)
 
 
-def refuse_data_parallel(trainer: pl.Trainer) -> None:
+def check_single_device(trainer: pl.Trainer) -> None:
     """Raise ValueError for a Trainer of more than one process: importances would differ between them."""
     if trainer.world_size > 1:
         raise ValueError(
@@ -836,7 +840,7 @@ def frozen_network(net: nn.Module) -> tuple[Params, Params]:
     return dict(net.named_parameters()), dict(net.named_buffers())
 
 
-def refuse_batch_stats(net: nn.Module, name: str, reason: str) -> None:
+def check_no_batch_stats(net: nn.Module, name: str, reason: str) -> None:
     """Raise ValueError where the network has running statistics, which a method cannot follow."""
     if any(getattr(module, "running_mean", None) is not None for module in net.modules()):
         raise ValueError(

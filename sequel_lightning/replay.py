@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from sequel_core.hparams import MemoryHParams
-from sequel_core.stream.augmentation import own_plan
+from sequel_core.stream.augmentation import method_plan
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.memory import MemoryPlanner, StepPlan
 from sequel_core.stream.task import Batch, Samples
@@ -41,7 +41,7 @@ class Memory(NamedTuple):
     logits: Tensor | None  # [M, num_classes], as the network gave them when it was trained on the sample
 
 
-class Recalled(NamedTuple):
+class ReplayBatch(NamedTuple):
     """Samples as a step takes them: its batch, or a draw from the memory."""
 
     x: Tensor  # images [N, C, H, W]
@@ -51,7 +51,7 @@ class Recalled(NamedTuple):
     count: Any  # samples that count, the first of them; what follows only fills up a draw
 
 
-class Seen(NamedTuple):
+class Outputs(NamedTuple):
     """What the network says of samples."""
 
     logits: Tensor  # of all classes [N, num_classes]
@@ -72,15 +72,15 @@ def empty_memory(spec: StreamSpec, slots: int, dtype: torch.dtype | None) -> Mem
     )
 
 
-def recall(memory: Memory, slots: Slots) -> Recalled:
+def read(memory: Memory, slots: Slots) -> ReplayBatch:
     """Return the samples in these slots `[N]`; what lies beyond the last slot does not count."""
     index = torch.from_numpy(slots[slots < len(memory.y)]).to(memory.y.device, torch.int64)
     x, y, t = (a[index] for a in memory[:3])
     stored = None if memory.logits is None else memory.logits[index]
-    return Recalled(x, y.long(), t.long(), stored, len(index))
+    return ReplayBatch(x, y.long(), t.long(), stored, len(index))
 
 
-def store(memory: Memory, slots: Slots, batch: Batch, logits: Tensor) -> Memory:
+def write(memory: Memory, slots: Slots, batch: Batch, logits: Tensor) -> Memory:
     """Return the memory with the batch in these slots `[B]`; nothing is kept beyond the last slot."""
     kept = np.flatnonzero(slots < len(memory.y))
     source, index = (torch.from_numpy(a).to(memory.y.device, torch.int64) for a in (kept, slots[kept]))
@@ -97,7 +97,7 @@ def stored_samples(memory: Memory) -> Samples:
     return Samples(np.moveaxis(x, 1, -1).copy(), y.astype(np.int64), t.astype(np.int64))
 
 
-def mean_cross_entropy(*seen: Seen) -> Tensor:
+def mean_cross_entropy(*seen: Outputs) -> Tensor:
     """Return the mean cross-entropy of all samples that count, 0 without any, shape ()."""
     losses = [F.cross_entropy(s.masked, s.y, reduction="none") for s in seen]
     total = sum_of_first(losses[0], seen[0].count)
@@ -112,7 +112,7 @@ def sum_of_first(values: Tensor, count: Any) -> Tensor:
     return values[:count].sum()
 
 
-def look(module: ContinualModule, samples: Sequence[Recalled], together: bool) -> list[Seen]:
+def forward(module: ContinualModule, samples: Sequence[ReplayBatch], together: bool) -> list[Outputs]:
     """Return what the network says of samples, in training mode; running statistics move on.
 
     One pass is for all of them together, or one for the first and one for the others.
@@ -126,7 +126,7 @@ def look(module: ContinualModule, samples: Sequence[Recalled], together: bool) -
         else:
             logits += [logits[0][:0] for _ in part]
     return [
-        Seen(out, module.masked(out, s.t), s.y, s.stored, s.count)
+        Outputs(out, module.masked(out, s.t), s.y, s.stored, s.count)
         for out, s in zip(logits, samples, strict=True)
     ]
 
@@ -137,7 +137,7 @@ def planned(memory: Memory, batch: Batch, kind: type[Any] = StepPlan) -> Any:
     Raises:
         ValueError: the batch has no plan, or its images have not the memory's dtype.
     """
-    plan = own_plan(batch)
+    plan = method_plan(batch)
     if not isinstance(plan, kind):
         raise ValueError(
             "the batch has no plan, which says what to write to the memory and what to read; give "
@@ -152,16 +152,16 @@ def planned(memory: Memory, batch: Batch, kind: type[Any] = StepPlan) -> Any:
     return plan
 
 
-def draws(memory: Memory, batch: Batch) -> list[Recalled]:
+def draws(memory: Memory, batch: Batch) -> list[ReplayBatch]:
     """Return the batch, then each of its plan's draws from the memory, augmented; see `planned`."""
     reads = planned(memory, batch).reads
-    own = Recalled(cropped(batch).x, batch.y, batch.t, None, len(batch.y))
+    own = ReplayBatch(cropped(batch).x, batch.y, batch.t, None, len(batch.y))
     return [own, *(drawn(memory, batch, reads[k], k) for k in range(len(reads)))]
 
 
-def drawn(memory: Memory, batch: Batch, slots: Slots, k: Any) -> Recalled:
+def drawn(memory: Memory, batch: Batch, slots: Slots, k: Any) -> ReplayBatch:
     """Return draw k of a batch's plan, the samples in these slots `[R]`, augmented."""
-    found = recall(memory, slots)
+    found = read(memory, slots)
     return found._replace(x=cropped_draw(found.x, batch, k))
 
 
@@ -197,7 +197,7 @@ class ReplayModule(ContinualModule):
         """Return the planner."""
         return MemoryPlanner(self.algorithm_hparams, spec, self.seed, self.num_draws, self.past_only)
 
-    def replay_loss(self, batch: Seen, draws: Sequence[Seen]) -> Tensor:
+    def replay_loss(self, batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
         """Return the training loss, shape ()."""
         raise TypeError(f"{type(self).__name__} has to override replay_loss(batch, draws)")
 
@@ -215,7 +215,7 @@ class ReplayModule(ContinualModule):
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss of the batch and the draws, and the batch's logits; then write the batch."""
         batch = self.planned(batch)
-        own, *drawn = look(self, draws(self.held, batch), self.together)
+        own, *drawn = forward(self, draws(self.held, batch), self.together)
         loss = self.replay_loss(own, drawn)
         if self.has_penalty:
             with torch.no_grad():
@@ -223,7 +223,7 @@ class ReplayModule(ContinualModule):
         self.remember(batch, own)
         return loss, own.masked
 
-    def remember(self, batch: Batch, seen: Seen) -> None:
+    def remember(self, batch: Batch, seen: Outputs) -> None:
         """Write the batch to the memory."""
         if self._fitting:
-            store(self.held, own_plan(batch).write, batch, seen.logits)
+            write(self.held, method_plan(batch).write, batch, seen.logits)

@@ -41,7 +41,7 @@ class Counts(NamedTuple):
     wrong: Tensor  # 1, label and task of the first label that is not of its task, else 0s; int64 [3]
 
 
-class Tally:
+class RunningMetrics:
     """Counts of steps, and of what they gave since the last report.
 
     It is a plain object, because a module's attributes are slow. Single steps are cheap because several are
@@ -63,9 +63,9 @@ class Tally:
         self.next_task: Task | None = None  # the learner's, while it fits; else the data module tells
         self.after_step: Callable[[pl.Trainer, int], None] | None = None  # the learner's, while it fits
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tally:
+    def __deepcopy__(self, memo: dict[int, Any]) -> RunningMetrics:
         """Copy the counts of steps: a copy of the module, as weight averaging makes one, is not fitted."""
-        new = Tally()
+        new = RunningMetrics()
         new.steps_done, new.task_start = self.steps_done, self.task_start
         return new
 

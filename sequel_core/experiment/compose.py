@@ -39,7 +39,7 @@ from sequel_core.experiment.config import (
     flatten,
     merge,
     nest,
-    own_code,
+    user_code,
 )
 from sequel_core.experiment.target import TARGET, Target, nearest
 from sequel_core.runs.results import CONFIG, METRICS, SUMMARY, WRITER, other_version, read_yaml, writer
@@ -102,7 +102,7 @@ def compose(overrides: Sequence[str]) -> Composed:
             chosen = line_layer.get(target, line_layer.get(path, before))
             if target in line_layer or (target in file_layer and path not in line_layer):
                 known = _resolve(merge(default, file_layer, line_layer))
-                choice = own_code(section, {TARGET: known[target]}, known["mode"])
+                choice = user_code(section, {TARGET: known[target]}, known["mode"])
             else:
                 choice = names[section] = line_layer[path] = str(chosen)
                 check_name(section, choice, choices(section))

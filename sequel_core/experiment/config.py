@@ -278,7 +278,7 @@ def settings(section: str, name: str | Target = "") -> list[Setting]:
     """
     if isinstance(name, Target):
         if section == "algo":
-            return _fields(own_hparams(name))
+            return _fields(user_hparams(name))
         return [
             Setting(key, None if parameter.default is parameter.empty else parameter.default, "", "")
             for key, parameter in name.named.items()
@@ -353,7 +353,7 @@ def _arguments(function: Callable[..., Any]) -> list[Setting]:
     return found
 
 
-def own_code(section: str, values: Mapping[str, Any], mode: Mode) -> Target:
+def user_code(section: str, values: Mapping[str, Any], mode: Mode) -> Target:
     """Return what the `_target_` of a section names, with its arguments in the spelling of its signature.
 
     The plug-in is imported first, as what it does for torchvision has to come before any other import of it.
@@ -368,7 +368,7 @@ def own_code(section: str, values: Mapping[str, Any], mode: Mode) -> Target:
     return replace(target, arguments={_spelling(section, k, known): v for k, v in target.arguments.items()})
 
 
-def own_hparams(target: Target) -> type[AlgorithmHParams]:
+def user_hparams(target: Target) -> type[AlgorithmHParams]:
     """Return the class of the settings of a user's own algorithm.
 
     It is a ContinualModule's `hparams_class`, or the annotation of the first parameter of a function
@@ -703,7 +703,7 @@ def _objects(key: str, value: Any, mode: Mode) -> tuple[Target, ...]:
             continue
         if not isinstance(item, Mapping) or TARGET not in item:
             raise ValueError(f"{name} must be settings with `{TARGET}`, or null, got {item!r}")
-        targets.append(own_code(name, item, mode))
+        targets.append(user_code(name, item, mode))
         targets[-1].check(SUPPLIED.get(key, ()))
     return tuple(targets)
 
@@ -750,7 +750,7 @@ def build(flat: Layer) -> ExperimentConfig:
     for section, key in SECTIONS.items():
         groups[section] = dict(values[section])
         if TARGET in groups[section]:
-            own[section] = own_code(section, groups[section], mode)
+            own[section] = user_code(section, groups[section], mode)
         else:
             names[section] = groups[section].pop(key)
     num_classes = groups["backbone"].get("num_classes")
@@ -784,7 +784,7 @@ def build(flat: Layer) -> ExperimentConfig:
     trainer = _settings(TrainerHParams, "trainer", groups["trainer"])
     others: dict[str, Any] = {key: values[key] for key in EVALUATION if key in values}
     others |= {key: str(values[key]) for key in ("version", "source", "comment") if key in values}
-    algo = own_hparams(own["algo"]) if "algo" in own else ALGORITHMS[names["algo"]]
+    algo = user_hparams(own["algo"]) if "algo" in own else ALGORITHMS[names["algo"]]
     network = {} if "backbone" in own else groups["backbone"]
     optimizer = {} if "optimizer" in own else {"type": names["optimizer"], **groups["optimizer"]}
     return ExperimentConfig(
@@ -852,7 +852,7 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
     """
     name, arguments = config.benchmark
     if "benchmark" in config.own:
-        benchmark = own_benchmark(config.own["benchmark"], config.training)
+        benchmark = user_benchmark(config.own["benchmark"], config.training)
     else:
         try:
             benchmark = _benchmarks()[name](**arguments)
@@ -886,7 +886,7 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
     return benchmark
 
 
-def own_benchmark(target: Target, training: TrainingHParams) -> Benchmark:
+def user_benchmark(target: Target, training: TrainingHParams) -> Benchmark:
     """Return the stream that a user's own code makes: a Benchmark, or an object with `prepare_datasets()`.
 
     Raises:

@@ -118,7 +118,7 @@ class Row(NamedTuple):
 
 
 @contextmanager
-def own_style() -> Iterator[None]:
+def figure_style() -> Iterator[None]:
     """Set our style for a while, whatever the user has set; drawing and saving both need it."""
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
@@ -144,7 +144,7 @@ def heat_map(matrix: ArrayLike, width: float, title: str = "") -> Figure:
     cell = (width - 1.3) / size
     row = 0.36 if size <= 10 else min(0.28, max(0.17, cell))
     height = 1 + size * row if size <= LARGEST else min(0.75 * width, 6.0)
-    with own_style():
+    with figure_style():
         figure = Figure((width, height), layout="constrained")
         axes, scale = figure.subplots(1, 2, width_ratios=[width - 0.7, 0.12])
         if title:
@@ -212,7 +212,7 @@ def curves(
     labels = [_in_legend(_shortened(line.label, width - 0.9)) for line in lines]
     columns = max(1, int(width / (0.75 + INCHES_PER_LETTER * max(map(len, labels), default=1))))
     height = min(0.62 * width, 3.4) + 0.2 * math.ceil(len(lines) / columns)
-    with own_style():
+    with figure_style():
         figure = Figure((width, height), layout="constrained")
         axes = figure.subplots()
         for end in boundaries:
@@ -253,7 +253,7 @@ def bars(rows: Sequence[Row], width: float, x_label: str) -> Figure:
     low, high = min(ends, default=0.0), max(ends, default=0.0)
     letters = max((len(bar.text) for bar in everything), default=0)
     room = min(0.6, INCHES_PER_LETTER * (letters + 2) / (width - 0.4))
-    with own_style():
+    with figure_style():
         figure = Figure((width, depth + (0.95 if len(kinds) > 1 else 0.65)), layout="constrained")
         axes = figure.subplots()
         y = 0.0
@@ -321,7 +321,7 @@ def matrix_picture(matrix: ArrayLike, title: str) -> NDArray[np.uint8]:
         ValueError: as `sequel_core.runs.metrics.check_matrix`.
     """
     figure = heat_map(matrix, 6.4, title)
-    with own_style():
+    with figure_style():
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sequel_core.report import pictures, tables
-from sequel_core.report.figures import DARK, LIGHT, own_style
+from sequel_core.report.figures import DARK, LIGHT, figure_style
 from sequel_core.report.pictures import Picture
 from sequel_core.report.runs import MODES, Study, read_study, section
 from sequel_core.report.svg import inline_svg
@@ -237,7 +237,7 @@ def _svg(picture: Picture, width: float) -> Markup:
 def _png(picture: Picture) -> bytes:
     file = io.BytesIO()
     figure = picture.draw(DESKTOP)
-    with own_style():
+    with figure_style():
         figure.savefig(file, format="png", dpi=DPI, metadata={"Software": MARK})
     return file.getvalue()
 

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from sequel_core.report.figures import LIGHT, own_style
+from sequel_core.report.figures import LIGHT, figure_style
 
 _THEME = {colour: f"var(--{name})" for name, colour in LIGHT.items()}
 _HEX = re.compile(r"#[0-9a-f]{6}")
@@ -32,7 +32,7 @@ def inline_svg(figure: Figure, prefix: str) -> str:
     """
     file = io.StringIO()
     figure.patch.set_visible(False)
-    with own_style():
+    with figure_style():
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})  # savefig would lay it out twice
     root = ElementTree.fromstring(file.getvalue())
     for element in list(root.iter()):

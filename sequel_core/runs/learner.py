@@ -75,7 +75,7 @@ class FitMonitor(NamedTuple):
     evaluate_every: EvaluateEvery = "task"  # "task": never within fit_task; "epoch"; or a number of steps
     on_checkpoint: Callable[[], None] = lambda: None  # when due; may raise, which ends the run
     checkpoint_every: int | None = None  # steps of the task
-    pressing: Callable[[], bool] = lambda: False  # whether a checkpoint is due now, whatever the step
+    checkpoint_due: Callable[[], bool] = lambda: False  # whether a checkpoint is due now, whatever the step
 
     @property
     def intervals(self) -> tuple[int, ...]:
@@ -96,7 +96,7 @@ class FitMonitor(NamedTuple):
         every = self.evaluate_every
         if task_step % every == 0 if isinstance(every, int) else every == "epoch" and epoch_end:
             self.on_evaluate()
-        if (self.checkpoint_every and task_step % self.checkpoint_every == 0) or self.pressing():
+        if (self.checkpoint_every and task_step % self.checkpoint_every == 0) or self.checkpoint_due():
             self.on_checkpoint()
 
 

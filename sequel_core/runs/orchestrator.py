@@ -142,11 +142,11 @@ def _run(
             if not recorder.has_done(task.index, "train"):
                 monitor = FitMonitor(
                     on_progress=partial(recorder.progress, task),
-                    on_evaluate=partial(recorder.evaluate_within, seen, task.index),
+                    on_evaluate=partial(recorder.evaluate_during_task, seen, task.index),
                     evaluate_every=evaluate_every,
                     on_checkpoint=checkpoints.within,
                     checkpoint_every=checkpoints.every_n_steps,
-                    pressing=checkpoints.pressing,
+                    checkpoint_due=checkpoints.checkpoint_due,
                 )
                 with recorder.timed("train"):
                     learner.fit_task(task, monitor)
@@ -345,7 +345,7 @@ class _Recorder:
         rows = [[i, *(None if math.isnan(v) else v for v in self.matrix[i].tolist())] for i in tasks]
         self.learner.log_table(f"{name}_table", ["after_task", *(f"task_{j}" for j in tasks)], rows)
 
-    def evaluate_within(self, tasks: range, after: int) -> None:
+    def evaluate_during_task(self, tasks: range, after: int) -> None:
         """Evaluate tasks while the training on task `after` goes on."""
         self.display.evaluated(after, self.evaluate(tasks, after, within=True))
 
@@ -441,7 +441,7 @@ class _Checkpointer:
         self._saved_at = time.monotonic()
         self.every_n_steps = settings.every_n_steps
 
-    def pressing(self) -> bool:
+    def checkpoint_due(self) -> bool:
         """Whether one is due, whatever the step."""
         late = self._minutes is not None and time.monotonic() - self._saved_at >= 60 * self._minutes
         return late or self._recorder.signals.received is not None

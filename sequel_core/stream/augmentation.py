@@ -22,7 +22,7 @@ NUMBERS = 3
 """Numbers of a crop: rows down and columns right that it begins at, within +-padding, and 1 for a mirror."""
 
 
-class Augmented(NamedTuple):
+class AugmentedPlan(NamedTuple):
     """A step's plan with the crops of its samples, int32."""
 
     plan: Any  # of the method; () where it needs none
@@ -46,7 +46,7 @@ class AugmentingPlanner:
         self._seed = seed
         self._steps = self._seen = self._read = 0
 
-    def next(self, y: Any, t: Any) -> Augmented:
+    def next(self, y: Any, t: Any) -> AugmentedPlan:
         """Return the plan of the next step, or of the next steps; see `Planner.next`."""
         own, shape = self._planner.next(y, t), np.shape(y)
         drawn = own.reads.shape if hasattr(own, "reads") else (*shape[:-1], 0, 0)
@@ -61,7 +61,7 @@ class AugmentingPlanner:
         self._steps, self._seen, self._read = counts[-1].tolist()
         inner = own.position.reshape(steps, own.position.shape[-1]) if own else np.empty((steps, 0), np.int32)
         position = np.concatenate([counts.astype(np.int32), inner], axis=1)
-        return Augmented(own, crops[0], crops[1], position.reshape(*shape[:-1], position.shape[1]))
+        return AugmentedPlan(own, crops[0], crops[1], position.reshape(*shape[:-1], position.shape[1]))
 
     def _crops(self, name: str, shape: tuple[int, ...], start: int) -> NDArray[np.int32]:
         """Return crops `[*shape, 3]`, those of item `start` of the stream `name` and of what follows it."""
@@ -104,6 +104,6 @@ def augmenting(planner: Planner, spec: StreamSpec, seed: int) -> Planner:
     return AugmentingPlanner(planner, spec.augmentation, seed) if spec.augmentation else planner
 
 
-def own_plan(batch: Batch) -> Any:
+def method_plan(batch: Batch) -> Any:
     """Return what the method itself has planned for a batch."""
-    return batch.plan.plan if isinstance(batch.plan, Augmented) else batch.plan
+    return batch.plan.plan if isinstance(batch.plan, AugmentedPlan) else batch.plan

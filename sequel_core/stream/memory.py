@@ -249,7 +249,7 @@ class MemoryPlanner:
             return step_plan
         if size > self.slots:
             self._hparams.check_memory(self._spec, size)
-        self._refuse_strangers(labels, tasks)
+        self._check_known_labels(labels, tasks)
         keep = self._keep.take(self._seen, labels.size)
         pick = self._pick.take(self._steps * self._draws * self._drawn, reads.size)
         rows = zip(
@@ -281,7 +281,7 @@ class MemoryPlanner:
             chosen = distinct(u[k * self._drawn : (k + 1) * self._drawn], len(readable))
             found[: len(chosen)] = [readable[slot] for slot in chosen]
 
-    def _refuse_strangers(self, labels: NDArray[Any], tasks: NDArray[Any]) -> None:
+    def _check_known_labels(self, labels: NDArray[Any], tasks: NDArray[Any]) -> None:
         strangers = {*zip(labels.ravel().tolist(), tasks.ravel().tolist(), strict=True)} - self._known
         if strangers:
             y, t = min(strangers)

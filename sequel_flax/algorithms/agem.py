@@ -21,20 +21,20 @@ import optax
 from flax.training.train_state import TrainState
 
 from sequel_core.algorithms.agem import AGEMHParams
-from sequel_core.stream.augmentation import own_plan
+from sequel_core.stream.augmentation import method_plan
 from sequel_core.stream.task import Batch
 from sequel_flax.bundle import (
     Algorithm,
-    Outputs,
     Params,
     State,
     Stats,
+    StepOutputs,
     advance,
     check_augmented,
     masked,
     training_forward,
 )
-from sequel_flax.replay import Seen, draws, look, mean_cross_entropy, replay, store
+from sequel_flax.replay import Outputs, draws, forward, mean_cross_entropy, replay, write
 from sequel_flax.trainable import Selection
 
 
@@ -51,7 +51,7 @@ def dot(a: Params, b: Params) -> jax.Array:
     return product
 
 
-def batch_loss(batch: Seen, draws: Sequence[Seen]) -> jax.Array:
+def batch_loss(batch: Outputs, draws: Sequence[Outputs]) -> jax.Array:
     """Return the cross-entropy of the batch alone, shape ()."""
     return mean_cross_entropy(batch)
 
@@ -65,25 +65,25 @@ def agem(hparams: AGEMHParams, seed: int = 0, trainable: Selection = None) -> Al
         trainable: which parameters are trained; see `make_algorithm`.
     """
 
-    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         check_augmented(state, batch)
         own, past = draws(state.memory, batch)
 
-        def loss_fn(params: Params) -> tuple[jax.Array, tuple[Seen, Stats]]:
-            (seen,), stats = look(ts, params, state, [own], together=True)
+        def loss_fn(params: Params) -> tuple[jax.Array, tuple[Outputs, Stats]]:
+            (seen,), stats = forward(ts, params, state, [own], together=True)
             return batch_loss(seen, []), (seen, stats)
 
         def reference_fn(params: Params, stats: Stats) -> tuple[jax.Array, Stats]:
             counts = jnp.arange(len(past.y)) < past.count
             logits, stats = training_forward(ts, params, state, past.x, stats=stats, draw=1, counts=counts)
             own = masked(state.stream, logits, past.t)
-            return mean_cross_entropy(Seen(logits, own, past.y, None, past.count)), stats
+            return mean_cross_entropy(Outputs(logits, own, past.y, None, past.count)), stats
 
         (loss, (seen, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
         if len(past.y):
             reference, stats = jax.grad(reference_fn, has_aux=True)(ts.params, stats)
             gradient = project(gradient, reference)
-        memory = store(state.memory, own_plan(batch).write, batch, seen.logits)
+        memory = write(state.memory, method_plan(batch).write, batch, seen.logits)
         outputs = {"loss": loss, "logits": seen.masked, "labels": batch.y}
         return advance(ts, gradient, stats), state._replace(memory=memory), outputs
 

@@ -20,18 +20,18 @@ import jax.numpy as jnp
 
 from sequel_core.algorithms.der import DERHParams
 from sequel_flax.bundle import Algorithm
-from sequel_flax.replay import Seen, mean_cross_entropy, replay, sum_of_first
+from sequel_flax.replay import Outputs, mean_cross_entropy, replay, sum_of_first
 from sequel_flax.trainable import Selection
 
 
-def logit_distance(draw: Seen, hparams: DERHParams) -> jax.Array:
+def logit_distance(draw: Outputs, hparams: DERHParams) -> jax.Array:
     """Return the mean over a draw of ||z - f(x')||^2, 0 for an empty one, shape ()."""
     squares = (draw.stored - draw.logits) ** 2
     norms = jnp.sum(squares, axis=1) if hparams.distance == "sum" else jnp.mean(squares, axis=1)
     return sum_of_first(norms, draw.count) / jnp.maximum(draw.count, 1)
 
 
-def replay_loss(batch: Seen, draws: Sequence[Seen], hparams: DERHParams) -> jax.Array:
+def replay_loss(batch: Outputs, draws: Sequence[Outputs], hparams: DERHParams) -> jax.Array:
     """Return the cross-entropy of the batch plus alpha times the distance of the draw, shape ()."""
     return mean_cross_entropy(batch) + hparams.alpha * logit_distance(draws[0], hparams)
 

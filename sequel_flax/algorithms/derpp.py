@@ -18,11 +18,11 @@ import jax
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_flax.algorithms.der import logit_distance
 from sequel_flax.bundle import Algorithm
-from sequel_flax.replay import Seen, mean_cross_entropy, replay
+from sequel_flax.replay import Outputs, mean_cross_entropy, replay
 from sequel_flax.trainable import Selection
 
 
-def replay_loss(batch: Seen, draws: Sequence[Seen], hparams: DERppHParams) -> jax.Array:
+def replay_loss(batch: Outputs, draws: Sequence[Outputs], hparams: DERppHParams) -> jax.Array:
     """Return DER's loss with the first draw plus beta times the cross-entropy of the second, shape ()."""
     dark = mean_cross_entropy(batch) + hparams.alpha * logit_distance(draws[0], hparams)
     return dark + hparams.beta * mean_cross_entropy(draws[1])

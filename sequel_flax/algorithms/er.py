@@ -18,11 +18,11 @@ import jax
 
 from sequel_core.algorithms.er import ERHParams
 from sequel_flax.bundle import Algorithm
-from sequel_flax.replay import Seen, mean_cross_entropy, replay
+from sequel_flax.replay import Outputs, mean_cross_entropy, replay
 from sequel_flax.trainable import Selection
 
 
-def replay_loss(batch: Seen, draws: Sequence[Seen]) -> jax.Array:
+def replay_loss(batch: Outputs, draws: Sequence[Outputs]) -> jax.Array:
     """Return the mean cross-entropy of the batch and the draw together, shape ()."""
     return mean_cross_entropy(batch, *draws)
 

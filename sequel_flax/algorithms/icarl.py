@@ -37,9 +37,9 @@ from sequel_flax import bundle
 from sequel_flax.boundaries import collected
 from sequel_flax.bundle import (
     Algorithm,
-    Outputs,
     Params,
     State,
+    StepOutputs,
     advance,
     frozen_network,
     make_algorithm,
@@ -100,7 +100,7 @@ def icarl(hparams: ICaRLHParams, seed: int = 0, trainable: Selection = None) -> 
         learned = jnp.asarray(-1, jnp.int32)
         return ICaRLState(exemplars, *frozen_network(ts), means, has_mean, learned, jnp.array(spec.mask))
 
-    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         planned(state.memory.exemplars, batch, tuple)  # any plan will do; refuses images of another dtype
         seen, past = seen_and_past(state.memory.classes, state.stream.task)
         outputs = seen if hparams.outputs == "seen" else jnp.ones_like(seen)

@@ -31,7 +31,7 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.planner import NoPlanner, Planner
 from sequel_core.stream.task import Batch
 from sequel_flax import bundle, kernels
-from sequel_flax.bundle import Algorithm, Outputs, Params, State, make_algorithm
+from sequel_flax.bundle import Algorithm, Params, State, StepOutputs, make_algorithm
 from sequel_flax.coresets import apply_start, held, plan_start
 from sequel_flax.replay import Memory, empty_memory
 from sequel_flax.trainable import Selection
@@ -62,7 +62,7 @@ def kcl(hparams: KCLHParams, seed: int = 0, trainable: Selection = None) -> Algo
 
     def prepare(ts: TrainState, spec: StreamSpec) -> TrainState:
         width, dtype = bundle.feature_width(ts, spec, "kcl"), jax.tree.leaves(ts.params)[0].dtype
-        params = {**ts.params, "kcl": kernels.own_parameters(hparams, seed, spec.num_tasks, width, dtype)}
+        params = {**ts.params, "kcl": kernels.extra_parameters(hparams, seed, spec.num_tasks, width, dtype)}
         return ts.replace(params=params, opt_state=ts.tx.init(params))
 
     def init_memory(ts: TrainState, spec: StreamSpec) -> KCLState:
@@ -93,7 +93,7 @@ def kcl(hparams: KCLHParams, seed: int = 0, trainable: Selection = None) -> Algo
         targets = jax.nn.one_hot(y, num_classes, dtype=core.dtype)
         return kernels.classify(own, k, kernel, cross, targets), source
 
-    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         batch = bundle.trained_on(state, batch)
         if rff and (not isinstance(batch.plan, BasesPlan) or batch.plan.starts.shape != (hparams.d_rn_f,)):
             raise ValueError(
@@ -154,5 +154,5 @@ def kcl(hparams: KCLHParams, seed: int = 0, trainable: Selection = None) -> Algo
         predict=predict,
         make_planner=make_planner,
         prepare=prepare,
-        own_parameters=("kcl",),
+        extra_parameters=("kcl",),
     )

@@ -32,25 +32,25 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_flax.bundle import (
     Algorithm,
-    Outputs,
     Params,
     State,
+    StepOutputs,
+    check_no_batch_stats,
     make_algorithm,
     masked,
-    refuse_batch_stats,
     trained_on,
     training_forward,
 )
 from sequel_flax.optimizers import clip_by_global_norm
 from sequel_flax.replay import (
     Memory,
-    Recalled,
-    Seen,
+    Outputs,
+    ReplayBatch,
     drawn,
     empty_memory,
     mean_cross_entropy,
     planned,
-    store,
+    write,
 )
 from sequel_flax.trainable import Selection
 
@@ -62,23 +62,23 @@ class LaMAMLState(NamedTuple):
     rates: Params  # alpha, in the structure of the parameters
 
 
-def with_draw(batch: Batch, draw: Recalled) -> Recalled:
+def with_draw(batch: Batch, draw: ReplayBatch) -> ReplayBatch:
     """Return the batch and, after it, a draw from the memory."""
     x, y, t = (jnp.concatenate(pair) for pair in zip(batch[:3], draw[:3], strict=True))
-    return Recalled(x, y, t, None, len(batch.y) + draw.count)
+    return ReplayBatch(x, y, t, None, len(batch.y) + draw.count)
 
 
-def moved(params: Params, rates: Params, gradient: Params) -> Params:
+def inner_sgd_step(params: Params, rates: Params, gradient: Params) -> Params:
     """Return theta - relu(alpha) * gradient."""
     return jax.tree.map(lambda p, a, g: p - jax.nn.relu(a) * g, params, rates, gradient)
 
 
-def clamped(gradient: Params, bound: float | None) -> Params:
+def clip_by_value(gradient: Params, bound: float | None) -> Params:
     """Return the gradient with all values in [-bound, bound]."""
     return gradient if bound is None else jax.tree.map(lambda g: jnp.clip(g, -bound, bound), gradient)
 
 
-def shortened(gradient: Params, norm: float | None) -> Params:
+def clip_by_norm(gradient: Params, norm: float | None) -> Params:
     """Return the gradient, scaled down to a norm where it is longer."""
     return gradient if norm is None else clip_by_global_norm(norm).update(gradient, optax.EmptyState())[0]
 
@@ -94,29 +94,37 @@ def lamaml(hparams: LaMAMLHParams, seed: int = 0, trainable: Selection = None) -
     first_rate = partial(jnp.full_like, fill_value=hparams.alpha_init)
 
     def init_memory(ts: TrainState, spec: StreamSpec) -> LaMAMLState:
-        refuse_batch_stats(ts, "lamaml", "its inner steps look at too few samples for statistics of a batch")
+        check_no_batch_stats(ts, "lamaml", "its inner steps see too few samples for batch statistics")
         memory = empty_memory(spec, hparams.slots(spec.num_tasks), None)
         return LaMAMLState(memory, jax.tree.map(first_rate, ts.params))
 
-    def sample_loss(params: Params, ts: TrainState, state: State, samples: Recalled, draw: Any) -> jax.Array:
+    def sample_loss(
+        params: Params, ts: TrainState, state: State, samples: ReplayBatch, draw: Any
+    ) -> jax.Array:
         """Return the mean cross-entropy of the samples that count, shape (); `draw` numbers the pass."""
         logits, _ = training_forward(ts, params, state, samples.x, draw=draw)
         own = masked(state.stream, logits, samples.t)
-        return mean_cross_entropy(Seen(logits, own, samples.y, None, samples.count))
+        return mean_cross_entropy(Outputs(logits, own, samples.y, None, samples.count))
 
     def meta_loss(
-        params: Params, rates: Params, ts: TrainState, state: State, batch: Batch, draw: Recalled, first: Any
+        params: Params,
+        rates: Params,
+        ts: TrainState,
+        state: State,
+        batch: Batch,
+        draw: ReplayBatch,
+        first: Any,
     ) -> jax.Array:
         """Return M, shape (); the passes are numbered from `first`."""
         meta = with_draw(batch, draw)
 
         def inner(carry: tuple[Params, jax.Array], part: Batch) -> tuple[tuple[Params, jax.Array], jax.Array]:
             fast, k = carry
-            own = Recalled(part.x, part.y, part.t, None, len(part.y))
+            own = ReplayBatch(part.x, part.y, part.t, None, len(part.y))
             gradient = jax.grad(sample_loss)(fast, ts, state, own, k)
             if not hparams.second_order:
                 gradient = jax.lax.stop_gradient(gradient)
-            fast = moved(fast, rates, clamped(gradient, hparams.inner_clip))
+            fast = inner_sgd_step(fast, rates, clip_by_value(gradient, hparams.inner_clip))
             return (fast, k + 2), sample_loss(fast, ts, state, meta, k + 1)
 
         count = hparams.check_parts(len(batch.y))
@@ -124,11 +132,11 @@ def lamaml(hparams: LaMAMLHParams, seed: int = 0, trainable: Selection = None) -
         losses = jax.lax.scan(inner, (params, first), parts, unroll=True)[1]  # a loop takes 1.5 times as long
         return jnp.mean(losses)
 
-    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         plan, seen = planned(state.memory.memory, batch, MetaPlan), trained_on(state, batch)
         logits, _ = training_forward(ts, ts.params, state, seen.x)
 
-        def look(carry: Any, glance: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        def glance_step(carry: Any, glance: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
             (params, rates, opt_state, memory), (order, slots, k) = carry, glance
             ordered, draw = Batch(*(a[order] for a in seen[:3])), drawn(memory, batch, slots, k)
             first = 1 + 2 * len(batch.y) * k  # number of the pass
@@ -136,19 +144,19 @@ def lamaml(hparams: LaMAMLHParams, seed: int = 0, trainable: Selection = None) -
                 params, rates, ts, state, ordered, draw, first
             )
             if hparams.learn_lr:
-                rates_slope = shortened(rates_slope, hparams.grad_clip_norm)
+                rates_slope = clip_by_norm(rates_slope, hparams.grad_clip_norm)
                 rates = jax.tree.map(lambda a, g: a - hparams.lr_alpha * g, rates, rates_slope)
-            slope = shortened(slope, hparams.grad_clip_norm)
+            slope = clip_by_norm(slope, hparams.grad_clip_norm)
             if hparams.sync_update:
                 updates, opt_state = ts.tx.update(slope, opt_state, params)
                 params = optax.apply_updates(params, updates)
             else:
-                params = moved(params, rates, slope)
-            memory = store(memory, plan.write, batch, logits)  # every glance writes the same
+                params = inner_sgd_step(params, rates, slope)
+            memory = write(memory, plan.write, batch, logits)  # every glance writes the same
             return (params, rates, opt_state, memory), loss
 
         start = (ts.params, state.memory.rates, ts.opt_state, state.memory.memory)
-        end, losses = jax.lax.scan(look, start, (plan.order, plan.reads, jnp.arange(hparams.glances)))
+        end, losses = jax.lax.scan(glance_step, start, (plan.order, plan.reads, jnp.arange(hparams.glances)))
         params, rates, opt_state, memory = end
         ts = ts.replace(step=ts.step + 1, params=params, opt_state=opt_state)
         outputs = {"loss": losses[0], "logits": masked(state.stream, logits, batch.t), "labels": batch.y}

@@ -25,9 +25,9 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_flax.bundle import (
     Algorithm,
-    Outputs,
     Params,
     State,
+    StepOutputs,
     advance,
     cross_entropy,
     feature_width,
@@ -72,7 +72,7 @@ def lfl(hparams: LFLHParams, seed: int = 0, trainable: Selection = None) -> Algo
         dtype = jax.tree.leaves(ts.params)[0].dtype
         return LFLState(*frozen_network(ts), jnp.zeros((), dtype))
 
-    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         anchor, statistics, learned = state.memory
         batch = trained_on(state, batch)
         old = network(ts, anchor, state, batch.x, method="features", stats=statistics)

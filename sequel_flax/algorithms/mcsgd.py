@@ -31,11 +31,11 @@ from sequel_core.stream.task import Batch
 from sequel_flax import bundle
 from sequel_flax.augmentation import without_draws
 from sequel_flax.boundaries import StartPlan, repeated, select
-from sequel_flax.bundle import Algorithm, Outputs, Params, State, apply_start, masked, network
-from sequel_flax.replay import Memory, Recalled, draws, mean_cross_entropy, recall, replay, sum_of_first
+from sequel_flax.bundle import Algorithm, Params, State, StepOutputs, apply_start, masked, network
+from sequel_flax.replay import Memory, ReplayBatch, draws, mean_cross_entropy, read, replay, sum_of_first
 from sequel_flax.trainable import Selection
 
-Lines = Sequence[tuple[Params, Sequence[Recalled]]]  # where each begins, and the samples that it is for
+Lines = Sequence[tuple[Params, Sequence[ReplayBatch]]]  # where each begins, and the samples that it is for
 
 
 class MCSGDState(NamedTuple):
@@ -48,7 +48,7 @@ class MCSGDState(NamedTuple):
     learned: jax.Array  # index of the last task that has ended, -1 before the first, int32 ()
 
 
-def between(start: Params, end: Params, place: float) -> Params:
+def interpolate(start: Params, end: Params, place: float) -> Params:
     """Return the point of a line at a place from 0 (start) to 1 (end)."""
     return jax.tree.map(lambda a, b: (1 - place) * a + place * b, start, end)
 
@@ -60,7 +60,7 @@ def momentum_step(moving: Any, gradient: Params, hparams: MCSGDHParams) -> tuple
 
 
 @jax.jit
-def _add_point(total: Params, ts: TrainState, state: State, point: Any, samples: Recalled) -> Params:
+def _add_point(total: Params, ts: TrainState, state: State, point: Any, samples: ReplayBatch) -> Params:
     """Return `total` plus, times a factor, the gradient of the summed cross-entropy at a point of a line."""
     start, end, place, factor = point
 
@@ -69,7 +69,7 @@ def _add_point(total: Params, ts: TrainState, state: State, point: Any, samples:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, samples.y)
         return sum_of_first(losses, samples.count)
 
-    gradient = jax.grad(loss)(between(start, end, place))
+    gradient = jax.grad(loss)(interpolate(start, end, place))
     return jax.tree.map(lambda a, g: a + factor.astype(a.dtype) * g, total, gradient)
 
 
@@ -86,7 +86,9 @@ def mcsgd(hparams: MCSGDHParams, seed: int = 0, trainable: Selection = None) -> 
     base = make()
 
     def init_memory(ts: TrainState, spec: StreamSpec) -> MCSGDState:
-        bundle.refuse_batch_stats(ts, "mcsgd", "the weights between two solutions have no running statistics")
+        bundle.check_no_batch_stats(
+            ts, "mcsgd", "the weights between two solutions have no running statistics"
+        )
         w_bar, w_hat, w = (jax.tree.map(jnp.copy, ts.params) for _ in range(3))
         moving = (w, jax.tree.map(jnp.zeros_like, w)) if online else ()
         memory = base.init(ts, spec).memory
@@ -97,7 +99,7 @@ def mcsgd(hparams: MCSGDHParams, seed: int = 0, trainable: Selection = None) -> 
         if hparams.lmc_start == "w_hat":
             ts = ts.replace(params=select(kept.learned >= 0, kept.w_hat, ts.params))
         if online:
-            w = between(kept.w_bar, ts.params, hparams.lmc_init_position)
+            w = interpolate(kept.w_bar, ts.params, hparams.lmc_init_position)
             kept = kept._replace(moving=(w, jax.tree.map(jnp.zeros_like, w)))
         return apply_start(ts, state._replace(memory=kept), plan, hparams)
 
@@ -112,7 +114,7 @@ def mcsgd(hparams: MCSGDHParams, seed: int = 0, trainable: Selection = None) -> 
                     gradient = _add_point(gradient, ts, state, point, chunk)
         return momentum_step(moving, gradient, hparams)
 
-    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         kept, moving = state.memory, state.memory.moving
         own, *past = draws(kept.memory, batch)
         alone = without_draws(batch)
@@ -132,18 +134,18 @@ def mcsgd(hparams: MCSGDHParams, seed: int = 0, trainable: Selection = None) -> 
         kept, w_hat = state.memory, jax.tree.map(jnp.copy, ts.params)
         slots = jnp.where(plan.slots < 0, len(kept.memory.t), plan.slots)  # padding is "none", too
 
-        def look(k: Any, moving: Any) -> Any:
-            past, now = ([recall(kept.memory, pair[kind]) for pair in slots[k]] for kind in (0, 1))
+        def inner_step(k: Any, moving: Any) -> Any:
+            past, now = ([read(kept.memory, pair[kind]) for pair in slots[k]] for kind in (0, 1))
             return step(moving, ts, state, [(kept.w_bar, past), (w_hat, now)])
 
-        w = between(kept.w_bar, w_hat, hparams.lmc_init_position)
+        w = interpolate(kept.w_bar, w_hat, hparams.lmc_init_position)
         start = kept.moving if online else (w, jax.tree.map(jnp.zeros_like, w))
-        w, _ = repeated(plan.count, look, start)
+        w, _ = repeated(plan.count, inner_step, start)
         w_bar, params = (select(kept.learned >= 0, w, w_hat) for _ in range(2))
         memory = kept._replace(w_bar=w_bar, w_hat=w_hat, learned=jnp.copy(state.stream.task))
         return ts.replace(params=params), state._replace(memory=memory)
 
-    def alternatives(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> Outputs:
+    def alternatives(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> StepOutputs:
         ended = state.memory.learned == state.stream.task
         w_hat = jax.tree.map(lambda a, b: jnp.where(ended, a, b), state.memory.w_hat, ts.params)
         return {"w_hat": base.predict(ts.replace(params=w_hat), state, x, t)}

@@ -28,9 +28,9 @@ from sequel_core.stream.task import Batch
 from sequel_flax.boundaries import StartPlan
 from sequel_flax.bundle import (
     Algorithm,
-    Outputs,
     Params,
     State,
+    StepOutputs,
     advance,
     apply_start,
     cross_entropy,
@@ -52,7 +52,7 @@ class SIState(NamedTuple):
     path: Params  # omega, the path integral of the current task
 
 
-def walk(path: Params, gradient: Params, before: Params, after: Params) -> Params:
+def accumulate_path_integral(path: Params, gradient: Params, before: Params, after: Params) -> Params:
     """Return omega with one more step in it: omega - g (after - before)."""
 
     def add(w: jax.Array, g: jax.Array, b: jax.Array, a: jax.Array) -> jax.Array:
@@ -91,7 +91,7 @@ def si(hparams: SIHParams, seed: int = 0, trainable: Selection = None) -> Algori
         ts, state = apply_start(ts, state, plan, hparams)
         return ts, state._replace(memory=state.memory._replace(anchor=jax.tree.map(jnp.copy, ts.params)))
 
-    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, Outputs]:
+    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         memory, batch = state.memory, trained_on(state, batch)
 
         def loss_fn(params: Params) -> tuple[jax.Array, Any]:
@@ -103,7 +103,7 @@ def si(hparams: SIHParams, seed: int = 0, trainable: Selection = None) -> Algori
         pull, slope = jax.value_and_grad(penalty)(ts.params, memory.anchor, memory.importance)
         total = jax.tree.map(lambda g, s: g + strength * s, gradient, slope)
         after = advance(ts, total, stats)
-        path = walk(memory.path, gradient, ts.params, after.params)
+        path = accumulate_path_integral(memory.path, gradient, ts.params, after.params)
         outputs = {"loss": loss + strength * pull, "logits": logits, "labels": batch.y}
         return after, state._replace(memory=memory._replace(path=path)), outputs
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.stream.task import Batch
 from sequel_lightning.module import Params
-from sequel_lightning.replay import Recalled, ReplayModule, Seen, draws, look, mean_cross_entropy
+from sequel_lightning.replay import Outputs, ReplayBatch, ReplayModule, draws, forward, mean_cross_entropy
 
 
 def project(gradient: Params, reference: Params) -> Params:
@@ -39,7 +39,7 @@ def dot(a: Params, b: Params) -> Tensor:
     return torch.stack([torch.dot(a[k].flatten(), x.flatten()) for k, x in b.items()]).sum()
 
 
-def batch_loss(batch: Seen, draws: Sequence[Seen]) -> Tensor:
+def batch_loss(batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
     """Return the cross-entropy of the batch alone, shape ()."""
     return mean_cross_entropy(batch)
 
@@ -50,18 +50,18 @@ class AGEM(ReplayModule):
     hparams_class = AGEMHParams
     algorithm_hparams: AGEMHParams
     past_only = True
-    _past: Recalled | None = None  # the latest draw
+    _past: ReplayBatch | None = None  # the latest draw
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy of the batch and its logits; then write the batch."""
         batch = self.planned(batch)
         own, self._past = draws(self.held, batch)
-        (seen,) = look(self, [own], together=True)
+        (seen,) = forward(self, [own], together=True)
         loss = self.replay_loss(seen, [])
         self.remember(batch, seen)
         return loss, seen.masked
 
-    def replay_loss(self, batch: Seen, draws: Sequence[Seen]) -> Tensor:
+    def replay_loss(self, batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
         """Return the training loss, shape ()."""
         return batch_loss(batch, draws)
 
@@ -72,7 +72,7 @@ class AGEM(ReplayModule):
         params = self._trained_params
         gradient = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in params.items()}
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
-            loss = mean_cross_entropy(*look(self, [self._past], together=True))
+            loss = mean_cross_entropy(*forward(self, [self._past], together=True))
         found = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
         projected = project(gradient, dict(zip(params, found, strict=True)))
         if projected is not gradient:

@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sequel_core.algorithms.der import DERHParams
-from sequel_lightning.replay import ReplayModule, Seen, mean_cross_entropy, sum_of_first
+from sequel_lightning.replay import Outputs, ReplayModule, mean_cross_entropy, sum_of_first
 
 
-def logit_distance(draw: Seen, hparams: DERHParams) -> Tensor:
+def logit_distance(draw: Outputs, hparams: DERHParams) -> Tensor:
     """Return the mean over a draw of ||z - f(x')||^2, 0 for an empty one, shape ()."""
     squares = (draw.stored - draw.logits).square()
     norms = squares.sum(1) if hparams.distance == "sum" else squares.mean(1)
@@ -28,7 +28,7 @@ def logit_distance(draw: Seen, hparams: DERHParams) -> Tensor:
     return distance
 
 
-def replay_loss(batch: Seen, draws: Sequence[Seen], hparams: DERHParams) -> Tensor:
+def replay_loss(batch: Outputs, draws: Sequence[Outputs], hparams: DERHParams) -> Tensor:
     """Return the cross-entropy of the batch plus alpha times the distance of the draw, shape ()."""
     return mean_cross_entropy(batch) + hparams.alpha * logit_distance(draws[0], hparams)
 
@@ -41,6 +41,6 @@ class DER(ReplayModule):
     algorithm_hparams: DERHParams
     keep_logits = True
 
-    def replay_loss(self, batch: Seen, draws: Sequence[Seen]) -> Tensor:
+    def replay_loss(self, batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
         """Return the training loss, shape ()."""
         return replay_loss(batch, draws, self.algorithm_hparams)

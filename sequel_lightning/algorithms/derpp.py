@@ -16,10 +16,10 @@ from torch import Tensor
 
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_lightning.algorithms.der import logit_distance
-from sequel_lightning.replay import ReplayModule, Seen, mean_cross_entropy
+from sequel_lightning.replay import Outputs, ReplayModule, mean_cross_entropy
 
 
-def replay_loss(batch: Seen, draws: Sequence[Seen], hparams: DERppHParams) -> Tensor:
+def replay_loss(batch: Outputs, draws: Sequence[Outputs], hparams: DERppHParams) -> Tensor:
     """Return DER's loss with the first draw plus beta times the cross-entropy of the second, shape ()."""
     dark = mean_cross_entropy(batch) + hparams.alpha * logit_distance(draws[0], hparams)
     return dark + hparams.beta * mean_cross_entropy(draws[1])
@@ -34,6 +34,6 @@ class DERpp(ReplayModule):
     num_draws = 2
     keep_logits = True
 
-    def replay_loss(self, batch: Seen, draws: Sequence[Seen]) -> Tensor:
+    def replay_loss(self, batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
         """Return the training loss, shape ()."""
         return replay_loss(batch, draws, self.algorithm_hparams)

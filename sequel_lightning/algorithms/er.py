@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sequel_core.algorithms.er import ERHParams
-from sequel_lightning.replay import ReplayModule, Seen, mean_cross_entropy
+from sequel_lightning.replay import Outputs, ReplayModule, mean_cross_entropy
 
 
-def replay_loss(batch: Seen, draws: Sequence[Seen]) -> Tensor:
+def replay_loss(batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
     """Return the mean cross-entropy of the batch and the draw together, shape ()."""
     return mean_cross_entropy(batch, *draws)
 
@@ -31,6 +31,6 @@ class ER(ReplayModule):
     hparams_class = ERHParams
     together = True
 
-    def replay_loss(self, batch: Seen, draws: Sequence[Seen]) -> Tensor:
+    def replay_loss(self, batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
         """Return the training loss, shape ()."""
         return replay_loss(batch, draws)

@@ -73,7 +73,7 @@ class KCL(CoresetModule):
         like = next(net.parameters())
         with evaluating(net), torch.no_grad():
             width = int(self.net.features(blank_image(self.spec, like)).shape[1])
-        self.kcl: Any = kernels.own_parameters(hparams, seed, self.spec.num_tasks, width, like.dtype)
+        self.kcl: Any = kernels.extra_parameters(hparams, seed, self.spec.num_tasks, width, like.dtype)
         self.rff = hparams.kernel_type == "rff"
         noise, phase, fixed = map(torch.from_numpy, basis_constants(seed, hparams.d_rn_f, width))
         constants = {"noise": noise, "basis_phase": phase.to(like.dtype), "fixed": fixed}

@@ -33,8 +33,16 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_lightning.augmentation import cropped
 from sequel_lightning.gradients import check_functional_call
-from sequel_lightning.module import OptimizerFactory, Params, refuse_batch_stats
-from sequel_lightning.replay import Memory, Recalled, ReplayModule, Seen, drawn, mean_cross_entropy, planned
+from sequel_lightning.module import OptimizerFactory, Params, check_no_batch_stats
+from sequel_lightning.replay import (
+    Memory,
+    Outputs,
+    ReplayBatch,
+    ReplayModule,
+    drawn,
+    mean_cross_entropy,
+    planned,
+)
 from sequel_lightning.trees import ParameterTree, restricted
 
 
@@ -45,23 +53,23 @@ class LaMAMLState(NamedTuple):
     rates: Params  # alpha, in the structure of the parameters
 
 
-def with_draw(batch: Batch, draw: Recalled) -> Recalled:
+def with_draw(batch: Batch, draw: ReplayBatch) -> ReplayBatch:
     """Return the batch and, after it, a draw from the memory."""
     x, y, t = (torch.cat(pair) for pair in zip(batch[:3], draw[:3], strict=True))
-    return Recalled(x, y, t, None, len(batch.y) + draw.count)
+    return ReplayBatch(x, y, t, None, len(batch.y) + draw.count)
 
 
-def moved(params: Params, rates: Params, gradient: Params) -> Params:
+def inner_sgd_step(params: Params, rates: Params, gradient: Params) -> Params:
     """Return theta - relu(alpha) * gradient."""
     return {k: p - F.relu(rates[k]) * gradient[k] for k, p in params.items()}
 
 
-def clamped(gradient: Params, bound: float | None) -> Params:
+def clip_by_value(gradient: Params, bound: float | None) -> Params:
     """Return the gradient with all values in [-bound, bound]."""
     return gradient if bound is None else {k: g.clamp(-bound, bound) for k, g in gradient.items()}
 
 
-def shortened(gradient: Params, norm: float | None) -> Params:
+def clip_by_norm(gradient: Params, norm: float | None) -> Params:
     """Return the gradient, scaled down to a norm where it is longer."""
     if norm is None:
         return gradient
@@ -75,7 +83,7 @@ class LaMAML(ReplayModule):
 
     hparams_class = LaMAMLHParams
     algorithm_hparams: LaMAMLHParams
-    own_clipping = "grad_clip_norm"
+    clipping_setting = "grad_clip_norm"
     moving_trees = ("rates",)
 
     def __init__(
@@ -87,7 +95,7 @@ class LaMAML(ReplayModule):
         metrics: MetricCollection | None = None,
         seed: int = 0,
     ) -> None:
-        refuse_batch_stats(net, "lamaml", "its inner steps look at too few samples for statistics of a batch")
+        check_no_batch_stats(net, "lamaml", "its inner steps see too few samples for batch statistics")
         super().__init__(net, optimizer, hparams, spec, metrics, seed)
         self.rates = ParameterTree(self.params(), partial(torch.full_like, fill_value=hparams.alpha_init))
         self._checked = False  # whether functional_call follows the network; tried with the first batch
@@ -101,26 +109,26 @@ class LaMAML(ReplayModule):
         """The memory and the rates."""
         return LaMAMLState(self.held, self.rates.get())
 
-    def meta_loss(self, batch: Batch, draw: Recalled, rates: Params) -> Tensor:
+    def meta_loss(self, batch: Batch, draw: ReplayBatch, rates: Params) -> Tensor:
         """Return M, shape ()."""
         hparams, meta, losses = self.algorithm_hparams, with_draw(batch, draw), []
         fast = self.params()
         parts = hparams.check_parts(len(batch.y))
         for x, y, t in zip(*(a.chunk(parts) for a in batch[:3]), strict=True):
-            loss = self.sample_loss(fast, Recalled(x, y, t, None, len(y)))
+            loss = self.sample_loss(fast, ReplayBatch(x, y, t, None, len(y)))
             found = torch.autograd.grad(
                 loss, list(fast.values()), create_graph=hparams.second_order, materialize_grads=True
             )
-            gradient = clamped(dict(zip(fast, found, strict=True)), hparams.inner_clip)
-            fast = moved(fast, rates, gradient)
+            gradient = clip_by_value(dict(zip(fast, found, strict=True)), hparams.inner_clip)
+            fast = inner_sgd_step(fast, rates, gradient)
             losses.append(self.sample_loss(fast, meta))
         return torch.stack(losses).mean()
 
-    def sample_loss(self, params: Params, samples: Recalled) -> Tensor:
+    def sample_loss(self, params: Params, samples: ReplayBatch) -> Tensor:
         """Return the mean cross-entropy of samples at the weights given, shape ()."""
         logits = functional_call(self.net, params, (self.normalise(samples.x),))
         own = self.masked(logits, samples.t)
-        return mean_cross_entropy(Seen(logits, own, samples.y, None, samples.count))
+        return mean_cross_entropy(Outputs(logits, own, samples.y, None, samples.count))
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Take all glances at a batch; return M of the first, and the batch's logits before it."""
@@ -133,7 +141,7 @@ class LaMAML(ReplayModule):
         optimizer.zero_grad()
         with torch.no_grad():
             logits = self.network(seen_x)
-        seen = Seen(logits, self.masked(logits, batch.t), batch.y, None, len(batch.y))
+        seen = Outputs(logits, self.masked(logits, batch.t), batch.y, None, len(batch.y))
         params = self.params()
         losses = []
         for glance, order in enumerate(torch.from_numpy(orders).to(batch.y.device, torch.int64)):
@@ -144,13 +152,13 @@ class LaMAML(ReplayModule):
             weights = [*params.values(), *rates.values()]
             found = iter(torch.autograd.grad(loss, weights, materialize_grads=True))
             slope, rates_slope = (
-                shortened({k: next(found) for k in params}, hparams.grad_clip_norm) for _ in range(2)
+                clip_by_norm({k: next(found) for k in params}, hparams.grad_clip_norm) for _ in range(2)
             )
             with torch.no_grad():
                 if hparams.learn_lr:
                     rates = {k: a - hparams.lr_alpha * rates_slope[k] for k, a in rates.items()}
                     self.rates.set(rates if self._fitting else {})
-                for k, after in moved(params, rates, slope).items():
+                for k, after in inner_sgd_step(params, rates, slope).items():
                     if hparams.sync_update:
                         params[k].grad = slope[k]
                     else:

@@ -27,11 +27,19 @@ from sequel_core.algorithms.mcsgd import MCSGDHParams, connection_batches
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_lightning.gradients import backward, holding, native_rnn
-from sequel_lightning.module import OptimizerFactory, Params, evaluating, refuse_batch_stats
-from sequel_lightning.replay import Memory, Recalled, ReplayModule, draws, look, mean_cross_entropy, recall
+from sequel_lightning.module import OptimizerFactory, Params, check_no_batch_stats, evaluating
+from sequel_lightning.replay import (
+    Memory,
+    ReplayBatch,
+    ReplayModule,
+    draws,
+    forward,
+    mean_cross_entropy,
+    read,
+)
 from sequel_lightning.trees import ParameterTree, restricted
 
-Lines = Sequence[tuple[Params, Sequence[Recalled]]]  # where each begins, and the samples that it is for
+Lines = Sequence[tuple[Params, Sequence[ReplayBatch]]]  # where each begins, and the samples that it is for
 
 
 class MCSGDState(NamedTuple):
@@ -44,7 +52,7 @@ class MCSGDState(NamedTuple):
     learned: Tensor  # index of the last task that has ended, -1 before the first, int32 ()
 
 
-def between(start: Params, end: Params, place: float) -> Params:
+def interpolate(start: Params, end: Params, place: float) -> Params:
     """Return the point of a line at a place from 0 (start) to 1 (end)."""
     return {k: (1 - place) * start[k] + place * b for k, b in end.items()}
 
@@ -63,7 +71,7 @@ class MCSGD(ReplayModule):
     past_only = True
     moving_trees = ("moving",)
     learned: Tensor
-    _samples: Sequence[Recalled] = ()  # the latest batch and, online, its draw
+    _samples: Sequence[ReplayBatch] = ()  # the latest batch and, online, its draw
 
     def __init__(
         self,
@@ -74,7 +82,7 @@ class MCSGD(ReplayModule):
         metrics: MetricCollection | None = None,
         seed: int = 0,
     ) -> None:
-        refuse_batch_stats(net, "mcsgd", "the weights between two solutions have no running statistics")
+        check_no_batch_stats(net, "mcsgd", "the weights between two solutions have no running statistics")
         self.online = hparams.lmc_policy == "online"
         self.num_draws = int(self.online)
         super().__init__(net, optimizer, hparams, spec, metrics, seed)
@@ -95,13 +103,13 @@ class MCSGD(ReplayModule):
         if kept.learned >= 0 and hparams.lmc_start == "w_hat":
             self.set_params(kept.w_hat)
         if self.online:
-            self._move(_at_rest(between(kept.w_bar, self.frozen_params(), hparams.lmc_init_position)))
+            self._move(_at_rest(interpolate(kept.w_bar, self.frozen_params(), hparams.lmc_init_position)))
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the cross-entropy of the batch and its logits; then write the batch."""
         batch = self.planned(batch)
         self._samples = draws(self.held, batch)
-        (seen,) = look(self, self._samples[:1], together=True)
+        (seen,) = forward(self, self._samples[:1], together=True)
         self.remember(batch, seen)
         return mean_cross_entropy(seen), seen.masked
 
@@ -121,11 +129,11 @@ class MCSGD(ReplayModule):
             count = max(sum(s.count for s in samples), 1)
             for place, factor in self.algorithm_hparams.points():
                 for chunk in samples:
-                    self.add_point(gradient, between(begin, moving[0], place), factor / count, chunk)
+                    self.add_point(gradient, interpolate(begin, moving[0], place), factor / count, chunk)
         return momentum_step(moving, gradient, self.algorithm_hparams)
 
     @torch.enable_grad()
-    def add_point(self, total: Params, point: Params, factor: float, samples: Recalled) -> None:
+    def add_point(self, total: Params, point: Params, factor: float, samples: ReplayBatch) -> None:
         """Add to `total`, times a factor, the gradient of the summed cross-entropy at a point of a line."""
         if samples.count:
             with holding(self, point) as params, native_rnn(self.net):
@@ -140,9 +148,9 @@ class MCSGD(ReplayModule):
         if kept.learned >= 0 and self.online:
             w = restricted(kept.moving[0], w_hat)
         elif kept.learned >= 0:
-            moving = _at_rest(between(kept.w_bar, w_hat, hparams.lmc_init_position))
+            moving = _at_rest(interpolate(kept.w_bar, w_hat, hparams.lmc_init_position))
             for pairs in connection_batches(hparams, kept.memory.t.cpu().numpy(), task, self.seed):
-                past, now = ([recall(kept.memory, pair[kind]) for pair in pairs] for kind in (0, 1))
+                past, now = ([read(kept.memory, pair[kind]) for pair in pairs] for kind in (0, 1))
                 moving = self.step(moving, [(kept.w_bar, past), (w_hat, now)])
             w, _ = moving
         frozen = {k: p for k, p in self.net.named_parameters() if k in kept.w_bar and k not in w_hat}

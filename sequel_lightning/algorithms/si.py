@@ -39,7 +39,7 @@ class SIState(NamedTuple):
     path: Params  # omega, the path integral of the current task
 
 
-def walk(path: Params, gradient: Params, before: Params, after: Params) -> Params:
+def accumulate_path_integral(path: Params, gradient: Params, before: Params, after: Params) -> Params:
     """Return omega with one more step in it: omega - g (after - before)."""
     names = list(path)
     moved = torch._foreach_sub([after[k].to(path[k].dtype) for k in names], [before[k] for k in names])
@@ -121,7 +121,7 @@ class SI(ContinualModule):
         if self._fitting:
             path = restricted(self.path.get(), self._gradient)
             after = {k: p.detach() for k, p in self._trained_params.items()}
-            self.path.set(walk(path, self._gradient, before, after))
+            self.path.set(accumulate_path_integral(path, self._gradient, before, after))
 
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Move the task's path integral into the importance, and the anchor to its end."""

@@ -10,7 +10,7 @@ from sequel_core.stream.task import Batch
 from sequel_flax import Algorithm
 from sequel_flax.bundle import Params
 from sequel_flax.quadratic import Model, quadratic
-from sequel_flax.replay import Seen, mean_cross_entropy, replay, sum_of_first
+from sequel_flax.replay import Outputs, mean_cross_entropy, replay, sum_of_first
 from tests.examples.own_methods import ConfidentHParams, MagnitudeHParams
 
 
@@ -23,7 +23,7 @@ def magnitude(hparams: MagnitudeHParams, seed: int = 0) -> Algorithm:
     return quadratic(hparams, seed, hparams.strength, magnitudes)
 
 
-def replay_loss(batch: Seen, draws: Sequence[Seen], hparams: ConfidentHParams) -> jax.Array:
+def replay_loss(batch: Outputs, draws: Sequence[Outputs], hparams: ConfidentHParams) -> jax.Array:
     """Return the cross-entropy of batch and draw plus the weighted entropy of the draw, shape ()."""
     (draw,) = draws
     entropy = -jnp.sum(jax.nn.softmax(draw.logits) * jax.nn.log_softmax(draw.logits), axis=1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from sequel_core.stream.task import Batch
 from sequel_lightning.module import Params
 from sequel_lightning.quadratic import Model, QuadraticModule
-from sequel_lightning.replay import ReplayModule, Seen, mean_cross_entropy, sum_of_first
+from sequel_lightning.replay import Outputs, ReplayModule, mean_cross_entropy, sum_of_first
 from tests.examples.own_methods import ConfidentHParams, MagnitudeHParams
 
 
@@ -28,7 +28,7 @@ class Magnitude(QuadraticModule):
         return magnitudes(params, self, batches)
 
 
-def replay_loss(batch: Seen, draws: Sequence[Seen], hparams: ConfidentHParams) -> Tensor:
+def replay_loss(batch: Outputs, draws: Sequence[Outputs], hparams: ConfidentHParams) -> Tensor:
     """Return the cross-entropy of batch and draw plus the weighted entropy of the draw, shape ()."""
     (draw,) = draws
     entropy: Tensor = -(draw.logits.softmax(1) * draw.logits.log_softmax(1)).sum(1)
@@ -40,5 +40,5 @@ class Confident(ReplayModule):
     hparams_class = ConfidentHParams
     algorithm_hparams: ConfidentHParams
 
-    def replay_loss(self, batch: Seen, draws: Sequence[Seen]) -> Tensor:
+    def replay_loss(self, batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
         return replay_loss(batch, draws, self.algorithm_hparams)

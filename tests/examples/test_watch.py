@@ -32,7 +32,7 @@ def test_own_trainer_callbacks_and_logger(tmp_path: Path, monkeypatch: pytest.Mo
     for tag, points in logged.items():
         steps = [step for step, _ in points]
         assert steps == sorted(set(steps)), tag
-    assert logged["train/loss"][-1][0] == found["module"].tally.steps_done
+    assert logged["train/loss"][-1][0] == found["module"].running_metrics.steps_done
     assert logged["test/accuracy"][-1][1] == pytest.approx(
         float(found["trainer"].callback_metrics["test/accuracy"]), abs=1e-6
     )

@@ -15,10 +15,10 @@ from sequel_core.stream.arrays import FloatArray
 from sequel_flax.algorithms.agem import project
 from sequel_flax.algorithms.der import logit_distance
 from sequel_flax.algorithms.lfl import feature_distance
-from sequel_flax.algorithms.si import SIState, consolidate, walk
+from sequel_flax.algorithms.si import SIState, accumulate_path_integral, consolidate
 from sequel_flax.quadratic import QuadraticState, penalty
 from sequel_flax.quadratic import consolidate as consolidate_quadratic
-from sequel_flax.replay import Seen, mean_cross_entropy
+from sequel_flax.replay import Outputs, mean_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("_double_precision")
 
@@ -80,7 +80,7 @@ def test_logit_distance(distance: str, count: int, rng: np.random.Generator) -> 
     squares = (stored - logits)[:count] ** 2
     expected = squares.sum() / max(count, 1) / (1 if distance == "sum" else 4)
     z, f = jnp.asarray(stored), jnp.asarray(logits)
-    seen = Seen(f, f, jnp.zeros(5, jnp.int32), z, count)
+    seen = Outputs(f, f, jnp.zeros(5, jnp.int32), z, count)
     hparams = DERHParams(distance=distance)  # type: ignore[arg-type]
     assert float(logit_distance(seen, hparams)) == pytest.approx(expected, rel=1e-12)
     assert float(logit_distance(seen._replace(stored=f), hparams)) == 0
@@ -91,7 +91,7 @@ def test_mean_cross_entropy_is_of_all_samples_that_count(rng: np.random.Generato
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     losses = -np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
     f, y = jnp.asarray(logits), jnp.asarray(labels)
-    batch, draw = Seen(f[0], f[0], y[0], None, 5), Seen(f[1], f[1], y[1], None, 2)
+    batch, draw = Outputs(f[0], f[0], y[0], None, 5), Outputs(f[1], f[1], y[1], None, 2)
     assert float(mean_cross_entropy(batch)) == pytest.approx(losses[0].mean())
     assert float(mean_cross_entropy(batch, draw)) == pytest.approx(
         (losses[0].sum() + losses[1, :2].sum()) / 7
@@ -109,7 +109,7 @@ def test_feature_distance(rng: np.random.Generator) -> None:
 
 def test_walk_adds_minus_the_gradient_times_the_step(rng: np.random.Generator) -> None:
     path, g, before, after = (tree(rng) for _ in range(4))
-    found = walk(*map(arrays_of, (path, g, before, after)))
+    found = accumulate_path_integral(*map(arrays_of, (path, g, before, after)))
     assert_tree(found, {k: path[k] - g[k] * after[k] + g[k] * before[k] for k in path})
 
 

@@ -20,7 +20,7 @@ from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream import plan
 from sequel_core.stream.task import Batch
 from sequel_flax import ALGORITHMS, Algorithm, FlaxLearner, State, adapted, ewc, make_learner, mas, naive, si
-from sequel_flax.algorithms.si import walk
+from sequel_flax.algorithms.si import accumulate_path_integral
 from sequel_flax.bundle import empty_sum
 from sequel_flax.replay import Memory
 from tests.flax.parts import (
@@ -310,7 +310,7 @@ def test_the_path_integral_of_bfloat16_weights_is_summed_in_float32() -> None:
     for _ in range(300):
         gradient = jnp.asarray(rng.uniform(0.5, 1, 50), jnp.bfloat16)
         after = jnp.asarray(before - jnp.asarray(0.02, jnp.bfloat16), jnp.bfloat16)
-        path = walk(path, gradient, before, after)
+        path = accumulate_path_integral(path, gradient, before, after)
         exact -= np.float64(gradient) * (np.float64(after) - np.float64(before))
         before = after
     assert path.dtype == jnp.float32

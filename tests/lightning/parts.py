@@ -178,7 +178,7 @@ def everything(model: ContinualModule) -> dict[str, Any]:
     momenta = {f"{i}/{k}": torch.as_tensor(v) for i, s in carried["state"].items() for k, v in s.items()}
     tensors = {k: v.detach().clone() for k, v in {**model.state_dict(), **momenta}.items()}
     groups = [{k: v for k, v in g.items() if k != "params"} for g in carried["param_groups"]]
-    return {"tensors": tensors, "groups": groups, "steps_done": model.tally.steps_done}
+    return {"tensors": tensors, "groups": groups, "steps_done": model.running_metrics.steps_done}
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:

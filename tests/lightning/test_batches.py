@@ -171,7 +171,7 @@ def test_a_label_of_another_task_in_a_later_batch_ends_the_fit(
         one.log_every_n_steps = 1000
     with pytest.raises(ValueError, match=r"label 3 is not among the classes of task 0, \[0, 1\]; relabel"):
         one.fit(model, DataLoader(TensorDataset(x, y, t), BATCH))
-    assert model.tally.steps_done == (steps or 2)
+    assert model.running_metrics.steps_done == (steps or 2)
 
 
 def test_labels_of_their_own_tasks_are_fine() -> None:

@@ -256,7 +256,7 @@ def test_the_best_checkpoint_loads_into_a_fresh_module(tmp_path: Path) -> None:
     flat = torch.cat([p.detach().flatten() for p in loaded.net.parameters()]).double().numpy()
     np.testing.assert_array_equal(flat, weights_in(path))
     assert position(loaded) == (1, TRAINING)
-    assert loaded.tally.steps_done > STEPS
+    assert loaded.running_metrics.steps_done > STEPS
 
 
 # -- learning rates, averages, accumulation, time

@@ -12,7 +12,7 @@ from sequel_core.algorithms.si import SIHParams
 from sequel_core.stream.arrays import FloatArray
 from sequel_lightning import quadratic
 from sequel_lightning.algorithms import agem, der, lfl, si
-from sequel_lightning.replay import Seen, mean_cross_entropy
+from sequel_lightning.replay import Outputs, mean_cross_entropy
 
 Tree = dict[str, FloatArray]
 SHAPES = {"dense.weight": (3, 4), "dense.bias": (3,), "head.weight": (2, 3)}
@@ -66,7 +66,7 @@ def test_logit_distance(distance: str, count: int, rng: np.random.Generator) -> 
     squares = (stored - logits)[:count] ** 2
     expected = squares.sum() / max(count, 1) / (1 if distance == "sum" else 4)
     z, f = torch.from_numpy(stored), torch.from_numpy(logits)
-    seen = Seen(f, f, torch.zeros(5, dtype=torch.int64), z, count)
+    seen = Outputs(f, f, torch.zeros(5, dtype=torch.int64), z, count)
     hparams = DERHParams(distance=distance)  # type: ignore[arg-type]
     assert float(der.logit_distance(seen, hparams)) == pytest.approx(expected, rel=1e-12)
     assert float(der.logit_distance(seen._replace(stored=f), hparams)) == 0
@@ -77,7 +77,7 @@ def test_mean_cross_entropy_is_of_all_samples_that_count(rng: np.random.Generato
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     losses = -np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
     f, y = torch.from_numpy(logits), torch.from_numpy(labels)
-    batch, draw = Seen(f[0], f[0], y[0], None, 5), Seen(f[1], f[1], y[1], None, 2)
+    batch, draw = Outputs(f[0], f[0], y[0], None, 5), Outputs(f[1], f[1], y[1], None, 2)
     assert float(mean_cross_entropy(batch)) == pytest.approx(losses[0].mean())
     assert float(mean_cross_entropy(batch, draw)) == pytest.approx(
         (losses[0].sum() + losses[1, :2].sum()) / 7
@@ -95,7 +95,7 @@ def test_feature_distance(rng: np.random.Generator) -> None:
 
 def test_walk_adds_minus_the_gradient_times_the_step(rng: np.random.Generator) -> None:
     path, g, before, after = (tree(rng) for _ in range(4))
-    found = si.walk(*map(tensors, (path, g, before, after)))
+    found = si.accumulate_path_integral(*map(tensors, (path, g, before, after)))
     assert_tree(found, {k: path[k] - g[k] * after[k] + g[k] * before[k] for k in path})
 
 

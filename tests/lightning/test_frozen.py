@@ -23,7 +23,7 @@ from sequel_core.runs.learner import FitMonitor
 from sequel_core.stream import plan
 from sequel_core.stream.benchmark import Benchmark
 from sequel_lightning import ALGORITHMS, MLP, ContinualModule, LightningLearner
-from sequel_lightning.replay import Recalled
+from sequel_lightning.replay import ReplayBatch
 from sequel_lightning.trees import ParameterTree
 from tests.lightning.parts import (
     AGEM,
@@ -317,7 +317,7 @@ def test_a_checkpoint_of_a_grown_set_loads(hparams: AlgorithmHParams, way: str, 
         last.save_checkpoint(tmp_path / "file.ckpt", weights_only=False)
         parts = {"net": Net(), "optimizer": SGD, "hparams": hparams, "spec": benchmark.spec}
         fresh = type(module).load_from_checkpoint(tmp_path / "file.ckpt", **parts)
-    fresh.tally.steps_done = module.tally.steps_done
+    fresh.running_metrics.steps_done = module.running_metrics.steps_done
     fresh.net.dense_0.requires_grad_(True)
     for one in (module, fresh):
         learn(one, benchmark, 2)
@@ -449,7 +449,7 @@ def test_agem_projects_over_parameters_that_the_batch_does_not_reach() -> None:
     past = torch.cat([bright, bright, dark])
     labels = torch.tensor([0, 1, 2])
 
-    module._past = Recalled(past, labels, torch.zeros(3, dtype=torch.long), None, 3)
+    module._past = ReplayBatch(past, labels, torch.zeros(3, dtype=torch.long), None, 3)
     module.trainer = trainer()
     loss = F.cross_entropy(net(past), labels)
     names = list(module.params())

@@ -41,10 +41,10 @@ def test_a_batch_is_one_step_of_the_trainer(hparams: LaMAMLHParams) -> None:
         fitted = learn(model, stream(), task, epochs=2, callbacks=[note])
         assert fitted.global_step == 2 * STEPS
     assert seen == 2 * list(range(1, 2 * STEPS + 1))
-    assert model.tally.steps_done == 4 * STEPS
+    assert model.running_metrics.steps_done == 4 * STEPS
     stopped = trainer(None, max_steps=3)
     stopped.fit(model, datamodule=data(stream(), 2))
-    assert model.tally.steps_done == 4 * STEPS + 3
+    assert model.running_metrics.steps_done == 4 * STEPS + 3
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_the_x_axis_of_loggers_grows_across_own_trainers(tmp_path: Path) -> None
         learn(model, benchmark, task, epochs=2, logger=logger, callbacks=[LearningRateMonitor("step")])
         trainer(logger=logger).test(model, datamodule=data(benchmark, task), verbose=False)
     steps = x_axis(logger)
-    assert steps[-1] == model.tally.steps_done == 3 * 2 * STEPS
+    assert steps[-1] == model.running_metrics.steps_done == 3 * 2 * STEPS
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

@@ -117,7 +117,7 @@ def test_a_factory_that_returns_nothing_raises_before_training() -> None:
     model = module(stream(), optimizer=forgotten)
     with pytest.raises(ValueError, match="got None; add a return statement"):
         learn(model, stream(), 0)
-    assert model.tally.steps_done == 0
+    assert model.running_metrics.steps_done == 0
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -134,4 +134,4 @@ def test_one_fit_too_many_raises_before_training(own: bool) -> None:
     with pytest.raises(ValueError, match="fit would begin task 2, but the spec has tasks 0 to 1 only"):
         trainer().fit(model, own_loader(benchmark, 0, with_task=False))
     assert_same(everything(model), before)
-    assert model.tally.steps_done == 2 * (STEPS + own)
+    assert model.running_metrics.steps_done == 2 * (STEPS + own)

@@ -83,7 +83,7 @@ def test_own_loaders_train_and_consolidate(with_task: bool, with_spec: bool) -> 
             expected = fisher_by_hand(model, *arrays(benchmark, 0)[:2])
             for k, f in model.importance.get().items():
                 torch.testing.assert_close(f, expected[k], rtol=1e-4, atol=1e-7)
-    assert model.tally.steps_done == 2 * (STEPS + 1)
+    assert model.running_metrics.steps_done == 2 * (STEPS + 1)
 
 
 @every_algorithm
@@ -98,7 +98,7 @@ def test_every_algorithm_trains_on_own_loaders(hparams: AlgorithmHParams, with_t
             model.keep_coreset(task, x[:4], y[:4])
         trainer().fit(model, own_loader(benchmark, task, with_task))
         assert position(model) == (task, 2)
-    assert model.tally.steps_done == 2 * (STEPS + 1)
+    assert model.running_metrics.steps_done == 2 * (STEPS + 1)
     still = {name for name, p in model.net.named_parameters() if torch.equal(p, before[name])}
     assert still == ({"head.weight", "head.bias"} if hparams.name == "kcl" else set())
 
@@ -199,7 +199,7 @@ def test_resuming_within_an_epoch_of_a_plain_loader_warns(tmp_path: Path) -> Non
     with pytest.warns(UserWarning, match="your dataloader is not resumable"):
         trainer().fit(resumed, own_loader(benchmark, 0, with_task=True), ckpt_path=path)
     assert calls == [0]
-    assert resumed.tally.steps_done == STEPS + 1
+    assert resumed.running_metrics.steps_done == STEPS + 1
 
 
 def test_own_metrics_are_updated_logged_and_reset() -> None:

@@ -253,8 +253,8 @@ def held_bytes(classes: int, steps: int) -> int:
 
     def measure(*_: Any) -> None:
         nonlocal most
-        tally = model.tally
-        tensors = [tensor for step in tally.waiting for tensor in step] + list(tally.counts or ())
+        running = model.running_metrics
+        tensors = [tensor for step in running.waiting for tensor in step] + list(running.counts or ())
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         most = max(most, sum(storages.values()))
 

@@ -343,7 +343,7 @@ def test_labels_and_tasks_outside_the_spec_are_refused(y: int, t: int) -> None:
     ):
         trainer().fit(model, DataLoader(good, BATCH))
     assert (model.state.t >= 0).sum() == BATCH
-    assert model.tally.steps_done == 1
+    assert model.running_metrics.steps_done == 1
 
 
 def test_a_label_of_another_task_is_refused() -> None:

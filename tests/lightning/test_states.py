@@ -231,7 +231,7 @@ def test_early_stopping_ends_the_task() -> None:
     assert stopping.stopped_epoch == 2
     assert position(model) == (0, CONSOLIDATED)
     assert calls == [0]
-    assert model.tally.steps_done == 3 * STEPS
+    assert model.running_metrics.steps_done == 3 * STEPS
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_a_task_cut_short_on_purpose_is_consolidated(options: dict[str, Any], st
     model = module(benchmark)
     calls = counted(model)
     learn(model, benchmark, 0, epochs=2, **options)
-    assert model.tally.steps_done == steps
+    assert model.running_metrics.steps_done == steps
     assert position(model) == (0, CONSOLIDATED)
     assert calls == [0]
 
@@ -289,7 +289,7 @@ def test_a_trainer_with_raised_max_epochs_learns_the_next_task() -> None:
         one.fit_loop.max_epochs = task + 1
         one.fit(model, datamodule=data(benchmark, task))
     assert calls == [0, 1, 2]
-    assert model.tally.steps_done == 3 * STEPS
+    assert model.running_metrics.steps_done == 3 * STEPS
 
 
 def test_two_processes_are_refused_before_training() -> None:

@@ -111,7 +111,7 @@ def test_the_finder_as_a_callback(tmp_path: Path) -> None:
     assert finder.optimal_lr is not None
     assert model.lr == finder.optimal_lr.suggestion()
     assert new.optimizers[0].param_groups[0]["lr"] == model.lr
-    assert model.tally.steps_done == 20
+    assert model.running_metrics.steps_done == 20
 
 
 def test_a_method_with_its_own_steps_raises_in_a_search_for_the_rate(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def array(value: Any) -> FloatArray:
 
 def own_of(kernels: Any, hparams: KCLHParams, width: int) -> Any:
     dtype = jnp.float64 if kernels is flax_kernels else torch.float64
-    return kernels.own_parameters(hparams, 0, 2, width, dtype)
+    return kernels.extra_parameters(hparams, 0, 2, width, dtype)
 
 
 @BOTH
