@@ -33,7 +33,7 @@ def crop(x: jax.Array, crops: jax.Array) -> jax.Array:
 
 def cropped(batch: Batch) -> Batch:
     """Return the batch as the network is trained on it: its images cropped, its plan the method's own."""
-    x = crop(batch.x, batch.plan.own) if isinstance(batch.plan, AugmentedPlan) else batch.x
+    x = crop(batch.x, batch.plan.batch) if isinstance(batch.plan, AugmentedPlan) else batch.x
     return batch._replace(x=x, plan=method_plan(batch))
 
 

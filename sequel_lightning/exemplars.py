@@ -79,7 +79,7 @@ def renew(
         mask=module.classes.cpu().numpy(),
         task=int(module.task_index),
         held=stored_samples(module.held),
-        found=((samples_of(batch), embed_batch(batch.x)) for batch in batches),
+        candidates=((samples_of(batch), embed_batch(batch.x)) for batch in batches),
     )
     means, has_mean = exemplar_means(embed_array, samples, len(module.means), hparams.flip)
     x, y, t = map(torch.from_numpy, samples)

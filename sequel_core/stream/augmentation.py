@@ -1,7 +1,7 @@
-"""Which part of an image a step sees, and whether mirrored: decided in NumPy, outside both frameworks.
+"""Random crops and flips, drawn in NumPy outside both frameworks.
 
-The crops come with the batch (`Batch.plan`), and the step applies them: memories keep images as they are, and
-what is replayed is augmented afresh.
+The crops are part of the plan (`Batch.plan`) and the step applies them. Memories keep the original images, so
+a replayed sample gets a new crop each time.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from sequel_core.stream.planner import Planner, counted
 from sequel_core.stream.task import Batch
 
 NUMBERS = 3
-"""Numbers of a crop: rows down and columns right that it begins at, within +-padding, and 1 for a mirror."""
+"""Numbers per crop: row and column offset, each in [-padding, padding], and 1 for a flip, else 0."""
 
 
 class AugmentedPlan(NamedTuple):
-    """A step's plan with the crops of its samples, int32."""
+    """The plan of a method with the crops of a step, int32."""
 
-    plan: Any  # of the method; () where it needs none
-    own: Any  # of the batch [..., B, 3]
-    reads: Any  # of each draw from a memory [..., draws, R, 3]
-    position: Any  # of the planner after the step, int32 [..., n]
+    plan: Any  # of the method; () for methods without a planner
+    batch: Any  # crops of the batch [..., B, 3]
+    reads: Any  # crops of each draw from a memory [..., draws, R, 3]
+    position: Any  # position of the planner after the step [..., n]
 
 
 class AugmentingPlanner:
-    """Adds the crops of a stream's augmentation to what a method plans.
+    """Adds random crops to the plans of a method.
 
     Args:
-        planner: of the method.
-        augmentation: of the stream.
-        seed: of the run.
+        planner: planner of the method.
+        augmentation: augmentation of the stream.
+        seed: seed of the run.
     """
 
     def __init__(self, planner: Planner, augmentation: Augmentation, seed: int) -> None:
@@ -48,8 +48,8 @@ class AugmentingPlanner:
 
     def next(self, y: Any, t: Any) -> AugmentedPlan:
         """Return the plan of the next step, or of the next steps; see `Planner.next`."""
-        own, shape = self._planner.next(y, t), np.shape(y)
-        drawn = own.reads.shape if hasattr(own, "reads") else (*shape[:-1], 0, 0)
+        inner, shape = self._planner.next(y, t), np.shape(y)
+        drawn = inner.reads.shape if hasattr(inner, "reads") else (*shape[:-1], 0, 0)
         crops = [
             self._crops(name, size, start)
             for name, size, start in (("batch", shape, self._seen), ("reads", drawn, self._read))
@@ -59,12 +59,12 @@ class AugmentingPlanner:
         counts += [[self._steps, self._seen, self._read]]
         counted("samples", int(counts[-1].max()))
         self._steps, self._seen, self._read = counts[-1].tolist()
-        inner = own.position.reshape(steps, own.position.shape[-1]) if own else np.empty((steps, 0), np.int32)
-        position = np.concatenate([counts.astype(np.int32), inner], axis=1)
-        return AugmentedPlan(own, crops[0], crops[1], position.reshape(*shape[:-1], position.shape[1]))
+        method = inner.position if inner else np.empty((steps, 0), np.int32)
+        position = np.concatenate([counts.astype(np.int32), method.reshape(steps, method.shape[-1])], axis=1)
+        return AugmentedPlan(inner, crops[0], crops[1], position.reshape(*shape[:-1], position.shape[1]))
 
     def _crops(self, name: str, shape: tuple[int, ...], start: int) -> NDArray[np.int32]:
-        """Return crops `[*shape, 3]`, those of item `start` of the stream `name` and of what follows it."""
+        """Return the crops `[*shape, 3]` of the random stream `name`, from item `start` on."""
         count, padding = int(np.prod(shape)), self._augmentation.padding
         u = plan.uniform(self._seed, f"crops of {name}", count=NUMBERS * count, start=NUMBERS * start)
         crops = np.floor(u.reshape(count, NUMBERS) * [2 * padding + 1, 2 * padding + 1, 2]).astype(np.int32)
@@ -74,7 +74,7 @@ class AugmentingPlanner:
 
     @property
     def state(self) -> IntArray:
-        """Samples seen and drawn, then the method's planner's state, int64 `[n]`; may be set."""
+        """Samples seen and drawn, then the state of the method's planner, int64 `[n]`; can be set."""
         return np.concatenate([np.asarray([self._seen, self._read], np.int64), self._planner.state])
 
     @state.setter
@@ -89,21 +89,21 @@ class AugmentingPlanner:
 
     @property
     def position(self) -> SlotArray:
-        """Steps planned, samples seen and drawn, then the method's planner's, int32 `[n]`."""
+        """Steps planned, samples seen and drawn, then the position of the method's planner, int32 `[n]`."""
         inner = () if self._planner.position is None else self._planner.position
         return np.asarray([self._steps, self._seen, self._read, *inner], np.int32)
 
     def resume(self, position: Any) -> None:
-        """Continue from the position of another one."""
+        """Continue from a saved position."""
         self._steps, self._seen, self._read = map(int, position[:3])
         self._planner.resume(position[3:])
 
 
 def augmenting(planner: Planner, spec: StreamSpec, seed: int) -> Planner:
-    """Return the planner; where the stream's samples are augmented, one that plans their crops too."""
+    """Return the planner, extended by crops if the stream is augmented."""
     return AugmentingPlanner(planner, spec.augmentation, seed) if spec.augmentation else planner
 
 
 def method_plan(batch: Batch) -> Any:
-    """Return what the method itself has planned for a batch."""
+    """Return the method's part of the plan of a batch."""
     return batch.plan.plan if isinstance(batch.plan, AugmentedPlan) else batch.plan

@@ -1,4 +1,4 @@
-"""Benchmarks: streams of tasks, and what a model has to know of them."""
+"""Benchmarks: streams of tasks, and the specification that a model is built from."""
 
 from __future__ import annotations
 
@@ -13,26 +13,24 @@ from sequel_core.stream.images import Augmentation, Normalisation
 from sequel_core.stream.task import AnySplit, JoinedSplit, Task, join
 
 Scenario = Literal["domain", "task", "class"]
-
-
 Heads = Literal["separate", "shared"]
 
 
 class StreamSpec(NamedTuple):
-    """What a model has to know of a stream before its first task."""
+    """What a model is built from: shapes, classes and the scenario of a stream."""
 
     image_shape: tuple[int, int, int]  # (H, W, C)
     num_classes: int
     num_tasks: int
     scenario: Scenario
-    mask: BoolArray  # [T, num_classes], True where the class belongs to the task
-    normalisation: Normalisation
-    image_dtype: str = "uint8"  # of the images in a batch, as a replay memory keeps them: uint8, float32, ...
-    augmentation: Augmentation = Augmentation()  # of training samples, applied inside the step
+    mask: BoolArray  # [T, num_classes], True if the class belongs to the task
+    normalisation: Normalisation  # of uint8 images, applied in the step
+    image_dtype: str = "uint8"  # dtype of the images in batches and memories: uint8, float32, ...
+    augmentation: Augmentation = Augmentation()  # of training samples, applied in the step
 
     @property
     def masks_logits(self) -> bool:
-        """Whether training and testing see only the logits of a sample's own task."""
+        """Whether logits outside a sample's task are masked in training and testing."""
         return self.scenario == "task"
 
 
@@ -41,21 +39,31 @@ class Benchmark:
     """A stream of tasks.
 
     Args:
-        name: as in configs, for example `rotatedmnist`.
+        name: shown in tables and recorded with runs, for example `rotatedmnist`.
         tasks: in order, at least one.
-        num_classes: width of the output.
-        scenario: `domain` (one head, the same classes in every task), `task` (logits outside the sample's
-            task are masked in training and testing) or `class` (no mask; the masked accuracy is reported
-            beside the plain one).
-        normalisation: of uint8 images, applied inside the step.
-        settings: the arguments that made it, recorded with every run.
-        augmentation: of training samples, applied inside the step.
-        heads: in the task scenario, `separate` if each output belongs to one task (see `separate_heads`), or
-            `shared` if tasks may have classes, and so outputs, in common.
+        num_classes: width of the output, larger than every label.
+        scenario: one of
+            `domain`: one head, the same classes in every task;
+            `task`: logits outside a sample's task are masked in training and testing;
+            `class`: no mask; the masked accuracy is reported beside the plain one.
+        normalisation: of uint8 images, applied in the step.
+        settings: the arguments that the benchmark was made from, recorded with every run.
+        augmentation: of training samples, applied in the step.
+        heads: used in the task scenario. `separate`: each output belongs to one task (see `separate_heads`);
+            `shared`: tasks may have classes in common.
 
     Raises:
-        ValueError: no task, tasks out of order, a class outside the head, a class of two tasks with separate
+        ValueError: no tasks, tasks out of order, a label outside the head, a label of two tasks with separate
             heads, images of different shapes or dtypes, or a normalisation of images that are not uint8.
+
+    Example:
+        >>> import numpy as np
+        >>> from sequel_core import Split, Task
+        >>> split = Split(np.zeros((6, 8, 8, 1), np.uint8), np.arange(6) % 2)
+        >>> task = Task(0, "zeros", (0, 1), train=split, test=split, validation=split.head(0))
+        >>> benchmark = Benchmark("example", (task,), num_classes=2, scenario="domain")
+        >>> len(benchmark), benchmark.spec.image_shape
+        (1, (8, 8, 1))
     """
 
     name: str
@@ -105,8 +113,8 @@ class Benchmark:
                         )
         if self.image_dtype != "uint8" and self.normalisation != Normalisation():
             raise ValueError(
-                f"normalisation is of uint8 images, got it with {self.image_dtype}, which are taken as they "
-                "are; normalise them yourself"
+                f"normalisation needs uint8 images, got {self.image_dtype} images; normalise the arrays and "
+                "leave normalisation out"
             )
         channels = self.image_shape[-1]
         if len(self.normalisation.mean) not in (1, channels):
@@ -125,12 +133,12 @@ class Benchmark:
 
     @property
     def image_dtype(self) -> str:
-        """Of the images: uint8 or float32."""
+        """Dtype of the images: uint8 or float32."""
         return self.tasks[0].train.image_dtype
 
     @property
     def mask(self) -> BoolArray:
-        """`[T, num_classes]`, True where a class belongs to a task."""
+        """Classes of each task, bool `[T, num_classes]`."""
         mask = np.zeros((len(self.tasks), self.num_classes), np.bool_)
         for task in self.tasks:
             mask[task.index, list(task.classes)] = True
@@ -138,7 +146,7 @@ class Benchmark:
 
     @property
     def spec(self) -> StreamSpec:
-        """What a model has to know of the stream."""
+        """The specification that a model is built from."""
         return StreamSpec(
             self.image_shape,
             self.num_classes,
@@ -151,7 +159,7 @@ class Benchmark:
         )
 
     def joined(self, i: int) -> Task:
-        """Return tasks 0 to i as one task with index i: their training, validation and test streams joined.
+        """Return tasks 0 to i as one task of index i, with their splits joined.
 
         Raises:
             ValueError: i is not the index of a task.
@@ -170,35 +178,44 @@ class Benchmark:
 
 
 def separate_heads(tasks: Sequence[Task], heads: Sequence[int] | None = None) -> tuple[Task, ...]:
-    """Return tasks of which no two share an output: label y of head k becomes `k * width + y`.
+    """Return the tasks relabelled such that no two heads share an output.
 
-    The width is the largest label plus one. Tasks stay as they are if no class belongs to several heads.
+    Label y of head k becomes `k * width + y`, with width the largest label plus one. Tasks are returned
+    unchanged if no class belongs to several heads.
 
     Args:
-        tasks: whose labels may restart at 0 in each.
-        heads: the head of each task, `[T]`, from 0; None for one head per task.
+        tasks: their labels may restart at 0 in each task.
+        heads: the head of each task, integers >= 0 `[T]`; None for one head per task.
+
+    Example:
+        >>> import numpy as np
+        >>> from sequel_core import Split, Task
+        >>> split = Split(np.zeros((6, 8, 8, 1), np.uint8), np.arange(6) % 2)
+        >>> tasks = [Task(i, f"{i}", (0, 1), split, split, split.head(0)) for i in range(2)]
+        >>> [task.classes for task in separate_heads(tasks)]
+        [(0, 1), (2, 3)]
     """
     owners = range(len(tasks)) if heads is None else heads
-    seen = {(head, c) for head, task in zip(owners, tasks, strict=True) for c in task.classes}
-    if len({c for _, c in seen}) == len(seen):
+    pairs = {(head, c) for head, task in zip(owners, tasks, strict=True) for c in task.classes}
+    if len({c for _, c in pairs}) == len(pairs):
         return tuple(tasks)
-    width = 1 + max(c for _, c in seen)
+    width = 1 + max(c for _, c in pairs)
     return tuple(_relabelled(task, head * width) for head, task in zip(owners, tasks, strict=True))
 
 
 def _relabelled(task: Task, offset: int) -> Task:
-    """Return a task with an offset added to its labels."""
+    """Return the task with an offset added to its labels."""
 
-    def moved(split: AnySplit) -> AnySplit:
+    def shift(split: AnySplit) -> AnySplit:
         if isinstance(split, JoinedSplit):
-            return join([moved(part) for part in split.parts])
+            return join([shift(part) for part in split.parts])
         return replace(split, labels=split.labels.astype(np.int64) + offset)
 
     return replace(
         task,
         classes=tuple(c + offset for c in task.classes),
-        train=moved(task.train),
-        test=moved(task.test),
-        validation=moved(task.validation),
-        coreset=None if task.coreset is None else moved(task.coreset),
+        train=shift(task.train),
+        test=shift(task.test),
+        validation=shift(task.validation),
+        coreset=None if task.coreset is None else shift(task.coreset),
     )

@@ -16,32 +16,36 @@ from sequel_core.stream.memory import memory_stream
 from sequel_core.stream.task import AnySplit, Samples, join
 
 TIE = 1e-7
-"""Difference of scores below which herding takes two rows for equal."""
+"""Scores that differ by less are equal for herding, so that rounding decides nothing."""
 
 EMBEDDED = 256
-"""Exemplars whose features are computed at a time."""
+"""Number of exemplars whose features are computed at a time."""
 
 
 def herding(features: FloatArray, count: int) -> IntArray:
-    """Return the rows whose running mean stays closest to the mean of all, in the order chosen, `[count]`.
+    """Return the rows chosen by herding, in order, int64 `[min(count, n)]`.
 
-    Row k is argmin ||mu - (f + f_1 + ... + f_{k-1}) / k|| over the rows not chosen yet (Rebuffi et al. 2017,
-    algorithm 4; Welling 2009), that is argmax f . (k mu - f_1 - ... - f_{k-1}) - |f|^2 / 2. Of rows that
-    differ by less than `TIE` it is the first: rounding, which differs between frameworks, decides nothing.
+    Row k is argmin ||mu - (f + f_1 + ... + f_{k-1}) / k|| over the remaining rows (Rebuffi et al. 2017,
+    algorithm 4; Welling 2009), that is argmax f . (k mu - f_1 - ... - f_{k-1}) - |f|^2 / 2. The first of
+    several rows within `TIE` of the best is chosen.
 
     Args:
         features: of unit length or 0, `[n, D]`.
-        count: how many, at most n of them are returned.
+        count: number of rows, >= 0.
+
+    Example:
+        >>> herding(np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]), count=2).tolist()
+        [2, 0]
     """
     f = np.asarray(features, np.float64)
     mean = f.mean(axis=0)
-    wanted, used = mean.copy(), 0.5 * (f**2).sum(axis=1)
+    target, used = mean.copy(), 0.5 * (f**2).sum(axis=1)
     chosen = np.empty(min(count, len(f)), np.int64)
     for k in range(len(chosen)):
-        score = f @ wanted - used
+        score = f @ target - used
         chosen[k] = np.argmax(score >= score.max() - TIE)
         used[chosen[k]] = np.inf
-        wanted += mean - f[chosen[k]]
+        target += mean - f[chosen[k]]
     return chosen
 
 
@@ -50,27 +54,28 @@ def renewed_exemplars(
     mask: BoolArray,
     task: int,
     held: Samples,
-    found: Iterable[tuple[Samples, FloatArray]],
+    candidates: Iterable[tuple[Samples, FloatArray]],
 ) -> Samples:
     """Return the exemplars after a task, in their slots; the task of an empty slot is -1.
 
-    There is a set for each class of each task, and all have the same quota. Past sets are cut to it, then the
-    task's own follow; classes ascend within a task, and each set is in the order of `herding`.
+    Each class of each task has a set, and all sets have the same quota. The sets of past tasks are cut to the
+    quota, and those of the task follow. Classes ascend within a task, and each set is in the order of
+    `herding`.
 
     Args:
-        hparams: with the budget.
+        hparams: settings, with the total number of exemplars.
         mask: classes of each task, bool `[T, num_classes]`.
-        task: index.
+        task: index of the task that ends.
         held: exemplars of past tasks, in that order.
-        found: the task's samples, batch by batch, each sample once, with their features of unit length
-            `[n, D]`; samples of other tasks are passed over. Nothing else is kept of their images.
+        candidates: batches of the task's samples, each sample once, with features of unit length `[n, D]`;
+            samples of other tasks are ignored.
     """
     images, labels, features = list(held.x), list(held.y), []
-    for (x, y, t), f in found:
-        own = t == task
-        images += list(x[own])
-        labels += list(y[own])
-        features.append(f[own])
+    for (x, y, t), f in candidates:
+        rows = t == task
+        images += list(x[rows])
+        labels += list(y[rows])
+        features.append(f[rows])
     sets = np.argwhere(mask[: task + 1])
     quota, past = hparams.per_set(len(sets)), len(held.y)
     new = np.asarray(labels[past:], np.int64)
@@ -94,13 +99,13 @@ def renewed_exemplars(
 def exemplar_means(
     embed: Callable[[Any], FloatArray], exemplars: Samples, num_classes: int, flip: bool
 ) -> tuple[FloatArray, BoolArray]:
-    """Return the mean feature of each class, of unit length `[num_classes, D]`, and which classes have one.
+    """Return the mean feature of each class, of unit length `[num_classes, D]`, and which classes have it.
 
     Args:
-        embed: features of unit length `[n, D]` of images `[n, H, W, C]`.
-        exemplars: as the slots hold them.
-        num_classes: rows; those of classes without exemplars are 0.
-        flip: take the average with the mean over the images mirrored left to right.
+        embed: returns features of unit length `[n, D]` of images `[n, H, W, C]`.
+        exemplars: in their slots, as `renewed_exemplars` returns them.
+        num_classes: number of rows; the mean of a class without exemplars is 0.
+        flip: average with the mean over horizontally flipped images.
     """
     blocks = [exemplars.x[start : start + EMBEDDED] for start in range(0, len(exemplars.y), EMBEDDED)]
     views = (blocks, [block[:, :, ::-1] for block in blocks]) if flip else (blocks,)
@@ -111,13 +116,14 @@ def exemplar_means(
 def class_means(
     features: Sequence[FloatArray], y: IntArray, t: IntArray, num_classes: int
 ) -> tuple[FloatArray, BoolArray]:
-    """Return what `exemplar_means` does, from the features of each view of the exemplars.
+    """Return the means of `exemplar_means` from features that are already computed.
 
     Args:
-        features: of unit length `[slots, D]`, of the images and, with flip, of their mirror images.
-        y: label of each slot.
-        t: task of each slot, -1 where it is empty.
-        num_classes: rows.
+        features: of unit length `[slots, D]`, one array for the images and, with flip, one for the flipped
+            images.
+        y: label of each slot `[slots]`.
+        t: task of each slot `[slots]`, -1 if it is empty.
+        num_classes: number of rows.
     """
     owner = (y == np.arange(num_classes)[:, None]) & (t >= 0)  # [num_classes, slots]
     weights = owner / np.maximum(owner.sum(axis=1, keepdims=True), 1)
@@ -127,5 +133,5 @@ def class_means(
 
 
 def joined_with_samples(split: AnySplit, samples: Samples) -> AnySplit:
-    """Return a training stream with, after it, the samples that a memory holds, task after task."""
+    """Return a split with the samples of a memory appended, sorted by task."""
     return join([split, memory_stream(samples)]) if len(samples.y) else split

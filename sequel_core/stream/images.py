@@ -1,4 +1,4 @@
-"""Images: normalisation, augmentation and pixel maps."""
+"""Image preprocessing: normalisation, augmentation and pixel maps."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ from numpy.typing import NDArray
 from sequel_core.stream.arrays import FloatArray, UInt8Array
 
 BLOCK = 256
-"""Images that a weighted pixel map works on at a time."""
+"""Number of images that a weighted pixel map processes at a time."""
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """`(x / 255 - mean) / std` per channel, written as `x * scale + shift`.
+    """Normalisation of uint8 images per channel, `(x / 255 - mean) / std`.
 
-    Both frameworks then do the same arithmetic.
+    It is computed as `x * scale + shift`, so that both frameworks do the same arithmetic.
 
     Args:
-        mean: channel means of the inputs scaled to [0, 1].
-        std: channel standard deviations of the same, > 0.
+        mean: channel means of the images scaled to [0, 1].
+        std: channel standard deviations of the images scaled to [0, 1], > 0.
+
+    Raises:
+        ValueError: `mean` and `std` differ in length, or a standard deviation is not positive.
+
+    Example:
+        >>> Normalisation(mean=(0.5,), std=(0.25,)).shift.tolist()
+        [-2.0]
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -48,12 +55,19 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random crops and mirror images of training samples, drawn anew whenever a sample is trained on.
+    """Random crops and horizontal flips of training samples, drawn each time a sample is trained on.
 
     Args:
-        padding: black pixels (0 in images that are not uint8) on each side, out of which an image of the old
-            size is cut, >= 0; 0 for no crops.
-        flip: whether half of the images are mirrored, left for right.
+        padding: pixels of value 0 added on each side before a crop of the original size, >= 0; 0 for no
+            crops.
+        flip: flip an image horizontally with probability 1/2.
+
+    Raises:
+        ValueError: `padding` is negative.
+
+    Example:
+        >>> bool(Augmentation(padding=4, flip=True)), bool(Augmentation())
+        (True, False)
     """
 
     padding: int = 0
@@ -77,6 +91,15 @@ class PixelMap:
     Args:
         indices: source pixel (row-major) of each target pixel, int `[H * W, K]`; -1 reads a black pixel.
         weights: float `[H * W, K]`, or None for weights of one (then K must be 1).
+
+    Raises:
+        ValueError: `indices` and `weights` do not have these shapes.
+
+    Example:
+        >>> import numpy as np
+        >>> swap = PixelMap(np.array([[1], [0]], np.int32))  # of images of 1 x 2 pixels
+        >>> swap(np.array([3, 7], np.uint8).reshape(1, 1, 2, 1)).ravel().tolist()
+        [7, 3]
     """
 
     indices: NDArray[np.int32]
@@ -109,7 +132,7 @@ class PixelMap:
         else:
             weights = np.where(black, np.float32(0), self.weights)[:, :, None]  # [H * W, K, 1]
             out = np.empty_like(pixels)
-            for start in range(0, n, BLOCK):  # few enough images for their sums to stay in the cache
+            for start in range(0, n, BLOCK):  # in blocks, so that the sums stay in the cache
                 block = pixels[start : start + BLOCK]
                 total = np.take(block, sources[:, 0], axis=1) * weights[:, 0]
                 for k in range(1, sources.shape[1]):

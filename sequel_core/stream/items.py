@@ -1,6 +1,6 @@
-"""Images of a user's data set, read one item at a time, as an array that a `Split` can be a view of.
+"""Map-style data sets as image arrays that a `Split` can view; items are read one at a time.
 
-An item is what torch's `Dataset`s give, `(image, label, ...)`; torch is not imported for it.
+An item is `(image, label, ...)`, as in torch's `Dataset`. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 PIL_MODES = ("L", "RGB", "RGBA")
-MOST_CHANNELS = 4  # of images as one knows them; more, after so few rows, are a width
-SOME = 1000  # images whose values tell how the others are to be converted
+MOST_CHANNELS = 4  # a second axis of at most this length, before longer ones, is taken for channels
+SOME = 1000  # number of images whose values decide how to convert the others
 
 
 class Items(Protocol):
-    """A data set whose items can be counted and read at random, such as a torch `Dataset`."""
+    """A map-style data set, such as a torch `Dataset`."""
 
     def __len__(self) -> int: ...
 
@@ -25,19 +25,20 @@ class Items(Protocol):
 
 
 class ItemImages:
-    """The images of a data set, `[N, H, W, C]`: `images[rows]` reads these items and no others.
+    """The images of a data set as an array `[N, H, W, C]`; `images[rows]` reads only these items.
 
-    So a data set may decode, transform or draw its images as they are asked for, and memory does not grow.
-    What a random transform gives depends on when it is asked, and a sample that is read ahead takes from its
-    generator too: such runs are not repeatable to the last bit. `Augmentation` is.
+    The data set may decode and transform its images when they are read, so memory does not grow.
+    Runs with random transforms are not repeatable bit by bit, because the result depends on the order in
+    which samples are read, and samples are read ahead. `Augmentation` is repeatable.
 
     Args:
-        data: its items are `(image, label, ...)`. An image is a torch tensor `[C, H, W]` or `[H, W]`, a NumPy
-            array or a PIL image `[H, W, C]` or `[H, W]`, of one shape throughout; uint8 stays uint8, floats
-            become float32. A label is an integer.
+        data: a data set with items `(image, label, ...)`. An image is a torch tensor `[C, H, W]` or `[H, W]`,
+            or a NumPy array or PIL image `[H, W, C]` or `[H, W]`. All images have the same shape. uint8 stays
+            uint8, floats become float32. A label is an integer.
         name: for error messages.
-        labels: of all items, where they are known; else from the data set's `targets` or `labels`, through
-            `Subset` and `ConcatDataset`; else, or where it has a `target_transform`, all items are read once.
+        labels: of all items, `[N]`. If None, they are taken from the attribute `targets` or `labels` (also
+            through `Subset` and `ConcatDataset`). If there is none, or if the data set has a
+            `target_transform`, all items are read once.
 
     Attributes:
         labels: int64 `[N]`.
@@ -45,13 +46,13 @@ class ItemImages:
         dtype: uint8 or float32.
 
     Raises:
-        ValueError: no items, or one that is not as above; names the data set and the position.
+        ValueError: there are no items, or an item has another form; names the data set and the position.
     """
 
     ndim = 4
 
     def __init__(self, data: Items, name: str = "data set", labels: NDArray[Any] | None = None) -> None:
-        """Read the first item, and the labels."""
+        """Read the first item and the labels."""
         if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
             raise ValueError(
                 f"{name} must have __len__ and __getitem__, got {type(data).__name__}; collect a stream's "
@@ -63,17 +64,17 @@ class ItemImages:
         first, label = self._item(0)
         self.shape: tuple[int, ...] = (len(data), *first.shape)
         self.dtype = first.dtype
-        found = known_labels(data) if labels is None else labels
-        if found is None:
-            found = np.array([label, *(self._item(i)[1] for i in range(1, len(data)))], np.int64)
-        self.labels = found.astype(np.int64, copy=False)
-        self[np.zeros(1, np.int64)]  # compares its label
+        known = known_labels(data) if labels is None else labels
+        if known is None:
+            known = np.array([label, *(self._item(i)[1] for i in range(1, len(data)))], np.int64)
+        self.labels = known.astype(np.int64, copy=False)
+        self[np.zeros(1, np.int64)]  # checks the label of the first item
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, rows: Any) -> NDArray[Any]:
-        """Return the images in these rows `[n, H, W, C]`; a row that is asked for twice is read once."""
+        """Return the images of these rows, `[n, H, W, C]`; a repeated row is read once."""
         wanted, places = np.unique(rows, return_inverse=True)
         images = np.empty((len(wanted), *self.shape[1:]), self.dtype)
         for k, row in enumerate(wanted.tolist()):
@@ -86,14 +87,14 @@ class ItemImages:
                 )
             if label != self.labels[row]:
                 raise ValueError(
-                    f"{self.name}: item {row} has label {label}, its targets say {self.labels[row]}; "
-                    "make them agree, or remove the attribute and the labels are read from the items"
+                    f"{self.name}: item {row} has label {label}, but its targets have {self.labels[row]}; "
+                    "make them equal, or remove the attribute so that the labels are read from the items"
                 )
             images[k] = image
         return images[places.reshape(-1)]
 
     def _item(self, row: int) -> tuple[NDArray[Any], int]:
-        """Return image and label of an item."""
+        """Return the image and the label of an item."""
         item = self.data[row]
         if not isinstance(item, tuple | list) or len(item) < 2:
             raise ValueError(
@@ -117,7 +118,7 @@ def as_image(value: Any) -> NDArray[Any]:
     """Return a torch tensor, a NumPy array or a PIL image as uint8 or float32 `[H, W, C]`.
 
     Raises:
-        ValueError: anything else.
+        ValueError: another type, another number of axes or another dtype.
     """
     mode = getattr(value, "mode", None)  # of a PIL image
     if isinstance(mode, str) and mode not in PIL_MODES:
@@ -141,11 +142,11 @@ def as_image(value: Any) -> NDArray[Any]:
 
 
 def check_images(images: Any, channels_last: bool = False) -> None:
-    """Raise ValueError if images are not uint8 or float32 `[N, H, W, C]`; it says how to convert them.
+    """Raise ValueError if images are not uint8 or float32 `[N, H, W, C]`, and name the conversion.
 
     Args:
-        images: an array, or what has the shape and the dtype of one.
-        channels_last: whether they are `[N, H, W, C]` although their shape looks like `[N, C, H, W]`.
+        images: an array, or an object with `shape` and `dtype`.
+        channels_last: the images are `[N, H, W, C]` even if their shape looks like `[N, C, H, W]`.
     """
     got, shape = f"got {images.dtype} {list(images.shape)}", images.shape
     if images.ndim != 4:
@@ -164,26 +165,26 @@ def check_images(images: Any, channels_last: bool = False) -> None:
 
 
 def conversion(images: Any) -> str:
-    """Return how to make uint8 or float32 images of an array of another dtype, by its first values."""
-    kind, as_they_are = images.dtype.kind, "x.astype(np.float32) to have them taken as they are"
+    """Return how to convert images to uint8 or float32, judged by the first values."""
+    code, to_float = images.dtype.kind, "x.astype(np.float32) to use the values as they are"
     some = np.asarray(images[:SOME])
-    if kind == "b":
+    if code == "b":
         return "convert with 255 * x.astype(np.uint8)"
-    if kind not in "iuf" or some.size == 0:
+    if code not in "iuf" or some.size == 0:
         return "convert them to numbers, uint8 from 0 to 255 or float32"
     low, high = some.min(), some.max()
     if not (low >= 0 and high <= 255):
-        if kind == "f":
-            return f"convert with {as_they_are}"
-        return f"values from {low} to {high} do not fit uint8; scale them to 0..255, or use {as_they_are}"
-    if kind in "iu":
+        if code == "f":
+            return f"convert with {to_float}"
+        return f"values from {low} to {high} do not fit uint8; scale them to 0..255, or use {to_float}"
+    if code in "iu":
         return "convert with x.astype(np.uint8)"
     pixels = "np.rint(255 * x).astype(np.uint8)" if high <= 1 else "np.rint(x).astype(np.uint8)"
-    return f"convert with {pixels}, or with {as_they_are}"
+    return f"convert with {pixels}, or with {to_float}"
 
 
 def check_labels(labels: Any) -> None:
-    """Raise ValueError if labels are not integers `[N]`; it says how to convert them."""
+    """Raise ValueError if labels are not integers `[N]`, and name the conversion."""
     if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
         return
     if labels.ndim == 2:
@@ -196,18 +197,19 @@ def check_labels(labels: Any) -> None:
 
 
 def known_labels(data: Any) -> NDArray[Any] | None:
-    """Return the labels `[N]` that a data set tells without reading its items, or None.
+    """Return the labels `[N]` of a data set without reading its items, or None if that is not possible.
 
-    It tells them by `targets` or `labels`, or is a torch `Subset` or `ConcatDataset` of data sets that do.
+    They are its attribute `targets` or `labels`, or those of the data sets that a torch `Subset` or
+    `ConcatDataset` consists of.
     """
     if getattr(data, "target_transform", None) is not None:
         return None
     for name in ("targets", "labels"):
-        found = getattr(data, name, None)
-        if found is not None and not callable(found):
-            found = found.detach().cpu().numpy() if hasattr(found, "detach") else np.asarray(found)
-            if found.shape == (len(data),) and np.issubdtype(found.dtype, np.integer):
-                return found
+        labels = getattr(data, name, None)
+        if labels is not None and not callable(labels):
+            labels = labels.detach().cpu().numpy() if hasattr(labels, "detach") else np.asarray(labels)
+            if labels.shape == (len(data),) and np.issubdtype(labels.dtype, np.integer):
+                return labels
     if hasattr(data, "dataset") and hasattr(data, "indices"):
         whole = known_labels(data.dataset)
         return None if whole is None else whole[np.asarray(data.indices, np.int64)]

@@ -23,33 +23,33 @@ from sequel_core.stream.task import JoinedSplit, Samples, Split, Task, join
 
 
 class StepPlan(NamedTuple):
-    """What a step writes and reads; int32, "none" is the number of the memory's slots, 1 if it has none."""
+    """Slots that a step writes and reads, int32; M (1 for a memory without slots) stands for no slot."""
 
-    write: SlotArray  # of each sample [..., B]; none where it is not kept, or overwritten in the same step
-    reads: SlotArray  # of each draw [..., draws, R], ascending, as before the step; none where it has less
-    position: SlotArray  # of the planner after the step [..., n]
+    write: SlotArray  # slot of each sample [..., B]; M if it is not kept or overwritten in the same step
+    reads: SlotArray  # slots of each draw [..., draws, R], ascending; padded with M
+    position: SlotArray  # position of the planner after the step [..., n]
 
 
 class Policy(Protocol):
     """Assigns slots to samples, one after the other."""
 
-    state: SlotArray  # what the decisions so far have left, int32; always as long; read-only for others
+    state: SlotArray  # everything that coming decisions depend on, int32 of fixed length
 
     def slot(self, y: int, t: int, u: float) -> int:
-        """Return the slot of the next sample, or the number of slots for none; u is uniform in [0, 1)."""
+        """Return the slot of the next sample, or M if it is not kept; u is uniform in [0, 1)."""
         ...
 
     def readable(self, t: int) -> Sequence[int]:
-        """Return the slots that a step of task t may read."""
+        """Return the slots that a step of task t can read."""
         ...
 
     def resume(self, state: IntArray) -> None:
-        """Continue from the state of another one."""
+        """Continue from a saved state."""
         ...
 
 
 class Reservoir:
-    """Every sample of the stream is held with the same probability M / n (Vitter 1985, algorithm R)."""
+    """Reservoir sampling: each of n samples is kept with probability M / n (Vitter 1985, algorithm R)."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -63,23 +63,23 @@ class Reservoir:
         return self._seen - 1 if self._seen <= self._size else min(int(u * self._seen), self._size)
 
     def readable(self, t: int) -> Sequence[int]:
-        """Return the slots that are filled."""
+        """Return the slots that hold a sample."""
         return range(min(self._seen, self._size))
 
     def resume(self, state: IntArray) -> None:
-        """Continue from the state of another one."""
+        """Continue from a saved state."""
         self.state[:] = state
         self._seen = int(state[0])
 
 
 class Parts:
-    """Parts of fixed and equal size, each with the latest samples (ring) or a reservoir of its own.
+    """Parts of fixed and equal size; each is a ring buffer or a reservoir.
 
     Args:
-        table: part of each task and class, int `[T, num_classes]`; -1 where a task lacks the class.
-        quota: slots of a part.
-        ring: keep the latest samples of a part; else each of them with the same probability.
-        past_only: tasks are read only while another one is trained on; a batch is of its first sample's task.
+        table: part of each task and class, int `[T, num_classes]`; -1 if the task does not have the class.
+        quota: slots of a part, >= 1.
+        ring: keep the latest samples of a part; False for reservoir sampling.
+        past_only: do not read samples of the current task, which is the task of a batch's first sample.
     """
 
     def __init__(self, table: IntArray, quota: int, ring: bool, past_only: bool) -> None:
@@ -100,13 +100,13 @@ class Parts:
         self._seen[part] = self.state[part] = seen + 1
         if seen < quota:
             self._readable_for = None
-            within = seen
+            offset = seen
         else:
-            within = seen % quota if self._ring else int(u * (seen + 1))
-        return part * quota + within if within < quota else self._size
+            offset = seen % quota if self._ring else int(u * (seen + 1))
+        return part * quota + offset if offset < quota else self._size
 
     def readable(self, t: int) -> Sequence[int]:
-        """Return the slots that are filled, without those of task t where only the past is read."""
+        """Return the slots that hold a sample, without those of task t if `past_only`."""
         if self._readable_for != t:
             self._readable = [
                 part * self._quota + k
@@ -118,45 +118,45 @@ class Parts:
         return self._readable
 
     def resume(self, state: IntArray) -> None:
-        """Continue from the state of another one."""
+        """Continue from a saved state."""
         self.state[:] = state
         self._seen = self.state.tolist()
         self._readable_for = None
 
 
 class Balanced:
-    """Equal parts for the classes, or tasks, seen so far (Chrysakis & Moens 2020, algorithm 1).
+    """Class- or task-balanced reservoir sampling (Chrysakis & Moens 2020, algorithm 1).
 
-    While there is room everything is kept. Then a group that has never been the largest takes the place of a
-    random sample of the largest; any other holds each of its own samples with the same probability.
+    While there is room, every sample is kept. Then a sample of a group that has never been the largest
+    replaces a random sample of the largest group. In any other group, reservoir sampling decides.
 
     Args:
-        size: number of slots.
+        size: number of slots, >= 1.
         groups: number of classes or tasks.
-        by_task: whether the groups are tasks.
+        by_task: balance tasks instead of classes.
     """
 
     def __init__(self, size: int, groups: int, by_task: bool) -> None:
         self._size, self._by_task = size, by_task
         self._seen = [0] * groups
-        # samples seen of each group, whether it has ever been the largest, and the group of each slot
+        # of each group: samples seen, and whether it has ever been the largest; then the group of each slot
         self.state = np.full(2 * groups + size, -1, np.int32)
         self.state[: 2 * groups] = 0
         self._has_led = self.state[groups : 2 * groups]
         self._owner = self.state[2 * groups :]
         self._members: list[list[int]] = [[] for _ in range(groups)]  # slots, ascending
-        self._filled = 0
+        self._used = 0
 
     def slot(self, y: int, t: int, u: float) -> int:
         """Return the slot of a sample of class y and task t."""
         group = t if self._by_task else y
         self._seen[group] += 1
         self.state[group] = self._seen[group]
-        if self._filled < self._size:
-            self._members[group].append(self._filled)
-            self._owner[self._filled] = group
-            self._filled += 1
-            return self._filled - 1
+        if self._used < self._size:
+            self._members[group].append(self._used)
+            self._owner[self._used] = group
+            self._used += 1
+            return self._used - 1
         if not self._has_led[group]:
             most = max(map(len, self._members))
             leaders = [g for g, slots in enumerate(self._members) if len(slots) == most]
@@ -169,36 +169,44 @@ class Balanced:
                 self._owner[slot] = group
                 return slot
         j = int(u * self._seen[group])
-        own = self._members[group]
-        return own[j] if j < len(own) else self._size
+        members = self._members[group]
+        return members[j] if j < len(members) else self._size
 
     def readable(self, t: int) -> Sequence[int]:
-        """Return the slots that are filled."""
-        return range(self._filled)
+        """Return the slots that hold a sample."""
+        return range(self._used)
 
     def resume(self, state: IntArray) -> None:
-        """Continue from the state of another one."""
+        """Continue from a saved state."""
         self.state[:] = state
         groups, owner = len(self._seen), self._owner.tolist()
         self._seen = self.state[:groups].tolist()
         self._members = [[slot for slot, of in enumerate(owner) if of == group] for group in range(groups)]
-        self._filled = sum(map(len, self._members))
+        self._used = sum(map(len, self._members))
 
 
 class MemoryPlanner:
-    """The planner of replay methods.
+    """Planner of replay methods.
 
     Args:
-        hparams: with the policy and the sizes.
-        spec: of the stream.
-        seed: of the run.
-        draws: independent draws that a step makes from the memory.
-        later_draws: further draws, from the memory as it is after the step has written to it.
+        hparams: policy and sizes of the memory.
+        spec: specification of the stream.
+        seed: seed of the run.
+        draws: number of independent draws from the memory at each step, before the step writes to it.
         past_only: read the samples of past tasks only; needs a memory with parts.
+        later_draws: number of further draws, after the step has written to the memory.
 
     Raises:
-        ValueError: the memory does not divide into its parts, is smaller than a draw, or has none to read the
-            past alone from.
+        ValueError: the memory does not divide into its parts, is smaller than a draw, or has no parts with
+            `past_only`.
+
+    Example:
+        >>> import numpy as np
+        >>> from sequel_core import ERHParams, Normalisation
+        >>> spec = StreamSpec((8, 8, 1), 2, 1, "domain", np.ones((1, 2), bool), Normalisation())
+        >>> planner = MemoryPlanner(ERHParams(mem_size=6, mem_batch_size=2), spec, seed=0)
+        >>> planner.next(y=[0, 1, 0, 1], t=[0, 0, 0, 0]).write.tolist()
+        [0, 1, 2, 3]
     """
 
     def __init__(
@@ -212,7 +220,7 @@ class MemoryPlanner:
     ) -> None:
         hparams.check_memory(spec, batch_size=1)
         self.slots = hparams.slots(spec.num_tasks)
-        self._none = max(self.slots, 1)  # a memory has one slot at least, as its arrays must not be empty
+        self._none = max(self.slots, 1)  # arrays of a memory have at least one slot
         self._hparams, self._spec = hparams, spec
         self._early, self._draws = draws, draws + later_draws
         self._drawn = hparams.drawn if self.slots else 0
@@ -226,13 +234,13 @@ class MemoryPlanner:
         """Return the plan of the next step, or of the next steps; see `Planner.next`.
 
         Raises:
-            ValueError: a batch larger than the memory, a label or task that the spec does not have, or more
-                samples than can be counted; nothing was decided.
+            ValueError: a batch is larger than the memory, a label or task is not in the spec, or there are
+                more samples than can be counted. The planner is unchanged.
         """
         labels, tasks = np.asarray(y), np.asarray(t)
         if labels.shape != tasks.shape or labels.ndim not in (1, 2) or not labels.shape[-1]:
             raise ValueError(
-                "y and t must be alike, [B] or [steps, B] with at least one sample, "
+                "y and t must have the same shape, [B] or [steps, B] with B >= 1, "
                 f"got {list(labels.shape)} and {list(tasks.shape)}"
             )
         lead, size = labels.shape[:-1], labels.shape[-1]
@@ -275,25 +283,25 @@ class MemoryPlanner:
         return step_plan
 
     def _read(self, task: int, u: Sequence[float], draws: SlotArray) -> None:
-        """Fill in the slots of some draws `[draws, R]`."""
+        """Write the slots of `draws` in place, `[draws, R]`."""
         readable = self._policy.readable(task)
-        for k, found in enumerate(draws):
+        for k, slots in enumerate(draws):
             chosen = distinct(u[k * self._drawn : (k + 1) * self._drawn], len(readable))
-            found[: len(chosen)] = [readable[slot] for slot in chosen]
+            slots[: len(chosen)] = [readable[slot] for slot in chosen]
 
     def _check_known_labels(self, labels: NDArray[Any], tasks: NDArray[Any]) -> None:
-        strangers = {*zip(labels.ravel().tolist(), tasks.ravel().tolist(), strict=True)} - self._known
-        if strangers:
-            y, t = min(strangers)
+        unknown = {*zip(labels.ravel().tolist(), tasks.ravel().tolist(), strict=True)} - self._known
+        if unknown:
+            y, t = min(unknown)
             num_tasks, num_classes = self._spec.mask.shape
             raise ValueError(
-                f"a sample has label {y} and task {t}, which the stream's spec does not have; "
-                f"it has {num_tasks} tasks and {num_classes} classes, of each task those in spec.mask"
+                f"labels and tasks must be in the stream's spec, got label {y} in task {t}; the spec has "
+                f"{num_tasks} tasks and {num_classes} classes, and spec.mask says which task has which"
             )
 
     @property
     def state(self) -> IntArray:
-        """All that decisions to come depend on beside the seed, int64 `[n]`, n fixed; may be set."""
+        """Everything that coming decisions depend on besides the seed, int64 `[n]`, n fixed; can be set."""
         return np.concatenate([np.asarray([self._steps, self._seen], np.int64), self._policy.state])
 
     @state.setter
@@ -313,15 +321,15 @@ class MemoryPlanner:
         return self.state.astype(np.int32)
 
     def resume(self, position: Any) -> None:
-        """Continue from the position of another one."""
+        """Continue from a saved position."""
         self.state = np.asarray(position, np.int64)
 
 
 def policy(hparams: MemoryHParams, spec: StreamSpec, past_only: bool) -> Policy:
-    """Return the policy that the settings name, with nothing seen."""
+    """Return a new policy of the type that the settings name."""
     size = hparams.slots(spec.num_tasks)
     if past_only and hparams.memory in ("reservoir", "class_balanced", "task_balanced"):
-        raise ValueError(f"past_only needs a memory in parts, got memory={hparams.memory}; use ring")
+        raise ValueError(f"past_only needs a memory with parts, got memory={hparams.memory}; use memory=ring")
     if hparams.memory == "reservoir":
         return Reservoir(size)
     if hparams.memory in ("class_balanced", "task_balanced"):
@@ -338,12 +346,12 @@ def policy(hparams: MemoryHParams, spec: StreamSpec, past_only: bool) -> Policy:
 
 
 def distinct(u: Sequence[float], population: int) -> list[int]:
-    """Return `min(len(u), population)` different numbers below `population`, ascending (Floyd's algorithm).
+    """Return a uniform random set of `min(len(u), population)` numbers below `population`, ascending.
 
-    Every such set is as likely as any other.
+    Source: Floyd's algorithm (Bentley & Floyd 1987).
 
     Args:
-        u: uniform in [0, 1).
+        u: random numbers, uniform in [0, 1).
         population: >= 0.
     """
     chosen: set[int] = set()
@@ -354,21 +362,39 @@ def distinct(u: Sequence[float], population: int) -> list[int]:
 
 
 def memory_stream(samples: Samples, tasks: Collection[int] | None = None) -> JoinedSplit:
-    """Return the samples that a memory holds as a training stream, task after task.
+    """Return the samples of a memory as a split, sorted by task.
 
     Args:
         samples: of the memory, images `[n, H, W, C]`; they are copied.
-        tasks: indices of the tasks whose samples are wanted; None for all.
+        tasks: indices of the tasks to include; None for all.
+
+    Example:
+        >>> samples = Samples(np.zeros((4, 8, 8, 1), np.uint8), np.arange(4), np.array([1, 0, 1, 2]))
+        >>> memory_stream(samples, tasks=[0, 1]).targets.tolist()
+        [1, 0, 2]
     """
-    wanted = np.unique(samples.t) if tasks is None else sorted(set(tasks))
+    included = np.unique(samples.t) if tasks is None else sorted(set(tasks))
     parts = []
-    for task in wanted:
-        own = samples.t == task
-        parts.append(Split(samples.x[own], samples.y[own].astype(np.int64), int(task)))
+    for task in included:
+        rows = samples.t == task
+        parts.append(Split(samples.x[rows], samples.y[rows].astype(np.int64), int(task)))
     return JoinedSplit(tuple(parts))
 
 
 def joined_with_memory(task: Task, memory: JoinedSplit) -> Task:
-    """Return a task whose training samples are its own and, after them, those of a memory."""
+    """Return a task with the samples of a memory appended to its training samples.
+
+    Args:
+        task: its classes are extended by those of the memory.
+        memory: as `memory_stream` returns it.
+
+    Example:
+        >>> split = Split(np.zeros((6, 8, 8, 1), np.uint8), np.arange(6) % 2)
+        >>> task = Task(1, "example", (0, 1), train=split, test=split, validation=split.head(0))
+        >>> samples = Samples(np.zeros((4, 8, 8, 1), np.uint8), np.arange(4), np.zeros(4, np.int64))
+        >>> joined = joined_with_memory(task, memory_stream(samples))
+        >>> len(joined.train), joined.classes
+        (10, (0, 1, 2, 3))
+    """
     classes = {*task.classes, *memory.targets.tolist()}
     return replace(task, train=join([task.train, memory]), classes=tuple(sorted(classes)))

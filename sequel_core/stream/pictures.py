@@ -1,4 +1,4 @@
-"""Pictures for loggers, as arrays: the samples of a task."""
+"""Grids of sample images, for loggers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ COUNT = 25
 
 
 def image_grid(images: NDArray[Any]) -> NDArray[np.uint8]:
-    """Return images side by side in a grid as square as can be, row by row, one white pixel between them.
+    """Return the images in a nearly square grid, row by row, separated by one white pixel.
 
     Args:
-        images: `[N, H, W, C]` with 1 or 3 channels; uint8, or numbers that are stretched from their least to
-            their greatest.
+        images: `[N, H, W, C]` with 1 or 3 channels; uint8, or other numbers, which are scaled to the full
+            range.
 
     Returns:
         uint8 `[H', W', 3]`.
 
     Raises:
-        ValueError: images of another shape, or none.
+        ValueError: the images have another shape, or there are none.
+
+    Example:
+        >>> image_grid(np.zeros((4, 8, 8, 1), np.uint8)).shape
+        (17, 17, 3)
     """
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or not len(images):
         raise ValueError(f"images must be [N, H, W, 1] or [N, H, W, 3] with N >= 1, got {list(images.shape)}")
@@ -37,7 +41,7 @@ def image_grid(images: NDArray[Any]) -> NDArray[np.uint8]:
     grid = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, 3), 255, np.uint8)
     for k, image in enumerate(images):
         top, left = k // columns * (height + 1), k % columns * (width + 1)
-        grid[top : top + height, left : left + width] = image  # one channel is repeated
+        grid[top : top + height, left : left + width] = image  # broadcasts one channel to three
     return grid
 
 

@@ -1,8 +1,8 @@
-"""One plan: every random choice that a sample depends on, as integers, in NumPy, outside both frameworks.
+"""The plan: all random choices, made in NumPy outside both frameworks.
 
-All numbers come from the counter-based generator Philox through `random_raw`, one 64-bit word per item at the
-item's own counter. So any stretch of a stream can be computed alone, in chunks of any length, without
-generator state, and on any NumPy version (the methods of `Generator` promise neither).
+The numbers come from the counter-based generator Philox through `random_raw`: item n of a random stream is
+the 64-bit word at counter n. Therefore any part of a stream can be computed on its own, in chunks of any
+length, without generator state and with any NumPy version. The methods of `Generator` guarantee neither.
 """
 
 from __future__ import annotations
@@ -19,13 +19,8 @@ from sequel_core.stream.arrays import BoolArray, FloatArray, IntArray
 from sequel_core.stream.task import AnySplit, Samples, Task
 
 WORDS_PER_COUNTER = 4
-
-
 CHUNK_BYTES = 1 << 22
-
-
 BLOCK_NUMBERS = 4096
-
 
 T = TypeVar("T")
 
@@ -34,10 +29,14 @@ def words(*key: object, count: int, start: int = 0) -> NDArray[np.uint64]:
     """Return items `start` to `start + count - 1` of the random stream named `key`, uint64 `[count]`.
 
     Args:
-        key: what the stream is for, for example `(seed, "batches", task, epoch)`; equal keys give equal
+        key: the name of the stream, for example `(seed, "batches", task, epoch)`. Equal keys give equal
             streams.
         count: number of words, >= 0.
         start: index of the first word, >= 0.
+
+    Example:
+        >>> bool((words(0, "batches", count=5)[3:] == words(0, "batches", count=2, start=3)).all())
+        True
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     counter, skip = divmod(start, WORDS_PER_COUNTER)
@@ -51,10 +50,10 @@ def uniform(*key: object, count: int, start: int = 0) -> FloatArray:
 
 
 class Uniforms:
-    """The floats of one key, see `uniform`, computed a block at a time: short stretches cost little."""
+    """The numbers of `uniform` for one key, computed in blocks so that reading a few is cheap."""
 
     def __init__(self, *key: object) -> None:
-        """Name the stream."""
+        """Set the key of the random stream; see `words`."""
         self._key = key
         self._start = 0
         self._block: list[float] = []
@@ -82,7 +81,7 @@ def permutation(*key: object, count: int) -> IntArray:
 
 
 def check_batch_size(task: int, num_samples: int, batch_size: int) -> None:
-    """Raise ValueError where a task has not one whole batch."""
+    """Raise ValueError if a task has less than one whole batch."""
     if batch_size > num_samples:
         raise ValueError(
             f"batch_size must be <= the samples of a task, got {batch_size} with {num_samples} training "
@@ -93,7 +92,7 @@ def check_batch_size(task: int, num_samples: int, batch_size: int) -> None:
 def epoch_batches(seed: int, task: int, epoch: int, num_samples: int, batch_size: int) -> IntArray:
     """Return the batches of one epoch as positions in the training split, int64 `[steps, batch_size]`.
 
-    Every epoch is a new order of the whole split; the incomplete last batch is dropped.
+    Each epoch has a new random order. The incomplete last batch is dropped.
 
     Raises:
         ValueError: the split is smaller than one batch.
@@ -105,9 +104,9 @@ def epoch_batches(seed: int, task: int, epoch: int, num_samples: int, batch_size
 
 
 def consolidation_batches(seed: int, task: Task, batch_size: int) -> Iterator[Samples]:
-    """Yield the training samples of a task once, in the random order of end-of-task work (Fisher, ...).
+    """Yield the training samples of a task once, in the random order used for consolidation (Fisher, ...).
 
-    The last batch may be incomplete: this work counts samples, not batches.
+    The last batch may be incomplete.
     """
     order = permutation(seed, "consolidation", task.index, count=len(task.train))
     for start in range(0, len(order), batch_size):
@@ -115,9 +114,9 @@ def consolidation_batches(seed: int, task: Task, batch_size: int) -> Iterator[Sa
 
 
 def evaluation_batches(split: AnySplit, batch_size: int) -> Iterator[tuple[Samples, BoolArray]]:
-    """Yield all samples in order, in batches of one size, with which of them count, bool `[batch_size]`.
+    """Yield batches of equal size, in order, and which of their samples are valid, bool `[batch_size]`.
 
-    The last batch is filled up with copies of its last sample that do not count.
+    The last batch is padded with copies of its last sample, which are not valid.
     """
 
     def take(start: int) -> tuple[Samples, BoolArray]:
@@ -129,12 +128,12 @@ def evaluation_batches(split: AnySplit, batch_size: int) -> Iterator[tuple[Sampl
 
 
 def take_in_chunks(split: AnySplit, positions: IntArray) -> Iterator[Samples]:
-    """Yield samples for positions `[n, ...]`, a chunk of leading rows at a time.
+    """Yield the samples at positions `[n, ...]` in chunks along the first axis.
 
-    Pixel maps then work on many images at once.
+    A pixel map then processes many images at once.
 
     Yields:
-        Samples whose arrays begin with the chunk's shape `[rows, ...]`.
+        Samples whose leading axes are those of the chunk, `[rows, ...]`.
     """
     shape = split.image_shape
     image_bytes = int(np.prod(shape)) * np.dtype(split.image_dtype).itemsize
@@ -150,24 +149,24 @@ def take_in_chunks(split: AnySplit, positions: IntArray) -> Iterator[Samples]:
 
 
 def one_ahead(take: Callable[[int], T], starts: range) -> Iterator[T]:
-    """Yield `take(start)` for every start; a thread takes the next one while this one is used.
+    """Yield `take(start)` for every start, and compute the next value in a thread meanwhile.
 
-    NumPy gathers and maps pixels without holding the interpreter's lock.
+    NumPy releases the interpreter lock while it gathers and maps pixels.
     """
     with ThreadPoolExecutor(1) as pool:
-        coming = None
+        following = None
         for start in starts:
-            now, coming = coming, pool.submit(take, start)
-            if now is not None:
-                yield now.result()
-        if coming is not None:
-            yield coming.result()
+            current, following = following, pool.submit(take, start)
+            if current is not None:
+                yield current.result()
+        if following is not None:
+            yield following.result()
 
 
 def initial_weights(seed: int, path: str, shape: tuple[int, ...], fan_in: int) -> FloatArray:
     """Return the initial values of one array of a built-in backbone.
 
-    They are U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as in torch's layers.
+    They are drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as in torch's layers.
 
     Args:
         seed: of the run.

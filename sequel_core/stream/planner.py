@@ -20,20 +20,20 @@ LARGEST = int(np.iinfo(np.int32).max)
 
 
 class Planner(Protocol):
-    """Decides on the host what the steps of an algorithm need beside their batches."""
+    """Decides on the host what a training step needs besides its batch."""
 
     def next(self, y: Any, t: Any) -> Any:
-        """Return what goes into `Batch.plan`.
+        """Return the plan of the next step or steps, for `Batch.plan`.
 
         Args:
-            y: labels of a batch `[B]`, or of several `[steps, B]`.
-            t: task index of each sample, alike.
+            y: labels of a batch `[B]`, or of several batches `[steps, B]`.
+            t: task index of each sample, same shape.
         """
         ...
 
     @property
     def state(self) -> IntArray:
-        """All that decisions to come depend on beside the seed, int64 `[n]`, n fixed; may be set."""
+        """Everything that coming decisions depend on besides the seed, int64 `[n]`, n fixed; can be set."""
         ...
 
     @state.setter
@@ -41,11 +41,11 @@ class Planner(Protocol):
 
     @property
     def position(self) -> SlotArray | None:
-        """The same with the number of steps planned first, int32 `[n]`; None if there is nothing to plan."""
+        """The number of steps planned, then the state, int32 `[n]`; None if nothing is planned."""
         ...
 
     def resume(self, position: Any) -> None:
-        """Continue from the position of another one."""
+        """Continue from a saved position."""
         ...
 
 
@@ -53,15 +53,14 @@ P = TypeVar("P", bound=Planner)
 
 
 def resumed(planner: P, position: Any) -> P:
-    """Return the planner, set to the position that the state of an algorithm holds.
+    """Return the planner after setting it to the position in an algorithm's state.
 
     Args:
-        planner: of the same settings, stream and seed.
+        planner: made with the settings, stream and seed of the state.
         position: `state.position`, int32 `[n]`, or None.
 
     Raises:
-        ValueError: the position is of other settings, or a step of the state was given a plan that was made
-            for another step.
+        ValueError: the position belongs to other settings, or a step received the plan of another step.
     """
     _check_length(planner, position)
     if position is not None:
@@ -70,58 +69,58 @@ def resumed(planner: P, position: Any) -> P:
 
 
 def check_position(planner: Planner, position: Any) -> None:
-    """Raise ValueError if a planner is not where the state of an algorithm is.
+    """Raise ValueError if the planner is not at the position in an algorithm's state.
 
     Args:
-        planner: that the next steps are to be planned with.
+        planner: plans the next steps.
         position: `state.position`, int32 `[n]`, or None.
     """
     _check_length(planner, position)
     if position is None:
         return
-    own, found = np.asarray(planner.position), np.asarray(position)
-    if not np.array_equal(own, found):
+    planned, taken = np.asarray(planner.position), np.asarray(position)
+    if not np.array_equal(planned, taken):
         raise ValueError(
-            f"the planner has planned {own[0]} steps and the state has taken {found[0]}"
-            f"{'' if own[0] != found[0] else ', of other samples'}; a planner has to be made from the state "
+            f"the planner has planned {planned[0]} steps and the state has taken {taken[0]}"
+            f"{'' if planned[0] != taken[0] else ', with other samples'}; make the planner from the state "
             "that training continues with: planner = algorithm.planner(spec, state)"
         )
 
 
 def check_steps(position: Any) -> None:
-    """Raise ValueError if a step was given a plan that was made for another step.
+    """Raise ValueError if a step received the plan of another step.
 
     Args:
         position: `state.position`, int32 `[..., n]`, or None.
     """
     if position is not None and np.asarray(position)[..., 0].min() < 0:
         raise ValueError(
-            "a step was given a plan that was made for another step of the stream, so what the memory holds "
-            "is not what the planner knows; restore an earlier state, and make the planner from the state "
-            "that training continues with: planner = algorithm.planner(spec, state)"
+            "a step received the plan of another step, so the memory and the planner no longer agree; "
+            "restore an earlier state, and make the planner from the state that training continues with: "
+            "planner = algorithm.planner(spec, state)"
         )
 
 
 def _check_length(planner: Planner, position: Any) -> None:
-    own = planner.position
-    if (own is None) != (position is None) or (own is not None and np.shape(position) != own.shape):
-        wanted, found = ("none" if p is None else str(list(np.shape(p))) for p in (own, position))
+    planned = planner.position
+    shapes = ["none" if p is None else str(list(np.shape(p))) for p in (planned, position)]
+    if shapes[0] != shapes[1]:
         raise ValueError(
-            f"state.position must have the planner's shape, {wanted} with these settings and this spec, got "
-            f"{found}; use the settings and the spec that the state was made with"
+            f"state.position must have shape {shapes[0]} with these settings and this spec, got {shapes[1]}; "
+            "use the settings and the spec that the state was made with"
         )
     check_steps(position)
 
 
 def counted(name: str, value: int) -> int:
-    """Return a count; raise ValueError if it is more than a position can hold."""
+    """Return the count; raise ValueError if it does not fit into a position."""
     if value > LARGEST:
         raise ValueError(f"a planner counts up to {LARGEST} {name}, got {value}; train on fewer")
     return value
 
 
 class NoPlanner:
-    """The planner of algorithms whose steps need nothing but their batches."""
+    """Planner of algorithms whose steps need only their batches."""
 
     def next(self, y: Any, t: Any) -> Any:
         """Return `()`."""

@@ -1,7 +1,7 @@
-"""Tasks and benchmarks as arrays: what is learned, without loaders and without any framework.
+"""Tasks and their splits: views of NumPy arrays, without loaders and independent of the frameworks.
 
-A task never copies its data set: a split is a view (row indices and one fixed pixel map) of arrays that all
-tasks share, so that memory does not grow with the number of tasks.
+A split never copies its data set. It is a view (row indices and a fixed pixel map) of arrays that all tasks
+share, so memory does not grow with the number of tasks.
 """
 
 from __future__ import annotations
@@ -19,16 +19,25 @@ from sequel_core.stream.items import ItemImages, check_images, check_labels
 
 
 class Batch(NamedTuple):
-    """One training batch; in PyTorch the images are `[B, C, H, W]`, everywhere else `[B, H, W, C]`."""
+    """A training batch.
 
-    x: Any  # images [B, H, W, C], uint8 from our own data
+    Images are `[B, C, H, W]` in PyTorch and `[B, H, W, C]` everywhere else.
+
+    Example:
+        >>> import numpy as np
+        >>> x, y, t = np.zeros((4, 28, 28, 1), np.uint8), np.arange(4), np.zeros(4, np.int64)
+        >>> Batch(x, y, t).plan
+        ()
+    """
+
+    x: Any  # images [B, H, W, C], uint8 in the built-in benchmarks
     y: Any  # labels [B]
     t: Any  # task index of each sample [B], from 0
-    plan: Any = ()  # the plan's integers for this step; empty for methods that need none
+    plan: Any = ()  # what the planner decided for this step; () for methods without a planner
 
 
 class Samples(NamedTuple):
-    """Samples taken from a split."""
+    """Samples of a split, as arrays."""
 
     x: ImageArray  # [n, H, W, C]
     y: IntArray  # [n]
@@ -37,20 +46,26 @@ class Samples(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Part of a data set: shared arrays, optionally a subset of rows and a pixel map.
+    """Part of a data set: a view of shared arrays.
 
     Args:
-        images: uint8, or float32 that are taken as they are, `[N, H, W, C]`: an array, a memory map, or a
-            data set that is read item by item.
-        labels: int64 `[N]`.
-        task: index of the task that the samples belong to, from 0.
+        images: `[N, H, W, C]`, uint8, or float32, which is used as it is. An array, a memory map, or a data
+            set that is read item by item.
+        labels: integers `[N]`.
+        task: index of the task that the samples belong to, >= 0.
         indices: rows that belong to the split, `[n]`; None for all.
-        pixel_map: applied to uint8 images as they are taken.
-        channels_last: whether images are `[N, H, W, C]` although they look like `[N, C, H, W]`: at most 4
-            rows, and more than 4 columns and channels.
+        pixel_map: applied to uint8 images when they are read.
+        channels_last: confirm that images are `[N, H, W, C]` if their shape looks like `[N, C, H, W]`, that
+            is, if H <= 4 < min(W, C).
 
     Raises:
-        ValueError: arrays of another type, shape or length.
+        ValueError: the arrays have another dtype or shape, or differ in length.
+
+    Example:
+        >>> import numpy as np
+        >>> split = Split(np.zeros((6, 8, 8, 1), np.uint8), np.arange(6) % 2)
+        >>> len(split), split.image_shape, split.take(np.array([1, 5])).y.tolist()
+        (6, (8, 8, 1), [1, 1])
     """
 
     images: ImageArray | ItemImages
@@ -64,7 +79,7 @@ class Split:
         check_images(self.images, self.channels_last)
         if self.pixel_map is not None and self.images.dtype != np.uint8:
             raise ValueError(
-                f"a pixel map needs uint8 images, got {self.images.dtype}; map the pixels yourself"
+                f"a pixel map needs uint8 images, got {self.images.dtype}; apply the map to the arrays first"
             )
         check_labels(self.labels)
         if len(self.images) != len(self.labels):
@@ -75,7 +90,7 @@ class Split:
 
     @property
     def parts(self) -> tuple[Split, ...]:
-        """The splits that this one is made of: itself."""
+        """The splits that this one consists of: itself."""
         return (self,)
 
     @property
@@ -86,17 +101,17 @@ class Split:
 
     @property
     def image_dtype(self) -> str:
-        """Of the images: uint8 or float32."""
+        """Dtype of the images: uint8 or float32."""
         return str(self.images.dtype)
 
     @property
     def targets(self) -> IntArray:
-        """Labels of the split's samples, int64 `[n]`; not kept: many splits share one array."""
+        """Labels of the split, int64 `[n]`, computed at each access because splits share their arrays."""
         labels = self.labels if self.indices is None else self.labels[self.indices]
         return np.asarray(labels, np.int64)
 
     def take(self, positions: IntArray) -> Samples:
-        """Return the samples at these positions of the split, `[n]`, pixel map applied."""
+        """Return the samples at positions `[n]` of the split, with the pixel map applied."""
         rows = positions if self.indices is None else self.indices[positions]
         images = np.asarray(self.images[rows])
         if self.pixel_map is not None:
@@ -105,11 +120,11 @@ class Split:
         return Samples(images, labels, np.full(len(positions), self.task, np.int64))
 
     def pick(self, positions: IntArray) -> Split:
-        """Return the samples at these positions as a split; views are nested, data is not copied."""
+        """Return the samples at positions `[n]` as a split; no data is copied."""
         return replace(self, indices=positions if self.indices is None else self.indices[positions])
 
     def head(self, count: int | None) -> Split:
-        """Return the first `count` samples (all for None); views are nested, data is not copied."""
+        """Return the first `count` samples (all for None) as a split; no data is copied."""
         if count is None or count >= len(self):
             return self
         rows = np.arange(count, dtype=np.int64) if self.indices is None else self.indices[:count]
@@ -118,7 +133,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class JoinedSplit:
-    """Several splits, one after the other; each sample keeps its own task index and pixel map."""
+    """Several splits in a row; each sample keeps its task index and pixel map."""
 
     parts: tuple[Split, ...]
 
@@ -136,27 +151,27 @@ class JoinedSplit:
 
     @property
     def image_dtype(self) -> str:
-        """Of the images: uint8 or float32."""
+        """Dtype of the images: uint8 or float32."""
         return self.parts[0].image_dtype
 
     @property
     def targets(self) -> IntArray:
-        """Labels of the split's samples, int64 `[n]`; not kept."""
+        """Labels of the split, int64 `[n]`, computed at each access."""
         return np.concatenate([np.empty(0, np.int64), *(part.targets for part in self.parts)])
 
     def take(self, positions: IntArray) -> Samples:
-        """Return the samples at these positions, `[n]`, in the order asked for."""
+        """Return the samples at positions `[n]`, in that order."""
         owner = np.searchsorted(self._offsets, positions, side="right") - 1
         images = np.empty((len(positions), *self.image_shape), self.image_dtype)
         labels, tasks = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
         for k in np.unique(owner):
-            here = owner == k
-            samples = self.parts[k].take(positions[here] - self._offsets[k])
-            images[here], labels[here], tasks[here] = samples
+            rows = owner == k
+            samples = self.parts[k].take(positions[rows] - self._offsets[k])
+            images[rows], labels[rows], tasks[rows] = samples
         return Samples(images, labels, tasks)
 
     def pick(self, positions: IntArray) -> JoinedSplit:
-        """Return the samples at these positions, in the order asked for; data is not copied."""
+        """Return the samples at positions `[n]`, in that order, as a split; no data is copied."""
         owner = np.searchsorted(self._offsets, positions, side="right") - 1
         runs = np.split(np.arange(len(positions)), np.flatnonzero(np.diff(owner)) + 1)
         return JoinedSplit(
@@ -177,15 +192,22 @@ class Task:
 
     Args:
         index: position in the stream, from 0.
-        name: for people.
-        classes: labels that occur, after any relabelling by a class order.
+        name: shown in tables and logs.
+        classes: labels that occur in the task, each >= 0.
         train: training samples, at least one.
         test: test samples, at least one.
         validation: held-out training samples; may be empty.
-        coreset: samples set aside from the training samples for a method that asks for them.
+        coreset: samples taken out of the training samples, for methods that need a coreset.
 
     Raises:
-        ValueError: no training or no test samples, a label that `classes` lacks, or one below 0.
+        ValueError: no training or no test samples, a label that is not in `classes`, or a label below 0.
+
+    Example:
+        >>> import numpy as np
+        >>> split = Split(np.zeros((6, 8, 8, 1), np.uint8), np.arange(6) % 2)
+        >>> task = Task(0, "zeros", classes=(0, 1), train=split, test=split, validation=split.head(0))
+        >>> len(task.train), len(task.validation)
+        (6, 0)
     """
 
     index: int
@@ -209,19 +231,19 @@ class Task:
                 )
         for name in ("train", "validation", "test"):
             targets = getattr(self, name).targets
-            strangers = targets[~np.isin(targets, self.classes)]
-            if len(strangers):
+            unknown = targets[~np.isin(targets, self.classes)]
+            if len(unknown):
                 raise ValueError(
                     f"task {self.index} ({self.name}): {name} labels "
-                    f"{np.unique(strangers)[:5].tolist()} are not among its classes {list(self.classes)}"
+                    f"{np.unique(unknown)[:5].tolist()} are not among its classes {list(self.classes)}"
                 )
 
     def split(self, name: str) -> AnySplit:
-        """Return the split called train, validation or test."""
+        """Return a split by its name: train, validation or test."""
         split: AnySplit = getattr(self, name)
         return split
 
 
 def join(splits: Sequence[AnySplit]) -> JoinedSplit:
-    """Return the splits one after the other."""
+    """Return several splits as one; no data is copied."""
     return JoinedSplit(tuple(part for split in splits for part in split.parts))

@@ -26,7 +26,7 @@ def test_no_augmentation_leaves_the_planner_alone() -> None:
 
 
 def test_offsets_and_flips_are_uniform_and_independent() -> None:
-    crops = augmenting(NoPlanner(), SPEC, 3).next(np.zeros((4000, 5)), np.zeros((4000, 5))).own
+    crops = augmenting(NoPlanner(), SPEC, 3).next(np.zeros((4000, 5)), np.zeros((4000, 5))).batch
     assert crops.shape == (4000, 5, 3)
     assert crops.dtype == np.int32
     cells, counts = np.unique(crops.reshape(-1, 3), axis=0, return_counts=True)
@@ -39,7 +39,7 @@ def test_offsets_and_flips_are_uniform_and_independent() -> None:
 @pytest.mark.parametrize(("padding", "flip"), [(3, False), (0, True)])
 def test_each_part_can_be_had_alone(padding: int, flip: bool) -> None:
     planner = AugmentingPlanner(NoPlanner(), Augmentation(padding, flip), 0)
-    crops = planner.next(ZEROS, ZEROS).own
+    crops = planner.next(ZEROS, ZEROS).batch
     assert np.abs(crops[..., :2]).max() == padding
     assert crops[..., 2].max() == flip
 

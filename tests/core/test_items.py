@@ -140,5 +140,5 @@ def test_bad_items_that_show_later_are_named() -> None:
         images[np.array([0, 2])]
     with pytest.raises(ValueError, match=r"got float32 \[3, 4, 1\] at position 3; resize or convert"):
         images[np.array([3])]
-    with pytest.raises(ValueError, match="mine: item 0 has label 0, its targets say 5; make them agree"):
+    with pytest.raises(ValueError, match="mine: item 0 has label 0, but its targets have 5; make them equal"):
         ItemImages(Counted(items, targets=[5, 1, 0, 0]), "mine")

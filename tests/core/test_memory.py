@@ -571,7 +571,7 @@ def test_the_samples_of_each_task_must_divide_into_its_classes() -> None:
     ],
 )
 def test_a_sample_that_the_spec_does_not_have_is_named(memory: MemoryPolicy, y: int, t: int) -> None:
-    with pytest.raises(ValueError, match=f"label {y} and task {t}, which the stream's spec does not have"):
+    with pytest.raises(ValueError, match=f"must be in the stream's spec, got label {y} in task {t};"):
         planner_of(memory).next([0, y], [0, t])
 
 
@@ -659,19 +659,19 @@ def test_a_task_joined_with_an_empty_memory_is_itself() -> None:
 @pytest.mark.parametrize("memory", ["reservoir", "class_balanced", "task_balanced"])
 def test_the_past_alone_needs_a_memory_in_parts(memory: MemoryPolicy) -> None:
     hparams = ERHParams(memory=memory, mem_size=12)
-    with pytest.raises(ValueError, match=f"^past_only needs a memory in parts, got memory={memory};"):
+    with pytest.raises(ValueError, match=f"^past_only needs a memory with parts, got memory={memory};"):
         MemoryPlanner(hparams, SPEC, 0, past_only=True)
 
 
 @pytest.mark.parametrize(("y", "t"), [([], []), ([0, 1], [0]), ([[[0]]], [[[0]]])])
 def test_labels_and_tasks_must_be_alike(y: list[int], t: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"^y and t must be alike, \[B\] or \[steps, B\]"):
+    with pytest.raises(ValueError, match=r"^y and t must have the same shape, \[B\] or \[steps, B\]"):
         planner_of("reservoir").next(y, t)
 
 
 def test_a_refused_batch_decides_nothing() -> None:
     planner = planner_of("ring")
     before = planner.state
-    with pytest.raises(ValueError, match="which the stream's spec does not have"):
+    with pytest.raises(ValueError, match="must be in the stream's spec"):
         planner.next([0, 99], [0, 0])
     np.testing.assert_array_equal(planner.state, before)

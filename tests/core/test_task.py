@@ -176,7 +176,7 @@ def test_float_images_are_taken_as_they_are(rng: np.random.Generator) -> None:
     assert (benchmark.spec.image_shape, benchmark.spec.image_dtype) == ((3, 4, 2), "float32")
     with pytest.raises(ValueError, match="a pixel map needs uint8 images, got float32"):
         replace(split, pixel_map=PixelMap(np.zeros((12, 1), np.int32)))
-    with pytest.raises(ValueError, match="normalisation is of uint8 images, got it with float32"):
+    with pytest.raises(ValueError, match="normalisation needs uint8 images, got float32 images"):
         replace(benchmark, normalisation=Normalisation((0.5,), (0.5,)))
 
 

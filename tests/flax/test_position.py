@@ -157,7 +157,7 @@ def test_a_position_of_other_settings_is_refused() -> None:
     _, state = begun(ALGORITHMS["er"](ER), rotated())
     other = ALGORITHMS["er"](replace(ER, memory="class_balanced"))
     wanted = (
-        r"state.position must have the planner's shape, \[42\] with these settings and this spec, got \[3\]"
+        r"state.position must have shape \[42\] with these settings and this spec, got \[3\]"
     )
     with pytest.raises(ValueError, match=wanted):
         other.planner(rotated().spec, state)
@@ -204,7 +204,7 @@ def test_a_plan_of_another_step_is_an_error_at_the_next_boundary(hparams: Algori
         lambda: algorithm.plan_end(state, iter(parts)),
         lambda: algorithm.planner(stream.spec, state),
     ):
-        with pytest.raises(ValueError, match="a step was given a plan that was made for another step of"):
+        with pytest.raises(ValueError, match="a step received the plan of another step"):
             refused()
     assert first.index == 0
 
