@@ -17,10 +17,12 @@ import sequel_lightning
 from sequel_benchmarks import DataSet, SplitSettings, split
 from sequel_benchmarks.data import available, load
 from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
+from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.algorithms.lamaml import LaMAMLHParams
 from sequel_core.algorithms.lfl import LFLHParams
@@ -28,6 +30,7 @@ from sequel_core.algorithms.mas import MASHParams
 from sequel_core.algorithms.mcsgd import MCSGDHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
+from sequel_core.algorithms.stable_sgd import StableSGDHParams
 from sequel_core.backbones import BACKBONES, BackboneHParams
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
 from sequel_core.runs.learner import Learner
@@ -61,6 +64,9 @@ METHODS: list[AlgorithmHParams] = [
     LaMAMLHParams(mem_size=20, mem_batch_size=7, n_inner_updates=2, glances=2),
     ICaRLHParams(mem_size=20),
     KCLHParams(core_size=10, d_rn_f=32, tau=0.1, lmd=10),
+    JointHParams(),
+    StableSGDHParams(lr_decay=0.7),
+    DERHParams(mem_size=20, mem_batch_size=7),
 ]
 
 QUICK = {
