@@ -16,12 +16,12 @@ from sequel_core.runs.loggers import LoggerWarning
 from sequel_core.runs.signals import InterruptedRunError
 
 COMMANDS = {
-    "run": "run an experiment, or a sweep of them with -m",
-    "compare": "run experiments side by side: both frameworks, several algorithms, seeds",
-    "reproduce": "run an experiment over seeds and compare with the published number",
-    "report": "one HTML file about runs: matrices, curves, tables; PNG and Markdown besides",
-    "data": "fetch and check data sets",
-    "list": "show algorithms, benchmarks, backbones, optimizers, loggers, experiments, with their settings",
+    "run": "run an experiment, or a sweep with -m",
+    "compare": "run experiments and compare them: both frameworks, several algorithms, seeds",
+    "reproduce": "run an experiment with several seeds and compare it with the published number",
+    "report": "write an HTML report of runs: matrices, curves, tables; also PNG and Markdown",
+    "data": "download and check data sets",
+    "list": "list algorithms, benchmarks, backbones, optimizers, loggers and experiments with their settings",
     "bench": "measure training steps per second against hand-written loops",
     "demo": "naive finetuning against EWC in both frameworks, on bundled data",
 }
@@ -44,12 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 
     Args:
-        argv: the arguments, without the program's name; None for those of the process.
+        argv: the arguments without the program name; None for `sys.argv`.
 
     Returns:
-        The exit code: 0 for success, 1 for a run that failed, 2 for input that cannot be used (one line on
-        standard error says why), 128 and the number of the signal that ended it: 130 for Ctrl-C, 143 for
+        The exit code: 0 for success, 1 for a failed run, 2 for invalid input (standard error has one line
+        with the reason), and 128 plus the number of the signal that ended the run: 130 for Ctrl-C, 143 for
         SIGTERM.
+
+    Example:
+        >>> main(["--help"])  # doctest: +ELLIPSIS
+        usage: sequel COMMAND [ARGUMENTS]
+        ...
+        0
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -60,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InterruptedRunError as error:
         return _say(error.exit_code, str(error))
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _say(USER_ERROR, f"{where}{error.strerror or error}")
+        path = f"{error.filename}: " if error.filename else ""
+        return _say(USER_ERROR, f"{path}{error.strerror or error}")
     except ValueError as error:
         return _say(USER_ERROR, str(error))
     except KeyboardInterrupt as stop:
@@ -78,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def entry_point() -> None:
-    """Run the process's command line and exit."""
+    """Run the command line of the process and exit."""
     sys.exit(main())
 
 
@@ -103,7 +109,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 @contextmanager
 def _warnings_on_one_line() -> Iterator[None]:
-    """Let what the run itself warns of look like the command's other messages."""
+    """Print warnings of the run in the format of the command's other messages."""
     with warnings.catch_warnings():
         before = warnings.showwarning
 
@@ -125,7 +131,7 @@ def _warnings_on_one_line() -> Iterator[None]:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Whether memory was missing, the machine's or the accelerator's; the frameworks say so in words."""
+    """Return whether the host or the accelerator ran out of memory, judged by the frameworks' messages."""
     words = ("out of memory", "can't allocate memory", "resource_exhausted")
     return isinstance(error, MemoryError) or any(text in str(error).lower() for text in words)
 

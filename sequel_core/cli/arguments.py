@@ -1,4 +1,4 @@
-"""A parser of arguments whose errors are one line."""
+"""An argument parser with one-line errors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, with ValueError in place of a usage text and an exit."""
+    """Raises ValueError instead of printing the usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         """Raise ValueError with the message and the way to the help.

@@ -1,4 +1,4 @@
-"""`sequel compare`: experiments side by side, in both frameworks unless told otherwise."""
+"""`sequel compare`: compare experiments, by default in both frameworks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ EXAMPLES = """examples:
   sequel compare experiment.yaml seed=0,1,2                the same, with intervals over seeds
   sequel compare algo=naive,ewc,er mode=jax seed=range(5)  algorithms in one framework
   sequel compare algo=ewc algo.ewc_lambda=1,10,100         values of a setting
-  sequel compare algo=ewc training.dtype=float64           how far the frameworks are apart but for rounding
+  sequel compare algo=ewc training.dtype=float64           the same in float64: differences of rounding only
 
-Values with commas mean every combination. Everything else is as in sequel run; run_dir=DIR takes all runs.
+Every combination of comma-separated values is run. Other arguments are those of sequel run; run_dir=DIR is
+the folder of all runs.
 """
 
 
@@ -23,19 +24,19 @@ def main(args: Sequence[str]) -> int:
     """Run the command line of `sequel compare`.
 
     Returns:
-        0, or 1 where a run failed.
+        0, or 1 if a run failed.
 
     Raises:
-        ValueError: input that cannot be used, before any work is done.
+        ValueError: invalid input; raised before any work is done.
     """
     parser = Parser(
         prog="sequel compare",
-        description="Run experiments one after another and put them side by side, with a report.",
+        description="Run experiments one after another, compare them in tables and write a report.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("arguments", nargs="+", metavar="FILE|KEY=VALUE", help="a file and overrides")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_intermixed_args(args)
-    found = compare(options.arguments, progress=not options.quiet)
-    return 1 if any(run.result is None for run in found.runs) else 0
+    comparison = compare(options.arguments, progress=not options.quiet)
+    return 1 if any(run.result is None for run in comparison.runs) else 0

@@ -1,4 +1,4 @@
-"""`sequel data`: fetch and check data sets."""
+"""`sequel data`: download and check data sets."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from sequel_core.experiment.config import check_name
 
 
 def main(args: Sequence[str]) -> int:
-    """Fetch and check the data sets named; for none, check all that are there and show which are not.
+    """Run the command line of `sequel data`.
+
+    Downloads and checks the given data sets. Without names, checks those that are present and lists the
+    others.
+
+    Returns:
+        0.
 
     Raises:
-        ValueError: no such data set, or data that is missing and cannot be downloaded, or damaged.
+        ValueError: an unknown data set, a failed download, or damaged data.
     """
-    parser = Parser(prog="sequel data", description="Fetch data sets, read all of them once and check them.")
+    parser = Parser(prog="sequel data", description="Download data sets, read them once and check them.")
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="data sets; none for all that need no download"
+        "names", nargs="*", metavar="NAME", help="data sets; without names, check those that are present"
     )
-    parser.add_argument("--data-dir", help="folder; else SEQUEL_DATA_DIR, else the user's cache directory")
+    parser.add_argument("--data-dir", help="folder (default: SEQUEL_DATA_DIR, else the user's cache)")
     options = parser.parse_args(args)
     backend = import_module("sequel_benchmarks")
     known = list(backend.DATASETS)
@@ -33,10 +39,10 @@ def main(args: Sequence[str]) -> int:
         table.add_column(column, justify="right" if column in ("train", "test", "classes") else "left")
     for name in options.names or known:
         if not options.names and not backend.available(name, options.data_dir):
-            table.add_row(name, "", "", "", "", "", f"not here; sequel data {name} fetches it")
+            table.add_row(name, "", "", "", "", "", f"not present; run sequel data {name}")
             continue
         item = backend.fetch(name, options.data_dir)
-        checksum = {True: "as published", False: f"{item.sha256[:12]}, not the published one"}
+        checksum = {True: "as published", False: f"{item.sha256[:12]}, differs from the published one"}
         table.add_row(
             item.name,
             str(item.folder or "bundled with scikit-learn"),
@@ -44,7 +50,7 @@ def main(args: Sequence[str]) -> int:
             f"{item.test:,}",
             " x ".join(map(str, item.image_shape)),
             str(item.num_classes),
-            checksum.get(item.verified, f"{item.sha256[:12]}, none is published"),
+            checksum.get(item.verified, f"{item.sha256[:12]}, no published checksum"),
         )
     Console().print(table)
     return 0

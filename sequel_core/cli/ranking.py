@@ -1,4 +1,4 @@
-"""The table at the end of a sweep: its runs, ranked by accuracy on validation samples."""
+"""The table at the end of a sweep: its runs, ranked by accuracy."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ class Job(NamedTuple):
     """One run of a sweep."""
 
     directory: Path
-    overrides: Mapping[str, str]  # what the sweep varied
+    overrides: Mapping[str, str]  # the settings that the sweep varies
 
 
 class _Row(NamedTuple):
     job: Job
-    validation: float  # average accuracy, a fraction; nan where not measured
+    validation: float  # average accuracy, a fraction; nan if not measured
     test: float
     seconds: float
     status: str
 
 
 def rank(jobs: Sequence[Job], directory: Path, console: Console) -> int:
-    """Print the runs in one table, best first, and write it as `sweep.csv`.
+    """Print the runs in a table, best first, and write the table to `sweep.csv`.
 
-    The table is ranked by accuracy on validation samples where every finished run has it, else on test
-    samples; its heading says which. Failed runs come last.
+    Runs are ranked by validation accuracy if every finished run has it, else by test accuracy; the title
+    says which. Failed runs are last.
 
     Args:
         jobs: the runs, in the order in which they were started.
-        directory: where `sweep.csv` goes.
-        console: where the table goes.
+        directory: folder of `sweep.csv`.
+        console: prints the table.
 
     Returns:
-        The exit code: 1 where a run failed, else 0.
+        The exit code: 1 if a run failed, else 0.
     """
     rows = [_row(job) for job in jobs]
     finished = [row for row in rows if row.status == "finished"]
@@ -86,7 +86,7 @@ def rank(jobs: Sequence[Job], directory: Path, console: Console) -> int:
 
 
 def _row(job: Job) -> _Row:
-    """Read what a run left in its directory."""
+    """Read the result of a run from its directory."""
     try:
         result: Result | None = load_result(job.directory)
     except ValueError:

@@ -1,4 +1,4 @@
-"""`sequel report`: one HTML file about runs, and their figures and tables as PNG and Markdown."""
+"""`sequel report`: an HTML report of runs, and its figures and tables as PNG and Markdown."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sequel_core.cli.arguments import Parser
 
 EXAMPLES = """examples:
   sequel report runs/2025-01-31_12-00-00_sweep       all runs of a sweep, seeds together
-  sequel report naive_jax ewc_jax -o both.html       two runs beside each other
+  sequel report naive_jax ewc_jax -o both.html       two runs side by side
   sequel report runs --png figures --markdown report.md
 
-A file that an earlier report wrote is replaced; any other is kept unless --force is given. Runs that differ
-in their seeds alone are one configuration. A run that did not finish is shown as far as it got, and counts in
-no mean.
+Files of an earlier report are replaced. Any other file is kept unless --force is given. Runs that differ
+only in their seeds are one configuration. A run that did not finish is shown up to where it stopped and is
+not part of any mean.
 """
 
 
@@ -30,31 +30,31 @@ def main(args: Sequence[str]) -> int:
         0.
 
     Raises:
-        ValueError: no run that can be read, or a file that cannot be written; nothing was written.
+        ValueError: there is no readable run, or a file cannot be written. Nothing is written.
     """
     parser = Parser(
         prog="sequel report",
-        description="Write one HTML file about runs: it needs no other file and no network.",
+        description="Write an HTML report of runs: one file that needs no other file and no network.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    what = "run directories, or folders that hold some at any depth"
+    what = "run directories, or folders that contain some at any depth"
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help=what)
     output = "the HTML file (default: report.html)"
     parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE", help=output)
-    parser.add_argument("--png", type=Path, metavar="FOLDER", help="write the figures there, too")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, too")
-    parser.add_argument("--force", action="store_true", help="overwrite files that no report wrote")
+    parser.add_argument("--png", type=Path, metavar="FOLDER", help="also write the figures to this folder")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables to this file")
+    parser.add_argument("--force", action="store_true", help="overwrite files that are not reports")
     options = parser.parse_args(args)
     study = import_module("sequel_core.report").write_report(
         options.directories, options.output, png=options.png, markdown=options.markdown, force=options.force
     )
     say = partial(Console().print, highlight=False, markup=False, soft_wrap=True)
     for note in study.notes:
-        say(f"note: left out: {note}")
+        say(f"note: skipped: {note}")
     for run in study.runs:
         if not run.finished:
-            say(f"note: {run.name}: {run.status}, counts in no mean")
+            say(f"note: {run.name}: {run.status}, not part of any mean")
     for written in (options.output, options.markdown, options.png):
         if written is not None:
             say(f"written to {written}")

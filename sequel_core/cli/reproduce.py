@@ -1,4 +1,4 @@
-"""`sequel reproduce`: a shipped experiment over several seeds, beside the number that its paper reports."""
+"""`sequel reproduce`: a shipped experiment with several seeds, compared with the published number."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from sequel_core.runs.statistics import interval
 
 RESULTS = Path("reproduced")
 SUFFIX = "_rotatedmnist"
-"""What the short name of an experiment leaves out."""
+"""Suffix that short names of experiments omit."""
 
 
 class Row(NamedTuple):
-    """The runs of one mode."""
+    """Runs of one mode."""
 
     mode: Mode
-    results: Mapping[int, Result]  # of the runs that finished, by seed
-    failures: Sequence[str]  # "seed 1 diverged"
+    results: Mapping[int, Result]  # finished runs by seed
+    failures: Sequence[str]  # for example "seed 1 diverged"
 
 
 def main(args: Sequence[str]) -> int:
     """Run the command line of `sequel reproduce`.
 
     Returns:
-        0 where every mode reached the published number; 1 where one missed it or a run failed.
+        0 if every mode reached the published number; 1 if a mode missed it or a run failed.
 
     Raises:
-        ValueError: input that cannot be used, before any work is done.
+        ValueError: invalid input; raised before any work is done.
     """
     known = published()
     short = {name.removesuffix(SUFFIX): name for name in known if name.endswith(SUFFIX)}
@@ -57,7 +57,7 @@ def main(args: Sequence[str]) -> int:
     parser = Parser(
         prog="sequel reproduce",
         description="Run a shipped experiment over several seeds and compare it with the published number.\n"
-        "Finished runs are kept and not run again.",
+        "Finished runs are kept and reused.",
         epilog="experiments, with the published average accuracy:\n" + "\n".join(lines),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -66,7 +66,7 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--mode", default="both", help="pytorch, jax or both (default: both)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (default: 3)")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder (default: {RESULTS})")
-    parser.add_argument("--data-dir", help="folder; else SEQUEL_DATA_DIR, else the user's cache directory")
+    parser.add_argument("--data-dir", help="folder (default: SEQUEL_DATA_DIR, or the user's cache directory)")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_args(args)
     check_name("NAME", options.name, [*short, *known])
@@ -79,13 +79,13 @@ def main(args: Sequence[str]) -> int:
 
 
 def published() -> dict[str, Mapping[str, Any]]:
-    """Return `expected` of the shipped experiments that state an accuracy with its spread, by name."""
+    """Return `expected` of the shipped experiments that give an accuracy with its spread, by name."""
     folder = resources.files(CONFIGS).joinpath("experiment")
-    found = {}
+    entries = {}
     for name in experiments():
         values = yaml.safe_load(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
-        found[name] = values.get("expected") or {}
-    return {name: expected for name, expected in found.items() if {"avg_acc", "std"} <= expected.keys()}
+        entries[name] = values.get("expected") or {}
+    return {name: expected for name, expected in entries.items() if {"avg_acc", "std"} <= expected.keys()}
 
 
 def reproduce(
@@ -96,21 +96,21 @@ def reproduce(
     overrides: Sequence[str] = (),
     quiet: bool = False,
 ) -> int:
-    """Run an experiment where no finished run of it is kept, and print it beside the published number.
+    """Run an experiment with several seeds, reuse finished runs, and print the published number beside them.
 
     Args:
-        experiment: a shipped experiment that states `expected.avg_acc` and `expected.std`.
-        modes: the frameworks to run it in.
-        seeds: number of training seeds, from 0, >= 1.
-        results: the folder under which runs are kept, as `<experiment>/<mode>_seed<k>_<fingerprint>`.
-        overrides: Hydra overrides, for a smaller stream or for data elsewhere.
+        experiment: a shipped experiment with `expected.avg_acc` and `expected.std`.
+        modes: the frameworks.
+        seeds: number of training seeds, >= 1; they are 0, 1, ...
+        results: folder of the runs, `<experiment>/<mode>_seed<k>_<fingerprint>`.
+        overrides: Hydra overrides, for example for a smaller stream.
         quiet: print nothing but errors.
 
     Returns:
-        The exit code: 1 where a mode missed the number or a run failed, else 0.
+        The exit code: 1 if a mode missed the number or a run failed, else 0.
 
     Raises:
-        ValueError: something that cannot be used; nothing was run.
+        ValueError: invalid input; nothing is run.
     """
     if seeds < 1:
         raise ValueError(f"seeds must be >= 1, got {seeds}")
@@ -126,7 +126,7 @@ def reproduce(
     expected = config.expected
     if not {"avg_acc", "std"} <= expected.keys():
         raise ValueError(
-            f"experiment must state expected.avg_acc and expected.std, got {experiment} with "
+            f"experiment must have expected.avg_acc and expected.std, got {experiment} with "
             f"{dict(expected)}; use one of {', '.join(published())}"
         )
     folder = results / experiment
@@ -140,13 +140,13 @@ def reproduce(
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     say(f"{experiment}, compared with: {config.source or 'no source given'}")
     say(f"protocol: {config.comment or 'none given'}")
-    say(f"expected average accuracy: {stated(expected)}, reached from {_floor(expected):g} % on")
+    say(f"expected average accuracy: {stated(expected)}, reached if at least {_floor(expected):g} %")
     rows = [_row(mode, {s: runs[mode, s] for s in range(seeds)}, folder, say, not quiet) for mode in modes]
     console.print(_table(experiment, rows, expected))
     verdicts = {row.mode: verdict(measured(row), expected) for row in rows}
-    above = [mode for mode, found in verdicts.items() if found == "above"]
+    above = [mode for mode, outcome in verdicts.items() if outcome == "above"]
     if above:
-        why = config.comment or "the experiment does not say why"
+        why = config.comment or "the experiment gives no reason"
         say(f"above the published number in {', '.join(above)}: {why}")
     say(f"the runs are in {folder}")
     failed = "missed" in verdicts.values() or any(row.failures for row in rows)
@@ -154,9 +154,9 @@ def reproduce(
 
 
 def fingerprint(config: ExperimentConfig) -> str:
-    """Return eight hexadecimal digits of all that decides on a run: its settings and the library's version.
+    """Return eight hexadecimal digits that identify a run: a hash of its settings and the library version.
 
-    Where the data lies and what only documents the experiment do not count.
+    The data folder and fields that only document the experiment are ignored.
     """
     plain = {key: value for key, value in config.plain().items() if key not in DOCUMENTATION}
     plain["benchmark"].pop("data_dir", None)
@@ -165,7 +165,7 @@ def fingerprint(config: ExperimentConfig) -> str:
 
 
 def kept(folder: Path, stem: str) -> Result | None:
-    """Return the finished run of this name, if there is one; an unfinished, failed or damaged one is none."""
+    """Return the finished run of this name, or None; unfinished, failed and damaged runs do not count."""
     for path in sorted(folder.glob(f"{stem}*")):
         try:
             result = load_result(path)
@@ -177,7 +177,7 @@ def kept(folder: Path, stem: str) -> Result | None:
 
 
 def new_directory(folder: Path, stem: str) -> Path:
-    """Make the first directory of this name that does not exist; of two processes each gets its own."""
+    """Make the first directory of this name that does not exist; safe for concurrent processes."""
 
     def made(path: Path) -> bool:
         try:
@@ -190,11 +190,11 @@ def new_directory(folder: Path, stem: str) -> Path:
 
 
 def verdict(mean: float, expected: Mapping[str, Any]) -> str:
-    """Return `reached`, `missed` or `above`, which is reached and more than chance explains; nan is missed.
+    """Return `reached`, `missed` (also for nan) or `above`: higher than chance explains.
 
     Args:
         mean: measured average accuracy in percent.
-        expected: `avg_acc`, `std` and perhaps `tolerance`, in percent.
+        expected: `avg_acc`, `std` and optionally `tolerance`, in percent.
     """
     if mean > expected["avg_acc"] + max(expected.get("tolerance", 0), 2 * expected["std"]):
         return "above"
@@ -202,7 +202,7 @@ def verdict(mean: float, expected: Mapping[str, Any]) -> str:
 
 
 def measured(row: Row) -> float:
-    """Return the mean accuracy of the finished runs in percent; nan where there is none."""
+    """Return the mean accuracy of the finished runs in percent; nan if there are none."""
     return 100 * _mean([result.average_accuracy for result in row.results.values()])
 
 
@@ -225,12 +225,12 @@ def _row(
     say: Callable[[str], None],
     progress: bool,
 ) -> Row:
-    """Run one mode's seeds, or read them where they are kept; a run that fails does not stop the others."""
+    """Run the seeds of a mode, or read finished runs; a failed run does not stop the others."""
     results, failures = {}, []
     for seed, config in runs.items():
         result = kept(folder, _stem(config))
         if result is not None:
-            say(f"{mode}, seed {seed}: kept from {result.run_dir}")
+            say(f"{mode}, seed {seed}: reused from {result.run_dir}")
         else:
             path = new_directory(folder, _stem(config))
             say(f"{mode}, seed {seed}: running in {path}")
@@ -248,7 +248,7 @@ def _row(
 
 
 def _table(experiment: str, rows: Sequence[Row], expected: Mapping[str, Any]) -> Table:
-    """Return the runs beside the published number, in percent."""
+    """Return a table of the runs and the published number, in percent."""
     given = any(result.task_given for row in rows for result in row.results.values())
     title = f"{experiment}, average accuracy in percent" + (f", {TASK_GIVEN}" if given else "")
     table = Table(title=title, title_justify="left", padding=0)  # 79 columns wide for three seeds

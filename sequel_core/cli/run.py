@@ -1,4 +1,4 @@
-"""`sequel run`: one experiment, or a sweep; composed and checked first, then handed over to Hydra."""
+"""`sequel run`: run an experiment or a sweep. Everything is composed and checked before Hydra starts it."""
 
 from __future__ import annotations
 
@@ -42,23 +42,24 @@ from sequel_core.stream.benchmark import Benchmark
 
 VALIDATION = 0.1
 REPEATS = {"mode", "seed", "training.seed", "benchmark.seed"}
-"""Settings that repeat an experiment; a sweep over them alone chooses nothing."""
+"""Settings that only repeat an experiment: a sweep over these needs no validation samples."""
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # makes hydra.main raise instead of printing and exiting
 EXAMPLES = """examples:
   sequel run algo=ewc benchmark=rotateddigits mode=jax
-  sequel run experiment.yaml optimizer.lr=0.1         a file in the format of the paper, with a change
+  sequel run experiment.yaml optimizer.lr=0.1         a file in the format of the SequeL paper
   sequel run +experiment=naive_rotatedmnist           a shipped experiment; see: sequel list experiment
-  sequel run -m algo=naive,ewc seed=0,1,2             a sweep: every combination, then one table
+  sequel run -m algo=naive,ewc seed=0,1,2             a sweep: every combination, and a table at the end
   sequel run -m +experiment=ewc_rotatedmnist benchmark.batch_size=10,20,30 optimizer.lr=0.01,0.1
-  sequel run resume=runs/2026-11-25_10-00-00          go on with a run that was broken off
-  sequel run algo=ewc run_dir=results resume=auto     start it, or go on with it where it was broken off
-  sequel run algo=ewc run_dir=results --check         check settings and data, and stop
-  sequel run algo=ewc run_dir=results --cfg           show the composed settings and stop
-  sequel run algo._target_=own.code.Method algo.k=2   code of your own: algo, benchmark, backbone, optimizer,
-                                                      logger and callbacks take a `_target_`
+  sequel run resume=runs/2026-11-25_10-00-00          resume an interrupted run
+  sequel run algo=ewc run_dir=results resume=auto     start the run, or resume it if it was interrupted
+  sequel run algo=ewc run_dir=results --check         check settings and data, then stop
+  sequel run algo=ewc run_dir=results --cfg           print the composed settings, then stop
+  sequel run algo._target_=my.code.Method algo.k=2    your code: algo, benchmark, backbone, optimizer, logger
+                                                      and callbacks accept a `_target_`
 
-A file's settings win over the groups', the command line's over both. `sequel list` shows all settings.
+The command line overrides the file, and the file overrides the config groups. `sequel list` shows all
+settings.
 """
 
 
@@ -66,10 +67,10 @@ def main(args: Sequence[str]) -> int:
     """Run the command line of `sequel run`.
 
     Returns:
-        0, or 1 where a run of a sweep failed.
+        0, or 1 if a run of a sweep failed.
 
     Raises:
-        ValueError: input that cannot be used, before any work is done.
+        ValueError: invalid input; raised before any work is done.
         DivergenceError: the training loss became nan or infinite.
     """
     parser = Parser(
@@ -101,13 +102,13 @@ def main(args: Sequence[str]) -> int:
 
 
 def _single(arguments: Sequence[str], console: Console, show: bool, test: bool, resume: Resume) -> int:
-    """Run one experiment, or show or check it."""
+    """Run an experiment, or only print or check it."""
     quiet = console.quiet
     asked = request(arguments, sweep=False)
     if resume and asked.run_dir is None:
-        raise ValueError("resume=auto needs run_dir=DIR, got none; or give resume=DIR")
+        raise ValueError("resume=auto needs run_dir=DIR, got none; set run_dir or use resume=DIR")
     composed = compose(asked.overrides)
-    tell(console, composed.notes)
+    print_notes(console, composed.notes)
     if show:
         console.print(_yaml(composed.config), end="", markup=False, highlight=False, soft_wrap=True)
     if test:
@@ -119,7 +120,7 @@ def _single(arguments: Sequence[str], console: Console, show: bool, test: bool, 
     def attempt(given: DictConfig) -> float:
         try:
             return job(given, quiet, resume)
-        except Exception as error:  # Hydra would print its own account of it
+        except Exception as error:  # Hydra would print it in its own format
             failures.append(error)
             return math.nan
 
@@ -131,10 +132,10 @@ def _single(arguments: Sequence[str], console: Console, show: bool, test: bool, 
 
 
 def resumed(arguments: Sequence[str]) -> tuple[list[str], Resume]:
-    """Return the arguments without `resume`, and what it says; `resume=DIR` brings the settings of its run.
+    """Return the arguments without `resume`, and how to resume; `resume=DIR` adds the settings of its run.
 
     Raises:
-        ValueError: no run there, or a file or another directory is given beside it.
+        ValueError: the directory has no run, or a file or another directory is given, too.
     """
     left = [text for text in arguments if not text.startswith("resume=")]
     values = [text.partition("=")[2] for text in arguments if text.startswith("resume=")]
@@ -143,17 +144,17 @@ def resumed(arguments: Sequence[str]) -> tuple[list[str], Resume]:
     directory = Path(values[-1])
     for text in left:
         if "=" not in text or text.lstrip("+").startswith(("run_dir=", "file=", "experiment=")):
-            raise ValueError(f"resume={directory} takes the settings and the place of its run; drop {text}")
+            raise ValueError(f"resume={directory} uses the settings and directory of its run; remove {text}")
     if not (directory / CONFIG).is_file():
-        raise ValueError(f"resume must be a run directory, or auto, got {directory}, which has no {CONFIG}")
+        raise ValueError(f"resume must be a run directory or auto, got {directory}, which has no {CONFIG}")
     return [str(directory / CONFIG), *left, f"run_dir={directory}"], True
 
 
 def check(config: ExperimentConfig, console: Console) -> None:
-    """Build the stream, the network and the loggers of an experiment, and say that it could run.
+    """Build the stream, the network and the loggers of an experiment, and report that it is valid.
 
     Raises:
-        ValueError: something that cannot be used.
+        ValueError: a setting does not fit the stream, the network or the loggers.
     """
     benchmark = build_benchmark(config)
     with TemporaryDirectory() as folder:
@@ -169,17 +170,18 @@ def check(config: ExperimentConfig, console: Console) -> None:
 
 
 def job(_: DictConfig, quiet: bool, resume: Resume = False) -> float:
-    """Run one job that Hydra starts: compose, build, run, in the directory that Hydra gives it.
+    """Run one Hydra job: compose, build and run the experiment in the directory that Hydra chose.
 
     Args:
         quiet: print nothing but errors.
-        resume: as of `sequel_core.run`.
+        resume: see `sequel_core.run`.
 
     Returns:
-        What a sweep is ranked by, a fraction; nan for a run of a sweep that failed, whose directory says why.
+        The accuracy by which a sweep is ranked, a fraction; nan if a run of a sweep failed. Its directory
+        then contains the reason.
 
     Raises:
-        ValueError: something wrong that only the built stream or learner could tell (single runs).
+        ValueError: a setting does not fit the built stream or learner (single runs).
         DivergenceError: the loss became nan or infinite (single runs).
     """
     context = HydraConfig.get()
@@ -191,11 +193,11 @@ def job(_: DictConfig, quiet: bool, resume: Resume = False) -> float:
     console.rule(escape(f"run {run_dir.name}: {written}"), align="left")
     try:
         composed = compose(overrides)
-        if context.runtime.choices["hydra/sweeper"] != "basic":  # else all were told before the first started
-            tell(console, composed.notes)
+        if context.runtime.choices["hydra/sweeper"] != "basic":  # else they were printed before
+            print_notes(console, composed.notes)
         return ranked_by(execute(composed.config, run_dir, not quiet, resume))
     except InterruptedRunError as error:
-        raise KeyboardInterrupt from error  # after an Exception Hydra would start the next run
+        raise KeyboardInterrupt from error  # Hydra starts the next run after an Exception
     except Exception as error:
         record_failure(error, run_dir)
         return math.nan
@@ -204,14 +206,14 @@ def job(_: DictConfig, quiet: bool, resume: Resume = False) -> float:
 def build(
     config: ExperimentConfig, benchmark: Benchmark, run_dir: Path
 ) -> tuple[learner.Learner, Sequence[StreamCallback]]:
-    """Return the learner of an experiment, and the callbacks of its stream.
+    """Return the learner of an experiment and the callbacks of the orchestrator.
 
     Raises:
-        ValueError: something wrong that only the built learner could tell.
+        ValueError: a setting does not fit the built learner.
     """
-    stream_callbacks, own = build_callbacks(config, run_dir)
+    stream_callbacks, learner_callbacks = build_callbacks(config, run_dir)
     plugin = learner.plugin(config.mode)
-    made: learner.Learner = plugin.build_learner(config, benchmark, run_dir, callbacks=own)
+    made: learner.Learner = plugin.build_learner(config, benchmark, run_dir, callbacks=learner_callbacks)
     return made, stream_callbacks
 
 
@@ -221,14 +223,14 @@ def execute(
     """Run one experiment.
 
     Args:
-        config: checked.
-        run_dir: an empty or new directory.
-        progress: what to show of the run; all of it ends with the published results beside the measured ones.
-        resume: as of `sequel_core.run`.
+        config: a checked configuration.
+        run_dir: an empty or new directory, or that of the run to resume.
+        progress: see `sequel_core.run`; with True, the published results are printed at the end.
+        resume: see `sequel_core.run`.
 
     Raises:
-        ValueError: something wrong that only the built stream or learner could tell.
-        DivergenceError: the loss became nan or infinite; what was recorded until then is kept.
+        ValueError: a setting does not fit the built stream or learner.
+        DivergenceError: the loss became nan or infinite. The records up to then are kept.
     """
     benchmark = build_benchmark(config)
     model, stream_callbacks = build(config, benchmark, run_dir)
@@ -246,12 +248,12 @@ def execute(
         checkpoint=config.checkpoint,
     )
     if progress is True:
-        _tell_expected(Console(), config, result)
+        _print_expected(Console(), config, result)
     return result
 
 
 def record_failure(error: Exception, run_dir: Path) -> None:
-    """Say that one run of several failed, and write why into its directory; the others go on."""
+    """Print that a run of several failed and write the reason into its directory; the others continue."""
     expected = isinstance(error, ValueError | OSError | DivergenceError)
     text = one_line(error) if expected else "".join(traceback.format_exception(error)).rstrip()
     run_dir.joinpath(ERROR).write_text(f"{text}\n")
@@ -267,13 +269,13 @@ def stated(expected: Mapping[str, Any]) -> str:
 
 
 def ranked_by(result: Result) -> float:
-    """Return a run's accuracy on validation samples, on test samples where there are none; a fraction."""
+    """Return the validation accuracy of a run, or its test accuracy if there is none; a fraction."""
     value = result.summary.get("validation_average_accuracy")
     return float(result.average_accuracy if value is None else value)
 
 
-def _tell_expected(console: Console, config: ExperimentConfig, result: Result) -> None:
-    """Print the published results beside the measured ones."""
+def _print_expected(console: Console, config: ExperimentConfig, result: Result) -> None:
+    """Print the measured and the published results."""
     source = f" ({config.source})" if config.source else ""
     for key, value in config.expected.items():
         if key in SPREAD:
@@ -286,50 +288,50 @@ def _tell_expected(console: Console, config: ExperimentConfig, result: Result) -
 
 
 def _sweep(arguments: Sequence[str], console: Console, show: bool, test: bool, resume: Resume) -> int:
-    """Compose and check every job, then run all of them through Hydra and print one table."""
+    """Compose and check all jobs, run them through Hydra and print a table."""
     asked = request(arguments, sweep=True)
-    own_sweeper = any(text.lstrip("+").startswith("hydra/sweeper=") for text in asked.hydra)
+    other_sweeper = any(text.lstrip("+").startswith("hydra/sweeper=") for text in asked.hydra)
     overrides = list(asked.overrides)
-    found = [] if own_sweeper else combinations(overrides)
-    if set(varied(found)) - REPEATS and not any(_validates(item.config) for item in found):
+    jobs = [] if other_sweeper else combinations(overrides)
+    if set(varied(jobs)) - REPEATS and not any(_validates(item.config) for item in jobs):
         overrides.append(f"++benchmark.validation={VALIDATION}")
-        found = combinations(overrides)
+        jobs = combinations(overrides)
         console.print(
-            f"note: benchmark.validation={VALIDATION}, to rank the sweep on held-out training samples; "
+            f"note: benchmark.validation={VALIDATION} is set, to rank the sweep on held-out samples; "
             "set benchmark.validation=0 to rank it on test samples",
             highlight=False,
             soft_wrap=True,
         )
-    tell(console, [note for item in found for note in item.notes])
+    print_notes(console, [note for item in jobs for note in item.notes])
     if show:
-        for item in found:
+        for item in jobs:
             text = f"# {' '.join(item.overrides)}\n{_yaml(item.config)}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
     if test:
-        for item in found:
+        for item in jobs:
             check(item.config, console)
     if show or test:
         return 0
     if resume is True or (resume and asked.run_dir is None):
-        raise ValueError("resume must be auto for a sweep, with run_dir=DIR; it goes on with every run there")
-    check_streams({str(item): item.config for item in found})
+        raise ValueError("resume must be auto for a sweep, with run_dir=DIR; it resumes all runs there")
+    check_streams({str(item): item.config for item in jobs})
     quiet = console.quiet
 
-    def start(given: DictConfig) -> float:  # launchers pickle it, which a console cannot be
+    def start(given: DictConfig) -> float:  # launchers pickle it, and a console cannot be pickled
         return job(given, quiet, resume)
 
     with _reserved(asked.run_dir or _sweep_directory(), resume) as directory:
         _launch(start, [*overrides, *asked.hydra, f"hydra.sweep.dir={quoted(str(directory))}", "--multirun"])
         directory.joinpath("multirun.yaml").unlink(missing_ok=True)
-    shown = varied(found)
-    rows = [Job(directory / str(i), {key: item.value(key) for key in shown}) for i, item in enumerate(found)]
-    if own_sweeper:
+    shown = varied(jobs)
+    rows = [Job(directory / str(i), {key: item.value(key) for key in shown}) for i, item in enumerate(jobs)]
+    if other_sweeper:
         rows = [Job(path, {}) for path in sorted(directory.iterdir()) if path.is_dir()]
     return rank(rows, directory, console)
 
 
 def _validates(config: ExperimentConfig) -> bool:
-    """Whether `benchmark.validation` is given, or the benchmark has no such setting."""
+    """Return whether `benchmark.validation` is given or the benchmark has no such setting."""
     choice = config.own.get("benchmark", config.benchmark.name)
     known = {spec.key for spec in settings("benchmark", choice)}
     return "validation" in config.benchmark.arguments or "validation" not in known
@@ -343,12 +345,12 @@ def _sweep_directory() -> str:
 
 @contextmanager
 def _reserved(run_dir: str | None, resume: Resume = False) -> Iterator[Path]:
-    """Make the directory of a run, and take away again what was made where nothing was written into it."""
-    wanted = None if run_dir is None else Path(run_dir)
-    if resume and wanted is not None and wanted.is_dir():
-        yield wanted.absolute()
+    """Make the directory of a run; remove the new directories again if nothing was written into them."""
+    requested = None if run_dir is None else Path(run_dir)
+    if resume and requested is not None and requested.is_dir():
+        yield requested.absolute()
         return
-    made = [path for path in (wanted, Path("runs")) if path is not None and not path.exists()]
+    made = [path for path in (requested, Path("runs")) if path is not None and not path.exists()]
     path = RunDirectory.create(run_dir).path.absolute()
     if run_dir is None:
         made.insert(0, path)
@@ -361,7 +363,7 @@ def _reserved(run_dir: str | None, resume: Resume = False) -> Iterator[Path]:
 
 
 def _launch(task: Callable[[DictConfig], float], arguments: Sequence[str]) -> None:
-    """Let Hydra start a task for the overrides; errors come out as they were raised."""
+    """Let Hydra start a task for the overrides; errors are raised unchanged."""
     program = hydra.main(config_path=f"pkg://{CONFIGS}", config_name="config", version_base="1.3")(task)
     before, full_error = sys.argv, os.environ.get(FULL_ERROR)
     sys.argv, os.environ[FULL_ERROR] = ["sequel", *arguments], "1"
@@ -377,8 +379,8 @@ def _launch(task: Callable[[DictConfig], float], arguments: Sequence[str]) -> No
             os.environ[FULL_ERROR] = full_error
 
 
-def tell(console: Console, notes: Sequence[str]) -> None:
-    """Print the notes of a composition, each once."""
+def print_notes(console: Console, notes: Sequence[str]) -> None:
+    """Print each note of a composition once."""
     for note in dict.fromkeys(notes):
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
 

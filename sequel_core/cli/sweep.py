@@ -1,4 +1,4 @@
-"""Command lines with several values for a key: one experiment for every combination."""
+"""Sweeps: command lines with several values for a key, one experiment per combination."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ class Combination(NamedTuple):
 
     overrides: list[str]
     config: ExperimentConfig
-    notes: list[str]  # what the user should be told of the composition
+    notes: list[str]  # messages about the composition for the user
 
     def value(self, key: str) -> str:
-        """Return the value of a key as it was written, the last one's; empty where it is not given."""
-        found = [text.partition("=")[2] for text in self.overrides if key_of(text) == key]
-        return found[-1] if found else ""
+        """Return the last value of a key as text; empty if the key is not given."""
+        values = [text.partition("=")[2] for text in self.overrides if key_of(text) == key]
+        return values[-1] if values else ""
 
     def __str__(self) -> str:
         return " ".join(text.lstrip("+") for text in self.overrides)
 
 
 def combinations(overrides: Sequence[str]) -> list[Combination]:
-    """Compose every experiment, in the order in which Hydra's own sweeper starts them.
+    """Compose every experiment, in the order in which Hydra's basic sweeper starts them.
 
     Args:
         overrides: as `sequel_core.experiment.compose.request` gives them.
 
     Raises:
-        ValueError: something that cannot be read or is out of range.
+        ValueError: a setting is misspelt, malformed or out of range.
     """
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -51,10 +51,10 @@ def combinations(overrides: Sequence[str]) -> list[Combination]:
     return [Combination(texts, *compose(texts)) for texts in jobs]
 
 
-def varied(found: Sequence[Combination]) -> list[str]:
-    """Return the keys whose value is not the same in all combinations, in the order of the command line."""
-    keys = dict.fromkeys(key_of(text) for item in found for text in item.overrides)
-    return [key for key in keys if len({item.value(key) for item in found}) > 1]
+def varied(experiments: Sequence[Combination]) -> list[str]:
+    """Return the keys whose values differ between experiments, in the order of the command line."""
+    keys = dict.fromkeys(key_of(text) for item in experiments for text in item.overrides)
+    return [key for key in keys if len({item.value(key) for item in experiments}) > 1]
 
 
 def key_of(override: str) -> str:
@@ -63,13 +63,13 @@ def key_of(override: str) -> str:
 
 
 def check_streams(experiments: Mapping[str, ExperimentConfig]) -> None:
-    """Build each stream once, with the checks that depend on it, so that nothing fails only when it starts.
+    """Build every stream once, so that errors are raised before the first run starts.
 
     Args:
-        experiments: by what tells them apart in an error.
+        experiments: configurations by name; the name is used in errors.
 
     Raises:
-        ValueError: what `build_benchmark` says, and in which experiment.
+        ValueError: the error of `build_benchmark`, with the name of the experiment.
     """
     checked: set[str] = set()
     for name, config in experiments.items():

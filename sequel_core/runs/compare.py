@@ -122,7 +122,7 @@ def compare(
         ValueError: something that cannot be used; nothing was run and no directory made.
         InterruptedRunError: a signal asked for the end.
     """
-    from sequel_core.cli.run import record_failure, tell
+    from sequel_core.cli.run import print_notes, record_failure
     from sequel_core.report import write_report
 
     console = Console(quiet=not progress)
@@ -131,7 +131,7 @@ def compare(
         runs, notes, place = _composed([runs] if isinstance(runs, str) else [str(text) for text in runs])
         run_dir = place if run_dir is None else run_dir
     trials = _trials(runs, benchmark, settings, "bars" if progress else False)
-    tell(console, notes)
+    print_notes(console, notes)
     directory = RunDirectory.create(run_dir).path
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     done: list[Run] = []

@@ -146,7 +146,7 @@ def test_a_kept_run_is_not_run_again(
     assert first[3] == "-"
     assert again(seeds=1, overrides=REACHED) == 0
     out = capsys.readouterr().out
-    assert f"jax, seed 0: kept from {path}\n" in out
+    assert f"jax, seed 0: reused from {path}\n" in out
     assert row(out, "jax") == first
     assert len(numpy_plugin.built) == 1
     assert snapshot(path) == before
@@ -197,7 +197,7 @@ def test_an_unfinished_run_is_left_alone_and_run_again(
     assert load_result(again).summary["status"] == "finished"
     capsys.readouterr()
     assert reproduce(EXPERIMENT, ["jax"], 1, tmp_path, REACHED) == 0
-    assert f"kept from {again}\n" in capsys.readouterr().out
+    assert f"reused from {again}\n" in capsys.readouterr().out
     assert len(numpy_plugin.built) == 2
 
 
@@ -245,7 +245,7 @@ def test_the_command_line(
     assert main(["reproduce", "naive", "--seeds", "2"]) == 0
     out = capsys.readouterr().out
     assert "naive_rotatedmnist, compared with: MC-SGD paper" in out
-    assert "expected average accuracy: 60 % (std 1, 5 runs), reached from 20 % on" in out
+    assert "expected average accuracy: 60 % (std 1, 5 runs), reached if at least 20 %" in out
     assert out.count("average accuracy: measured") == 4
     assert [(config.mode, config.training.seed) for config in numpy_plugin.built] == [
         ("pytorch", 0), ("pytorch", 1), ("jax", 0), ("jax", 1),
@@ -326,7 +326,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_an_experiment_without_a_spread_is_refused(numpy_plugin: Plugin, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"experiment must state expected\.avg_acc and expected\.std, got "):
+    with pytest.raises(ValueError, match=r"experiment must have expected\.avg_acc and expected\.std, got "):
         reproduce(EXPERIMENT, ["jax"], 1, tmp_path, SMALL)
     assert numpy_plugin.built == []
 

@@ -278,9 +278,9 @@ def test_the_command(
     monkeypatch.chdir(tmp_path)
     assert main(["report", str(short)]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("note: left out: ")
+    assert out[0].startswith("note: skipped: ")
     assert "summary.json is damaged" in out[0]
-    assert out[1] == f"note: {short / 'killed'}: unfinished, counts in no mean"
+    assert out[1] == f"note: {short / 'killed'}: unfinished, not part of any mean"
     assert out[2:] == ["written to report.html"]
     assert MARK in (tmp_path / "report.html").read_text()
 
