@@ -654,9 +654,9 @@ def test_sequel_data_shows_what_needs_no_download(
     assert list(lines) == ["mnist", "digits", "cifar10", "cifar100", "tinyimagenet"]
     assert "as published" in lines["digits"]
     assert "32 x 32 x 3" in lines["cifar10"]
-    assert ", not the published one" in lines["cifar10"]
+    assert ", differs from the published one" in lines["cifar10"]
     for name in ("mnist", "cifar100", "tinyimagenet"):
-        assert f"not here; sequel data {name} fetches it" in lines[name]
+        assert f"not present; run sequel data {name}" in lines[name]
     assert {path.name for path in tmp_path.iterdir()} == {"cifar10", "cifar-10-batches-bin"}
 
 
