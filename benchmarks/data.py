@@ -49,9 +49,7 @@ DATASETS: dict[str, str] = {
 }
 """The data sets that `load` knows, each with a description."""
 
-ORIGINS: dict[str, Origin] = {
-    origin.name: origin for origin in (MNIST, CIFAR10, CIFAR100, TINY_IMAGENET)
-}
+ORIGINS: dict[str, Origin] = {origin.name: origin for origin in (MNIST, CIFAR10, CIFAR100, TINY_IMAGENET)}
 """Those that lie in the data directory."""
 
 NUM_CLASSES: dict[str, int] = {"digits": 10} | {name: origin.num_classes for name, origin in ORIGINS.items()}

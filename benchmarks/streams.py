@@ -1,85 +1,143 @@
 """Streams of tasks from any data set: split classes, permuted pixels, rotated images.
 
-Each builder takes a `DataSet` (ours or a user's own arrays) and a settings dataclass. All tasks are views of
-the data set's arrays. All random choices come from the plan with the stream's own seed, apart from the
-training seed.
+Each builder takes a `DataSet` (a published one from `load`, or your own arrays) and a settings dataclass. All
+tasks are views of the data set's arrays. The stream's seed, which is separate from the training seed,
+determines all random choices.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import textwrap
+from collections.abc import Container, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypedDict, TypeVar
 
 import numpy as np
 
 from sequel_benchmarks.cifar import CIFAR100_SUPERCLASSES
 from sequel_benchmarks.data import NUM_CLASSES, DataSet, load
 from sequel_benchmarks.pixels import Interpolation, permutation, rotation
-from sequel_core.settings import Settings, setting
+from sequel_core.settings import Settings, allowed, setting
 from sequel_core.stream import plan
 from sequel_core.stream.arrays import IntArray
 from sequel_core.stream.benchmark import Benchmark, Scenario
 from sequel_core.stream.images import Augmentation, Normalisation, PixelMap
 from sequel_core.stream.task import Split, Task
 
+S = TypeVar("S", bound=Settings)
 Inputs = Literal["standardised", "unit"]
-HALF_TURN = 180.0
-MOST_TASKS = 10_000  # of which the maps of pixels and the accuracy matrix are still small
+ClassOrder = Literal["seeded", "superclass"] | tuple[int, ...] | None
+Rotation = Literal["fixed", "bins", "uniform"]
+HALF_TURN = 180.0  # degrees
+MAX_TASKS = 10_000  # the pixel maps and the accuracy matrix of this many tasks still fit into memory
+
+
+def add_arguments(doc: str | None, settings: type[Settings], skip: Container[str] = ()) -> str:
+    """Return a docstring that also describes the fields of a settings dataclass in its `Args` section.
+
+    Args:
+        doc: the docstring, with a `Raises` section. The `Args` section, if there is one, comes before it.
+        settings: the dataclass. Each field has a help text and perhaps a range.
+        skip: names of fields that the docstring already describes.
+    """
+    before, raises, after = inspect.cleandoc(doc or "").partition("\n\nRaises:")
+    if "\nArgs:" not in before:
+        before += "\n\nArgs:"
+    for spec in fields(settings):
+        if spec.name not in skip:
+            bounds = f" Range: {allowed(spec)}." if allowed(spec) else ""
+            line = f"    {spec.name}: {spec.metadata['help']}.{bounds}"
+            before += "\n" + textwrap.fill(line, 100, subsequent_indent=" " * 8)
+    return f"{before}{raises}{after}"
+
+
+def documented(cls: type[S]) -> type[S]:
+    """Add the fields of a settings dataclass to its docstring; see `add_arguments`."""
+    cls.__doc__ = add_arguments(cls.__doc__, cls)
+    return cls
 
 
 @dataclass(frozen=True)
 class StreamSettings(Settings):
-    """What all streams have."""
+    """Settings that all streams share."""
 
-    num_tasks: int = setting(5, "number of tasks", ge=1, le=MOST_TASKS)
-    scenario: Scenario = setting("domain", "domain, task or class")
-    subset: int | None = setting(None, "training samples per task; null for all", ge=1)
-    validation: float = setting(
-        0.0, "fraction of the training samples that is held out, before subset", ge=0, lt=1
+    num_tasks: int = setting(5, "number of tasks", ge=1, le=MAX_TASKS)
+    scenario: Scenario = setting("domain", "`domain`; all tasks have the same classes")
+    subset: int | None = setting(
+        None, "number of training samples per task, chosen by the seed; None for all", ge=1
     )
-    inputs: Inputs = setting("standardised", "standardised (mean 0, deviation 1) or unit (in [0, 1])")
-    seed: int = setting(0, "of the stream: orders, permutations, angles, choice of samples", ge=0)
+    validation: float = setting(
+        0.0, "fraction of the training samples to hold out, before `subset` is applied", ge=0, lt=1
+    )
+    inputs: Inputs = setting("standardised", "`standardised` (mean 0, deviation 1) or `unit` (in [0, 1])")
+    seed: int = setting(
+        0, "seed of orders, permutations, angles and subsets; separate from the training seed", ge=0
+    )
     crop_padding: int = setting(
         0,
-        "black pixels on each side out of which each training image is cut at random; 0 for none",
+        "black pixels to add on each side before a training image is cropped at random to its size; 0 for "
+        "no crops",
         ge=0,
         le=256,
     )
-    horizontal_flip: bool = setting(False, "mirror half of the training images, at random")
+    horizontal_flip: bool = setting(False, "mirror each training image with probability 1/2")
 
     def plain(self) -> dict[str, Any]:
-        """Return all settings as plain values."""
+        """Return all settings as plain values: numbers, text, lists and None."""
         return {
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
         }
 
 
+class StreamOptions(TypedDict, total=False):
+    """The fields of `StreamSettings` as keyword arguments, without num_tasks."""
+
+    scenario: Scenario
+    subset: int | None
+    validation: float
+    inputs: Inputs
+    seed: int
+    crop_padding: int
+    horizontal_flip: bool
+
+
+@documented
 @dataclass(frozen=True)
 class SplitSettings(StreamSettings):
-    """Classes divided among tasks."""
+    """Settings of `split`: the classes are divided among the tasks.
+
+    Raises:
+        ValueError: a setting is out of range.
+
+    Example:
+        >>> from sequel_benchmarks import SplitSettings
+        >>> SplitSettings(num_tasks=2, class_order=(3, 1, 2, 0)).order(num_classes=4)
+        array([3, 1, 2, 0])
+    """
 
     scenario: Scenario = setting(
-        "task", "domain (labels within the task), task or class (labels of the whole stream)"
+        "task",
+        "`task` or `class` (labels are unique in the stream, one output per class), or `domain` (labels "
+        "restart at 0 in each task)",
     )
-    class_order: Literal["seeded", "superclass"] | tuple[int, ...] | None = setting(
+    class_order: ClassOrder = setting(
         None,
-        "classes in the order of the stream: null as they are, seeded, superclass (those of a superclass "
-        "next to one another), or a list",
-        ge=0,
+        "classes in the order of the stream: None (0, 1, 2, ...), `seeded` (shuffled), `superclass` (grouped "
+        "by superclass, only for CIFAR-100), or a list of all classes",
     )
 
     def order(self, num_classes: int, superclasses: IntArray | None = None) -> IntArray:
         """Return the classes in the order of the stream, int64 `[num_classes]`.
 
         Args:
-            num_classes: of the data set.
-            superclasses: superclass of each class, `[num_classes]`, where the data set knows them.
+            num_classes: number of classes of the data set.
+            superclasses: superclass of each class, `[num_classes]`; None if the data set has none.
 
         Raises:
-            ValueError: num_tasks does not divide num_classes, class_order is not an order of all classes, or
-                it asks for superclasses that there are not.
+            ValueError: num_tasks does not divide num_classes, class_order does not contain each class once,
+                or class_order is `superclass` and the data set has no superclasses.
         """
         if num_classes % self.num_tasks:
             divisors = [n for n in range(1, num_classes + 1) if num_classes % n == 0]
@@ -94,8 +152,8 @@ class SplitSettings(StreamSettings):
         if self.class_order == "superclass":
             if superclasses is None:
                 raise ValueError(
-                    "class_order must be null, seeded or a list with a data set without superclasses, got "
-                    "superclass; CIFAR-100 has them"
+                    "class_order must be null, seeded or a list for a data set without superclasses, got "
+                    "superclass; only CIFAR-100 has superclasses"
                 )
             return np.argsort(superclasses, kind="stable")
         if sorted(self.class_order) != list(range(num_classes)):
@@ -105,51 +163,83 @@ class SplitSettings(StreamSettings):
         return np.asarray(self.class_order, np.int64)
 
 
+class SplitOptions(StreamOptions, total=False):
+    """The fields of `SplitSettings` as keyword arguments, without num_tasks."""
+
+    class_order: ClassOrder
+
+
 @dataclass(frozen=True)
-class _SharedClasses(StreamSettings):
-    """Streams in which every task has all classes."""
+class _DomainSettings(StreamSettings):
+    """Settings of streams in which every task has all classes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scenario != "domain":
             raise ValueError(
-                f"scenario must be domain where every task has the same classes, got {self.scenario!r}; "
+                f"scenario must be domain if every task has the same classes, got {self.scenario!r}; "
                 "for task or class use a split benchmark"
             )
 
 
+@documented
 @dataclass(frozen=True)
-class PermutedSettings(_SharedClasses):
-    """A permutation of pixels per task."""
+class PermutedSettings(_DomainSettings):
+    """Settings of `permute`: each task permutes the pixels of all images.
 
-    num_tasks: int = setting(10, "number of tasks", ge=1, le=MOST_TASKS)
-    first_identity: bool = setting(False, "leave the first task's pixels as they are")
+    Raises:
+        ValueError: a setting is out of range.
+
+    Example:
+        >>> from sequel_benchmarks import PermutedSettings
+        >>> PermutedSettings(num_tasks=3, first_identity=True).plain()["first_identity"]
+        True
+    """
+
+    num_tasks: int = setting(10, "number of tasks", ge=1, le=MAX_TASKS)
+    first_identity: bool = setting(False, "leave the pixels of the first task unchanged")
 
 
+class PermutedOptions(StreamOptions, total=False):
+    """The fields of `PermutedSettings` as keyword arguments, without num_tasks."""
+
+    first_identity: bool
+
+
+@documented
 @dataclass(frozen=True)
-class RotatedSettings(_SharedClasses):
-    """A rotation per task."""
+class RotatedSettings(_DomainSettings):
+    """Settings of `rotate`: each task rotates all images by a fixed angle.
 
-    num_tasks: int = setting(20, "number of tasks", ge=1, le=MOST_TASKS)
-    rotation: Literal["fixed", "bins", "uniform"] = setting(
+    Raises:
+        ValueError: a setting is out of range, or `angles` is combined with another setting of the angles.
+
+    Example:
+        >>> from sequel_benchmarks import RotatedSettings
+        >>> RotatedSettings(num_tasks=4).degrees()
+        (0.0, 45.0, 90.0, 135.0)
+    """
+
+    num_tasks: int = setting(20, "number of tasks", ge=1, le=MAX_TASKS)
+    rotation: Rotation = setting(
         "fixed",
-        "fixed: task t turns by t * per_task_rotation, or by angles[t]; "
-        "bins: uniform in [t, t + 1) * per_task_rotation; uniform: uniform in [0, 180)",
+        "how the angle of task t is chosen: `fixed` (t * per_task_rotation, or angles[t]), `bins` (uniform "
+        "in [t, t + 1) * per_task_rotation) or `uniform` (uniform in [0, 180))",
     )
     per_task_rotation: float | None = setting(
-        None, "degrees from task to task; null for 180 / num_tasks", ge=-360, le=360
+        None, "degrees from one task to the next; None for 180 / num_tasks", ge=-360, le=360
     )
     angles: tuple[float, ...] | None = setting(
-        None, "degrees of each task, in place of per_task_rotation", ge=-360, le=360
+        None, "degrees of each task, instead of rotation and per_task_rotation", ge=-360, le=360
     )
-    interpolation: Interpolation = setting("bilinear", "nearest or bilinear")
+    interpolation: Interpolation = setting("bilinear", "`nearest` or `bilinear`")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.angles is not None:
             if self.rotation != "fixed" or self.per_task_rotation is not None:
                 raise ValueError(
-                    "angles takes the place of rotation and per_task_rotation, got rotation="
+                    "angles replaces rotation and per_task_rotation, got rotation="
                     f"{self.rotation} and per_task_rotation={self.per_task_rotation}; leave them out"
                 )
             if len(self.angles) != self.num_tasks:
@@ -159,12 +249,11 @@ class RotatedSettings(_SharedClasses):
                 )
         if self.rotation == "uniform" and self.per_task_rotation is not None:
             raise ValueError(
-                f"per_task_rotation has no meaning with rotation=uniform, got {self.per_task_rotation}; "
-                "leave it out"
+                f"per_task_rotation must be left out if rotation=uniform, got {self.per_task_rotation}"
             )
 
     def degrees(self) -> tuple[float, ...]:
-        """Return the angle of every task, counter-clockwise."""
+        """Return the counter-clockwise angle of every task, in degrees."""
         if self.angles is not None:
             return self.angles
         step = HALF_TURN / self.num_tasks if self.per_task_rotation is None else self.per_task_rotation
@@ -176,55 +265,74 @@ class RotatedSettings(_SharedClasses):
         return tuple(((np.arange(self.num_tasks) + draws) * step).tolist())
 
 
-def split(data: DataSet, settings: SplitSettings | None = None) -> Benchmark:
-    """Return a stream whose tasks have different classes, equally many each.
+class RotatedOptions(StreamOptions, total=False):
+    """The fields of `RotatedSettings` as keyword arguments, without num_tasks."""
 
-    With k = num_classes / num_tasks and a class order o, task t has the classes `o[t k]` to `o[t k + k - 1]`,
-    labelled `t k` to `t k + k - 1` in the task and class scenarios, 0 to k - 1 in the domain scenario.
+    rotation: Rotation
+    per_task_rotation: float | None
+    angles: tuple[float, ...] | None
+    interpolation: Interpolation
+
+
+def split(data: DataSet, settings: SplitSettings | None = None) -> Benchmark:
+    """Return a stream whose tasks have different classes, the same number each.
+
+    With k = num_classes / num_tasks and the class order o, task t has the classes `o[t k]` to
+    `o[t k + k - 1]`. Their labels are `t k` to `t k + k - 1` in the task and class scenarios, and 0 to k - 1
+    in the domain scenario.
 
     Args:
         data: the data set.
         settings: see `SplitSettings`; None for its defaults.
 
     Raises:
-        ValueError: a wrong number of tasks, a wrong order, or more samples asked for than there are.
+        ValueError: num_tasks does not divide the number of classes, class_order does not fit, or a task has
+            fewer samples than `subset`.
+
+    Example:
+        >>> import numpy as np
+        >>> from sequel_benchmarks import DataSet, SplitSettings, split
+        >>> images = np.zeros((8, 4, 4, 1), np.uint8)
+        >>> labels = np.arange(8) % 4
+        >>> data = DataSet("mine", images, labels, images, labels, num_classes=4)
+        >>> [task.classes for task in split(data, SplitSettings(num_tasks=2)).tasks]
+        [(0, 1), (2, 3)]
     """
     settings = settings or SplitSettings()
     order = settings.order(data.num_classes, data.superclasses)
     size = data.num_classes // settings.num_tasks
     position = np.argsort(order)  # of each class in the order
     train_labels, test_labels = position[data.train_labels], position[data.test_labels]
-    owners = train_labels // size, test_labels // size
+    train_tasks, test_tasks = train_labels // size, test_labels // size
     if settings.scenario == "domain":
         train_labels, test_labels = train_labels % size, test_labels % size
     tasks = []
     for t in range(settings.num_tasks):
-        rows, held_out = hold_out(np.flatnonzero(owners[0] == t), settings, t)
+        rows, held_out = hold_out(np.flatnonzero(train_tasks == t), settings, t)
         first = 0 if settings.scenario == "domain" else t * size
         classes = sorted(order[t * size : (t + 1) * size].tolist())
         names = [str(c) if data.class_names is None else data.class_names[c] for c in classes]
-        train = Split(data.train_images, train_labels, t, _choose(rows, settings, t))
         tasks.append(
             Task(
                 index=t,
                 name=f"classes {', '.join(names)}",
                 classes=tuple(range(first, first + size)),
-                train=train,
+                train=Split(data.train_images, train_labels, t, _choose(rows, settings, t)),
                 validation=Split(data.train_images, train_labels, t, held_out),
-                test=Split(data.test_images, test_labels, t, np.flatnonzero(owners[1] == t)),
+                test=Split(data.test_images, test_labels, t, np.flatnonzero(test_tasks == t)),
             )
         )
     num_classes = size if settings.scenario == "domain" else data.num_classes
     return _benchmark(f"split{data.name}", tasks, num_classes, data, settings)
 
 
-def split_known(
+def split_published(
     name: str, settings: SplitSettings, data_dir: str | os.PathLike[str] | None = None
 ) -> Benchmark:
-    """Return `split` of one of our data sets; wrong settings are refused before any data is read.
+    """Return `split` of a published data set. Settings are checked before any data is read.
 
     Args:
-        name: of the data set, see `load`.
+        name: name of the data set, see `load`.
         settings: see `SplitSettings`.
         data_dir: see `data_directory`.
 
@@ -236,14 +344,20 @@ def split_known(
 
 
 def permute(data: DataSet, settings: PermutedSettings | None = None) -> Benchmark:
-    """Return a stream whose tasks have all samples, the pixels of each task in an order of its own.
+    """Return a stream whose tasks have all samples, each task with its own permutation of the pixels.
 
     Args:
         data: the data set.
         settings: see `PermutedSettings`; None for its defaults.
 
     Raises:
-        ValueError: more samples asked for than there are.
+        ValueError: the data set has fewer training samples than `subset`.
+
+    Example:
+        >>> from sequel_benchmarks import PermutedSettings, load, permute
+        >>> stream = permute(load("digits"), PermutedSettings(num_tasks=3, first_identity=True))
+        >>> [task.name for task in stream.tasks]
+        ['identity', 'permutation 1', 'permutation 2']
     """
     settings = settings or PermutedSettings()
     num_pixels = int(np.prod(data.train_images.shape[1:3]))
@@ -253,20 +367,25 @@ def permute(data: DataSet, settings: PermutedSettings | None = None) -> Benchmar
     names = [f"permutation {t}" for t in range(settings.num_tasks)]
     if settings.first_identity:
         maps[0], names[0] = None, "identity"
-    return _benchmark(
-        f"permuted{data.name}", _mapped(data, settings, maps, names), data.num_classes, data, settings
-    )
+    tasks = _mapped_tasks(data, settings, maps, names)
+    return _benchmark(f"permuted{data.name}", tasks, data.num_classes, data, settings)
 
 
 def rotate(data: DataSet, settings: RotatedSettings | None = None) -> Benchmark:
-    """Return a stream whose tasks have all samples, each task's images rotated by an angle of its own.
+    """Return a stream whose tasks have all samples, each task's images rotated by its own angle.
 
     Args:
         data: the data set.
         settings: see `RotatedSettings`; None for its defaults.
 
     Raises:
-        ValueError: more samples asked for than there are.
+        ValueError: the data set has fewer training samples than `subset`.
+
+    Example:
+        >>> from sequel_benchmarks import RotatedSettings, load, rotate
+        >>> stream = rotate(load("digits"), RotatedSettings(num_tasks=2, angles=(0, 30)))
+        >>> [task.name for task in stream.tasks]
+        ['0 degrees', '30 degrees']
     """
     settings = settings or RotatedSettings()
     height, width = data.train_images.shape[1:3]
@@ -275,27 +394,26 @@ def rotate(data: DataSet, settings: RotatedSettings | None = None) -> Benchmark:
         rotation(height, width, angle, settings.interpolation) if angle % 360 else None for angle in degrees
     ]
     names = [f"{angle:g} degrees" for angle in degrees]
-    return _benchmark(
-        f"rotated{data.name}", _mapped(data, settings, maps, names), data.num_classes, data, settings
-    )
+    tasks = _mapped_tasks(data, settings, maps, names)
+    return _benchmark(f"rotated{data.name}", tasks, data.num_classes, data, settings)
 
 
-def _mapped(
+def _mapped_tasks(
     data: DataSet, settings: StreamSettings, maps: Sequence[PixelMap | None], names: Sequence[str]
 ) -> list[Task]:
-    """Return tasks of all samples, one per pixel map; what is held out, no task trains on."""
-    everything = np.arange(len(data.train_labels), dtype=np.int64)
-    rows, held_out = hold_out(everything, settings, 0)
+    """Return one task of all samples per pixel map. All tasks hold out the same images for validation."""
+    all_rows = np.arange(len(data.train_labels), dtype=np.int64)
+    rows, held_out = hold_out(all_rows, settings, 0)
     tasks = []
     for t, (pixel_map, name) in enumerate(zip(maps, names, strict=True)):
-        whole = settings.subset is None and len(held_out) == 0
-        chosen = None if whole else _choose(rows, settings, t)
+        uses_all = settings.subset is None and len(held_out) == 0
+        train_rows = None if uses_all else _choose(rows, settings, t)
         tasks.append(
             Task(
                 index=t,
                 name=name,
                 classes=tuple(range(data.num_classes)),
-                train=Split(data.train_images, data.train_labels, t, chosen, pixel_map),
+                train=Split(data.train_images, data.train_labels, t, train_rows, pixel_map),
                 validation=Split(data.train_images, data.train_labels, t, held_out, pixel_map),
                 test=Split(data.test_images, data.test_labels, t, None, pixel_map),
             )
@@ -304,7 +422,7 @@ def _mapped(
 
 
 def hold_out(rows: IntArray, settings: StreamSettings, task: int) -> tuple[IntArray, IntArray]:
-    """Return the rows to train on and those held out for validation, both ascending."""
+    """Return the rows to train on and the rows held out for validation, both in ascending order."""
     count = round(settings.validation * len(rows))
     if settings.validation > 0 and not 0 < count < len(rows):
         raise ValueError(
@@ -316,7 +434,7 @@ def hold_out(rows: IntArray, settings: StreamSettings, task: int) -> tuple[IntAr
 
 
 def _choose(rows: IntArray, settings: StreamSettings, task: int) -> IntArray:
-    """Return the rows of a task's subset, ascending; all where none is asked for."""
+    """Return the rows of a task's subset in ascending order, or all rows if subset is None."""
     if settings.subset is None:
         return rows
     if settings.subset > len(rows):

@@ -67,9 +67,7 @@ def _from_archive(path: Path, allocate: Allocate) -> list[str]:
         return _decode(path, names, read, allocate)
 
 
-def _decode(
-    where: Path, names: Iterable[str], read: Callable[[str], bytes], allocate: Allocate
-) -> list[str]:
+def _decode(where: Path, names: Iterable[str], read: Callable[[str], bytes], allocate: Allocate) -> list[str]:
     wnids = sorted(read(WNIDS).decode(errors="replace").split())
     if len(set(wnids)) != NUM_CLASSES:
         raise ValueError(f"{where / WNIDS} must name {NUM_CLASSES} classes, it names {len(set(wnids))}")

@@ -31,7 +31,7 @@ Pair = tuple[NDArray[Any], NDArray[Any]]  # images and labels
 WHICH = ("train", "test", "validation")
 
 
-class OwnOptions(TypedDict, total=False):
+class UserDataOptions(TypedDict, total=False):
     """Keyword arguments of every function here; each may be left out."""
 
     name: str  # of the benchmark; "own"
@@ -46,7 +46,7 @@ class OwnOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class _OwnSettings(Settings):
+class _UserDataSettings(Settings):
     """The options that are recorded with a run."""
 
     name: str = setting("own", "of the benchmark")
@@ -62,16 +62,16 @@ class _OwnSettings(Settings):
     channels_last: bool = setting(False, "images are [N, H, W, C] even if they look like [N, C, H, W]")
 
 
-def from_arrays(tasks: Sequence[Sequence[Pair]], **options: Unpack[OwnOptions]) -> Benchmark:
+def from_arrays(tasks: Sequence[Sequence[Pair]], **options: Unpack[UserDataOptions]) -> Benchmark:
     """Return the stream of tasks that are given as NumPy arrays.
 
-    In the task scenario each task has outputs of its own; see `OwnOptions.heads`.
+    In the task scenario each task has outputs of its own; see `UserDataOptions.heads`.
 
     Args:
         tasks: `((x_train, y_train), (x_test, y_test))` of each, and a third pair where there is validation
             data: images uint8, or float32 that are taken as they are, `[N, H, W, C]` or `[N, H, W]`; labels
             integers `[N]`. They are not copied.
-        options: see `OwnOptions`.
+        options: see `UserDataOptions`.
 
     Raises:
         ValueError: an option out of range, or arrays of another type, shape or length; names the task.
@@ -90,14 +90,14 @@ def from_arrays(tasks: Sequence[Sequence[Pair]], **options: Unpack[OwnOptions]) 
 def from_datasets(
     tasks: Sequence[Sequence[Items]] | Mapping[Any, Items],
     test: Mapping[Any, Items] | None = None,
-    **options: Unpack[OwnOptions],
+    **options: Unpack[UserDataOptions],
 ) -> Benchmark:
     """Return the stream of tasks that are given as data sets: torch's, or anything with a length and items.
 
     Args:
         tasks: `(train, test)` or `(train, test, validation)` of each task, or a dictionary of training sets.
         test: a dictionary with the same keys, where the first argument is one; tasks are in their order.
-        options: see `OwnOptions`.
+        options: see `UserDataOptions`.
 
     Raises:
         ValueError: an option out of range, dictionaries that do not fit, or a data set or an item that is not
@@ -122,7 +122,7 @@ def from_datasets(
     return _benchmark(_item_splits(_parts(listed), settings), settings, options, "datasets")
 
 
-def from_prepared(owner: Any, **options: Unpack[OwnOptions]) -> Benchmark:
+def from_prepared(owner: Any, **options: Unpack[UserDataOptions]) -> Benchmark:
     """Return the stream of an object with the original SequeL's `prepare_datasets()`.
 
     It returns two dictionaries, of training and of test data sets; the keys are the tasks, from 1 or from 0
@@ -130,7 +130,7 @@ def from_prepared(owner: Any, **options: Unpack[OwnOptions]) -> Benchmark:
 
     Args:
         owner: the object; its method is called once.
-        options: see `OwnOptions`.
+        options: see `UserDataOptions`.
 
     Raises:
         ValueError: no such method, another result, or as `from_datasets`.
@@ -148,7 +148,7 @@ def from_prepared(owner: Any, **options: Unpack[OwnOptions]) -> Benchmark:
     return from_datasets(found[0], found[1], **options)
 
 
-def from_datamodules(modules: Sequence[Any], **options: Unpack[OwnOptions]) -> Benchmark:
+def from_datamodules(modules: Sequence[Any], **options: Unpack[UserDataOptions]) -> Benchmark:
     """Return the stream of a LightningDataModule per task.
 
     Each is prepared and set up for fit and test; then the data sets of its `train_dataloader()`,
@@ -157,7 +157,7 @@ def from_datamodules(modules: Sequence[Any], **options: Unpack[OwnOptions]) -> B
 
     Args:
         modules: in order.
-        options: see `OwnOptions`.
+        options: see `UserDataOptions`.
 
     Raises:
         ValueError: a loader without a data set, or as `from_datasets`.
@@ -176,7 +176,7 @@ def from_datamodules(modules: Sequence[Any], **options: Unpack[OwnOptions]) -> B
     return _benchmark(_item_splits(_parts(parts), settings), settings, options, "datamodules")
 
 
-def from_avalanche(benchmark: Any, **options: Unpack[OwnOptions]) -> Benchmark:
+def from_avalanche(benchmark: Any, **options: Unpack[UserDataOptions]) -> Benchmark:
     """Return the stream of an Avalanche benchmark: an experience is a task.
 
     Its `train_stream` and `test_stream` are read, and its `valid_stream` where it has one; of a single test
@@ -187,7 +187,7 @@ def from_avalanche(benchmark: Any, **options: Unpack[OwnOptions]) -> Benchmark:
 
     Args:
         benchmark: for example `SplitMNIST(5)`.
-        options: see `OwnOptions`.
+        options: see `UserDataOptions`.
 
     Raises:
         ValueError: neither one test experience nor as many as training experiences, or as `from_datasets`.
@@ -213,7 +213,7 @@ def from_avalanche(benchmark: Any, **options: Unpack[OwnOptions]) -> Benchmark:
     return _benchmark(splits, settings, options, "avalanche", owned)
 
 
-def from_continuum(train: Any, test: Any, **options: Unpack[OwnOptions]) -> Benchmark:
+def from_continuum(train: Any, test: Any, **options: Unpack[UserDataOptions]) -> Benchmark:
     """Return the stream of two Continuum scenarios, as Continuum itself gives them: a task set is a task.
 
     Images that only `ToTensor` would transform are taken as the uint8 arrays that they are; all others are
@@ -222,7 +222,7 @@ def from_continuum(train: Any, test: Any, **options: Unpack[OwnOptions]) -> Benc
     Args:
         train: for example `ClassIncremental(MNIST(root, train=True), increment=2)`.
         test: the same of the test data.
-        options: see `OwnOptions`.
+        options: see `UserDataOptions`.
 
     Raises:
         ValueError: another number of test than of training tasks, or as `from_datasets`.
@@ -247,11 +247,11 @@ def from_continuum(train: Any, test: Any, **options: Unpack[OwnOptions]) -> Benc
 # -- what they share
 
 
-def _checked(options: OwnOptions) -> _OwnSettings:
+def _checked(options: UserDataOptions) -> _UserDataSettings:
     """Return the options that have a range, checked."""
     others = ("normalisation", "augmentation")
     plain: dict[str, Any] = {key: value for key, value in options.items() if key not in others}
-    return _OwnSettings(**plain)
+    return _UserDataSettings(**plain)
 
 
 def _parts(tasks: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
@@ -266,7 +266,7 @@ def _parts(tasks: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
     return tasks
 
 
-def _from_pair(pair: Pair, task: int, name: str, settings: _OwnSettings) -> Split:
+def _from_pair(pair: Pair, task: int, name: str, settings: _UserDataSettings) -> Split:
     """Return a split of images `[N, H, W, C]` or `[N, H, W]` and their labels."""
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise ValueError(f"{name} must be (images, labels), got {type(pair).__name__}")
@@ -275,14 +275,14 @@ def _from_pair(pair: Pair, task: int, name: str, settings: _OwnSettings) -> Spli
 
 
 def _from_items(
-    data: Items, task: int, name: str, settings: _OwnSettings, labels: NDArray[Any] | None = None
+    data: Items, task: int, name: str, settings: _UserDataSettings, labels: NDArray[Any] | None = None
 ) -> Split:
     """Return a split of a data set's items; labels are those of all items, if they are known."""
     images = ItemImages(data, name, labels)
     return _split(images, images.labels, task, name, settings)
 
 
-def _split(images: Any, labels: NDArray[Any], task: int, name: str, settings: _OwnSettings) -> Split:
+def _split(images: Any, labels: NDArray[Any], task: int, name: str, settings: _UserDataSettings) -> Split:
     """Return a split; an error names the task."""
     try:
         return Split(images, labels, task, channels_last=settings.channels_last)
@@ -290,7 +290,7 @@ def _split(images: Any, labels: NDArray[Any], task: int, name: str, settings: _O
         raise ValueError(f"{name}: {error}") from error
 
 
-def _item_splits(parts: Sequence[Sequence[Items]], settings: _OwnSettings) -> list[list[Split]]:
+def _item_splits(parts: Sequence[Sequence[Items]], settings: _UserDataSettings) -> list[list[Split]]:
     return [
         [
             _from_items(data, t, f"task {t}, {which}", settings)
@@ -302,8 +302,8 @@ def _item_splits(parts: Sequence[Sequence[Items]], settings: _OwnSettings) -> li
 
 def _benchmark(
     rows: Sequence[Sequence[Split]],
-    settings: _OwnSettings,
-    options: OwnOptions,
+    settings: _UserDataSettings,
+    options: UserDataOptions,
     source: str,
     owners: Sequence[int] | None = None,
 ) -> Benchmark:

@@ -1,0 +1,332 @@
+"""The benchmarks that a configuration selects by name: one class per data set and kind of stream.
+
+Each constructor names the arguments that differ between data sets. It takes all others as keyword arguments,
+which are the fields of `SplitSettings`, `PermutedSettings` or `RotatedSettings`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from inspect import Parameter
+from typing import Any, TypeVar, Unpack, get_type_hints
+
+from sequel_benchmarks.cache import folder_of
+from sequel_benchmarks.data import load
+from sequel_benchmarks.imagefolder import class_folders, image_folder
+from sequel_benchmarks.streams import (
+    PermutedOptions,
+    PermutedSettings,
+    RotatedOptions,
+    RotatedSettings,
+    SplitOptions,
+    SplitSettings,
+    StreamSettings,
+    add_arguments,
+    permute,
+    rotate,
+    split,
+    split_published,
+)
+from sequel_core.stream.benchmark import Benchmark
+
+B = TypeVar("B", bound=Benchmark)
+Folder = str | os.PathLike[str] | None
+
+
+def takes(settings: type[StreamSettings]) -> Callable[[type[B]], type[B]]:
+    """Return a class decorator that lists the fields of `settings` in place of a constructor's `**options`.
+
+    The signature, the annotations and the docstring of the class then have every argument by name. A field
+    that the constructor names itself keeps the default and the description that it has there.
+    """
+
+    def decorate(cls: type[B]) -> type[B]:
+        init: Any = cls.__init__
+        signature = inspect.signature(init, eval_str=True)
+        named = {name: p for name, p in signature.parameters.items() if p.kind is not Parameter.VAR_KEYWORD}
+        hints = get_type_hints(settings)
+        options = [
+            Parameter(spec.name, Parameter.KEYWORD_ONLY, default=spec.default, annotation=hints[spec.name])
+            for spec in fields(settings)
+            if spec.name not in named
+        ]
+        parameters = [*named.values(), *options]
+        init.__signature__ = signature.replace(parameters=parameters)
+        init.__annotations__ = {p.name: p.annotation for p in parameters[1:]} | {"return": None}
+        cls.__doc__ = add_arguments(cls.__doc__, settings, skip=named)
+        return cls
+
+    return decorate
+
+
+@takes(SplitSettings)
+class SplitMNIST(Benchmark):
+    """MNIST, its ten classes divided among the tasks.
+
+    Args:
+        num_tasks: number of tasks: 1, 2, 5 or 10.
+        data_dir: folder of the data sets, see `data_directory`.
+
+    Raises:
+        ValueError: an argument is out of range, or the data is missing or damaged.
+
+    Example:
+        >>> from sequel_benchmarks import SplitMNIST
+        >>> [task.classes for task in SplitMNIST(num_tasks=5).tasks]
+        [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+    """
+
+    def __init__(self, *, num_tasks: int = 5, data_dir: Folder = None, **options: Unpack[SplitOptions]):
+        settings = SplitSettings(num_tasks, **options)
+        super().__init__(**vars(split_published("mnist", settings, data_dir)))
+
+
+@takes(PermutedSettings)
+class PermutedMNIST(Benchmark):
+    """MNIST, each task with its own permutation of the pixels.
+
+    Args:
+        num_tasks: number of tasks, >= 1.
+        data_dir: folder of the data sets, see `data_directory`.
+
+    Raises:
+        ValueError: an argument is out of range, or the data is missing or damaged.
+
+    Example:
+        >>> from sequel_benchmarks import PermutedMNIST
+        >>> [task.name for task in PermutedMNIST(num_tasks=2, first_identity=True).tasks]
+        ['identity', 'permutation 1']
+    """
+
+    def __init__(self, *, num_tasks: int = 10, data_dir: Folder = None, **options: Unpack[PermutedOptions]):
+        settings = PermutedSettings(num_tasks, **options)
+        super().__init__(**vars(permute(load("mnist", data_dir), settings)))
+
+
+@takes(RotatedSettings)
+class RotatedMNIST(Benchmark):
+    """MNIST, the images of each task rotated counter-clockwise by its own angle.
+
+    Args:
+        num_tasks: number of tasks, >= 1.
+        data_dir: folder of the data sets, see `data_directory`.
+
+    Raises:
+        ValueError: an argument is out of range, or the data is missing or damaged.
+
+    Example:
+        >>> from sequel_benchmarks import RotatedMNIST
+        >>> [task.name for task in RotatedMNIST(num_tasks=3, per_task_rotation=15.0).tasks]
+        ['0 degrees', '15 degrees', '30 degrees']
+    """
+
+    def __init__(self, *, num_tasks: int = 20, data_dir: Folder = None, **options: Unpack[RotatedOptions]):
+        settings = RotatedSettings(num_tasks, **options)
+        super().__init__(**vars(rotate(load("mnist", data_dir), settings)))
+
+
+@takes(SplitSettings)
+class SplitDigits(Benchmark):
+    """scikit-learn's digits, the ten classes divided among the tasks.
+
+    Args:
+        num_tasks: number of tasks: 1, 2, 5 or 10.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from sequel_benchmarks import SplitDigits
+        >>> stream = SplitDigits(num_tasks=5, scenario="class")
+        >>> stream.tasks[1].classes, stream.num_classes, stream.image_shape
+        ((2, 3), 10, (8, 8, 1))
+    """
+
+    def __init__(self, *, num_tasks: int = 5, **options: Unpack[SplitOptions]):
+        super().__init__(**vars(split_published("digits", SplitSettings(num_tasks, **options))))
+
+
+@takes(PermutedSettings)
+class PermutedDigits(Benchmark):
+    """scikit-learn's digits, each task with its own permutation of the pixels.
+
+    Args:
+        num_tasks: number of tasks, >= 1.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from sequel_benchmarks import PermutedDigits
+        >>> stream = PermutedDigits(num_tasks=3, subset=100)
+        >>> [len(task.train) for task in stream.tasks]
+        [100, 100, 100]
+    """
+
+    def __init__(self, *, num_tasks: int = 5, **options: Unpack[PermutedOptions]):
+        super().__init__(**vars(permute(load("digits"), PermutedSettings(num_tasks, **options))))
+
+
+@takes(RotatedSettings)
+class RotatedDigits(Benchmark):
+    """scikit-learn's digits, the images of each task rotated counter-clockwise by its own angle.
+
+    Args:
+        num_tasks: number of tasks, >= 1.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> [task.name for task in RotatedDigits(num_tasks=2, angles=(0.0, 45.0)).tasks]
+        ['0 degrees', '45 degrees']
+    """
+
+    def __init__(self, *, num_tasks: int = 5, **options: Unpack[RotatedOptions]):
+        super().__init__(**vars(rotate(load("digits"), RotatedSettings(num_tasks, **options))))
+
+
+@takes(SplitSettings)
+class SplitCIFAR10(Benchmark):
+    """CIFAR-10, its ten classes divided among the tasks.
+
+    Args:
+        num_tasks: number of tasks: 1, 2, 5 or 10.
+        data_dir: folder of the data sets, see `data_directory`.
+
+    Raises:
+        ValueError: an argument is out of range, or the data is missing or damaged.
+
+    Example:
+        >>> from sequel_benchmarks import SplitCIFAR10
+        >>> [task.name for task in SplitCIFAR10(num_tasks=5).tasks][:2]
+        ['classes airplane, automobile', 'classes bird, cat']
+    """
+
+    def __init__(self, *, num_tasks: int = 5, data_dir: Folder = None, **options: Unpack[SplitOptions]):
+        settings = SplitSettings(num_tasks, **options)
+        super().__init__(**vars(split_published("cifar10", settings, data_dir)))
+
+
+@takes(SplitSettings)
+class SplitCIFAR100(Benchmark):
+    """CIFAR-100, its hundred classes divided among the tasks.
+
+    With `class_order="superclass"` and 20 tasks, task t has the classes of superclass t.
+
+    Args:
+        num_tasks: number of tasks, a divisor of 100.
+        data_dir: folder of the data sets, see `data_directory`.
+
+    Raises:
+        ValueError: an argument is out of range, or the data is missing or damaged.
+
+    Example:
+        >>> from sequel_benchmarks import SplitCIFAR100
+        >>> SplitCIFAR100(num_tasks=20, class_order="superclass").tasks[0].name
+        'classes beaver, dolphin, otter, seal, whale'
+    """
+
+    def __init__(self, *, num_tasks: int = 20, data_dir: Folder = None, **options: Unpack[SplitOptions]):
+        settings = SplitSettings(num_tasks, **options)
+        super().__init__(**vars(split_published("cifar100", settings, data_dir)))
+
+
+@takes(SplitSettings)
+class SplitTinyImageNet(Benchmark):
+    """TinyImageNet, its two hundred classes divided among the tasks.
+
+    Args:
+        num_tasks: number of tasks, a divisor of 200.
+        data_dir: folder of the data sets, see `data_directory`.
+
+    Raises:
+        ValueError: an argument is out of range, or the data is missing or damaged.
+
+    Example:
+        >>> from sequel_benchmarks import SplitTinyImageNet
+        >>> stream = SplitTinyImageNet(num_tasks=20)
+        >>> len(stream), stream.tasks[1].classes
+        (20, (10, 11, 12, 13, 14, 15, 16, 17, 18, 19))
+    """
+
+    def __init__(self, *, num_tasks: int = 20, data_dir: Folder = None, **options: Unpack[SplitOptions]):
+        settings = SplitSettings(num_tasks, **options)
+        super().__init__(**vars(split_published("tinyimagenet", settings, data_dir)))
+
+
+@takes(SplitSettings)
+class SplitImageFolder(Benchmark):
+    """A folder of image files, its classes divided among the tasks; see `image_folder`.
+
+    Class c is the c-th of the folder names in sorted order.
+
+    Args:
+        root: the folder, with `train/CLASS/` and `test/CLASS/` (or `val/CLASS/`). Required.
+        size: (height, width) in pixels, or one number for both, to resize every image to; None if all images
+            have one size.
+        channels: 3 for RGB or 1 for grey.
+        num_tasks: number of tasks, a divisor of the number of classes.
+
+    Raises:
+        ValueError: an argument is out of range, or the folder does not have this layout. The message names
+            the file.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from sequel_benchmarks import SplitImageFolder
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for folder in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        ...         Path(root, folder).mkdir(parents=True)
+        ...         Image.new("RGB", (8, 8)).save(Path(root, folder, "0.png"))
+        ...     stream = SplitImageFolder(root=root, num_tasks=2)
+        >>> [task.name for task in stream.tasks]
+        ['classes cat', 'classes dog']
+    """
+
+    def __init__(
+        self,
+        *,
+        root: Folder = None,
+        size: int | tuple[int, ...] | None = None,
+        channels: int = 3,
+        num_tasks: int = 5,
+        **options: Unpack[SplitOptions],
+    ):
+        settings = SplitSettings(num_tasks, **options)
+        if root is None:
+            raise ValueError(
+                "root must be a folder with train/CLASS/ and test/CLASS/, got None; give its path"
+            )
+        settings.order(len(class_folders(folder_of("root", root))))  # checked before any image is read
+        stream = split(image_folder(root, size, channels), settings)
+        folder = {
+            "root": os.fspath(root),
+            "size": list(size) if isinstance(size, tuple) else size,
+            "channels": channels,
+        }
+        super().__init__(**vars(stream) | {"settings": folder | stream.settings})
+
+
+BENCHMARKS: dict[str, type[Benchmark]] = {
+    cls.__name__.lower(): cls
+    for cls in (
+        SplitMNIST,
+        PermutedMNIST,
+        RotatedMNIST,
+        SplitDigits,
+        PermutedDigits,
+        RotatedDigits,
+        SplitCIFAR10,
+        SplitCIFAR100,
+        SplitTinyImageNet,
+        SplitImageFolder,
+    )
+}
+"""The benchmarks by the names that configurations give them."""
