@@ -1,11 +1,12 @@
-"""Data sets as arrays: where they lie, and how they are read, decoded once, checked and downloaded.
+"""Data sets as arrays: finding, downloading, decoding and checking them.
 
-MNIST, CIFAR-10, CIFAR-100 and TinyImageNet are looked for in the data directory, in this order:
+MNIST, CIFAR-10, CIFAR-100 and TinyImageNet are searched for in this order:
 
-1. `<name>/{train,test}_{images,labels}.npy`, the array cache, which runs memory-map;
-2. the published files, as folders that torchvision or an archive made, or as archives (`idx`, `cifar`,
-   `tinyimagenet`); they are decoded once into 1, or into memory where the data directory cannot be written;
-3. the public mirrors, checked against the published checksums.
+1. The array cache in the data directory: `<name>/{train,test}_{images,labels}.npy`, which is memory-mapped.
+2. The published files in the data directory, either extracted (as torchvision leaves them) or as archives; see
+   `idx`, `cifar` and `tinyimagenet`. They are decoded once into the array cache, or into memory if the data
+   directory is not writable.
+3. The public mirrors. Downloads are compared with the published checksums.
 
 Digits are the 1,797 images of 8 x 8 pixels that come with scikit-learn.
 """
@@ -47,16 +48,16 @@ DATASETS: dict[str, str] = {
     "cifar100": "100 classes in 20 superclasses, 50,000 + 10,000 of 32 x 32 x 3 (downloaded)",
     "tinyimagenet": "200 classes of ImageNet, 100,000 + 10,000 of 64 x 64 x 3 (downloaded)",
 }
-"""The data sets that `load` knows, each with a description."""
+"""The data sets that `load` accepts, each with a description."""
 
 ORIGINS: dict[str, Origin] = {origin.name: origin for origin in (MNIST, CIFAR10, CIFAR100, TINY_IMAGENET)}
-"""Those that lie in the data directory."""
+"""The data sets that are stored in the data directory."""
 
 NUM_CLASSES: dict[str, int] = {"digits": 10} | {name: origin.num_classes for name, origin in ORIGINS.items()}
-"""Their numbers of classes, known before any data is read."""
+"""Number of classes of each data set, known before any data is read."""
 
 NORMALISATIONS = {
-    # Mean and standard deviation of the training pixels / 255; tests compute them again.
+    # Mean and standard deviation of the training pixels / 255. Tests recompute them.
     "mnist": Normalisation((0.1307,), (0.3081,)),
     "digits": Normalisation((0.3050,), (0.3757,)),
     "cifar10": Normalisation((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -64,7 +65,7 @@ NORMALISATIONS = {
     "tinyimagenet": Normalisation((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
 }
 
-PUBLISHED = {  # sha256 of the decoded arrays, little-endian, in the order of `Arrays`
+PUBLISHED = {  # sha256 of the decoded arrays, little-endian, concatenated in the order of `Arrays`
     "digits": "baf28f27679133d98ad47fbbc536d40e7686677b11af67b4d0080dbfd724cac2",
     "mnist": "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b",
 }
@@ -72,22 +73,29 @@ PUBLISHED = {  # sha256 of the decoded arrays, little-endian, in the order of `A
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """A data set of images, ours or a user's own arrays; streams of tasks are views of it.
+    """A data set of images. Streams of tasks are views of its arrays.
 
     Args:
-        name: a short word, part of the benchmarks' names.
+        name: a short word that becomes part of the names of benchmarks.
         train_images: uint8 `[N, H, W, C]`, an array or a memory map.
-        train_labels: integers `[N]` in 0 to num_classes - 1; kept as int64.
+        train_labels: integers `[N]` in 0 to num_classes - 1; converted to int64.
         test_images: uint8 `[M, H, W, C]`.
-        test_labels: integers `[M]` in 0 to num_classes - 1; kept as int64.
-        num_classes: >= 1.
-        normalisation: of the training images; the default leaves them in [0, 1].
-        class_names: for people, `num_classes` of them; None where the labels are all there is.
-        superclasses: superclass of each class, integers `[num_classes]`; None without superclasses.
+        test_labels: integers `[M]` in 0 to num_classes - 1; converted to int64.
+        num_classes: number of classes, >= 1.
+        normalisation: mean and standard deviation per channel; the default leaves images in [0, 1].
+        class_names: name of each class, `num_classes` of them; None if the classes have no names.
+        superclasses: superclass of each class, integers `[num_classes]`; None if there are none.
 
     Raises:
-        ValueError: arrays of another type, shape or length, labels out of range, or class names or
-            superclasses of another number.
+        ValueError: an array has the wrong type, shape or length, a label is out of range, or there is not
+            one class name or superclass per class.
+
+    Example:
+        >>> import numpy as np
+        >>> from sequel_benchmarks import DataSet
+        >>> images, labels = np.zeros((6, 28, 28, 1), np.uint8), np.arange(6) % 3
+        >>> DataSet("mine", images, labels, images, labels, num_classes=3).train_images.shape
+        (6, 28, 28, 1)
     """
 
     name: str
@@ -115,23 +123,39 @@ class DataSet:
 
 
 class Fetched(NamedTuple):
-    """What `fetch` found or made."""
+    """Description of a data set that `fetch` has prepared.
+
+    Example:
+        >>> from sequel_benchmarks import fetch
+        >>> info = fetch("digits")
+        >>> info.train, info.test, info.image_shape, info.verified
+        (1438, 359, (8, 8, 1), True)
+    """
 
     name: str
-    folder: Path | None  # None: bundled with a package
+    folder: Path | None  # folder of the array cache; None if the data is bundled with a package
     train: int  # number of training images
     test: int  # number of test images
     image_shape: tuple[int, int, int]  # (H, W, C)
     num_classes: int
-    sha256: str  # of the decoded arrays, one after the other
-    verified: bool | None  # whether this is the published data; None where no checksum of it is known
+    sha256: str  # of the decoded arrays, concatenated
+    verified: bool | None  # whether this is the published data; None if its checksum is not known
 
 
 def data_directory(data_dir: str | os.PathLike[str] | None = None) -> Path:
-    """Return the folder of all data sets: the argument, else `SEQUEL_DATA_DIR`, else the user's cache.
+    """Return the folder that holds all data sets.
+
+    Args:
+        data_dir: the folder, in which `~` is expanded; None for the environment variable `SEQUEL_DATA_DIR`,
+            or the user's cache directory if it is not set.
 
     Raises:
-        ValueError: it begins with `~` and the name of nobody.
+        ValueError: the folder begins with `~user` and there is no such user.
+
+    Example:
+        >>> from sequel_benchmarks import data_directory
+        >>> data_directory("data").name
+        'data'
     """
     if data_dir is None:
         data_dir = os.environ.get("SEQUEL_DATA_DIR") or platformdirs.user_cache_dir("sequel", appauthor=False)
@@ -139,14 +163,20 @@ def data_directory(data_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> DataSet:
-    """Return a data set, prepared on first use; see the module for where it is looked for.
+    """Return a published data set. On first use, it is downloaded if necessary and decoded.
 
     Args:
         name: one of `DATASETS`.
-        data_dir: see `data_directory`.
+        data_dir: folder of the data sets, see `data_directory`.
 
     Raises:
-        ValueError: no such data set; files missing and not to be downloaded; or a damaged file, named.
+        ValueError: the name is unknown, the files are missing and cannot be downloaded, or a file is
+            damaged. The message names the file.
+
+    Example:
+        >>> from sequel_benchmarks import load
+        >>> load("digits").train_images.shape
+        (1438, 8, 8, 1)
     """
     _check_name(name)
     arrays = _digits() if name == "digits" else prepare(ORIGINS[name], data_directory(data_dir))
@@ -163,8 +193,17 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> DataSet:
 def available(name: str, data_dir: str | os.PathLike[str] | None = None) -> bool:
     """Return whether a data set can be loaded without a download.
 
+    Args:
+        name: one of `DATASETS`.
+        data_dir: folder of the data sets, see `data_directory`.
+
     Raises:
-        ValueError: no such data set.
+        ValueError: the name is unknown.
+
+    Example:
+        >>> from sequel_benchmarks import available
+        >>> available("digits")
+        True
     """
     _check_name(name)
     if name == "digits":
@@ -181,10 +220,19 @@ def _check_name(name: str) -> None:
 
 
 def fetch(name: str, data_dir: str | os.PathLike[str] | None = None) -> Fetched:
-    """Prepare a data set, read all of it once and say what is there; the work of `sequel data`.
+    """Prepare a data set, read all of it once and return its description; `sequel data` prints it.
+
+    Args:
+        name: one of `DATASETS`.
+        data_dir: folder of the data sets, see `data_directory`.
 
     Raises:
         ValueError: as `load`.
+
+    Example:
+        >>> from sequel_benchmarks import fetch
+        >>> fetch("digits").num_classes
+        10
     """
     data = load(name, data_dir)
     arrays = Arrays(data.train_images, data.train_labels, data.test_images, data.test_labels)
@@ -214,8 +262,8 @@ def _is_published(name: str, arrays: Arrays, sha256: str) -> bool | None:
 
 @cache
 def _digits() -> Arrays:
-    """Return scikit-learn's digits, a fifth of each class as test images, the same for every stream."""
-    from sklearn.datasets import load_digits  # here, because it takes a second
+    """Return scikit-learn's digits. A fixed fifth of each class is the test set."""
+    from sklearn.datasets import load_digits  # imported here because it takes a second
 
     bunch = load_digits()
     images = np.rint(bunch.images[..., None] * (255 / 16)).astype(np.uint8)
@@ -227,5 +275,5 @@ def _digits() -> Arrays:
         is_test[rows[order[: round(len(rows) / 5)]]] = True
     arrays = Arrays(images[~is_test], labels[~is_test], images[is_test], labels[is_test])
     for array in arrays:
-        array.flags.writeable = False  # every stream shares them
+        array.flags.writeable = False  # all streams share these arrays
     return arrays

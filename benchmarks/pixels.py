@@ -1,4 +1,4 @@
-"""The fixed pixel maps of tasks: permutations and rotations."""
+"""Fixed pixel maps: permutations and rotations."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ Interpolation = Literal["nearest", "bilinear"]
 
 
 def permutation(seed: int, task: int, num_pixels: int) -> PixelMap:
-    """Return the uniform random permutation of pixels that belongs to a task, the same for every channel.
+    """Return a task's uniform random permutation of pixels, the same for every channel.
 
     Args:
-        seed: of the stream.
-        task: index, from 0.
-        num_pixels: H * W.
+        seed: seed of the stream, >= 0.
+        task: index of the task, from 0.
+        num_pixels: number of pixels of an image, H * W.
     """
     order = plan.permutation(seed, "pixels", task, count=num_pixels)
     return PixelMap(order.astype(np.int32)[:, None])
 
 
 def rotation(height: int, width: int, angle: float, interpolation: Interpolation = "bilinear") -> PixelMap:
-    """Return the counter-clockwise rotation about the image's centre; what comes from outside is black.
+    """Return the counter-clockwise rotation about the image's centre. Pixels from outside are black.
 
-    The same map as `torchvision.transforms.functional.rotate` on tensors: output pixel (x, y), measured from
-    the centre with y downwards, reads the input at (x cos a - y sin a, x sin a + y cos a).
+    This is the map that `torchvision.transforms.functional.rotate` applies to tensors. The output pixel (x, y),
+    measured from the centre with y pointing down, reads the input at (x cos a - y sin a, x sin a + y cos a).
 
     Args:
-        height: of the images, in pixels.
-        width: of the images, in pixels.
-        angle: degrees.
-        interpolation: `nearest` (one source per pixel) or `bilinear` (four).
+        height: height of the images in pixels.
+        width: width of the images in pixels.
+        angle: the angle a in degrees.
+        interpolation: `nearest` (one source per pixel) or `bilinear` (four sources per pixel).
     """
     cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
     y, x = np.meshgrid(
         np.arange(height) - (height - 1) / 2, np.arange(width) - (width - 1) / 2, indexing="ij"
     )
-    # Rounded, so that quarter turns hit the pixels exactly.
+    # Rounding makes quarter turns land exactly on pixels.
     column = np.round(x * cos - y * sin + (width - 1) / 2, 9).reshape(-1)
     row = np.round(x * sin + y * cos + (height - 1) / 2, 9).reshape(-1)
 
