@@ -68,7 +68,7 @@ class SplitMNIST(Benchmark):
 
     Args:
         num_tasks: number of tasks: 1, 2, 5 or 10.
-        data_dir: folder of the data sets, see `data_directory`.
+        data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
 
     Raises:
         ValueError: an argument is out of range, or the data is missing or damaged.
@@ -90,7 +90,7 @@ class PermutedMNIST(Benchmark):
 
     Args:
         num_tasks: number of tasks, >= 1.
-        data_dir: folder of the data sets, see `data_directory`.
+        data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
 
     Raises:
         ValueError: an argument is out of range, or the data is missing or damaged.
@@ -112,7 +112,7 @@ class RotatedMNIST(Benchmark):
 
     Args:
         num_tasks: number of tasks, >= 1.
-        data_dir: folder of the data sets, see `data_directory`.
+        data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
 
     Raises:
         ValueError: an argument is out of range, or the data is missing or damaged.
@@ -196,7 +196,7 @@ class SplitCIFAR10(Benchmark):
 
     Args:
         num_tasks: number of tasks: 1, 2, 5 or 10.
-        data_dir: folder of the data sets, see `data_directory`.
+        data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
 
     Raises:
         ValueError: an argument is out of range, or the data is missing or damaged.
@@ -220,7 +220,7 @@ class SplitCIFAR100(Benchmark):
 
     Args:
         num_tasks: number of tasks, a divisor of 100.
-        data_dir: folder of the data sets, see `data_directory`.
+        data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
 
     Raises:
         ValueError: an argument is out of range, or the data is missing or damaged.
@@ -242,7 +242,7 @@ class SplitTinyImageNet(Benchmark):
 
     Args:
         num_tasks: number of tasks, a divisor of 200.
-        data_dir: folder of the data sets, see `data_directory`.
+        data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
 
     Raises:
         ValueError: an argument is out of range, or the data is missing or damaged.

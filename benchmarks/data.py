@@ -3,9 +3,9 @@
 MNIST, CIFAR-10, CIFAR-100 and TinyImageNet are searched for in this order:
 
 1. The array cache in the data directory: `<name>/{train,test}_{images,labels}.npy`, which is memory-mapped.
-2. The published files in the data directory, either extracted (as torchvision leaves them) or as archives; see
-   `idx`, `cifar` and `tinyimagenet`. They are decoded once into the array cache, or into memory if the data
-   directory is not writable.
+2. The published files in the data directory, extracted (as by torchvision) or as archives; see `idx`, `cifar`
+   and `tinyimagenet`. They are decoded once into the array cache, or into memory if the data directory is
+   not writable.
 3. The public mirrors. Downloads are compared with the published checksums.
 
 Digits are the 1,797 images of 8 x 8 pixels that come with scikit-learn.

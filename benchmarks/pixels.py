@@ -29,8 +29,9 @@ def permutation(seed: int, task: int, num_pixels: int) -> PixelMap:
 def rotation(height: int, width: int, angle: float, interpolation: Interpolation = "bilinear") -> PixelMap:
     """Return the counter-clockwise rotation about the image's centre. Pixels from outside are black.
 
-    This is the map that `torchvision.transforms.functional.rotate` applies to tensors. The output pixel (x, y),
-    measured from the centre with y pointing down, reads the input at (x cos a - y sin a, x sin a + y cos a).
+    This is the map that `torchvision.transforms.functional.rotate` applies to tensors. The output pixel
+    (x, y), measured from the centre with y pointing down, reads the input at
+    (x cos a - y sin a, x sin a + y cos a).
 
     Args:
         height: height of the images in pixels.

@@ -223,8 +223,8 @@ class RotatedSettings(_DomainSettings):
     num_tasks: int = setting(20, "number of tasks", ge=1, le=MAX_TASKS)
     rotation: Rotation = setting(
         "fixed",
-        "how the angle of task t is chosen: `fixed` (t * per_task_rotation, or item t of angles), `bins` (uniform "
-        "in [t, t + 1) * per_task_rotation) or `uniform` (uniform in [0, 180))",
+        "how the angle of task t is chosen: `fixed` (t * per_task_rotation, or item t of angles), `bins` "
+        "(uniform in [t, t + 1) * per_task_rotation) or `uniform` (uniform in [0, 180))",
     )
     per_task_rotation: float | None = setting(
         None, "degrees from one task to the next; None for 180 / num_tasks", ge=-360, le=360
