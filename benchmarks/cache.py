@@ -1,8 +1,8 @@
-"""The array cache: a data set, decoded once, as `<data_dir>/<name>/{train,test}_{images,labels}.npy`.
+"""The array cache: a decoded data set in `<data_dir>/<name>/{train,test}_{images,labels}.npy`.
 
-Runs memory-map these files. They are written through a temporary folder, under a lock that processes share,
-and `sha256.json` beside them holds their checksums, against which each load compares them. Files without it,
-which another tool wrote, are taken after the checks of type, shape and range.
+The files are memory-mapped. They are written to a temporary folder, under a lock between processes, and then
+moved into place. Their checksums are stored beside them in `sha256.json` and compared on every load. Files
+that another tool wrote have no `sha256.json`; only their types, shapes and ranges are checked.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from sequel_core.runs.results import read_json
 from sequel_core.stream.arrays import IntArray, UInt8Array
 
 NPY_FILES = ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy")
-SUMS = "sha256.json"  # file name: hex digest
+SUMS = "sha256.json"  # file name -> hex digest
 LOCK = ".lock"
-PART = ".part"  # folder of what is being written; only the holder of the lock touches it
-DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+PART = ".part"  # folder of unfinished files; only the process that holds the lock uses it
+DOWNLOAD_TIMEOUT = 30  # seconds without a response
 UNWRITABLE = (
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
     errno.EEXIST,
     errno.ENOTDIR,
-)  # the last two: a file is there
+)  # the last two: the path is a file
 
 
 class Arrays(NamedTuple):
-    """What a data set consists of."""
+    """The four arrays of a data set."""
 
     train_images: UInt8Array  # [N, H, W, C]
     train_labels: IntArray  # [N]
@@ -48,26 +48,26 @@ class Arrays(NamedTuple):
 
 
 Allocate = Callable[[str, tuple[int, ...]], Any]
-"""Makes the array of a field of `Arrays`, in memory or in a file, of a shape: images uint8, labels int64."""
+"""Allocates the array of a field of `Arrays`, given its name and shape. Images are uint8, labels int64."""
 
 Decode = Callable[[Allocate], Sequence[str]]
-"""Fills the four arrays; returns what each came from, for messages."""
+"""Decodes the published files into the four arrays; returns the source of each array, for messages."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """How a data set is found in the data directory, or else downloaded into it.
+    """Where the published files of a data set are, in the data directory and on the web.
 
     Args:
-        name: of the data set, and of its folder in the cache.
-        title: for people.
-        num_classes: of the labels.
+        name: name of the data set and of its folder in the cache.
+        title: display name.
+        num_classes: number of classes.
         image_shape: (H, W, C).
-        find: looks for published files in a data directory; returns what decodes them, None without any.
-        expected: the files and folders that `find` looks for, for people.
-        mirrors: addresses of the folders to download from, in order.
-        archives: the files to download, with their published md5.
-        folder: where in the data directory downloads go, for `find` to find.
+        find: searches a data directory for published files; returns their decoder, or None.
+        expected: the files and folders that `find` searches for, as text for messages.
+        mirrors: URLs of the folders to download from, in the order in which they are tried.
+        archives: the files to download -> their published md5.
+        folder: folder for downloads, relative to the data directory; `find` searches it.
     """
 
     name: str
@@ -82,15 +82,19 @@ class Origin:
 
 
 def folder_of(name: str, path: str | os.PathLike[str]) -> Path:
-    """Return a path with `~` replaced by the home of a user.
+    """Return a path in which `~` and `~user` are expanded.
+
+    Args:
+        name: name of the argument, for the message.
+        path: the path.
 
     Raises:
-        ValueError: of nobody; begins with the argument's name.
+        ValueError: there is no such user.
     """
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise ValueError(f"{name} must be a folder, got {path} ({error}); give its whole path") from error
+        raise ValueError(f"{name} must be a folder, got {path} ({error}); give its absolute path") from error
 
 
 def cached(origin: Origin, root: Path) -> bool:
@@ -99,19 +103,20 @@ def cached(origin: Origin, root: Path) -> bool:
 
 
 def prepare(origin: Origin, root: Path) -> Arrays:
-    """Return a data set's arrays from the cache, filled (from a download, where needed) on first use.
+    """Return a data set's arrays from the cache. On first use, the cache is written.
 
-    Where the data directory cannot be written, they are decoded into memory.
+    The published files are downloaded if the data directory does not have them. If the data directory is not
+    writable, they are decoded into memory.
 
     Raises:
-        ValueError: files missing and not to be downloaded, or damaged; named.
+        ValueError: files are missing and cannot be downloaded, or are damaged. The message names them.
     """
     folder = root / origin.name
     if not cached(origin, root):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / LOCK):
-                if not cached(origin, root):  # another process may have been first
+                if not cached(origin, root):  # another process may have written it
                     _write(origin, folder, origin.find(root) or _download(origin, root))
         except OSError as error:
             if error.errno not in UNWRITABLE:
@@ -132,13 +137,13 @@ def check_arrays(
     """Check the type, shape, number and range of images and labels.
 
     Args:
-        arrays: the four.
-        sources: what each of them came from, for the message.
-        num_classes: labels are in 0 to num_classes - 1.
-        image_shape: (H, W, C); None for any, the same in training and test.
+        arrays: the arrays of the data set.
+        sources: source of each array, for the message.
+        num_classes: number of classes; labels must be in 0 to num_classes - 1.
+        image_shape: (H, W, C); None for any shape that training and test images share.
 
     Raises:
-        ValueError: names the source.
+        ValueError: a check fails. The message names the source.
     """
     for images, labels, image_source, label_source in (
         (arrays.train_images, arrays.train_labels, sources[0], sources[1]),
@@ -160,7 +165,7 @@ def check_arrays(
             )
         if len(images) != len(labels) or len(labels) == 0:
             raise ValueError(
-                f"{image_source} and {label_source} must hold equally many, at least one, got "
+                f"{image_source} and {label_source} must have the same length, at least 1, got "
                 f"{len(images)} images and {len(labels)} labels"
             )
         if labels.min() < 0 or labels.max() >= num_classes:
@@ -172,50 +177,50 @@ def check_arrays(
 
 
 def in_memory(name: str, shape: tuple[int, ...]) -> Any:
-    """Return an empty array for a field of `Arrays`; an `Allocate`."""
+    """Return an uninitialised array for a field of `Arrays`; see `Allocate`."""
     return np.empty(shape, np.uint8 if name.endswith("images") else np.int64)
 
 
 def _decode_into_memory(origin: Origin, decode: Decode) -> Arrays:
-    made: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
 
     def allocate(name: str, shape: tuple[int, ...]) -> Any:
-        made[name] = in_memory(name, shape)
-        return made[name]
+        fields[name] = in_memory(name, shape)
+        return fields[name]
 
     sources = decode(allocate)
-    arrays = Arrays(**made)
+    arrays = Arrays(**fields)
     check_arrays(arrays, sources, origin.num_classes, origin.image_shape)
     return arrays
 
 
 def _write(origin: Origin, folder: Path, decode: Decode) -> None:
-    """Fill the cache: decode into files of another folder, check them, then move them into place.
+    """Write the cache: decode into files of another folder, check them, then move them into place.
 
-    The checksums are moved first and a file at a time follows, so that a cache whose four files are there,
-    whenever the process was killed, is whole and is compared with its checksums.
+    The checksums are moved first, then one file at a time. Whenever the process is killed, a cache that has
+    all four files is complete and is compared with its checksums.
     """
     part = folder / PART
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
     try:
         part.mkdir()
-        made: dict[str, Any] = {}
+        maps: dict[str, Any] = {}
 
         def allocate(name: str, shape: tuple[int, ...]) -> Any:
-            made[name] = create_npy(part / f"{name}.npy", shape, np.uint8 if "images" in name else np.int64)
-            return made[name]
+            maps[name] = create_npy(part / f"{name}.npy", shape, np.uint8 if "images" in name else np.int64)
+            return maps[name]
 
         sources = decode(allocate)
-        check_arrays(Arrays(**made), sources, origin.num_classes, origin.image_shape)
-        for array in made.values():
+        check_arrays(Arrays(**maps), sources, origin.num_classes, origin.image_shape)
+        for array in maps.values():
             array.flush()
-        made.clear()
+        maps.clear()
         (part / SUMS).write_text(json.dumps({name: _digest(part / name) for name in NPY_FILES}, indent=1))
         for name in (SUMS, *NPY_FILES):
             with (part / name).open("r+b") as file:
                 os.fsync(file.fileno())
         for name in NPY_FILES:
-            (folder / name).unlink(missing_ok=True)  # part of an older cache
+            (folder / name).unlink(missing_ok=True)  # left of an older cache
         for name in (SUMS, *NPY_FILES):
             (part / name).replace(folder / name)
     finally:
@@ -223,12 +228,12 @@ def _write(origin: Origin, folder: Path, decode: Decode) -> None:
 
 
 def create_npy(path: Path, shape: tuple[int, ...], dtype: Any) -> Any:
-    """Return the memory map of a new .npy file whose space on the disk is reserved.
+    """Return the memory map of a new .npy file, with its disk space reserved.
 
     Without the reservation, a full disk would kill the process when it writes to the map.
 
     Raises:
-        OSError: no room for it.
+        OSError: the disk is full.
     """
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
     if hasattr(os, "posix_fallocate"):
@@ -243,36 +248,36 @@ def _digest(path: Path) -> str:
 
 
 def _read(origin: Origin, folder: Path) -> Arrays:
-    """Return the arrays in the cache, memory-mapped, after comparing them with their checksums."""
-    sums, again = {}, f"run `sequel data {origin.name}`"
+    """Return the memory-mapped arrays of the cache, after comparing them with their checksums."""
+    sums: Mapping[str, Any] = {}
+    remedy = f"run `sequel data {origin.name}`"
     if (folder / SUMS).is_file():
         try:
             sums = read_json((folder / SUMS).read_bytes())
         except ValueError as error:
-            raise ValueError(f"{folder / SUMS} is damaged ({error}); delete {folder} and {again}") from error
+            raise ValueError(f"{folder / SUMS} is damaged ({error}); delete {folder} and {remedy}") from error
     paths = [folder / name for name in NPY_FILES]
     for path in paths:
-        expected, got = sums.get(path.name), None
-        if expected is not None:
-            got = _digest(path)
-        if got != expected:
+        expected = sums.get(path.name)
+        actual = None if expected is None else _digest(path)
+        if actual != expected:
             raise ValueError(
-                f"{path} is damaged: its sha256 is {got}, {SUMS} beside it says {expected}; delete it and "
-                f"{again}"
+                f"{path} is damaged: its sha256 is {actual}, expected {expected} from {SUMS}; delete it and "
+                f"{remedy}"
             )
-    arrays = Arrays(*(_load(path, again) for path in paths))
+    arrays = Arrays(*(_load(path, remedy) for path in paths))
     try:
         check_arrays(arrays, [str(path) for path in paths], origin.num_classes, origin.image_shape)
     except ValueError as error:
-        raise ValueError(f"{error}; delete {folder} and {again}") from error
+        raise ValueError(f"{error}; delete {folder} and {remedy}") from error
     return arrays
 
 
-def _load(path: Path, again: str) -> Any:
-    """Return the array in a .npy file, memory-mapped.
+def _load(path: Path, remedy: str) -> Any:
+    """Return the memory-mapped array of a .npy file.
 
     Raises:
-        ValueError: not a whole .npy file; names it.
+        ValueError: the .npy file is damaged. The message names it.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -281,18 +286,18 @@ def _load(path: Path, again: str) -> Any:
         excess = path.stat().st_size - array.offset - array.nbytes
         if excess:
             raise ValueError(f"{excess} bytes too many")
-    except Exception as error:  # NumPy's reader raises whatever the damage leads to
-        raise ValueError(f"{path} is damaged ({error}); delete it and {again}") from error
-    return array.view(np.ndarray)  # a plain array over the map: indexing a memmap object is slower
+    except Exception as error:  # NumPy raises many types of errors for damaged files
+        raise ValueError(f"{path} is damaged ({error}); delete it and {remedy}") from error
+    return array.view(np.ndarray)  # a plain array over the map, because indexing a memmap object is slower
 
 
 def _download(origin: Origin, root: Path) -> Decode:
-    """Fetch the archives from the first mirror that has them and return what decodes them.
+    """Download the archives from the first mirror that has them and return their decoder.
 
     Raises:
-        ValueError: no mirror does; says which folder and files are expected.
+        ValueError: no mirror has them. The message names the expected folder and files.
     """
-    faults: list[Exception] = []
+    errors: list[Exception] = []
     for mirror in origin.mirrors:
         try:
             for name, md5 in origin.archives.items():
@@ -303,23 +308,23 @@ def _download(origin: Origin, root: Path) -> Decode:
                     path=root / origin.folder,
                     downloader=pooch.HTTPDownloader(progressbar=True, timeout=DOWNLOAD_TIMEOUT),
                 )
-        except (OSError, ValueError) as error:  # no network, an HTTP error, another checksum
+        except (OSError, ValueError) as error:  # no network, an HTTP error, a wrong checksum
             if isinstance(error, OSError) and error.errno in UNWRITABLE:
                 raise
-            faults.append(error)
+            errors.append(error)
         else:
             decode = origin.find(root)
             if decode is not None:
                 return decode
-            faults.append(ValueError("the files are gone again"))
-    reasons = (str(e) if isinstance(e, ValueError) else type(e).__name__ for e in faults)
-    why = "; ".join(f"{mirror}: {reason}" for mirror, reason in zip(origin.mirrors, reasons, strict=True))
-    raise ValueError(_missing(origin, root, f"it could not be downloaded ({why})")) from faults[-1]
+            errors.append(ValueError("the downloaded files were deleted"))
+    causes = (str(error) if isinstance(error, ValueError) else type(error).__name__ for error in errors)
+    listed = "; ".join(f"{mirror}: {cause}" for mirror, cause in zip(origin.mirrors, causes, strict=True))
+    raise ValueError(_missing(origin, root, f"it could not be downloaded ({listed})")) from errors[-1]
 
 
-def _missing(origin: Origin, root: Path, why: str) -> str:
+def _missing(origin: Origin, root: Path, reason: str) -> str:
     return (
-        f"{origin.title} is not in the data directory {root}. Expected there: {origin.expected}, or "
-        f"{origin.name}/ with {', '.join(NPY_FILES)}; {why}. Put them there, name another data directory in "
-        f"SEQUEL_DATA_DIR, or run `sequel data {origin.name}` where there is a network"
+        f"{origin.title} is not in the data directory {root}. Expected: {origin.expected}, or "
+        f"{origin.name}/ with {', '.join(NPY_FILES)}; {reason}. Put the files there, set SEQUEL_DATA_DIR to "
+        f"another data directory, or run `sequel data {origin.name}` with a network connection"
     )

@@ -1,8 +1,9 @@
-"""CIFAR-10 and CIFAR-100 (https://www.cs.toronto.edu/~kriz/cifar.html) in either of their published versions.
+"""CIFAR-10 and CIFAR-100 (https://www.cs.toronto.edu/~kriz/cifar.html) in both published versions.
 
-The binary version is records of one label byte (CIFAR-100: superclass, then class) and 3,072 pixel bytes, the
-red, green and blue planes of 32 x 32, row-major. The Python version, which torchvision downloads, is pickles
-of the same in the same order. Every file is compared with its published md5 before it is decoded.
+A record of the binary version is one label byte (CIFAR-100: superclass, then class) and 3,072 pixel bytes,
+which are the red, green and blue planes of 32 x 32 in row-major order. The Python version, which torchvision
+downloads, contains pickles of the same samples in the same order. Every file is compared with its published
+md5 before it is decoded.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from sequel_core.stream.arrays import IntArray, UInt8Array
 
 SHAPE = (32, 32, 3)
 PIXELS = 3 * 32 * 32
-LARGEST = 2**28  # bytes of all that an archive holds; the published ones have 2**27.5
+MAX_BYTES = 2**28  # of the unpacked archive; the published archives have 2**27.5
 MIRRORS = ("https://www.cs.toronto.edu/~kriz/",)
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-# Classes of each superclass, the superclasses in the order of their labels.
+# One line per superclass, in the order of the superclass labels, with the names of its classes.
 _SUPERCLASSES = """
     beaver dolphin otter seal whale
     aquarium_fish flatfish ray shark trout
@@ -64,58 +65,58 @@ CIFAR100_SUPERCLASSES: IntArray = np.array([_SUPERCLASS_OF[name] for name in CIF
 class Version(NamedTuple):
     """One published version of a data set."""
 
-    folder: str  # in the archive, and where torchvision extracts it
-    archive: str
-    train: Mapping[str, str]  # file: md5
-    test: Mapping[str, str]
+    folder: str  # folder within the archive, to which torchvision extracts it
+    archive: str  # file name of the archive
+    train: Mapping[str, str]  # file name -> md5
+    test: Mapping[str, str]  # file name -> md5
     read: Callable[[bytes], tuple[UInt8Array, IntArray]]  # content of a file -> pixels [N, 3072], labels [N]
 
 
 def read_records(content: bytes, label_bytes: int) -> tuple[UInt8Array, IntArray]:
-    """Return pixels `[N, 3072]` and labels `[N]` of a file of the binary version.
+    """Return the pixels `[N, 3072]` and labels `[N]` in a file of the binary version.
 
     Args:
-        content: of the file.
-        label_bytes: of each record; the last of them is the label.
+        content: content of the file.
+        label_bytes: number of label bytes per record; the last of them is the label.
 
     Raises:
-        ValueError: not a whole number of records.
+        ValueError: the content is not a whole number of records.
     """
     size = label_bytes + PIXELS
     if len(content) % size:
-        raise ValueError(f"records of {size} bytes do not divide its {len(content)} bytes")
+        raise ValueError(f"its {len(content)} bytes are not a multiple of {size}, the size of a record")
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
     return records[:, label_bytes:], records[:, label_bytes - 1].astype(np.int64)
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads what the published pickles hold, arrays in dictionaries and lists, and calls nothing else."""
+    """Reads dictionaries, lists and arrays, as in the published pickles, and rejects any other function."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return one of the functions that rebuild an array."""
+        """Return a function that rebuilds arrays."""
         allowed = {
-            "_reconstruct": np.empty(0).__reduce__()[0],  # its module's name depends on NumPy's version
+            "_reconstruct": np.empty(0).__reduce__()[0],  # in a module that depends on NumPy's version
             "ndarray": np.ndarray,
             "dtype": np.dtype,
         }
         if module.partition(".")[0] == "numpy" and name in allowed:
             return allowed[name]
-        if (module, name) == ("_codecs", "encode"):  # bytes, in pickles that Python 3 wrote
+        if (module, name) == ("_codecs", "encode"):  # bytes, in pickles written by Python 3
             return lambda text, encoding: text.encode(encoding)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, a batch of images does not")
+        raise pickle.UnpicklingError(f"it calls {module}.{name}, which no batch of images needs")
 
 
 def read_pickle(content: bytes) -> tuple[UInt8Array, IntArray]:
-    """Return pixels `[N, 3072]` and labels `[N]` of a file of the Python version.
+    """Return the pixels `[N, 3072]` and labels `[N]` in a file of the Python version.
 
     Raises:
-        ValueError: not such a file, or one with anything but arrays, numbers and text in it.
+        ValueError: the file is not such a pickle, or contains anything but arrays, numbers and text.
     """
     try:
         entry = _ArraysOnly(io.BytesIO(content), encoding="latin1").load()
         labels = entry["fine_labels"] if "fine_labels" in entry else entry["labels"]
         return np.asarray(entry["data"]).reshape(-1, PIXELS), np.asarray(labels, np.int64)
-    except Exception as error:  # a damaged pickle can raise almost anything
+    except Exception as error:  # damaged pickles raise many types of errors
         raise ValueError(f"it is not a pickled batch of images: {error}") from error
 
 
@@ -162,12 +163,12 @@ CIFAR100_PYTHON = Version(
 
 
 def is_published(arrays: Arrays, binary: Version, superclasses: IntArray | None = None) -> bool:
-    """Return whether arrays, written as the files of the binary version, have their published md5.
+    """Return whether arrays, encoded as the files of the binary version, have the published md5 sums.
 
     Args:
         arrays: the data set.
-        binary: that version.
-        superclasses: of the classes, where records have them.
+        binary: the binary version.
+        superclasses: superclass of each class, if the records contain it.
     """
     for images, labels, sums in (
         (arrays.train_images, arrays.train_labels, binary.train),
@@ -189,7 +190,7 @@ def is_published(arrays: Arrays, binary: Version, superclasses: IntArray | None 
 
 
 def find(root: Path, versions: tuple[Version, ...]) -> Decode | None:
-    """Return what decodes the first version in a data directory, extracted or as an archive, or None."""
+    """Return a decoder of the first version in a data directory, extracted or as an archive, or None."""
     for version in versions:
         if all((root / version.folder / name).is_file() for name in (*version.train, *version.test)):
             return partial(_decode, root / version.folder, version, _from_folder)
@@ -203,67 +204,67 @@ def _from_folder(path: Path, version: Version) -> dict[str, bytes]:
     contents = {}
     for name in (*version.train, *version.test):
         with (path / name).open("rb") as file:
-            contents[name] = file.read(LARGEST)  # what is longer has not the published md5
+            contents[name] = file.read(MAX_BYTES)  # the md5 check fails for longer files
     return contents
 
 
 def _from_archive(path: Path, version: Version) -> dict[str, bytes]:
-    """Return the contents of the files in an archive; they have their own md5, so it needs none."""
+    """Return the contents of the files in an archive. The md5 of each file is checked later."""
     contents = {}
     try:
         with gzip.open(path) as file:
-            unpacked = file.read(LARGEST + 1)
-        if len(unpacked) > LARGEST:
-            raise tarfile.TarError(f"it holds more than {LARGEST} bytes")
+            unpacked = file.read(MAX_BYTES + 1)
+        if len(unpacked) > MAX_BYTES:
+            raise tarfile.TarError(f"it holds more than {MAX_BYTES} bytes")
         with tarfile.open(fileobj=io.BytesIO(unpacked)) as archive:
             for name in (*version.train, *version.test):
                 member = archive.getmember(f"{version.folder}/{name}")
                 content = archive.extractfile(member) if member.isreg() and not member.issparse() else None
                 if content is None:
-                    raise tarfile.TarError(f"{member.name} is no plain file")
+                    raise tarfile.TarError(f"{member.name} is not a regular file")
                 contents[name] = content.read()
-    except Exception as error:  # a damaged archive can raise almost anything
-        raise ValueError(f"{path} is not the whole archive ({error}); delete it") from error
+    except Exception as error:  # tarfile raises many types of errors for damaged archives
+        raise ValueError(f"{path} is incomplete or damaged ({error}); delete it") from error
     return contents
 
 
 def _decode(
     path: Path,
     version: Version,
-    open_all: Callable[[Path, Version], dict[str, bytes]],
+    read_files: Callable[[Path, Version], dict[str, bytes]],
     allocate: Allocate,
 ) -> list[str]:
-    contents = open_all(path, version)
+    contents = read_files(path, version)
     sums = {**version.train, **version.test}
-    found: dict[str, tuple[UInt8Array, IntArray]] = {}
+    samples: dict[str, tuple[UInt8Array, IntArray]] = {}  # file name -> pixels, labels
 
     def check(name: str) -> int:
         md5 = hashlib.md5(contents[name]).hexdigest()
         if md5 != sums[name]:
             raise ValueError(
-                f"{path / name} is damaged: its md5 is {md5}, that of the published file {sums[name]}; "
+                f"{path / name} is damaged: its md5 is {md5}, expected {sums[name]} as published; "
                 f"delete {path}"
             )
         try:
-            found[name] = version.read(contents.pop(name))
+            samples[name] = version.read(contents.pop(name))
         except ValueError as error:
             raise ValueError(f"{path / name} is damaged: {error}; delete {path}") from error
         return 1
 
     in_threads(check, sums, f"checking {path.name}", len(sums), "files")
-    targets = {}
+    targets = {}  # file name -> views of the allocated images and labels
     for part, names in (("train", version.train), ("test", version.test)):
-        count = sum(len(found[name][1]) for name in names)
+        count = sum(len(samples[name][1]) for name in names)
         images = allocate(f"{part}_images", (count, *SHAPE))
         labels = allocate(f"{part}_labels", (count,))
         start = 0
         for name in names:
-            rows = slice(start, start + len(found[name][1]))
+            rows = slice(start, start + len(samples[name][1]))
             targets[name] = images[rows], labels[rows]
             start = rows.stop
 
     def copy(name: str) -> int:
-        pixels, classes = found.pop(name)
+        pixels, classes = samples.pop(name)
         images, labels = targets[name]
         images[...] = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         labels[...] = classes

@@ -1,4 +1,4 @@
-"""Decoding pictures and batches of them, on all cores and with a progress bar."""
+"""Decoding image files on all cores, with a progress bar."""
 
 from __future__ import annotations
 
@@ -21,110 +21,112 @@ from sequel_core.stream.arrays import UInt8Array
 T = TypeVar("T")
 
 BLOCK = 256
-"""Pictures that a thread decodes at a time."""
+"""Number of images that a thread decodes at a time."""
 
 
 def in_threads(work: Callable[[T], int], jobs: Iterable[T], title: str, total: int, unit: str) -> None:
-    """Do all jobs, in as many threads as there are cores; the libraries below release Python's lock.
+    """Run all jobs in one thread per core. Decoders and hash functions release Python's global lock.
 
     Args:
-        work: does one job and returns how many units it was.
-        jobs: independent of one another.
-        title: of the progress bar, which is shown on a terminal only.
-        total: number of units.
-        unit: for people.
+        work: runs one job and returns the number of units in it.
+        jobs: the jobs, independent of each other.
+        title: title of the progress bar, which is only shown on a terminal.
+        total: number of units of all jobs.
+        unit: name of the unit.
 
     Raises:
-        Exception: of the first job, in their order, that failed; jobs that have not begun are left out.
+        Exception: the error of the first job that failed. Jobs that have not started are cancelled.
     """
     with (
         tqdm(total=total, desc=title, unit=f" {unit}", disable=None, leave=False) as bar,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         try:
-            for done in [pool.submit(work, job) for job in jobs]:
-                bar.update(done.result())
+            for future in [pool.submit(work, job) for job in jobs]:
+                bar.update(future.result())
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def read_picture(
+def read_image(
     path: Path,
     read: Callable[[], bytes],
     channels: int,
     size: tuple[int, int] | None = None,
-    only: tuple[int, int] | None = None,
+    required_size: tuple[int, int] | None = None,
 ) -> UInt8Array:
-    """Return a picture, uint8 `[H, W, C]`.
+    """Return the image in a file, uint8 `[H, W, C]`.
 
     Args:
-        path: of the file, for messages.
+        path: path of the file, for messages.
         read: returns the file's content, in any format that Pillow reads.
-        channels: 3 for RGB or 1 for grey; converted where the file has others.
-        size: (H, W) to resize to, bilinear; None for the picture's own.
-        only: (H, W) that the picture must have; None for any.
+        channels: 3 for RGB or 1 for grey; the image is converted if necessary.
+        size: (H, W) to resize to with bilinear interpolation; None for the image's size.
+        required_size: (H, W) that the image must have; None for any size.
 
     Raises:
-        ValueError: not to be read, or of another size; names the file.
+        ValueError: the file cannot be read or has another size. The message names the file.
     """
     try:
         with Image.open(BytesIO(read())) as file:
             height, width = file.height, file.width
-            if only in (None, (height, width)):
-                picture = file.convert("RGB" if channels == 3 else "L")
-                if size is not None and picture.size != size[::-1]:
-                    picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
-                return np.asarray(picture, np.uint8).reshape(picture.height, picture.width, channels)
-    except Exception as error:  # Pillow's readers raise whatever the damage leads to
-        raise ValueError(
-            f"{path} cannot be read as a picture ({error}); replace it or take it away"
-        ) from error
+            if required_size in (None, (height, width)):
+                image = file.convert("RGB" if channels == 3 else "L")
+                if size is not None and image.size != size[::-1]:
+                    image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+                return np.asarray(image, np.uint8).reshape(image.height, image.width, channels)
+    except Exception as error:  # Pillow raises many types of errors for damaged files
+        raise ValueError(f"{path} cannot be read as an image ({error}); replace or delete it") from error
     raise ValueError(
-        f"{path} is {height} x {width}, it must be {only[0]} x {only[1]} as the others; resize it, or have "
-        "an image folder do it with size"
+        f"{path} is {height} x {width}, it must be {required_size[0]} x {required_size[1]} like the other "
+        "images; resize it, or give the image folder a size"
     )
 
 
 @contextmanager
-def pillows_warnings() -> Iterator[None]:
-    """Refuse a picture of which Pillow warns that it is huge; not in threads, which share the filters."""
+def raise_for_huge_images() -> Iterator[None]:
+    """Turn Pillow's warning about huge images into an error.
+
+    Enter it before starting threads, because all threads share the warning filters.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
 
 
-def decode_pictures(
+def decode_images(
     names: Sequence[str],
     read: Callable[[str], bytes],
     out: UInt8Array,
     title: str,
     *,
-    where: Path,
+    source: Path,
     size: tuple[int, int] | None = None,
 ) -> None:
-    """Decode pictures of one size into an array.
+    """Decode image files of one size into an array.
 
     Args:
-        names: of the files.
-        read: returns a file's content; called from several threads.
-        out: uint8 `[N, H, W, C]`, filled in the order of the names.
-        title: of the progress bar.
-        where: folder or archive of the files, for messages.
-        size: (H, W) to resize to; None where all pictures must have the array's.
+        names: names of the files.
+        read: returns a file's content, given its name; called from several threads.
+        out: uint8 `[N, H, W, C]`; image n is decoded from the n-th file.
+        title: title of the progress bar.
+        source: folder or archive of the files, for messages.
+        size: (H, W) to resize to; None if all images must already have the size of `out`.
 
     Raises:
-        ValueError: a picture that cannot be read or has another size; names it.
+        ValueError: an image cannot be read or has another size. The message names the file.
     """
     height, width, channels = out.shape[1:]
-    only = (height, width) if size is None else None
+    required_size = (height, width) if size is None else None
 
     def work(rows: range) -> int:
         for row in rows:
-            out[row] = read_picture(where / names[row], partial(read, names[row]), channels, size, only)
+            name = names[row]
+            out[row] = read_image(source / name, partial(read, name), channels, size, required_size)
         return len(rows)
 
     blocks = [range(start, min(start + BLOCK, len(names))) for start in range(0, len(names), BLOCK)]
-    with pillows_warnings():
+    with raise_for_huge_images():
         in_threads(work, blocks, title, len(names), "images")

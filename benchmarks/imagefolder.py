@@ -1,4 +1,4 @@
-"""A data set from a folder of pictures, one folder per class."""
+"""A data set from a folder of image files, with one folder per class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from sequel_benchmarks.cache import Arrays, folder_of, in_memory
 from sequel_benchmarks.data import DataSet
-from sequel_benchmarks.decode import BLOCK, decode_pictures, pillows_warnings, read_picture
+from sequel_benchmarks.decode import BLOCK, decode_images, raise_for_huge_images, read_image
 from sequel_core.stream.arrays import UInt8Array
 from sequel_core.stream.images import Normalisation
 
@@ -23,22 +23,35 @@ def image_folder(
     channels: int = 3,
     name: str = "imagefolder",
 ) -> DataSet:
-    """Return the pictures in `root/train/CLASS/` and `root/test/CLASS/` (or `root/val/CLASS/`) as arrays.
+    """Return the images in `root/train/CLASS/` and `root/test/CLASS/` (or `root/val/CLASS/`) as arrays.
 
-    The label of a class is the position of its folder's name in the sorted list; pictures are in the order of
-    their classes, then of their names. They are decoded into memory. Hidden files are left out.
+    The label of a class is the position of its folder in the sorted list of folder names. Images are sorted
+    by class, then by file name, and decoded into memory. Hidden files are ignored.
 
     Args:
         root: the folder.
-        size: (H, W), or one number for both, that each picture is resized to (bilinear); None where all have
-            one size.
-        channels: 3 for RGB, or 1 for grey; pictures of another kind are converted.
-        name: of the data set, part of the benchmark's name.
+        size: (height, width) in pixels, or one number for both, to resize every image to with bilinear
+            interpolation; None if all images have one size.
+        channels: 3 for RGB or 1 for grey; images are converted if necessary.
+        name: name of the data set, which becomes part of the benchmark's name.
 
     Raises:
-        ValueError: an argument out of range, no such folders, classes that differ between training and test,
-            a class without pictures, a file that is not a picture, or pictures of several sizes without
-            `size`; names the folder or file.
+        ValueError: an argument is out of range, a folder is missing, training and test have different
+            classes, a class has no images, a file is not an image, or images differ in size and `size` is
+            None. The message names the folder or file.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from sequel_benchmarks import image_folder
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for folder in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        ...         Path(root, folder).mkdir(parents=True)
+        ...         Image.new("RGB", (8, 8)).save(Path(root, folder, "0.png"))
+        ...     data = image_folder(root)
+        >>> data.class_names, data.train_images.shape
+        (('cat', 'dog'), (2, 8, 8, 3))
     """
     if channels not in (1, 3):
         raise ValueError(f"channels must be 3 (RGB) or 1 (grey), got {channels!r}")
@@ -48,32 +61,33 @@ def image_folder(
     shape = None if sides is None else (sides[0], sides[1])
     folder = folder_of("root", root)
     classes = class_folders(folder)
-    arrays: list[Any] = []
+    arrays: list[Any] = []  # in the order of `Arrays`
     for part in ("train", _test_folder(folder)):
-        found = [
-            [path for path in sorted((folder / part / c).iterdir()) if _is_shown(path) and path.is_file()]
+        files = [
+            [path for path in sorted((folder / part / c).iterdir()) if _is_visible(path) and path.is_file()]
             for c in classes
         ]
-        for label, files in enumerate(found):
-            if not files:
-                raise ValueError(f"{folder / part / classes[label]} must hold a picture, it is empty")
-        names = [path.relative_to(folder).as_posix() for files in found for path in files]
+        for label, class_files in enumerate(files):
+            if not class_files:
+                raise ValueError(f"{folder / part / classes[label]} must hold an image, it is empty")
+        names = [path.relative_to(folder).as_posix() for class_files in files for path in class_files]
         if shape is None and not arrays:
             first = folder / names[0]
-            with pillows_warnings():
-                height, width, _ = read_picture(first, first.read_bytes, channels).shape
+            with raise_for_huge_images():
+                height, width, _ = read_image(first, first.read_bytes, channels).shape
         elif shape is not None:
             height, width = shape
         images = in_memory("images", (len(names), height, width, channels))
-        decode_pictures(
+        decode_images(
             names,
             lambda name: (folder / name).read_bytes(),
             images,
             f"decoding {folder.name}, {part}",
-            where=folder,
+            source=folder,
             size=shape,
         )
-        arrays += [images, np.repeat(np.arange(len(classes)), [len(files) for files in found])]
+        counts = [len(class_files) for class_files in files]
+        arrays += [images, np.repeat(np.arange(len(classes)), counts)]
     return DataSet(
         name,
         *Arrays(*arrays),
@@ -84,32 +98,34 @@ def image_folder(
 
 
 def class_folders(root: Path) -> list[str]:
-    """Return the names of the classes of an image folder, sorted, without reading any picture.
+    """Return the class names of an image folder, sorted, without reading any image.
 
     Raises:
-        ValueError: no such folder, no class in it, or classes that differ between training and test.
+        ValueError: a folder is missing, there is no class, or training and test have different classes.
     """
     listed = {}
     for part in ("train", _test_folder(root)):
         if not (root / part).is_dir():
             raise ValueError(
-                f"{root} must hold train/CLASS/ and test/CLASS/ (or val/CLASS/) with pictures, it has no "
+                f"{root} must hold train/CLASS/ and test/CLASS/ (or val/CLASS/) with images, it has no "
                 f"{part}/; check the path"
             )
-        folders = [path for path in (root / part).iterdir() if _is_shown(path) and path.is_dir()]
+        folders = [path for path in (root / part).iterdir() if _is_visible(path) and path.is_dir()]
         listed[part] = sorted(path.name for path in folders)
-    (part, train), (other, test) = listed.items()
-    strangers = sorted(set(train) ^ set(test))
-    if strangers or not train:
-        fault = "it has none"
-        if strangers:
-            fault = f"{strangers[0]} is in {part if strangers[0] in train else other}/ only"
-        raise ValueError(f"{root} must have the same classes in {part}/ and {other}/, at least one: {fault}")
+    (train_part, train), (test_part, test) = listed.items()
+    unmatched = sorted(set(train) ^ set(test))
+    if unmatched or not train:
+        problem = "it has none"
+        if unmatched:
+            problem = f"{unmatched[0]} is in {train_part if unmatched[0] in train else test_part}/ only"
+        raise ValueError(
+            f"{root} must have the same classes in {train_part}/ and {test_part}/, at least one: {problem}"
+        )
     return train
 
 
 def normalisation_of(images: UInt8Array) -> Normalisation:
-    """Return mean and standard deviation of each channel, of the pixels / 255; a deviation of 0 counts as 1.
+    """Return the mean and standard deviation per channel of the pixels / 255. A deviation of 0 becomes 1.
 
     Args:
         images: uint8 `[N, H, W, C]`, at least one.
@@ -119,15 +135,16 @@ def normalisation_of(images: UInt8Array) -> Normalisation:
     for start in range(0, len(images), BLOCK):
         for c in range(channels):
             counts[c] += np.bincount(images[start : start + BLOCK, ..., c].ravel(), minlength=256)
-    shares, values = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
-    mean = shares @ values
-    deviation = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(1))
-    return Normalisation(tuple(mean.tolist()), tuple(np.where(deviation > 0, deviation, 1.0).tolist()))
+    frequencies = counts / counts.sum(1, keepdims=True)
+    values = np.arange(256) / 255
+    mean = frequencies @ values
+    std = np.sqrt((frequencies * (values - mean[:, None]) ** 2).sum(1))
+    return Normalisation(tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist()))
 
 
 def _test_folder(root: Path) -> str:
     return next((part for part in TEST_FOLDERS if (root / part).is_dir()), TEST_FOLDERS[0])
 
 
-def _is_shown(path: Path) -> bool:
+def _is_visible(path: Path) -> bool:
     return not path.name.startswith(".")

@@ -1,10 +1,10 @@
-"""TinyImageNet in its archive's layout, as a folder or as the zip file itself, whole or in part.
+"""TinyImageNet in the layout of its archive: as the zip file or extracted, complete or a subset.
 
-Training images are `train/WNID/images/*`, test images are `val/images/*` with their classes in
-`val/val_annotations.txt` (the archive's own test images have no labels). The label of a class is the position
-of its WNID in the sorted list of those in `wnids.txt`, as in torchvision's `ImageFolder`, and images are in
-the order of their classes, then of their names. Grey images become RGB. A part may have any number of images
-of a class, at least one for training and one for testing.
+Training images are `train/WNID/images/*`. Test images are `val/images/*`, with their classes in
+`val/val_annotations.txt`, because the test images of the archive have no labels. The label of a class is the
+position of its WNID in the sorted list of `wnids.txt`, as in torchvision's `ImageFolder`. Images are sorted
+by class, then by file name. Grey images are converted to RGB. A subset needs at least one training and one
+test image of each class.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from functools import partial
 from pathlib import Path
 
 from sequel_benchmarks.cache import Allocate, Decode, Origin
-from sequel_benchmarks.decode import decode_pictures
+from sequel_benchmarks.decode import decode_images
 
 FOLDER = "tiny-imagenet-200"
 ARCHIVE = f"{FOLDER}.zip"
 NUM_CLASSES = 200
 SHAPE = (64, 64, 3)
-LARGEST = 2**24  # bytes of a file in the archive; the published ones have less than 2**20
+MAX_FILE_BYTES = 2**24  # of a file in the archive; the published files have less than 2**20
 WNIDS = "wnids.txt"
 ANNOTATIONS = "val/val_annotations.txt"
 
 
 def find(root: Path) -> Decode | None:
-    """Return what decodes the folder or else the archive in a data directory, or None."""
+    """Return a decoder of the folder or of the archive in a data directory, or None."""
     folder = root / FOLDER
     if (folder / WNIDS).is_file() and (folder / ANNOTATIONS).is_file():
         return partial(_from_folder, folder)
@@ -41,41 +41,46 @@ def _from_folder(folder: Path, allocate: Allocate) -> list[str]:
         for part in ("train", "val")
         for parent, _, files in os.walk(folder / part)
         for name in files
-        if Path(parent, name).is_file()  # no pipe, which would be waited for
+        if Path(parent, name).is_file()  # not a named pipe, which would block
     ]
     return _decode(folder, names, lambda name: (folder / name).read_bytes(), allocate)
 
 
 def _from_archive(path: Path, allocate: Allocate) -> list[str]:
-    start, whole = f"{FOLDER}/", f"{path} is not the whole archive"
+    prefix = f"{FOLDER}/"
     try:
         archive = zipfile.ZipFile(path)
-    except Exception as error:  # a damaged archive can raise almost anything
-        raise ValueError(f"{whole} ({error}); delete it") from error
+    except Exception as error:  # zipfile raises many types of errors for damaged archives
+        raise ValueError(f"{path} is incomplete or damaged ({error}); delete it") from error
 
     def read(name: str) -> bytes:
         try:
-            member = archive.getinfo(start + name)
-            if member.file_size > LARGEST:
-                raise zipfile.BadZipFile(f"{name} has {member.file_size} bytes, the most is {LARGEST}")
+            member = archive.getinfo(prefix + name)
+            if member.file_size > MAX_FILE_BYTES:
+                raise zipfile.BadZipFile(
+                    f"{name} has {member.file_size} bytes, the maximum is {MAX_FILE_BYTES}"
+                )
             return archive.read(member)
         except Exception as error:
-            raise ValueError(f"{whole} ({error}); delete it") from error
+            raise ValueError(f"{path} is incomplete or damaged ({error}); delete it") from error
 
     with archive:
-        names = [name.removeprefix(start) for name in archive.namelist() if name.startswith(start)]
+        names = [name.removeprefix(prefix) for name in archive.namelist() if name.startswith(prefix)]
         return _decode(path, names, read, allocate)
 
 
-def _decode(where: Path, names: Iterable[str], read: Callable[[str], bytes], allocate: Allocate) -> list[str]:
+def _decode(
+    source: Path, names: Iterable[str], read: Callable[[str], bytes], allocate: Allocate
+) -> list[str]:
     wnids = sorted(read(WNIDS).decode(errors="replace").split())
     if len(set(wnids)) != NUM_CLASSES:
-        raise ValueError(f"{where / WNIDS} must name {NUM_CLASSES} classes, it names {len(set(wnids))}")
-    classes = {wnid: label for label, wnid in enumerate(wnids)}
-    annotated = {}
+        raise ValueError(f"{source / WNIDS} must name {NUM_CLASSES} classes, it names {len(set(wnids))}")
+    labels_of = {wnid: label for label, wnid in enumerate(wnids)}
+    annotated = {}  # name of a test image -> WNID
     for line in read(ANNOTATIONS).decode(errors="replace").splitlines():
         name, wnid, *_ = *line.split("\t"), ""
         annotated[f"val/images/{name}"] = wnid
+    # Names of the images of each class.
     images: dict[str, list[list[str]]] = {part: [[] for _ in wnids] for part in ("train", "val")}
     for name in names:
         folders = name.split("/")
@@ -86,22 +91,22 @@ def _decode(where: Path, names: Iterable[str], read: Callable[[str], bytes], all
         else:
             continue
         if folders[-1]:
-            if wnid not in classes:
+            if wnid not in labels_of:
                 rule = f"of {WNIDS}" if part == "train" else f"of {WNIDS}, named in {ANNOTATIONS}"
-                raise ValueError(f"{where / name} must belong to a class {rule}, got {wnid or 'none'}")
-            images[part][classes[wnid]].append(name)
+                raise ValueError(f"{source / name} must belong to a class {rule}, got {wnid or 'none'}")
+            images[part][labels_of[wnid]].append(name)
     for part, by_class in images.items():
-        for wnid, found in zip(wnids, by_class, strict=True):
-            if not found:
-                raise ValueError(f"{where} must have a {part} image of every class, it has none of {wnid}")
-            found.sort()
+        for wnid, class_names in zip(wnids, by_class, strict=True):
+            if not class_names:
+                raise ValueError(f"{source} must have a {part} image of every class, it has none of {wnid}")
+            class_names.sort()
     for part, target in (("train", "train"), ("val", "test")):
-        ordered = [name for found in images[part] for name in found]
+        ordered = [name for class_names in images[part] for name in class_names]
         pixels = allocate(f"{target}_images", (len(ordered), *SHAPE))
         labels = allocate(f"{target}_labels", (len(ordered),))
-        labels[...] = [label for label, found in enumerate(images[part]) for _ in found]
-        decode_pictures(ordered, read, pixels, f"decoding TinyImageNet, {part}", where=where)
-    return [str(where)] * 4
+        labels[...] = [label for label, class_names in enumerate(images[part]) for _ in class_names]
+        decode_images(ordered, read, pixels, f"decoding TinyImageNet, {part}", source=source)
+    return [str(source)] * 4
 
 
 TINY_IMAGENET = Origin(

@@ -307,8 +307,12 @@ def test_split_tasks_share_arrays() -> None:
             {"angles": (1.0, 2.0)},
             "angles must have one angle per task, got 2 with num_tasks=5",
         ),
-        (RotatedDigits, {"num_tasks": 1, "angles": (1.0,), "per_task_rotation": 9}, "angles replaces rotation"),
-        (RotatedDigits, {"rotation": "uniform", "per_task_rotation": 9}, "per_task_rotation must be left out"),
+        (RotatedDigits, {"num_tasks": 1, "angles": (1.0,), "per_task_rotation": 9}, "angles replaces"),
+        (
+            RotatedDigits,
+            {"rotation": "uniform", "per_task_rotation": 9},
+            "must be left out if rotation=uniform",
+        ),
         (
             RotatedDigits,
             {"per_task_rotation": float("nan")},

@@ -166,7 +166,7 @@ def test_a_header_that_promises_gibibytes(
     header = b"\0\0\x08" + bytes([len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
     (raw / f"{name}.gz").write_bytes(gzip.compress(header) + zeros(held))
     told = " x ".join(map(str, shape))
-    refused(sandbox, "mnist", rf"{name}\.gz is too large: its header says {told}, the most")
+    refused(sandbox, "mnist", rf"{name}\.gz is too large: its header says {told}, the maximum")
     small = header[:4] + b"\0\0\0\4" * len(shape)
     (raw / f"{name}.gz").write_bytes(gzip.compress(small) + zeros(held + 2**24))
     refused(sandbox, "mnist", rf"{name}\.gz is too long: its header says 4.*, it has more")
@@ -220,13 +220,13 @@ def escaping(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
     [
         (plain, r"data_batch_1\.bin is damaged: its md5 is .*; delete"),
         (escaping, r"data_batch_1\.bin is damaged: its md5 is .*; delete"),
-        (liar, r"tar\.gz is not the whole archive \("),
-        (long_name, r"tar\.gz is not the whole archive \("),
-        (link(tarfile.SYMTYPE, "../../../results.txt"), r"data_batch_1\.bin is no plain file\)"),
-        (link(tarfile.SYMTYPE, "data_batch_1.bin"), r"data_batch_1\.bin is no plain file\)"),
-        (link(tarfile.LNKTYPE, "/etc/hostname"), r"data_batch_1\.bin is no plain file\)"),
-        (link(tarfile.FIFOTYPE, ""), r"data_batch_1\.bin is no plain file\)"),
-        (link(tarfile.DIRTYPE, ""), r"data_batch_1\.bin is no plain file\)"),
+        (liar, r"tar\.gz is incomplete or damaged \("),
+        (long_name, r"tar\.gz is incomplete or damaged \("),
+        (link(tarfile.SYMTYPE, "../../../results.txt"), r"data_batch_1\.bin is not a regular file\)"),
+        (link(tarfile.SYMTYPE, "data_batch_1.bin"), r"data_batch_1\.bin is not a regular file\)"),
+        (link(tarfile.LNKTYPE, "/etc/hostname"), r"data_batch_1\.bin is not a regular file\)"),
+        (link(tarfile.FIFOTYPE, ""), r"data_batch_1\.bin is not a regular file\)"),
+        (link(tarfile.DIRTYPE, ""), r"data_batch_1\.bin is not a regular file\)"),
     ],
     ids=[
         "other content", "other paths", "promise", "long name", "link out", "link to itself", "hard link",
@@ -246,7 +246,7 @@ def test_an_archive_of_gibibytes(sandbox: Sandbox, folder: Path) -> None:
         member.size = 2**28
         parts += [gzip.compress(member.tobuf()), zeros(member.size)]
     (folder / version.archive).write_bytes(b"".join(parts))
-    refused(sandbox, "cifar10", r"tar\.gz is not the whole archive \(it holds more than \d+ bytes\)")
+    refused(sandbox, "cifar10", r"tar\.gz is incomplete or damaged \(it holds more than \d+ bytes\)")
 
 
 @inputs(quick=60)
@@ -302,14 +302,14 @@ FIRST = f"train/{WNIDS[0]}/images/{WNIDS[0]}_0.JPEG"
 @pytest.mark.parametrize(
     ("name", "content", "rule"),
     [
-        (FIRST, bytes(2**25), rf"{FIRST} has {2**25} bytes, the most is"),
-        ("wnids.txt", bytes(2**25), r"wnids\.txt has \d+ bytes, the most is"),
+        (FIRST, bytes(2**25), rf"{FIRST} has {2**25} bytes, the maximum is"),
+        ("wnids.txt", bytes(2**25), r"wnids\.txt has \d+ bytes, the maximum is"),
         ("wnids.txt", b"\xff\xfe\0", r"wnids\.txt must name 200 classes, it names 1"),
         ("val/val_annotations.txt", b"\xff" * 99, r"must belong to a class of wnids\.txt"),
-        (FIRST, png(12_000, 9_000), r"cannot be read as a picture \(Image size \(108000000 pixels\)"),
-        (FIRST, png(60_000, 60_000), r"cannot be read as a picture \(Image size \(3600000000 pixels\)"),
+        (FIRST, png(12_000, 9_000), r"cannot be read as an image \(Image size \(108000000 pixels\)"),
+        (FIRST, png(60_000, 60_000), r"cannot be read as an image \(Image size \(3600000000 pixels\)"),
         (FIRST, png(9_000, 9_000), rf"{FIRST} is 9000 x 9000, it must be 64 x 64"),
-        (FIRST, b"P6 99999999 99999999 255\n", r"cannot be read as a picture"),
+        (FIRST, b"P6 99999999 99999999 255\n", r"cannot be read as an image"),
         ("../../results.txt", b"gone", None),
         ("/results.txt", b"gone", None),
         (f"train/{WNIDS[0]}/images/../../../../../../results.txt", b"gone", None),
@@ -332,7 +332,7 @@ def test_archives_of_tiny_imagenet(
 
 def test_an_archive_with_a_password(sandbox: Sandbox, folder: Path) -> None:
     tiny_archive(folder, {}, flags=1)
-    refused(sandbox, "tinyimagenet", r"is not the whole archive \(.*encrypted")
+    refused(sandbox, "tinyimagenet", r"is incomplete or damaged \(.*encrypted")
 
 
 @inputs(quick=30, full=2000)
