@@ -1,14 +1,14 @@
-"""Streams of tasks from what a user has: arrays, data sets, data modules, streams of Avalanche or Continuum.
+"""Streams of tasks from a user's arrays, data sets, data modules, Avalanche or Continuum streams.
 
     benchmark = from_datasets([(train_0, test_0), (train_1, test_1)], scenario="class")
 
-Nothing of torch is imported for it. The classes of a task are the labels that occur in it. In the task
-scenario no two tasks share an output: if their labels overlap, label y of task k becomes k * width + y, which
-`benchmark.settings` records as `heads` and `label_offsets`; heads="shared" keeps the labels as they are.
-The images of a data set are read as they are asked for, with its transforms: see `sequel_core.stream.items`.
+The classes of a task are the labels that occur in it. In the task scenario, no two tasks share an output by
+default: if the labels of tasks overlap, label y of task k becomes `k * width + y`. `benchmark.settings`
+records this as `heads` and `label_offsets`. With `heads="shared"`, labels are not changed.
 
-torchvision, and with it Avalanche and Continuum, cannot be imported beside some CPU builds of PyTorch
-("operator torchvision::nms does not exist"), unless `sequel_lightning` has been imported first.
+The images of a data set are read lazily, with its transforms; see `sequel_core.stream.items`. This module
+does not import torch. With some CPU builds of PyTorch, import `sequel_lightning` before torchvision,
+Avalanche or Continuum, which otherwise fail with "operator torchvision::nms does not exist".
 """
 
 from __future__ import annotations
@@ -28,61 +28,86 @@ from sequel_core.stream.items import ItemImages, Items
 from sequel_core.stream.task import Split, Task
 
 Pair = tuple[NDArray[Any], NDArray[Any]]  # images and labels
-WHICH = ("train", "test", "validation")
+PARTS = ("train", "test", "validation")
 
 
 class UserDataOptions(TypedDict, total=False):
-    """Keyword arguments of every function here; each may be left out."""
+    """Optional keyword arguments of all functions that make a stream from a user's data.
 
-    name: str  # of the benchmark; "own"
-    scenario: Scenario | None  # None: class where the tasks differ in their classes, else domain
-    num_classes: int | None  # width of the output; None: up to the largest label
-    normalisation: Normalisation | None  # of uint8 images; None leaves them in [0, 1]
-    augmentation: Augmentation | None  # of training samples; None for none
-    validation: float  # fraction of the training samples that is held out, in [0, 1); 0
-    seed: int  # of the choice of what is held out; 0
-    heads: Heads | None  # in the task scenario; None: separate
-    channels_last: bool  # whether images are [N, H, W, C] even if they look like [N, C, H, W]; False
+    Args:
+        name: name of the benchmark; `own` by default.
+        scenario: `domain`, `task` or `class`; None for class if the tasks differ in their classes, else
+            domain.
+        num_classes: width of the output, >= 1; None for the largest label plus one.
+        normalisation: mean and standard deviation of uint8 images; None to leave them in [0, 1].
+        augmentation: random crops and flips of training images; None for none.
+        validation: fraction of the training samples to hold out, in [0, 1); 0 by default.
+        seed: seed of the choice of held-out samples, >= 0; 0 by default.
+        heads: only in the task scenario. `separate` gives a class that several tasks have one output per
+            task, `shared` gives it the same output in all tasks; None for separate.
+        channels_last: whether images are `[N, H, W, C]` even if their shape looks like `[N, C, H, W]`; False
+            by default.
+
+    Example:
+        >>> from sequel_benchmarks import UserDataOptions
+        >>> UserDataOptions(scenario="task", validation=0.1)
+        {'scenario': 'task', 'validation': 0.1}
+    """
+
+    name: str
+    scenario: Scenario | None
+    num_classes: int | None
+    normalisation: Normalisation | None
+    augmentation: Augmentation | None
+    validation: float
+    seed: int
+    heads: Heads | None
+    channels_last: bool
 
 
 @dataclass(frozen=True)
 class _UserDataSettings(Settings):
-    """The options that are recorded with a run."""
+    """The options with a range, which construction checks."""
 
-    name: str = setting("own", "of the benchmark")
+    name: str = setting("own", "name of the benchmark")
     scenario: Scenario | None = setting(None, "domain, task or class")
     num_classes: int | None = setting(None, "width of the output", ge=1)
-    validation: float = setting(0.0, "fraction of the training samples that is held out", ge=0, lt=1)
-    seed: int = setting(0, "of the choice of what is held out", ge=0)
+    validation: float = setting(0.0, "fraction of the training samples to hold out", ge=0, lt=1)
+    seed: int = setting(0, "seed of the choice of held-out samples", ge=0)
     heads: Heads | None = setting(
         None,
-        "separate: a class that several tasks have is an output of its own in each; shared: the same one",
+        "separate (one output per task for a class of several tasks) or shared (one output for all tasks)",
         only=("scenario", "task"),
     )
-    channels_last: bool = setting(False, "images are [N, H, W, C] even if they look like [N, C, H, W]")
+    channels_last: bool = setting(False, "whether images that look like [N, C, H, W] are [N, H, W, C]")
 
 
 def from_arrays(tasks: Sequence[Sequence[Pair]], **options: Unpack[UserDataOptions]) -> Benchmark:
-    """Return the stream of tasks that are given as NumPy arrays.
-
-    In the task scenario each task has outputs of its own; see `UserDataOptions.heads`.
+    """Return a stream of tasks from NumPy arrays, which are not copied.
 
     Args:
-        tasks: `((x_train, y_train), (x_test, y_test))` of each, and a third pair where there is validation
-            data: images uint8, or float32 that are taken as they are, `[N, H, W, C]` or `[N, H, W]`; labels
-            integers `[N]`. They are not copied.
+        tasks: `((x_train, y_train), (x_test, y_test))` for each task, with a third pair for validation data
+            if there is any. Images are uint8, or float32 if already normalised, `[N, H, W, C]` or `[N, H,
+            W]`. Labels are integers `[N]`.
         options: see `UserDataOptions`.
 
     Raises:
-        ValueError: an option out of range, or arrays of another type, shape or length; names the task.
+        ValueError: an option is out of range, or an array has the wrong type, shape or length. The message
+            names the task.
+
+    Example:
+        >>> import numpy as np
+        >>> from sequel_benchmarks import from_arrays
+        >>> x = np.zeros((6, 28, 28, 1), np.uint8)
+        >>> tasks = [((x, y), (x, y)) for y in (np.array([0, 1] * 3), np.array([2, 3] * 3))]
+        >>> benchmark = from_arrays(tasks, scenario="class")
+        >>> [task.classes for task in benchmark.tasks], benchmark.num_classes
+        ([(0, 1), (2, 3)], 4)
     """
     settings = _checked(options)
     splits = [
-        [
-            _from_pair(pair, t, f"task {t}, {which}", settings)
-            for which, pair in zip(WHICH, parts, strict=False)
-        ]
-        for t, parts in enumerate(_parts(tasks))
+        [_from_pair(pair, t, f"task {t}, {part}", settings) for part, pair in zip(PARTS, pairs, strict=False)]
+        for t, pairs in enumerate(_check_tasks(tasks))
     ]
     return _benchmark(splits, settings, options, "arrays")
 
@@ -92,16 +117,29 @@ def from_datasets(
     test: Mapping[Any, Items] | None = None,
     **options: Unpack[UserDataOptions],
 ) -> Benchmark:
-    """Return the stream of tasks that are given as data sets: torch's, or anything with a length and items.
+    """Return a stream of tasks from map-style data sets, such as torch's.
+
+    A data set has a length, and its items are `(image, label)` or longer tuples that begin so.
 
     Args:
-        tasks: `(train, test)` or `(train, test, validation)` of each task, or a dictionary of training sets.
-        test: a dictionary with the same keys, where the first argument is one; tasks are in their order.
+        tasks: `(train, test)` or `(train, test, validation)` for each task, or a dictionary of training sets.
+        test: a dictionary of test sets with the same keys if `tasks` is a dictionary; else None. The tasks
+            are in the order of the sorted keys.
         options: see `UserDataOptions`.
 
     Raises:
-        ValueError: an option out of range, dictionaries that do not fit, or a data set or an item that is not
-            as `sequel_core.stream.items.ItemImages` has it; names the task, and the position of the item.
+        ValueError: an option is out of range, the dictionaries have different keys, or a data set or an item
+            does not satisfy `sequel_core.stream.items.ItemImages`. The message names the task and the
+            position of the item.
+
+    Example:
+        >>> import numpy as np
+        >>> from sequel_benchmarks import from_datasets
+        >>> image = np.zeros((8, 8, 1), np.float32)
+        >>> first, second = [(image, 0), (image, 1)], [(image, 2), (image, 3)]
+        >>> benchmark = from_datasets({1: first, 2: second}, {1: first, 2: second}, scenario="task")
+        >>> [task.classes for task in benchmark.tasks]
+        [(0, 1), (2, 3)]
     """
     settings = _checked(options)
     if isinstance(tasks, Mapping):
@@ -115,154 +153,212 @@ def from_datasets(
     else:
         if test is not None:
             raise ValueError(
-                f"tasks must be a dictionary where test is one, got {type(tasks).__name__}; give "
-                "(train, test) of each task, or two dictionaries"
+                f"tasks must be a dictionary if test is given, got {type(tasks).__name__}; give "
+                "(train, test) for each task, or two dictionaries"
             )
         listed = tasks
-    return _benchmark(_item_splits(_parts(listed), settings), settings, options, "datasets")
+    return _benchmark(_item_splits(_check_tasks(listed), settings), settings, options, "datasets")
 
 
 def from_prepared(owner: Any, **options: Unpack[UserDataOptions]) -> Benchmark:
-    """Return the stream of an object with the original SequeL's `prepare_datasets()`.
+    """Return a stream of tasks from a benchmark of the original SequeL library.
 
-    It returns two dictionaries, of training and of test data sets; the keys are the tasks, from 1 or from 0
-    (Dimitriadis et al. 2023, https://arxiv.org/abs/2304.10857).
+    Its method `prepare_datasets()` returns two dictionaries, of training and of test data sets, whose keys
+    are the task numbers (Dimitriadis et al. 2023, https://arxiv.org/abs/2304.10857).
 
     Args:
-        owner: the object; its method is called once.
+        owner: an object with this method, which is called once.
         options: see `UserDataOptions`.
 
     Raises:
-        ValueError: no such method, another result, or as `from_datasets`.
+        ValueError: there is no such method or it returns something else, or as `from_datasets`.
+
+    Example:
+        >>> import numpy as np
+        >>> from sequel_benchmarks import from_prepared
+        >>> class Prepared:
+        ...     def prepare_datasets(self):
+        ...         tasks = {1: [(np.zeros((8, 8, 1), np.float32), 0)] * 4}
+        ...         return tasks, tasks
+        >>> len(from_prepared(Prepared()).tasks[0].train)
+        4
     """
     _checked(options)
     if isinstance(owner, type) or not callable(getattr(owner, "prepare_datasets", None)):
-        what = f"the class {owner.__name__}" if isinstance(owner, type) else type(owner).__name__
-        raise ValueError(f"owner must be an object with a method prepare_datasets(), got {what}")
-    found = owner.prepare_datasets()
-    if not isinstance(found, tuple | list) or [isinstance(part, Mapping) for part in found] != [True, True]:
+        got = f"the class {owner.__name__}" if isinstance(owner, type) else type(owner).__name__
+        raise ValueError(f"owner must be an object with a method prepare_datasets(), got {got}")
+    prepared = owner.prepare_datasets()
+    is_pair = isinstance(prepared, tuple | list) and len(prepared) == 2
+    if not (is_pair and all(isinstance(datasets, Mapping) for datasets in prepared)):
         raise ValueError(
             f"{type(owner).__name__}.prepare_datasets() must return two dictionaries {{task: data set}}, for "
-            f"training and test, got {type(found).__name__}"
+            f"training and test, got {type(prepared).__name__}"
         )
-    return from_datasets(found[0], found[1], **options)
+    return from_datasets(prepared[0], prepared[1], **options)
 
 
 def from_datamodules(modules: Sequence[Any], **options: Unpack[UserDataOptions]) -> Benchmark:
-    """Return the stream of a LightningDataModule per task.
+    """Return a stream of tasks from one LightningDataModule per task.
 
-    Each is prepared and set up for fit and test; then the data sets of its `train_dataloader()`,
-    `test_dataloader()` and, where it has one, `val_dataloader()` are read. Batches are the plan's: batch
-    size, order and collation of the loaders are not used.
+    Each module is prepared and set up for the stages fit and test. The data sets of its `train_dataloader()`,
+    `test_dataloader()` and, if it is overridden, `val_dataloader()` are read. The batch size, order and
+    collation of the loaders are not used.
 
     Args:
-        modules: in order.
+        modules: the data module of each task, in order.
         options: see `UserDataOptions`.
 
     Raises:
-        ValueError: a loader without a data set, or as `from_datasets`.
+        ValueError: a loader has no data set, or as `from_datasets`.
+
+    Example:
+        >>> import numpy as np
+        >>> from types import SimpleNamespace
+        >>> from sequel_benchmarks import from_datamodules
+        >>> class Data:  # a LightningDataModule in practice
+        ...     def prepare_data(self): ...
+        ...     def setup(self, stage): ...
+        ...     def train_dataloader(self):
+        ...         return SimpleNamespace(dataset=[(np.zeros((8, 8, 1), np.float32), 0)] * 4)
+        ...     test_dataloader = train_dataloader
+        >>> len(from_datamodules([Data(), Data()]))
+        2
     """
     settings = _checked(options)
-    parts = []
+    tasks = []
     for t, module in enumerate(modules):
         module.prepare_data()
         module.setup("fit")
-        train, held_out = _loaded(module, "train_dataloader", t), None
+        train = _dataset(module, "train_dataloader", t)
+        validation = None
         if _overridden(module, "val_dataloader"):
-            held_out = _loaded(module, "val_dataloader", t)
+            validation = _dataset(module, "val_dataloader", t)
         module.setup("test")
-        test = _loaded(module, "test_dataloader", t)
-        parts.append((train, test) if held_out is None else (train, test, held_out))
-    return _benchmark(_item_splits(_parts(parts), settings), settings, options, "datamodules")
+        test = _dataset(module, "test_dataloader", t)
+        tasks.append((train, test) if validation is None else (train, test, validation))
+    return _benchmark(_item_splits(_check_tasks(tasks), settings), settings, options, "datamodules")
 
 
 def from_avalanche(benchmark: Any, **options: Unpack[UserDataOptions]) -> Benchmark:
-    """Return the stream of an Avalanche benchmark: an experience is a task.
+    """Return a stream of tasks from an Avalanche benchmark. Each experience becomes a task.
 
-    Its `train_stream` and `test_stream` are read, and its `valid_stream` where it has one; of a single test
-    experience for all, each task has the samples of its own classes. Without a scenario it is task where the
-    experiences have different task labels, else class where they differ in their classes, else domain. In the
-    task scenario each task label has a head, as in Avalanche's multi-head models; if all experiences have the
-    same one, each experience has a head.
+    `train_stream`, `test_stream` and, if there is one, `valid_stream` are read. If there is a single test
+    experience, each task gets its samples of the task's classes.
+
+    The default scenario is task if the experiences have different task labels, else class if they have
+    different classes, else domain. In the task scenario, each task label has a head, as in Avalanche's
+    multi-head models. If all experiences have the same task label, each experience has a head.
 
     Args:
-        benchmark: for example `SplitMNIST(5)`.
+        benchmark: an Avalanche benchmark, for example `avalanche.benchmarks.SplitMNIST(5)`.
         options: see `UserDataOptions`.
 
     Raises:
-        ValueError: neither one test experience nor as many as training experiences, or as `from_datasets`.
+        ValueError: the number of test experiences is neither one nor that of training experiences, or as
+            `from_datasets`.
+
+    Example:
+        >>> import numpy as np
+        >>> from types import SimpleNamespace
+        >>> from sequel_benchmarks import from_avalanche
+        >>> image = np.zeros((8, 8, 1), np.float32)
+        >>> experiences = [
+        ...     SimpleNamespace(dataset=[(image, 2 * t), (image, 2 * t + 1)], task_label=t) for t in range(3)
+        ... ]
+        >>> # In practice, a benchmark of Avalanche.
+        >>> benchmark = SimpleNamespace(train_stream=experiences, test_stream=experiences)
+        >>> from_avalanche(benchmark).scenario
+        'task'
     """
     settings = _checked(options)
     streams = [list(benchmark.train_stream), list(benchmark.test_stream)]
     if getattr(benchmark, "valid_stream", None) is not None:
         streams.append(list(benchmark.valid_stream))
-    shared = len(streams[1]) == 1 < len(streams[0])
-    if shared:
+    one_test_set = len(streams[1]) == 1 < len(streams[0])
+    if one_test_set:
         streams[1] *= len(streams[0])
     _check_lengths([len(stream) for stream in streams], "give one for each, or one for all")
-    owners = [_task_labels(experience) for experience in streams[0]]
-    kinds = sorted(set(owners))
-    if settings.scenario is None and len(kinds) > 1:
+    task_labels = [_task_labels(experience) for experience in streams[0]]
+    distinct = sorted(set(task_labels))
+    if settings.scenario is None and len(distinct) > 1:
         settings = replace(settings, scenario="task")
-    parts = _parts([[experience.dataset for experience in row] for row in zip(*streams, strict=True)])
-    splits = _item_splits(parts, settings)
-    if shared:
+    tasks = _check_tasks([[experience.dataset for experience in row] for row in zip(*streams, strict=True)])
+    splits = _item_splits(tasks, settings)
+    if one_test_set:
         for row in splits:
-            row[1] = row[1].pick(np.flatnonzero(np.isin(row[1].targets, row[0].targets)))
-    owned = [kinds.index(owner) for owner in owners] if len(kinds) > 1 else None
-    return _benchmark(splits, settings, options, "avalanche", owned)
+            train, test = row[:2]
+            row[1] = test.pick(np.flatnonzero(np.isin(test.targets, train.targets)))
+    heads = [distinct.index(label) for label in task_labels] if len(distinct) > 1 else None
+    return _benchmark(splits, settings, options, "avalanche", heads)
 
 
 def from_continuum(train: Any, test: Any, **options: Unpack[UserDataOptions]) -> Benchmark:
-    """Return the stream of two Continuum scenarios, as Continuum itself gives them: a task set is a task.
+    """Return a stream of tasks from two Continuum scenarios. Each task set becomes a task.
 
-    Images that only `ToTensor` would transform are taken as the uint8 arrays that they are; all others are
-    read through the task sets, with their transforms. Continuum holds a copy of the images of each task.
+    If `ToTensor` is the only transform, the uint8 arrays of the task sets are used directly. Otherwise,
+    images are read through the task sets, with their transforms. Continuum holds a copy of the images of
+    each task.
 
     Args:
-        train: for example `ClassIncremental(MNIST(root, train=True), increment=2)`.
-        test: the same of the test data.
+        train: the training scenario, for example `ClassIncremental(MNIST(root, train=True), increment=2)`.
+        test: the same scenario of the test data.
         options: see `UserDataOptions`.
 
     Raises:
-        ValueError: another number of test than of training tasks, or as `from_datasets`.
+        ValueError: the scenarios differ in their number of tasks, or as `from_datasets`.
+
+    Example:
+        >>> import numpy as np
+        >>> from types import SimpleNamespace
+        >>> from sequel_benchmarks import from_continuum
+        >>> # In practice, a scenario of Continuum.
+        >>> scenario = [
+        ...     SimpleNamespace(
+        ...         _x=np.zeros((2, 8, 8, 3), np.uint8),
+        ...         _y=np.array(classes),
+        ...         trsf=None,
+        ...         target_trsf=None,
+        ...         bounding_boxes=None,
+        ...         data_type=SimpleNamespace(name="IMAGE_ARRAY"),
+        ...     )
+        ...     for classes in ([0, 1], [2, 3])
+        ... ]
+        >>> [task.classes for task in from_continuum(scenario, scenario).tasks]
+        [(0, 1), (2, 3)]
     """
     settings = _checked(options)
     streams = [list(train), list(test)]
     _check_lengths([len(stream) for stream in streams], "make both with the same increment")
-    plain = all(_only_to_tensor(task_set) for stream in streams for task_set in stream)
+    use_arrays = all(_only_to_tensor(task_set) for stream in streams for task_set in stream)
     splits: list[list[Split]] = []
     for t, row in enumerate(zip(*streams, strict=True)):
         splits.append([])
-        for which, task_set in zip(WHICH, row, strict=False):
-            name = f"task {t}, {which}"
-            if plain:
+        for part, task_set in zip(PARTS, row, strict=False):
+            name = f"task {t}, {part}"
+            if use_arrays:
                 splits[-1].append(_from_pair((task_set._x, task_set._y), t, name, settings))
             else:
-                known = task_set._y if task_set.target_trsf is None else None
-                splits[-1].append(_from_items(task_set, t, name, settings, known))
+                labels = task_set._y if task_set.target_trsf is None else None
+                splits[-1].append(_from_items(task_set, t, name, settings, labels))
     return _benchmark(splits, settings, options, "continuum")
 
 
-# -- what they share
-
-
 def _checked(options: UserDataOptions) -> _UserDataSettings:
-    """Return the options that have a range, checked."""
-    others = ("normalisation", "augmentation")
-    plain: dict[str, Any] = {key: value for key, value in options.items() if key not in others}
-    return _UserDataSettings(**plain)
+    """Check the options that have a range, and return them."""
+    unchecked = ("normalisation", "augmentation")
+    values: dict[str, Any] = {key: value for key, value in options.items() if key not in unchecked}
+    return _UserDataSettings(**values)
 
 
-def _parts(tasks: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
-    """Return training, test and, where there is one, validation data of each task."""
-    tasks = list(tasks)  # which may be a generator
+def _check_tasks(tasks: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
+    """Check that each task has training and test data, and all or none have validation data."""
+    tasks = list(tasks)  # tasks may be a generator
     for t, parts in enumerate(tasks):
         if not isinstance(parts, tuple | list) or len(parts) not in (2, 3):
             got = f"{len(parts)} parts" if isinstance(parts, tuple | list) else type(parts).__name__
             raise ValueError(f"task {t} must be (train, test) or (train, test, validation), got {got}")
     if len({len(parts) for parts in tasks}) > 1:
-        raise ValueError("every task must have validation data, or none")
+        raise ValueError("either all tasks must have validation data, or none")
     return tasks
 
 
@@ -277,26 +373,23 @@ def _from_pair(pair: Pair, task: int, name: str, settings: _UserDataSettings) ->
 def _from_items(
     data: Items, task: int, name: str, settings: _UserDataSettings, labels: NDArray[Any] | None = None
 ) -> Split:
-    """Return a split of a data set's items; labels are those of all items, if they are known."""
+    """Return a split of a data set's items, with the labels of all items if they are known."""
     images = ItemImages(data, name, labels)
     return _split(images, images.labels, task, name, settings)
 
 
 def _split(images: Any, labels: NDArray[Any], task: int, name: str, settings: _UserDataSettings) -> Split:
-    """Return a split; an error names the task."""
+    """Return a split. An error names the task."""
     try:
         return Split(images, labels, task, channels_last=settings.channels_last)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _item_splits(parts: Sequence[Sequence[Items]], settings: _UserDataSettings) -> list[list[Split]]:
+def _item_splits(tasks: Sequence[Sequence[Items]], settings: _UserDataSettings) -> list[list[Split]]:
     return [
-        [
-            _from_items(data, t, f"task {t}, {which}", settings)
-            for which, data in zip(WHICH, row, strict=False)
-        ]
-        for t, row in enumerate(parts)
+        [_from_items(data, t, f"task {t}, {part}", settings) for part, data in zip(PARTS, row, strict=False)]
+        for t, row in enumerate(tasks)
     ]
 
 
@@ -305,34 +398,34 @@ def _benchmark(
     settings: _UserDataSettings,
     options: UserDataOptions,
     source: str,
-    owners: Sequence[int] | None = None,
+    task_heads: Sequence[int] | None = None,
 ) -> Benchmark:
-    """Return the stream of tasks with these splits; what was not given is found out.
+    """Return the stream of tasks with these splits. Options that are None are inferred from the labels.
 
     Args:
         rows: training, test and perhaps validation split of each task.
         settings: the options that have a range.
-        options: all of them.
-        source: what they were made of.
-        owners: in the task scenario, the head of each task; None for one per task.
+        options: all options.
+        source: type of the user's data, recorded in the settings.
+        task_heads: in the task scenario, the head of each task, from 0; None for one head per task.
     """
     if not rows:
         raise ValueError("there must be at least one task, got none")
     if settings.validation > 0 and len(rows[0]) == 3:
         raise ValueError(
-            f"validation must be 0 where the tasks have validation data, got {settings.validation:g}"
+            f"validation must be 0 if the tasks have validation data, got {settings.validation:g}"
         )
     stream = StreamSettings(num_tasks=len(rows), validation=settings.validation, seed=settings.seed)
     tasks: list[Task] = []
-    for t, (train, test, *given) in enumerate(rows):
-        kept, held_out = hold_out(np.arange(len(train)), stream, t)
+    for t, (train, test, *validation) in enumerate(rows):
+        train_rows, held_out = hold_out(np.arange(len(train)), stream, t)
         tasks.append(
             Task(
                 index=t,
                 name=f"task {t}",
                 classes=_classes(rows[t]),
-                train=train.pick(kept) if settings.validation else train,
-                validation=given[0] if given else train.pick(held_out),
+                train=train.pick(train_rows) if settings.validation else train,
+                validation=validation[0] if validation else train.pick(held_out),
                 test=test,
             )
         )
@@ -341,10 +434,10 @@ def _benchmark(
     heads: Heads | None = None
     if scenario == "task":
         heads = settings.heads or "separate"
-    before = tasks
+    original = tasks
     if heads == "separate":
-        tasks = list(separate_heads(before, owners))
-    offsets = [new.classes[0] - old.classes[0] for new, old in zip(tasks, before, strict=True)]
+        tasks = list(separate_heads(original, task_heads))
+    offsets = [new.classes[0] - old.classes[0] for new, old in zip(tasks, original, strict=True)]
     num_classes = _num_classes(tasks, settings.num_classes, separated=any(offsets))
     augmentation = options.get("augmentation") or Augmentation()
     normalisation = options.get("normalisation") or Normalisation()
@@ -362,7 +455,8 @@ def _benchmark(
         "validation": settings.validation,
         "seed": settings.seed,
     }
-    several = owners is not None and len(set(owners)) < len(tasks)  # tasks of one head have classes in common
+    # Tasks with the same head may have classes in common.
+    heads_overlap = heads == "shared" or (task_heads is not None and len(set(task_heads)) < len(tasks))
     return Benchmark(
         settings.name,
         tuple(tasks),
@@ -371,16 +465,16 @@ def _benchmark(
         normalisation,
         recorded,
         augmentation,
-        "shared" if heads == "shared" or several else "separate",
+        "shared" if heads_overlap else "separate",
     )
 
 
 def _num_classes(tasks: Sequence[Task], given: int | None, separated: bool) -> int:
-    """Return the width of the output: what is given, or up to the largest label.
+    """Return the width of the output: the given one, or the largest label plus one.
 
     Raises:
-        ValueError: nothing is given and most outputs would have no label, or fewer outputs than the separate
-            heads need are.
+        ValueError: no width is given and most outputs would have no label, or the given width is too small
+            for the separate heads.
     """
     labels = {c for task in tasks for c in task.classes}
     needed = 1 + max(labels)
@@ -392,8 +486,8 @@ def _num_classes(tasks: Sequence[Task], given: int | None, separated: bool) -> i
         )
     if given is not None and separated and given < needed:
         raise ValueError(
-            f"num_classes must be >= {needed}, as every task has outputs of its own, got {given}; leave it "
-            "out, or give heads='shared' if tasks are to share outputs"
+            f"num_classes must be >= {needed}, as every task has separate outputs, got {given}; leave it "
+            "out, or give heads='shared' if tasks should share outputs"
         )
     return given or needed
 
@@ -404,12 +498,12 @@ def _classes(row: Sequence[Split]) -> tuple[int, ...]:
 
 def _check_lengths(lengths: Sequence[int], remedy: str) -> None:
     if len(set(lengths)) > 1:
-        named = ", ".join(f"{n} of {which}" for which, n in zip(WHICH, lengths, strict=False))
-        raise ValueError(f"every task must have training and test data, got {named}; {remedy}")
+        got = ", ".join(f"{n} of {part}" for part, n in zip(PARTS, lengths, strict=False))
+        raise ValueError(f"every task must have training and test data, got {got}; {remedy}")
 
 
-def _loaded(module: Any, hook: str, task: int) -> Any:
-    """Return the data set of a data module's loader."""
+def _dataset(module: Any, hook: str, task: int) -> Any:
+    """Return the data set of one of a data module's loaders."""
     if not _overridden(module, hook):
         raise ValueError(f"the data module of task {task} has no {hook}(); add one")
     loader = getattr(module, hook)()
@@ -424,20 +518,20 @@ def _loaded(module: Any, hook: str, task: int) -> Any:
 
 
 def _overridden(module: Any, hook: str) -> bool:
-    """Whether a data module has the hook; Lightning's own only raises."""
-    found = getattr(type(module), hook, None)
-    return found is not None and found.__qualname__ != f"DataHooks.{hook}"
+    """Whether a data module overrides the hook, which only raises in Lightning's class."""
+    method = getattr(type(module), hook, None)
+    return method is not None and method.__qualname__ != f"DataHooks.{hook}"
 
 
 def _task_labels(experience: Any) -> tuple[int, ...]:
-    """Return the task labels of an Avalanche experience; () where it has none."""
+    """Return the task labels of an Avalanche experience, or () if it has none."""
     if hasattr(experience, "task_labels"):
         return tuple(experience.task_labels)
     return (experience.task_label,) if hasattr(experience, "task_label") else ()
 
 
 def _only_to_tensor(task_set: Any) -> bool:
-    """Whether the items of a Continuum task set are its uint8 arrays, divided by 255."""
+    """Whether the items of a Continuum task set are its uint8 images divided by 255."""
     steps = getattr(task_set.trsf, "transforms", None)
     return (
         task_set.data_type.name == "IMAGE_ARRAY"
