@@ -125,6 +125,16 @@ class DataSet:
 class Fetched(NamedTuple):
     """Description of a data set that `fetch` has prepared.
 
+    Args:
+        name: name of the data set.
+        folder: folder of the array cache; None if the data is bundled with a package.
+        train: number of training images.
+        test: number of test images.
+        image_shape: (H, W, C).
+        num_classes: number of classes.
+        sha256: hex digest of the decoded arrays, concatenated.
+        verified: whether this is the published data; None if its checksum is not known.
+
     Example:
         >>> from sequel_benchmarks import fetch
         >>> info = fetch("digits")
@@ -133,13 +143,13 @@ class Fetched(NamedTuple):
     """
 
     name: str
-    folder: Path | None  # folder of the array cache; None if the data is bundled with a package
-    train: int  # number of training images
-    test: int  # number of test images
-    image_shape: tuple[int, int, int]  # (H, W, C)
+    folder: Path | None
+    train: int
+    test: int
+    image_shape: tuple[int, int, int]
     num_classes: int
-    sha256: str  # of the decoded arrays, concatenated
-    verified: bool | None  # whether this is the published data; None if its checksum is not known
+    sha256: str
+    verified: bool | None
 
 
 def data_directory(data_dir: str | os.PathLike[str] | None = None) -> Path:

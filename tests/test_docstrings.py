@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.benchmarks.small_data import write_small_data
+
 PACKAGES = ("sequel_core", "sequel_lightning", "sequel_flax", "sequel_benchmarks")
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 PUBLIC = (*PACKAGES, "sequel_lightning.backbones", "sequel_flax.backbones")
@@ -29,8 +31,16 @@ def examples(module: ModuleType) -> list[doctest.DocTest]:
     return [test for test in doctest.DocTestFinder().find(module, module.__name__) if test.examples]
 
 
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_small_data(root)
+    return root
+
+
 @pytest.mark.parametrize("name", modules())
-def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_run(name: str, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEQUEL_DATA_DIR", str(data_dir))
     monkeypatch.chdir(tmp_path)
     runner = doctest.DocTestRunner(optionflags=FLAGS)
     report: list[str] = []

@@ -110,9 +110,9 @@ def test_validation_is_given_or_held_out(rng: np.random.Generator) -> None:
     given = [(*pairs, arrays(rng, 4, (0, 1, 2, 3)[2 * t : 2 * t + 2])) for t, pairs in enumerate(tasks)]
     benchmark = from_arrays(given)
     np.testing.assert_array_equal(everything(benchmark.tasks[1].validation)[0][..., 0], given[1][2][0])
-    with pytest.raises(ValueError, match=r"must be 0 where the tasks have validation data, got 0\.5"):
+    with pytest.raises(ValueError, match=r"must be 0 if the tasks have validation data, got 0\.5"):
         from_arrays(given, validation=0.5)
-    with pytest.raises(ValueError, match="every task must have validation data, or none"):
+    with pytest.raises(ValueError, match="either all tasks must have validation data, or none"):
         from_arrays([given[0], tasks[1]])
 
 
@@ -181,7 +181,7 @@ def test_tasks_from_data_sets_with_a_transform_each(rng: np.random.Generator) ->
         from_datasets(train, {k: test[k] for k in (1, 2)})
     with pytest.raises(ValueError, match=r"keys of the training data sets \[1, 2, 3\], got NoneType"):
         from_datasets(train)
-    with pytest.raises(ValueError, match="tasks must be a dictionary where test is one, got list"):
+    with pytest.raises(ValueError, match="tasks must be a dictionary if test is given, got list"):
         from_datasets([], test)
     with pytest.raises(ValueError, match=r"owner must be an object with .*, got the class Prepared"):
         from_prepared(Prepared)

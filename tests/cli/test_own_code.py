@@ -204,7 +204,7 @@ def test_what_is_made_of_arguments(package: Path) -> None:
     line += ["benchmark.scenario=task", "benchmark.num_classes=4"]
     stream = build_benchmark(compose([*line, "benchmark.heads=shared"]).config)
     assert (len(stream), stream.scenario, stream.num_classes) == (3, "task", 4)
-    with pytest.raises(ValueError, match=r"benchmark.num_classes must be >= 6, as every task has outputs of"):
+    with pytest.raises(ValueError, match=r"benchmark.num_classes must be >= 6, as every task has separate"):
         build_benchmark(compose(line).config)
 
 
