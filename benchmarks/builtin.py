@@ -56,7 +56,8 @@ def takes(settings: type[StreamSettings]) -> Callable[[type[B]], type[B]]:
         parameters = [*named.values(), *options]
         init.__signature__ = signature.replace(parameters=parameters)
         init.__annotations__ = {p.name: p.annotation for p in parameters[1:]} | {"return": None}
-        cls.__doc__ = add_arguments(cls.__doc__, settings, skip=named)
+        error = "an argument is out of range, or the data is missing or damaged"
+        cls.__doc__ = add_arguments(cls.__doc__, settings, error, skip=named)
         return cls
 
     return decorate
@@ -69,9 +70,6 @@ class SplitMNIST(Benchmark):
     Args:
         num_tasks: number of tasks: 1, 2, 5 or 10.
         data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
-
-    Raises:
-        ValueError: an argument is out of range, or the data is missing or damaged.
 
     Example:
         >>> from sequel_benchmarks import SplitMNIST
@@ -92,9 +90,6 @@ class PermutedMNIST(Benchmark):
         num_tasks: number of tasks, >= 1.
         data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
 
-    Raises:
-        ValueError: an argument is out of range, or the data is missing or damaged.
-
     Example:
         >>> from sequel_benchmarks import PermutedMNIST
         >>> [task.name for task in PermutedMNIST(num_tasks=2, first_identity=True).tasks]
@@ -114,9 +109,6 @@ class RotatedMNIST(Benchmark):
         num_tasks: number of tasks, >= 1.
         data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
 
-    Raises:
-        ValueError: an argument is out of range, or the data is missing or damaged.
-
     Example:
         >>> from sequel_benchmarks import RotatedMNIST
         >>> [task.name for task in RotatedMNIST(num_tasks=3, per_task_rotation=15.0).tasks]
@@ -134,9 +126,6 @@ class SplitDigits(Benchmark):
 
     Args:
         num_tasks: number of tasks: 1, 2, 5 or 10.
-
-    Raises:
-        ValueError: an argument is out of range.
 
     Example:
         >>> from sequel_benchmarks import SplitDigits
@@ -156,9 +145,6 @@ class PermutedDigits(Benchmark):
     Args:
         num_tasks: number of tasks, >= 1.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from sequel_benchmarks import PermutedDigits
         >>> stream = PermutedDigits(num_tasks=3, subset=100)
@@ -177,9 +163,6 @@ class RotatedDigits(Benchmark):
     Args:
         num_tasks: number of tasks, >= 1.
 
-    Raises:
-        ValueError: an argument is out of range.
-
     Example:
         >>> from sequel_benchmarks import RotatedDigits
         >>> [task.name for task in RotatedDigits(num_tasks=2, angles=(0.0, 45.0)).tasks]
@@ -195,11 +178,8 @@ class SplitCIFAR10(Benchmark):
     """CIFAR-10, its ten classes divided among the tasks.
 
     Args:
-        num_tasks: number of tasks: 1, 2, 5 or 10.
+        num_tasks: number of tasks, a divisor of 10.
         data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
-
-    Raises:
-        ValueError: an argument is out of range, or the data is missing or damaged.
 
     Example:
         >>> from sequel_benchmarks import SplitCIFAR10
@@ -222,9 +202,6 @@ class SplitCIFAR100(Benchmark):
         num_tasks: number of tasks, a divisor of 100.
         data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
 
-    Raises:
-        ValueError: an argument is out of range, or the data is missing or damaged.
-
     Example:
         >>> from sequel_benchmarks import SplitCIFAR100
         >>> SplitCIFAR100(num_tasks=20, class_order="superclass").tasks[0].name
@@ -243,9 +220,6 @@ class SplitTinyImageNet(Benchmark):
     Args:
         num_tasks: number of tasks, a divisor of 200.
         data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
-
-    Raises:
-        ValueError: an argument is out of range, or the data is missing or damaged.
 
     Example:
         >>> from sequel_benchmarks import SplitTinyImageNet
@@ -271,10 +245,6 @@ class SplitImageFolder(Benchmark):
             have one size.
         channels: 3 for RGB or 1 for grey.
         num_tasks: number of tasks, a divisor of the number of classes.
-
-    Raises:
-        ValueError: an argument is out of range, or the folder does not have this layout. The message names
-            the file.
 
     Example:
         >>> import tempfile

@@ -34,15 +34,16 @@ HALF_TURN = 180.0  # degrees
 MAX_TASKS = 10_000  # the pixel maps and the accuracy matrix of this many tasks still fit into memory
 
 
-def add_arguments(doc: str | None, settings: type[Settings], skip: Container[str] = ()) -> str:
-    """Return a docstring that also describes the fields of a settings dataclass in its `Args` section.
+def add_arguments(doc: str | None, settings: type[Settings], error: str, skip: Container[str] = ()) -> str:
+    """Return a docstring with the fields of a settings dataclass in `Args`, and with a `Raises` section.
 
     Args:
-        doc: the docstring, with a `Raises` section. The `Args` section, if there is one, comes before it.
+        doc: the docstring. Its `Args` section, if it has one, is directly before its `Example` section.
         settings: the dataclass. Each field has a help text and perhaps a range.
+        error: description of the ValueError.
         skip: names of fields that the docstring already describes.
     """
-    before, raises, after = inspect.cleandoc(doc or "").partition("\n\nRaises:")
+    before, example, after = inspect.cleandoc(doc or "").partition("\n\nExample:")
     if "\nArgs:" not in before:
         before += "\n\nArgs:"
     for spec in fields(settings):
@@ -50,12 +51,12 @@ def add_arguments(doc: str | None, settings: type[Settings], skip: Container[str
             bounds = f" Range: {allowed(spec)}." if allowed(spec) else ""
             line = f"    {spec.name}: {spec.metadata['help']}.{bounds}"
             before += "\n" + textwrap.fill(line, 100, subsequent_indent=" " * 8)
-    return f"{before}{raises}{after}"
+    return f"{before}\n\nRaises:\n    ValueError: {error}.{example}{after}"
 
 
 def documented(cls: type[S]) -> type[S]:
     """Add the fields of a settings dataclass to its docstring; see `add_arguments`."""
-    cls.__doc__ = add_arguments(cls.__doc__, cls)
+    cls.__doc__ = add_arguments(cls.__doc__, cls, "a setting is out of range or contradicts another one")
     return cls
 
 
@@ -107,9 +108,6 @@ class StreamOptions(TypedDict, total=False):
 @dataclass(frozen=True)
 class SplitSettings(StreamSettings):
     """Settings of `split`: the classes are divided among the tasks.
-
-    Raises:
-        ValueError: a setting is out of range.
 
     Example:
         >>> from sequel_benchmarks import SplitSettings
@@ -187,9 +185,6 @@ class _DomainSettings(StreamSettings):
 class PermutedSettings(_DomainSettings):
     """Settings of `permute`: each task permutes the pixels of all images.
 
-    Raises:
-        ValueError: a setting is out of range.
-
     Example:
         >>> from sequel_benchmarks import PermutedSettings
         >>> PermutedSettings(num_tasks=3, first_identity=True).plain()["first_identity"]
@@ -210,9 +205,6 @@ class PermutedOptions(StreamOptions, total=False):
 @dataclass(frozen=True)
 class RotatedSettings(_DomainSettings):
     """Settings of `rotate`: each task rotates all images by a fixed angle.
-
-    Raises:
-        ValueError: a setting is out of range, or `angles` is combined with another setting of the angles.
 
     Example:
         >>> from sequel_benchmarks import RotatedSettings
@@ -348,7 +340,7 @@ def permute(data: DataSet, settings: PermutedSettings | None = None) -> Benchmar
 
     Args:
         data: the data set.
-        settings: see `PermutedSettings`; None for its defaults.
+        settings: see `PermutedSettings`; None for ten random permutations.
 
     Raises:
         ValueError: the data set has fewer training samples than `subset`.
@@ -376,10 +368,10 @@ def rotate(data: DataSet, settings: RotatedSettings | None = None) -> Benchmark:
 
     Args:
         data: the data set.
-        settings: see `RotatedSettings`; None for its defaults.
+        settings: see `RotatedSettings`; None for 20 angles from 0 to 171 degrees.
 
     Raises:
-        ValueError: the data set has fewer training samples than `subset`.
+        ValueError: `subset` exceeds the number of training samples.
 
     Example:
         >>> from sequel_benchmarks import RotatedSettings, load, rotate
