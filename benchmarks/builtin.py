@@ -281,7 +281,7 @@ class SplitImageFolder(Benchmark):
             "size": list(size) if isinstance(size, tuple) else size,
             "channels": channels,
         }
-        super().__init__(**vars(stream) | {"settings": folder | stream.settings})
+        super().__init__(**vars(stream) | {"settings": {**folder, **stream.settings}})
 
 
 BENCHMARKS: dict[str, type[Benchmark]] = {

@@ -1,4 +1,4 @@
-"""Streams of Avalanche and Continuum as they are, with the real packages; `make adapters` installs them."""
+"""Streams of Avalanche and Continuum, with the real packages; `make adapters` installs them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 import sequel_flax
-import sequel_lightning  # first: see sequel_benchmarks.own
+import sequel_lightning  # first: see sequel_benchmarks.user_data
 from sequel_benchmarks import data_directory, from_avalanche, from_continuum
 from sequel_core import run
 from sequel_core.algorithms.er import ERHParams
@@ -29,11 +29,11 @@ SIDE, CLASSES = 6, 6
 
 
 def package(name: str) -> ModuleType:
-    """Return the package, or skip; what it and its dependencies warn of at import is theirs."""
+    """Import a package, ignoring its warnings, or skip the test."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found: ModuleType = pytest.importorskip(name)
-    return found
+        module: ModuleType = pytest.importorskip(name)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def continuum() -> Any:
 
 
 class Bars(Dataset[Any]):
-    """Noisy colour images whose bright column tells the class; floats in [0, 1], as `ToTensor` gives them."""
+    """Noisy colour images whose bright column is the class, as floats in [0, 1] like those of `ToTensor`."""
 
     def __init__(self, count: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -74,15 +74,15 @@ def head(split: AnySplit, count: int) -> AnySplit:
     return split.pick(np.arange(count))
 
 
-def own(data: Bars, classes: set[int]) -> Any:
+def images_of(data: Bars, classes: set[int]) -> Any:
     return data.images[np.isin(data.targets, list(classes))] / np.float32(255)
 
 
 def assert_same_images(split: AnySplit, expected: Any) -> None:
-    """Assert that a split holds these images in any order; none occurs twice."""
-    found = images(split)
-    assert found.dtype == expected.dtype
-    assert sorted(x.tobytes() for x in found) == sorted(x.tobytes() for x in expected)
+    """Assert that a split has exactly these images, in any order."""
+    actual = images(split)
+    assert actual.dtype == expected.dtype
+    assert sorted(x.tobytes() for x in actual) == sorted(x.tobytes() for x in expected)
 
 
 def torch_learner(benchmark: Benchmark, training: TrainingHParams) -> Any:
@@ -117,10 +117,12 @@ def test_class_incremental_avalanche(make: Callable[..., Any], avalanche: Any, t
     for task, experience in zip(benchmark.tasks, stream.train_stream, strict=True):
         classes = set(experience.classes_in_this_experience)
         assert set(task.classes) == classes
-        assert_same_images(task.train, own(TRAIN, classes))
-        assert_same_images(task.test, own(TEST, classes))
-        found = task.train.take(np.arange(len(task.train)))
-        assert found.y.tolist() == found.x[:, 0].mean(-1).argmax(-1).tolist() == task.train.targets.tolist()
+        assert_same_images(task.train, images_of(TRAIN, classes))
+        assert_same_images(task.test, images_of(TEST, classes))
+        samples = task.train.take(np.arange(len(task.train)))
+        assert (
+            samples.y.tolist() == samples.x[:, 0].mean(-1).argmax(-1).tolist() == task.train.targets.tolist()
+        )
     learn(make, benchmark, tmp_path / "run")
 
 
@@ -133,7 +135,7 @@ def test_task_incremental_avalanche(make: Callable[..., Any], avalanche: Any, tm
     assert (benchmark.scenario, benchmark.num_classes) == ("task", 6)
     assert [task.classes for task in benchmark.tasks] == [(0, 1), (2, 3), (4, 5)]  # a head for each task
     for t, task in enumerate(benchmark.tasks):
-        assert_same_images(task.train, own(TRAIN, set(stream.original_classes_in_exp[t])))
+        assert_same_images(task.train, images_of(TRAIN, set(stream.original_classes_in_exp[t])))
     assert from_avalanche(stream, scenario="domain").num_classes == 2
     learn(make, benchmark, tmp_path / "run")
 
@@ -190,11 +192,11 @@ def test_class_incremental_continuum(make: Callable[..., Any], continuum: Any, t
     assert (benchmark.scenario, benchmark.num_classes, benchmark.image_dtype) == ("class", 6, "uint8")
     for t, (task, task_set) in enumerate(zip(benchmark.tasks, scenarios[0], strict=True)):
         assert task.classes == (2 * t, 2 * t + 1)
-        found = task.train.take(np.arange(len(task.train)))
+        samples = task.train.take(np.arange(len(task.train)))
         for k in (0, 7, len(task_set) - 1):
             image, label, _ = task_set[k]
-            np.testing.assert_array_equal(found.x[k] / np.float32(255), image.permute(1, 2, 0).numpy())
-            assert found.y[k] == label
+            np.testing.assert_array_equal(samples.x[k] / np.float32(255), image.permute(1, 2, 0).numpy())
+            assert samples.y[k] == label
     assert from_continuum(*scenarios, scenario="task").mask.sum() == 6
     learn(make, benchmark, tmp_path / "run")
 
@@ -208,9 +210,9 @@ def test_transformed_continuum(make: Callable[..., Any], continuum: Any, tmp_pat
     benchmark = from_continuum(*scenarios)
     assert (benchmark.scenario, benchmark.num_classes, benchmark.image_dtype) == ("domain", 6, "float32")
     for task, task_set in zip(benchmark.tasks, scenarios[0], strict=True):
-        found = images(task.train)
+        actual = images(task.train)
         for k in (0, 50):
-            np.testing.assert_array_equal(found[k], task_set[k][0].permute(1, 2, 0).numpy())
+            np.testing.assert_array_equal(actual[k], task_set[k][0].permute(1, 2, 0).numpy())
     assert not np.array_equal(images(benchmark.tasks[0].train), images(benchmark.tasks[1].train))
     with pytest.raises(ValueError, match=r"got 3 of train, 2 of test; make both with the same increment"):
         from_continuum(scenarios[0], [scenarios[1][0], scenarios[1][1]])

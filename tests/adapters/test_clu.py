@@ -1,4 +1,4 @@
-"""Writers of clu as they are, which need TensorFlow, and ours in their place; `make clu` installs it."""
+"""clu's writers, which need TensorFlow, and ours in clu's containers; `make clu` installs them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def clu() -> ModuleType:
 
 
 def ran(path: Path, *writers: Any) -> Result:
-    """Run three short tasks of digits with these writers."""
+    """Run three short tasks of digits with the given writers."""
     benchmark = RotatedDigits(num_tasks=TASKS, subset=5 * STEPS)
     learner = make_learner(
         NaiveHParams(),
@@ -62,7 +62,7 @@ def read(path: Path) -> EventAccumulator:
 
 
 def check(events: EventAccumulator, result: Result) -> None:
-    """Compare what TensorFlow wrote, numbers and pictures as tensors, with the result."""
+    """Compare the numbers and images that TensorFlow wrote, all as tensors, with the result."""
     series = {
         tag: [(e.step, make_ndarray(e.tensor_proto)) for e in events.Tensors(tag)]
         for tag in events.Tags()["tensors"]
@@ -83,24 +83,24 @@ def check(events: EventAccumulator, result: Result) -> None:
     assert settings["algo.name"].string_value == "naive"
 
 
-def test_clus_summary_writer_is_passed_as_it_is(clu: Any, tmp_path: Path) -> None:
+def test_clus_summary_writer(clu: Any, tmp_path: Path) -> None:
     result = ran(tmp_path, clu.SummaryWriter(str(tmp_path / "clu")))
     check(read(tmp_path / "clu"), result)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_clus_default_writer_is_passed_as_it_is(clu: Any, asynchronous: bool, tmp_path: Path) -> None:
+def test_clus_default_writer(clu: Any, asynchronous: bool, tmp_path: Path) -> None:
     result = ran(tmp_path, clu.create_default_writer(tmp_path / "clu", asynchronous=asynchronous))
     check(read(tmp_path / "clu"), result)
 
 
-@pytest.mark.parametrize("kind", ["MultiWriter", "AsyncMultiWriter"])
-def test_ours_are_passed_where_clus_are_expected(clu: Any, kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("container", ["MultiWriter", "AsyncMultiWriter"])
+def test_our_writers_work_in_clus_containers(clu: Any, container: str, tmp_path: Path) -> None:
     def ours(name: str) -> list[Any]:
-        kinds = (CsvWriter, JsonLinesWriter, TensorBoardWriter)
-        return [kind(tmp_path / name / kind.__name__) for kind in kinds]
+        writers = (CsvWriter, JsonLinesWriter, TensorBoardWriter)
+        return [writer(tmp_path / name / writer.__name__) for writer in writers]
 
-    result = ran(tmp_path, getattr(clu, kind)(ours("within")), *ours("alone"))
+    result = ran(tmp_path, getattr(clu, container)(ours("within")), *ours("alone"))
     for name in ("within", "alone"):
         with (tmp_path / name / "CsvWriter" / "metrics.csv").open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["train/loss"]]
@@ -140,7 +140,7 @@ def test_clus_helper_writes_typed_values_with_ours(clu: Any, tmp_path: Path) -> 
     assert make_ndarray(events.Tensors("histogram")[0].tensor_proto).shape == (5, 3)
 
 
-def test_an_error_behind_clus_threads_is_told_once(clu: Any, tmp_path: Path) -> None:
+def test_an_error_in_clus_threads_is_reported_once(clu: Any, tmp_path: Path) -> None:
     class Full(SilentWriter):
         def write_scalars(self, step: int, scalars: Any) -> None:
             raise OSError(28, "No space left on device")

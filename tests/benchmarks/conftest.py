@@ -1,4 +1,4 @@
-"""Lets the tests import torchvision, their oracle, beside any PyTorch build; keeps them off the network."""
+"""Makes torchvision importable with any PyTorch build, and prevents downloads."""
 
 from dataclasses import replace
 
@@ -11,4 +11,6 @@ from sequel_benchmarks import data
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, origin in data.ORIGINS.items():
-        monkeypatch.setitem(data.ORIGINS, name, replace(origin, mirrors=("http://127.0.0.1:9/",)))  # refused
+        monkeypatch.setitem(
+            data.ORIGINS, name, replace(origin, mirrors=("http://127.0.0.1:9/",))
+        )  # refuses connections

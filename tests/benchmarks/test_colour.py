@@ -1,4 +1,4 @@
-"""Data sets in colour: the published layouts made small, the array cache under attack, and splits of them."""
+"""Colour data sets: small files in the published layouts, damaged array caches, and splits."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from sequel_core.experiment.config import canonical
 from sequel_core.stream.images import Augmentation
 from sequel_core.stream.task import Split
 
-COARSE = [  # as published: superclass of each class of CIFAR-100
+COARSE = [  # published superclass of each class of CIFAR-100
     *(4, 1, 14, 8, 0, 6, 7, 7, 18, 3, 3, 14, 9, 18, 7, 11, 3, 9, 7, 11, 6, 11, 5, 10, 7, 6, 13, 15, 3, 15),
     *(0, 11, 1, 10, 12, 14, 16, 9, 11, 5, 5, 19, 8, 8, 15, 13, 14, 17, 18, 10, 16, 4, 17, 4, 2, 0, 17, 4, 18),
     *(17, 10, 3, 2, 12, 12, 16, 12, 1, 9, 19, 2, 10, 0, 1, 16, 12, 9, 13, 15, 13, 16, 19, 2, 4, 6, 19, 5, 5),
@@ -57,7 +57,7 @@ FIELDS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def small_cifar(name: str) -> list[Any]:
-    """Images and labels of 200 training and 100 test samples."""
+    """Return images and labels of 200 training and 100 test samples."""
     rng = np.random.default_rng(3)
     arrays: list[Any] = []
     for count in (200, 100):
@@ -69,7 +69,7 @@ def small_cifar(name: str) -> list[Any]:
 def small_files(
     name: str, python: bool, damage: Callable[[str, bytes], bytes]
 ) -> tuple[cifar.Version, dict[str, bytes]]:
-    """A version with the checksums of small files, and these files, written from the format's description."""
+    """Return small files in the published format, and a version with their checksums."""
     published = {
         ("cifar10", True): cifar.CIFAR10_PYTHON,
         ("cifar10", False): cifar.CIFAR10_BINARY,
@@ -106,7 +106,7 @@ def place(
     packed: bool = False,
     damage: Callable[[str, bytes], bytes] = lambda _, content: content,
 ) -> cifar.Version:
-    """Put small files into a data directory, extracted or packed, and make `load` read this version only."""
+    """Write small files to a data directory, extracted or packed, and make `load` read only this version."""
     version, files = small_files(name, python, damage)
     root.mkdir(exist_ok=True)
     if packed:
@@ -288,7 +288,7 @@ def test_another_tools_cache_is_checked_for_shape_and_range(tmp_path: Path) -> N
         load("cifar10", tmp_path)
 
 
-# Prepares CIFAR-100 from the small binary files in argv[1]; may be killed at the move of the n-th file.
+# Prepares CIFAR-100 from the small binary files in argv[1]. Exits when it moves the n-th file.
 PREPARE = """
 import os, sys
 from dataclasses import replace
@@ -326,7 +326,7 @@ def test_two_processes_prepare_one_cache(tmp_path: Path, monkeypatch: pytest.Mon
     assert {p.name for p in (tmp_path / "cifar100").iterdir()} - {".lock"} == {*cache.NPY_FILES, cache.SUMS}
 
 
-def test_killed_half_way_leaves_nothing_that_is_trusted(
+def test_an_incomplete_cache_after_a_kill_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = place(tmp_path, monkeypatch, "cifar100")
@@ -336,30 +336,29 @@ def test_killed_half_way_leaves_nothing_that_is_trusted(
     folder = tmp_path / "cifar100"
     assert len(list(folder.glob("*.npy"))) == 2
     assert list((folder / cache.PART).iterdir())
-    moved = available("cifar100", tmp_path)
     assert not cache.cached(data.ORIGINS["cifar100"], tmp_path)
-    assert moved  # from the published files, not from what was left
+    assert available("cifar100", tmp_path)  # from the published files, not from the incomplete cache
     np.testing.assert_array_equal(load("cifar100", tmp_path).test_images, small_cifar("cifar100")[2])
     assert {p.name for p in folder.iterdir()} - {".lock"} == {*cache.NPY_FILES, cache.SUMS}
 
 
 @pytest.mark.parametrize("failing", range(5))
-def test_failing_at_any_move_leaves_nothing_that_is_trusted(
+def test_an_incomplete_cache_after_an_error_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    """Half a cache of another content is there already: what is moved later never stands beside it."""
+    """Files of an older, incomplete cache are never mixed with the files that are moved."""
     place(tmp_path, monkeypatch, "cifar100")
     folder = tmp_path / "cifar100"
     folder.mkdir()
     for name in ("train_images", "test_labels", "test_images"):
         np.save(folder / f"{name}.npy", np.zeros(3))
     move = Path.replace
-    moved: list[str] = []
+    moved_files: list[str] = []
 
     def fail(self: Path, target: Path) -> Path:
-        if len(moved) == failing:
+        if len(moved_files) == failing:
             raise OSError(5, "Input/output error")
-        moved.append(target.name)
+        moved_files.append(target.name)
         return move(self, target)
 
     with monkeypatch.context() as patch:
@@ -367,7 +366,7 @@ def test_failing_at_any_move_leaves_nothing_that_is_trusted(
         with pytest.raises(OSError, match="Input/output error"):
             load("cifar100", tmp_path)
     assert not cache.cached(data.ORIGINS["cifar100"], tmp_path)
-    assert moved == [cache.SUMS, *cache.NPY_FILES][:failing]
+    assert moved_files == [cache.SUMS, *cache.NPY_FILES][:failing]
     np.testing.assert_array_equal(load("cifar100", tmp_path).train_labels, small_cifar("cifar100")[1])
     sums = json.loads((folder / cache.SUMS).read_text())
     for name in cache.NPY_FILES:
@@ -377,23 +376,25 @@ def test_failing_at_any_move_leaves_nothing_that_is_trusted(
 WNIDS = [f"n{(7919 * k) % 100003:08d}" for k in range(200)]  # not in order
 
 
-def picture(value: int, mode: str = "RGB", size: tuple[int, int] = (64, 64), kind: str = "JPEG") -> bytes:
-    """A picture of one colour, (value, 0, 0) or grey."""
+def encoded_image(
+    value: int, mode: str = "RGB", size: tuple[int, int] = (64, 64), file_format: str = "JPEG"
+) -> bytes:
+    """Return the file content of an image of one colour, (value, 0, 0) or grey."""
     file = io.BytesIO()
-    Image.new(mode, size, (value, 0, 0) if mode == "RGB" else value).save(file, kind)
+    Image.new(mode, size, (value, 0, 0) if mode == "RGB" else value).save(file, file_format)
     return file.getvalue()
 
 
 def small_tiny(packed: bool, root: Path, extra: dict[str, bytes] | None = None) -> Path:
-    """One or two training images and one validation image per class, some of them grey."""
+    """Write one or two training images and one validation image per class, some of them grey."""
     files = {"wnids.txt": "\n".join(WNIDS).encode(), "words.txt": b""}
     lines = []
     for k, wnid in enumerate(WNIDS):
         for i in range(1 + k % 2):
             mode = "L" if k % 5 == 0 else "RGB"
-            files[f"train/{wnid}/images/{wnid}_{i}.JPEG"] = picture(k, mode)
+            files[f"train/{wnid}/images/{wnid}_{i}.JPEG"] = encoded_image(k, mode)
         files[f"train/{wnid}/{wnid}_boxes.txt"] = b""
-        files[f"val/images/val_{199 - k}.JPEG"] = picture(k)
+        files[f"val/images/val_{199 - k}.JPEG"] = encoded_image(k)
         lines.append(f"val_{199 - k}.JPEG\t{wnid}\t0\t0\t9\t9")
     files["val/val_annotations.txt"] = "\n".join(lines).encode() + b"\n"
     files |= extra or {}
@@ -421,8 +422,8 @@ def test_tiny_imagenet_in_part(tmp_path: Path, packed: bool) -> None:
     k = order[got.train_labels]
     grey = k % 5 == 0
     expected = np.stack([k, np.where(grey, k, 0), np.where(grey, k, 0)], axis=1)
-    found = got.train_images.astype(int).mean((1, 2))
-    assert np.abs(found - expected).max() <= 3  # JPEG's rounding
+    actual = got.train_images.astype(int).mean((1, 2))
+    assert np.abs(actual - expected).max() <= 3  # JPEG's rounding
     assert np.abs(got.test_images[..., 0].mean((1, 2)) - order).max() <= 3
     assert fetch("tinyimagenet", tmp_path).verified is None
     if not packed:
@@ -435,11 +436,26 @@ def test_tiny_imagenet_in_part(tmp_path: Path, packed: bool) -> None:
 @pytest.mark.parametrize(
     ("packed", "name", "content", "match"),
     [
-        (True, "train/X/images/X_0.JPEG", picture(3)[:300], "X_0.JPEG cannot be read as an image"),
+        (True, "train/X/images/X_0.JPEG", encoded_image(3)[:300], "X_0.JPEG cannot be read as an image"),
         (False, "train/X/images/X_0.JPEG", b"none", "X_0.JPEG cannot be read as an image"),
-        (True, "val/images/val_3.JPEG", picture(3, size=(64, 63)), "val_3.JPEG is 63 x 64, it must be 64 x"),
-        (True, "train/n9/images/n9_0.JPEG", picture(3), "n9_0.JPEG must belong to .* wnids.txt, got n9"),
-        (True, "val/images/val_777.JPEG", picture(3), "val_777.JPEG .* named in .*annotations.txt, got none"),
+        (
+            True,
+            "val/images/val_3.JPEG",
+            encoded_image(3, size=(64, 63)),
+            "val_3.JPEG is 63 x 64, it must be 64 x",
+        ),
+        (
+            True,
+            "train/n9/images/n9_0.JPEG",
+            encoded_image(3),
+            "n9_0.JPEG must belong to .* wnids.txt, got n9",
+        ),
+        (
+            True,
+            "val/images/val_777.JPEG",
+            encoded_image(3),
+            "val_777.JPEG .* named in .*annotations.txt, got none",
+        ),
         (True, "wnids.txt", b"n1\nn2\n", "wnids.txt must name 200 classes, it names 2"),
     ],
 )
@@ -461,21 +477,21 @@ def test_tiny_imagenet_without_images_of_a_class(tmp_path: Path) -> None:
         load("tinyimagenet", tmp_path)
 
 
-def folder_of_pictures(root: Path, test: str = "test") -> Path:
+def write_image_folder(root: Path, test: str = "test") -> Path:
     for part in ("train", test):
-        for k, (name, kind) in enumerate({"cat": "PNG", "ant": "BMP", "dog": "GIF"}.items()):
+        for k, (name, file_format) in enumerate({"cat": "PNG", "ant": "BMP", "dog": "GIF"}.items()):
             (root / part / name).mkdir(parents=True)
             for i in range(3):
                 mode = "L" if i == 0 else "RGB"
-                content = picture(50 * k + i, mode, (6, 5), kind)
-                (root / part / name / f"{i}.{kind.lower()}").write_bytes(content)
-    (root / "train" / "cat" / ".DS_Store").write_bytes(b"no picture")
+                content = encoded_image(50 * k + i, mode, (6, 5), file_format)
+                (root / part / name / f"{i}.{file_format.lower()}").write_bytes(content)
+    (root / "train" / "cat" / ".DS_Store").write_bytes(b"no image")
     return root
 
 
 @pytest.mark.parametrize("test", ["test", "val"])
 def test_image_folder(tmp_path: Path, test: str) -> None:
-    got = image_folder(folder_of_pictures(tmp_path, test))
+    got = image_folder(write_image_folder(tmp_path, test))
     assert got.class_names == ("ant", "cat", "dog")
     for images, labels in ((got.train_images, got.train_labels), (got.test_images, got.test_labels)):
         assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -495,7 +511,7 @@ def test_image_folder(tmp_path: Path, test: str) -> None:
 
 
 def test_split_image_folder(tmp_path: Path) -> None:
-    stream = SplitImageFolder(root=folder_of_pictures(tmp_path), num_tasks=3, class_order=(2, 0, 1), size=4)
+    stream = SplitImageFolder(root=write_image_folder(tmp_path), num_tasks=3, class_order=(2, 0, 1), size=4)
     assert stream.name == "splitimagefolder"
     assert [task.name for task in stream.tasks] == ["classes dog", "classes ant", "classes cat"]
     assert [task.train.take(np.arange(3)).x[1, 0, 0, 0] for task in stream.tasks] == [101, 51, 1]
@@ -510,10 +526,10 @@ def test_split_image_folder(tmp_path: Path) -> None:
 
 
 def test_bad_image_folders(tmp_path: Path) -> None:
-    root = folder_of_pictures(tmp_path / "a")
+    root = write_image_folder(tmp_path / "a")
     odd = root / "train" / "cat" / "1.png"
-    odd.write_bytes(picture(0, size=(5, 5), kind="PNG"))
-    (root / "train" / "dog" / "1.gif").write_bytes(picture(0, size=(2, 2), kind="PNG"))
+    odd.write_bytes(encoded_image(0, size=(5, 5), file_format="PNG"))
+    (root / "train" / "dog" / "1.gif").write_bytes(encoded_image(0, size=(2, 2), file_format="PNG"))
     with pytest.raises(ValueError, match=r"train/cat/1.png is 5 x 5, it must be 5 x 6 .*size"):
         image_folder(root)
     assert image_folder(root, size=5).train_images.shape == (9, 5, 5, 3)
@@ -535,8 +551,8 @@ def test_bad_image_folders(tmp_path: Path) -> None:
         image_folder(root, channels=4)
 
 
-def own_data(num_classes: int, seed: int) -> DataSet:
-    """Images whose pixels tell their row and class; superclasses of two classes each, in another order."""
+def recognisable_data(num_classes: int, seed: int) -> DataSet:
+    """Return images whose first pixel is the row and the class, and random superclasses of two classes."""
     rng = np.random.default_rng(seed)
     arrays: list[Any] = []
     for count in (7 * num_classes, 3 * num_classes):
@@ -545,7 +561,7 @@ def own_data(num_classes: int, seed: int) -> DataSet:
         images[:, 0, 0, 0], images[:, 0, 0, 1] = np.arange(count), labels
         arrays += [images, labels]
     superclasses = rng.permutation(np.arange(num_classes) // 2)
-    return DataSet("own", arrays[0], arrays[1], arrays[2], arrays[3], num_classes, superclasses=superclasses)
+    return DataSet("mine", arrays[0], arrays[1], arrays[2], arrays[3], num_classes, superclasses=superclasses)
 
 
 @settings(max_examples=30)
@@ -556,14 +572,14 @@ def own_data(num_classes: int, seed: int) -> DataSet:
     draw=st.data(),
 )
 def test_class_orders(shape: tuple[int, int], scenario: Any, seed: int, draw: st.DataObject) -> None:
-    """An order moves whole classes: pixels stay with their class, labels and mask follow."""
+    """Images stay with their class; labels and mask follow the class order."""
     num_classes, num_tasks = shape
-    own, size = own_data(num_classes, seed), num_classes // num_tasks
+    whole, size = recognisable_data(num_classes, seed), num_classes // num_tasks
     order = tuple(draw.draw(st.permutations(range(num_classes))))
-    stream = split(own, SplitSettings(num_tasks, scenario, seed=seed, class_order=order))
+    stream = split(whole, SplitSettings(num_tasks, scenario, seed=seed, class_order=order))
     for name, images, labels in (
-        ("train", own.train_images, own.train_labels),
-        ("test", own.test_images, own.test_labels),
+        ("train", whole.train_images, whole.train_labels),
+        ("test", whole.test_images, whole.test_labels),
     ):
         seen = []
         for t, task in enumerate(stream.tasks):
@@ -573,7 +589,9 @@ def test_class_orders(shape: tuple[int, int], scenario: Any, seed: int, draw: st
             assert {*part.targets.tolist()} <= {*range(first, first + size)} == {*task.classes}
             for k, c in enumerate(order[t * size : (t + 1) * size]):
                 mine = samples.x[samples.y == first + k]
-                np.testing.assert_array_equal(mine, images[labels == c])  # as a whole, in its own order
+                np.testing.assert_array_equal(
+                    mine, images[labels == c]
+                )  # all of its images, in the original order
             assert stream.mask[t].nonzero()[0].tolist() == list(range(first, first + size))
             assert isinstance(part, Split)
             assert part.indices is not None
@@ -588,13 +606,13 @@ def test_class_orders(shape: tuple[int, int], scenario: Any, seed: int, draw: st
     scenario=st.sampled_from(["task", "domain"]),
 )
 def test_superclass_order(half: int, seed: int, scenario: Any) -> None:
-    own = own_data(2 * half, seed)
-    assert own.superclasses is not None
-    stream = split(own, SplitSettings(half, scenario, class_order="superclass"))
+    whole = recognisable_data(2 * half, seed)
+    assert whole.superclasses is not None
+    stream = split(whole, SplitSettings(half, scenario, class_order="superclass"))
     for t, task in enumerate(stream.tasks):
         classes = task.train.take(np.arange(len(task.train))).x[:, 0, 0, 1]
-        assert {*own.superclasses[classes].tolist()} == {t}
-        assert {*classes.tolist()} == {*np.flatnonzero(own.superclasses == t).tolist()}
+        assert {*whole.superclasses[classes].tolist()} == {t}
+        assert {*classes.tolist()} == {*np.flatnonzero(whole.superclasses == t).tolist()}
 
 
 def test_cifar100_by_superclass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -613,7 +631,7 @@ def test_cifar100_by_superclass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [task.name for task in again.tasks] == [task.name for task in stream.tasks]
 
 
-def test_class_names_and_superclasses_are_of_every_class() -> None:
+def test_class_names_and_superclasses_need_one_item_per_class() -> None:
     images, labels = np.zeros((3, 4, 4, 1), np.uint8), np.arange(3)
     with pytest.raises(ValueError, match="mine: class_names must have one item per class, got 2 with"):
         DataSet("mine", images, labels, images, labels, 3, class_names=("a", "b"))
@@ -622,9 +640,8 @@ def test_class_names_and_superclasses_are_of_every_class() -> None:
 
 
 def test_superclass_order_needs_superclasses(tmp_path: Path) -> None:
-    order: Any = "superclass"
     with pytest.raises(ValueError, match=r"class_order must be .* without superclasses, got superclass"):
-        SplitDigits(class_order=order)
+        SplitDigits(class_order="superclass")
     with pytest.raises(ValueError, match="num_tasks must divide the 100 classes, got 7"):
         SplitCIFAR100(num_tasks=7, data_dir=tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
@@ -639,7 +656,7 @@ def test_augmentation_is_passed_on() -> None:
         SplitDigits(crop_padding=-1)
 
 
-def test_the_original_librarys_names() -> None:
+def test_names_of_the_original_library() -> None:
     layer = canonical({"benchmark": {"name": "TinyImageNet", "fixed_class_order": [1, 0]}})
     assert layer == {"benchmark.name": "splittinyimagenet", "benchmark.class_order": [1, 0]}
 
@@ -670,7 +687,7 @@ CIFAR100_SHA256 = (
 
 @pytest.mark.slow
 def test_real_cifar100() -> None:
-    """The decoded arrays of the published archive; read where the environment's data directory has them."""
+    """Compare the decoded arrays of the published archive, if the environment's data directory has it."""
     if not available("cifar100"):
         return
     got = load("cifar100")
@@ -683,7 +700,11 @@ def test_real_cifar100() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tolerance"),
-    [("cifar10", 1e-3), ("cifar100", 6e-5), ("tinyimagenet", 3e-3)],  # a copy once compressed, all, a fifth
+    [
+        ("cifar10", 1e-3),
+        ("cifar100", 6e-5),
+        ("tinyimagenet", 3e-3),
+    ],  # a copy that was compressed once, all images, a fifth of them
 )
 def test_real_normalisation(name: str, tolerance: float) -> None:
     if not (data_directory() / name / "train_images.npy").is_file():

@@ -20,7 +20,7 @@ from sequel_benchmarks import DATASETS, DataSet, cache, data, data_directory, fe
 
 NAMES = list(idx.IDX_FILES)
 UInt8 = NDArray[np.uint8]
-REFUSED = "http://127.0.0.1:9/"  # at once
+UNREACHABLE = "http://127.0.0.1:9/"  # refuses connections at once
 
 
 def idx_bytes(array: UInt8) -> bytes:
@@ -68,7 +68,7 @@ def test_idx_equals_torchvision(raw: Path) -> None:
 
 
 def test_real_mnist_equals_torchvision() -> None:
-    """On the data directory of the environment, where it holds MNIST as torchvision downloads it."""
+    """Needs MNIST, as downloaded by torchvision, in the environment's data directory."""
     root = data_directory()
     if not (root / "MNIST" / "raw" / NAMES[0]).is_file():
         return
@@ -108,10 +108,10 @@ def test_unwritable_directory_is_read_into_memory(raw: Path) -> None:
 
 
 def test_read_only_directory_is_read_into_memory(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path, shape: object, dtype: object) -> None:
+    def fail(path: Path, shape: object, dtype: object) -> None:
         raise OSError(30, "Read-only file system", str(path))
 
-    monkeypatch.setattr(cache, "create_npy", refuse)
+    monkeypatch.setattr(cache, "create_npy", fail)
     np.testing.assert_array_equal(load("mnist", raw).test_labels, small_mnist()[3])
     assert not list((raw / "mnist").glob("*.npy"))
 
@@ -153,7 +153,7 @@ def test_truncated_idx_is_named(tmp_path: Path, which: int, packed: bool) -> Non
     assert not list((tmp_path / "mnist").glob("*.npy"))
 
 
-def test_idx_of_another_kind_or_length(tmp_path: Path) -> None:
+def test_idx_with_a_wrong_type_or_length(tmp_path: Path) -> None:
     path = tmp_path / "x"
     whole = idx_bytes(np.zeros((2, 3), np.uint8))
     path.write_bytes(whole + b"\0")
@@ -213,7 +213,7 @@ def test_labels_out_of_range_in_the_cache(raw: Path) -> None:
     path = raw / "mnist" / "test_labels.npy"
     labels = np.load(path)
     labels[3] = -1
-    (raw / "mnist" / cache.SUMS).unlink()  # as if another tool had written the files
+    (raw / "mnist" / cache.SUMS).unlink()  # like files that another tool wrote
     np.save(path, labels)
     with pytest.raises(
         ValueError, match=r"test_labels\.npy must hold labels in 0\.\.9, got -1 at position 3"
@@ -237,7 +237,7 @@ def test_two_processes_prepare_one_cache(raw: Path) -> None:
 
 @pytest.fixture
 def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A mirror on this machine, after one that refuses."""
+    """Serve a local mirror, listed after an unreachable one."""
     folder = tmp_path / "mirror"
     write_idx(folder, packed=True)
 
@@ -250,7 +250,7 @@ def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     )
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
-    mirrors = (REFUSED, f"http://127.0.0.1:{server.server_port}/")
+    mirrors = (UNREACHABLE, f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setitem(data.ORIGINS, "mnist", replace(idx.MNIST, mirrors=mirrors))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield folder
@@ -265,7 +265,7 @@ def test_download(mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_array_equal(load("mnist", tmp_path / "d").train_images[..., 0], small_mnist()[0])
 
 
-def test_download_of_another_content_is_refused(mirror: Path, tmp_path: Path) -> None:
+def test_download_with_a_wrong_checksum(mirror: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"could not be downloaded.*hash"):
         load("mnist", tmp_path / "d")
     assert not list((tmp_path / "d" / "mnist").glob("*ubyte*"))

@@ -1,4 +1,4 @@
-"""Labels that restart at 0 in each task: in the task scenario every adapter gives each its own outputs."""
+"""In the task scenario, all functions that make streams give each task separate outputs."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ SIDE = 3
 def pairs(*classes: tuple[int, ...], dtype: Any = np.int64) -> Pairs:
     """Return uint8 images and labels, 12 for training and 6 for testing of each task."""
     rng = np.random.default_rng(0)
-    sizes = [(own, count) for own in classes for count in (12, 6)]
-    made = [
-        (rng.integers(0, 256, (n, SIDE, SIDE, 1), dtype=np.uint8), np.resize(np.array(own, dtype), n))
-        for own, n in sizes
+    sizes = [(labels, count) for labels in classes for count in (12, 6)]
+    arrays = [
+        (rng.integers(0, 256, (n, SIDE, SIDE, 1), dtype=np.uint8), np.resize(np.array(labels, dtype), n))
+        for labels, n in sizes
     ]
-    return list(zip(made[::2], made[1::2], strict=True))
+    return list(zip(arrays[::2], arrays[1::2], strict=True))
 
 
 class Items:
-    """A data set that is read item by item; its labels are known, and compared with those of its items."""
+    """A data set that is read item by item; its `targets` are compared with the items."""
 
     def __init__(self, pair: tuple[Any, Any]) -> None:
         self.images, self.targets = pair
@@ -72,7 +72,7 @@ class Data(pl.LightningDataModule):
 
 
 def of_avalanche(tasks: Pairs, labels: list[int] | None = None, **options: Any) -> Benchmark:
-    """Read what has the attributes of an Avalanche benchmark; `test_adapters.py` has the real ones."""
+    """Make a stream from objects with Avalanche's attributes; `test_adapters.py` uses Avalanche itself."""
     labels = list(range(len(tasks))) if labels is None else labels
     train, test = (
         [SimpleNamespace(dataset=Items(row[k]), task_label=t) for row, t in zip(tasks, labels, strict=True)]
@@ -96,12 +96,12 @@ def of_continuum(tasks: Pairs, **options: Any) -> Benchmark:
 
 
 def of_prepared(tasks: Pairs, **options: Any) -> Benchmark:
-    found = [{t + 1: Items(row[k]) for t, row in enumerate(tasks)} for k in (0, 1)]
-    return from_prepared(SimpleNamespace(prepare_datasets=lambda: found), **options)
+    datasets = [{t + 1: Items(row[k]) for t, row in enumerate(tasks)} for k in (0, 1)]
+    return from_prepared(SimpleNamespace(prepare_datasets=lambda: datasets), **options)
 
 
 def by_hand(tasks: Pairs, **options: Any) -> Benchmark:
-    """Make the Benchmark without an adapter."""
+    """Make the benchmark with the constructors of Benchmark, Task and Split."""
     made = []
     for t, row in enumerate(tasks):
         train, test = (Split(*pair, t) for pair in row)
@@ -125,14 +125,14 @@ every_adapter = pytest.mark.parametrize("adapter", ADAPTERS)
 
 
 def labels_of(split: Any) -> list[int]:
-    """Return the labels of a split as they are taken, with its images; they are those of `targets`."""
-    found: list[int] = split.take(np.arange(len(split))).y.tolist()
-    assert found == split.targets.tolist()
-    return found
+    """Return the labels that a split's `take` returns, after comparing them with `targets`."""
+    labels: list[int] = split.take(np.arange(len(split))).y.tolist()
+    assert labels == split.targets.tolist()
+    return labels
 
 
 @every_adapter
-def test_labels_that_restart_have_outputs_of_their_own(adapter: str) -> None:
+def test_labels_that_restart_have_separate_outputs(adapter: str) -> None:
     """Label y of task k becomes 3 k + y, as the largest label of any task is 2."""
     tasks = pairs((0, 1), (0, 1, 2), (0, 1))
     benchmark = ADAPTERS[adapter](tasks, scenario="task")
@@ -178,7 +178,7 @@ def test_experiences_with_one_task_label_have_one_head() -> None:
     assert (benchmark.scenario, benchmark.num_classes) == ("task", 6)
     assert [task.classes for task in benchmark.tasks] == [(0, 1), (3, 4), (1, 2), (3, 5)]
     assert benchmark.settings["label_offsets"] == [0, 3, 0, 3]
-    alike = of_avalanche(tasks, [0, 0, 0, 0], scenario="task")  # whose labels do not tell the tasks apart
+    alike = of_avalanche(tasks, [0, 0, 0, 0], scenario="task")  # whose task labels are all equal
     assert [task.classes for task in alike.tasks] == [(0, 1), (3, 4), (7, 8), (9, 11)]
 
 
@@ -201,8 +201,8 @@ def test_a_benchmark_by_hand_says_how_to_separate_its_tasks() -> None:
     assert tasks[1].coreset.targets.tolist() == [2, 3]
     joined = Benchmark("b", tasks, 4, "class").joined(1)
     assert separate_heads([joined, second], [0, 0]) == (joined, second)
-    moved = separate_heads([joined, replace(joined, index=1)])[1]
-    assert labels_of(moved.train) == [y + 4 for y in labels_of(joined.train)]
+    relabelled = separate_heads([joined, replace(joined, index=1)])[1]
+    assert labels_of(relabelled.train) == [y + 4 for y in labels_of(joined.train)]
 
 
 @pytest.mark.parametrize(
@@ -214,29 +214,29 @@ def test_a_benchmark_by_hand_says_how_to_separate_its_tasks() -> None:
         (((0, 1), (-1, 1)), {}, r"task 1 \(task 1\): labels must be >= 0, got \[-1\]; number them"),
     ],
 )
-def test_what_is_refused(classes: Any, options: dict[str, Any], message: str) -> None:
+def test_bad_options(classes: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_arrays(pairs(*classes), **{"scenario": "task", **options})
 
 
 @pytest.mark.parametrize("mode", ["pytorch", "jax"])
 def test_the_second_task_leaves_the_outputs_of_the_first_alone(mode: str) -> None:
-    """Their weights get no gradient; with shared outputs they would move."""
-    moved = []
+    """With separate outputs their weights get no gradient; with shared outputs they change."""
+    changes = []
     for heads in ("separate", "shared"):
         benchmark = from_arrays(pairs((0, 1), (0, 1)), scenario="task", heads=heads)
         settings = NaiveHParams(), TrainingHParams(batch_size=6), OptimizerHParams(lr=0.5)
-        learner = made(mode, benchmark, *settings)
+        learner = make_learner(mode, benchmark, *settings)
         ends: list[FloatArray] = []
         for task in benchmark.tasks:
             learner.fit_task(task, SILENT)
             ends.append(learner.weights()["head/kernel"][:, :2])
-        moved.append(float(np.abs(ends[1] - ends[0]).max()))
-    assert moved[0] == 0
-    assert moved[1] > 1e-4
+        changes.append(float(np.abs(ends[1] - ends[0]).max()))
+    assert changes[0] == 0
+    assert changes[1] > 1e-4
 
 
-def made(mode: str, benchmark: Benchmark, hparams: Any, training: Any, optimizer: Any) -> Any:
+def make_learner(mode: str, benchmark: Benchmark, hparams: Any, training: Any, optimizer: Any) -> Any:
     if mode == "jax":
         net = sequel_flax.MLP((4,), benchmark.num_classes)
         tx = sequel_flax.build_optimizer(optimizer)

@@ -1,4 +1,4 @@
-"""Arrays as newcomers have them: the error says what is wrong, and what it says to do is right."""
+"""Common mistakes with arrays: the error names the problem, and the code that it suggests fixes it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def stream(x: Any, y: Any = LABELS, **options: Any) -> Any:
 
 
 def advice(x: Any, y: Any = LABELS) -> tuple[str, list[Any]]:
-    """Return the error, and what each piece of code in it makes of the array that is wrong."""
+    """Return the error, and the result of each piece of code in it, applied to the wrong array."""
     with pytest.raises(ValueError, match="task 0, train: ") as error:
         stream(x, y)
     message = str(error.value)
@@ -32,7 +32,7 @@ def advice(x: Any, y: Any = LABELS) -> tuple[str, list[Any]]:
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint16, np.int16])
 def test_integer_images_from_0_to_255(dtype: Any) -> None:
-    """Times 255 they would overflow: 2 would become 254."""
+    """Multiplied by 255, they would overflow: 2 would become 254."""
     message, (converted,) = advice(PIXELS.astype(dtype))
     assert f"got {np.dtype(dtype)} [6, 5, 5, 1]; convert with x.astype(np.uint8)" in message
     np.testing.assert_array_equal(converted, PIXELS)
@@ -89,10 +89,10 @@ def test_other_images(images: Any, message: str) -> None:
 def test_channels_come_last(channels: int, dtype: Any) -> None:
     last = np.repeat(PIXELS, channels, axis=3).astype(dtype)
     first = np.moveaxis(last, -1, 1)
-    message, (moved,) = advice(first)
+    message, (channels_last,) = advice(first)
     assert f"got {np.dtype(dtype)} {list(first.shape)}, which looks like [N, C, H, W]" in message
-    np.testing.assert_array_equal(moved, last)
-    assert stream(moved).image_shape == (5, 5, channels)
+    np.testing.assert_array_equal(channels_last, last)
+    assert stream(channels_last).image_shape == (5, 5, channels)
     assert stream(first, channels_last=True).image_shape == (channels, 5, 5)
     with pytest.raises(ValueError, match=r"task 0, test: .* which looks like"):
         from_arrays([((last, LABELS), (first, LABELS))])

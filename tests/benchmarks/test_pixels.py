@@ -20,8 +20,8 @@ def images(height: int, width: int, channels: int = 1) -> UInt8Array:
 
 def reference_rotate(x: UInt8Array, angle: float, interpolation: Interpolation) -> UInt8Array:
     tensor = torch.from_numpy(x).permute(0, 3, 1, 2)
-    turned = rotate(tensor, angle, InterpolationMode(interpolation))
-    out: UInt8Array = turned.permute(0, 2, 3, 1).numpy()
+    rotated = rotate(tensor, angle, InterpolationMode(interpolation))
+    out: UInt8Array = rotated.permute(0, 2, 3, 1).numpy()
     return out
 
 
@@ -51,14 +51,14 @@ def test_quarter_turn_is_counter_clockwise(interpolation: Interpolation) -> None
 
 def test_outside_is_black() -> None:
     x = np.full((1, 8, 8, 1), 255, np.uint8)
-    turned = rotation(8, 8, 45.0)(x)[0, :, :, 0]
-    assert turned[0, 0] == turned[7, 7] == 0
-    assert turned[4, 4] == 255
+    rotated = rotation(8, 8, 45.0)(x)[0, :, :, 0]
+    assert rotated[0, 0] == rotated[7, 7] == 0
+    assert rotated[4, 4] == 255
 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**40), task=st.integers(0, 200), pixels=st.integers(1, 900))
-def test_permutation_is_a_permutation_of_its_own(seed: int, task: int, pixels: int) -> None:
+def test_permutations_differ_between_seeds_and_tasks(seed: int, task: int, pixels: int) -> None:
     order = permutation(seed, task, pixels).indices
     assert order.shape == (pixels, 1)
     np.testing.assert_array_equal(np.sort(order[:, 0]), np.arange(pixels))

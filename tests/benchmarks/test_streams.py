@@ -30,8 +30,8 @@ from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.task import Split, Task
 
 
-def own_data(per_class: int = 20, num_classes: int = 6) -> DataSet:
-    """Images whose first two pixels tell row and class, so that a sample can be recognised."""
+def recognisable_data(per_class: int = 20, num_classes: int = 6) -> DataSet:
+    """Return images whose first two pixels are the row and the class, which identifies each sample."""
     rng = np.random.default_rng(1)
     arrays: list[Any] = []
     for count in (per_class * num_classes, 5 * num_classes):
@@ -39,7 +39,7 @@ def own_data(per_class: int = 20, num_classes: int = 6) -> DataSet:
         images = rng.integers(0, 256, (count, 4, 4, 1), dtype=np.uint8)
         images[:, 0, 0, 0], images[:, 0, 1, 0] = np.arange(count), labels
         arrays += [images, labels]
-    return DataSet("own", arrays[0], arrays[1], arrays[2], arrays[3], num_classes)
+    return DataSet("mine", arrays[0], arrays[1], arrays[2], arrays[3], num_classes)
 
 
 def rows(task: Task, name: str = "train") -> list[int]:
@@ -77,7 +77,7 @@ def test_defaults_of_digits() -> None:
 @pytest.mark.parametrize("scenario", ["domain", "task", "class"])
 @pytest.mark.parametrize("class_order", [None, "seeded", (3, 5, 0, 1, 4, 2)])
 def test_split_labels(num_tasks: int, scenario: Any, class_order: Any) -> None:
-    data = own_data()
+    data = recognisable_data()
     stream = split(data, SplitSettings(num_tasks, scenario, seed=4, class_order=class_order))
     size = 6 // num_tasks
     order = {None: list(range(6)), "seeded": plan.permutation(4, "class order", count=6).tolist()}.get(
@@ -103,7 +103,7 @@ def test_split_labels(num_tasks: int, scenario: Any, class_order: Any) -> None:
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6), swap=st.permutations([0, 1, 2]), subset=st.none() | st.integers(1, 40))
 def test_class_order_within_a_task_keeps_its_pixels(seed: int, swap: list[int], subset: int | None) -> None:
-    data = own_data()
+    data = recognisable_data()
     order = (*swap, *(c + 3 for c in swap))
     plain = split(data, SplitSettings(2, subset=subset, validation=0.25, seed=seed))
     swapped = split(data, SplitSettings(2, subset=subset, validation=0.25, seed=seed, class_order=order))
@@ -117,17 +117,17 @@ def test_class_order_within_a_task_keeps_its_pixels(seed: int, swap: list[int], 
     seed=st.integers(0, 10**6),
     validation=st.sampled_from([0.0, 0.1, 0.5]),
     subset=st.none() | st.integers(1, 15),
-    kind=st.sampled_from(["split", "permuted", "rotated"]),
+    scheme=st.sampled_from(["split", "permuted", "rotated"]),
 )
-def test_subset_and_validation(seed: int, validation: float, subset: int | None, kind: str) -> None:
-    data = own_data()
+def test_subset_and_validation(seed: int, validation: float, subset: int | None, scheme: str) -> None:
+    data = recognisable_data()
     common: dict[str, Any] = {"num_tasks": 3, "subset": subset, "validation": validation, "seed": seed}
     stream = {
         "split": lambda: split(data, SplitSettings(**common)),
         "permuted": lambda: permute(data, PermutedSettings(**common)),
         "rotated": lambda: rotate(data, RotatedSettings(**common)),
-    }[kind]()
-    available = 40 if kind == "split" else 120
+    }[scheme]()
+    available = 40 if scheme == "split" else 120
     held_out = set()
     for task in stream.tasks:
         assert len(task.validation) == round(validation * available)
@@ -135,7 +135,7 @@ def test_subset_and_validation(seed: int, validation: float, subset: int | None,
         assert len(task.train) == (left if subset is None else subset)
         assert len(set(rows(task))) == len(task.train)
         held_out |= set(rows(task, "validation"))
-    # What one task holds out, no task trains on: in the mapped streams it is the same image.
+    # No task trains on an image that another task holds out.
     assert not held_out & {row for task in stream.tasks for row in rows(task)}
     joined = stream.joined(1)
     assert len(joined.train) == sum(len(task.train) for task in stream.tasks[:2])
@@ -146,8 +146,8 @@ def signature(stream: Benchmark) -> bytes:
     return b"".join(everything(task, "train").x.tobytes() for task in stream.tasks)
 
 
-def test_one_seed_decides_the_stream() -> None:
-    data = own_data()
+def test_the_seed_determines_the_stream() -> None:
+    data = recognisable_data()
     makers: list[Callable[[int], Benchmark]] = [
         lambda seed: split(data, SplitSettings(2, subset=10, seed=seed)),
         lambda seed: split(data, SplitSettings(2, seed=seed, class_order="seeded")),
@@ -164,12 +164,12 @@ def test_one_seed_decides_the_stream() -> None:
 
 
 def test_subsets_of_tasks_differ() -> None:
-    stream = permute(own_data(), PermutedSettings(2, subset=20))
+    stream = permute(recognisable_data(), PermutedSettings(2, subset=20))
     assert rows(stream.tasks[0]) != rows(stream.tasks[1])
 
 
 def test_permutations() -> None:
-    data = own_data()
+    data = recognisable_data()
     stream = permute(data, PermutedSettings(3, first_identity=True))
     np.testing.assert_array_equal(everything(stream.tasks[0], "train").x, data.train_images)
     assert stream.tasks[0].name == "identity"
@@ -205,7 +205,7 @@ def test_inputs() -> None:
     assert abs(x.std() - 1) < 1e-3
 
 
-def test_settings_are_plain_and_make_the_same_stream() -> None:
+def test_settings_are_plain_and_rebuild_the_stream() -> None:
     stream = SplitDigits(num_tasks=2, class_order=(9, 8, 7, 6, 5, 4, 3, 2, 1, 0), subset=50, seed=3)
     assert stream.settings == {
         "num_tasks": 2,
@@ -327,7 +327,7 @@ def test_bad_arguments(benchmark: type[Benchmark], arguments: dict[str, Any], ma
         benchmark(**arguments)
 
 
-def test_arguments_are_checked_before_data_is_looked_for(tmp_path: Path) -> None:
+def test_arguments_are_checked_before_data_is_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_tasks must divide"):
         SplitMNIST(num_tasks=3, data_dir=tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()

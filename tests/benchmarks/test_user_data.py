@@ -1,4 +1,4 @@
-"""Streams from a user's own arrays, data sets and data modules, and their runs in both frameworks."""
+"""Streams from a user's arrays, data sets and data modules, and their runs in both frameworks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ SIDE = 3
 
 
 def arrays(rng: np.random.Generator, count: int, classes: tuple[int, ...]) -> Arrays:
-    """Return noisy images whose brightest pixel tells the class, and the labels."""
+    """Return noisy images whose brightest pixel is at the position of the class, and the labels."""
     labels = np.resize(np.array(classes), count)
     images = rng.integers(0, 120, (count, SIDE * SIDE), dtype=np.uint8)
     images[np.arange(count), labels] += 130
@@ -36,11 +36,11 @@ def arrays(rng: np.random.Generator, count: int, classes: tuple[int, ...]) -> Ar
 
 
 def two_tasks(rng: np.random.Generator, *classes: tuple[int, ...]) -> list[tuple[Arrays, Arrays]]:
-    return [(arrays(rng, 24, own), arrays(rng, 10, own)) for own in classes]
+    return [(arrays(rng, 24, labels), arrays(rng, 10, labels)) for labels in classes]
 
 
 class Transformed(Dataset[Any]):
-    """Images and labels as torch has them, with a transform of the task's own."""
+    """A torch data set of images and labels, with a transform."""
 
     def __init__(self, pair: Arrays, transform: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.images, self.targets = pair
@@ -69,9 +69,9 @@ def test_tasks_from_arrays(rng: np.random.Generator) -> None:
     assert benchmark.spec.augmentation == Augmentation(2, True)
     for t, (task, pairs) in enumerate(zip(benchmark.tasks, tasks, strict=True)):
         for split, (images, labels) in zip((task.train, task.test), pairs, strict=True):
-            x, y, owners = everything(split)
+            x, y, tasks_of_samples = everything(split)
             np.testing.assert_array_equal(x, images[..., None])
-            assert (y, owners) == (labels.tolist(), [t] * len(labels))
+            assert (y, tasks_of_samples) == (labels.tolist(), [t] * len(labels))
         assert isinstance(task.train, Split)
         assert np.shares_memory(np.asarray(task.train.images), pairs[0][0])
         assert len(task.validation) == 0
@@ -155,13 +155,13 @@ def test_bad_arrays_are_named(rng: np.random.Generator) -> None:
         from_arrays([good, ((images.astype(np.float32), labels), (test[0].astype(np.float32), test[1]))])
 
 
-def turned(t: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def rotated(t: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda image: torch.rot90(image, t, (1, 2)) - 0.5
 
 
 def test_tasks_from_data_sets_with_a_transform_each(rng: np.random.Generator) -> None:
     pairs = [arrays(rng, 12, (0, 1)), arrays(rng, 6, (0, 1))]
-    train, test = ({t + 1: Transformed(pair, turned(t)) for t in (2, 0, 1)} for pair in pairs)
+    train, test = ({t + 1: Transformed(pair, rotated(t)) for t in (2, 0, 1)} for pair in pairs)
 
     class Prepared:
         def prepare_datasets(self) -> Any:
@@ -173,10 +173,10 @@ def test_tasks_from_data_sets_with_a_transform_each(rng: np.random.Generator) ->
         assert benchmark.spec.image_dtype == "float32"
         for t, task in enumerate(benchmark.tasks):
             for split, (images, labels) in zip((task.train, task.test), pairs, strict=True):
-                x, y, owners = everything(split)
+                x, y, tasks_of_samples = everything(split)
                 expected = np.rot90(images, t, (1, 2))[..., None] / np.float32(255) - np.float32(0.5)
                 np.testing.assert_array_equal(x, expected)
-                assert (y, owners) == (labels.tolist(), [t] * len(labels))
+                assert (y, tasks_of_samples) == (labels.tolist(), [t] * len(labels))
     with pytest.raises(ValueError, match=r"keys of the training data sets \[1, 2, 3\], got \[1, 2\]"):
         from_datasets(train, {k: test[k] for k in (1, 2)})
     with pytest.raises(ValueError, match=r"keys of the training data sets \[1, 2, 3\], got NoneType"):
@@ -193,7 +193,7 @@ def test_tasks_from_data_sets_with_a_transform_each(rng: np.random.Generator) ->
 
 
 class Data(pl.LightningDataModule):
-    """Loads nothing before it is set up."""
+    """A data module that has no loader before `setup`."""
 
     def __init__(self, train: Arrays, test: Arrays) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class Data(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self.log.append(stage)
-        self.loader = DataLoader(Transformed(self.pairs[stage], turned(0)), batch_size=3, drop_last=True)
+        self.loader = DataLoader(Transformed(self.pairs[stage], rotated(0)), batch_size=3, drop_last=True)
 
     def train_dataloader(self) -> Any:
         return self.loader
@@ -257,7 +257,9 @@ def flax_learner(hparams: AlgorithmHParams, benchmark: Benchmark, training: Trai
     "hparams",
     [
         ERHParams(mem_size=6, mem_batch_size=4),
-        pytest.param(ICaRLHParams(mem_size=8), marks=pytest.mark.slow),  # like ER, a compilation for one more
+        pytest.param(
+            ICaRLHParams(mem_size=8), marks=pytest.mark.slow
+        ),  # compiles one more program, for what ER tests
     ],
     ids=lambda hparams: hparams.name,
 )
@@ -265,7 +267,7 @@ def test_float_images_train_as_uint8_ones_do(
     hparams: AlgorithmHParams, rng: np.random.Generator, tmp_path: Path
 ) -> None:
     tasks = two_tasks(rng, (0, 1), (2, 3))
-    whole = from_arrays(tasks)  # x / 255 within the step; below by the user
+    whole = from_arrays(tasks)  # the step divides by 255; below, the user does
     items = from_datasets([[Transformed(pair, lambda image: image) for pair in pairs] for pairs in tasks])
     weights: list[dict[str, FloatArray]] = []
     memories = []
@@ -277,9 +279,9 @@ def test_float_images_train_as_uint8_ones_do(
         memories.append(learner.memory_samples())
         joined = joined_with_memory(benchmark.tasks[1], memory_stream(memories[-1], [0]))
         assert everything(joined.train)[0].dtype == benchmark.image_dtype
-    for found, memory in zip(weights[1:], memories[1:], strict=True):
+    for actual, memory in zip(weights[1:], memories[1:], strict=True):
         for name, expected in weights[0].items():
-            np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(actual[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
         assert memory.x.dtype == np.float32
         np.testing.assert_array_equal(memory.x, memories[0].x / np.float32(255))
         np.testing.assert_array_equal(memory.y, memories[0].y)
