@@ -179,6 +179,9 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> DataSet:
         name: one of `DATASETS`.
         data_dir: folder of the data sets, see `data_directory`.
 
+    Returns:
+        The data set: uint8 images `[N, H, W, C]` and int64 labels `[N]` for training and for testing.
+
     Raises:
         ValueError: the name is unknown, the files are missing and cannot be downloaded, or a file is
             damaged. The message names the file.

@@ -35,6 +35,9 @@ def image_folder(
         channels: 3 for RGB or 1 for grey; images are converted if necessary.
         name: name of the data set, which becomes part of the benchmark's name.
 
+    Returns:
+        The data set: uint8 images `[N, H, W, C]` and int64 labels `[N]` for training and for testing.
+
     Raises:
         ValueError: an argument is out of range, a folder is missing, training and test have different
             classes, a class has no images, a file is not an image, or images differ in size and `size` is

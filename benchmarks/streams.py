@@ -277,6 +277,9 @@ def split(data: DataSet, settings: SplitSettings | None = None) -> Benchmark:
         data: the data set.
         settings: see `SplitSettings`; None for its defaults.
 
+    Returns:
+        A benchmark of num_tasks tasks, with num_classes outputs (k outputs in the domain scenario).
+
     Raises:
         ValueError: num_tasks does not divide the number of classes, class_order does not fit, or a task has
             fewer samples than `subset`.
