@@ -1,5 +1,6 @@
 # make run    virtual environment, install, then the main job: both frameworks, Naive against EWC, on real images
 # make test   the same install, then ruff, mypy and pytest
+# make bench  training steps per second, compared with hand-written loops; make bench ARGS=--help lists the options
 # make slow   the tests that take minutes
 # make adapters  streams of Avalanche and Continuum, in an environment of their own
 # make clu    writers of clu, which need TensorFlow, in an environment of their own
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FILES := $(VENV)/.package-files
 
-.PHONY: run test slow adapters clu install clean FORCE
+.PHONY: run test bench slow adapters clu install clean FORCE
 .DELETE_ON_ERROR:
 
 run: install
@@ -23,6 +24,9 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+bench: install
+	$(BIN)/python -m tests.speed $(ARGS)
 
 slow: install
 	$(BIN)/pytest -m slow

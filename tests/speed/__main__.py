@@ -1,0 +1,3 @@
+from tests.speed.bench import main
+
+main()
