@@ -22,19 +22,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sequel_core import plan
-from sequel_core.hparams import (
-    ALGORITHMS,
-    AlgorithmHParams,
-    KCLHParams,
-    NaiveHParams,
-    OptimizerHParams,
-    ReplayHParams,
-    TrainingHParams,
-)
-from sequel_core.learner import FitMonitor, Mode
-from sequel_core.sequencer import training_numbers
-from sequel_core.task import Benchmark, Normalisation, Split, Task
+from sequel_core.algorithms import ALGORITHMS
+from sequel_core.algorithms.kcl import KCLHParams
+from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, ReplayHParams, TrainingHParams
+from sequel_core.runs.learner import FitMonitor, Mode
+from sequel_core.runs.orchestrator import training_numbers
+from sequel_core.stream import plan
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.images import Normalisation
+from sequel_core.stream.task import Split, Task
 
 LOOPS: dict[Mode, str] = {"pytorch": "tests.speed.loops_lightning", "jax": "tests.speed.loops_flax"}
 """The module with the hand-written loops of each mode. Its table `LOOPS` has a row for each algorithm."""

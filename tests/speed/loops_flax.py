@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sequel_core.hparams import BACKBONES as BACKBONE_HPARAMS
-from sequel_core.task import Benchmark, Normalisation, Samples
+from sequel_core.backbones import BACKBONES as BACKBONE_HPARAMS
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.images import Normalisation
+from sequel_core.stream.task import Samples
 from sequel_flax.backbones import BACKBONES, MLP
 from sequel_flax.build import build_optimizer, make_learner, use_one_thread
 from sequel_flax.bundle import batch_stats

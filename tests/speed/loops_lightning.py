@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from sequel_core.hparams import BACKBONES as BACKBONE_HPARAMS
-from sequel_core.task import Benchmark, Normalisation, Samples
+from sequel_core.backbones import BACKBONES as BACKBONE_HPARAMS
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.images import Normalisation
+from sequel_core.stream.task import Samples
 from sequel_lightning.backbones import BACKBONES, MLP, initialise
 from sequel_lightning.build import build_optimizer, make_learner, use_one_thread
 from sequel_lightning.data import as_batch

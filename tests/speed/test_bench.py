@@ -13,10 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from sequel_core import plan
-from sequel_core.hparams import ALGORITHMS, OptimizerHParams, TrainingHParams
-from sequel_core.learner import FitMonitor, Mode
-from sequel_core.task import AnySplit, Samples
+from sequel_core.algorithms import ALGORITHMS
+from sequel_core.hparams import OptimizerHParams, TrainingHParams
+from sequel_core.runs.learner import FitMonitor, Mode
+from sequel_core.stream import plan
+from sequel_core.stream.task import AnySplit, Samples
 from sequel_flax.backbones import CNN as FlaxCNN
 from sequel_flax.backbones import MLP as FlaxMLP
 from sequel_lightning.backbones import CNN, MLP
