@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
@@ -19,7 +21,6 @@ from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
 from sequel_core.runs.callbacks import StreamCallback
-from sequel_core.runs.compare import Comparison, compare
 from sequel_core.runs.learner import DivergenceError, Learner
 from sequel_core.runs.orchestrator import run
 from sequel_core.runs.results import Result, load_result, load_weights
@@ -27,6 +28,9 @@ from sequel_core.stream.benchmark import Benchmark, separate_heads
 from sequel_core.stream.images import Augmentation, Normalisation, PixelMap
 from sequel_core.stream.memory import joined_with_memory, memory_stream
 from sequel_core.stream.task import Batch, Split, Task
+
+if TYPE_CHECKING:
+    from sequel_core.runs.compare import Comparison, compare
 
 __all__ = [
     "AGEMHParams",
@@ -67,3 +71,12 @@ __all__ = [
     "run",
     "separate_heads",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load `compare` when it is used: the modules that it needs take as long to import as all others."""
+    if name in ("Comparison", "compare"):
+        from sequel_core.runs import compare as module
+
+        return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,9 +36,8 @@ class Size(NamedTuple):
 
 
 def files(root: Path) -> list[Path]:
-    """Return the Python files of the packages, without the speed benchmarks."""
-    paths = (path for package in PACKAGES for path in (root / package).rglob("*.py"))
-    return sorted(path for path in paths if path.name != "bench.py")
+    """Return the Python files of the packages."""
+    return sorted(path for package in PACKAGES for path in (root / package).rglob("*.py"))
 
 
 def code_lines(source: str) -> set[int]:

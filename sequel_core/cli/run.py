@@ -33,9 +33,8 @@ from sequel_core.experiment.compose import CONFIGS, compose, one_line, other_ver
 from sequel_core.experiment.config import SPREAD, ExperimentConfig, build_benchmark, build_callbacks, settings
 from sequel_core.runs import learner
 from sequel_core.runs.callbacks import StreamCallback
-from sequel_core.runs.console import Shown
 from sequel_core.runs.learner import DivergenceError
-from sequel_core.runs.orchestrator import Resume
+from sequel_core.runs.orchestrator import Resume, Shown
 from sequel_core.runs.results import CONFIG, ERROR, PACKAGE, Result, RunDirectory
 from sequel_core.runs.signals import InterruptedRunError
 from sequel_core.stream.benchmark import Benchmark

@@ -20,9 +20,8 @@ from rich.table import Column, Table
 
 from sequel_core.experiment.config import ExperimentConfig, check_name
 from sequel_core.runs import learner
-from sequel_core.runs.console import Shown
 from sequel_core.runs.learner import PLUGINS, Learner, Mode
-from sequel_core.runs.orchestrator import check_run, run
+from sequel_core.runs.orchestrator import Shown, check_run, run
 from sequel_core.runs.results import CONFIG, TASK_GIVEN, Result, RunDirectory, load_weights
 from sequel_core.runs.signals import InterruptedRunError
 from sequel_core.stream.benchmark import Benchmark

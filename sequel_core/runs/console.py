@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.console import Console, Group
@@ -19,13 +19,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from sequel_core.runs.learner import Learner, Progress
+from sequel_core.runs.orchestrator import Shown
 from sequel_core.runs.results import TASK_GIVEN, Result
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.task import Task
-
-Shown = bool | Literal["bars"]
-"""How much of a run is shown: all of it, nothing, or the bars alone."""
 
 REFRESHES_PER_SECOND = 2  # drawing takes 3 ms
 ESTIMATE_SECONDS = 3600.0  # what is left of the stream is estimated over tasks with their evaluations

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from sequel_core.hparams import CheckpointHParams
 from sequel_core.runs import metrics
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.checkpoints import Checkpoints
-from sequel_core.runs.console import Display, Shown
 from sequel_core.runs.learner import DivergenceError, EvaluateEvery, Evaluation, FitMonitor, Learner, Progress
 from sequel_core.runs.results import (
     PACKAGE,
@@ -38,8 +37,13 @@ from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.pictures import sample_images
 from sequel_core.stream.task import Task
 
+if TYPE_CHECKING:
+    from sequel_core.runs.console import Display
+
 EvaluateOn = Literal["test", "validation"]
 Resume = bool | Literal["auto"]
+Shown = bool | Literal["bars"]
+"""How much of a run is shown: all of it, nothing, or the bars alone."""
 
 
 def run(
@@ -90,6 +94,8 @@ def run(
         InterruptedRunError: SIGINT, SIGTERM or another signal asked for the end; a checkpoint was written.
         OSError: a file could not be written; earlier checkpoints are kept.
     """
+    from sequel_core.runs.console import Display  # rich, which is slow to import
+
     check_run(learner, benchmark, evaluate_every, evaluate_on)
     if resume not in (True, False, "auto"):
         raise ValueError(f"resume must be True, False or 'auto', got {resume!r}")

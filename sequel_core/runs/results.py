@@ -27,14 +27,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
-from importlib import metadata
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import yaml
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from sequel_core.runs.metrics import check_matrix, summarise
@@ -270,6 +268,8 @@ class RunDirectory:
         Raises:
             ValueError: another process runs in it; its host and number are named.
         """
+        from filelock import FileLock, Timeout  # slow to import
+
         lock, holder = FileLock(self.path / LOCK), self.path / f"{LOCK}.json"
         try:
             lock.acquire(timeout=0)
@@ -550,25 +550,30 @@ def load_weights(directory: str | Path) -> dict[str, NDArray[Any]]:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def peak_memory_bytes() -> int | None:
-    """Return the most resident memory that this process has had, in bytes; None where that is not known.
+def peak_memory_bytes() -> int:
+    """Return the peak resident memory of this process, in bytes.
 
-    Linux's own high-water mark comes first, because `ru_maxrss` of a child starts at its parent's.
+    psutil has the peak on Windows only. Linux has it in `VmHWM`; its `ru_maxrss` includes the peak of the
+    process that started this one.
     """
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
     status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    if status.is_file() and (peak := re.search(r"VmHWM:\s*(\d+)", status.read_text())):
+        return int(peak[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-_version = cache(metadata.version)  # it reads files, and every checkpoint asks
+@cache
+def _version(distribution: str) -> str:
+    """Return the version of an installed distribution. Every checkpoint asks, and this reads files."""
+    from importlib import metadata  # slow to import
+
+    return metadata.version(distribution)
 
 
 def _writer(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import stdtrit
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -17,5 +16,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     n = len(values)
     if n < 2:
         return None
+    from scipy.special import stdtrit  # slow to import
+
     half = float(stdtrit(n - 1, 0.975)) * float(np.std(values, ddof=1)) / math.sqrt(n)
     return float(np.mean(values)) - half, float(np.mean(values)) + half

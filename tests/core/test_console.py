@@ -13,8 +13,9 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from sequel_core.runs.console import Display, Shown
+from sequel_core.runs.console import Display
 from sequel_core.runs.learner import Learner, Progress
+from sequel_core.runs.orchestrator import Shown
 from sequel_core.runs.results import Result
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")

@@ -12,11 +12,12 @@ TORCH = {"torch", "torchvision", "torchmetrics", "pytorch_lightning", "lightning
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 
-def loaded_by(*modules: str) -> set[str]:
-    """Return the top-level packages that a fresh interpreter holds after importing these modules."""
+def loaded_by(*modules: str, call: str = "") -> set[str]:
+    """Return the top-level packages that a fresh interpreter holds after importing modules, and a call."""
     code = (
         "import importlib, json, sys\n"
         f"for name in {modules!r}: importlib.import_module(name)\n"
+        f"import sequel_core\n{call}\n"
         "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -32,6 +33,16 @@ def test_the_core_and_the_benchmarks_load_no_framework() -> None:
     ]
     assert {"sequel_core.runs.metrics", "sequel_core.runs.results", "sequel_core.stream.plan"} <= set(modules)
     assert not loaded_by("sequel_core", "sequel_benchmarks", *modules) & (TORCH | JAX)
+
+
+def test_importing_the_core_is_quick() -> None:
+    loaded = loaded_by("sequel_core")
+    assert not loaded & {"filelock", "hydra", "jinja2", "matplotlib", "rich", "scipy", "sklearn"}
+
+
+def test_the_help_of_the_command_loads_no_framework() -> None:
+    loaded = loaded_by("sequel_core.cli", call="sequel_core.cli.main(['--help'])")
+    assert not loaded & (TORCH | JAX)
 
 
 @pytest.mark.parametrize(
