@@ -19,6 +19,7 @@ from tests.parity.test_parity import ZERO
 from tests.reference.algorithms import REFERENCES
 from tests.reference.cases import CASES as REFERENCE
 from tests.resume.short_runs import METHODS as RESUME
+from tests.speed import loops_flax, loops_lightning
 
 NO_STRENGTH = {"naive", "joint", "lamaml", "icarl", "kcl"}
 """Methods without a setting whose value 0 gives naive finetuning."""
@@ -36,6 +37,8 @@ TABLES: dict[str, Collection[str]] = {
     "METHODS of tests/resume/short_runs.py": RESUME,
     "EVERY of tests/lightning/parts.py": [hparams.name for hparams in LIGHTNING],
     "EVERY of tests/flax/parts.py": [hparams.name for hparams in FLAX],
+    "LOOPS of tests/speed/loops_lightning.py": loops_lightning.LOOPS,
+    "LOOPS of tests/speed/loops_flax.py": loops_flax.LOOPS,
 }
 
 

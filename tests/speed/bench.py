@@ -29,7 +29,7 @@ from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, ReplayHParam
 from sequel_core.runs.learner import FitMonitor, Mode
 from sequel_core.runs.orchestrator import training_numbers
 from sequel_core.stream import plan
-from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.benchmark import Benchmark, Scenario
 from sequel_core.stream.images import Normalisation
 from sequel_core.stream.task import Split, Task
 
@@ -203,7 +203,7 @@ def stream(hparams: AlgorithmHParams, num_samples: int, backbone: str = "mlp") -
     for i, part in enumerate((classes[:half], classes[half:]) if halves else (classes, classes)):
         split = Split(images, np.resize(part, num_samples), i)
         tasks.append(Task(i, "random images", tuple(part), split, split.head(1), split.head(0)))
-    scenario = "class" if halves else "domain"
+    scenario: Scenario = "class" if halves else "domain"
     benchmark = Benchmark("bench", tuple(tasks), len(classes), scenario, network.normalisation)
     if isinstance(hparams, KCLHParams):
         return replace(benchmark, tasks=tuple(hparams.training_tasks(benchmark)))

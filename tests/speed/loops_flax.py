@@ -22,9 +22,10 @@ from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.images import Normalisation
 from sequel_core.stream.task import Samples
 from sequel_flax.backbones import BACKBONES, MLP
-from sequel_flax.build import build_optimizer, make_learner, use_one_thread
+from sequel_flax.build import make_learner, use_one_thread
 from sequel_flax.bundle import batch_stats
 from sequel_flax.learner import FlaxLearner
+from sequel_flax.optimizers import build_optimizer
 from sequel_flax.writers import WRITERS as LOGGERS
 from tests.speed.bench import RATE, WIDTHS, Contenders
 
@@ -108,11 +109,13 @@ class Network:
 
     def __init__(self, model: Any, normalisation: Normalisation) -> None:
         self.model = model
-        self.scale, self.shift = np.float32(normalisation.scale), np.float32(normalisation.shift)
+        self.scale, self.shift = (
+            jnp.asarray(a, jnp.float32)[None, None, None] for a in (normalisation.scale, normalisation.shift)
+        )
 
     def pixels(self, x: jax.Array) -> jax.Array:
         """Return normalised images."""
-        return x.astype(jnp.float32) * self.scale[None, None, None] + self.shift[None, None, None]
+        return x.astype(jnp.float32) * self.scale + self.shift
 
     def __call__(self, params: Any, x: jax.Array) -> jax.Array:
         """Return the logits."""

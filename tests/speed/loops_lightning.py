@@ -149,12 +149,15 @@ class Naive(pl.LightningModule):
 # Regularisers.
 
 
-class EWC(Naive):
+class Regulariser(Naive):
     def __init__(self, net: nn.Module, *args: Any) -> None:
         super().__init__(net, *args)
         self.anchor = [p.detach().clone() for p in net.parameters()]
         self.importance = [torch.ones_like(p) for p in net.parameters()]
+        self.path = [torch.zeros_like(p) for p in net.parameters()]
 
+
+class EWC(Regulariser):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
         for p, f, a in zip(self.net.parameters(), self.importance, self.anchor, strict=True):
@@ -162,13 +165,7 @@ class EWC(Naive):
         return loss
 
 
-class SI(Naive):
-    def __init__(self, net: nn.Module, *args: Any) -> None:
-        super().__init__(net, *args)
-        self.anchor = [p.detach().clone() for p in net.parameters()]
-        self.importance = [torch.ones_like(p) for p in net.parameters()]
-        self.path = [torch.zeros_like(p) for p in net.parameters()]
-
+class SI(Regulariser):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         params = list(self.net.parameters())
         self.gradient = [p.grad.clone() for p in params]
@@ -193,8 +190,10 @@ class LFL(Naive):
         with torch.no_grad():
             old = self.old.features(self.pixels(x))
         distance = ((features - old) ** 2).sum(1).mean()
-        loss: Tensor = F.cross_entropy(self.net.head(features), y)
-        return loss + self.settings["lfl_lambda"] / 2 * distance
+        loss: Tensor = (
+            F.cross_entropy(self.net.head(features), y) + self.settings["lfl_lambda"] / 2 * distance
+        )
+        return loss
 
 
 # Methods that keep samples.
@@ -237,7 +236,7 @@ class DER(Replay):
         logits = self.logits(x)
         old_x, _, old_logits = self.read(len(y))
         distance = ((self.logits(old_x) - old_logits) ** 2).sum(1).mean()
-        loss = F.cross_entropy(logits, y) + self.settings["alpha"] * distance
+        loss: Tensor = F.cross_entropy(logits, y) + self.settings["alpha"] * distance
         if "beta" in self.settings:  # DER++
             old_x, old_y, _ = self.read(len(y))
             loss = loss + self.settings["beta"] * F.cross_entropy(self.logits(old_x), old_y)
@@ -245,12 +244,17 @@ class DER(Replay):
         return loss
 
 
-class AGEM(Replay):
+class MCSGD(Replay):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        self.draw = self.read(len(batch[1]))
         loss = super().training_step(batch, batch_idx)
         self.write(*batch)
         return loss
+
+
+class AGEM(MCSGD):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        self.draw = self.read(len(batch[1]))
+        return super().training_step(batch, batch_idx)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         params, (x, y, _) = list(self.net.parameters()), self.draw
@@ -260,13 +264,6 @@ class AGEM(Replay):
             square = sum((r * r).sum() for r in reference)
             for p, r in zip(params, reference, strict=True):
                 p.grad -= along / square * r
-
-
-class MCSGD(Replay):
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        self.write(*batch)
-        return loss
 
 
 class ICaRL(Naive):
