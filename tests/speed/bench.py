@@ -26,7 +26,7 @@ from sequel_core.algorithms import ALGORITHMS
 from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, ReplayHParams, TrainingHParams
-from sequel_core.runs.learner import FitMonitor, Mode
+from sequel_core.runs.learner import FitMonitor, Mode, plugin
 from sequel_core.runs.orchestrator import training_numbers
 from sequel_core.stream import plan
 from sequel_core.stream.benchmark import Benchmark, Scenario
@@ -219,6 +219,7 @@ def make_contenders(
     directory: Path | None = None,
 ) -> Contenders:
     """Return SequeL and the hand-written loops; with a directory, SequeL with and without loggers."""
+    plugin(mode)  # before the loops: nothing may import torchvision before sequel_lightning
     loops = import_module(LOOPS[mode])
     task = benchmark.tasks[1]
 

@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,6 +39,7 @@ from tests.speed.bench import (
 
 MODES: list[Mode] = ["pytorch", "jax"]
 MODULES = {"pytorch": loops_lightning, "jax": loops_flax}
+ROOT = Path(__file__).resolve().parents[2]
 SIZE, SAMPLES, STEPS = 10, 40, 20
 RANDOM = ("er", "der", "derpp", "lamaml")  # the loss includes samples from the memory, which differ
 TRAINING = TrainingHParams(batch_size=SIZE, log_every_n_steps=1)
@@ -52,6 +55,14 @@ def test_every_algorithm_has_rows(algo: str, mode: str, tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert len(rows) == (2 if mode == "jax" or algo == "naive" else 3)
     assert all(row["algo"] == algo and row["steps_per_second"] > 0 and row["ratio"] > 0 for row in rows)
+
+
+def test_a_fresh_process_measures() -> None:
+    line = ["--algo", "naive", "--mode", "pytorch", "--batch-size", "10", "--steps", "2", "--rounds", "1"]
+    command = [sys.executable, "-m", "tests.speed", *line]
+    child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    assert "PyTorch loop" in child.stdout
 
 
 @pytest.mark.parametrize(
