@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ from sequel_core.stream.planner import NoPlanner, Planner, check_steps, resumed
 from sequel_core.stream.task import AnySplit, Batch, Task
 from sequel_flax import augmentation
 from sequel_flax.boundaries import StartPlan, given, is_traced, select
-from sequel_flax.foreign import as_called, counting_only
+from sequel_flax.foreign import as_called, with_row_mask
 from sequel_flax.trainable import Fill, Selection, Trained
 
 Params = Any
@@ -406,12 +405,13 @@ def training_forward(
     key = jax.random.fold_in(state.stream.dropout_key, ts.step)
     first = isinstance(draw, int) and draw == 0
     rngs = {"dropout": key if first else jax.random.fold_in(key, draw)}
-    call = partial(as_called(ts.apply_fn), train=True, rngs=rngs, method=method)
+    call: Callable[..., Any] = partial(as_called(ts.apply_fn), train=True, rngs=rngs, method=method)
     images = normalise(state.stream, x)
     if not jax.tree.leaves(stats):
         return call({"params": params}, images), stats
-    with nullcontext() if counts is None else counting_only(counts):
-        out, updated = call({"params": params, "batch_stats": stats}, images, mutable=["batch_stats"])
+    if counts is not None:
+        call = with_row_mask(call, counts)
+    out, updated = call({"params": params, "batch_stats": stats}, images, mutable=["batch_stats"])
     return out, updated["batch_stats"]
 
 

@@ -1,8 +1,8 @@
-"""Networks from elsewhere, called as the built-in ones are: any linen module, any NNX module.
+"""Adapters that let user-defined linen and NNX modules be called as the built-in networks are.
 
-What the rest of the plug-in asks of a network is linen's own form, with one keyword for the mode:
+The rest of the plug-in calls every network with linen's interface and one keyword for the mode:
 
-    variables = model.init(key, x, train=False)  # {"params": ..., "batch_stats": ... where it has any}
+    variables = model.init(key, x, train=False)  # {"params": ..., "batch_stats": ... if it has any}
     logits = model.apply(variables, x, train=False)
     logits, updates = model.apply(variables, x, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
 """
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any, cast
@@ -26,8 +25,8 @@ from flax.errors import ScopeCollectionNotFound
 from flax.training.train_state import TrainState
 from flax.traverse_util import unflatten_dict
 
-Path = tuple[Any, ...]  # of a leaf in an NNX module: names, and numbers in lists
-Call = Callable[..., Any]
+Path = tuple[Any, ...]  # of a leaf in an NNX module: attribute names, and integers for list elements
+Apply = Callable[..., Any]
 
 MODES = {
     "train": True,
@@ -36,148 +35,178 @@ MODES = {
     "deterministic": False,
     "use_running_average": False,
 }
-"""Arguments that tell a module whether it trains; those that are False then are inverted."""
+"""Arguments that tell a module its mode, with the value that each has in training."""
 
-_counted: ContextVar[jax.Array | None] = ContextVar("counted rows of the batch", default=None)
+_row_mask: ContextVar[jax.Array | None] = ContextVar("row_mask", default=None)
 
 
 def adapted(model: Any) -> Any:
-    """Return a network that is called as a built-in one: the model itself, or what stands in for it.
+    """Return a network with the interface of this module's docstring.
 
-    A module is called with the images and with those of its arguments that tell the mode: `train`,
-    `training`, `is_training`, or their inverse, `deterministic` and `use_running_average`. One without any is
-    called with the images alone. An NNX module is put in its mode by its own `train()` and `eval()` as well,
-    may take the random streams as `rngs` (None in evaluation), and starts from the values that it has; it is
-    never changed itself.
+    A module is called with its inputs and with the arguments for the mode that it has: `train`, `training`,
+    `is_training`, or their opposites, `deterministic` and `use_running_average`. It may have none of them.
+
+    An NNX module is also put in its mode by its `train()` and `eval()` methods. It may take its random
+    streams as an argument `rngs`, which is None in evaluation. Training starts from its current values. The
+    module itself is never changed; see `write_back`.
 
     Args:
-        model: a linen module or an NNX module, with images `[B, H, W, C]` as its first argument.
+        model: A linen or an NNX module, with inputs such as images `[B, H, W, C]` as its first argument.
 
     Returns:
-        An object with the methods `init` and `apply` of this file's docstring; `method` of `apply` is None,
-        the name of a method that takes an array, or a function of the module and an array.
+        The model itself if it has this interface, else an object with the methods `init` and `apply`. The
+        argument `method` of `apply` may be None, the name of a method, or a function of the module and an
+        array.
 
     Raises:
-        ValueError: the model is neither, needs another argument, or is an NNX module with other state than
-            parameters, batch statistics, random streams and constant arrays.
+        ValueError: The model is not a module, needs another argument, or is an NNX module with state other
+            than parameters, batch statistics, random streams and constant arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> module = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        >>> model, x = adapted(module), jnp.ones((4, 3))
+        >>> variables = model.init(None, x)
+        >>> sorted(variables["params"])
+        ['bias', 'kernel']
+        >>> model.apply(variables, x, train=True).shape
+        (4, 2)
     """
     if isinstance(model, _LinenNetwork | _NNXNetwork):
         return model
     if not isinstance(model, nn.Module | nnx.Module) or not callable(model):
-        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        received = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise ValueError(
-            f"the model must be an instance of a linen or an NNX module with a __call__, got {what}"
+            f"the model must be an instance of a linen or an NNX module with a __call__, got {received}"
         )
     if isinstance(model, nnx.Module):
         return _NNXNetwork(model)
     features = getattr(type(model), "features", None)
-    told_alike = not callable(features) or "train" in inspect.signature(features).parameters
-    conforms = _arguments(model.__call__) == ("train",) and told_alike
-    return model if conforms else _LinenNetwork(model)
+    features_take_train = not callable(features) or "train" in inspect.signature(features).parameters
+    if _keywords(model.__call__) == ("train",) and features_take_train:
+        return model
+    return _LinenNetwork(model)
 
 
-def as_called(apply_fn: Any) -> Call:
-    """Return the function by which our steps call the network of a TrainState.
-
-    That is its `apply_fn`, except for `net.apply` of a linen module that has no argument `train`: this is
-    replaced by `adapted(net).apply`.
+def as_called(apply_fn: Any) -> Apply:
+    """Return the function with which a training step calls the network of a TrainState.
 
     Args:
-        apply_fn: field of a TrainState.
+        apply_fn: The field of a TrainState.
+
+    Returns:
+        `apply_fn`, or `adapted(net).apply` if it is the method `net.apply` of a linen module.
 
     Raises:
-        ValueError: a function with other arguments, or a module that `adapted` does not take.
+        ValueError: The function does not take the arguments of `adapted(net).apply`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> net, x = nn.Dense(2), jnp.ones((4, 3))
+        >>> apply = as_called(net.apply)
+        >>> apply(net.init(jax.random.key(0), x), x, train=True).shape
+        (4, 2)
     """
     owner = getattr(apply_fn, "__self__", None)
     if isinstance(owner, nn.Module) and apply_fn.__name__ == "apply":
-        return partial(_with_statistics, adapted(owner).apply)
+        return partial(_with_error, adapted(owner).apply)
     try:
         inspect.signature(apply_fn).bind({}, (), train=True, rngs=None, method=None, mutable=False)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            "the TrainState's apply_fn must be called as apply_fn(variables, x, train=..., rngs=..., "
-            f"method=..., mutable=...), got {apply_fn!r}: {error}; give "
-            "apply_fn=sequel_flax.adapted(net).apply of a linen or an NNX module"
+            "the TrainState's apply_fn must accept apply_fn(variables, x, train=..., rngs=..., method=..., "
+            f"mutable=...), got {apply_fn!r}: {error}; use apply_fn=sequel_flax.adapted(net).apply for a "
+            "linen or an NNX module"
         ) from error
-    return cast(Call, apply_fn)
-
-
-def _with_statistics(apply: Call, *args: Any, **kwargs: Any) -> Any:
-    """Call a linen module; say what to do if it keeps batch statistics that it was not given."""
-    try:
-        return apply(*args, **kwargs)
-    except ScopeCollectionNotFound as error:
-        raise ValueError(_no_statistics(str(error).partition(" (http")[0])) from error
-
-
-def _no_statistics(what: str) -> str:
-    return (
-        f"the network keeps batch statistics, which the TrainState lacks: {what.rstrip('.')}; make it with "
-        "sequel_flax.BatchStatsTrainState.create(apply_fn=model.apply, tx=tx, **variables) of variables = "
-        "model.init(key, x)"
-    )
+    return cast(Apply, apply_fn)
 
 
 def write_back(module: nnx.Module, ts: TrainState) -> None:
-    """Write the parameters and batch statistics of a TrainState into the NNX module that they began as.
+    """Copy the trained parameters and batch statistics of a TrainState into an NNX module.
 
-        model = adapted(module)
-        ts = BatchStatsTrainState.create(apply_fn=model.apply, tx=tx, **model.init(key, x))
-        ...  # train; after FlaxLearner, ts is learner.ts
-        write_back(module, ts)
-
-    The arrays are copies. What the module does not have, as the parameters of KCL's kernels, is left out.
+    Parameters that the module does not have, such as those of KCL's kernel, are ignored.
 
     Args:
-        module: given to `adapted`; changed in place.
-        ts: with parameters named as `adapted(module).init` names them; numbers of lists are strings.
+        module: The module that was passed to `adapted`. It is changed in place.
+        ts: A TrainState, for example `learner.ts`, with the structure of `adapted(module).init`.
 
     Raises:
-        ValueError: an array of the module is missing, or has another shape; nothing is written then.
+        ValueError: An array of the module is missing from `ts` or has another shape. The module is unchanged.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from flax import nnx
+        >>> from flax.training.train_state import TrainState
+        >>> module = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        >>> model = adapted(module)
+        >>> params = model.init(None, jnp.ones((1, 3)))["params"]
+        >>> ts = TrainState.create(apply_fn=model.apply, params=params, tx=optax.sgd(0.1))
+        >>> ts = ts.apply_gradients(grads=jax.tree.map(jnp.ones_like, ts.params))
+        >>> write_back(module, ts)
+        >>> module.bias[...].tolist() == ts.params["bias"].tolist()
+        True
     """
-    found: dict[Path, Any] = {}
-    leaves = {p: a for p, a in _leaves(module).items() if isinstance(a, nnx.Param | nnx.BatchStat)}
-    for path, leaf in leaves.items():
-        collection = "params" if isinstance(leaf, nnx.Param) else "batch_stats"
-        value: Any = getattr(ts, collection, {})
-        for part in map(str, path):
-            value = value.get(part) if isinstance(value, Mapping) else None
+    values = []
+    variables = {path: leaf for path, leaf in _leaves(module).items() if _collection(leaf)}
+    for path, leaf in variables.items():
+        name = _collection(leaf)
+        value = _at(getattr(ts, name, None), path)
         shape = None if value is None else jnp.shape(value)
         if shape != leaf.shape:
-            got = "none" if shape is None else list(shape)
             raise ValueError(
-                f"ts.{collection} must have the array {'/'.join(map(str, path))} of {type(module).__name__}, "
-                f"{list(leaf.shape)}, got {got}; give the module that the TrainState was made from with "
-                "sequel_flax.adapted"
+                f"ts.{name} must have the array {_text(path)} of {type(module).__name__} with shape "
+                f"{list(leaf.shape)}, got {'none' if shape is None else list(shape)}; use the module that "
+                "was passed to sequel_flax.adapted to make the TrainState"
             )
-        found[path] = value
-    for path, leaf in leaves.items():
-        leaf.set_value(jnp.array(found[path]))
+        values.append(value)
+    for leaf, value in zip(variables.values(), values, strict=True):
+        leaf.set_value(jnp.array(value))
 
 
-@contextmanager
-def counting_only(mask: jax.Array) -> Iterator[None]:
-    """Have every batch normalisation of a network that is applied within take its statistics of some rows.
+def with_row_mask(apply: Apply, mask: jax.Array) -> Apply:
+    """Return a function that computes batch statistics from some rows of the batch only.
 
-    Where no row counts, the running statistics stay as they are, and what the network says is of no use but
-    finite.
+    If the mask selects no row, the running statistics are unchanged, and the outputs are finite but
+    meaningless.
 
     Args:
-        mask: bool `[N]`, the rows of the batch that count.
+        apply: A network's `apply`, to be called with `mutable=["batch_stats"]`.
+        mask: The rows that count, bool `[B]`.
 
-    Raises:
-        ValueError: in the call, by a layer that keeps batch statistics and does not take a mask.
+    Returns:
+        A function with the arguments and results of `apply`. It raises `ValueError` if a layer has batch
+        statistics and does not take a mask.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> net, x = nn.BatchNorm(use_running_average=False, momentum=0.9), jnp.array([[1.0], [3.0], [9.0]])
+        >>> variables = net.init(jax.random.key(0), x)
+        >>> apply = with_row_mask(net.apply, jnp.array([True, True, False]))
+        >>> _, updates = apply(variables, x, mutable=["batch_stats"])
+        >>> round(float(updates["batch_stats"]["mean"][0]), 4)  # 0.1 * (1 + 3) / 2
+        0.2
     """
-    token = _counted.set(mask)
-    try:
-        with nn.intercept_methods(_count_in_linen):
-            yield
-    finally:
-        _counted.reset(token)
+
+    def masked(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        token = _row_mask.set(mask)
+        try:
+            with nn.intercept_methods(_mask_linen_layer):
+                out, updates = apply(variables, *args, **kwargs)
+        finally:
+            _row_mask.reset(token)
+        before, after = variables["batch_stats"], updates["batch_stats"]
+        leaves = zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)
+        selected = [jnp.where(mask.any(), new, old) for new, old in leaves]
+        return out, {**updates, "batch_stats": jax.tree.unflatten(jax.tree.structure(after), selected)}
+
+    return masked
 
 
 class _LinenNetwork:
-    """A linen module whose methods tell the mode in another way, or not at all."""
+    """A linen module without the argument `train`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -193,43 +222,46 @@ class _LinenNetwork:
         variables: Mapping[str, Any],
         x: jax.Array,
         train: bool = False,
-        rngs: Mapping[str, jax.Array] | None = None,
-        method: str | Call | None = None,
-        mutable: bool | Sequence[str] = False,
+        method: str | Apply | None = None,
+        **options: Any,
     ) -> Any:
-        called = method if callable(method) else getattr(self.model, method or "__call__")
-        mode = {} if callable(method) else _mode(called, train)
-        streams = dict(rngs) if rngs else None
-        return self.model.apply(variables, x, **mode, rngs=streams, method=called, mutable=mutable)
+        function = method if callable(method) else getattr(self.model, method or "__call__")
+        mode = {} if callable(method) else _mode(function, train)
+        return self.model.apply(variables, x, **mode, method=function, **options)
 
 
 class _NNXNetwork:
     """An NNX module as pure functions of its parameters and batch statistics."""
 
+    # nnx.bridge.ToLinen (flax 0.12.8) cannot replace this class: it raises KeyError for list elements under
+    # string keys, raises for the parameters that KCL adds, keeps subclasses of Param out of "params", uses
+    # the module's own statistics if "batch_stats" is missing, and does not reseed the module's streams.
+
     def __init__(self, model: nnx.Module) -> None:
-        _arguments(model.__call__, "rngs")
-        # Settings hold functions, whose addresses differ from run to run.
-        self.text = re.sub(r" at 0x[0-9a-f]+", "", repr(model))
+        _keywords(model.__call__, "rngs")
+        self.text = re.sub(r" at 0x[0-9a-f]+", "", repr(model))  # addresses differ between runs
         self.leaves = _leaves(model)
         for path, leaf in self.leaves.items():
-            _check_state(type(model).__name__, path, leaf)
-        self.without_mask = [path for path, layer in _owners_of_statistics(model) if not _takes_mask(layer)]
-        self.definitions = {}
+            _check_state(model, path, leaf)
+        self.unmaskable: list[Path] = []
+        self.graphdefs = {}
         for train in (True, False):
             copy = nnx.clone(model)
             copy.train() if train else copy.eval()
-            for _, layer in _owners_of_statistics(copy):
-                if _takes_mask(layer):
-                    object.__setattr__(layer, "__class__", _counting(layer.__class__))
-            self.definitions[train] = nnx.graphdef(copy)
+            layers = [(path, layer) for path, layer in nnx.iter_modules(copy) if _has_statistics(layer)]
+            self.unmaskable = [path for path, layer in layers if not _takes_mask(layer)]
+            for path, layer in layers:
+                if path not in self.unmaskable:
+                    object.__setattr__(layer, "__class__", _masked_class(layer.__class__))
+            self.graphdefs[train] = nnx.graphdef(copy)
 
     def __repr__(self) -> str:
         return self.text
 
     def init(self, key: Any, x: jax.Array, train: bool = False) -> dict[str, Any]:
-        """Return copies of the module's own values, which are not drawn again."""
-        found = {"params": self._nested(nnx.Param), "batch_stats": self._nested(nnx.BatchStat)}
-        return {name: jax.tree.map(jnp.array, tree) for name, tree in found.items() if tree}
+        """Return copies of the module's current values; the key is not used."""
+        variables = {name: self._collected(self.leaves, name) for name in ("params", "batch_stats")}
+        return {name: jax.tree.map(jnp.array, tree) for name, tree in variables.items() if tree}
 
     def apply(
         self,
@@ -237,53 +269,50 @@ class _NNXNetwork:
         x: jax.Array,
         train: bool = False,
         rngs: Mapping[str, jax.Array] | None = None,
-        method: str | Call | None = None,
+        method: str | Apply | None = None,
         mutable: bool | Sequence[str] = False,
     ) -> Any:
-        if _counted.get() is not None and self.without_mask:
-            raise ValueError(_no_mask("/".join(map(str, self.without_mask[0]))))
+        if _row_mask.get() is not None and self.unmaskable:
+            raise ValueError(_no_mask(_text(self.unmaskable[0])))
         key = rngs["dropout"] if rngs else None
         values = self._values(variables, key)
-        module = nnx.merge(self.definitions[train], unflatten_dict(values))
+        module = nnx.merge(self.graphdefs[train], unflatten_dict(values))
         if callable(method):
             out = method(module, x)
         else:
-            called = getattr(module, method or "__call__")
-            mode = _mode(called, train, "rngs")
-            if "rngs" in mode:
-                mode["rngs"] = None if key is None else nnx.Rngs(key)
-            out = called(x, **mode)
-        after = _leaves(module)
+            function = getattr(module, method or "__call__")
+            keywords = _mode(function, train, "rngs")
+            if "rngs" in keywords and key is not None:
+                keywords["rngs"] = nnx.Rngs(key)
+            out = function(x, **keywords)
+        leaves = _leaves(module)
         for path, leaf in self.leaves.items():
-            if not isinstance(leaf, nnx.Variable) and after[path] is not values[path]:
-                raise ValueError(_no_state(type(module).__name__, path, "an array that changes in a call"))
+            if not isinstance(leaf, nnx.Variable) and leaves[path] is not values[path]:
+                raise ValueError(_no_state(module, path, "an array that changes in a call"))
         if not mutable:
             return out
-        updates = {path: after[path] for path in self._paths(nnx.BatchStat)}
-        return out, {"batch_stats": _nested(updates)} if updates else {}
+        statistics = self._collected(leaves, "batch_stats")
+        return out, {"batch_stats": statistics} if statistics else {}
 
-    def _paths(self, kind: type[Any]) -> list[Path]:
-        return [path for path, leaf in self.leaves.items() if isinstance(leaf, kind)]
-
-    def _nested(self, kind: type[Any]) -> Any:
-        return _nested({path: self.leaves[path] for path in self._paths(kind)})
+    def _collected(self, leaves: Mapping[Path, Any], name: str) -> Any:
+        """Return the arrays of a collection as a tree whose keys are strings."""
+        paths = [path for path, leaf in self.leaves.items() if _collection(leaf) == name]
+        return unflatten_dict({tuple(map(str, path)): leaves[path][...] for path in paths})
 
     def _values(self, variables: Mapping[str, Any], key: jax.Array | None) -> dict[Path, Any]:
-        """Return an array for each leaf of the module; a key starts every random stream anew."""
+        """Return an array for each leaf of the module; a key reseeds every random stream."""
         if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
         values = {}
         for i, (path, leaf) in enumerate(self.leaves.items()):
             value = leaf[...] if isinstance(leaf, nnx.Variable) else leaf
-            if isinstance(leaf, nnx.Param | nnx.BatchStat):
-                if isinstance(leaf, nnx.BatchStat) and "batch_stats" not in variables:
-                    raise ValueError(_no_statistics(f"no array {'/'.join(map(str, path))}"))
-                value = variables["params" if isinstance(leaf, nnx.Param) else "batch_stats"]
-                for part in path:
-                    value = value[str(part)]
+            if name := _collection(leaf):
+                value = _at(variables.get(name), path)
+                if value is None:
+                    raise ValueError(_no_variable(f"no array {name}/{_text(path)}"))
             elif isinstance(leaf, nnx.RngKey) and key is not None:
-                own = jax.random.fold_in(key, i)
-                value = jax.random.split(own, value.shape) if value.shape else own
+                stream_key = jax.random.fold_in(key, i)
+                value = jax.random.split(stream_key, value.shape) if value.shape else stream_key
             elif isinstance(leaf, nnx.RngCount) and key is not None:
                 value = jnp.zeros_like(value)
             values[path] = value
@@ -293,36 +322,45 @@ class _NNXNetwork:
 # -- arguments
 
 
-def _arguments(function: Call, *others: str) -> tuple[str, ...]:
-    """Return the names of a method's arguments that tell the mode, and those of `others` that it takes."""
-    name = getattr(function, "__qualname__", type(function).__name__)
-    accepted = ", ".join([*MODES, *others])
-    arguments = list(inspect.signature(function).parameters.values())
-    if not arguments or arguments[0].kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD):
-        got = arguments[0] if arguments else "no argument"
-        raise ValueError(f"{name} must take the images as its first argument, got {got}")
-    found = []
-    for argument in arguments[1:]:
-        if argument.name in (*MODES, *others) and argument.kind is not argument.POSITIONAL_ONLY:
-            found.append(argument.name)
-        elif argument.default is argument.empty and argument.kind not in (
-            argument.VAR_POSITIONAL,
-            argument.VAR_KEYWORD,
-        ):
-            raise ValueError(
-                f"{name} may need the images and, as keywords, {accepted}, but it needs {argument.name} too; "
-                "give that argument a default, or call the module from one of your own"
-            )
-    return tuple(found)
+def _keywords(function: Apply, *others: str) -> tuple[str, ...]:
+    """Return the arguments of a method that tell the mode, and those of `others` that it takes."""
+    signature, accepted = inspect.signature(function), (*MODES, *others)
+    named = [p.name for p in signature.parameters.values() if p.kind != p.POSITIONAL_ONLY]
+    names = [name for name in named if name in accepted]
+    try:
+        signature.bind((), **dict.fromkeys(names))
+    except TypeError as error:
+        name = getattr(function, "__qualname__", type(function).__name__)
+        raise ValueError(
+            f"{name} must accept the inputs as its first argument and, apart from them, may require only the "
+            f"keywords {', '.join(accepted)}; got {signature}: {error}; give other arguments defaults, or "
+            "wrap the module in one that passes them"
+        ) from error
+    return tuple(names)
 
 
-def _mode(function: Call, train: bool, *others: str) -> dict[str, Any]:
-    """Return the keyword arguments that tell a method whether it trains, and those of `others`, as None."""
-    names = _arguments(function, *others)
-    return {name: train == MODES[name] if name in MODES else None for name in names}
+def _mode(function: Apply, train: bool, *others: str) -> dict[str, Any]:
+    """Return the keyword arguments that tell a method the mode, and those of `others` as None."""
+    return {name: train == MODES[name] if name in MODES else None for name in _keywords(function, *others)}
 
 
 # -- state
+
+
+def _with_error(apply: Apply, *args: Any, **kwargs: Any) -> Any:
+    """Call a linen module; raise ValueError if a collection of its variables is missing."""
+    try:
+        return apply(*args, **kwargs)
+    except ScopeCollectionNotFound as error:
+        raise ValueError(_no_variable(str(error).partition(" (http")[0])) from error
+
+
+def _no_variable(reason: str) -> str:
+    return (
+        f"the network has variables that the TrainState lacks: {reason.rstrip('.')}; make it with "
+        "sequel_flax.BatchStatsTrainState.create(apply_fn=model.apply, tx=tx, **variables), with variables = "
+        "model.init(key, x)"
+    )
 
 
 def _leaves(module: nnx.Module) -> dict[Path, Any]:
@@ -331,12 +369,25 @@ def _leaves(module: nnx.Module) -> dict[Path, Any]:
     return dict(state)
 
 
-def _nested(leaves: Mapping[Path, Any]) -> Any:
-    """Return arrays or variables as a tree of arrays, every key a string."""
-    return unflatten_dict({tuple(map(str, path)): leaf[...] for path, leaf in leaves.items()})
+def _collection(leaf: Any) -> str:
+    """Return the linen collection of an NNX variable; "" for other leaves."""
+    if isinstance(leaf, nnx.Param):
+        return "params"
+    return "batch_stats" if isinstance(leaf, nnx.BatchStat) else ""
 
 
-def _check_state(module: str, path: Path, leaf: Any) -> None:
+def _at(tree: Any, path: Path) -> Any:
+    """Return the leaf of a nested dict with string keys; None if there is none."""
+    for part in path:
+        tree = tree.get(str(part)) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _text(path: Path) -> str:
+    return "/".join(map(str, path))
+
+
+def _check_state(module: nnx.Module, path: Path, leaf: Any) -> None:
     if isinstance(leaf, nnx.Param | nnx.BatchStat | nnx.RngKey | nnx.RngCount):
         if not isinstance(leaf.get_value(), jax.Array | np.ndarray):
             raise ValueError(_no_state(module, path, f"a {type(leaf).__name__} that is not one array"))
@@ -344,69 +395,51 @@ def _check_state(module: str, path: Path, leaf: Any) -> None:
         raise ValueError(_no_state(module, path, f"a {type(leaf).__name__}"))
 
 
-def _no_state(module: str, path: Path, what: str) -> str:
+def _no_state(module: nnx.Module, path: Path, problem: str) -> str:
     return (
-        f"{module} is an NNX module with state it cannot carry from step to step: "
-        f"{'/'.join(map(str, path))} is {what}; keep parameters in nnx.Param, batch statistics in "
-        "nnx.BatchStat, random streams in nnx.Rngs, and constants in plain arrays"
+        f"{type(module).__name__} is an NNX module with state that cannot be carried from step to step: "
+        f"{_text(path)} is {problem}; keep parameters in nnx.Param, batch statistics in nnx.BatchStat, "
+        "random streams in nnx.Rngs, and constants in plain arrays"
     )
 
 
-# -- rows that count
+# -- row masks
 
 
-def _count_in_linen(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
-    """Hand the mask to a layer that keeps batch statistics; an interceptor of linen's methods."""
-    layer, mask = context.module, _counted.get()
-    if mask is None or context.method_name != "__call__" or layer.scope is None:
+def _mask_linen_layer(call: Apply, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+    """Pass the mask to a layer that has batch statistics; an interceptor of linen's methods."""
+    layer = context.module
+    if context.method_name != "__call__" or layer.scope is None:
         return call(*args, **kwargs)
-    kept = layer.scope.variables().get("batch_stats", {})
-    own = {name: value for name, value in kept.items() if not isinstance(value, Mapping)}
-    if not own:
+    statistics = layer.scope.variables().get("batch_stats", {})
+    if all(isinstance(value, Mapping) for value in statistics.values()):  # those of its sublayers
         return call(*args, **kwargs)
     if not _takes_mask(layer):
-        raise ValueError(_no_mask("/".join(layer.path) or type(layer).__name__))
-    out = _count(call, mask, args, kwargs)
-    if layer.scope.is_mutable_collection("batch_stats"):
-        for name, before in own.items():
-            after = layer.scope.get_variable("batch_stats", name)
-            layer.scope.put_variable("batch_stats", name, jnp.where(mask.any(), after, before))
-    return out
+        raise ValueError(_no_mask(_text(layer.path) or type(layer).__name__))
+    return _call_with_mask(call, args, kwargs)
 
 
 @cache
-def _counting(layer: type[Any]) -> type[Any]:
-    """Return an NNX layer's class whose call does what linen's interceptor does."""
+def _masked_class(layer: type[Any]) -> type[Any]:
+    """Return a subclass of an NNX layer's class whose calls pass the mask."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        mask, plain = _counted.get(), partial(layer.__call__, self)
-        if mask is None:
-            return plain(*args, **kwargs)
-        own = _own_statistics(self)
-        before = [value[...] for value in own]
-        out = _count(plain, mask, args, kwargs)
-        for value, old in zip(own, before, strict=True):
-            value[...] = jnp.where(mask.any(), value[...], old)
-        return out
+        return _call_with_mask(partial(layer.__call__, self), args, kwargs)
 
     return type(layer.__name__, (layer,), {"__call__": call})
 
 
-def _count(call: Call, mask: jax.Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if kwargs.get("mask") is None:
+def _call_with_mask(call: Apply, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    mask = _row_mask.get()
+    if mask is not None and kwargs.get("mask") is None:
         x = args[0] if args else kwargs["x"]
-        counted = mask | ~mask.any()  # no mean over nothing: its nan would also reach the gradient
-        kwargs = {**kwargs, "mask": counted.reshape(-1, *[1] * (x.ndim - 1))}
+        rows = mask | ~mask.any()  # never the mean of no row: its NaN would reach the gradient
+        kwargs = {**kwargs, "mask": rows.reshape(-1, *[1] * (x.ndim - 1))}
     return call(*args, **kwargs)
 
 
-def _owners_of_statistics(model: nnx.Module) -> list[tuple[Path, Any]]:
-    layers: list[tuple[Path, Any]] = [*nnx.iter_modules(model)]
-    return [(path, layer) for path, layer in layers if _own_statistics(layer)]
-
-
-def _own_statistics(layer: Any) -> list[Any]:
-    return [value for value in vars(layer).values() if isinstance(value, nnx.BatchStat)]
+def _has_statistics(layer: Any) -> bool:
+    return any(isinstance(value, nnx.BatchStat) for value in vars(layer).values())
 
 
 def _takes_mask(layer: Any) -> bool:
@@ -415,6 +448,6 @@ def _takes_mask(layer: Any) -> bool:
 
 def _no_mask(layer: str) -> str:
     return (
-        f"the layer {layer} keeps batch statistics but its call has no argument mask, the rows that count, "
-        "which a method that replays samples needs; add one, as BatchNorm of linen and NNX have it"
+        f"the layer {layer} has batch statistics, but its __call__ has no argument mask (the rows to count), "
+        "which a replay method needs; add one, as in BatchNorm of linen and NNX"
     )
