@@ -1,4 +1,4 @@
-"""Networks from elsewhere: linen modules of any convention, NNX modules; rows that count."""
+"""User-defined networks: linen modules with any name for the mode, NNX modules, and row masks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.task import Batch
 from sequel_flax import ALGORITHMS, BatchStatsTrainState, FlaxLearner, initial_params
 from sequel_flax.backbones import MLP, BatchNorm
-from sequel_flax.foreign import adapted, counting_only, write_back
+from sequel_flax.foreign import adapted, with_row_mask, write_back
 from tests.flax.parts import ICARL, SILENT, divided, flat, learner, same
 
 WITH_STATISTICS: Any = BatchStatsTrainState
-KEY = jax.random.PRNGKey(5)  # as the bundle hands it to a network: not typed
-# ER's memory is not full within the first steps: some of its draws do not count.
+KEY = jax.random.PRNGKey(5)  # a raw uint32 key, as the training step passes it
+# ER's memory is not full in the first steps, so its mask is not all True.
 naive_and_er = pytest.mark.parametrize(
     "hparams",
     [pytest.param(NaiveHParams(), marks=pytest.mark.slow), ERHParams(mem_size=20, mem_batch_size=6)],
@@ -70,7 +70,7 @@ class Deterministic(nn.Module):
 
 
 class Halves(nn.Module):
-    """Drops half of what it is given in training, by each of the conventions."""
+    """Applies dropout with rate 0.5; the subclasses name the mode differently."""
 
     @nn.compact
     def half(self, x: jax.Array, train: bool) -> jax.Array:
@@ -105,7 +105,7 @@ class Both(Halves):
 
 
 class NNXBody(nnx.Module):
-    """The same network in NNX, with a list of layers and a constant."""
+    """The same network in NNX, with a list of layers and a constant array."""
 
     def __init__(self, dropout: float = 0.5, seed: int = 0) -> None:
         rngs = nnx.Rngs(seed)
@@ -130,11 +130,11 @@ def images(n: int = 6) -> jax.Array:
     return jnp.asarray(np.random.default_rng(2).normal(size=(n, 8, 8, 1)), jnp.float32)
 
 
-def assert_close(found: Any, expected: Any, tolerance: float = 1e-6) -> None:
+def assert_close(actual: Any, expected: Any, tolerance: float = 1e-6) -> None:
     """Compare two trees of the same structure."""
-    structures: list[Any] = [jax.tree.structure(tree) for tree in (found, expected)]
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (actual, expected)]
     assert structures[0] == structures[1]
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
@@ -146,12 +146,12 @@ def fitted(model: Any, hparams: AlgorithmHParams, tasks: int = 2) -> FlaxLearner
     return trained
 
 
-def named_as_linen(weights: dict[str, FloatArray]) -> dict[str, FloatArray]:
+def with_linen_names(weights: dict[str, FloatArray]) -> dict[str, FloatArray]:
     return {path.replace("layers/0", "conv"): value for path, value in weights.items()}
 
 
 def nnx_twin(linen: nn.Module, **options: Any) -> NNXBody:
-    """Return the NNX network with the weights that a learner gives the linen one."""
+    """Return the NNX network with the initial weights of the linen network in a learner."""
     params = learner(NaiveHParams(), divided("class"), model=linen).weights()
     model = NNXBody(**options)
     for path, value in params.items():
@@ -164,7 +164,7 @@ def nnx_twin(linen: nn.Module, **options: Any) -> NNXBody:
 # -- linen
 
 
-def test_what_conforms_is_returned_as_it_is() -> None:
+def test_a_module_with_the_argument_train_is_not_wrapped() -> None:
     for model in (MLP(), Train(), Body()):
         assert adapted(model) is model
     wrapped = adapted(Training())
@@ -172,9 +172,9 @@ def test_what_conforms_is_returned_as_it_is() -> None:
     assert repr(wrapped) == repr(Training())
 
 
-@pytest.mark.parametrize("kind", [Training, IsTraining, Inverse, Average, Both])
-def test_a_linen_module_is_told_its_mode_in_its_own_words(kind: Any) -> None:
-    model, x = adapted(kind()), np.ones((6, 40), np.float32)
+@pytest.mark.parametrize("module", [Training, IsTraining, Inverse, Average, Both])
+def test_every_name_of_the_mode_is_supported(module: Any) -> None:
+    model, x = adapted(module()), np.ones((6, 40), np.float32)
     variables = model.init(KEY, x, train=False)
     np.testing.assert_array_equal(model.apply(variables, x, train=False), x)
     dropped, updates = model.apply(variables, x, train=True, rngs={"dropout": KEY}, mutable=["batch_stats"])
@@ -184,14 +184,13 @@ def test_a_linen_module_is_told_its_mode_in_its_own_words(kind: Any) -> None:
 
 @pytest.mark.slow
 @naive_and_er
-def test_the_convention_changes_nothing_of_a_run(hparams: AlgorithmHParams) -> None:
-    expected, found = (fitted(model, hparams, tasks=1).weights() for model in (Train(), Deterministic()))
-    assert same(found, expected)
+def test_the_name_of_the_mode_does_not_change_the_weights(hparams: AlgorithmHParams) -> None:
+    train, deterministic = (fitted(model, hparams, tasks=1).weights() for model in (Train(), Deterministic()))
+    assert same(deterministic, train)
 
 
-def test_a_module_without_a_mode_is_called_with_its_images_alone() -> None:
-    own = nn.Sequential([lambda x: x.reshape((len(x), -1)), nn.Dense(10)])
-    model = adapted(own)
+def test_a_module_without_a_mode_is_called_with_its_inputs_only() -> None:
+    model = adapted(nn.Sequential([lambda x: x.reshape((len(x), -1)), nn.Dense(10)]))
     variables = jax.jit(model.init)(jax.random.key(0), images())
     kernel, bias = (np.asarray(variables["params"]["layers_1"][name]) for name in ("kernel", "bias"))
     expected = np.asarray(images()).reshape(6, -1) @ kernel + bias
@@ -199,7 +198,7 @@ def test_a_module_without_a_mode_is_called_with_its_images_alone() -> None:
         assert_close(model.apply(variables, images(), train=train), expected, 1e-5)
 
 
-def test_features_may_have_another_convention_than_the_call() -> None:
+def test_features_may_lack_the_mode_that_the_call_has() -> None:
     class Mixed(nn.Module):
         def setup(self) -> None:
             self.stem, self.head = nn.Dense(4), nn.Dense(10)
@@ -237,9 +236,9 @@ class NoImages(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Needy(), "it needs labels too; give that argument a default"),
-        (NNXNeedy(), "deterministic, use_running_average, rngs, but it needs carry too"),
-        (NoImages(), "must take the images as its first argument, got train"),
+        (Needy(), r"Needy\.__call__ must accept .* missing a required argument: 'labels'; give other"),
+        (NNXNeedy(), "use_running_average, rngs; got .* missing a required argument: 'carry'"),
+        (NoImages(), r"must accept the inputs as its first argument.* got \(\*, train: "),
         (Body, "must be an instance of a linen or an NNX module with a __call__, got the class Body"),
         (NNXBody, "got the class NNXBody"),
         (nn.Module(), r"with a __call__, got a Module"),
@@ -248,7 +247,7 @@ class NoImages(nn.Module):
     ],
     ids=["linen", "nnx", "no images", "class", "nnx class", "no call", "no nnx call", "function"],
 )
-def test_what_cannot_be_called_is_refused(model: Any, message: str) -> None:
+def test_a_model_that_cannot_be_called_raises(model: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         learner(NaiveHParams(), model=model)
 
@@ -256,44 +255,48 @@ def test_what_cannot_be_called_is_refused(model: Any, message: str) -> None:
 # -- NNX
 
 
-def test_an_nnx_module_in_evaluation_says_what_it_says_itself() -> None:
-    own: Any = NNXBody()
-    own.norm.mean[...] = jnp.asarray([0.1, -0.2, 0.3])
-    model = adapted(own)
+def test_an_adapted_nnx_module_has_the_outputs_of_the_module_in_evaluation() -> None:
+    module: Any = NNXBody()
+    module.norm.mean[...] = jnp.asarray([0.1, -0.2, 0.3])
+    model = adapted(module)
     variables = model.init(KEY, images(), train=False)
     assert set(flat(variables["params"])) == {
         *("layers/0/kernel", "layers/0/bias", "norm/scale", "norm/bias", "head/kernel", "head/bias"),
     }
     assert_close(variables["batch_stats"]["norm"]["mean"], np.asarray([0.1, -0.2, 0.3]))
-    own.eval()
-    found = model.apply(variables, images(), train=False)
-    assert_close(found, own(images()))
-    assert_close(model.apply(variables, images(), train=False, method="features"), own.features(images()))
-    assert_close(model.apply(variables, own.features(images()), method=lambda m, f: m.head(f)), found)
+    module.eval()
+    logits = model.apply(variables, images(), train=False)
+    features = module.features(images())
+    assert_close(logits, module(images()))
+    assert_close(model.apply(variables, images(), train=False, method="features"), features)
+    assert_close(model.apply(variables, features, method=lambda m, f: m.head(f)), logits)
 
 
-def test_an_nnx_module_in_training_has_its_own_statistics_and_gradient() -> None:
-    own: Any = NNXBody(dropout=0.0)
-    model = adapted(own)
+def test_an_adapted_nnx_module_has_the_statistics_and_gradient_of_the_module_in_training() -> None:
+    module: Any = NNXBody(dropout=0.0)
+    model = adapted(module)
     variables = model.init(KEY, images(), train=False)
 
     @jax.jit
     @partial(jax.value_and_grad, has_aux=True)
     def loss(params: Any) -> tuple[jax.Array, Any]:
-        together = {**variables, "params": params}
         out, updates = model.apply(
-            together, images(), train=True, rngs={"dropout": KEY}, mutable=["batch_stats"]
+            {**variables, "params": params},
+            images(),
+            train=True,
+            rngs={"dropout": KEY},
+            mutable=["batch_stats"],
         )
         return (out**2).mean(), updates["batch_stats"]["norm"]
 
     (value, statistics), gradient = loss(variables["params"])
-    own.train()
-    truth, own_gradient = nnx.jit(nnx.value_and_grad(lambda module: (module(images()) ** 2).mean()))(own)
+    module.train()
+    truth, expected = nnx.jit(nnx.value_and_grad(lambda module: (module(images()) ** 2).mean()))(module)
     assert_close(value, truth)
-    assert_close(statistics, {"mean": own.norm.mean[...], "var": own.norm.var[...]})
-    assert_close(gradient["head"]["kernel"], own_gradient["head"]["kernel"][...])
-    assert_close(gradient["layers"]["0"]["kernel"], own_gradient["layers"][0]["kernel"][...])
-    assert_close(gradient["norm"]["scale"], own_gradient["norm"]["scale"][...])
+    assert_close(statistics, {"mean": module.norm.mean[...], "var": module.norm.var[...]})
+    assert_close(gradient["head"]["kernel"], expected["head"]["kernel"][...])
+    assert_close(gradient["layers"]["0"]["kernel"], expected["layers"][0]["kernel"][...])
+    assert_close(gradient["norm"]["scale"], expected["norm"]["scale"][...])
 
 
 @pytest.mark.parametrize("typed", [False, True])
@@ -314,20 +317,20 @@ def test_dropout_of_an_nnx_module_follows_the_key(typed: bool) -> None:
     again = model.apply(variables, x, train=True, rngs={"dropout": keys[0]})
     np.testing.assert_array_equal(a, again)
     assert set(np.unique(a)) == {0.0, 2.0}
-    for one, other in ((a, b), (a[0], a[1])):  # of two keys; of two layers
+    for one, other in ((a, b), (a[0], a[1])):  # two keys; two layers
         assert abs((one == other).mean() - 0.5) < 0.06
     np.testing.assert_array_equal(model.apply(variables, x, train=False), np.ones((2, 1, 1000)))
 
 
-def test_an_nnx_module_may_take_its_mode_and_its_streams_as_arguments() -> None:
-    class Told(nnx.Module):
+def test_an_nnx_module_may_take_its_mode_and_random_streams_as_arguments() -> None:
+    class Explicit(nnx.Module):
         def __init__(self) -> None:
             self.drop, self.weight = nnx.Dropout(0.5), nnx.Param(jnp.ones(()))
 
         def __call__(self, x: jax.Array, training: bool, rngs: nnx.Rngs | None) -> jax.Array:
             return self.drop(x, deterministic=not training, rngs=rngs) * self.weight * (2 if training else 3)
 
-    model, x = adapted(Told()), jnp.ones((4, 5))
+    model, x = adapted(Explicit()), jnp.ones((4, 5))
     variables = model.init(KEY, x)
     expected = nnx.Dropout(0.5)(x, deterministic=False, rngs=nnx.Rngs(KEY)) * 2
     assert_close(model.apply(variables, x, train=True, rngs={"dropout": KEY}), expected)
@@ -337,18 +340,18 @@ def test_an_nnx_module_may_take_its_mode_and_its_streams_as_arguments() -> None:
 @naive_and_er
 def test_linen_and_nnx_with_the_same_weights_learn_the_same(hparams: AlgorithmHParams) -> None:
     linen = Body(dropout=0.0)
-    own = nnx_twin(linen, dropout=0.0)
-    before = [np.array(leaf) for leaf in jax.tree.leaves(nnx.state(own, nnx.Param, nnx.BatchStat))]
-    expected, found = fitted(linen, hparams), fitted(own, hparams)
-    assert_close(named_as_linen(found.weights()), expected.weights(), 1e-4)
-    assert_close(found.ts.batch_stats["norm"], expected.ts.batch_stats["norm"], 1e-4)
-    assert not np.allclose(found.ts.batch_stats["norm"]["mean"], own.norm.mean[...])
-    after = jax.tree.leaves(nnx.state(own, nnx.Param, nnx.BatchStat))
+    module = nnx_twin(linen, dropout=0.0)
+    before = [np.array(leaf) for leaf in jax.tree.leaves(nnx.state(module, nnx.Param, nnx.BatchStat))]
+    expected, trained = fitted(linen, hparams), fitted(module, hparams)
+    assert_close(with_linen_names(trained.weights()), expected.weights(), 1e-4)
+    assert_close(trained.ts.batch_stats["norm"], expected.ts.batch_stats["norm"], 1e-4)
+    assert not np.allclose(trained.ts.batch_stats["norm"]["mean"], module.norm.mean[...])
+    after = jax.tree.leaves(nnx.state(module, nnx.Param, nnx.BatchStat))
     assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))  # not trained, not donated
-    assert type(own.norm) is nnx.BatchNorm
-    model = found.describe()["model"]
-    assert "NNXBody(" in model
-    assert " at 0x" not in model
+    assert type(module.norm) is nnx.BatchNorm
+    description = trained.describe()["model"]
+    assert "NNXBody(" in description
+    assert " at 0x" not in description
 
 
 @pytest.mark.slow
@@ -366,9 +369,9 @@ def test_methods_that_need_features_take_an_nnx_module(hparams: AlgorithmHParams
             return self.head(self.features(x))
 
     start = learner(hparams, divided("class")).weights()
-    found, expected = fitted(Plain(start), hparams).weights(), fitted(None, hparams).weights()
-    assert_close(found["head/kernel"], expected["head/kernel"], 1e-5)
-    assert_close(found["features/layers/1/kernel"], expected["stem/kernel"], 1e-5)
+    trained, expected = fitted(Plain(start), hparams).weights(), fitted(None, hparams).weights()
+    assert_close(trained["head/kernel"], expected["head/kernel"], 1e-5)
+    assert_close(trained["features/layers/1/kernel"], expected["stem/kernel"], 1e-5)
 
 
 class Cached(nnx.Module):
@@ -380,21 +383,21 @@ class Cached(nnx.Module):
         return x
 
 
-class Own(nnx.Variable[Any]):
-    """A user's own kind of variable."""
+class Custom(nnx.Variable[Any]):
+    """A user-defined type of variable."""
 
 
 @pytest.mark.parametrize(
-    ("state", "what"),
+    ("state", "problem"),
     [
         (lambda: nnx.Cache(jnp.zeros(3)), "a Cache"),
-        (lambda: Own(jnp.zeros(3)), "an? Own"),
+        (lambda: Custom(jnp.zeros(3)), "a Custom"),
         (lambda: nnx.Param({"a": jnp.zeros(3)}), "a Param that is not one array"),
     ],
-    ids=["cache", "own", "tree"],
+    ids=["cache", "custom", "tree"],
 )
-def test_state_that_an_nnx_module_cannot_carry_is_named(state: Any, what: str) -> None:
-    match = f"Cached is an NNX module with state it cannot carry.*layers/0/kept is {what}"
+def test_nnx_state_that_cannot_be_carried_is_named(state: Any, problem: str) -> None:
+    match = f"Cached is an NNX module with state that cannot be carried.*layers/0/kept is {problem}"
     with pytest.raises(ValueError, match=match):
         adapted(Cached(state()))
 
@@ -412,10 +415,10 @@ def test_an_array_that_changes_in_a_call_is_named() -> None:
         adapted(Counts()).apply({"params": {}}, images())
 
 
-# -- rows that count
+# -- row masks
 
 
-class OwnNorm(nn.Module):
+class TorchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         return BatchNorm(name="norm")(x, use_running_average=not train)
@@ -435,31 +438,30 @@ class NNXNorm(nnx.Module):
         return self.norm(x)
 
 
-@pytest.mark.parametrize("kind", [OwnNorm, LinenNorm, NNXNorm])
+@pytest.mark.parametrize("network", [TorchNorm, LinenNorm, NNXNorm])
 @pytest.mark.parametrize("rows", [(0, 1, 2, 3, 4, 5), (1, 4, 5), ()], ids=["all", "some", "none"])
-def test_only_rows_that_count_enter_the_statistics(
-    kind: Any, rows: tuple[int, ...], rng: np.random.Generator
+def test_statistics_are_computed_from_the_rows_of_the_mask(
+    network: Any, rows: tuple[int, ...], rng: np.random.Generator
 ) -> None:
     x, mask = rng.normal(size=(6, 4, 4, 3)).astype(np.float32), np.isin(np.arange(6), rows)
-    model = adapted(kind())
+    model = adapted(network())
     variables = model.init(jax.random.key(0), x, train=False)
 
     @jax.jit
     def apply(x: jax.Array, mask: jax.Array) -> Any:
-        call = partial(model.apply, variables, train=True, mutable=["batch_stats"])
-        with counting_only(mask):
-            out, updates = call(x)
+        call = partial(with_row_mask(model.apply, mask), variables, train=True, mutable=["batch_stats"])
+        out, updates = call(x)
         return out, updates["batch_stats"]["norm"], jax.grad(lambda x: (call(x)[0] ** 2).sum())(x)
 
     out, statistics, gradient = apply(x, mask)
-    counted = x[mask].astype(np.float64)
-    mean, var, n = np.zeros(3), np.ones(3), counted.size // 3
+    selected = x[mask].astype(np.float64)
+    mean, var, n = np.zeros(3), np.ones(3), selected.size // 3
     if rows:
-        mean, var = counted.mean((0, 1, 2)), counted.var((0, 1, 2))
-    kept = var * n / (n - 1) if rows and kind is OwnNorm else var
-    moved = 0.1 if rows else 0.0
-    assert_close(statistics, {"mean": moved * mean, "var": (1 - moved) + moved * kept}, 1e-5)
-    assert_close(out[mask], (counted - mean) / np.sqrt(var + 1e-5), 1e-4)
+        mean, var = selected.mean((0, 1, 2)), selected.var((0, 1, 2))
+    running_var = var * n / (n - 1) if rows and network is TorchNorm else var
+    rate = 0.1 if rows else 0.0
+    assert_close(statistics, {"mean": rate * mean, "var": (1 - rate) + rate * running_var}, 1e-5)
+    assert_close(out[mask], (selected - mean) / np.sqrt(var + 1e-5), 1e-4)
     assert np.isfinite(out).all()
     assert np.isfinite(gradient).all()
 
@@ -493,23 +495,21 @@ class NNXHasUnmasked(nnx.Module):
         return self.centre(x)
 
 
-@pytest.mark.parametrize("own", [HasUnmasked(), NNXHasUnmasked()], ids=["linen", "nnx"])
-def test_a_layer_that_cannot_leave_rows_out_is_named(own: Any) -> None:
-    model, x = adapted(own), images()
+@pytest.mark.parametrize("module", [HasUnmasked(), NNXHasUnmasked()], ids=["linen", "nnx"])
+def test_a_layer_without_a_mask_is_named(module: Any) -> None:
+    model, x = adapted(module), images()
     variables = model.init(jax.random.key(0), x, train=False)
     assert_close(model.apply(variables, x, train=True), x)
-    with (
-        pytest.raises(ValueError, match="the layer centre keeps batch statistics but its call has no"),
-        counting_only(jnp.ones(6, bool)),
-    ):
-        model.apply(variables, x, train=True)
+    masked = with_row_mask(model.apply, jnp.ones(6, bool))
+    with pytest.raises(ValueError, match="the layer centre has batch statistics, but its __call__ has no"):
+        masked(variables, x, train=True, mutable=["batch_stats"])
 
 
-# -- a TrainState made by hand
+# -- a user-defined TrainState
 
 
-class Unmoded(nn.Module):
-    """A linen module that is called with its images alone."""
+class NoMode(nn.Module):
+    """A linen module that is called with its inputs only."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -518,7 +518,7 @@ class Unmoded(nn.Module):
 
 
 def stepped(ts: TrainState, hparams: AlgorithmHParams | None = None, steps: int = 4) -> TrainState:
-    """Return the train state after the README's loop, without its end of a task."""
+    """Return the train state after the README's loop, before `end_task`."""
     hparams, task = hparams or NaiveHParams(), divided("class").tasks[0]
     algorithm, spec = ALGORITHMS[hparams.name](hparams), divided("class").spec
     ts, state = algorithm.start_task(ts, algorithm.init(ts, spec), task)
@@ -528,8 +528,8 @@ def stepped(ts: TrainState, hparams: AlgorithmHParams | None = None, steps: int 
     return ts
 
 
-def by_hand(ts: TrainState, forward: Any, steps: int = 4) -> Any:
-    """Return parameters after SGD steps on the cross-entropy of `forward(params, x, step)`."""
+def plain_loop(ts: TrainState, forward: Any, steps: int = 4) -> Any:
+    """Return the parameters after SGD steps on the cross-entropy of `forward(params, x, step)`."""
     params, task, normalisation = ts.params, divided("class").tasks[0], divided("class").normalisation
 
     @jax.jit
@@ -547,14 +547,14 @@ def by_hand(ts: TrainState, forward: Any, steps: int = 4) -> Any:
     return params
 
 
-def test_a_linen_module_without_a_mode_in_the_readmes_loop_is_a_loop_by_hand() -> None:
-    net = Unmoded()
+def test_a_linen_module_without_a_mode_trains_as_in_a_plain_loop() -> None:
+    net = NoMode()
     params = initial_params(net, divided("class").spec, seed=0)
     ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
-    assert_close(stepped(ts).params, by_hand(ts, lambda p, x, _: net.apply({"params": p}, x)), 1e-5)
+    assert_close(stepped(ts).params, plain_loop(ts, lambda p, x, _: net.apply({"params": p}, x)), 1e-5)
 
 
-def test_another_word_for_the_mode_drops_units_in_the_readmes_loop() -> None:
+def test_dropout_with_another_name_of_the_mode_trains_as_in_a_plain_loop() -> None:
     class Dropping(nn.Module):
         @nn.compact
         def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
@@ -570,7 +570,7 @@ def test_another_word_for_the_mode_drops_units_in_the_readmes_loop() -> None:
         rngs = {"dropout": jax.random.fold_in(jax.random.PRNGKey(0), step)}
         return net.apply({"params": params}, x, deterministic=False, rngs=rngs)
 
-    assert_close(stepped(ts).params, by_hand(ts, forward), 1e-5)
+    assert_close(stepped(ts).params, plain_loop(ts, forward), 1e-5)
 
 
 def plain_state(apply_fn: Any, params: Any) -> TrainState:
@@ -587,21 +587,21 @@ def plain_state(apply_fn: Any, params: Any) -> TrainState:
         ),
         (
             lambda: plain_state(None, {"w": jnp.zeros(1)}),
-            r"got None: .*give apply_fn=sequel_flax\.adapted\(net\)",
+            r"got None: .*use apply_fn=sequel_flax\.adapted\(net\)",
         ),
-        (lambda: plain_state(Needy().apply, {"w": jnp.zeros(1)}), "it needs labels too"),
+        (lambda: plain_state(Needy().apply, {"w": jnp.zeros(1)}), "a required argument: 'labels'"),
         (
             lambda: plain_state(Body().apply, Body().init(KEY, images())["params"]),
             'lacks: Tried to access "mean"',
         ),
         (
             lambda: plain_state(adapted(NNXBody()).apply, adapted(NNXBody()).init(KEY, images())["params"]),
-            r"lacks: no array norm/mean; make it with sequel_flax\.BatchStatsTrainState\.create",
+            r"lacks: no array batch_stats/norm/mean; make it with sequel_flax\.BatchStatsTrainState\.create",
         ),
     ],
     ids=["function", "none", "needy", "linen without statistics", "nnx without statistics"],
 )
-def test_a_train_state_that_cannot_be_called_says_what_to_do(make: Any, message: str) -> None:
+def test_a_train_state_that_cannot_be_called_raises(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         stepped(make())
 
@@ -609,45 +609,44 @@ def test_a_train_state_that_cannot_be_called_says_what_to_do(make: Any, message:
 def test_less_forgetting_learning_takes_an_nnx_module_with_batch_normalisation() -> None:
     linen = Body(dropout=0.0)
     variables = linen.init(KEY, images())
-    own = NNXBody(dropout=0.0)
-    model = adapted(own)
+    model = adapted(NNXBody(dropout=0.0))
     params = {**variables["params"]}
     renamed = {**params, "layers": {"0": params.pop("conv")}}
     del renamed["conv"]
-    made = WITH_STATISTICS.create(
+    nnx_state = WITH_STATISTICS.create(
         apply_fn=model.apply, params=renamed, batch_stats=variables["batch_stats"], tx=optax.sgd(0.1)
     )
-    truth = WITH_STATISTICS.create(apply_fn=linen.apply, tx=optax.sgd(0.1), **variables)
+    linen_state = WITH_STATISTICS.create(apply_fn=linen.apply, tx=optax.sgd(0.1), **variables)
     hparams = LFLHParams(lfl_lambda=0.5)
-    found, expected = stepped(made, hparams), stepped(truth, hparams)
-    assert_close(found.params["head"], expected.params["head"], 1e-4)
-    assert_close(found.params["layers"]["0"], expected.params["conv"], 1e-4)
+    trained, expected = stepped(nnx_state, hparams), stepped(linen_state, hparams)
+    assert_close(trained.params["head"], expected.params["head"], 1e-4)
+    assert_close(trained.params["layers"]["0"], expected.params["conv"], 1e-4)
 
 
 def test_trained_weights_are_written_back_into_an_nnx_module_with_a_list() -> None:
-    own: Any = NNXBody(dropout=0.0)
-    model = adapted(own)
+    module: Any = NNXBody(dropout=0.0)
+    model = adapted(module)
     ts = WITH_STATISTICS.create(apply_fn=model.apply, tx=optax.sgd(0.1), **model.init(KEY, images()))
     trained: Any = stepped(ts)
     expected = model.apply({"params": trained.params, "batch_stats": trained.batch_stats}, images())
-    own.eval()
-    assert np.abs(own(images()) - expected).max() > 1e-3
-    write_back(own, trained)
-    assert_close(own(images()), expected)
-    np.testing.assert_array_equal(own.layers[0].kernel[...], trained.params["layers"]["0"]["kernel"])
+    module.eval()
+    assert np.abs(module(images()) - expected).max() > 1e-3
+    write_back(module, trained)
+    assert_close(module(images()), expected)
+    np.testing.assert_array_equal(module.layers[0].kernel[...], trained.params["layers"]["0"]["kernel"])
     assert_close(
-        adapted(own).init(KEY, images()), {"params": trained.params, "batch_stats": trained.batch_stats}
+        adapted(module).init(KEY, images()), {"params": trained.params, "batch_stats": trained.batch_stats}
     )
-    jax.tree.map(lambda leaf: leaf.delete(), trained.params)  # what was written is not its buffer
-    assert np.isfinite(own(images())).all()
+    jax.tree.map(lambda leaf: leaf.delete(), trained.params)  # the module has copies
+    assert np.isfinite(module(images())).all()
 
 
 @pytest.mark.parametrize("change", ["shape", "missing", "statistics"])
-def test_what_does_not_fit_an_nnx_module_is_not_written(change: str) -> None:
-    own: Any = NNXBody()
-    before = np.array(own.layers[0].bias[...])
+def test_a_train_state_that_does_not_fit_an_nnx_module_is_not_written(change: str) -> None:
+    module: Any = NNXBody()
+    before = np.array(module.layers[0].bias[...])
     ts: Any = WITH_STATISTICS.create(
-        apply_fn=None, tx=optax.sgd(0.1), **jax.tree.map(lambda a: a + 1, adapted(own).init(KEY, images()))
+        apply_fn=None, tx=optax.sgd(0.1), **jax.tree.map(lambda a: a + 1, adapted(module).init(KEY, images()))
     )
     if change == "shape":
         ts = ts.replace(params={**ts.params, "norm": {"scale": jnp.zeros(4), "bias": jnp.zeros(3)}})
@@ -656,10 +655,10 @@ def test_what_does_not_fit_an_nnx_module_is_not_written(change: str) -> None:
     else:
         ts = plain_state(None, ts.params)
     message = {
-        "shape": r"ts\.params must have the array norm/scale of NNXBody, \[3\], got \[4\]; give the module",
-        "missing": r"ts\.params must have the array norm/bias of NNXBody, \[3\], got none",
-        "statistics": r"ts\.batch_stats must have the array norm/mean of NNXBody, \[3\], got none",
+        "shape": r"ts\.params must have the array norm/scale of NNXBody with shape \[3\], got \[4\]; use the",
+        "missing": r"ts\.params must have the array norm/bias of NNXBody with shape \[3\], got none",
+        "statistics": r"ts\.batch_stats must have the array norm/mean of NNXBody with shape \[3\], got none",
     }
     with pytest.raises(ValueError, match=message[change]):
-        write_back(own, ts)
-    np.testing.assert_array_equal(own.layers[0].bias[...], before)
+        write_back(module, ts)
+    np.testing.assert_array_equal(module.layers[0].bias[...], before)
