@@ -1,7 +1,7 @@
-"""Which parameters are trained: the others stay exactly as they are, and cost nothing.
+"""Training some of the parameters: the others stay exactly unchanged and cost no memory.
 
-A method sees a train state with the trained parameters only. Frozen ones are None in its trees, so no
-gradient is taken for them, and no anchor, importance or rate is kept.
+A method receives a train state with the trained parameters only. Frozen ones are None in its trees. They have
+no gradient, and the method keeps no anchor, importance or learning rate for them.
 """
 
 from __future__ import annotations
@@ -23,60 +23,74 @@ from sequel_flax.foreign import as_called
 
 Params = Any
 Selection = Any
-"""What `trainable` may be: None for all parameters, a predicate over paths such as
-`lambda path: path[0] == "head"`, a tree of bools in the structure of the parameters, or an NNX filter."""
+"""The values of `trainable`: None for all parameters, a predicate over paths such as
+`lambda path: path[0] == "head"`, a tree of bools with the structure of the parameters, or an NNX filter."""
 
 Fill = Any
-"""How a tree of a method begins: a function of a parameter, or a tuple of these for a tuple of trees."""
+"""The initial value of a method's tree: a function of a parameter, or one for each of a tuple of trees."""
 
 
-def trained_mask(trainable: Selection, params: Params, network: Any, own: tuple[str, ...] = ()) -> Any:
-    """Return a tree of bools in the structure of the parameters, True for those that are trained.
+def trained_mask(
+    trainable: Selection, params: Params, network: Any, extra_parameters: tuple[str, ...] = ()
+) -> Any:
+    """Return a tree of bools with the structure of the parameters, True for those that are trained.
 
     Args:
-        trainable: see `Selection`; it is about the network's parameters.
-        params: of the train state.
-        network: an adapted NNX module, whose variables an NNX filter looks at; any other has none.
-        own: names of parameters that the method adds to the network's; they are always trained.
+        trainable: The parameters of the network to train; see `Selection`.
+        params: The parameters of the train state.
+        network: An adapted NNX module, for NNX filters, which match its variables. Any other object is
+            ignored.
+        extra_parameters: Names of the parameters that the method adds to those of the network. They are
+            always trained.
+
+    Returns:
+        A tree of bools.
 
     Raises:
-        ValueError: a tree of another structure, or nothing is trained.
+        ValueError: The structure of a tree of bools is wrong, or no parameter is selected.
+
+    Example:
+        >>> params = {"stem": {"kernel": 1.0}, "head": {"kernel": 2.0, "bias": 3.0}}
+        >>> trained_mask(lambda path: path[0] == "head", params, None)
+        {'head': {'bias': True, 'kernel': True}, 'stem': {'kernel': False}}
     """
     if trainable is None:
         return jax.tree.map(lambda _: True, params)
     plain = flax.core.unfreeze(params)
-    others = {name: tree for name, tree in plain.items() if name not in own}
+    of_network = {name: tree for name, tree in plain.items() if name not in extra_parameters}
     if isinstance(trainable, Mapping):
-        mask = _checked_tree(trainable, others)
+        mask = _checked_tree(trainable, of_network)
     else:
         selects = _predicate(trainable, getattr(network, "leaves", {}))
-        mask = jax.tree_util.tree_map_with_path(lambda keys, leaf: bool(selects(_path(keys), leaf)), others)
+        mask = jax.tree_util.tree_map_with_path(
+            lambda keys, leaf: bool(selects(_path(keys), leaf)), of_network
+        )
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
             f"trainable must select at least one parameter of the network, got {trainable!r}, which selects "
-            f"none of {', '.join(_names(others))}"
+            f"none of {', '.join(_names(of_network))}"
         )
-    mask |= {name: jax.tree.map(lambda _: True, plain[name]) for name in own if name in plain}
+    mask |= {name: jax.tree.map(lambda _: True, plain[name]) for name in extra_parameters if name in plain}
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(mask))
 
 
-def _checked_tree(trainable: Mapping[str, Any], network: Params) -> Params:
-    """Return a user's tree of bools; raise ValueError if it does not fit the network."""
+def _checked_tree(trainable: Mapping[str, Any], params: Params) -> Params:
+    """Return a user's tree of bools; raise ValueError if its structure is not that of the parameters."""
     tree = flax.core.unfreeze(dict(trainable))
-    found, wanted = _names(tree), _names(network)
-    for name in sorted(set(found) ^ set(wanted)):
+    names, expected = _names(tree), _names(params)
+    for name in sorted(set(names) ^ set(expected)):
         raise ValueError(
             f"a tree given as trainable must have the structure of the parameters, got one that "
-            f"{'lacks' if name in wanted else 'has'} {name}; the parameters are {', '.join(wanted)}"
+            f"{'lacks' if name in expected else 'has'} {name}; the parameters are {', '.join(expected)}"
         )
-    for name, leaf in zip(found, jax.tree.leaves(tree), strict=True):
+    for name, leaf in zip(names, jax.tree.leaves(tree), strict=True):
         if not isinstance(leaf, bool | np.bool_):
             raise ValueError(f"a tree given as trainable must hold bools, got {leaf!r} for {name}")
     return jax.tree.map(bool, tree)
 
 
 def _predicate(trainable: Selection, leaves: Mapping[Any, Any]) -> Callable[[tuple[str, ...], Any], bool]:
-    """Return a function of the path of a parameter and its array, from a predicate or an NNX filter."""
+    """Return a function of a parameter's path and array, from a predicate over paths or an NNX filter."""
     if callable(trainable) and not isinstance(trainable, type) and _takes_a_path_only(trainable):
         return lambda path, leaf: trainable(path)
     try:
@@ -101,80 +115,134 @@ def _path(keys: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
 
 
-def _paths(tree: Any) -> list[tuple[str, ...]]:
-    return [_path(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-
-
 def _names(tree: Any) -> list[str]:
-    return ["/".join(path) for path in _paths(tree)]
+    return ["/".join(_path(keys)) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
 # -- trees with None in place of frozen parameters
 
 
 def chosen(mask: Any, tree: Any) -> Any:
-    """Return the tree with None in place of leaves that the mask leaves out."""
-    return jax.tree.map(lambda on, leaf: leaf if on else None, mask, tree)
+    """Return the tree with None in place of the leaves that the mask leaves out.
+
+    Args:
+        mask: A tree of bools.
+        tree: A tree with the structure of the mask.
+
+    Returns:
+        A tree with the structure of the mask.
+
+    Example:
+        >>> chosen({"a": True, "b": False}, {"a": 1, "b": 2})
+        {'a': 1, 'b': None}
+    """
+    return jax.tree.map(lambda is_trained, leaf: leaf if is_trained else None, mask, tree)
 
 
 def merged(trained: Any, whole: Any) -> Any:
-    """Return `whole` with the leaves of `trained` that are not None."""
+    """Return `whole` with the leaves of `trained` that are not None.
+
+    Args:
+        trained: A tree that may have None in place of leaves.
+        whole: A tree without None.
+
+    Returns:
+        A tree with the structure of `whole`.
+
+    Example:
+        >>> merged({"a": 1, "b": None}, {"a": 0, "b": 2})
+        {'a': 1, 'b': 2}
+    """
     return jax.tree.map(lambda old, new: old if new is None else new, whole, trained)
 
 
 def _like(trained: Any, tree: Any) -> Any:
-    """Return the tree with None where `trained` has None."""
-    return jax.tree.map(lambda leaf, on: None if on is None else leaf, tree, trained)
+    """Return the tree with None wherever `trained` has None."""
+    return jax.tree.map(lambda leaf, p: None if p is None else leaf, tree, trained)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainedPart:
-    """A train state whose parameters are the trained ones; the network has the others as constants."""
+    """A train state whose parameters are the trained ones; the network uses the others as constants.
+
+    It has the fields and methods of a TrainState.
+
+    Args:
+        whole: The train state with all parameters. Its values of the trained ones may be out of date.
+        params: The parameters, with None in place of frozen ones.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"stem": jnp.ones(1), "head": jnp.ones(1)}
+        >>> ts = TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.5))
+        >>> part = TrainedPart(ts, chosen({"stem": False, "head": True}, params))
+        >>> after = part.apply_gradients(grads={"stem": None, "head": jnp.ones(1)}).joined()
+        >>> jax.tree.map(float, jax.tree.map(jnp.sum, after.params))
+        {'head': 0.5, 'stem': 1.0}
+    """
 
     whole: TrainState
-    params: Params  # None in place of frozen ones; `whole` has older values of them
+    params: Params
 
     @property
     def step(self) -> Any:
-        """Of the train state."""
+        """The number of steps taken."""
         return self.whole.step
 
     @property
     def opt_state(self) -> Any:
-        """Of the train state: of all its parameters."""
+        """The state of the optimizer, for all parameters."""
         return self.whole.opt_state
 
     @property
     def batch_stats(self) -> Any:
-        """Of the train state; {} without."""
+        """The running statistics of batch normalisation; {} if there are none."""
         return getattr(self.whole, "batch_stats", {})
 
     @property
     def tx(self) -> optax.GradientTransformation:
-        """The optimizer, given zeros as the gradient of frozen parameters."""
+        """The optimizer; it receives zeros as the gradient of frozen parameters."""
         tx, params = self.whole.tx, self.whole.params
 
         def update(gradient: Any, state: Any, trained: Any = None) -> tuple[Any, Any]:
-            updates, state = tx.update(self._filled(gradient), state, merged(trained, params))
+            updates, state = tx.update(self._with_zeros(gradient), state, merged(trained, params))
             return _like(self.params, updates), state
 
         return optax.GradientTransformation(lambda trained: tx.init(merged(trained, params)), update)
 
     def apply_fn(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Call the network with the trained parameters given and the frozen ones."""
+        """Call the network with the given trained parameters and the frozen ones.
+
+        Args:
+            variables: The collections of the network, `params` with None in place of frozen parameters.
+            *args: The inputs.
+            **kwargs: The keywords of the network's `apply`.
+
+        Returns:
+            The outputs of the network's `apply`.
+        """
         params = merged(variables["params"], self.whole.params)
         return as_called(self.whole.apply_fn)({**variables, "params": params}, *args, **kwargs)
 
     def replace(self, **changes: Any) -> TrainedPart:
-        """Return the train state with other fields."""
+        """Return a copy with other fields.
+
+        Args:
+            **changes: Fields of the train state. `params` has None in place of frozen parameters.
+        """
         params = changes.pop("params", self.params)
         return TrainedPart(self.whole.replace(**changes) if changes else self.whole, params)
 
     def apply_gradients(self, *, grads: Any, **changes: Any) -> TrainedPart:
-        """Return the train state after a step of the optimizer."""
+        """Return the train state after one optimizer step.
+
+        Args:
+            grads: The gradient, with None for frozen parameters.
+            **changes: Other fields of the train state.
+        """
         before = self.joined()
-        after = before.apply_gradients(grads=self._filled(grads), **changes)
+        after = before.apply_gradients(grads=self._with_zeros(grads), **changes)
         return TrainedPart(after.replace(params=before.params), _like(self.params, after.params))
 
     def joined(self) -> TrainState:
@@ -182,7 +250,7 @@ class TrainedPart:
         whole: TrainState = self.whole.replace(params=merged(self.params, self.whole.params))
         return whole
 
-    def _filled(self, gradient: Any) -> Any:
+    def _with_zeros(self, gradient: Any) -> Any:
         return jax.tree.map(lambda p, g: jnp.zeros_like(p) if g is None else g, self.whole.params, gradient)
 
 
@@ -191,90 +259,115 @@ class TrainedPart:
 
 @dataclass(frozen=True)
 class Trained:
-    """Has the functions of a method see trained parameters only.
+    """Restricts the functions of a method to the trained parameters.
 
     Args:
-        trainable: which; see `Selection`.
-        fills: of each field of the method's memory that has the structure of the parameters, how it begins.
-        own: names of the method's own parameters.
+        trainable: The parameters to train; see `Selection`.
+        fills: For each field of the memory that has the structure of the parameters, the initial value of
+            a leaf; see `Fill`.
+        extra_parameters: Names of the parameters that the method adds. They are always trained.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> trained = Trained(lambda path: path == ("head",), {})
+        >>> trained.mask_of({"stem": jnp.ones(1), "head": jnp.ones(1)}, None)
+        {'head': True, 'stem': False}
     """
 
     trainable: Selection
     fills: Mapping[str, Fill]
-    own: tuple[str, ...] = ()
+    extra_parameters: tuple[str, ...] = ()
 
     def mask(self, ts: TrainState) -> Any:
-        """Return which parameters are trained; see `trained_mask`."""
+        """Return a tree of bools, True for trained parameters; see `trained_mask`."""
         return self.mask_of(ts.params, getattr(ts.apply_fn, "__self__", None))
 
     def mask_of(self, params: Params, network: Any) -> Any:
-        """Return which of these parameters are trained; see `trained_mask`."""
-        return trained_mask(self.trainable, params, network, self.own)
+        """Return a tree of bools, True for trained parameters; see `trained_mask`."""
+        return trained_mask(self.trainable, params, network, self.extra_parameters)
 
     def part(self, ts: TrainState) -> Any:
-        """Return the train state as the method sees it."""
+        """Return the train state that the method receives."""
         return ts if self.trainable is None else TrainedPart(ts, chosen(self.mask(ts), ts.params))
 
     def begun(self, ts: TrainState, state: Any) -> Any:
-        """Return the state with what it lacks of the parameters that are trained from now on."""
+        """Return the state with initial values for parameters that are trained from now on.
+
+        Args:
+            ts: The train state with all parameters.
+            state: The state of the algorithm.
+        """
         mask = self.mask(ts)
 
-        def fill(tree: Any, how: Fill) -> Any:
+        def fill(tree: Any, initial: Fill) -> Any:
             return jax.tree.map(
-                lambda on, old, p: how(p) if on and old is None else old, mask, tree, ts.params
+                lambda is_trained, old, p: initial(p) if is_trained and old is None else old,
+                mask,
+                tree,
+                ts.params,
             )
 
-        return state._replace(memory=self._each(fill, state.memory))
+        return state._replace(memory=self._map(fill, state.memory))
 
     def reads(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function of `(ts, state, ...)` that sees trained parameters only."""
+        """Return a function of `(ts, state, ...)` that receives the trained parameters only.
+
+        Args:
+            function: It takes `(ts, state, ...)` and returns neither of the two.
+        """
         if self.trainable is None:
             return function
 
         def call(ts: TrainState, state: Any, *rest: Any) -> Any:
-            return function(self.part(ts), self._seen(self.mask(ts), state), *rest)
+            return function(self.part(ts), self._restricted(self.mask(ts), state), *rest)
 
         return call
 
     def changes(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a function from `(ts, state, ...)` to `(ts, state, ...)` that changes these only."""
+        """Return a function of `(ts, state, ...)` that changes the trained parameters only.
+
+        Args:
+            function: It takes `(ts, state, ...)` and returns `(ts, state, ...)`.
+        """
         if self.trainable is None:
             return function
 
         def call(ts: TrainState, state: Any, *rest: Any) -> Any:
             mask = self.mask(ts)
-            after, new, *others = function(self.part(ts), self._seen(mask, state), *rest)
+            after, new, *outputs = function(self.part(ts), self._restricted(mask, state), *rest)
 
-            def joined(old: Any, how: Fill, new: Any) -> Any:
-                return jax.tree.map(lambda on, a, b: b if on else a, mask, old, new)
+            def join(old: Any, initial: Fill, new: Any) -> Any:
+                return jax.tree.map(lambda is_trained, a, b: b if is_trained else a, mask, old, new)
 
-            return after.joined(), new._replace(memory=self._each(joined, state.memory, new.memory)), *others
+            return after.joined(), new._replace(memory=self._map(join, state.memory, new.memory)), *outputs
 
         return call
 
-    def _seen(self, mask: Any, state: Any) -> Any:
-        def seen(tree: Any, how: Fill) -> Any:
-            def pick(on: bool, leaf: Any) -> Any:
-                if on and leaf is None:
+    def _restricted(self, mask: Any, state: Any) -> Any:
+        """Return the state with None for frozen parameters."""
+
+        def restrict(tree: Any, initial: Fill) -> Any:
+            def pick(is_trained: bool, leaf: Any) -> Any:
+                if is_trained and leaf is None:
                     raise ValueError(
-                        "the state lacks what the method remembers of a parameter that is trained now; call "
-                        "ts, state = algorithm.start_task(ts, state, task) with the algorithm that trains it"
+                        "the state has no entry for a parameter that is trained now; call ts, state = "
+                        "algorithm.start_task(ts, state, task) with the algorithm that trains it"
                     )
-                return leaf if on else None
+                return leaf if is_trained else None
 
             return jax.tree.map(pick, mask, tree)
 
-        return state._replace(memory=self._each(seen, state.memory))
+        return state._replace(memory=self._map(restrict, state.memory))
 
-    def _each(self, function: Callable[..., Any], memory: Any, new: Any = None) -> Any:
+    def _map(self, function: Callable[..., Any], memory: Any, new: Any = None) -> Any:
         """Return the memory (`new` if given) with the function applied to each tree of parameters."""
         result = memory if new is None else new
         changed = {}
-        for name, how in self.fills.items():
+        for name, initial in self.fills.items():
             trees = [getattr(m, name) for m in (memory, new) if m is not None]
-            if isinstance(how, tuple):
-                parts = zip(how, *trees, strict=True)
+            if isinstance(initial, tuple):
+                parts = zip(initial, *trees, strict=True)
                 changed[name] = tuple(function(tree, each, *more) for each, tree, *more in parts)
             else:
-                changed[name] = function(trees[0], how, *trees[1:])
+                changed[name] = function(trees[0], initial, *trees[1:])
         return result._replace(**changed) if changed else result

@@ -1,4 +1,4 @@
-"""Which parameters are trained: the others stay exactly as they are, in every method, and cost nothing."""
+"""Training some of the parameters: in every method the others stay exactly unchanged and cost no memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from tests.flax.parts import (
     Layered,
     batches,
     flat,
-    learner,
     own_stream,
     rotated,
     settings,
@@ -45,8 +44,8 @@ def stem_only(path: tuple[str, ...]) -> bool:
     return path[0] == "stem"
 
 
-def kept_of_parameters(state: State) -> int:
-    """Return the bytes of what a method keeps, but for its samples."""
+def bytes_of_trees(state: State) -> int:
+    """Return the bytes of a method's memory without its samples."""
     parts = jax.tree.leaves(state.memory, is_leaf=lambda part: isinstance(part, Memory))
     return sum(part.nbytes for part in parts if not isinstance(part, Memory))
 
@@ -56,8 +55,8 @@ def kept_of_parameters(state: State) -> int:
     [pytest.param(h, marks=[pytest.mark.slow] if h.name in SLOW else []) for h in EVERY],
     ids=lambda h: f"{h.name}-{getattr(h, 'lmc_policy', '')}",
 )
-def test_frozen_parameters_do_not_move_and_cost_nothing(hparams: AlgorithmHParams) -> None:
-    """AdamW decays weights; the head is trained from the second task on, then nothing of the stem is."""
+def test_frozen_parameters_do_not_change_and_cost_no_memory(hparams: AlgorithmHParams) -> None:
+    """AdamW decays weights. The head is trained from the second task on; the third task freezes the stem."""
     stream = own_stream(hparams, num_tasks=3)
     make, model = ALGORITHMS[hparams.name], Layered()
     tx = optax.inject_hyperparams(optax.adamw)(learning_rate=0.01, weight_decay=0.1)
@@ -67,9 +66,9 @@ def test_frozen_parameters_do_not_move_and_cost_nothing(hparams: AlgorithmHParam
     initial = flat(partly.ts.params)
     ts, state = partly.ts, partly.state
     size = {k: v.nbytes for k, v in initial.items()}
-    full, part = kept_of_parameters(wholly.state), kept_of_parameters(state)
+    full, part = bytes_of_trees(wholly.state), bytes_of_trees(state)
     trees = (full - part) / sum(size[k] for k in frozen)
-    assert trees == int(trees)  # each tree that the method keeps lacks the frozen ones
+    assert trees == int(trees)  # no tree of the method has the frozen parameters
     counts = {"ewc": 2, "mas": 2, "si": 3, "lfl": 1, "icarl": 1, "lamaml": 1, "mcsgd": 2}
     online = getattr(hparams, "lmc_policy", "") == "online"
     assert trees == counts.get(hparams.name, 0) + 2 * online
@@ -77,13 +76,14 @@ def test_frozen_parameters_do_not_move_and_cost_nothing(hparams: AlgorithmHParam
     assert sum(moments) == sum(leaf.size for k, leaf in initial.items() if k not in frozen)
 
     tx = optax.inject_hyperparams(optax.adamw)(learning_rate=0.01, weight_decay=0.1)
-    ts = TrainState.create(apply_fn=ts.apply_fn, params=ts.params, tx=tx)  # as a user's own loop has it
+    # A user's loop has no optax.masked.
+    ts = TrainState.create(apply_fn=ts.apply_fn, params=ts.params, tx=tx)
     tasks = list(hparams.training_tasks(stream))
     order = [make(hparams, trainable=stem_only), make(hparams), make(hparams, trainable=HEAD)]
-    fixed_head = hparams.name in ("kcl", "lfl")  # by the method, from its second task on
-    stays: list[tuple[str, ...]] = [("head",), ("head",) if fixed_head else (), ("stem",)]
-    stays[2] += stays[1]
-    for algorithm, task, names in zip(order, tasks, stays, strict=True):
+    fixed_head = hparams.name in ("kcl", "lfl")  # these methods freeze it from the second task on
+    unchanged: list[tuple[str, ...]] = [("head",), ("head",) if fixed_head else (), ("stem",)]
+    unchanged[2] += unchanged[1]
+    for algorithm, task, names in zip(order, tasks, unchanged, strict=True):
         before, position = flat(ts.params), algorithm.planner(stream.spec, state)
         ts, state = algorithm.start_task(ts, state, task)
         began = flat(ts.params)  # MC-SGD starts from the last w_hat
@@ -93,18 +93,17 @@ def test_frozen_parameters_do_not_move_and_cost_nothing(hparams: AlgorithmHParam
             ts, state, _ = step(ts, state, Batch(x, y, t, position.next(y, t)))
         ts, state = algorithm.end_task(ts, state, batches(task, settings()))
         after = flat(ts.params)
-        for k in after.keys() - {"kcl/offset"}:  # which stays 0
+        for k in after.keys() - {"kcl/offset"}:  # always 0
             same = np.array_equal(after[k], before[k]) and np.array_equal(began[k], before[k])
             assert same is k.startswith(names), (task.index, k)
         images = jnp.asarray(task.test.take(np.arange(3)).x)
-        found = np.asarray(algorithm.predict(ts, state, images, jnp.zeros(3, int)))
-        assert np.isfinite(found).all()
+        assert np.isfinite(np.asarray(algorithm.predict(ts, state, images, jnp.zeros(3, int)))).all()
         jax.tree.map(lambda a: a.block_until_ready(), algorithm.alternatives(ts, state, x, t))
-    assert kept_of_parameters(state) == full
+    assert bytes_of_trees(state) == full
 
 
 def _reference_fisher(ts: TrainState, state: State, batches: list[Batch]) -> dict[str, np.ndarray]:
-    """Return the mean squared gradient of the head's parameters, written out in NumPy."""
+    """Return the mean squared gradient of the head's parameters, in NumPy."""
     p = {k: v.astype(np.float64) for k, v in flat(ts.params).items()}
     total = {k: np.zeros_like(p[k]) for k in ("head/kernel", "head/bias")}
     count = 0
@@ -122,73 +121,70 @@ def _reference_fisher(ts: TrainState, state: State, batches: list[Batch]) -> dic
     return {k: v / count for k, v in total.items()}
 
 
-def test_ewc_of_one_layer_is_ewc_written_by_hand_on_that_layer() -> None:
-    """Both tasks, SGD with weight decay: Fisher, anchor and every step of the penalised second task."""
+def test_ewc_on_one_layer_equals_numpy() -> None:
+    """Two tasks, SGD with weight decay: Fisher, anchor and every step of the penalised second task."""
     with jax.enable_x64(True):
         training, strength = settings(dtype="float64"), 30.0
         tx = optax.chain(optax.add_decayed_weights(0.01), optax.sgd(0.1))
         algorithm = ewc(EWCHParams(ewc_lambda=strength, fisher_samples=None), trainable=HEAD)
-        made = FlaxLearner(algorithm, Layered(), tx, rotated(2).spec, training)
-        by_hand = {k: v.copy() for k, v in flat(made.ts.params).items()}
-        stem = {k: v for k, v in by_hand.items() if k.startswith("stem")}
+        model = FlaxLearner(algorithm, Layered(), tx, rotated(2).spec, training)
+        expected = {k: v.copy() for k, v in flat(model.ts.params).items()}
+        stem = {k: v for k, v in expected.items() if k.startswith("stem")}
         anchor: dict[str, np.ndarray] = {}
         fisher: dict[str, np.ndarray] = {}
         for task in rotated(2).tasks:
-            made.fit_task(task, SILENT)
+            model.fit_task(task, SILENT)
             for x, y, _, _ in batches(task, training):
-                scale, shift = (np.asarray(a) for a in (made.state.stream.scale, made.state.stream.shift))
+                scale, shift = (np.asarray(a) for a in (model.state.stream.scale, model.state.stream.shift))
                 h = np.tanh((x * scale + shift).reshape(len(x), -1) @ stem["stem/kernel"] + stem["stem/bias"])
-                z = h @ by_hand["head/kernel"] + by_hand["head/bias"]
+                z = h @ expected["head/kernel"] + expected["head/bias"]
                 q = np.exp(z - z.max(1, keepdims=True))
                 q /= q.sum(1, keepdims=True)
                 q[np.arange(len(y)), y] -= 1
-                slopes = {"head/kernel": h.T @ q / len(y), "head/bias": q.mean(0)}
-                for k, slope in slopes.items():
-                    pull = strength * fisher[k] * (by_hand[k] - anchor[k]) if fisher else 0.0
-                    by_hand[k] = by_hand[k] - 0.1 * (slope + pull + 0.01 * by_hand[k])
+                gradients = {"head/kernel": h.T @ q / len(y), "head/bias": q.mean(0)}
+                for k, gradient in gradients.items():
+                    penalty = strength * fisher[k] * (expected[k] - anchor[k]) if fisher else 0.0
+                    expected[k] = expected[k] - 0.1 * (gradient + penalty + 0.01 * expected[k])
             if not fisher:
                 order = plan.consolidation_batches(training.seed, task, training.batch_size)
-                fisher = _reference_fisher(made.ts, made.state, [Batch(*samples) for samples in order])
-                anchor = {k: by_hand[k].copy() for k in fisher}
-                memory = made.state.memory
+                fisher = _reference_fisher(model.ts, model.state, [Batch(*samples) for samples in order])
+                anchor = {k: expected[k].copy() for k in fisher}
+                memory = model.state.memory
                 assert memory.anchor["stem"] == memory.importance["stem"] == {"kernel": None, "bias": None}
                 for k in fisher:
                     part = k.split("/")[1]
                     np.testing.assert_allclose(memory.importance["head"][part], fisher[k], rtol=1e-10)
                     np.testing.assert_allclose(memory.anchor["head"][part], anchor[k], rtol=1e-10)
-        for k, v in flat(made.ts.params).items():
-            np.testing.assert_allclose(v, by_hand[k], rtol=1e-10, atol=1e-13)
+        for k, v in flat(model.ts.params).items():
+            np.testing.assert_allclose(v, expected[k], rtol=1e-10, atol=1e-13)
             assert (k in stem) is np.array_equal(v, stem.get(k, 0 * v))
 
 
-def test_what_is_remembered_of_a_parameter_outlives_its_freezing() -> None:
-    """Frozen in the second task, its importance and anchor stay; trained again, it is penalised by them."""
+def test_importance_and_anchor_of_a_frozen_parameter_are_kept() -> None:
+    """In the second task its importance and anchor are unchanged."""
     everything, stem = ewc(EWC), ewc(EWC, trainable=stem_only)
-    made = learner(EWC)
-    made = FlaxLearner(everything, Layered(), sgd(), rotated().spec, settings())
-    made.fit_task(rotated().tasks[0], SILENT)
-    kept = made.state.memory
-    ts, state = stem.start_task(made.ts, made.state, rotated().tasks[1])
+    model = FlaxLearner(everything, Layered(), sgd(), rotated().spec, settings())
+    model.fit_task(rotated().tasks[0], SILENT)
+    before = model.state.memory
+    ts, state = stem.start_task(model.ts, model.state, rotated().tasks[1])
     step = jax.jit(stem.train_step)
     for batch in batches(rotated().tasks[1], settings()):
         ts, state, _ = step(ts, state, batch)
     ts, state = stem.end_task(ts, state, batches(rotated().tasks[1], settings()))
-    for old, new in ((kept.anchor, state.memory.anchor), (kept.importance, state.memory.importance)):
+    for old, new in ((before.anchor, state.memory.anchor), (before.importance, state.memory.importance)):
         for leaf in ("kernel", "bias"):
             np.testing.assert_array_equal(old["head"][leaf], new["head"][leaf])
             assert not np.array_equal(old["stem"][leaf], new["stem"][leaf])
 
 
-def test_a_task_that_trains_more_parameters_has_to_be_started() -> None:
-    made = FlaxLearner(ewc(EWC, trainable=stem_only), Layered(), sgd(), rotated().spec, settings())
+def test_a_task_that_trains_more_parameters_must_be_started() -> None:
+    model = FlaxLearner(ewc(EWC, trainable=stem_only), Layered(), sgd(), rotated().spec, settings())
     batch = next(iter(batches(rotated().tasks[0], settings())))
     more = ewc(
         EWC, trainable={"stem": {"kernel": True, "bias": True}, "head": {"kernel": False, "bias": True}}
     )
-    ts, state = made.algorithm.start_task(made.ts, made.state, rotated().tasks[0])
-    with pytest.raises(
-        ValueError, match="lacks what the method remembers of a parameter that is trained now"
-    ):
+    ts, state = model.algorithm.start_task(model.ts, model.state, rotated().tasks[0])
+    with pytest.raises(ValueError, match="the state has no entry for a parameter that is trained now"):
         jax.eval_shape(more.train_step, ts, state, batch)
     ts, state = more.start_task(ts, state, rotated().tasks[1])
     np.testing.assert_array_equal(state.memory.anchor["head"]["bias"], ts.params["head"]["bias"])
@@ -196,11 +192,11 @@ def test_a_task_that_trains_more_parameters_has_to_be_started() -> None:
     jax.eval_shape(more.train_step, ts, state, batch)
 
 
-# -- the three ways to say it
+# -- the three types of selection
 
 
 class Adapter(nnx.Param):  # type: ignore[type-arg]
-    """A user's own kind of parameter."""
+    """A user-defined type of parameter."""
 
 
 class NNXNet(nnx.Module):
@@ -226,14 +222,14 @@ class NNXNet(nnx.Module):
     ids=["type", "any of filters", "filter function", "paths", "not"],
 )
 def test_parameters_of_an_nnx_network_by_filter_or_path(trainable: Any, moved: set[str]) -> None:
-    made = make_learner(SIHParams(), NNXNet(nnx.Rngs(0)), sgd(), rotated(), settings(), trainable=trainable)
-    sizes = {k: v.nbytes for k, v in flat(made.ts.params).items()}
-    paths = jax.tree_util.tree_flatten_with_path(made.state.memory.path)[0]
+    model = make_learner(SIHParams(), NNXNet(nnx.Rngs(0)), sgd(), rotated(), settings(), trainable=trainable)
+    sizes = {k: v.nbytes for k, v in flat(model.ts.params).items()}
+    paths = jax.tree_util.tree_flatten_with_path(model.state.memory.path)[0]
     assert {"/".join(key.key for key in keys) for keys, _ in paths} == moved
-    assert made.memory_bytes() == 3 * sum(sizes[k] for k in moved)
+    assert model.memory_bytes() == 3 * sum(sizes[k] for k in moved)
 
 
-def test_a_bare_loop_with_an_nnx_filter() -> None:
+def test_a_plain_loop_with_an_nnx_filter() -> None:
     net = adapted(NNXNet(nnx.Rngs(0)))
     params = net.init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))["params"]
     ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
@@ -263,13 +259,13 @@ def test_a_bare_loop_with_an_nnx_filter() -> None:
     ],
     ids=["no path", "nothing", "prefix", "unknown", "lacking", "numbers", "no variable", "float"],
 )
-def test_a_selection_that_does_not_fit_is_refused(trainable: Any, message: str) -> None:
+def test_a_selection_that_does_not_fit_raises(trainable: Any, message: str) -> None:
     for algorithm in (naive(NaiveHParams(), trainable=trainable), ewc(EWC, trainable=trainable)):
         with pytest.raises(ValueError, match=message):
             FlaxLearner(algorithm, Layered(), sgd(), rotated().spec, settings())
 
 
-# -- sums of few bits
+# -- sums in low precision
 
 
 @pytest.mark.parametrize(
@@ -282,7 +278,7 @@ def test_a_selection_that_does_not_fit_is_refused(trainable: Any, message: str) 
     ids=["ewc", "mas", "mas-batch"],
 )
 def test_importances_of_bfloat16_weights_are_summed_in_float32(algorithm: Algorithm) -> None:
-    """Against float64 at the same weights; summed in bfloat16, a Fisher loses a quarter of its mass."""
+    """Compared with float64 at the same weights. A Fisher summed in bfloat16 loses a quarter of its mass."""
     task = rotated(2, subset=400).tasks[0]
     last = [Batch(*task.train.take(np.arange(k, k + 100))) for k in range(0, 400, 100)]
 
@@ -296,14 +292,14 @@ def test_importances_of_bfloat16_weights_are_summed_in_float32(algorithm: Algori
 
     with jax.enable_x64(True):
         initial = Layered(width=6).init(jax.random.key(0), np.zeros((1, 8, 8, 1)))["params"]
-        found, exact = importance(jnp.bfloat16), importance(jnp.float64)
-    for name, summed in found.items():
-        assert summed.dtype == np.float32
-        assert abs(summed.sum() / exact[name].sum() - 1) < 0.02, name
+        low, exact = importance(jnp.bfloat16), importance(jnp.float64)
+    for name, value in low.items():
+        assert value.dtype == np.float32
+        assert abs(value.sum() / exact[name].sum() - 1) < 0.02, name
 
 
 def test_the_path_integral_of_bfloat16_weights_is_summed_in_float32() -> None:
-    """Many small steps, against the same products summed in float64."""
+    """Many small steps, compared with the same products summed in float64."""
     rng = np.random.default_rng(0)
     path, exact = empty_sum(jnp.zeros(50, jnp.bfloat16)), np.zeros(50)
     before = jnp.asarray(rng.normal(size=50), jnp.bfloat16)
@@ -323,5 +319,5 @@ def test_the_path_integral_of_bfloat16_weights_is_summed_in_float32() -> None:
 
 
 def _bf16_params() -> Any:
-    found = Layered().init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))["params"]
-    return jax.tree.map(lambda p: p.astype(jnp.bfloat16), found)
+    params = Layered().init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))["params"]
+    return jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
