@@ -1,11 +1,11 @@
-"""The start and the end of a task as a part on the host, which decides, and a pure function of arrays.
+"""Task boundaries in two parts: decisions on the host, and a pure function of arrays that is traceable.
 
-    plan = algorithm.plan_start(state, task)                 # on the host: NumPy arrays
+    plan = algorithm.plan_start(state, task)  # on the host: NumPy arrays
     ts, state = jax.jit(algorithm.apply_start)(ts, state, plan)
 
-Many seeds at once: each has a plan of its own, and they are stacked; see `stack_plans`.
+To run many seeds at once, stack their plans with `stack_plans` and map over the leading axis:
 
-    plans = [algorithm.plan_end(of_seed(s, state), batches[s]) for s, algorithm in enumerate(algorithms)]
+    plans = [algorithm.plan_end(states[s], batches[s]) for s, algorithm in enumerate(algorithms)]
     ts, state = jax.jit(jax.vmap(algorithms[0].apply_end))(ts, state, stack_plans(plans))
 """
 
@@ -22,63 +22,92 @@ from sequel_core.stream.task import Batch
 
 
 class StartPlan(NamedTuple):
-    """What a method needs to know of a task that begins."""
+    """The part of a task that `apply_start` needs.
 
-    task: Any  # its index, int32 ()
-    samples: Any = ()  # that the task sets aside: images [N, ...] and labels [N]; () without
+    Args:
+        task: The index of the task, int32 `()`.
+        samples: Samples that the method sets aside, inputs `[N, ...]` and labels `[N]`; () without any.
+
+    Example:
+        >>> StartPlan(np.int32(2)).samples
+        ()
+    """
+
+    task: Any
+    samples: Any = ()
 
 
 def stack_plans(plans: Sequence[Any]) -> Any:
-    """Return the plans of several seeds as one, each array with a leading axis for the seeds.
+    """Stack the plans of several seeds along a new leading axis.
 
-    Arrays of different lengths are padded at their ends, signed integers with -1 and others with 0: samples
-    with t = -1 do not count.
+    Arrays of different lengths are padded at the end: signed integers with -1, others with 0. Samples with
+    t = -1 do not count.
 
     Args:
-        plans: of `plan_start`, or of `plan_end`; at least one.
+        plans: At least one result of `plan_start`, or of `plan_end`.
+
+    Returns:
+        A plan with the structure of each.
+
+    Example:
+        >>> stack_plans([np.array([1, 2]), np.array([3])]).tolist()
+        [[1, 2], [3, -1]]
     """
 
-    def stacked(*leaves: Any) -> Any:
+    def stack(*leaves: Any) -> Any:
         arrays = [np.asarray(leaf) for leaf in leaves]
         shape = tuple(map(max, zip(*(a.shape for a in arrays), strict=True)))
-        found = np.full((len(arrays), *shape), -1 if arrays[0].dtype.kind == "i" else 0, arrays[0].dtype)
-        if not shape:
-            return np.stack(arrays)
-        for k, array in enumerate(arrays):
-            part = tuple(slice(n) for n in array.shape)
-            found[k][part] = array
-        return found
+        padding = -1 if arrays[0].dtype.kind == "i" else 0
+        stacked = np.full((len(arrays), *shape), padding, arrays[0].dtype)
+        for row, array in zip(stacked, arrays, strict=True):
+            row[tuple(slice(n) for n in array.shape)] = array
+        return stacked
 
-    return jax.tree.map(stacked, *plans)
+    return jax.tree.map(stack, *plans)
 
 
 def collected(batches: Iterable[Batch], samples: int | None = None) -> Batch:
-    """Return batches as one of NumPy arrays `[n, B, ...]`; the last one is padded with samples of t = -1.
+    """Return batches as one batch of NumPy arrays `[n, B, ...]`.
+
+    The last batch is padded with samples whose t is -1.
 
     Args:
-        batches: of samples, each sample once.
-        samples: the first so many; None for all.
+        batches: Batches of samples, each sample once.
+        samples: The number of samples to use, from the first on; None for all.
 
     Raises:
-        ValueError: there is no sample.
+        ValueError: There is no sample.
+
+    Example:
+        >>> x, y, t = np.zeros((3, 2), np.uint8), np.array([5, 6, 7]), np.array([0, 0, 0])
+        >>> collected([Batch(x[:2], y[:2], t[:2]), Batch(x[2:], y[2:], t[2:])]).t.tolist()
+        [[0, 0], [0, -1]]
     """
-    found: list[Batch] = []
+    used: list[Batch] = []
     count = 0
     for batch in given(batches):
-        wanted = len(batch.y) if samples is None else min(len(batch.y), samples - count)
-        found.append(Batch(*(np.asarray(a)[:wanted] for a in batch[:3])))
-        count += wanted
+        size = len(batch.y) if samples is None else min(len(batch.y), samples - count)
+        used.append(Batch(*(np.asarray(a)[:size] for a in batch[:3])))
+        count += size
         if count == samples:
             break
-    stacked = stack_plans(found)
+    stacked = stack_plans(used)
     return Batch(stacked.x, np.maximum(stacked.y, 0), stacked.t)
 
 
 def given(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the batches that the end of a task reads.
+    """Yield the batches that were passed to `end_task`.
+
+    Args:
+        batches: Batches of the task's samples.
 
     Raises:
-        ValueError: on reading, there is none, or one batch is given in place of several.
+        ValueError: While iterating: there is no batch, or `batches` is a single Batch.
+
+    Example:
+        >>> next(given(Batch(None, None, None)))
+        Traceback (most recent call last):
+        ValueError: end_task needs batches of the task's samples, got a single Batch; give [batch]
     """
     if isinstance(batches, Batch):
         raise ValueError("end_task needs batches of the task's samples, got a single Batch; give [batch]")
@@ -88,25 +117,53 @@ def given(batches: Iterable[Batch]) -> Iterator[Batch]:
         yield batch
     if not count:
         raise ValueError(
-            "the end of a task needs its samples, got no batch; give the task's batches again: a generator "
-            "can be read only once, so make a new one, or give a list"
+            "the end of a task needs the task's samples, got no batch; give the task's batches again: "
+            "a generator can be read only once, so make a new one, or give a list"
         )
 
 
 def is_traced(tree: Any) -> bool:
-    """Return whether a value is only known within a compiled function."""
+    """Return whether a tree has a leaf that is traced, so that its value is not known.
+
+    Args:
+        tree: A tree of arrays.
+
+    Example:
+        >>> is_traced(jnp.zeros(2)), bool(jax.jit(lambda x: is_traced(x))(0))
+        (False, True)
+    """
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def select(flag: Any, new: Any, old: Any) -> Any:
-    """Return one of two trees of the same structure, in the dtypes of `old`; the flag may be traced."""
+    """Return `new` if the flag is true, else `old`.
+
+    Args:
+        flag: A bool, which may be traced.
+        new: A tree.
+        old: A tree of the same structure.
+
+    Example:
+        >>> int(select(True, jnp.int32(1), jnp.int32(2)))
+        1
+    """
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), new, old)
 
 
 def repeated(count: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """Return the carry after `body(k, carry)` for k = 0 to count - 1.
+    """Return the carry after `carry = body(k, carry)` for k = 0, ..., count - 1.
 
-    Each round is dispatched alone unless the count is traced: on a CPU, convolutions are slow within loops.
+    If the count is not traced, each iteration is dispatched on its own, because XLA runs convolutions slowly
+    in loops on a CPU.
+
+    Args:
+        count: The number of iterations, which may be traced.
+        body: A function of the iteration and the carry that returns the next carry.
+        carry: The initial carry.
+
+    Example:
+        >>> repeated(4, lambda k, total: total + k, 0)
+        6
     """
     if is_traced(count):
         return jax.lax.fori_loop(0, count, body, carry)
@@ -116,11 +173,24 @@ def repeated(count: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
 
 
 def on_host(function: Callable[..., Any], like: Any, *args: Any) -> Any:
-    """Return what a NumPy function returns, in the shapes and dtypes of `like`, also while tracing."""
+    """Call a NumPy function on the host, also while tracing.
+
+    Args:
+        function: A function of NumPy arrays.
+        like: A tree of arrays with the structure, shapes and dtypes of the result.
+        *args: Trees of arrays.
+
+    Returns:
+        The result of the function, with the dtypes of `like`.
+
+    Example:
+        >>> jax.jit(lambda x: on_host(np.sort, x, x))(jnp.array([3, 1, 2])).tolist()
+        [1, 2, 3]
+    """
 
     def call(*arrays: Any) -> Any:
-        found = function(*jax.tree.map(np.asarray, arrays))
-        return jax.tree.map(lambda a, b: np.asarray(a, b.dtype), found, like)
+        result = function(*jax.tree.map(np.asarray, arrays))
+        return jax.tree.map(lambda a, b: np.asarray(a, b.dtype), result, like)
 
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), like)
     if is_traced(args):

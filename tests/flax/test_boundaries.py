@@ -1,4 +1,4 @@
-"""Task boundaries as pure functions: three seeds in one mapped program end as they do one by one."""
+"""Task boundaries as pure functions: three seeds under vmap equal three separate runs."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from tests.flax.parts import EVERY, EWC, MCSGD, SILENT, Layered, learner, own_st
 SEEDS, STEPS, SIZE = 3, 50, 4
 STREAM = RotatedDigits(num_tasks=2, subset=220)
 TX = sgd(0.05)
-GENTLE = sgd(0.001)  # KCL's solves amplify rounding from step to step, the more so the larger the steps
+SMALL_STEPS = sgd(0.001)  # for KCL, whose solves amplify rounding errors, more with larger steps
 NET = Layered(width=6)
 METHODS = tuple(replace(h, mem_size=160) if isinstance(h, AGEMHParams) else h for h in EVERY)
 CHEAP = ("agem", "icarl")
 
 
 def begun(algorithm: Algorithm, seed: int) -> tuple[TrainState, State]:
-    tx = GENTLE if algorithm.hparams.name == "kcl" else TX
+    tx = SMALL_STEPS if algorithm.hparams.name == "kcl" else TX
     params = NET.init(jax.random.key(seed), np.zeros((1, *STREAM.image_shape)))["params"]
     ts = TrainState.create(apply_fn=NET.apply, params=jax.tree.map(jnp.float64, params), tx=tx)
     ts = algorithm.prepare(ts, STREAM.spec)
-    found: tuple[TrainState, State] = strong_types((ts, algorithm.init(ts, STREAM.spec)))
-    return found
+    initial: tuple[TrainState, State] = strong_types((ts, algorithm.init(ts, STREAM.spec)))
+    return initial
 
 
 def steps(algorithm: Algorithm, ts: TrainState, state: State, batches: Batch) -> tuple[TrainState, State]:
@@ -66,7 +66,7 @@ def task_batches(algorithm: Algorithm, state: State, task: Task, seed: int) -> B
 
 
 def last_batches(task: Task, seed: int, counts: Sequence[int]) -> list[Batch]:
-    """Return what the end of a task reads; each seed may have another number of samples."""
+    """Return the batches for `end_task`; the number of samples may differ between seeds."""
     rows = np.random.default_rng(seed).permutation(len(task.train))[: counts[seed]]
     return [Batch(*task.train.take(rows[k : k + 8])) for k in range(0, len(rows), 8)]
 
@@ -77,7 +77,7 @@ def seen_samples() -> tuple[np.ndarray, np.ndarray]:
 
 
 def alone(algorithm: Algorithm, seed: int, counts: Sequence[int]) -> list[Any]:
-    """Run one seed through the usual entry points."""
+    """Train one seed with `start_task` and `end_task`."""
     ts, state = begun(algorithm, seed)
     run, predict = jax.jit(partial(steps, algorithm)), jax.jit(algorithm.predict)
     for task in algorithm.hparams.training_tasks(STREAM, seed):
@@ -88,7 +88,7 @@ def alone(algorithm: Algorithm, seed: int, counts: Sequence[int]) -> list[Any]:
 
 
 def mapped(algorithms: Sequence[Algorithm], counts: Sequence[int]) -> list[Any]:
-    """Run all seeds in one program; only what decides on samples is done for each alone."""
+    """Train all seeds in one program; only the plans are made for each seed on its own."""
     first = algorithms[0]
     start, end, run = (
         jax.jit(jax.vmap(f)) for f in (first.apply_start, first.apply_end, partial(steps, first))
@@ -97,22 +97,22 @@ def mapped(algorithms: Sequence[Algorithm], counts: Sequence[int]) -> list[Any]:
     ts, state = jax.tree.map(lambda *a: jnp.stack(a), *(begun(a, k) for k, a in enumerate(algorithms)))
 
     def each(function: Callable[..., Any], tasks: Sequence[Task]) -> Any:
-        own = [jax.tree.map(lambda a, k=k: a[k], state) for k in range(len(algorithms))]
-        return stack_plans([function(a, own[k], tasks[k], k) for k, a in enumerate(algorithms)])
+        states = [jax.tree.map(lambda a, k=k: a[k], state) for k in range(len(algorithms))]
+        return stack_plans([function(a, states[k], tasks[k], k) for k, a in enumerate(algorithms)])
 
     def plan_end(algorithm: Algorithm, state: State, task: Task, seed: int) -> Any:
         return algorithm.plan_end(state, last_batches(task, seed, counts))
 
     streams = [list(a.hparams.training_tasks(STREAM, k)) for k, a in enumerate(algorithms)]
     for tasks in zip(*streams, strict=True):
-        ts, state = start(ts, state, each(lambda a, own, task, k: a.plan_start(own, task), tasks))
+        ts, state = start(ts, state, each(lambda a, state, task, k: a.plan_start(state, task), tasks))
         ts, state = run(ts, state, each(task_batches, tasks))
         ts, state = end(ts, state, each(plan_end, tasks))
     return [ts.params, ts.opt_state, state.memory, state.position, predict(ts, state, *seen_samples())]
 
 
 def check(hparams: AlgorithmHParams, counts: Sequence[int]) -> None:
-    jax.config.update("jax_enable_x64", True)  # in every thread, also where iCaRL's choice is called back
+    jax.config.update("jax_enable_x64", True)  # in every thread: iCaRL has a host callback
     algorithms = [ALGORITHMS[hparams.name](hparams, seed=seed) for seed in range(SEEDS)]
     together = mapped(algorithms, counts)
     tolerance = 1e-8 if hparams.name == "kcl" else 1e-10
@@ -122,8 +122,8 @@ def check(hparams: AlgorithmHParams, counts: Sequence[int]) -> None:
             ("params", "opt", "memory", "position", "logits"), single, together, strict=True
         ):
             for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-                where = f"{name} of seed {seed}"
-                np.testing.assert_allclose(y[seed], x, rtol=tolerance, atol=tolerance, err_msg=where)
+                message = f"{name} of seed {seed}"
+                np.testing.assert_allclose(y[seed], x, rtol=tolerance, atol=tolerance, err_msg=message)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def check(hparams: AlgorithmHParams, counts: Sequence[int]) -> None:
     [pytest.param(h, marks=[] if h.name in CHEAP else [pytest.mark.slow]) for h in METHODS],
     ids=lambda h: f"{h.name}-{getattr(h, 'lmc_policy', '')}",
 )
-def test_three_seeds_in_one_program_are_three_runs(hparams: AlgorithmHParams) -> None:
+def test_three_seeds_under_vmap_equal_three_runs(hparams: AlgorithmHParams) -> None:
     check(hparams, [24, 24, 24])
 
 
@@ -145,11 +145,11 @@ def test_three_seeds_in_one_program_are_three_runs(hparams: AlgorithmHParams) ->
     ],
     ids=["ewc", "ewc-online", "mas-batch", "mcsgd-epoch"],
 )
-def test_seeds_with_other_numbers_of_samples_are_padded(hparams: AlgorithmHParams) -> None:
+def test_seeds_with_different_numbers_of_samples_are_padded(hparams: AlgorithmHParams) -> None:
     check(hparams, [24, 13, 19])
 
 
-def test_plans_are_stacked_with_padding_that_does_not_count() -> None:
+def test_stacked_plans_are_padded_with_samples_that_do_not_count() -> None:
     x = np.arange(10, dtype=np.uint8).reshape(5, 2)
     first = collected(
         [Batch(x[:2], np.array([1, 2]), np.array([0, 0])), Batch(x[2:3], np.array([3]), np.array([0]))]
@@ -164,11 +164,11 @@ def test_plans_are_stacked_with_padding_that_does_not_count() -> None:
     np.testing.assert_array_equal(both.y[1], [[4, -1], [-1, -1]])
     np.testing.assert_array_equal(both.x[1, 0], [[6, 7], [0, 0]])
     assert [a.dtype.kind for a in both[:3]] == ["u", "i", "i"]
-    with pytest.raises(ValueError, match="the end of a task needs its samples, got no batch"):
+    with pytest.raises(ValueError, match="the end of a task needs the task's samples, got no batch"):
         collected([])
 
 
-# -- nothing is nan on the way
+# -- no intermediate NaN
 
 
 @pytest.fixture
@@ -184,12 +184,12 @@ def _debug_nans() -> Any:
     [pytest.param(h, marks=[] if h.name in CHEAP else [pytest.mark.slow]) for h in METHODS],
     ids=lambda h: h.name,
 )
-def test_no_method_makes_a_nan_on_its_way(hparams: AlgorithmHParams) -> None:
+def test_no_method_computes_a_nan(hparams: AlgorithmHParams) -> None:
     stream: Benchmark = own_stream(hparams, num_tasks=2)
     model = learner(hparams, stream, settings())
     for task in hparams.training_tasks(stream):
         model.fit_task(task, SILENT)
-        for seen in stream.tasks:
-            model.evaluate(seen, "test")
+        for evaluated in stream.tasks:
+            model.evaluate(evaluated, "test")
     plain = learner(NaiveHParams(), stream, tx=optax.sgd(0.1))
     assert plain.state.stream.learning_rates == ()
