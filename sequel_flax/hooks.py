@@ -1,4 +1,4 @@
-"""Hooks: what is called before and after the stream, a task, an epoch, a step and an evaluation.
+"""Hooks, called before and after the stream, each task, epoch, step and evaluation.
 
     class Norms(Hook):
         def after_step(self, ts, state, batch, metrics, writer):
@@ -6,9 +6,9 @@
 
     learner = make_learner(hparams, model, tx, benchmark, hooks=[Norms(every=100)])
 
-In a loop of one's own the same hooks are called by hand:
+In your own training loop, call the same hooks:
 
-    if hook.due(step):  # steps done with this one, from 1
+    if hook.due(step):  # number of the step, from 1
         hook.after_step(ts, state, batch, {"task": task.index, "loss": loss}, writer)
 """
 
@@ -36,30 +36,38 @@ Metrics = Mapping[str, Any]
 
 
 class Hook:
-    """Looks on while a learner trains; override what is of use. It changes nothing and returns nothing.
+    """Base class of hooks, which observe training. Override the methods that you need; they return nothing.
 
-    Every method gets the same five arguments:
+    Every method has the same five arguments:
 
-    - `ts`, `state`: the train state and the algorithm's, as they are then. The next step reuses their memory,
-      so what is to be kept has to be copied: `jax.device_get(ts.params)`. A reference alone raises JAX's
-      "Array has been deleted" when it is read later.
-    - `batch`: of the step, arrays on the host, in `before_step` and `after_step`; else None.
-    - `metrics`: where it happens and what was measured, see each method.
-    - `writer`: writes with every writer of the learner; it has the methods of clu's MetricWriter. A step to
-      write at is `int(ts.step)`.
+    - `ts`, `state`: The train state and the state of the algorithm at that point. The next step reuses their
+      buffers, so copy what you keep: `jax.device_get(ts.params)`. Reading a reference later raises JAX's
+      "Array has been deleted".
+    - `batch`: The batch of the step as NumPy arrays, in `before_step` and `after_step`; None in the others.
+    - `metrics`: The position in the stream and the measured values; see each method.
+    - `writer`: Has the methods of clu's MetricWriter and calls them on every writer of the learner. Use
+      `int(ts.step)` as the step.
 
-    An error in a hook ends the run as any other does.
+    An exception in a hook ends the run.
 
     Args:
-        every: `before_step` and `after_step` are called at every so many steps, counted from the start of the
-            stream; 100 means the steps number 100, 200, ... Steps that no hook asks for run at full speed.
+        every: Number of steps between calls of `before_step` and `after_step`, >= 1: they are called if the
+            step's number in the stream is a multiple of it. Other steps run at full speed.
 
     Raises:
-        ValueError: `every` is not a whole number >= 1.
+        ValueError: `every` is not an integer >= 1.
+
+    Example:
+        >>> class TaskLog(Hook):
+        ...     def after_step(self, ts, state, batch, metrics, writer):
+        ...         writer.write_scalars(int(ts.step), {"task": metrics["task"]})
+        >>> hook = TaskLog(every=100)
+        >>> hook.due(200), hook.due(250)
+        (True, False)
     """
 
     every: int = 1
-    shows_progress: bool = False  # True takes the place of the progress bars of `sequel_core.run`
+    shows_progress: bool = False  # True replaces the progress bars of `sequel_core.run`
 
     def __init__(self, every: int = 1) -> None:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
@@ -67,68 +75,76 @@ class Hook:
         self.every = every
 
     def due(self, step: int) -> bool:
-        """Whether the step hooks are called around a step; `step` is its number in the stream, from 1."""
+        """Return whether `before_step` and `after_step` are called for a step.
+
+        Args:
+            step: The number of the step in the stream, from 1.
+        """
         return step % self.every == 0
 
     def before_stream(
         self, ts: TrainState, state: State, batch: Batch | None, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """Before anything else; `metrics` is empty."""
+        """Called before everything else; `metrics` is empty."""
 
     def before_task(
         self, ts: TrainState, state: State, batch: Batch | None, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """Before the algorithm starts a task: `task`, its index, and `task_steps`, how many it will have."""
+        """Called before `start_task`; `metrics` has the index `task` and the number of steps `task_steps`."""
 
     def before_epoch(
         self, ts: TrainState, state: State, batch: Batch | None, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """Before an epoch: `task`, and `epoch` within it, from 0."""
+        """Called before an epoch; `metrics` has `task` and the epoch's index in the task, `epoch`."""
 
     def before_step(
         self, ts: TrainState, state: State, batch: Batch, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """Before a step that is due, with the weights before it: `task`, `epoch`."""
+        """Called before a due step, with the weights before the step; `metrics` has `task` and `epoch`."""
 
     def after_step(
         self, ts: TrainState, state: State, batch: Batch, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """After a step that is due: `task`, `epoch` and the learner's metrics of this one step.
+        """Called after a due step; `metrics` has `task`, `epoch` and the learner's metrics of this step.
 
-        By default these are `loss` and `accuracy`, of the batch, with the weights before the step.
+        By default the metrics are `loss` and `accuracy`, on the batch, with the weights before the step.
         """
 
     def after_epoch(
         self, ts: TrainState, state: State, batch: Batch | None, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """After an epoch: `task`, `epoch` and the learner's metrics over all its steps."""
+        """Called after an epoch; `metrics` has `task`, `epoch` and the learner's metrics of all its steps."""
 
     def after_task(
         self, ts: TrainState, state: State, batch: Batch | None, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """After the algorithm's end-of-task work: `task`, `task_steps`."""
+        """Called after `end_task`; `metrics` has `task` and `task_steps`."""
 
     def after_stream(
         self, ts: TrainState, state: State, batch: Batch | None, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """After the last task and its evaluation, not where the run was broken off; `metrics` is empty."""
+        """Called after the last task and its evaluation, unless the run failed; `metrics` is empty."""
 
     def before_evaluation(
         self, ts: TrainState, state: State, batch: Batch | None, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """Before the evaluation of a task: `task`, the one evaluated, and `split`, its name."""
+        """Called before an evaluation; `metrics` has the evaluated `task` and the name of the `split`."""
 
     def after_evaluation(
         self, ts: TrainState, state: State, batch: Batch | None, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """After it: the same, `accuracy`, `loss`, `masked_accuracy`, `<name>_accuracy` of alternatives."""
+        """Called after an evaluation.
+
+        In addition to `task` and `split`, `metrics` has `accuracy`, `loss`, `masked_accuracy`, and
+        `<name>_accuracy` for each alternative prediction of the algorithm.
+        """
 
     def close(self) -> None:
-        """However the run has ended: let go of what is held open."""
+        """Called at the end of every run, also of a failed one; release resources here."""
 
     @property
     def watches_steps(self) -> bool:
-        """Whether it overrides one of the step hooks."""
+        """Whether the class overrides `before_step` or `after_step`."""
         return any(
             getattr(getattr(self, name), "__func__", None) is not getattr(Hook, name)
             for name in ("before_step", "after_step")
@@ -136,11 +152,20 @@ class Hook:
 
 
 class ProgressBar(Hook):
-    """A bar for each task on a terminal, with the loss and accuracy of the latest step; elsewhere nothing.
+    """Shows a progress bar for each task, with the loss and accuracy of the latest step.
+
+    Nothing is shown if the output is not a terminal.
 
     Args:
-        every: the bar moves every so many steps.
-        file: to write to; None for standard error.
+        every: Number of steps between updates, >= 1.
+        file: The output; None for standard error.
+
+    Raises:
+        ValueError: `every` is not an integer >= 1.
+
+    Example:
+        >>> ProgressBar(every=10).due(10)  # no task has started
+        False
     """
 
     shows_progress = True
@@ -152,13 +177,13 @@ class ProgressBar(Hook):
         self._first = 0
 
     def due(self, step: int) -> bool:
-        """Never where nothing is shown, as each look at a step waits for it."""
+        """Return False if no bar is shown, because a hook at a step waits for its results."""
         return self._bar is not None and not self._bar.disable and super().due(step)
 
     def before_task(
         self, ts: TrainState, state: State, batch: Batch | None, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """Start the task's bar; without `task_steps` it has no end."""
+        """Start the bar of the task; it has no total without `task_steps`."""
         self.close()
         title, total = f"task {metrics['task']}", metrics.get("task_steps")
         self._bar, self._first = tqdm(desc=title, total=total, file=self._file, disable=None), int(ts.step)
@@ -166,7 +191,7 @@ class ProgressBar(Hook):
     def after_step(
         self, ts: TrainState, state: State, batch: Batch, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """Move the bar."""
+        """Update the bar."""
         shown = {name: metrics[name] for name in ("loss", "accuracy") if name in metrics}
         self._bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()}, refresh=False)
         self._bar.update(int(ts.step) - self._first - self._bar.n)
@@ -174,28 +199,33 @@ class ProgressBar(Hook):
     def after_task(
         self, ts: TrainState, state: State, batch: Batch | None, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """Fill the bar."""
+        """Complete the bar."""
         if self._bar is not None:
             self._bar.update(int(ts.step) - self._first - self._bar.n)
         self.close()
 
     def close(self) -> None:
-        """End the bar."""
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
 class ProfilerTrace(Hook):
-    """Records some steps with JAX's profiler, for TensorBoard, XProf or Perfetto.
+    """Records steps with JAX's profiler, for TensorBoard, XProf or Perfetto.
 
     Args:
-        directory: where the profile goes, below `plugins/profile/`.
-        first: number of the first step recorded, from 1; the very first step compiles.
-        steps: how many are recorded; fewer where the run ends before.
+        directory: The profile is written to `plugins/profile/` in this directory.
+        first: Number of the first recorded step, >= 1. Step 1 includes compilation.
+        steps: Number of recorded steps, >= 1; fewer if the run ends earlier.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: `first` or `steps` is not an integer >= 1.
+
+    Example:
+        >>> hook = ProfilerTrace("profile", first=10, steps=5)
+        >>> [step for step in range(20) if hook.due(step)]
+        [10, 14]
     """
 
     def __init__(self, directory: str | Path, first: int = 10, steps: int = 5) -> None:
@@ -207,13 +237,13 @@ class ProfilerTrace(Hook):
         self._running = False
 
     def due(self, step: int) -> bool:
-        """At the first and the last step that is recorded; those between stay as fast as they are."""
+        """Return whether the step is the first or the last recorded one; those between run at full speed."""
         return step in (self.first, self.last)
 
     def before_step(
         self, ts: TrainState, state: State, batch: Batch, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """Start before the first step that is recorded, when all earlier ones are done."""
+        """Wait for the earlier steps and start the profiler before the first recorded step."""
         if int(ts.step) + 1 == self.first:
             jax.block_until_ready(ts)
             jax.profiler.start_trace(self.directory)
@@ -222,7 +252,7 @@ class ProfilerTrace(Hook):
     def after_step(
         self, ts: TrainState, state: State, batch: Batch, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """Stop after the last one, when it is done."""
+        """Wait for the last recorded step and stop the profiler."""
         if int(ts.step) == self.last:
             jax.block_until_ready(ts)
             self.close()
@@ -230,31 +260,41 @@ class ProfilerTrace(Hook):
     def after_stream(
         self, ts: TrainState, state: State, batch: Batch | None, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """Stop where the stream had fewer steps."""
+        """Stop the profiler if the stream had fewer steps."""
         self.close()
 
     def close(self) -> None:
-        """Stop, and write what was recorded."""
+        """Stop the profiler and write the profile."""
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
 
 
 class PeriodicEvaluation(Hook):
-    """Evaluates tasks every so many steps and writes `periodic/<split>/accuracy/task_<j>` and `.../loss/...`.
+    """Evaluates tasks at regular steps.
 
-    A run by `sequel_core.run` or from a configuration has `evaluate_every` for its own evaluations.
+    It writes `periodic/<split>/accuracy/task_<j>` and `periodic/<split>/loss/task_<j>`. The evaluations in a
+    run's results do not need this hook; see `evaluate_every` of `sequel_core.run`.
 
     Args:
-        algorithm: for its `predict`; with a learner, the one that it was made with.
-        benchmark: whose tasks are evaluated.
-        tasks: their indices; None for all.
+        algorithm: Its `predict` is used. With a learner, pass the learner's algorithm.
+        benchmark: The benchmark whose tasks are evaluated.
+        tasks: Indices of tasks; None for all.
         split: `test`, `validation` or `train`.
-        every: number of steps between evaluations.
-        batch_size: at most so many samples at once.
+        every: Number of steps between evaluations, >= 1.
+        batch_size: Maximum number of samples per batch, >= 1.
 
     Raises:
-        ValueError: no such task or split, or one without samples.
+        ValueError: A task or the split does not exist, or the split has no samples.
+
+    Example:
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core.algorithms.naive import NaiveHParams
+        >>> from sequel_flax import naive
+        >>> benchmark = RotatedDigits(num_tasks=2, subset=20)
+        >>> hook = PeriodicEvaluation(naive(NaiveHParams()), benchmark, tasks=[0], every=50)
+        >>> hook.due(50)
+        True
     """
 
     def __init__(
@@ -267,10 +307,10 @@ class PeriodicEvaluation(Hook):
         batch_size: int = 1000,
     ) -> None:
         super().__init__(every)
-        everything = range(len(benchmark))
-        indices = list(everything) if tasks is None else list(tasks)
-        if not indices or not set(indices) <= set(everything):
-            raise ValueError(f"tasks must be indices from 0 to {everything[-1]}, got {indices}")
+        all_tasks = range(len(benchmark))
+        indices = list(all_tasks) if tasks is None else list(tasks)
+        if not indices or not set(indices) <= set(all_tasks):
+            raise ValueError(f"tasks must be indices from 0 to {all_tasks[-1]}, got {indices}")
         if split not in ("test", "validation", "train"):
             raise ValueError(f"split must be test, validation or train, got {split!r}")
         self._samples = {j: benchmark.tasks[j].split(split) for j in indices}
@@ -283,21 +323,28 @@ class PeriodicEvaluation(Hook):
     def after_step(
         self, ts: TrainState, state: State, batch: Batch, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """Evaluate and write."""
+        """Evaluate the tasks and write their accuracies and losses."""
         scores: dict[str, float] = {}
         for j, samples in self._samples.items():
-            found = self._evaluate(ts, state, samples)
-            scores[f"{self._prefix}/accuracy/task_{j}"] = found.accuracy
-            scores[f"{self._prefix}/loss/task_{j}"] = found.loss
+            evaluation = self._evaluate(ts, state, samples)
+            scores[f"{self._prefix}/accuracy/task_{j}"] = evaluation.accuracy
+            scores[f"{self._prefix}/loss/task_{j}"] = evaluation.loss
         writer.write_scalars(int(ts.step), scores)
 
 
 class ImageGrid(Hook):
-    """Writes up to 25 images of the batch, before augmentation, as one picture every so many steps.
+    """Writes a grid of up to 25 images of the batch, before augmentation.
 
     Args:
-        every: number of steps between pictures.
-        name: of the picture.
+        every: Number of steps between grids, >= 1.
+        name: Name of the written image.
+
+    Raises:
+        ValueError: `every` is not an integer >= 1.
+
+    Example:
+        >>> ImageGrid(every=100, name="inputs").due(300)
+        True
     """
 
     def __init__(self, every: int = 100, name: str = "batch") -> None:
@@ -307,17 +354,23 @@ class ImageGrid(Hook):
     def after_step(
         self, ts: TrainState, state: State, batch: Batch, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """Write the picture."""
+        """Write the grid."""
         writer.write_images(int(ts.step), {self.name: image_grid(np.asarray(batch.x[:COUNT]))[None]})
 
 
 class EveryWriter:
-    """Stands for all writers of a learner: what is called on it is called on each that still works.
-
-    It has the methods of MetricWriter, whatever these are, which is why none is written out here.
+    """Calls every method of MetricWriter on all writers of a learner that have not failed.
 
     Args:
-        writers: of the learner.
+        writers: The writers of the learner.
+
+    Raises:
+        AttributeError: On access to a name that is not a method of MetricWriter.
+
+    Example:
+        >>> from sequel_flax.writers import ConsoleWriter
+        >>> writer = EveryWriter(Loggers([ConsoleWriter()]))
+        >>> writer.write_scalars(1, {"train/loss": 0.5})
     """
 
     def __init__(self, writers: Loggers) -> None:
@@ -327,7 +380,7 @@ class EveryWriter:
         if name.startswith("_") or not hasattr(MetricWriter, name):
             raise AttributeError(f"a metric writer has no {name}")
 
-        def tell(*args: Any, **kwargs: Any) -> None:
+        def call(*args: Any, **kwargs: Any) -> None:
             self._writers.each(lambda writer: getattr(writer, name)(*args, **kwargs))
 
-        return tell
+        return call

@@ -1,4 +1,4 @@
-"""Where a Flax run sends its numbers: objects with the methods of clu's MetricWriter."""
+"""Metric writers of Flax runs; they have the methods of `clu.metric_writers.MetricWriter`."""
 
 from __future__ import annotations
 
@@ -30,26 +30,50 @@ QUEUED_EVENTS = 100
 
 
 class MetricWriter(Protocol):
-    """The methods of `clu.metric_writers.MetricWriter` that a learner calls; any writer of clu's has them."""
+    """The methods of `clu.metric_writers.MetricWriter` that a learner calls. All writers of clu have them.
+
+    Example:
+        >>> writer: MetricWriter = ConsoleWriter()
+        >>> writer.write_scalars(1, {"train/loss": 0.5})
+    """
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write numbers by name."""
+        """Write scalars.
+
+        Args:
+            step: The optimizer step.
+            scalars: Values by name.
+        """
         ...
 
     def write_images(self, step: int, images: Mapping[str, NDArray[np.uint8]]) -> None:
-        """Write pictures by name, `[N, H, W, C]`."""
+        """Write images.
+
+        Args:
+            step: The optimizer step.
+            images: Arrays `[N, H, W, C]` by name.
+        """
         ...
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Write texts by name, Markdown."""
+        """Write texts.
+
+        Args:
+            step: The optimizer step.
+            texts: Markdown by name.
+        """
         ...
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """Write the settings of the run, which may be nested."""
+        """Write the settings of the run.
+
+        Args:
+            hparams: Settings by name; they may be nested.
+        """
         ...
 
     def flush(self) -> None:
-        """Write what is still buffered."""
+        """Write buffered data."""
         ...
 
     def close(self) -> None:
@@ -58,41 +82,50 @@ class MetricWriter(Protocol):
 
 
 class SilentWriter:
-    """All methods of `clu.metric_writers.MetricWriter`, doing nothing: what a writer has no place for.
+    """A writer whose methods, those of `clu.metric_writers.MetricWriter`, do nothing.
 
-    The parent of ours, which so can be passed wherever a writer of clu's is expected.
+    It is the base class of the writers in this module: data that a writer does not support is ignored.
+
+    Example:
+        >>> class Printer(SilentWriter):
+        ...     def write_scalars(self, step, scalars):
+        ...         print(step, scalars)
+        >>> writer = Printer()
+        >>> writer.write_scalars(1, {"train/loss": 0.5})
+        1 {'train/loss': 0.5}
+        >>> writer.write_texts(1, {"note": "ignored"})
     """
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Write numbers by name."""
+        """Write scalars by name."""
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
-        """Write pictures by name, `[N, H, W, C]` or `[H, W, C]`, uint8 or floats from 0 to 1."""
+        """Write images `[N, H, W, C]` or `[H, W, C]` by name, uint8 or floats in [0, 1]."""
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Write texts by name, Markdown."""
+        """Write Markdown texts by name."""
 
     def write_histograms(
         self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
     ) -> None:
-        """Write how the elements of arrays are distributed, by name."""
+        """Write histograms of arrays by name."""
 
     def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
-        """Write sounds by name, `[N, T, C]`."""
+        """Write audio `[N, T, C]` by name."""
 
     def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
-        """Write videos by name, `[N, T, H, W, C]`."""
+        """Write videos `[N, T, H, W, C]` by name."""
 
     def write_summaries(
         self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
     ) -> None:
-        """Write tensors by name, for a plug-in of TensorBoard."""
+        """Write tensors by name, for plug-ins of TensorBoard."""
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """Write the settings of the run, which may be nested."""
+        """Write the settings of the run; they may be nested."""
 
     def flush(self) -> None:
-        """Write what is still buffered."""
+        """Write buffered data."""
 
     def close(self) -> None:
         """Flush and close."""
@@ -101,23 +134,59 @@ class SilentWriter:
 def write_table(
     writer: MetricWriter, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
 ) -> None:
-    """Write a table with a writer that has `write_table`, as ours for services have; else as Markdown."""
-    own = getattr(writer, "write_table", None)
-    if own is not None:
-        own(step, name, columns, rows)
+    """Write a table with the writer's `write_table` if it has one, else as a Markdown text.
+
+    Args:
+        writer: The metric writer.
+        step: The optimizer step.
+        name: The name of the table.
+        columns: The headings.
+        rows: The cells of each row.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     write_table(JsonLinesWriter(directory), 1, "accuracy", ["task", "value"], [[0, 0.9]])
+        ...     print((Path(directory) / "metrics.jsonl").read_text(), end="")
+        {"step": 1, "accuracy": {"columns": ["task", "value"], "rows": [[0, 0.9]]}}
+    """
+    if hasattr(writer, "write_table"):
+        writer.write_table(step, name, columns, rows)
     else:
         writer.write_texts(step, {name: markdown_table(columns, rows)})
 
 
 def resume_writer(writer: MetricWriter, step: int) -> None:
-    """Let a writer that has `resume` go on after a step, and forget what it wrote after it."""
-    own = getattr(writer, "resume", None)
-    if own is not None:
-        own(step)
+    """Remove what a writer wrote after a step, if the writer has a method `resume`.
+
+    Args:
+        writer: The metric writer.
+        step: The optimizer step from which the run resumes.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     writer = CsvWriter(directory)
+        ...     for step in (1, 2):
+        ...         writer.write_scalars(step, {"loss": 0.5})
+        ...     resume_writer(CsvWriter(directory), 1)
+        ...     print((Path(directory) / "metrics.csv").read_text().split())
+        ['loss,step', '0.5,1']
+    """
+    if hasattr(writer, "resume"):
+        writer.resume(step)
 
 
 def close_writer(writer: MetricWriter, failed: bool) -> None:
-    """Flush and close a writer; one that has `fail` is told before that the run failed."""
+    """Flush and close a writer.
+
+    Args:
+        writer: The metric writer.
+        failed: Whether the run failed. If so, the writer's `fail` is called first, if it has one.
+
+    Example:
+        >>> close_writer(ConsoleWriter(), failed=False)
+    """
     if failed and hasattr(writer, "fail"):
         writer.fail()
     try:
@@ -127,21 +196,32 @@ def close_writer(writer: MetricWriter, failed: bool) -> None:
 
 
 class ConsoleWriter(SilentWriter):
-    """Prints the newest value of every number after each evaluation."""
+    """Prints the latest value of every scalar after each evaluation.
+
+    Example:
+        >>> ConsoleWriter().write_scalars(1, {"train/loss": 0.5})  # printed with the next evaluation
+    """
 
     def __init__(self) -> None:
         self._table = ConsoleTable()
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Take numbers in, and print after an evaluation."""
+        """Store scalars; print all of them if some are of an evaluation."""
         self._table.write(step, scalars)
 
 
 class JsonLinesWriter(SilentWriter):
-    """Writes `metrics.jsonl`: numbers, texts, tables and the settings, one JSON object a line.
+    """Writes scalars, texts, tables and the settings to `metrics.jsonl`, one JSON object per line.
 
     Args:
-        directory: made at the first write.
+        directory: It is created at the first write.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     JsonLinesWriter(directory).write_scalars(1, {"loss": 0.5})
+        ...     print((Path(directory) / "metrics.jsonl").read_text(), end="")
+        {"step": 1, "loss": 0.5}
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -149,11 +229,11 @@ class JsonLinesWriter(SilentWriter):
         self.resume = self._lines.resume
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Add a line of numbers."""
+        """Add a line with scalars."""
         self._lines.write_numbers(step, scalars)
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Add a line of texts."""
+        """Add a line with texts."""
         self._lines.write({"step": step, **texts})
 
     def write_table(
@@ -171,7 +251,14 @@ class CsvWriter(SilentWriter):
     """Writes `metrics.csv` and `hparams.yaml`, the files of Lightning's CSVLogger.
 
     Args:
-        directory: made at the first write.
+        directory: It is created at the first write.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     CsvWriter(directory).write_scalars(1, {"loss": 0.5})
+        ...     print((Path(directory) / "metrics.csv").read_text().split())
+        ['loss,step', '0.5,1']
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -190,33 +277,42 @@ class CsvWriter(SilentWriter):
 
 
 class TensorBoardWriter(SilentWriter):
-    """Writes TensorBoard's event files with TensorBoard's own writer: needs neither TensorFlow nor torch.
+    """Writes event files of TensorBoard, without TensorFlow or torch.
 
     Args:
-        directory: made at the first write.
+        directory: It is created at the first write.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     writer = TensorBoardWriter(directory)
+        ...     writer.write_scalars(1, {"loss": 0.5})
+        ...     writer.close()
+        ...     len(list(Path(directory).glob("events.out.tfevents.*")))
+        1
     """
 
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
         self._file: Any = None
-        self._first_step = 0  # from which on readers forget what the directory holds of an earlier run
+        self._first_step = 0  # readers ignore earlier events from this step on
         self._configured = self._failed = False
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Write numbers, as float32."""
+        """Write scalars as float32."""
         self._write(step, ({"tag": name, "simple_value": number(v)} for name, v in scalars.items()))
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
-        """Write pictures as PNG; several of one name as `name/0`, `name/1`, ..."""
-        named: dict[str, NDArray[np.uint8]] = {}
+        """Write images as PNG; several of one name as `name/0`, `name/1`, ..."""
+        tagged: dict[str, NDArray[np.uint8]] = {}
         for name, batch in images.items():
             pictures = as_pictures(batch)
-            many = len(pictures) > 1
-            named |= {f"{name}/{k}" if many else name: picture for k, picture in enumerate(pictures)}
-        self._write(step, ({"tag": name, "image": _png(picture)} for name, picture in named.items()))
+            several = len(pictures) > 1
+            tagged |= {f"{name}/{k}" if several else name: picture for k, picture in enumerate(pictures)}
+        self._write(step, ({"tag": tag, "image": _png(picture)} for tag, picture in tagged.items()))
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Write texts, under the names that torch's SummaryWriter gives them: `name/text_summary`."""
+        """Write texts with the tags of torch's SummaryWriter, `name/text_summary`."""
         from tensorboard.plugins.text.summary_v2 import text_pb
 
         for name, text in texts.items():
@@ -225,7 +321,7 @@ class TensorBoardWriter(SilentWriter):
     def write_histograms(
         self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
     ) -> None:
-        """Write histograms, of 30 buckets unless told otherwise."""
+        """Write histograms; the default is 30 buckets."""
         from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 
         for name, array in arrays.items():
@@ -238,25 +334,25 @@ class TensorBoardWriter(SilentWriter):
         self._configured = True
 
     def fail(self) -> None:
-        """Note that the run failed."""
+        """Mark the run as failed."""
         self._failed = True
 
     def resume(self, step: int) -> None:
-        """Let readers forget what was written after a step; comes before everything else."""
+        """Make readers ignore what was written after a step; call it before any other method."""
         self._first_step, self._configured = step + 1, True
 
     def flush(self) -> None:
-        """Write what is still in the queue."""
+        """Write the queued events."""
         if self._file is not None:
             self._file.flush()
 
     def close(self) -> None:
-        """Write how the run ended, and close the file."""
+        """Write the status of the run and close the file."""
         if self._file is not None:
             try:
                 if self._configured:
                     self._add(0, summary=end_summary(self._failed))
-                self._file.flush()  # raises what `close` would keep to itself
+                self._file.flush()  # raises errors that `close` would not
             finally:
                 self._file.close()
                 self._file = None
@@ -279,11 +375,15 @@ class TensorBoardWriter(SilentWriter):
 
 
 class WandbWriter(SilentWriter):
-    """Writes to Weights & Biases as Lightning's WandbLogger does; the run starts at the first write.
+    """Writes to Weights & Biases, as Lightning's WandbLogger does. The run starts at the first write.
 
     Args:
-        run_dir: its local files go to `<run_dir>/wandb`.
-        settings: entity, project, group, name, tags, mode ("online", "offline", "disabled").
+        run_dir: Local files are written to `<run_dir>/wandb`.
+        settings: `entity`, `project`, `group`, `name`, `tags` and `mode` ("online", "offline", "disabled").
+
+    Example:
+        >>> writer = WandbWriter(Path("run"), {"project": "sequel", "mode": "disabled"})
+        >>> writer.close()  # without a write, no run was started
     """
 
     def __init__(self, run_dir: Path, settings: Mapping[str, Any]) -> None:
@@ -293,7 +393,7 @@ class WandbWriter(SilentWriter):
 
     @property
     def run(self) -> Any:
-        """The run, started when first asked for."""
+        """The run; it is started at the first access."""
         if self._run is None:
             import wandb
 
@@ -303,17 +403,17 @@ class WandbWriter(SilentWriter):
         return self._run
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Write numbers."""
+        """Write scalars."""
         self._write(step, {name: number(value) for name, value in scalars.items()})
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
-        """Write pictures."""
+        """Write images."""
         import wandb
 
         self._write(step, {k: [wandb.Image(one) for one in as_pictures(v)] for k, v in images.items()})
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Write each text as a table of one cell."""
+        """Write each text as a table with one cell."""
         for name, text in texts.items():
             self.write_table(step, name, ["text"], [[text]])
 
@@ -328,23 +428,23 @@ class WandbWriter(SilentWriter):
     def write_histograms(
         self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
     ) -> None:
-        """Write histograms, of 30 buckets unless told otherwise."""
+        """Write histograms; the default is 30 buckets."""
         import wandb
 
         buckets = num_buckets or {}
-        found = {name: np.histogram(array, buckets.get(name) or 30) for name, array in arrays.items()}
-        self._write(step, {name: wandb.Histogram(np_histogram=counts) for name, counts in found.items()})
+        counts = {name: np.histogram(array, buckets.get(name) or 30) for name, array in arrays.items()}
+        self._write(step, {name: wandb.Histogram(np_histogram=value) for name, value in counts.items()})
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Write the settings."""
         self.run.config.update(dict(hparams), allow_val_change=True)
 
     def fail(self) -> None:
-        """Note that the run failed."""
+        """Mark the run as failed."""
         self._exit_code = 1
 
     def close(self) -> None:
-        """Finish the run, if one was started."""
+        """Finish the run if one was started."""
         if self._run is not None:
             self._run.finish(exit_code=self._exit_code)
 
@@ -353,11 +453,15 @@ class WandbWriter(SilentWriter):
 
 
 class CometWriter(SilentWriter):
-    """Writes to Comet; the experiment starts at the first write.
+    """Writes to Comet. The experiment starts at the first write.
 
     Args:
-        run_dir: an offline experiment's archive goes to `<run_dir>/comet`.
-        settings: workspace, project, name, tags, mode ("online", "offline").
+        run_dir: The archive of an offline experiment is written to `<run_dir>/comet`.
+        settings: `workspace`, `project`, `name`, `tags` and `mode` ("online", "offline").
+
+    Example:
+        >>> writer = CometWriter(Path("run"), {"project": "sequel", "mode": "offline"})
+        >>> writer.close()  # without a write, no experiment was started
     """
 
     def __init__(self, run_dir: Path, settings: Mapping[str, Any]) -> None:
@@ -366,17 +470,17 @@ class CometWriter(SilentWriter):
 
     @property
     def experiment(self) -> Any:
-        """The experiment, started when first asked for."""
+        """The experiment; it is started at the first access."""
         if self._experiment is None:
             self._experiment = comet_experiment(self._settings, self._run_dir)
         return self._experiment
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Write numbers."""
+        """Write scalars."""
         self.experiment.log_metrics({name: number(v) for name, v in scalars.items()}, step=step)
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
-        """Write pictures."""
+        """Write images."""
         for name, batch in images.items():
             for picture in as_pictures(batch):
                 self.experiment.log_image(Image.fromarray(picture), name, step=step)
@@ -405,7 +509,7 @@ class CometWriter(SilentWriter):
         self.experiment.log_parameters(dict(hparams))
 
     def close(self) -> None:
-        """End the experiment, if one was started."""
+        """End the experiment if one was started."""
         if self._experiment is not None:
             self._experiment.end()
 
@@ -418,11 +522,22 @@ WRITERS: dict[str, Callable[[Path, Mapping[str, Any]], MetricWriter]] = {
     "tensorboard": lambda run_dir, settings: TensorBoardWriter(run_dir / "tensorboard"),
     "wandb": WandbWriter,
 }
-"""What makes the logger of each name, of a run's directory and its settings."""
+"""Factories of the built-in loggers by name; each takes a run directory and the logger's settings."""
 
 
 def as_pictures(images: ArrayLike) -> list[NDArray[np.uint8]]:
-    """Return pictures `[N, H, W, C]` or `[H, W, C]` as PIL takes them: uint8, and `[H, W]` if grey."""
+    """Return images in the format of PIL.
+
+    Args:
+        images: Arrays `[N, H, W, C]` or `[H, W, C]`, uint8 or floats in [0, 1].
+
+    Returns:
+        A uint8 array per image, `[H, W]` for one channel and `[H, W, C]` otherwise.
+
+    Example:
+        >>> as_pictures(np.ones((1, 2, 2, 1)))[0].tolist()
+        [[255, 255], [255, 255]]
+    """
     batch = np.asarray(images)
     batch = batch[None] if batch.ndim == 3 else batch
     if batch.dtype != np.uint8:
@@ -431,7 +546,7 @@ def as_pictures(images: ArrayLike) -> list[NDArray[np.uint8]]:
 
 
 def _png(picture: NDArray[np.uint8]) -> dict[str, Any]:
-    """Return a picture in the fields of TensorBoard's `Summary.Image`."""
+    """Return the fields of TensorBoard's `Summary.Image` for an image."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, format="PNG")
     height, width, *channels = picture.shape

@@ -1,4 +1,4 @@
-"""Hooks: what is called when and with what, no compilation more, no weight changed; the ready ones."""
+"""Hooks: order and arguments of the calls, no extra compilation, unchanged weights; the built-in hooks."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ from tests.flax.parts import (
     user_loop,
 )
 
-METHODS = [f"{when}_{what}" for what in ("stream", "task", "epoch", "step") for when in ("before", "after")]
+METHODS = [f"{when}_{part}" for part in ("stream", "task", "epoch", "step") for when in ("before", "after")]
 METHODS += ["before_evaluation", "after_evaluation"]
 
 
-class Notes(Hook):
-    """Keeps copies of all that it is given."""
+class Recording(Hook):
+    """Records the arguments of every call."""
 
     def __init__(self, every: int = 1, methods: Any = METHODS) -> None:
         super().__init__(every)
         self.calls: list[tuple[str, int, Any, dict[str, Any]]] = []  # name, ts.step, batch, metrics
         self.weights: list[dict[str, FloatArray]] = []
         for name in methods:
-            setattr(self, name, lambda *args, name=name: self.note(name, *args))
+            setattr(self, name, lambda *args, name=name: self.record(name, *args))
 
-    def note(self, name: str, ts: Any, state: Any, batch: Any, metrics: Any, writer: Any) -> None:
+    def record(self, name: str, ts: Any, state: Any, batch: Any, metrics: Any, writer: Any) -> None:
         self.calls.append((name, int(ts.step), batch, dict(metrics)))
         self.weights.append(flat(ts.params))
 
@@ -77,37 +77,37 @@ class Recorder:
         self.images.append((step, dict(images)))
 
     def write_texts(self, step: int, texts: Any) -> None:
-        """Keep none."""
+        """Ignore them."""
 
     def write_hparams(self, hparams: Any) -> None:
-        """Keep none."""
+        """Ignore them."""
 
     def flush(self) -> None:
-        """Buffer nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Hold nothing open."""
+        """Do nothing."""
 
 
 @pytest.fixture
 def compiled() -> Iterator[Counter[str]]:
-    """How often XLA compiled each function."""
-    found: Counter[str] = Counter()
+    """Count the compilations of each function by XLA."""
+    counts: Counter[str] = Counter()
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            found[str(kwargs["fun_name"])] += 1
+            counts[str(kwargs["fun_name"])] += 1
 
     monitoring.register_event_duration_secs_listener(listen)
-    yield found
+    yield counts
     monitoring.unregister_event_duration_listener(listen)
 
 
-# -- what is called when
+# -- order of the calls
 
 
 def test_the_order_of_the_calls(tmp_path: Path) -> None:
-    notes = Notes(every=4)
+    notes = Recording(every=4)
     model = learner(NaiveHParams(), training=settings(epochs_per_task=(2, 1)), hooks=[notes])
     off = CheckpointHParams(keep=0)
     run(model, rotated(2), run_dir=tmp_path, progress=False, evaluate_every="epoch", checkpoint=off)
@@ -135,12 +135,12 @@ def test_the_order_of_the_calls(tmp_path: Path) -> None:
         *((name, 15) for name in evaluated * 2),
         ("after_stream", 15),
     ]
-    where = [
+    positions = [
         tuple(metrics.get(k) for k in ("task", "epoch", "task_steps", "split"))
         for name, _, _, metrics in notes.calls
         if name.startswith("before")
     ]
-    assert where == [
+    assert positions == [
         (None, None, None, None),
         (0, None, 10, None),
         (0, 0, None, None),
@@ -165,35 +165,39 @@ LONGER = settings(epochs_per_task=(2, 1, 1), log_every_n_steps=4)
 
 
 @cache
-def stepwise(hparams: AlgorithmHParams) -> tuple[Notes, list[Batch], list[float]]:
-    """Return what is around every step, taken one by one, the batches, and a plain loop's losses."""
-    stream, notes = own_stream(hparams), Notes(methods=["before_step", "after_step"])
-    given: list[Batch] = []
+def stepwise(hparams: AlgorithmHParams) -> tuple[Recording, list[Batch], list[float]]:
+    """Return the records of a hook at every step, the batches, and the losses of a plain loop."""
+    stream, notes = own_stream(hparams), Recording(methods=["before_step", "after_step"])
+    expected: list[Batch] = []
     model = learner(hparams, stream, LONGER, hooks=[notes], steps_per_call=1)
     for task in model.hparams.training_tasks(stream):
-        given += batches(task, LONGER, model.algorithm.training_split(model.state, task.train))
+        expected += batches(task, LONGER, model.algorithm.training_split(model.state, task.train))
         model.fit_task(task, SILENT)
-    return notes, given, user_loop(ALGORITHMS[hparams.name](hparams), stream, LONGER, sgd())[2]
+    return notes, expected, user_loop(ALGORITHMS[hparams.name](hparams), stream, LONGER, sgd())[2]
 
 
 @pytest.mark.parametrize("steps_per_call", [1, pytest.param(3, marks=pytest.mark.slow), None])
 @pytest.mark.parametrize(
     "hparams", [EWC, *(pytest.param(h, marks=pytest.mark.slow) for h in (KCL, LAMAML))], ids=lambda h: h.name
 )
-def test_a_step_hook_sees_exactly_its_step(
+def test_a_step_hook_is_called_with_its_step(
     hparams: AlgorithmHParams, steps_per_call: int | None, compiled: Counter[str]
 ) -> None:
-    """Three hooks whose intervals cut the compiled calls of each other."""
-    every, given, losses = stepwise(hparams)
+    """The intervals of three hooks split the compiled calls."""
+    every, expected, losses = stepwise(hparams)
     compiled.clear()
-    notes = [Notes(7, ["before_step", "after_step"]), Notes(3, ["before_step"]), Notes(10, ["after_step"])]
+    notes = [
+        Recording(7, ["before_step", "after_step"]),
+        Recording(3, ["before_step"]),
+        Recording(10, ["after_step"]),
+    ]
     stream = own_stream(hparams)
     model = learner(hparams, stream, LONGER, hooks=notes, steps_per_call=steps_per_call)
     for task in model.hparams.training_tasks(stream):
         model.fit_task(task, SILENT)
     assert compiled["jit(_traced_step)"] + compiled["jit(_traced_loop)"] == 1
     assert same(model.weights(), every.weights[-1])
-    assert len(losses) == len(given) == model.step >= 20
+    assert len(losses) == len(expected) == model.step >= 20
     for note, interval in zip(notes, (7, 3, 10), strict=True):
         numbers = {at + (name == "before_step") for name, at, _, _ in note.calls}
         assert sorted(numbers) == list(range(interval, model.step + 1, interval))
@@ -202,14 +206,14 @@ def test_a_step_hook_sees_exactly_its_step(
             twin = 2 * (number - 1) + (name == "after_step")
             assert (name, at, metrics) == (*every.calls[twin][:2], every.calls[twin][3])
             assert same(weights, every.weights[twin])
-            np.testing.assert_array_equal(batch.x, given[number - 1].x)
-            np.testing.assert_array_equal(batch.y, given[number - 1].y)
+            np.testing.assert_array_equal(batch.x, expected[number - 1].x)
+            np.testing.assert_array_equal(batch.y, expected[number - 1].y)
             if name == "after_step":
                 np.testing.assert_allclose(metrics["loss"], losses[number - 1], rtol=1e-5)
 
 
-def test_a_steps_loss_is_that_of_the_weights_before_it_on_its_batch() -> None:
-    notes = Notes(3, ["before_step", "after_step"])
+def test_the_loss_of_a_step_uses_the_weights_before_the_step() -> None:
+    notes = Recording(3, ["before_step", "after_step"])
     model = learner(NaiveHParams(), hooks=[notes])
     model.fit_task(rotated().tasks[0], SILENT)
     assert [name for name, *_ in notes.calls] == ["before_step", "after_step"]
@@ -224,23 +228,23 @@ def test_a_steps_loss_is_that_of_the_weights_before_it_on_its_batch() -> None:
     assert metrics["accuracy"] == (logits.argmax(1) == batch.y).mean()
 
 
-def test_hooks_change_no_report_and_no_weight() -> None:
+def test_hooks_change_neither_progress_reports_nor_weights() -> None:
     def reports(*hooks: Hook) -> tuple[list[Progress], dict[str, FloatArray]]:
-        found: list[Progress] = []
+        progress: list[Progress] = []
         training = settings(log_every_n_steps=4, epochs_per_task=2)
         model = learner(NaiveHParams(), training=training, hooks=hooks)
         for task in rotated(2).tasks:
-            model.fit_task(task, FitMonitor(found.append, lambda: None))
-        return found, model.weights()
+            model.fit_task(task, FitMonitor(progress.append, lambda: None))
+        return progress, model.weights()
 
     expected, weights = reports()
-    found, again = reports(Notes(3))
-    assert found == expected
-    assert same(again, weights)
+    with_hook, weights_with_hook = reports(Recording(3))
+    assert with_hook == expected
+    assert same(weights_with_hook, weights)
 
 
 def test_an_epochs_metrics_are_means_over_all_its_steps() -> None:
-    every = Notes(methods=["after_step", "after_epoch"])
+    every = Recording(methods=["after_step", "after_epoch"])
     model = learner(NaiveHParams(), training=settings(log_every_n_steps=2, epochs_per_task=2), hooks=[every])
     model.fit_task(rotated().tasks[0], SILENT)
     by_name = {n: [m for name, _, _, m in every.calls if name == n] for n in ("after_step", "after_epoch")}
@@ -250,7 +254,7 @@ def test_an_epochs_metrics_are_means_over_all_its_steps() -> None:
             np.testing.assert_allclose(metrics[name], np.mean([m[name] for m in steps]), rtol=1e-6)
 
 
-def test_without_step_hooks_calls_are_as_long_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_step_hooks_split_compiled_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     def lengths(*hooks: Hook) -> list[int]:
         model = learner(NaiveHParams(), hooks=hooks, steps_per_call=50)
         taken: list[int] = []
@@ -264,19 +268,19 @@ def test_without_step_hooks_calls_are_as_long_as_ever(monkeypatch: pytest.Monkey
         model.fit_task(rotated().tasks[0], SILENT)
         return taken
 
-    assert lengths(Notes(methods=["before_epoch", "after_task"]), Hook()) == [STEPS]
-    assert lengths(Notes(3, ["before_step"])) == [2, 1, 2]
+    assert lengths(Recording(methods=["before_epoch", "after_task"]), Hook()) == [STEPS]
+    assert lengths(Recording(3, ["before_step"])) == [2, 1, 2]
 
 
-def test_a_copy_is_kept_and_a_mere_reference_is_deleted_by_the_next_step() -> None:
-    class Keeps(Hook):
+def test_the_next_step_deletes_references_but_not_copies() -> None:
+    class Keep(Hook):
         def before_step(self, ts: Any, state: Any, batch: Batch, metrics: Any, writer: Any) -> None:
             self.reference = ts.params
 
         def after_step(self, ts: Any, state: Any, batch: Batch, metrics: Any, writer: Any) -> None:
             self.copy = jax.device_get(ts.params)
 
-    hook, notes = Keeps(3), Notes(3, ["after_step"])
+    hook, notes = Keep(3), Recording(3, ["after_step"])
     model = learner(NaiveHParams(), hooks=[notes, hook])
     model.fit_task(rotated().tasks[0], SILENT)
     assert same(flat(hook.copy), notes.weights[0])
@@ -287,7 +291,7 @@ def test_a_copy_is_kept_and_a_mere_reference_is_deleted_by_the_next_step() -> No
 
 class Fails(Hook):
     def after_step(self, ts: Any, state: Any, batch: Batch, metrics: Any, writer: Any) -> None:
-        raise OSError("of the user's")
+        raise OSError("in the user's hook")
 
     closed = False
 
@@ -295,10 +299,10 @@ class Fails(Hook):
         self.closed = True
 
 
-def test_an_error_in_a_hook_ends_the_run_and_the_others_let_go(tmp_path: Path) -> None:
+def test_an_error_in_a_hook_ends_the_run_and_closes_all_hooks(tmp_path: Path) -> None:
     hook, profile = Fails(every=7), ProfilerTrace(tmp_path / "profile", first=6, steps=99)
     model = learner(NaiveHParams(), hooks=[profile, hook])
-    with pytest.raises(OSError, match="of the user's"):
+    with pytest.raises(OSError, match="in the user's hook"):
         run(model, rotated(), run_dir=tmp_path / "run", progress=False)
     summary = load_result(tmp_path / "run").summary
     assert (summary["status"], summary["steps"]) == ("failed", 7)
@@ -307,12 +311,12 @@ def test_an_error_in_a_hook_ends_the_run_and_the_others_let_go(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True])
-def test_an_interval_that_is_none_is_refused(every: Any) -> None:
+def test_an_invalid_interval_raises(every: Any) -> None:
     with pytest.raises(ValueError, match=f"every must be a number of steps >= 1, got {every}"):
         Hook(every)
 
 
-def test_what_is_no_hook_is_refused() -> None:
+def test_an_object_that_is_not_a_hook_raises() -> None:
     with pytest.raises(
         ValueError, match=r"hooks must be objects of subclasses of sequel_flax.hooks.Hook, got a str"
     ):
@@ -322,10 +326,10 @@ def test_what_is_no_hook_is_refused() -> None:
 # -- the writer
 
 
-def test_a_hook_writes_with_every_writer_and_one_that_fails_is_left_out() -> None:
+def test_a_hook_writes_to_all_writers_that_have_not_failed() -> None:
     class Writes(Hook):
         def after_epoch(self, ts: Any, state: Any, batch: Any, metrics: Any, writer: Any) -> None:
-            writer.write_scalars(int(ts.step), {"own": 2.0})
+            writer.write_scalars(int(ts.step), {"value": 2.0})
 
     class Full(Recorder):
         def write_scalars(self, step: int, scalars: Any) -> None:
@@ -336,10 +340,10 @@ def test_a_hook_writes_with_every_writer_and_one_that_fails_is_left_out() -> Non
     with pytest.warns(RuntimeWarning, match="Full failed .no space left.; the run goes on without it"):
         model.fit_task(rotated().tasks[0], SILENT)
     model.fit_task(rotated().tasks[1], SILENT)
-    assert first.scalars == last.scalars == [(5, {"own": 2.0}), (10, {"own": 2.0})]
+    assert first.scalars == last.scalars == [(5, {"value": 2.0}), (10, {"value": 2.0})]
 
 
-def test_a_method_that_no_writer_has_is_an_error() -> None:
+def test_an_unknown_method_of_the_writer_raises() -> None:
     class Typo(Hook):
         def before_task(self, ts: Any, state: Any, batch: Any, metrics: Any, writer: Any) -> None:
             writer.write_scalar(1, {})
@@ -348,10 +352,10 @@ def test_a_method_that_no_writer_has_is_an_error() -> None:
         learner(NaiveHParams(), hooks=[Typo()]).fit_task(rotated().tasks[0], SILENT)
 
 
-# -- the ready ones
+# -- built-in hooks
 
 
-def test_periodic_evaluation_is_the_learners_evaluation_at_that_step(tmp_path: Path) -> None:
+def test_periodic_evaluation_equals_the_learners_evaluation_at_that_step(tmp_path: Path) -> None:
     writer = Recorder()
     stream = rotated(validation=0.2)
     hook = PeriodicEvaluation(naive(NaiveHParams()), stream, [0, 2], "validation", every=3)
@@ -366,10 +370,10 @@ def test_periodic_evaluation_is_the_learners_evaluation_at_that_step(tmp_path: P
     for task in stream.tasks:
         model.fit_task(task, SILENT)
     assert [step for step, _ in writer.scalars] == list(range(3, model.step + 1, 3))
-    for (_, scalars), found in zip(writer.scalars, expected, strict=True):
+    for (_, scalars), evaluations in zip(writer.scalars, expected, strict=True):
         assert scalars == {
             f"periodic/validation/{name}/task_{j}": getattr(evaluation, name)
-            for j, evaluation in zip((0, 2), found, strict=True)
+            for j, evaluation in zip((0, 2), evaluations, strict=True)
             for name in ("accuracy", "loss")
         }
 
@@ -384,19 +388,19 @@ def test_periodic_evaluation_is_the_learners_evaluation_at_that_step(tmp_path: P
         ({"every": 0}, "every must be"),
     ],
 )
-def test_periodic_evaluation_refuses(options: dict[str, Any], match: str) -> None:
+def test_invalid_options_of_periodic_evaluation_raise(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         PeriodicEvaluation(naive(NaiveHParams()), rotated(), **options)
 
 
 def test_the_image_grid_shows_the_batch() -> None:
     writer = Recorder()
-    model = learner(NaiveHParams(), writers=[writer], hooks=[ImageGrid(every=4, name="seen")])
+    model = learner(NaiveHParams(), writers=[writer], hooks=[ImageGrid(every=4, name="inputs")])
     task = rotated().tasks[0]
     model.fit_task(task, SILENT)
     ((step, images),) = writer.images
-    (order,) = (plan.epoch_batches(0, 0, 0, len(task.train), BATCH),)
-    picture = images["seen"]
+    order = plan.epoch_batches(0, 0, 0, len(task.train), BATCH)
+    picture = images["inputs"]
     assert (step, picture.shape, picture.dtype) == (4, (1, 3 * 9 - 1, 3 * 9 - 1, 3), np.uint8)
     for k, image in enumerate(task.train.take(order[3]).x):
         top, left = k // 3 * 9, k % 3 * 9
@@ -412,7 +416,7 @@ def test_the_profiler_records_its_steps(tmp_path: Path) -> None:
     for task in rotated(2).tasks:
         model.fit_task(task, SILENT)
     model.end_stream()
-    for name, steps in (("two", 2), ("all", 2)):  # calls: of "all", step 8, and 9 and 10 together
+    for name, steps in (("two", 2), ("all", 2)):  # two calls in "all": step 8, then steps 9 and 10
         (file,) = (tmp_path / name).glob("plugins/profile/*/*.trace.json.gz")
         events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
         assert sum(event.get("name", "").endswith(" _take") for event in events) == steps
@@ -420,7 +424,7 @@ def test_the_profiler_records_its_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["first", "steps"])
-def test_the_profiler_refuses_no_steps(name: str) -> None:
+def test_zero_steps_of_the_profiler_raise(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be a number of steps >= 1, got 0"):
         ProfilerTrace("here", **{name: 0})
 
@@ -430,7 +434,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_progress_bar_is_for_terminals() -> None:
+def test_the_progress_bar_is_shown_on_terminals_only() -> None:
     shown, silent = Terminal(), io.StringIO()
     hooks = [ProgressBar(every=2, file=shown), ProgressBar(every=2, file=silent)]
     model = learner(NaiveHParams(), hooks=hooks)
@@ -446,10 +450,10 @@ def test_the_progress_bar_is_for_terminals() -> None:
     assert "loss=" in last
 
 
-# -- a loop of one's own
+# -- user-defined loops
 
 
-def test_hooks_in_a_loop_of_ones_own(tmp_path: Path) -> None:
+def test_hooks_in_a_user_defined_loop(tmp_path: Path) -> None:
     stream, algorithm, writer = rotated(1), naive(NaiveHParams()), Recorder()
     shown = Terminal()
     hooks: list[Hook] = [
@@ -477,8 +481,8 @@ def test_hooks_in_a_loop_of_ones_own(tmp_path: Path) -> None:
             expected.append((number, evaluate(ts, state, task.test).accuracy))
     for hook in hooks:
         hook.close()
-    found = [(at, scalars["periodic/test/accuracy/task_0"]) for at, scalars in writer.scalars]
-    assert found == expected
+    written = [(at, scalars["periodic/test/accuracy/task_0"]) for at, scalars in writer.scalars]
+    assert written == expected
     assert [at for at, _ in writer.images] == [3]
     assert f"{STEPS}/{STEPS}" in shown.getvalue()
     assert list(tmp_path.rglob("*.xplane.pb"))

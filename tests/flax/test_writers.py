@@ -1,4 +1,4 @@
-"""Metric writers: clu's methods, TensorBoard without TensorFlow or torch, what is read back, full disks."""
+"""Metric writers: clu's interface, TensorBoard without TensorFlow or torch, contents of files, full disks."""
 
 import ast
 import inspect
@@ -36,21 +36,21 @@ from tests.disks import fill, small_disk
 from tests.flax.parts import learner
 
 
-def test_our_writers_have_all_the_methods_of_clus_with_its_parameters() -> None:
-    found = find_spec("clu")
-    assert found is not None
-    assert found.submodule_search_locations is not None
-    interface = Path(found.submodule_search_locations[0]) / "metric_writers" / "interface.py"
-    (theirs,) = (node for node in ast.parse(interface.read_text()).body if isinstance(node, ast.ClassDef))
-    methods = [node for node in theirs.body if isinstance(node, ast.FunctionDef)]
+def test_writers_have_all_methods_and_parameters_of_clus_interface() -> None:
+    clu = find_spec("clu")
+    assert clu is not None
+    assert clu.submodule_search_locations is not None
+    path = Path(clu.submodule_search_locations[0]) / "metric_writers" / "interface.py"
+    (interface,) = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef))
+    methods = [node for node in interface.body if isinstance(node, ast.FunctionDef)]
     assert len(methods) == 10
     for method in methods:
-        wanted = [a.arg for a in (*method.args.args, *method.args.kwonlyargs)]
-        for kind in (SilentWriter, CsvWriter, JsonLinesWriter, TensorBoardWriter, WandbWriter):
-            assert list(inspect.signature(getattr(kind, method.name)).parameters) == wanted, method.name
+        expected = [a.arg for a in (*method.args.args, *method.args.kwonlyargs)]
+        for writer in (SilentWriter, CsvWriter, JsonLinesWriter, TensorBoardWriter, WandbWriter):
+            assert list(inspect.signature(getattr(writer, method.name)).parameters) == expected, method.name
 
 
-def test_what_a_writer_has_no_place_for_is_left_out(tmp_path: Path) -> None:
+def test_unsupported_data_is_ignored(tmp_path: Path) -> None:
     writer = CsvWriter(tmp_path / "csv")
     writer.write_images(1, {"a": np.zeros((1, 2, 2, 3), np.uint8)})
     writer.write_texts(1, {"a": "b"})
@@ -91,7 +91,7 @@ def read(path: Path) -> EventAccumulator:
     return events
 
 
-def test_what_tensorboard_reads(tmp_path: Path) -> None:
+def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, 4, 6, 3), dtype=np.uint8)
     grey = rng.random((5, 3, 1))
@@ -107,14 +107,14 @@ def test_what_tensorboard_reads(tmp_path: Path) -> None:
     events = read(tmp_path / "made")
     assert [(e.step, e.value) for e in events.Scalars("a")] == [(3, 0.5), (5, np.float32(0.1))]
     assert [(e.step, e.value) for e in events.Scalars("b")] == [(3, 7)]
-    found = {
+    read_images = {
         tag: np.asarray(Image.open(io.BytesIO(events.Images(tag)[0].encoded_image_string)))
         for tag in events.Tags()["images"]
     }
-    assert found.keys() == {"several/0", "several/1", "one", "grey"}
+    assert read_images.keys() == {"several/0", "several/1", "one", "grey"}
     for tag, expected in (("several/0", images[0]), ("several/1", images[1]), ("one", images[0])):
-        np.testing.assert_array_equal(found[tag], expected)
-    np.testing.assert_array_equal(found["grey"], np.rint(255 * grey[..., 0]).astype(np.uint8))
+        np.testing.assert_array_equal(read_images[tag], expected)
+    np.testing.assert_array_equal(read_images["grey"], np.rint(255 * grey[..., 0]).astype(np.uint8))
     (text,) = events.Tensors("text/text_summary")
     assert (text.step, list(text.tensor_proto.string_val)) == (5, [b"**b**"])
     (histogram,) = events.Tensors("h")
@@ -123,7 +123,7 @@ def test_what_tensorboard_reads(tmp_path: Path) -> None:
     np.testing.assert_allclose(counts[:, 0], [0, 1.8, 3.6, 5.4, 7.2])
 
 
-def test_tensorboard_goes_on_after_an_interruption(tmp_path: Path) -> None:
+def test_tensorboard_resumes_after_an_interruption(tmp_path: Path) -> None:
     writer = TensorBoardWriter(tmp_path)
     writer.write_hparams({"a": 1})
     for step in (1, 2, 3, 4):
@@ -138,9 +138,9 @@ def test_tensorboard_goes_on_after_an_interruption(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in events.Scalars("a")] == [(1, 1), (2, 2), (3, 30), (4, 40), (5, 50)]
 
 
-def test_files_of_csv_and_json_lines(tmp_path: Path) -> None:
-    for kind, folder in ((CsvWriter, "csv"), (JsonLinesWriter, "jsonl")):
-        writer = kind(str(tmp_path / folder))
+def test_contents_of_csv_and_json_lines(tmp_path: Path) -> None:
+    for name in ("csv", "jsonl"):
+        writer = WRITERS[name](tmp_path, {})
         writer.write_hparams({"algo": {"name": "ewc"}, "n": None})
         writer.write_scalars(1, {"a": jnp.float32(0.5), "b": np.array(2)})
         writer.write_texts(2, {"t": "x"})
@@ -160,8 +160,8 @@ def test_files_of_csv_and_json_lines(tmp_path: Path) -> None:
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 
 
-def tell(writer: Any, failed: bool = False) -> FlaxLearner:
-    """Let a learner with one writer tell it all that it is told in a run; return the learner."""
+def log_everything(writer: Any, failed: bool = False) -> FlaxLearner:
+    """Call every method of a writer that a run calls; return the learner that has the writer."""
     model = learner(NaiveHParams(), writers=[writer])
     model.start_stream({"algo": {"name": "naive"}})
     for _ in range(100):
@@ -174,13 +174,13 @@ def tell(writer: Any, failed: bool = False) -> FlaxLearner:
 
 
 @pytest.mark.parametrize(("failed", "status"), [(False, 1), (True, 2)])  # STATUS_SUCCESS, STATUS_FAILURE
-def test_the_status_of_a_run_is_written_where_it_ends(failed: bool, status: int, tmp_path: Path) -> None:
-    tell(TensorBoardWriter(tmp_path), failed)
+def test_the_status_of_a_run_is_written(failed: bool, status: int, tmp_path: Path) -> None:
+    log_everything(TensorBoardWriter(tmp_path), failed)
     content = read(tmp_path).PluginTagToContent("hparams")["_hparams_/session_end_info"]
     assert HParamsPluginData.FromString(content).session_end_info.status == status
 
 
-def test_a_run_that_begins_again_replaces_what_was_logged(tmp_path: Path) -> None:
+def test_a_restarted_run_replaces_its_logs(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
         for name in ("csv", "jsonl", "tensorboard"):
             writer = WRITERS[name](tmp_path, {})
@@ -193,17 +193,17 @@ def test_a_run_that_begins_again_replaces_what_was_logged(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("failed", [False, True])
-def test_a_run_of_wandb_ends_with_its_exit_code(failed: bool, tmp_path: Path) -> None:
-    ended = []
+def test_a_wandb_run_finishes_with_its_exit_code(failed: bool, tmp_path: Path) -> None:
+    exit_codes = []
 
     class FakeRun:
         def finish(self, exit_code: int) -> None:
-            ended.append(exit_code)
+            exit_codes.append(exit_code)
 
     writer = WandbWriter(tmp_path, {})
     writer._run = FakeRun()
     close_writer(writer, failed)
-    assert ended == [int(failed)]
+    assert exit_codes == [int(failed)]
 
 
 @pytest.fixture
@@ -213,7 +213,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("name", ["csv", "jsonl", "tensorboard"])
-def test_a_full_disk_under_a_writer_is_told_once_and_the_run_goes_on(
+def test_a_full_disk_gives_one_warning_and_the_run_continues(
     name: str, disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     writer = WRITERS[name](disk, {})
@@ -221,49 +221,49 @@ def test_a_full_disk_under_a_writer_is_told_once_and_the_run_goes_on(
     writer.flush()
     fill(disk)
     with pytest.warns(LoggerWarning, match="No space left on device.*; the run goes on without it") as caught:
-        model = tell(writer)
+        model = log_everything(writer)
     assert len(caught) == 1
     assert not model.logs
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("good", [0, 1, 3, 150, 304])
-def test_an_error_in_the_thread_of_tensorboard_is_told_once(
-    good: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("successes", [0, 1, 3, 150, 304])
+def test_an_error_in_the_thread_of_tensorboard_gives_one_warning(
+    successes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    calls, own = [], RecordWriter.write
+    calls, original = [], RecordWriter.write
 
     def write(self: Any, data: bytes) -> None:
         calls.append(1)
-        if len(calls) > good:
+        if len(calls) > successes:
             raise OSError(28, "No space left on device")
-        own(self, data)
+        original(self, data)
 
     monkeypatch.setattr(RecordWriter, "write", write)
     with pytest.warns(LoggerWarning, match="TensorBoardWriter failed .*No space left") as caught:
-        tell(TensorBoardWriter(tmp_path))
+        log_everything(TensorBoardWriter(tmp_path))
     assert len(caught) == 1
     assert capfd.readouterr().err == ""
 
 
-def test_a_file_that_cannot_be_written_is_told_once(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_gives_one_warning(tmp_path: Path) -> None:
     writer = CsvWriter(tmp_path)
     writer.write_scalars(0, {"train/loss": 0.0})
     (tmp_path / "metrics.csv").unlink()
     (tmp_path / "metrics.csv").symlink_to("/dev/full")
     with pytest.warns(LoggerWarning, match="CsvWriter failed .*No space left") as caught:
-        tell(writer)
+        log_everything(writer)
     assert len(caught) == 1
 
 
 @pytest.mark.parametrize(
     "method", ["write_scalars", "write_images", "write_texts", "write_hparams", "flush", "close"]
 )
-def test_any_method_may_fail(method: str) -> None:
+def test_an_error_in_any_method_gives_one_warning(method: str) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError(f"{method} is broken")
 
-    kind: Callable[[], Any] = type("Broken", (SilentWriter,), {method: fail})
+    broken: Callable[[], Any] = type("Broken", (SilentWriter,), {method: fail})
     with pytest.warns(LoggerWarning, match=f"Broken failed .{method} is broken") as caught:
-        tell(kind())
+        log_everything(broken())
     assert len(caught) == 1
