@@ -1,4 +1,4 @@
-"""From settings to a learner; `sequel_lightning.build` has the same functions with the same parameters."""
+"""Builds learners from settings; `sequel_lightning.build` has the same functions with the same parameters."""
 
 from __future__ import annotations
 
@@ -40,23 +40,39 @@ def make_learner(
     implementation: Callable[..., Algorithm] | None = None,
     **options: Any,
 ) -> FlaxLearner:
-    """Return a learner; the algorithm is the one that the settings' class belongs to.
+    """Return a learner for an algorithm, chosen by the class of its settings.
 
     Args:
-        hparams: settings of the algorithm, for example `EWCHParams(ewc_lambda=1)`.
-        model: linen or NNX; a built-in network starts from the weights that the plan has for
-            `training.seed`, any other linen module from `model.init`, an NNX module as it is.
-        optimizer: for example `optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)`.
-        benchmark: whose tasks will be learned.
-        training: batch size, epochs, clipping, seed, dtype.
-        metrics: of the training batches.
-        loggers: metric writers.
-        implementation: of an algorithm of one's own, called as `implementation(hparams, seed=...)`.
-        options: further arguments of `FlaxLearner`, `hooks` and `steps_per_call`, and `trainable`, which
-            parameters are trained: a predicate over paths, a tree of bools, or an NNX filter.
+        hparams: Settings of the algorithm, for example `EWCHParams(ewc_lambda=1)`.
+        model: A linen or an NNX module. A built-in network has the plan's initial weights for
+            `training.seed`, another linen module those of `model.init`, and an NNX module its current ones.
+        optimizer: For example `optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)`.
+        benchmark: The stream of tasks.
+        training: Batch size, epochs, clipping, seed and dtype; None for the defaults.
+        metrics: Metrics of the training batches; None for accuracy and loss.
+        loggers: Metric writers.
+        implementation: A user-defined algorithm, called as `implementation(hparams, seed=...)`; None for the
+            built-in one.
+        options: `hooks` and `steps_per_call` of `FlaxLearner`, and `trainable`, the parameters to train: a
+            predicate over paths, a tree of bools, or an NNX filter.
+
+    Returns:
+        The learner.
 
     Raises:
-        ValueError: an algorithm that is not built in without an implementation, or one of another type.
+        ValueError: The algorithm is not built in and has no implementation, or the implementation does not
+            return an `Algorithm`.
+
+    Example:
+        >>> import optax
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core.algorithms.ewc import EWCHParams
+        >>> from sequel_flax import MLP
+        >>> benchmark = RotatedDigits(num_tasks=2, subset=20)
+        >>> optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)
+        >>> learner = make_learner(EWCHParams(ewc_lambda=1), MLP(widths=(8,)), optimizer, benchmark)
+        >>> learner.step
+        0
     """
     training = training or TrainingHParams()
     implementation = implementation or ALGORITHMS.get(hparams.name)
@@ -80,10 +96,13 @@ def make_learner(
 
 
 def use_one_thread() -> None:
-    """Let LAPACK's routines run on one thread unless OMP_NUM_THREADS or OPENBLAS_NUM_THREADS says otherwise.
+    """Run LAPACK on one thread unless OMP_NUM_THREADS or OPENBLAS_NUM_THREADS is set.
 
-    XLA calls them for KCL's factorisations, which are too small to share, and their threads wait on its own:
-    on two cores a step took three times as long.
+    XLA calls LAPACK for KCL's factorisations. They are too small for several threads, which compete with
+    those of XLA: on two cores a step took three times as long.
+
+    Example:
+        >>> use_one_thread()
     """
     if not {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"} & os.environ.keys():
         threadpool_limits(1, "blas")
@@ -92,13 +111,34 @@ def use_one_thread() -> None:
 def build_learner(
     config: ExperimentConfig, benchmark: Benchmark, run_dir: Path, *, callbacks: Sequence[Any] = ()
 ) -> FlaxLearner:
-    """Return the learner of an experiment's configuration; LAPACK's routines run on one thread."""
+    """Return the learner of an experiment; LAPACK runs on one thread from then on.
+
+    Args:
+        config: The configuration of the experiment.
+        benchmark: The stream of tasks.
+        run_dir: The directory of the run, for loggers.
+        callbacks: Hooks.
+
+    Returns:
+        The learner.
+
+    Raises:
+        ValueError: A user-defined model, optimizer, algorithm or logger is of the wrong type.
+
+    Example:
+        >>> from sequel_core.experiment.compose import compose
+        >>> from sequel_core.experiment.config import build_benchmark
+        >>> config = compose(["mode=jax", "algo=ewc", "benchmark=rotateddigits", "logger=none"]).config
+        >>> learner = build_learner(config, build_benchmark(config), Path("run"))
+        >>> learner.hparams.name
+        'ewc'
+    """
     use_one_thread()
     if config.training.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    own = config.own
-    if "backbone" in own:
-        model = own["backbone"].make(
+    targets = config.own
+    if "backbone" in targets:
+        model = targets["backbone"].make(
             num_classes=benchmark.num_classes,
             image_shape=benchmark.image_shape,
             rngs=nnx.Rngs(config.training.seed),
@@ -108,20 +148,31 @@ def build_learner(
     return make_learner(
         config.algo,
         model,
-        user_optimizer(own["optimizer"]) if "optimizer" in own else build_optimizer(config.optimizer),
+        user_optimizer(targets["optimizer"]) if "optimizer" in targets else build_optimizer(config.optimizer),
         benchmark,
         config.training,
         loggers=[build_logger(name, chosen, run_dir) for name, chosen in config.logger.items()],
-        implementation=own["algo"].function if "algo" in own else None,
+        implementation=targets["algo"].function if "algo" in targets else None,
         hooks=callbacks,
     )
 
 
 def user_optimizer(target: Target) -> optax.GradientTransformation:
-    """Return what a user's own factory makes; a learning rate that is a number can be set between tasks.
+    """Return the optimizer of a user-defined factory; `lr_decay` works if its learning rate is a number.
+
+    Args:
+        target: The factory and its arguments.
+
+    Returns:
+        The optimizer.
 
     Raises:
-        ValueError: it makes no optimizer, or refuses an argument.
+        ValueError: The factory does not return an optimizer, or does not accept an argument.
+
+    Example:
+        >>> target = Target("optimizer", "optax.adam", {"learning_rate": 0.01}, optax.adam)
+        >>> isinstance(user_optimizer(target), optax.GradientTransformation)
+        True
     """
     tx = target.make()
     if not isinstance(tx, optax.GradientTransformation):
@@ -135,22 +186,51 @@ def user_optimizer(target: Target) -> optax.GradientTransformation:
 
     def optimizer(learning_rate: float) -> optax.GradientTransformation:
         arguments = {**target.arguments, "learning_rate": learning_rate}
-        made: optax.GradientTransformation = replace(target, arguments=arguments).make()
-        return made
+        tx: optax.GradientTransformation = replace(target, arguments=arguments).make()
+        return tx
 
     return optax.inject_hyperparams(optimizer)(learning_rate=float(rate))
 
 
 def build_logger(name: str, chosen: Target | Mapping[str, Any], run_dir: Path) -> MetricWriter:
-    """Return the logger that a name and its settings choose, or the user's own."""
+    """Return a built-in logger, or a user-defined one.
+
+    Args:
+        name: The name of the logger.
+        chosen: The settings of a built-in logger, or the factory of a user-defined one.
+        run_dir: The directory of the run.
+
+    Returns:
+        The metric writer.
+
+    Raises:
+        ValueError: A user-defined logger lacks a method; see `user_logger`.
+
+    Example:
+        >>> type(build_logger("csv", {}, Path("run"))).__name__
+        'CsvWriter'
+    """
     return user_logger(chosen, run_dir) if isinstance(chosen, Target) else WRITERS[name](run_dir, chosen)
 
 
 def user_logger(target: Target, run_dir: Path) -> MetricWriter:
-    """Return a user's own metric writer; one that asks for a directory gets the run's.
+    """Return the metric writer of a user-defined factory.
+
+    Args:
+        target: The factory and its arguments. If it takes a directory, it receives that of the run.
+        run_dir: The directory of the run.
+
+    Returns:
+        The metric writer.
 
     Raises:
-        ValueError: it lacks the methods of a MetricWriter, or refuses an argument.
+        ValueError: The writer lacks a method of MetricWriter, or the factory does not accept an argument.
+
+    Example:
+        >>> from sequel_flax.writers import SilentWriter
+        >>> target = Target("logger.mine", "sequel_flax.writers.SilentWriter", {}, SilentWriter)
+        >>> type(user_logger(target, Path("run"))).__name__
+        'SilentWriter'
     """
     writer = target.make(**dict.fromkeys(SUPPLIED["logger"], os.fspath(run_dir)))
     needed = ("write_scalars", "write_images", "write_texts", "write_hparams", "flush", "close")

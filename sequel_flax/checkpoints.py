@@ -1,6 +1,6 @@
-"""A learner's part of a checkpoint: `state/` in orbax's own format, written in the background.
+"""The learner's part of a checkpoint, `state/`, which orbax writes in the background.
 
-Plain orbax reads it, without this package: `StandardCheckpointer().restore(path / "state")["ts"]["params"]`.
+Orbax alone can read it: `StandardCheckpointer().restore(path / "state")["ts"]["params"]`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,34 @@ ITEM = "state"
 
 
 class Saver:
-    """Saves trees into numbered directories of one folder, through orbax's CheckpointManager."""
+    """Saves trees to numbered directories with orbax's CheckpointManager.
+
+    Example:
+        >>> import tempfile
+        >>> saver = Saver()
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     wait = saver.save(Path(directory) / "1", {"w": jnp.ones(2)})
+        ...     wait()
+        ...     restored(Path(directory) / "1", {"w": jnp.zeros(2)})["w"].tolist()
+        ...     saver.close()
+        [1.0, 1.0]
+    """
 
     def __init__(self) -> None:
         self._manager: ocp.CheckpointManager | None = None
 
     def save(self, path: Path, tree: Any) -> Callable[[], None]:
-        """Copy a tree and write it to `path`, whose name is a number; return what waits for the end of that.
+        """Copy a tree and write it in the background. The tree may be donated after the return.
 
-        The tree may be donated as soon as this returns.
+        Args:
+            path: The directory to write to; its name is a number.
+            tree: A tree of arrays.
+
+        Returns:
+            A function that waits until the tree is written.
 
         Raises:
-            OSError: it could not be written; what is returned raises it, too.
+            OSError: The tree cannot be written. The returned function may raise it too.
         """
         leave_errors_to_the_caller()
         if self._manager is None or Path(self._manager.directory) != path.parent.absolute():
@@ -56,10 +72,10 @@ class Saver:
         return wait
 
     def close(self) -> None:
-        """Wait for what is being written, and end orbax's threads.
+        """Wait until everything is written, and stop orbax's threads.
 
         Raises:
-            OSError: it could not be written.
+            OSError: A tree could not be written.
         """
         manager, self._manager = self._manager, None
         if manager is not None:
@@ -69,13 +85,16 @@ class Saver:
 
 @cache
 def leave_errors_to_the_caller() -> None:
-    """Keep orbax's threads from telling at length of a failure that is raised besides; done once, for good.
+    """Stop orbax's threads from logging failed writes, which are raised as exceptions as well.
 
-    They log it with its traceback, some of it when garbage is collected, and tensorstore calls back into
-    event loops that the failure has closed, which Python reports as an ignored exception.
+    Orbax logs such a failure with its traceback, partly during garbage collection. Tensorstore then calls
+    closed event loops, which Python reports as ignored exceptions. The change is permanent in this process.
+
+    Example:
+        >>> leave_errors_to_the_caller()
     """
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_news)
+        logging.getLogger(name).addFilter(_is_unrelated)
     report = sys.unraisablehook
 
     def of_other_things(unraisable: Any) -> None:
@@ -85,63 +104,88 @@ def leave_errors_to_the_caller() -> None:
     sys.unraisablehook = of_other_things
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a record tells of something other than a write of orbax's that failed."""
+def _is_unrelated(record: logging.LogRecord) -> bool:
+    """Return whether a log record is about something else than a failed write of orbax."""
     error = record.exc_info[1] if record.exc_info else None
     if not isinstance(error, OSError):
-        return error is None or _number(error) is None
+        return error is None or _errno(error) is None
     return not any("orbax" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
 
 
-def _number(error: BaseException) -> int | None:
-    """Return the system's number for what went wrong, where an error tells it: 28 where a disk is full."""
+def _errno(error: BaseException) -> int | None:
+    """Return the error number of the operating system, for example 28 for a full disk; None without one."""
     if isinstance(error, OSError):
         return error.errno
-    told = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's, as a ValueError
-    return int(told[1]) if told else None
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # in a ValueError of tensorstore
+    return int(code[1]) if code else None
 
 
 @contextmanager
 def _system_errors(path: Path) -> Iterator[None]:
-    """Raise an OSError that names the checkpoint for what orbax and tensorstore raise."""
+    """Raise an OSError that names the checkpoint in place of the errors of orbax and tensorstore."""
     try:
         yield
     except (OSError, ValueError) as error:
-        number = _number(error)
-        if number is None:
+        code = _errno(error)
+        if code is None:
             raise
-        raise OSError(number, os.strerror(number), str(path)) from error
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def restored(path: Path, like: Any) -> Any:
-    """Return the tree that a checkpoint holds.
+    """Return the tree in a checkpoint.
 
     Args:
-        path: of the checkpoint.
-        like: a tree of the same structure, shapes and dtypes.
+        path: The directory of the checkpoint.
+        like: A tree with the structure, shapes and dtypes of the saved one.
+
+    Returns:
+        The saved tree. Its leaves are JAX arrays if those of `like` are, else NumPy arrays.
 
     Raises:
-        ValueError: the checkpoint holds something else; the first leaf that differs is named.
+        ValueError: A leaf of the checkpoint differs from that of `like`; the first one is named.
+
+    Example:
+        >>> import tempfile
+        >>> saver = Saver()
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     saver.save(Path(directory) / "1", {"w": jnp.ones(2)})()
+        ...     restored(Path(directory) / "1", {"w": jnp.zeros(2)})["w"].tolist()
+        ...     saver.close()
+        [1.0, 1.0]
     """
-    folder, wanted = epath.Path(path.absolute()) / ITEM, _storable(like)
-    check_leaves(path, _described(ocp.StandardCheckpointHandler().metadata(folder).tree), _described(wanted))
-    found = ocp.StandardCheckpointer().restore(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted))
-    leaves = iter(jax.tree.leaves(found))
-    return jax.tree.map(lambda old: _of_kind(old, next(leaves)) if old.size else old, like)
+    folder, expected = epath.Path(path.absolute()) / ITEM, _storable(like)
+    metadata = ocp.StandardCheckpointHandler().metadata(folder).tree
+    check_leaves(path, _described(metadata), _described(expected))
+    tree = ocp.StandardCheckpointer().restore(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, expected))
+    leaves = iter(jax.tree.leaves(tree))
+    return jax.tree.map(lambda old: _as_type(old, next(leaves)) if old.size else old, like)
 
 
-def check_leaves(path: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
-    """Raise ValueError at the first leaf, by name, whose shape and dtype are not the wanted ones."""
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
+def check_leaves(path: Path, saved: dict[str, str], expected: dict[str, str]) -> None:
+    """Check that the leaves of a checkpoint have the expected shapes and dtypes.
+
+    Args:
+        path: The directory of the checkpoint, for the message.
+        saved: Dtype and shape of each leaf in the checkpoint, by name.
+        expected: Dtype and shape of each expected leaf, by name.
+
+    Raises:
+        ValueError: A leaf is missing, unknown or different; the first one by name is named.
+
+    Example:
+        >>> check_leaves(Path("ckpt/1"), {"w": "float32 [2]"}, {"w": "float32 [2]"})
+    """
+    for name in sorted(saved.keys() | expected.keys()):
+        if saved.get(name) != expected.get(name):
             raise ValueError(
-                f"checkpoint {path} does not fit: {name} is {found.get(name, 'missing')} there, and "
-                f"{wanted.get(name, 'unknown')} here; resume with the settings of the run"
+                f"checkpoint {path} does not fit: {name} is {saved.get(name, 'missing')} there, and "
+                f"{expected.get(name, 'unknown')} here; resume with the settings of the run"
             )
 
 
 def _described(tree: Any) -> dict[str, str]:
-    """Return dtype and shape of every leaf by its path."""
+    """Return the dtype and shape of every leaf by its path."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
         "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys): (
@@ -152,9 +196,10 @@ def _described(tree: Any) -> dict[str, str]:
 
 
 def _storable(tree: Any) -> Any:
-    """Return the tree with None for arrays without elements, which orbax refuses and which say nothing."""
+    """Return the tree with None in place of empty arrays, which orbax cannot save."""
     return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
 
 
-def _of_kind(old: Any, new: Any) -> Any:
+def _as_type(old: Any, new: Any) -> Any:
+    """Return `new` as a JAX array with the dtype of `old` if that is one, else as a NumPy array."""
     return jnp.asarray(np.asarray(new), old.dtype) if isinstance(old, jax.Array) else np.asarray(new)

@@ -1,4 +1,4 @@
-"""Counting what an algorithm predicts right, for the learner and for a loop of one's own."""
+"""Evaluation of an algorithm on samples, for the learner and for user-defined loops."""
 
 from __future__ import annotations
 
@@ -18,15 +18,24 @@ from sequel_flax.bundle import Algorithm, State, mask_logits
 
 
 class Evaluator:
-    """Counts what an algorithm predicts right, compiled once for each size of batch.
-
-        evaluate = Evaluator(algorithm, benchmark.spec)
-        evaluate(ts, state, benchmark.tasks[0].test).accuracy
+    """Evaluates an algorithm on samples; it compiles once for each batch size.
 
     Args:
-        algorithm: for its `predict`.
-        spec: of the benchmark.
-        batch_size: at most so many samples at once.
+        algorithm: The algorithm; its `predict` and `alternatives` are used.
+        spec: The specification of the benchmark, `benchmark.spec`.
+        batch_size: Maximum number of samples per batch, >= 1.
+
+    Example:
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core.algorithms.naive import NaiveHParams
+        >>> from sequel_flax import MLP, initial_params, naive
+        >>> benchmark, algorithm, model = RotatedDigits(num_tasks=2, subset=20), naive(NaiveHParams()), MLP()
+        >>> params = initial_params(model, benchmark.spec, seed=0)
+        >>> ts = TrainState.create(apply_fn=model.apply, params=params, tx=optax.sgd(0.1))
+        >>> state = algorithm.init(ts, benchmark.spec)
+        >>> evaluate = Evaluator(algorithm, benchmark.spec)
+        >>> 0 <= evaluate(ts, state, benchmark.tasks[0].test).accuracy <= 1
+        True
     """
 
     def __init__(self, algorithm: Algorithm, spec: StreamSpec, batch_size: int = 1000) -> None:
@@ -36,9 +45,18 @@ class Evaluator:
         self._count = jax.jit(self._traced_count)
 
     def __call__(self, ts: TrainState, state: State, samples: AnySplit) -> Evaluation:
-        """Count correct predictions on samples."""
+        """Evaluate on samples.
+
+        Args:
+            ts: The train state.
+            state: The state of the algorithm.
+            samples: The samples, such as `task.test`.
+
+        Returns:
+            The numbers of correct predictions and the mean cross-entropy.
+        """
         size = self._batch_size
-        while size // 2 >= len(samples):  # few shapes to compile for, and never half of a batch filled up
+        while size // 2 >= len(samples):  # few shapes to compile, and at most half of a batch is padding
             size //= 2
         counts = [
             self._count(ts, state, as_batch(chunk), valid)
@@ -62,5 +80,16 @@ class Evaluator:
 
 
 def as_batch(samples: Samples) -> Batch:
-    """Return samples as the step takes them: 32-bit labels and task ids, with or without 64-bit JAX."""
+    """Return samples as a batch with int32 labels and task indices, also if JAX uses 64 bits.
+
+    Args:
+        samples: Inputs, labels and task indices.
+
+    Returns:
+        A batch without a plan.
+
+    Example:
+        >>> as_batch(Samples(np.zeros((1, 2)), np.zeros(1, np.int64), np.zeros(1, np.int64))).y.dtype
+        dtype('int32')
+    """
     return Batch(samples.x, samples.y.astype(np.int32), samples.t.astype(np.int32))

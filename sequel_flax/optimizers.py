@@ -1,4 +1,4 @@
-"""The built-in optimizers, with the arithmetic of torch.optim, and gradient clipping as torch does it."""
+"""The built-in optimizers and gradient clipping, with the arithmetic of PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,19 @@ from sequel_core.hparams import OptimizerHParams
 
 
 def build_optimizer(hparams: OptimizerHParams) -> optax.GradientTransformation:
-    """Return the optimizer that the settings name; its learning rate can be set between tasks."""
+    """Return the optimizer of the settings; its learning rate can be changed between tasks.
+
+    Args:
+        hparams: The settings of SGD, Adam or AdamW.
+
+    Returns:
+        An optimizer made with `optax.inject_hyperparams`.
+
+    Example:
+        >>> tx = build_optimizer(OptimizerHParams(type="sgd", lr=0.1))
+        >>> round(float(tx.init({"w": jnp.zeros(2)}).hyperparams["learning_rate"]), 3)
+        0.1
+    """
 
     def sgd(learning_rate: float) -> optax.GradientTransformation:
         steps = [optax.add_decayed_weights(hparams.weight_decay)] if hparams.weight_decay else []
@@ -32,8 +44,21 @@ def build_optimizer(hparams: OptimizerHParams) -> optax.GradientTransformation:
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Scale the gradient by `min(1, max_norm / (norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_` does.
 
-    Optax's transformation of the same name divides by the norm alone, which moves the weights by about 1e-6,
-    relative.
+    The transformation of the same name in optax divides by the norm alone, so its result differs by a factor
+    of about 1 + 1e-6.
+
+    Args:
+        max_norm: The maximum norm of the gradient, > 0.
+
+    Returns:
+        A gradient transformation without state.
+
+    Example:
+        >>> tx = clip_by_global_norm(1.0)
+        >>> gradient = {"w": jnp.array([3.0, 4.0])}
+        >>> updates, _ = tx.update(gradient, tx.init(gradient))
+        >>> [round(float(g), 3) for g in updates["w"]]
+        [0.6, 0.8]
     """
 
     def update(

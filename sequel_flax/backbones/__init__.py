@@ -1,4 +1,4 @@
-"""Built-in networks, the same names and initial weights as in `sequel_lightning.backbones`."""
+"""Built-in networks, with the names and initial weights of those in `sequel_lightning.backbones`."""
 
 from __future__ import annotations
 
@@ -46,21 +46,30 @@ CARRIED = ("params", "batch_stats")
 
 
 def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "float32") -> Variables:
-    """Return the initial variables: from the plan for a built-in network, from `model.init` for any other.
+    """Return the initial variables of a network.
+
+    Those of a built-in network come from the plan, those of another linen module from `model.init`, and those
+    of an NNX module are its current values.
 
     Args:
-        model: what `adapted` takes: a linen module, or an NNX module, whose own values are returned; called
-            with images `[B, H, W, C]`.
-        spec: of the benchmark.
-        seed: of the run.
-        dtype: of the variables.
+        model: A linen or an NNX module, called with inputs `[B, ...]`; see `adapted`.
+        spec: The specification of the benchmark.
+        seed: The seed of the run.
+        dtype: The dtype of the variables.
 
     Returns:
-        `{"params": ...}`, and `"batch_stats"` where the model has batch normalisation.
+        A dict with the tree `params`, and `batch_stats` if the model has batch normalisation.
 
     Raises:
-        ValueError: the images do not fit the model, it does not return `[B, num_classes]`, it has variables
-            that a run does not carry, or float64 is asked for while JAX has it switched off.
+        ValueError: The inputs do not fit the model, it does not return logits `[B, num_classes]`, it has
+            other collections of variables, or `dtype` is float64 and 64-bit JAX is disabled.
+
+    Example:
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> spec = RotatedDigits(num_tasks=2, subset=20).spec
+        >>> variables = initial_variables(MLP(widths=(8,)), spec, seed=0)
+        >>> variables["params"]["dense_0"]["kernel"].shape
+        (64, 8)
     """
     if dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise ValueError(
@@ -72,8 +81,8 @@ def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "f
     if others:
         raise ValueError(
             f"the model's variables must be in the collections {' and '.join(CARRIED)}, got "
-            f"{', '.join(others)}: a run carries from step to step, and checkpoints, parameters and the "
-            "statistics of batch normalisation; drop the layers that keep more"
+            f"{', '.join(others)}; remove the layers with other variables: only parameters and the "
+            "statistics of batch normalisation are carried from step to step and saved in checkpoints"
         )
     logits = jax.eval_shape(lambda variables: model.apply(variables, image, train=False), shapes)
     if logits.shape != (1, spec.num_classes):
@@ -82,24 +91,43 @@ def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "f
             f" {list(logits.shape)} for B=1; set num_classes={spec.num_classes}"
         )
     if not isinstance(model, tuple(BACKBONES.values())):
-        drawn = dict(model.init(jax.random.key(seed), image, train=False))
-        variables: Variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), drawn)
+        initial = dict(model.init(jax.random.key(seed), image, train=False))
+        variables: Variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), initial)
         return variables
-    found = {}
+    variables = {}
     for collection, tree in shapes.items():
         leaves = flatten_dict(tree, sep="/")
         arrays = {path: jnp.asarray(_initial(leaves, path, seed), dtype) for path in leaves}
-        found[collection] = unflatten_dict(arrays, sep="/")
-    return found
+        variables[collection] = unflatten_dict(arrays, sep="/")
+    return variables
 
 
 def initial_params(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "float32") -> Any:
-    """Return the parameters of `initial_variables`."""
+    """Return the initial parameters of a network; see `initial_variables`.
+
+    Args:
+        model: A linen or an NNX module.
+        spec: The specification of the benchmark.
+        seed: The seed of the run.
+        dtype: The dtype of the parameters.
+
+    Returns:
+        The tree of parameters.
+
+    Raises:
+        ValueError: See `initial_variables`.
+
+    Example:
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> spec = RotatedDigits(num_tasks=2, subset=20).spec
+        >>> sorted(initial_params(MLP(widths=(8,)), spec, seed=0))
+        ['dense_0', 'head']
+    """
     return initial_variables(model, spec, seed, dtype)["params"]
 
 
 def _initial(leaves: dict[str, Any], path: str, seed: int) -> FloatArray:
-    """Return an array's initial values: the plan's in a layer with a kernel, else a normalisation's."""
+    """Return the initial value of an array: the plan's in a layer with a kernel, else 1 or 0."""
     layer, _, name = path.rpartition("/")
     shape, kernel = leaves[path].shape, leaves.get(f"{layer}/kernel")
     if kernel is not None:

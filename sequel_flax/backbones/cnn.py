@@ -30,16 +30,22 @@ class CNN(nn.Module):
     """Convolutions, hidden dense layers and a linear head; see `sequel_core.hparams.CNNHParams`.
 
     Args:
-        channels: of each convolution, which has a bias unless it is normalised.
-        kernel_size: of the convolutions, padded with `kernel_size // 2` zeros on all sides.
-        stride: of the convolutions.
-        max_pool: take the maxima of 2x2 pixels after each convolution.
-        linear_widths: units of each hidden dense layer, after the maps are read in the order H, W, C.
-        activation: relu, tanh, sigmoid, elu or gelu.
-        norm: none, batch or group, after each convolution.
-        norm_groups: of group normalisation.
-        num_classes: outputs.
-        dropout: probability that a hidden unit is dropped, in [0, 1).
+        channels: Output channels of each convolution. A convolution has a bias unless it is normalised.
+        kernel_size: Kernel size of the convolutions, >= 1; the padding is `kernel_size // 2` on all sides.
+        stride: Stride of the convolutions, >= 1.
+        max_pool: Whether 2x2 max-pooling follows each convolution.
+        linear_widths: Units of each hidden dense layer; the maps are flattened in the order H, W, C.
+        activation: "relu", "tanh", "sigmoid", "elu" or "gelu".
+        norm: Normalisation after each convolution, "none", "batch" or "group".
+        norm_groups: Number of groups of group normalisation; it divides the channels.
+        num_classes: Number of outputs.
+        dropout: Probability of dropping a hidden unit, in [0, 1).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> model, x = CNN(channels=(4,), linear_widths=(8,)), jnp.zeros((2, 8, 8, 1))
+        >>> model.init_with_output(jax.random.key(0), x)[0].shape
+        (2, 10)
     """
 
     channels: Sequence[int] = (32, 64)
@@ -54,7 +60,7 @@ class CNN(nn.Module):
     dropout: float = 0.0
 
     def setup(self) -> None:
-        """Name the layers as they are in the canonical layout."""
+        """Create the layers, with the names of the Lightning network."""
         self.settings = CNNHParams(**{spec.name: getattr(self, spec.name) for spec in fields(CNNHParams)})
         for i, channels in enumerate(self.channels):
             conv = nn.Conv(

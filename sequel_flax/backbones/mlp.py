@@ -9,12 +9,17 @@ from flax import linen as nn
 
 
 class MLP(nn.Module):
-    """Hidden layers of ReLU units, each followed by dropout, and a linear head.
+    """Hidden dense layers with ReLU and dropout, and a linear head.
 
     Args:
-        widths: units of each hidden layer.
-        num_classes: outputs.
-        dropout: probability that a hidden unit is dropped, in [0, 1).
+        widths: Units of each hidden layer.
+        num_classes: Number of outputs.
+        dropout: Probability of dropping a hidden unit, in [0, 1).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> MLP(widths=(8,)).init_with_output(jax.random.key(0), jnp.zeros((2, 8, 8, 1)))[0].shape
+        (2, 10)
     """
 
     widths: Sequence[int] = (256, 256)
@@ -22,7 +27,7 @@ class MLP(nn.Module):
     dropout: float = 0.0
 
     def setup(self) -> None:
-        """Name the layers as they are in the canonical layout."""
+        """Create the layers, with the names of the Lightning network."""
         for i, width in enumerate(self.widths):
             setattr(self, f"dense_{i}", nn.Dense(width))
             setattr(self, f"Dropout_{i}", nn.Dropout(self.dropout))

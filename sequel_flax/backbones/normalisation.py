@@ -1,10 +1,11 @@
-"""Normalisation with the arithmetic of torch's layers, for networks with the same numbers in both frameworks.
+"""Normalisation layers with the arithmetic of PyTorch, so that networks agree between the frameworks.
 
     y = (x - mean) / sqrt(var + 1e-5) * scale + bias, var the mean of (x - mean)^2 over n values
-    batch: of a channel; running mean <- 0.9 running mean + 0.1 mean, running var alike with n/(n - 1) var
-    group: of a group of channels of an image
+    batch: mean and var of a channel; running mean <- 0.9 running mean + 0.1 mean,
+        running var <- 0.9 running var + 0.1 n/(n - 1) var
+    group: mean and var of a group of channels of an image
 
-It has no mirror: torch brings these layers.
+This file has no twin, because PyTorch has these layers.
 """
 
 from __future__ import annotations
@@ -18,9 +19,15 @@ MOMENTUM = 0.1
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation (Ioffe & Szegedy 2015) as torch has it.
+    """Batch normalisation (Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167) as in PyTorch.
 
-    Its running variance is the unbiased one; linen's own layer keeps the biased.
+    Its running variance is unbiased; that of linen's layer is biased.
+
+    Example:
+        >>> x = jnp.array([[1.0], [3.0]])
+        >>> y, _ = BatchNorm().init_with_output(jax.random.key(0), x, use_running_average=False)
+        >>> y.round(3).tolist()
+        [[-1.0], [1.0]]
     """
 
     @nn.compact
@@ -28,16 +35,17 @@ class BatchNorm(nn.Module):
         """Normalise each channel.
 
         Args:
-            x: `[N, ..., C]`.
-            use_running_average: by the running statistics, which stay as they are; else by the batch's.
-            mask: bool, `[N]` or `[N, 1, ..., 1]`: the rows that count in the batch's statistics; None for
-                all. With fewer than two values per channel the running statistics stay as they are.
+            x: Inputs `[N, ..., C]`.
+            use_running_average: Whether to use the running statistics, which are then unchanged, instead of
+                those of the batch.
+            mask: The rows that count in the statistics of the batch, bool `[N]` or `[N, 1, ..., 1]`; None for
+                all. The running statistics are unchanged if fewer than two values per channel count.
 
         Returns:
-            The shape of x; also rows that do not count are normalised.
+            All rows, normalised, with the shape of `x`.
 
         Raises:
-            ValueError: statistics of one value per channel are asked for.
+            ValueError: The batch has one value per channel, and its statistics are needed.
         """
         channels, axes = x.shape[-1], tuple(range(x.ndim - 1))
         scale = self.param("scale", nn.initializers.ones, (channels,))
@@ -65,25 +73,52 @@ class BatchNorm(nn.Module):
                 unbiased, some = var * (n / jnp.maximum(n - 1, 1)), n > 1
             if not self.is_initializing():
                 for running, new in ((running_mean, mean), (running_var, unbiased)):
-                    moved = ((1 - MOMENTUM) * running.value + MOMENTUM * new).astype(running.value.dtype)
-                    running.value = moved if some is None else jnp.where(some, moved, running.value)
+                    updated = ((1 - MOMENTUM) * running.value + MOMENTUM * new).astype(running.value.dtype)
+                    running.value = updated if some is None else jnp.where(some, updated, running.value)
         factor = scale * jax.lax.rsqrt(var + EPSILON)
         return x * _last(factor, x) + _last(bias - mean * factor, x)
 
 
 def _last(values: jax.Array, x: jax.Array) -> jax.Array:
-    """Return one value per channel `[C]` in as many axes as x."""
+    """Return an array `[C]` with the number of axes of x."""
     return values.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def normalisation(norm: str, groups: int) -> nn.Module:
-    """Return the layer that a network's settings name, `batch` or `group`; see `normalised`."""
+    """Return a normalisation layer; apply it with `normalised`.
+
+    Args:
+        norm: "batch" or "group".
+        groups: Number of groups of group normalisation.
+
+    Returns:
+        The layer.
+
+    Example:
+        >>> type(normalisation("batch", 4)).__name__
+        'BatchNorm'
+    """
     if norm == "batch":
         return BatchNorm()
     return nn.GroupNorm(groups, epsilon=EPSILON, use_fast_variance=False)
 
 
 def normalised(layer: nn.Module, x: jax.Array, train: bool) -> jax.Array:
-    """Return x `[N, ..., C]` as a layer of `normalisation` leaves it."""
+    """Apply a layer of `normalisation`.
+
+    Args:
+        layer: The layer.
+        x: Inputs `[N, ..., C]`.
+        train: Whether batch normalisation uses the statistics of the batch.
+
+    Returns:
+        The normalised inputs `[N, ..., C]`.
+
+    Example:
+        >>> x = jnp.zeros((2, 4))
+        >>> layer = normalisation("group", 2)
+        >>> normalised(layer.bind(layer.init(jax.random.key(0), x)), x, train=True).shape
+        (2, 4)
+    """
     out: jax.Array = layer(x, use_running_average=not train) if isinstance(layer, BatchNorm) else layer(x)
     return out

@@ -1,7 +1,7 @@
 """ResNet-18 for small images (He et al. 2016, section 4.2; https://arxiv.org/abs/1512.03385).
 
     block: h <- relu(norm(conv(dropout(relu(norm(conv(h)))))) + shortcut(h))
-    shortcut: h, or norm(1x1 conv(h)) where the block changes its shape
+    shortcut: h, or norm(1x1 conv(h)) if the block changes the shape
 
 Mirror: sequel_lightning/backbones/resnet.py.
 """
@@ -19,15 +19,21 @@ BLOCKS = 2
 
 
 class Block(nn.Module):
-    """Two convolutions of 3x3 with a shortcut around them.
+    """Two 3x3 convolutions with a shortcut.
 
     Args:
-        channels: of the output.
-        stride: of the first convolution.
-        changes: whether the output has another shape than the input.
-        norm: batch or group.
-        norm_groups: of group normalisation.
-        dropout: probability that a unit between the convolutions is dropped, in [0, 1).
+        channels: Output channels.
+        stride: Stride of the first convolution.
+        changes: Whether the output differs from the input in shape.
+        norm: "batch" or "group".
+        norm_groups: Number of groups of group normalisation.
+        dropout: Probability of dropping a unit between the convolutions, in [0, 1).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> block = Block(channels=4, stride=2, changes=True, norm="group", norm_groups=2, dropout=0.0)
+        >>> block.init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 2)), train=True)[0].shape
+        (1, 4, 4, 4)
     """
 
     channels: int
@@ -38,7 +44,7 @@ class Block(nn.Module):
     dropout: float
 
     def setup(self) -> None:
-        """Name the layers as they are in the canonical layout."""
+        """Create the layers, with the names of the Lightning network."""
         self.conv_0 = nn.Conv(self.channels, (3, 3), self.stride, padding=1, use_bias=False)
         self.norm_0 = normalisation(self.norm, self.norm_groups)
         self.drop = nn.Dropout(self.dropout)
@@ -60,16 +66,23 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """A convolution, four stages of two blocks, the mean over all pixels and a linear head.
+    """A convolution, four stages of two blocks, global average pooling and a linear head.
 
-    The first convolution is 3x3 with stride 1, and no max-pool follows; no convolution has a bias.
+    The first convolution is 3x3 with stride 1 and without max-pooling. No convolution has a bias.
 
     Args:
-        channels: of the first stage; each later one halves the image and doubles the channels.
-        norm: batch or group.
-        norm_groups: of group normalisation.
-        num_classes: outputs.
-        dropout: probability that a unit between the convolutions of a block is dropped, in [0, 1).
+        channels: Channels of the first stage. Each later stage halves the image and doubles the channels.
+        norm: "batch" or "group".
+        norm_groups: Number of groups of group normalisation; it divides the channels.
+        num_classes: Number of outputs.
+        dropout: Probability of dropping a unit between the convolutions of a block, in [0, 1).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> model = ResNet18(channels=4)
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+        >>> variables["params"]["head"]["kernel"].shape
+        (32, 10)
     """
 
     channels: int = 64
@@ -79,7 +92,7 @@ class ResNet18(nn.Module):
     dropout: float = 0.0
 
     def setup(self) -> None:
-        """Name the layers as they are in the canonical layout."""
+        """Create the layers, with the names of the Lightning network."""
         ResNet18HParams(self.channels, self.norm, self.norm_groups, self.dropout)  # type: ignore[arg-type]
         self.conv_0 = nn.Conv(self.channels, (3, 3), padding=1, use_bias=False)
         self.norm_0 = normalisation(self.norm, self.norm_groups)
@@ -112,6 +125,13 @@ class ResNet18(nn.Module):
 
 
 class ResNet18Thin(ResNet18):
-    """ResNet-18 with 20 channels in its first stage, as in GEM's code (Lopez-Paz & Ranzato 2017)."""
+    """ResNet-18 with 20 channels in the first stage, as in GEM (Lopez-Paz & Ranzato 2017).
+
+    The paper is https://arxiv.org/abs/1706.08840. The arguments are those of `ResNet18`.
+
+    Example:
+        >>> ResNet18Thin().channels
+        20
+    """
 
     channels: int = 20

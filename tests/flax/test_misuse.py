@@ -250,5 +250,4 @@ def test_one_schedule_among_two_learning_rates_is_refused_with_lr_decay_only() -
 
 def test_a_parameter_called_learning_rate_is_none() -> None:
     params = {"learning_rate": jnp.zeros(3), "w": jnp.zeros(2)}
-    found = get_learning_rates(sgd(0.3).init(params))
-    np.testing.assert_allclose(found, [0.3], rtol=1e-6)
+    np.testing.assert_allclose(get_learning_rates(sgd(0.3).init(params)), [0.3], rtol=1e-6)

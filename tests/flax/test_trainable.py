@@ -211,7 +211,7 @@ class NNXNet(nnx.Module):
 
 
 @pytest.mark.parametrize(
-    ("trainable", "moved"),
+    ("trainable", "changed"),
     [
         (Adapter, {"adapter"}),
         (nnx.Any(Adapter, nnx.PathContains("head")), {"adapter", "head/kernel", "head/bias"}),
@@ -221,12 +221,12 @@ class NNXNet(nnx.Module):
     ],
     ids=["type", "any of filters", "filter function", "paths", "not"],
 )
-def test_parameters_of_an_nnx_network_by_filter_or_path(trainable: Any, moved: set[str]) -> None:
+def test_parameters_of_an_nnx_network_by_filter_or_path(trainable: Any, changed: set[str]) -> None:
     model = make_learner(SIHParams(), NNXNet(nnx.Rngs(0)), sgd(), rotated(), settings(), trainable=trainable)
     sizes = {k: v.nbytes for k, v in flat(model.ts.params).items()}
     paths = jax.tree_util.tree_flatten_with_path(model.state.memory.path)[0]
-    assert {"/".join(key.key for key in keys) for keys, _ in paths} == moved
-    assert model.memory_bytes() == 3 * sum(sizes[k] for k in moved)
+    assert {"/".join(key.key for key in keys) for keys, _ in paths} == changed
+    assert model.memory_bytes() == 3 * sum(sizes[k] for k in changed)
 
 
 def test_a_plain_loop_with_an_nnx_filter() -> None:

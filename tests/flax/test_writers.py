@@ -140,7 +140,7 @@ def test_tensorboard_resumes_after_an_interruption(tmp_path: Path) -> None:
 
 def test_contents_of_csv_and_json_lines(tmp_path: Path) -> None:
     for name in ("csv", "jsonl"):
-        writer = WRITERS[name](tmp_path, {})
+        writer: Any = WRITERS[name](tmp_path, {})
         writer.write_hparams({"algo": {"name": "ewc"}, "n": None})
         writer.write_scalars(1, {"a": jnp.float32(0.5), "b": np.array(2)})
         writer.write_texts(2, {"t": "x"})
