@@ -128,7 +128,7 @@ def build_learner(
     Example:
         >>> from sequel_core.experiment.compose import compose
         >>> from sequel_core.experiment.config import build_benchmark
-        >>> config = compose(["mode=jax", "algo=ewc", "benchmark=rotateddigits", "logger=none"]).config
+        >>> config = compose(["mode=jax", "algo=ewc", "benchmark=rotateddigits"]).config
         >>> learner = build_learner(config, build_benchmark(config), Path("run"))
         >>> learner.hparams.name
         'ewc'
