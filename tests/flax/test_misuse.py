@@ -1,4 +1,4 @@
-"""What a user's loop may forget or give twice: an error that says what to do, or the right result."""
+"""Mistakes in user-defined loops: an error that says what to do, or the right result."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ FORGOTTEN = r"call ts, state = algorithm\.start_task\(ts, state, task\) before t
 
 
 @pytest.mark.parametrize("hparams", [NaiveHParams(), EWC], ids=["naive", "ewc"])
-def test_the_end_of_a_task_that_never_began_is_refused(hparams: AlgorithmHParams) -> None:
+def test_the_end_of_a_task_that_never_began_raises(hparams: AlgorithmHParams) -> None:
     algorithm, ts, state = begun(hparams)
     with pytest.raises(ValueError, match=f"no task has begun, .*{FORGOTTEN}"):
         algorithm.end_task(ts, state, batches(task_of(hparams, 0)))
@@ -69,14 +69,16 @@ def test_the_end_of_a_task_that_never_began_is_refused(hparams: AlgorithmHParams
     [pytest.param(h, marks=[] if h.name in ("naive", "er") else [pytest.mark.slow]) for h in EVERY],
     ids=lambda h: h.name,
 )
-def test_a_step_of_a_task_that_has_not_begun_has_no_loss_and_is_remembered(hparams: AlgorithmHParams) -> None:
-    """Before the first task; before the second, whose start was forgotten; as soon as all is right, none."""
+def test_a_step_of_a_task_that_has_not_begun_has_a_nan_loss_and_is_recorded(
+    hparams: AlgorithmHParams,
+) -> None:
+    """Before the first task, and before the second without its `start_task`; else the loss is finite."""
     algorithm, ts, state = begun(hparams)
     planner, step = algorithm.planner(own_stream(hparams).spec, state), jax.jit(algorithm.train_step)
 
     def take(ts: TrainState, state: State, k: int) -> Any:
         (batch,) = batches(task_of(hparams, k), 1)
-        batch = batch._replace(t=np.full(BATCH, k))  # joint training has samples of earlier tasks, too
+        batch = batch._replace(t=np.full(BATCH, k))  # joint training also has samples of earlier tasks
         return step(ts, state, batch._replace(plan=planner.next(batch.y, batch.t)))
 
     if hparams.name != "kcl":  # whose coreset is empty then
@@ -135,14 +137,14 @@ def test_samples_of_earlier_tasks_may_be_among_those_of_a_step() -> None:
             {"y": np.zeros((BATCH, 1), np.int32)},
             r"labels y of a batch must be integers \[8\], .* got int32 \[8, 1\]",
         ),
-        ({"y": np.zeros(1, np.int32)}, r"labels y .* got int32 \[1\]"),  # one for all would be broadcast
+        ({"y": np.zeros(1, np.int32)}, r"labels y .* got int32 \[1\]"),  # would be broadcast
         ({"y": np.zeros(BATCH, np.float32)}, r"labels y .* got float32 \[8\]"),
         ({"t": np.zeros(BATCH, np.float32)}, r"task indices t .* got float32 \[8\]"),
         ({"t": 0}, r"task indices t .* got int32 \[\]"),
     ],
 )
 @pytest.mark.parametrize("hparams", [NaiveHParams(), ICARL], ids=["naive", "icarl"])
-def test_labels_and_tasks_of_another_kind_are_refused(
+def test_invalid_labels_and_task_indices_raise(
     hparams: AlgorithmHParams, change: dict[str, Any], message: str
 ) -> None:
     algorithm, ts, state = begun(hparams)
@@ -153,7 +155,7 @@ def test_labels_and_tasks_of_another_kind_are_refused(
 
 
 @pytest.mark.parametrize("hparams", [NaiveHParams(), ICARL], ids=["naive", "icarl"])
-def test_a_label_outside_the_head_has_no_loss(hparams: AlgorithmHParams) -> None:
+def test_a_label_outside_the_head_gives_a_nan_loss(hparams: AlgorithmHParams) -> None:
     algorithm, ts, state = begun(hparams)
     ts, state = algorithm.start_task(ts, state, task_of(hparams, 0))
     (batch,) = batches(task_of(hparams, 0), 1)
@@ -165,7 +167,7 @@ def test_a_label_outside_the_head_has_no_loss(hparams: AlgorithmHParams) -> None
 
 
 @pytest.mark.parametrize("hparams", [NaiveHParams(), ICARL], ids=["naive", "icarl"])
-def test_a_label_of_another_task_has_no_loss_where_logits_are_masked(hparams: AlgorithmHParams) -> None:
+def test_a_label_of_another_task_gives_a_nan_loss_if_logits_are_masked(hparams: AlgorithmHParams) -> None:
     """iCaRL's own loss is finite for such a label."""
     task = divided("task").tasks[1]
     (batch,) = batches(task, 1)
@@ -182,7 +184,7 @@ def test_a_label_of_another_task_has_no_loss_where_logits_are_masked(hparams: Al
 
 
 @pytest.mark.parametrize("hparams", [EWC, MAS, ICARL], ids=["ewc", "mas", "icarl"])
-def test_a_generator_that_was_read_before_is_refused(hparams: AlgorithmHParams) -> None:
+def test_a_generator_that_was_read_before_raises(hparams: AlgorithmHParams) -> None:
     algorithm, ts, state = begun(hparams)
     ts, state = algorithm.start_task(ts, state, task_of(hparams, 0))
     read = iter(batches(task_of(hparams, 0)))
@@ -221,14 +223,14 @@ def test_each_of_two_learning_rates_decays_from_its_own_value(chained: bool) -> 
         before, (batch,) = ts.params, batches(task, 1)
         ts, state, _ = step(ts, state, batch)
         expected = dict(zip(("Dense_0", "Dense_1"), rates, strict=True))
-        gradient = by_hand(before, batch)
+        gradient = loss_gradient(before, batch)
         for name, rate in expected.items():
             for leaf in ("kernel", "bias"):
-                wanted = before[name][leaf] - rate * gradient[name][leaf]  # momentum starts anew
-                np.testing.assert_allclose(ts.params[name][leaf], wanted, rtol=1e-5, atol=1e-6)
+                expected_leaf = before[name][leaf] - rate * gradient[name][leaf]  # the momentum is reset
+                np.testing.assert_allclose(ts.params[name][leaf], expected_leaf, rtol=1e-5, atol=1e-6)
 
 
-def by_hand(params: Any, batch: Batch) -> Any:
+def loss_gradient(params: Any, batch: Batch) -> Any:
     """Return the gradient of the mean cross-entropy."""
     normalisation = rotated().normalisation
     x = jnp.asarray((batch.x / 255 - normalisation.mean[0]) / normalisation.std[0], jnp.float32)
@@ -241,13 +243,13 @@ def by_hand(params: Any, batch: Batch) -> Any:
     return jax.grad(loss)(params)
 
 
-def test_one_schedule_among_two_learning_rates_is_refused_with_lr_decay_only() -> None:
+def test_one_schedule_among_two_learning_rates_raises_with_lr_decay_only() -> None:
     tx = two_rates(optax.constant_schedule(0.1))
     with pytest.raises(ValueError, match=r"lr_decay=0\.5 needs an optimizer whose learning rate can be set"):
         begun(NaiveHParams(lr_decay=0.5), tx)
     assert get_learning_rates(begun(NaiveHParams(), tx)[1].opt_state) == ()
 
 
-def test_a_parameter_called_learning_rate_is_none() -> None:
+def test_a_parameter_called_learning_rate_is_not_a_learning_rate() -> None:
     params = {"learning_rate": jnp.zeros(3), "w": jnp.zeros(2)}
     np.testing.assert_allclose(get_learning_rates(sgd(0.3).init(params)), [0.3], rtol=1e-6)
