@@ -59,8 +59,8 @@ def stack_plans(plans: Sequence[Any]) -> Any:
         shape = tuple(map(max, zip(*(a.shape for a in arrays), strict=True)))
         padding = -1 if arrays[0].dtype.kind == "i" else 0
         stacked = np.full((len(arrays), *shape), padding, arrays[0].dtype)
-        for row, array in zip(stacked, arrays, strict=True):
-            row[tuple(slice(n) for n in array.shape)] = array
+        for k, array in enumerate(arrays):
+            stacked[(k, *(slice(n) for n in array.shape))] = array
         return stacked
 
     return jax.tree.map(stack, *plans)
