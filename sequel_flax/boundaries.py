@@ -60,7 +60,7 @@ def stack_plans(plans: Sequence[Any]) -> Any:
         padding = -1 if arrays[0].dtype.kind == "i" else 0
         stacked = np.full((len(arrays), *shape), padding, arrays[0].dtype)
         for k, array in enumerate(arrays):
-            stacked[(k, *(slice(n) for n in array.shape))] = array
+            stacked[k, ...][tuple(map(slice, array.shape))] = array
         return stacked
 
     return jax.tree.map(stack, *plans)
