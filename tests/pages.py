@@ -25,8 +25,9 @@ def code_blocks(page: Path, language: str) -> list[str]:
     return ["\n" * text.count("\n", 0, match.start(2)) + match[2] for match in found]
 
 
-def run_block(page: Path, code: str, names: dict[str, Any]) -> dict[str, Any]:
-    """Run a Python block with these global names, and return them as it left them."""
+def run_block(page: Path, code: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Run a Python block, with the global names that earlier blocks left, and return those that it leaves."""
+    names = {"__name__": "__main__"} if names is None else names
     exec(compile(code, str(page), "exec"), names)
     return names
 

@@ -42,11 +42,11 @@ def test_the_python_code_of_a_page_is_a_script(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"__name__": "__main__"}
+    names: dict[str, Any] | None = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on speed
         for code in code_blocks(page, "python"):
-            run_block(page, code, names)
+            names = run_block(page, code, names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
