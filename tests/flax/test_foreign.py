@@ -518,7 +518,7 @@ class Unmoded(nn.Module):
 
 
 def stepped(ts: TrainState, hparams: AlgorithmHParams | None = None, steps: int = 4) -> TrainState:
-    """Return the train state after the README's loop, without its end of a task."""
+    """Return the train state after the loop of docs/flax.md, without its end of a task."""
     hparams, task = hparams or NaiveHParams(), divided("class").tasks[0]
     algorithm, spec = ALGORITHMS[hparams.name](hparams), divided("class").spec
     ts, state = algorithm.start_task(ts, algorithm.init(ts, spec), task)
@@ -547,14 +547,14 @@ def by_hand(ts: TrainState, forward: Any, steps: int = 4) -> Any:
     return params
 
 
-def test_a_linen_module_without_a_mode_in_the_readmes_loop_is_a_loop_by_hand() -> None:
+def test_a_linen_module_without_a_mode_in_a_plain_loop_is_a_loop_by_hand() -> None:
     net = Unmoded()
     params = initial_params(net, divided("class").spec, seed=0)
     ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
     assert_close(stepped(ts).params, by_hand(ts, lambda p, x, _: net.apply({"params": p}, x)), 1e-5)
 
 
-def test_another_word_for_the_mode_drops_units_in_the_readmes_loop() -> None:
+def test_another_word_for_the_mode_drops_units_in_a_plain_loop() -> None:
     class Dropping(nn.Module):
         @nn.compact
         def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
