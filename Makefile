@@ -1,12 +1,12 @@
-# make run    virtual environment, install, then the main job: both frameworks, Naive against EWC, on real images
+# make run    virtual environment, install, then naive finetuning against EWC in both frameworks, on real images
 # make test   the same install, then ruff, mypy and pytest
 # make bench  training steps per second, compared with hand-written loops; make bench ARGS=--help lists the options
-# make slow   the tests that take minutes
-# make adapters  streams of Avalanche and Continuum, in an environment of their own
-# make clu    writers of clu, which need TensorFlow, in an environment of their own
-# make clean  remove what these made; runs/ stays
+# make slow   the tests that take minutes each
+# make adapters  tests with streams of Avalanche and Continuum, in a separate environment
+# make clu    tests with clu's writers, which need TensorFlow, in a separate environment
+# make clean  remove what these commands made; runs/ stays
 #
-# Needs Python >= 3.11 with venv and nothing else; another interpreter: make PYTHON=python3.12 run
+# Needs Python >= 3.11 with venv. To use another interpreter: make PYTHON=python3.12 run
 
 PYTHON ?= python3
 VENV := .venv
@@ -31,7 +31,7 @@ bench: install
 slow: install
 	$(BIN)/pytest -m slow
 
-# Continuum does not say that it needs six.
+# Continuum needs six, but does not declare it.
 adapters:
 	$(PYTHON) -m venv $(VENV)-adapters
 	$(VENV)-adapters/bin/pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict \
@@ -46,8 +46,8 @@ clu:
 
 install: $(STAMP)
 
-# A strict editable install links each file, so it has to be made again when a file comes or goes: $(FILES) is
-# rewritten only where the list of files has changed.
+# A strict editable install links each file, so it is repeated when a file is added or removed. $(FILES) is rewritten
+# only if the list of files has changed.
 $(STAMP): pyproject.toml constraints.txt $(FILES)
 	$(BIN)/pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict --editable '.[all,dev]'
 	touch $@

@@ -1,1 +1,1 @@
-"""Hydra groups and experiments with published numbers; installed as `sequel_configs`."""
+"""Hydra groups, and experiments with published numbers; installed as `sequel_configs`."""

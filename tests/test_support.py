@@ -1,6 +1,7 @@
 """Every algorithm runs on every backbone in every scenario and both modes, or says why not when it is made.
 
-The README's table is what this file finds; on a difference the failure shows the table to paste.
+The table in docs/methods.md, and its summary in the README, are what this file finds. On a difference the
+failure shows the table to paste.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from sequel_core.backbones import BACKBONES, BackboneHParams
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
 from sequel_core.runs.learner import Learner
 from sequel_core.stream.benchmark import Benchmark, Scenario
+from tests.pages import README, ROOT
 from tests.parity.cases import SILENT
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -59,7 +61,6 @@ ALL = [*SCENARIO_COLUMNS, *COLUMNS]
 SCENARIOS = tuple(SCENARIO_COLUMNS.values())
 MODES = ("pytorch", "jax")
 TRAINING = TrainingHParams(batch_size=4, eval_batch_size=8)
-README = Path(__file__).parents[1] / "README.md"
 
 
 @cache
@@ -128,25 +129,44 @@ def table(columns: list[str]) -> dict[str, list[str]]:
     return {name: [cell(name, column) for column in columns] for name in HPARAMS}
 
 
-def readme() -> dict[str, list[str]]:
-    """Return the cells of the README's table by algorithm."""
-    text = README.read_text().partition("<!-- support -->")[2].partition("<!-- /support -->")[0]
-    lines = [line.strip("| ").split(" | ") for line in text.strip().splitlines() if line.startswith("|")]
-    assert lines[0] == ["`algo=`", *ALL]
-    return {name.strip("`"): cells for name, *cells in lines[2:]}
+def written_table(page: Path, mark: str) -> list[list[str]]:
+    """Return the cells of the table between two comments of a page, its two heading rows included."""
+    text = page.read_text().partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0]
+    return [line.strip("| ").split(" | ") for line in text.strip().splitlines() if line.startswith("|")]
+
+
+def methods_table() -> dict[str, list[str]]:
+    """Return the cells of the table in docs/methods.md by algorithm."""
+    head, _, *rows = written_table(ROOT / "docs" / "methods.md", "support")
+    assert head == ["`algo=`", *ALL]
+    return {name.strip("`"): cells for name, *cells in rows}
 
 
 QUICK = [column for column in ALL if "resnet" not in column and "same" not in column]
 
 
 @pytest.mark.parametrize("columns", [QUICK, pytest.param(ALL, marks=pytest.mark.slow)], ids=["quick", "all"])
-def test_the_readme_says_what_runs(columns: list[str]) -> None:
+def test_the_methods_page_says_what_runs(columns: list[str]) -> None:
     found = table(columns)
     places = [ALL.index(column) for column in columns]
-    written = {name: [cells[k] for k in places] for name, cells in readme().items()}
+    written = {name: [cells[k] for k in places] for name, cells in methods_table().items()}
     head = ["`algo=`", *columns]
     rows = [head, ["---"] * len(head), *([f"`{name}`", *cells] for name, cells in found.items())]
     assert written == found, "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def test_the_readme_summarises_the_methods_page() -> None:
+    without_batch = [
+        not ("norm=batch" in c or "torchvision" in c or c == "`resnet18`, `resnet18_thin`") for c in COLUMNS
+    ]
+    backbones = {(True,) * len(COLUMNS): "all", tuple(without_batch): "all without batch normalisation"}
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, cells in methods_table().items():
+        scenarios = [cell.partition(":")[0] for cell in cells[: len(SCENARIOS)]]
+        runs_on = tuple(cell == "yes" for cell in cells[len(SCENARIOS) :])
+        groups.setdefault((*scenarios, backbones[runs_on]), []).append(f"`{name}`")
+    _, _, *written = written_table(README, "support summary")
+    assert written == [[", ".join(names), *row] for row, names in groups.items()]
 
 
 def norm_of(network: BackboneHParams) -> str:

@@ -28,7 +28,7 @@ USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 
 HELP = """usage: sequel COMMAND [ARGUMENTS]
 
-Continual learning in PyTorch Lightning and in JAX/Flax: the same algorithms, the same numbers.
+Continual learning in PyTorch Lightning and in JAX/Flax: every method in both, the same computation.
 
 commands:
 {commands}

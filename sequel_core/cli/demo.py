@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from sequel_core.cli.arguments import Parser
 from sequel_core.experiment.compose import compose
@@ -30,5 +32,8 @@ def main(args: Sequence[str]) -> int:
     }
     print("RotatedDigits: five rotations of real handwritten digits, one after another")
     found = compare(runs, run_dir=options.run_dir)
-    print("the settings of the runs: sequel list experiment")
+    program = sys.argv[0] if Path(sys.argv[0]).name == "sequel" else "sequel"
+    print(f"the settings of the runs: {program} list experiment")
+    print("next, the runs of EWC in float64, where the weights differ by about 1e-15:")
+    print(f"  {program} compare +experiment=ewc_rotateddigits training.dtype=float64")
     return 1 if any(run.result is None for run in found.runs) else 0

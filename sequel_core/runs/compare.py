@@ -33,6 +33,12 @@ REPORT = "report.html"
 SETTINGS = ("evaluate_every", "evaluate_on", "evaluate_future", "callbacks", "checkpoint")
 """What `compare` hands on to `run` with a learner; a configuration has its own."""
 
+FLOAT32 = (
+    "In float32 the two frameworks round differently, and training amplifies the differences. Compare with "
+    "training.dtype=float64 to see how far the computations agree."
+)
+"""Caption of the differences between runs in float32."""
+
 Experiment = Learner | ExperimentConfig
 
 
@@ -88,7 +94,12 @@ class Comparison:
 
     def __rich__(self) -> Group:
         """Return the tables."""
-        return Group(_table(self.rows), *([_difference_table(self.differences)] if self.differences else []))
+        tables = [_table(self.rows)]
+        if self.differences:
+            tables.append(_difference_table(self.differences))
+            if any(run.result and run.result.config["training"]["dtype"] == "float32" for run in self.runs):
+                tables[-1].caption, tables[-1].caption_justify = FLOAT32, "left"
+        return Group(*tables)
 
 
 def compare(

@@ -42,6 +42,7 @@ def test_both_frameworks_side_by_side(capsys: pytest.CaptureFixture[str], tmp_pa
     ]
     assert "the largest differences" not in out
     assert "largest differences between pytorch and jax" in out
+    assert "In float32" in out
     assert out.endswith(f"report: {Path('it' + chr(39) + 's all') / 'report.html'}\n")
     assert {path.name for path in tmp_path.iterdir()} == {"it's all"}
 
@@ -57,6 +58,13 @@ def test_the_command_is_the_function(capsys: pytest.CaptureFixture[str], tmp_pat
         twin = load_result(tmp_path / "command" / run.directory.name)
         assert twin.config == run.result.config
         np.testing.assert_array_equal(twin.matrix, run.result.matrix)
+
+
+def test_float64_has_no_note_on_float32(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *SMALL, "training.dtype=float64", "run_dir=out"]) == 0
+    out = capsys.readouterr().out
+    assert "largest differences between pytorch and jax" in out
+    assert "In float32" not in out
 
 
 def test_a_file_of_experiments_and_a_note(
@@ -158,6 +166,8 @@ def test_the_demo(
         *([name, mode, "0"] for name in ("naive", "ewc") for mode in PLUGINS),
         *([name, "0", row[2]] for name, row in zip(("naive", "ewc"), cells(out)[4:], strict=True)),
     ]
+    assert "In float32 the two frameworks round differently" in " ".join(out.split())
+    assert out.endswith("\n  sequel compare +experiment=ewc_rotateddigits training.dtype=float64\n")
     assert {path.name for path in (tmp_path / "here").iterdir()} == {
         "report.html", *(f"{name}_{mode}_seed0" for name in ("naive", "ewc") for mode in PLUGINS),
     }  # fmt: skip

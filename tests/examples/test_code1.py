@@ -1,9 +1,8 @@
-"""The paper's Code 1 in both frameworks: two scripts that differ in a few lines, with the same numbers."""
+"""The README's example in both frameworks: two scripts that differ in a few lines, with the same numbers."""
 
 from __future__ import annotations
 
 import difflib
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ import pytest
 
 import sequel_lightning._torchvision  # noqa: F401  lets the script import torchvision beside any PyTorch build
 from sequel_core import load_result
+from tests.pages import README, code_blocks, run_block
 
-SCRIPTS = [Path(__file__).with_name(f"code1_{name}.py") for name in ("flax", "lightning")]
+TORCH, FLAX = code_blocks(README, "python")
 
 
 def test_the_scripts_differ_in_imports_backbone_and_optimizer_only() -> None:
-    a, b = ([line for line in s.read_text().splitlines() if line and '"""' not in line] for s in SCRIPTS)
+    a, b = ([line for line in script.splitlines() if line] for script in (FLAX, TORCH))
     changed = [line[2:] for line in difflib.ndiff(a, b) if line[0] in "+-"]
     bodies = [line for line in changed if not line.startswith(("import ", "from "))]
     assert sorted({line.split(" = ")[0] for line in bodies}) == ["model", "optimizer"]
@@ -26,7 +26,7 @@ def test_the_scripts_differ_in_imports_backbone_and_optimizer_only() -> None:
 
 def test_the_scripts_end_with_the_same_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    flax, torch = (runpy.run_path(str(script)) for script in SCRIPTS)
+    flax, torch = (run_block(README, script) for script in (FLAX, TORCH))
     assert flax["learner"].mode == "jax"
     assert torch["learner"].mode == "pytorch"
     a, b = flax["result"], torch["result"]

@@ -1,8 +1,7 @@
-"""The README's examples of watching a run: what they write, read back with TensorBoard's own reader."""
+"""The examples of docs/logging.md: what they write, read back with TensorBoard's own reader."""
 
 from __future__ import annotations
 
-import runpy
 import warnings
 from pathlib import Path
 
@@ -10,20 +9,17 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.events import scalars
+from tests.pages import ROOT, code_blocks, run_block
 
-HERE, README = Path(__file__).parent, Path(__file__).parents[2] / "README.md"
-
-
-@pytest.mark.parametrize("name", ["watch_lightning", "watch_flax"])
-def test_the_readme_shows_them_as_they_are(name: str) -> None:
-    assert f"```python\n{(HERE / f'{name}.py').read_text()}```" in README.read_text()
+PAGE = ROOT / "docs" / "logging.md"
+TRAINER, LOOP, CALLBACK = code_blocks(PAGE, "python")
 
 
 def test_own_trainer_callbacks_and_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on speed
-        found = runpy.run_path(str(HERE / "watch_lightning.py"))
+        found = run_block(PAGE, TRAINER)
     assert int(found["module"].task_index) == 2
     logged = scalars(Path(found["logger"].log_dir))
     assert {"train/loss", "train/accuracy", "val/accuracy", "test/accuracy", "lr-SGD"} <= logged.keys()
@@ -38,9 +34,11 @@ def test_own_trainer_callbacks_and_logger(tmp_path: Path, monkeypatch: pytest.Mo
     )
 
 
-def test_own_loop_and_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_loop_and_writer_then_a_stream_callback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    found = runpy.run_path(str(HERE / "watch_flax.py"))
+    found = run_block(PAGE, LOOP)
     steps = 3 * (len(found["benchmark"].tasks[0].train) // 10)
     assert int(found["ts"].step) == steps
     points = scalars(tmp_path / "logs")["train/loss"]
@@ -50,3 +48,7 @@ def test_own_loop_and_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     events.Reload()
     (tag,) = events.Tags()["images"]
     assert [event.step for event in events.Images(tag)] == list(range(200, steps + 1, 200))
+    capsys.readouterr()
+    matrix = run_block(PAGE, CALLBACK, found)["result"].matrix
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"after task {i}: {matrix[i, : i + 1]}" for i in range(3)]

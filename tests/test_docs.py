@@ -1,0 +1,119 @@
+"""The documentation: its Python code runs, its commands compose, its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import tomllib
+import warnings
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import sequel_lightning  # noqa: F401  lets a page import torchvision beside any PyTorch build
+from sequel_core import load_result
+from sequel_core.algorithms import ALGORITHMS
+from sequel_core.cli import COMMANDS, main
+from tests.pages import PAGES, README, ROOT, anchors, code_blocks, commands, links, run_block
+
+DOCS = ROOT / "docs"
+ELSEWHERE = {"README.md", "logging.md", "user-code.md"}
+"""Pages whose Python code other tests run: `tests/examples`, and the last test here."""
+
+SCRIPTS = [page for page in PAGES if page.name not in ELSEWHERE and code_blocks(page, "python")]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_index_names_every_page() -> None:
+    index = DOCS / "index.md"
+    assert set(links(index)) >= {page.name for page in DOCS.glob("*.md") if page != index}
+
+
+@pytest.mark.parametrize("page", SCRIPTS, ids=lambda page: page.name)
+def test_the_python_code_of_a_page_is_a_script(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] | None = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice on speed
+        for code in code_blocks(page, "python"):
+            names = run_block(page, code, names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_are_accepted(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that run experiments are composed, with the experiment file that docs/configuration.md shows."""
+    monkeypatch.chdir(tmp_path)
+    Path("experiment.yaml").write_text(code_blocks(DOCS / "configuration.md", "yaml")[0])
+    for line in commands(page):
+        _, command, *arguments = shlex.split(line)
+        assert command in COMMANDS, line
+        resumes = any(text.startswith("resume=") and text != "resume=auto" for text in arguments)
+        if command in ("run", "compare") and not resumes and "own.yaml" not in arguments:
+            multirun = [] if command == "run" else ["-m"]
+            code = main(["run", *multirun, "--cfg", *(text for text in arguments if text != "--check")])
+            assert code == 0, f"{line}: {capsys.readouterr().err}"
+
+
+def test_the_error_that_the_configuration_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "algo=ewc", "algo.ewc_lamda=1"]) == 2
+    (shown,) = code_blocks(DOCS / "configuration.md", "text")
+    assert capsys.readouterr().err == shown.lstrip("\n")
+
+
+def test_the_methods_page_names_settings_that_exist() -> None:
+    rows = (
+        line.split(" | ") for line in (DOCS / "methods.md").read_text().splitlines() if line.count(" | ") == 3
+    )
+    table = {row[0].strip("|` "): re.findall("`(\\w+)`", row[3]) for row in rows}
+    named = {
+        method: [name for name in settings if name not in ALGORITHMS]  # "those of `er`"
+        for method, settings in table.items()
+        for method in method.replace("`", "").split(", ")
+        if method in ALGORITHMS
+    }
+    assert named.keys() == ALGORITHMS.keys()
+    for method, settings in named.items():
+        assert set(settings) <= {spec.name for spec in fields(ALGORITHMS[method])}, method
+
+
+def test_the_citation_has_the_version_of_the_package() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_the_users_own_code_runs_in_both_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = DOCS / "user-code.md"
+    for code in (*code_blocks(page, "python"), code_blocks(page, "yaml")[0]):
+        name, _, content = code.lstrip("\n# ").partition("\n")
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the command adds the current directory
+    for line in commands(page):
+        assert main([*shlex.split(line)[1:], "-q"]) == 0, line
+    results = [load_result(path) for path in sorted((tmp_path / "runs").iterdir())]
+    assert [(r.config["mode"], len(r.matrix)) for r in results] == [("pytorch", 3), ("jax", 2)]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "own"]:
+        monkeypatch.delitem(sys.modules, name)
