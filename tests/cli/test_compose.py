@@ -266,7 +266,7 @@ BAD = [
     (["backbone.widths=1", "backbone.n_hidden_layers=2"], "backbone.widths must be a list, got 1"),
     (
         ["backbone.widths=[[1],2]", "backbone.n_hidden_layers=2"],
-        "backbone.widths must be a number >= 1 and <= 100000, got [1]",
+        "backbone.widths must be a whole number >= 1 and <= 100000, got [1]",
     ),
     (["backbone.dropout=1"], "backbone.dropout must be >= 0 and < 1, got 1.0"),
     (
