@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from sequel_core.settings import Settings, setting
 
-MOST_UNITS = 100_000
+MAX_UNITS = 100_000
 """Largest width of a layer: two such layers would take 40 GB."""
 
 
@@ -34,7 +34,7 @@ class MLPHParams(BackboneHParams):
 
     type: ClassVar[str] = "mlp"
 
-    widths: tuple[int, ...] = setting((256, 256), "number of units of each hidden layer", ge=1, le=MOST_UNITS)
+    widths: tuple[int, ...] = setting((256, 256), "number of units of each hidden layer", ge=1, le=MAX_UNITS)
     dropout: float = setting(0.0, "probability of dropping a hidden unit, in training", ge=0, lt=1)
 
 
@@ -66,7 +66,7 @@ class CNNHParams(BackboneHParams):
     type: ClassVar[str] = "cnn"
 
     channels: tuple[int, ...] = setting(
-        (32, 64), "number of channels of each convolution", ge=1, le=MOST_UNITS
+        (32, 64), "number of channels of each convolution", ge=1, le=MAX_UNITS
     )
     kernel_size: int = setting(
         3,
@@ -77,7 +77,7 @@ class CNNHParams(BackboneHParams):
     stride: int = setting(2, "stride of the convolutions, in pixels", ge=1, le=2)
     max_pool: bool = setting(False, "apply 2x2 max pooling after each convolution; needs stride=1")
     linear_widths: tuple[int, ...] = setting(
-        (128,), "number of units of each hidden dense layer", ge=1, le=MOST_UNITS
+        (128,), "number of units of each hidden dense layer", ge=1, le=MAX_UNITS
     )
     activation: Literal["relu", "tanh", "sigmoid", "elu", "gelu"] = setting(
         "relu",
@@ -146,7 +146,7 @@ class ResNet18HParams(BackboneHParams):
         64,
         "number of channels of the first of four stages; it doubles from stage to stage",
         ge=1,
-        le=MOST_UNITS,
+        le=MAX_UNITS,
     )
     norm: Literal["batch", "group"] = setting(
         "batch", "normalisation after each convolution: `batch` or `group`"
@@ -185,7 +185,7 @@ class ResNet18ThinHParams(ResNet18HParams):
         20,
         "number of channels of the first of four stages; it doubles from stage to stage",
         ge=1,
-        le=MOST_UNITS,
+        le=MAX_UNITS,
     )
 
 

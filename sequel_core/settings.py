@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 import textwrap
 from collections.abc import Container, Iterable, Mapping, Sequence, Set
-from dataclasses import Field, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
 from functools import cache
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+TypedField = tuple[Any, Field[Any]]  # an annotation and a field
 
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 TYPES = {  # of pydantic's errors
@@ -72,10 +75,16 @@ def choices_of(hint: Any) -> list[Any]:
     return [value for option in options for value in choices_of(option)]
 
 
-def nearest(word: str, candidates: Iterable[str]) -> str:
-    """Return `; did you mean X?` for the candidate closest to the word, or an empty text."""
-    match = get_close_matches(word, list(candidates), n=1)
-    return f"; did you mean {match[0]}?" if match else ""
+def nearest(word: str, candidates: Iterable[str] | Mapping[str, str]) -> str:
+    """Return `; did you mean X?` for the candidate closest to a word, or an empty text.
+
+    Args:
+        word: the word.
+        candidates: words, or a mapping of words to the texts that are shown for them.
+    """
+    shown = candidates if isinstance(candidates, Mapping) else {name: name for name in candidates}
+    match = get_close_matches(word, shown, n=1)
+    return f"; did you mean {shown[match[0]]}?" if match else ""
 
 
 def with_arguments(doc: str | None, specs: Iterable[Field[Any]], skip: Container[str] = ()) -> str:
@@ -91,8 +100,9 @@ def with_arguments(doc: str | None, specs: Iterable[Field[Any]], skip: Container
     end = min((at for at in heads if at >= 0), default=len(text))
     before, after = text[:end], text[end:]
     lines = []
-    for spec in (spec for spec in specs if spec.name not in skip):
-        facts = [spec.metadata["help"], allowed(spec), f"default {spec.default!r}"]
+    for spec in (spec for spec in specs if "help" in spec.metadata and spec.name not in skip):
+        default = "" if spec.default is MISSING else f"default {spec.default!r}"
+        facts = [spec.metadata["help"], allowed(spec), default]
         if "only" in spec.metadata:
             other, *values = spec.metadata["only"]
             facts.append(f"only used with {other}={' or '.join(map(repr, values))}")
@@ -138,7 +148,7 @@ class Settings:
         cls.__doc__ = with_arguments(vars(cls).get("__doc__"), specs.values())
 
     def __post_init__(self) -> None:
-        for name, value in validated(_pydantic_class(type(self)), vars(self), fields(self)).items():
+        for name, value in _validator_of(type(self))(vars(self)).items():
             object.__setattr__(self, name, value)
         for spec in (spec for spec in fields(self) if "only" in spec.metadata):
             other, *values = spec.metadata["only"]
@@ -151,28 +161,51 @@ class Settings:
                 )
 
 
+class Validator(NamedTuple):
+    """Validates the values of named fields; see `validator`."""
+
+    model: Any  # a pydantic dataclass with the fields
+    ranges: Mapping[str, str]  # the range of each field, as `allowed` returns it
+
+    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all fields, with the values converted to their types.
+
+        Raises:
+            ValueError: a value has the wrong type or is out of range. The message has one line.
+        """
+        from pydantic import ValidationError
+
+        try:
+            return dict(vars(self.model(**values)))
+        except ValidationError as error:
+            raise ValueError(_one_line(error.errors(), self.ranges)) from None
+
+
 @cache
-def _pydantic_class(cls: type) -> type:
-    return pydantic_class(cls.__name__, fields(cls), get_type_hints(cls))
+def _validator_of(cls: type) -> Validator:
+    hints = get_type_hints(cls)
+    return validator(cls.__name__, [(hints[spec.name], spec) for spec in fields(cls)])
 
 
-def pydantic_class(name: str, specs: Iterable[Field[Any]], hints: Mapping[str, Any]) -> type:
-    """Return a pydantic dataclass from fields and their annotations; `Settings` says what it accepts."""
+def validator(name: str, typed_fields: Iterable[TypedField]) -> Validator:
+    """Return a validator that accepts what `Settings` accepts.
+
+    Args:
+        name: name of the pydantic dataclass that it makes.
+        typed_fields: annotations and fields, which `setting` made.
+    """
     from pydantic import Field as Description
     from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-    described = [
-        (
-            spec.name,
-            Annotated[
-                _checked(hints[spec.name], spec.metadata), Description(description=spec.metadata.get("help"))
-            ],
-            field(default=spec.default),
-        )
-        for spec in specs
-    ]
+    typed_fields = list(typed_fields)
+    members = []
+    for hint, spec in typed_fields:
+        description = Description(description=spec.metadata.get("help"))
+        annotation = Annotated[_checked(hint, spec.metadata), description]
+        members.append((spec.name, annotation, field(default=spec.default)))
     config: Any = {"strict": True, "allow_inf_nan": False}
-    return pydantic_dataclass(make_dataclass(name, described, kw_only=True), config=config)
+    model = pydantic_dataclass(make_dataclass(name, members, kw_only=True), config=config)
+    return Validator(model, {spec.name: allowed(spec) for _, spec in typed_fields})
 
 
 def _checked(hint: Any, metadata: Mapping[str, Any]) -> Any:
@@ -183,6 +216,8 @@ def _checked(hint: Any, metadata: Mapping[str, Any]) -> Any:
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return Union[tuple(_checked(option, metadata) for option in args)]  # noqa: UP007 - made at run time
+    if origin is os.PathLike:  # a configuration writes paths as text
+        return str
     if origin is tuple:
         return Annotated[tuple[_checked(args[0], metadata), ...], BeforeValidator(_as_tuple)]
     if hint in (int, float):
@@ -219,20 +254,6 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if iterable else value
 
 
-def validated(cls: type, values: Mapping[str, Any], specs: Iterable[Field[Any]]) -> dict[str, Any]:
-    """Return the values as a pydantic dataclass, made from the fields `specs`, converts them.
-
-    Raises:
-        ValueError: a value has the wrong type or is out of range; one line.
-    """
-    from pydantic import ValidationError
-
-    try:
-        return dict(vars(cls(**values)))
-    except ValidationError as error:
-        raise ValueError(_one_line(error.errors(), {spec.name: allowed(spec) for spec in specs})) from None
-
-
 def _one_line(errors: Sequence[Any], ranges: Mapping[str, str]) -> str:
     """Return `NAME must be RULE, got VALUE` for the first field with an error.
 
@@ -254,8 +275,12 @@ def _rule(error: str, context: Mapping[str, Any], bounds: str) -> str:
     """Return what a value must be, from the type of a pydantic error."""
     if error == "literal_error":
         return f"one of {', '.join(_names(context))}"
-    if error == "value_error":
-        return f"a whole number of less than 64 bits{' and ' * bool(bounds)}{bounds}"
+    if error == "value_error":  # of `_as_int`
+        return (
+            bounds
+            if "<" in bounds
+            else f"a whole number of less than 64 bits{' and ' * bool(bounds)}{bounds}"
+        )
     if error == "finite_number":
         return bounds if "<" in bounds else f"{bounds}{' and ' * bool(bounds)}finite"
     if error not in TYPES:
@@ -266,3 +291,11 @@ def _rule(error: str, context: Mapping[str, Any], bounds: str) -> str:
 def _names(context: Mapping[str, Any]) -> list[str]:
     """Return the names in the context of a `literal_error`."""
     return re.findall(r"'([^']*)'", context.get("expected", ""))
+
+
+def check_name(key: str, value: Any, names: Iterable[str]) -> None:
+    """Raise ValueError, with the nearest name, if a value is not one of the names."""
+    names = list(names)
+    if value not in names:
+        hint = nearest(str(value), names)
+        raise ValueError(f"{key} must be one of {', '.join(names)}, got {value!r}{hint}")

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from importlib import import_module, metadata
 from typing import TextIO
 
-from sequel_core.experiment.target import nearest
 from sequel_core.runs.checkpoints import CheckpointWarning
 from sequel_core.runs.learner import DivergenceError
 from sequel_core.runs.loggers import LoggerWarning
 from sequel_core.runs.signals import InterruptedRunError
+from sequel_core.settings import nearest
 
 COMMANDS = {
     "run": "run an experiment, or a sweep with -m",
@@ -99,7 +99,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise ValueError(
-            f"command must be one of {', '.join(COMMANDS)}, got {command!r}{nearest(command, COMMANDS)}"
+            f"command must be one of {', '.join(COMMANDS)}, got {command!r}{nearest(command, list(COMMANDS))}"
         )
     module = {"list": "catalogue"}.get(command, command)
     run: Callable[[list[str]], int] = import_module(f"sequel_core.cli.{module}").main
