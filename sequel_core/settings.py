@@ -148,7 +148,7 @@ class Settings:
         cls.__doc__ = with_arguments(vars(cls).get("__doc__"), specs.values())
 
     def __post_init__(self) -> None:
-        for name, value in _validator_of(type(self))(vars(self)).items():
+        for name, value in validator_of(type(self))(vars(self)).items():
             object.__setattr__(self, name, value)
         for spec in (spec for spec in fields(self) if "only" in spec.metadata):
             other, *values = spec.metadata["only"]
@@ -182,7 +182,8 @@ class Validator(NamedTuple):
 
 
 @cache
-def _validator_of(cls: type) -> Validator:
+def validator_of(cls: type[Settings]) -> Validator:
+    """Return the validator of a class of settings."""
     hints = get_type_hints(cls)
     return validator(cls.__name__, [(hints[spec.name], spec) for spec in fields(cls)])
 

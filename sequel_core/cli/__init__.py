@@ -22,6 +22,7 @@ COMMANDS = {
     "report": "write an HTML report of runs: matrices, curves, tables; also PNG and Markdown",
     "data": "download and check data sets",
     "list": "list algorithms, benchmarks, backbones, optimizers, loggers and experiments with their settings",
+    "schema": "print the JSON schema of experiment files, for editors",
     "demo": "naive finetuning against EWC in both frameworks, on bundled data",
 }
 USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
