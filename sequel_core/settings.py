@@ -17,7 +17,6 @@ import textwrap
 from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
-from functools import cache
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -181,11 +180,15 @@ class Validator(NamedTuple):
             raise ValueError(_one_line(error.errors(), self.ranges)) from None
 
 
-@cache
-def validator_of(cls: type[Settings]) -> Validator:
-    """Return the validator of a class of settings."""
-    hints = get_type_hints(cls)
-    return validator(cls.__name__, [(hints[spec.name], spec) for spec in fields(cls)])
+VALIDATORS: dict[type, Validator] = {}
+
+
+def validator_of(cls: type[Any]) -> Validator:
+    """Return the validator of a dataclass; it is made once."""
+    if cls not in VALIDATORS:
+        hints = get_type_hints(cls)
+        VALIDATORS[cls] = validator(cls.__name__, [(hints[spec.name], spec) for spec in fields(cls)])
+    return VALIDATORS[cls]
 
 
 def validator(name: str, typed_fields: Iterable[TypedField]) -> Validator:
@@ -202,7 +205,7 @@ def validator(name: str, typed_fields: Iterable[TypedField]) -> Validator:
     members = []
     for hint, spec in typed_fields:
         description = Description(description=spec.metadata.get("help"))
-        annotation = Annotated[_checked(hint, spec.metadata), description]
+        annotation: Any = Annotated[_checked(hint, spec.metadata), description]
         members.append((spec.name, annotation, field(default=spec.default)))
     config: Any = {"strict": True, "allow_inf_nan": False}
     model = pydantic_dataclass(make_dataclass(name, members, kw_only=True), config=config)
@@ -220,7 +223,8 @@ def _checked(hint: Any, metadata: Mapping[str, Any]) -> Any:
     if origin is os.PathLike:  # a configuration writes paths as text
         return str
     if origin is tuple:
-        return Annotated[tuple[_checked(args[0], metadata), ...], BeforeValidator(_as_tuple)]
+        item: Any = _checked(args[0], metadata)
+        return Annotated[tuple[item, ...], BeforeValidator(_as_tuple)]
     if hint in (int, float):
         bounds = {key: metadata[key] for key in SIGNS if key in metadata}
         return Annotated[hint, Bounds(**bounds), BeforeValidator(_as_int if hint is int else _as_float)]

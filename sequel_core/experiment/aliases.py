@@ -126,7 +126,7 @@ def canonical(values: Mapping[str, Any]) -> Layer:
         if old in layer and new not in arguments:
             _move(layer, old, layer.pop(old), new)
     layer |= {key: alias(key, layer[key]) for key in NAMES if key in layer and key not in arguments}
-    widths = layer.get("backbone.widths")
+    widths: Any = layer.get("backbone.widths")
     for key in (f"backbone.{key}" for key in SHAPE[1:] if isinstance(widths, list | tuple)):
         value = layer.pop(key, None)
         if value is not None and ({*widths} != {value} if key.endswith("width") else len(widths) != value):

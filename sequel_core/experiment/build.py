@@ -31,7 +31,7 @@ from sequel_core.experiment.schema import (
     user_hparams,
 )
 from sequel_core.experiment.target import TARGET, Target, read
-from sequel_core.hparams import OptimizerHParams, TrainingHParams
+from sequel_core.hparams import CheckpointHParams, OptimizerHParams, TrainerHParams, TrainingHParams
 from sequel_core.runs import learner
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.learner import PLUGINS, Mode
@@ -118,13 +118,14 @@ def build(flat: Layer) -> ExperimentConfig:
             _check_keys(section, group, names.get(section, ""))
     hparams = user_hparams(code["algo"]) if "algo" in code else ALGORITHMS[names["algo"]]
     optimizer = {"type": names["optimizer"], **groups["optimizer"]} if "optimizer" in names else {}
-    trainer = _settings(CLASSES["trainer"], "trainer", groups["trainer"])
+    trainer = _settings(TrainerHParams, "trainer", groups["trainer"])
     expected = values.get("expected") or {}
     if not isinstance(expected, Mapping):
         raise ValueError(f"expected must be a group such as `avg_acc: 46.3`, got {expected!r}")
     known = {spec.name for spec in fields(Expected)}
     _settings(Expected, "expected", {key: value for key, value in expected.items() if key in known})
-    documents = {key: str(values[key]) for key in DOCUMENTATION[1:] if key in values}
+    others: dict[str, Any] = {key: values[key] for key in EVALUATION if key in values}
+    others |= {key: str(values[key]) for key in DOCUMENTATION[1:] if key in values}
     return ExperimentConfig(
         mode=mode,
         algo=_settings(hparams, "algo", code["algo"].arguments if "algo" in code else groups["algo"]),
@@ -136,15 +137,14 @@ def build(flat: Layer) -> ExperimentConfig:
         else MLPHParams(),
         optimizer=_settings(OptimizerHParams, "optimizer", optimizer),
         training=_settings(TrainingHParams, "training", groups["training"]),
-        checkpoint=_settings(CLASSES["checkpoint"], "checkpoint", groups["checkpoint"]),
+        checkpoint=_settings(CheckpointHParams, "checkpoint", groups["checkpoint"]),
         trainer={key: plain(getattr(trainer, key)) for key in groups["trainer"]},
         logger=_loggers(values.get("logger"), mode),
         callbacks=tuple(_targets("callbacks", values.get("callbacks"), mode).values()),
         user_code=code,
         num_classes=num_classes,
         expected=dict(expected),
-        **{key: values[key] for key in EVALUATION if key in values},
-        **documents,
+        **others,
     )
 
 

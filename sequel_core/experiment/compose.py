@@ -118,7 +118,7 @@ def merge(*layers: Layer) -> Layer:
 
     `widths`, or `width` and `n_hidden_layers` together, replace all three settings of earlier layers.
     """
-    merged = OmegaConf.create({})
+    merged: Any = OmegaConf.create({})
     for layer in layers:
         values = OmegaConf.create(nest(layer))
         if "backbone.widths" in layer or {"backbone.width", "backbone.n_hidden_layers"} <= layer.keys():
@@ -128,7 +128,8 @@ def merge(*layers: Layer) -> Layer:
             merged = OmegaConf.unsafe_merge(merged, values)
         except TypeError as error:  # a mapping and a list
             raise ValueError(f"a group of settings and a list cannot be merged: {one_line(error)}") from error
-    return flatten(OmegaConf.to_container(merged))  # type: ignore[arg-type]  # it is a mapping
+    values: Any = OmegaConf.to_container(merged)
+    return flatten(values)
 
 
 def resolved(flat: Layer) -> Layer:

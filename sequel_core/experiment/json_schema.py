@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from sequel_core.algorithms import ALGORITHMS
-from sequel_core.backbones import BACKBONES
 from sequel_core.experiment.aliases import NAMES, SECTIONS, SPELLINGS
 from sequel_core.experiment.build import Shape
 from sequel_core.experiment.schema import (
     CLASSES,
     DOCUMENTATION,
     EVALUATION,
+    TABLES,
     Expected,
     ExperimentConfig,
     benchmarks,
@@ -100,8 +100,10 @@ def _section(section: str) -> Schema:
     """Return the schema of a section that a name selects: the name, settings with the name, or user code."""
     key = SECTIONS[section]
     other_names = NAMES[f"{section}.{key}"]
-    owners: dict[str, Any] = {"algo": ALGORITHMS, "backbone": BACKBONES, "benchmark": benchmarks()}.get(
-        section, dict.fromkeys(choices(section), OptimizerHParams)
+    owners: Mapping[str, object] = (
+        benchmarks()
+        if section == "benchmark"
+        else TABLES.get(section, dict.fromkeys(choices(section), OptimizerHParams))
     )
     options = []
     for name in choices(section):

@@ -89,7 +89,7 @@ def request(arguments: Sequence[str], sweep: bool) -> Request:
             key = override.key_or_group
             if key == "hydra" or key.startswith(("hydra.", "hydra/")):
                 if key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir"):
-                    raise ValueError(f"{key} cannot be set; use run_dir=DIR")
+                    raise ValueError(f"{key} is set by the command; use run_dir=DIR")
                 hydra.append(str(override.input_line))
                 continue
             if not sweep:

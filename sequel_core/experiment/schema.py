@@ -30,6 +30,7 @@ from sequel_core.stream.benchmark import Benchmark
 
 EvaluateOn = Literal["test", "validation"]
 
+TABLES: dict[str, Mapping[str, type[Settings]]] = {"algo": ALGORITHMS, "backbone": BACKBONES}
 CLASSES: dict[str, type[Settings]] = {
     "optimizer": OptimizerHParams,
     "training": TrainingHParams,
@@ -228,8 +229,8 @@ def choices(section: str) -> list[str]:
     if section == "logger":
         return sorted(path.name.removesuffix(".yaml") for path in logger_files().iterdir())
     if section == "optimizer":
-        return choices_of(get_type_hints(OptimizerHParams)["type"])
-    return list({"algo": ALGORITHMS, "backbone": BACKBONES}.get(section) or benchmarks())
+        return list(map(str, choices_of(get_type_hints(OptimizerHParams)["type"])))
+    return list(TABLES.get(section) or benchmarks())
 
 
 def settings(section: str, name: str | Target = "") -> list[Setting]:
@@ -244,7 +245,7 @@ def settings(section: str, name: str | Target = "") -> list[Setting]:
         >>> [setting.key for setting in settings("algo", "si")][-3:]
         ['si_lambda', 'xi', 'clamp']
     """
-    if section == "logger":
+    if section == "logger" and isinstance(name, str):
         text = logger_files().joinpath(f"{name}.yaml").read_text(encoding="utf-8")
         remarks = {line.partition(":")[0].strip(): line.partition(" # ")[2] for line in text.splitlines()}
         return [Setting(k, v, "", remarks.get(k, "")) for k, v in yaml.safe_load(text)[name].items()]
@@ -270,7 +271,7 @@ def typed_fields(section: str, name: str | Target) -> list[TypedField]:
     if isinstance(name, Target):
         cls: type[Settings] = user_hparams(name)
     else:
-        cls = {"algo": ALGORITHMS, "backbone": BACKBONES}.get(section, {}).get(name) or CLASSES[section]
+        cls = TABLES[section][name] if section in TABLES else CLASSES[section]
     hints = get_type_hints(cls)
     typed = [(hints[spec.name], spec) for spec in fields(cls)]
     if section != "optimizer":
