@@ -23,9 +23,6 @@ class BackboneHParams(Settings):
 class MLPHParams(BackboneHParams):
     """Settings of the multi-layer perceptron: dense layers with ReLU, then one dense layer to the classes.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core.backbones import MLPHParams
         >>> MLPHParams(widths=[100, 100]).widths
@@ -131,9 +128,6 @@ class ResNet18HParams(BackboneHParams):
 
     The first convolution is 3x3 with stride 1, and there is no max pooling.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core.backbones import ResNet18HParams
         >>> ResNet18HParams(channels=20, norm="group", norm_groups=5).channels
@@ -170,9 +164,6 @@ class ResNet18HParams(BackboneHParams):
 class ResNet18ThinHParams(ResNet18HParams):
     """Settings of ResNet-18 with 20 channels in its first stage (https://arxiv.org/abs/1706.08840).
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core.backbones import ResNet18ThinHParams
         >>> ResNet18ThinHParams().channels
@@ -192,9 +183,6 @@ class ResNet18ThinHParams(ResNet18HParams):
 @dataclass(frozen=True)
 class TorchvisionHParams(BackboneHParams):
     """Settings of a classification model of torchvision, whose last dense layer is replaced.
-
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
 
     Example:
         >>> from sequel_core.backbones import TorchvisionHParams

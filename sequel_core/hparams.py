@@ -21,9 +21,6 @@ MemoryPolicy = Literal["reservoir", "ring", "class_balanced", "task_balanced", "
 class AlgorithmHParams(Settings):
     """Settings that every algorithm has.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from dataclasses import dataclass
         >>> from sequel_core import AlgorithmHParams
@@ -85,9 +82,6 @@ class AlgorithmHParams(Settings):
 @dataclass(frozen=True)
 class MemoryHParams(AlgorithmHParams):
     """Settings of methods that keep samples of the stream; see `sequel_core.stream.memory`.
-
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
 
     Example:
         >>> from sequel_core.hparams import MemoryHParams
@@ -164,9 +158,6 @@ class MemoryHParams(AlgorithmHParams):
 class ReplayHParams(MemoryHParams):
     """Settings of methods that read a replay batch from the memory at each step.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core.hparams import ReplayHParams
         >>> ReplayHParams(memory="ring", mem_batch_size=32).mem_batch_size
@@ -195,9 +186,6 @@ class ReplayHParams(MemoryHParams):
 @dataclass(frozen=True)
 class ExemplarHParams(AlgorithmHParams):
     """Settings of methods that keep exemplars of each class; see `sequel_core.stream.exemplars`.
-
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
 
     Example:
         >>> from sequel_core.hparams import ExemplarHParams
@@ -273,9 +261,6 @@ class OptimizerHParams(Settings):
 class TrainingHParams(Settings):
     """Settings of training and evaluation.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core import TrainingHParams
         >>> training = TrainingHParams(batch_size=64, epochs_per_task=(5, 1))
@@ -317,9 +302,6 @@ class CheckpointHParams(Settings):
 
     A checkpoint is also written after each task, and when a signal ends the run.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core.hparams import CheckpointHParams
         >>> CheckpointHParams(every_minutes=30, keep=1).every_minutes
@@ -345,9 +327,6 @@ class CheckpointHParams(Settings):
 @dataclass(frozen=True)
 class TrainerHParams(Settings):
     """Settings of Lightning's Trainer that an experiment may give; see Lightning's documentation.
-
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
 
     Example:
         >>> from sequel_core.hparams import TrainerHParams

@@ -86,18 +86,23 @@ def nearest(word: str, candidates: Iterable[str] | Mapping[str, str]) -> str:
     return f"; did you mean {shown[match[0]]}?" if match else ""
 
 
-def with_arguments(doc: str | None, specs: Iterable[Field[Any]], skip: Container[str] = ()) -> str:
+def with_arguments(
+    doc: str | None,
+    specs: Iterable[Field[Any]],
+    skip: Container[str] = (),
+    error: str = "a setting has the wrong type or is out of range",
+) -> str:
     """Return a docstring whose `Args` section lists fields with their meaning, range and default.
 
     Args:
-        doc: the docstring. Its `Args` section may describe some fields already.
+        doc: the docstring. Its `Args` section may describe other fields.
         specs: the fields.
         skip: names of fields to leave out.
+        error: description of the ValueError, if the docstring has no `Raises` section.
     """
     text = inspect.cleandoc(doc or "")
-    heads = [text.find(f"\n\n{head}:") for head in ("Raises", "Example", "Examples")]
+    heads = [text.find(f"\n\n{head}:") for head in ("Raises", "Example")]
     end = min((at for at in heads if at >= 0), default=len(text))
-    before, after = text[:end], text[end:]
     lines = []
     for spec in (spec for spec in specs if "help" in spec.metadata and spec.name not in skip):
         default = "" if spec.default is MISSING else f"default {spec.default!r}"
@@ -107,8 +112,9 @@ def with_arguments(doc: str | None, specs: Iterable[Field[Any]], skip: Container
             facts.append(f"only used with {other}={' or '.join(map(repr, values))}")
         line = f"    {spec.name}: {'; '.join(fact for fact in facts if fact)}."
         lines.append(textwrap.fill(line, 100, subsequent_indent=" " * 8))
-    start = "\n\nArgs:\n" if lines and "\nArgs:\n" not in before else "\n" * bool(lines)
-    return before + start + "\n".join(lines) + after
+    head = "" if "\n\nArgs:\n" in text[:end] or not lines else "\n\nArgs:"
+    raises = "" if "\n\nRaises:" in text else f"\n\nRaises:\n    ValueError: {error}."
+    return "\n".join([text[:end] + head, *lines]) + raises + text[end:]
 
 
 def as_text(value: Any) -> str:

@@ -17,9 +17,6 @@ class AGEMHParams(ReplayHParams):
 
     g is the gradient of the loss on the batch, g_ref that on a replay batch from past tasks.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core import AGEMHParams
         >>> AGEMHParams(per_task_memory_samples=250).slots(num_tasks=20)

@@ -17,9 +17,6 @@ class DERHParams(ReplayHParams):
 
     (x', z) is a replay batch; z are the logits that the network had for x' when it was trained on x'.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core import DERHParams
         >>> DERHParams(alpha=0.3, distance="mean", mem_size=500).alpha

@@ -17,9 +17,6 @@ class DERppHParams(DERHParams):
 
     DER++ adds to DER the cross-entropy of a second, independent replay batch (x'', y'').
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core import DERppHParams
         >>> DERppHParams(alpha=0.3, beta=0.8).beta

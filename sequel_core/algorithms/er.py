@@ -16,9 +16,6 @@ class ERHParams(ReplayHParams):
 
     The memory is read from the first task on. The batch is written to it after the step.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core import ERHParams
         >>> ERHParams(memory="ring", mem_size=200, mem_batch_size=10).slots(num_tasks=20)

@@ -17,9 +17,6 @@ class EWCHParams(AlgorithmHParams):
 
     F_k is the diagonal Fisher information of past task k, estimated at its final weights theta*_k.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core import EWCHParams
         >>> EWCHParams(ewc_lambda=10, accumulation="online", gamma=0.9).ewc_lambda

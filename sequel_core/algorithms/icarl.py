@@ -19,9 +19,6 @@ class ICaRLHParams(ExemplarHParams):
     S are the classes seen so far. The target q is the output of the previous network for classes of past
     tasks, and the label for classes of the current task. h is the last hidden layer, scaled to unit length.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core import ICaRLHParams
         >>> ICaRLHParams(mem_size=2000).per_set(num_sets=100)

@@ -18,9 +18,6 @@ class JointHParams(AlgorithmHParams):
 
         L = CE(f(x), y), with (x, y) from tasks 0 to i at stage i, or from all tasks
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core import JointHParams
         >>> JointHParams(policy="once").policy

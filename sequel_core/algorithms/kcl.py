@@ -28,9 +28,6 @@ class KCLHParams(AlgorithmHParams):
     C_k is the coreset of task k, with one-hot labels Y_k. K is a kernel of the last hidden layer. Its random
     bases have the posterior q and the prior p.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core import KCLHParams
         >>> KCLHParams(core_size=100, kernel_type="rbf", bandwidth=0.5).bandwidth

@@ -25,9 +25,6 @@ class LaMAMLHParams(ReplayHParams):
 
     alpha holds one learning rate per parameter. `learn_lr=False` gives C-MAML.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core import LaMAMLHParams
         >>> LaMAMLHParams(glances=2, n_inner_updates=5).check_parts(batch_size=10)

@@ -17,9 +17,6 @@ class LFLHParams(AlgorithmHParams):
 
     h is the last hidden layer. theta_old are the weights at the end of the previous task.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core import LFLHParams
         >>> LFLHParams(lfl_lambda=0.01, freeze_head=False).lfl_lambda

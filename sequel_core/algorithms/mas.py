@@ -18,9 +18,6 @@ class MASHParams(AlgorithmHParams):
 
     f(x) are the logits of all classes. Labels are not used for the importances Omega.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core import MASHParams
         >>> MASHParams(mas_lambda=0.5, mas_samples=1000).mas_samples

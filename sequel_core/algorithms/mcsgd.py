@@ -24,9 +24,6 @@ class MCSGDHParams(MemoryHParams):
     w_hat are the weights after training on the current task, and w_bar' is the previous w_bar. L_past is the
     loss on samples of past tasks, L_now that on samples of the current task.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core import MCSGDHParams
         >>> MCSGDHParams(lmc_line_samples=2, lmc_loss="mean").points()

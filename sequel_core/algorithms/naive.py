@@ -14,9 +14,6 @@ class NaiveHParams(AlgorithmHParams):
 
         L = CE(f(x), y)
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core import NaiveHParams
         >>> NaiveHParams(lr_decay=0.5).learning_rate_factor(task=2, learning_rate=0.1)

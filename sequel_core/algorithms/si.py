@@ -18,9 +18,6 @@ class SIHParams(AlgorithmHParams):
 
     omega_i is the decrease of the loss that is attributed to parameter i along the path of the task.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core import SIHParams
         >>> SIHParams(si_lambda=1, xi=1e-3).xi

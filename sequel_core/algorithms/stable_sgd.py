@@ -18,9 +18,6 @@ class StableSGDHParams(AlgorithmHParams):
     The method is naive finetuning with a large initial learning rate that decays from task to task. Dropout
     and momentum, which it also needs, are settings of the backbone and of the optimizer.
 
-    Raises:
-        ValueError: a setting has the wrong type or is out of range.
-
     Example:
         >>> from sequel_core import StableSGDHParams
         >>> StableSGDHParams(lr_decay=0.5).learning_rate_factor(task=1, learning_rate=0.1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from importlib import import_module, resources
 from importlib.resources.abc import Traversable
@@ -213,9 +213,9 @@ class Setting(NamedTuple):
     help: str
 
 
-def benchmarks() -> Mapping[str, Callable[..., Benchmark]]:
+def benchmarks() -> Mapping[str, type[Benchmark]]:
     """Return the built-in benchmarks by name."""
-    table: Mapping[str, Callable[..., Benchmark]] = import_module("sequel_benchmarks").BENCHMARKS
+    table: Mapping[str, type[Benchmark]] = import_module("sequel_benchmarks").BENCHMARKS
     return table
 
 
@@ -283,22 +283,25 @@ def typed_fields(section: str, name: str | Target) -> list[TypedField]:
     ]
 
 
-def argument_fields(function: Callable[..., Any]) -> list[TypedField]:
-    """Return the arguments of a benchmark as fields with their annotations."""
+def argument_fields(cls: type[Benchmark]) -> list[TypedField]:
+    """Return the arguments of a benchmark as fields with their annotations.
+
+    Ranges are those of its `settings_class`; descriptions are those of its docstring.
+    """
     from docstring_parser import DocstringStyle, parse
 
-    hints = hints_of(function)
-    parsed = parse(inspect.getdoc(function) or "", DocstringStyle.GOOGLE)
-    meanings = {
-        argument.arg_name: " ".join((argument.description or "").split()) for argument in parsed.params
-    }
+    hints = hints_of(cls)
+    ranges = {spec.name: spec.metadata for spec in fields(getattr(cls, "settings_class", Settings))}
+    parsed = parse(inspect.getdoc(cls) or "", DocstringStyle.GOOGLE)
+    helps = {argument.arg_name: " ".join((argument.description or "").split()) for argument in parsed.params}
     typed = []
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            default = None if parameter.default is parameter.empty else parameter.default
-            spec: Field[Any] = setting(default, meanings.get(parameter.name, ""))
-            spec.name = parameter.name
-            typed.append((hints.get(parameter.name, Any), spec))
+    for parameter in list(inspect.signature(cls).parameters.values()):
+        metadata, text = ranges.get(parameter.name, {}), helps.get(parameter.name, "").rstrip(".")
+        if not text.startswith(metadata.get("help", "\n")):  # the docstring has a description of its own
+            metadata = {**metadata, "help": text}
+        spec: Field[Any] = field(default=parameter.default, metadata=metadata)
+        spec.name = parameter.name
+        typed.append((hints.get(parameter.name, Any), spec))
     return typed
 
 
