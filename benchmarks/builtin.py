@@ -24,12 +24,12 @@ from sequel_benchmarks.streams import (
     SplitOptions,
     SplitSettings,
     StreamSettings,
-    add_arguments,
     permute,
     rotate,
     split,
     split_published,
 )
+from sequel_core.settings import with_arguments
 from sequel_core.stream.benchmark import Benchmark
 
 B = TypeVar("B", bound=Benchmark)
@@ -57,7 +57,8 @@ def takes(settings: type[StreamSettings]) -> Callable[[type[B]], type[B]]:
         init.__signature__ = signature.replace(parameters=parameters)
         init.__annotations__ = {p.name: p.annotation for p in parameters[1:]} | {"return": None}
         error = "an argument is out of range, or the data is missing or damaged"
-        cls.__doc__ = add_arguments(cls.__doc__, settings, error, skip=named)
+        cls.__doc__ = with_arguments(cls.__doc__, fields(settings), skip=named, error=error)
+        cls.settings_class = settings  # type: ignore[attr-defined]  # where the configuration finds the ranges
         return cls
 
     return decorate

@@ -7,57 +7,28 @@ determines all random choices.
 
 from __future__ import annotations
 
-import inspect
 import os
-import textwrap
-from collections.abc import Container, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypedDict, TypeVar
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
 from sequel_benchmarks.cifar import CIFAR100_SUPERCLASSES
 from sequel_benchmarks.data import NUM_CLASSES, DataSet, load
 from sequel_benchmarks.pixels import Interpolation, permutation, rotation
-from sequel_core.settings import Settings, allowed, setting
+from sequel_core.settings import Settings, setting
 from sequel_core.stream import plan
 from sequel_core.stream.arrays import IntArray
 from sequel_core.stream.benchmark import Benchmark, Scenario
 from sequel_core.stream.images import Augmentation, Normalisation, PixelMap
 from sequel_core.stream.task import Split, Task
 
-S = TypeVar("S", bound=Settings)
 Inputs = Literal["standardised", "unit"]
 ClassOrder = Literal["seeded", "superclass"] | tuple[int, ...] | None
 Rotation = Literal["fixed", "bins", "uniform"]
 HALF_TURN = 180.0  # degrees
 MAX_TASKS = 10_000  # the pixel maps and the accuracy matrix of this many tasks still fit into memory
-
-
-def add_arguments(doc: str | None, settings: type[Settings], error: str, skip: Container[str] = ()) -> str:
-    """Return a docstring with the fields of a settings dataclass in `Args`, and with a `Raises` section.
-
-    Args:
-        doc: the docstring. Its `Args` section, if it has one, is directly before its `Example` section.
-        settings: the dataclass. Each field has a help text and perhaps a range.
-        error: description of the ValueError.
-        skip: names of fields that the docstring already describes.
-    """
-    before, example, after = inspect.cleandoc(doc or "").partition("\n\nExample:")
-    if "\nArgs:" not in before:
-        before += "\n\nArgs:"
-    for spec in fields(settings):
-        if spec.name not in skip:
-            bounds = f" Range: {allowed(spec)}." if allowed(spec) else ""
-            line = f"    {spec.name}: {spec.metadata['help']}.{bounds}"
-            before += "\n" + textwrap.fill(line, 100, subsequent_indent=" " * 8)
-    return f"{before}\n\nRaises:\n    ValueError: {error}.{example}{after}"
-
-
-def documented(cls: type[S]) -> type[S]:
-    """Add the fields of a settings dataclass to its docstring; see `add_arguments`."""
-    cls.__doc__ = add_arguments(cls.__doc__, cls, "a setting is out of range or contradicts another one")
-    return cls
 
 
 @dataclass(frozen=True)
@@ -104,7 +75,6 @@ class StreamOptions(TypedDict, total=False):
     horizontal_flip: bool
 
 
-@documented
 @dataclass(frozen=True)
 class SplitSettings(StreamSettings):
     """Settings of `split`: the classes are divided among the tasks.
@@ -180,7 +150,6 @@ class _DomainSettings(StreamSettings):
             )
 
 
-@documented
 @dataclass(frozen=True)
 class PermutedSettings(_DomainSettings):
     """Settings of `permute`: each task permutes the pixels of all images.
@@ -201,7 +170,6 @@ class PermutedOptions(StreamOptions, total=False):
     first_identity: bool
 
 
-@documented
 @dataclass(frozen=True)
 class RotatedSettings(_DomainSettings):
     """Settings of `rotate`: each task rotates all images by a fixed angle.

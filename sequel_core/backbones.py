@@ -7,13 +7,13 @@ from typing import ClassVar, Literal
 
 from sequel_core.settings import Settings, setting
 
-MOST_UNITS = 100_000
-"""The width of a layer has this bound: two such layers alone would take 40 GB."""
+MAX_UNITS = 100_000
+"""Largest width of a layer: two such layers would take 40 GB."""
 
 
 @dataclass(frozen=True)
 class BackboneHParams(Settings):
-    """Settings of a built-in backbone."""
+    """Settings of a built-in backbone; the base class of the others."""
 
     type: ClassVar[str]
     modes: ClassVar[tuple[str, ...]] = ("pytorch", "jax")
@@ -21,18 +21,24 @@ class BackboneHParams(Settings):
 
 @dataclass(frozen=True)
 class MLPHParams(BackboneHParams):
-    """Multi-layer perceptron: dense layers with ReLU, then one dense layer to the classes."""
+    """Settings of the multi-layer perceptron: dense layers with ReLU, then one dense layer to the classes.
+
+    Example:
+        >>> from sequel_core.backbones import MLPHParams
+        >>> MLPHParams(widths=[100, 100]).widths
+        (100, 100)
+    """
 
     type: ClassVar[str] = "mlp"
 
-    widths: tuple[int, ...] = setting((256, 256), "units of each hidden layer, in order", ge=1, le=MOST_UNITS)
-    dropout: float = setting(0.0, "probability of dropping a hidden unit while training", ge=0, lt=1)
+    widths: tuple[int, ...] = setting((256, 256), "number of units of each hidden layer", ge=1, le=MAX_UNITS)
+    dropout: float = setting(0.0, "probability of dropping a hidden unit, in training", ge=0, lt=1)
 
 
 def _check_groups(norm: str, groups: int, channels: tuple[int, ...]) -> None:
-    """Raise ValueError where group normalisation cannot divide the channels of a layer."""
-    uneven = [c for c in channels if c % groups]
-    if norm == "group" and uneven:
+    """Raise ValueError if the groups of group normalisation do not divide the channels of a layer."""
+    indivisible = [c for c in channels if c % groups]
+    if norm == "group" and indivisible:
         fits = [g for g in range(1, min(channels) + 1) if all(c % g == 0 for c in channels)]
         raise ValueError(
             f"norm_groups must divide the channels of every layer, got norm_groups={groups} with channels "
@@ -42,49 +48,63 @@ def _check_groups(norm: str, groups: int, channels: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True)
 class CNNHParams(BackboneHParams):
-    """Convolutional network: convolutions, hidden dense layers, then one dense layer to the classes."""
+    """Settings of the convolutional network: convolutions, dense layers, then one dense layer to the classes.
+
+    Raises:
+        ValueError: a setting has the wrong type or is out of range. Also for max_pool without stride=1,
+            and for norm_groups that does not divide all channels.
+
+    Example:
+        >>> from sequel_core.backbones import CNNHParams
+        >>> CNNHParams(channels=[32, 64], stride=2).feature_shape((28, 28, 1))
+        (7, 7, 64)
+    """
 
     type: ClassVar[str] = "cnn"
 
     channels: tuple[int, ...] = setting(
-        (32, 64), "channels of each convolution, in order", ge=1, le=MOST_UNITS
+        (32, 64), "number of channels of each convolution", ge=1, le=MAX_UNITS
     )
     kernel_size: int = setting(
-        3, "height and width of the kernels; images are padded by half of it, rounded down", ge=1, le=255
+        3,
+        "height and width of the kernels, in pixels; images are padded by half of it, rounded down",
+        ge=1,
+        le=255,
     )
-    stride: int = setting(2, "step of the convolutions, in pixels", ge=1, le=2)
-    max_pool: bool = setting(False, "take the maxima of 2x2 pixels after each convolution; needs stride=1")
+    stride: int = setting(2, "stride of the convolutions, in pixels", ge=1, le=2)
+    max_pool: bool = setting(False, "apply 2x2 max pooling after each convolution; needs stride=1")
     linear_widths: tuple[int, ...] = setting(
-        (128,), "units of each hidden dense layer after the convolutions", ge=1, le=MOST_UNITS
+        (128,), "number of units of each hidden dense layer", ge=1, le=MAX_UNITS
     )
     activation: Literal["relu", "tanh", "sigmoid", "elu", "gelu"] = setting(
-        "relu", "of the convolutions and hidden dense layers"
+        "relu",
+        "activation of the convolutions and hidden dense layers: `relu`, `tanh`, `sigmoid`, `elu` or `gelu`",
     )
     norm: Literal["none", "batch", "group"] = setting(
-        "none", "normalisation after each convolution: by batch statistics, in groups of channels, or none"
+        "none", "normalisation after each convolution: `none`, `batch` or `group`"
     )
     norm_groups: int = setting(
         4,
-        "groups of channels, read only by norm=group; must divide channels",
+        "number of groups of channels; must divide the channels of each layer",
         ge=1,
         only=("norm", "group"),
     )
-    dropout: float = setting(0.0, "probability of dropping a hidden unit while training", ge=0, lt=1)
+    dropout: float = setting(0.0, "probability of dropping a hidden unit, in training", ge=0, lt=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_pool and self.stride != 1:
             raise ValueError(
-                f"max_pool needs stride=1, as both halve the image, got stride={self.stride}; set stride=1 "
-                "or max_pool=false"
+                f"max_pool needs stride=1, because both halve the image, got stride={self.stride}; set "
+                "stride=1 or max_pool=false"
             )
         _check_groups(self.norm, self.norm_groups, self.channels)
 
     def feature_shape(self, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Return (H, W, C) of what the convolutions make of images (H, W, C).
+        """Return the shape (H, W, C) of the output of the convolutions for images of shape (H, W, C).
 
         Raises:
-            ValueError: nothing is left of the image.
+            ValueError: the images are too small.
         """
         height, width, channels = image_shape
         for i in range(len(self.channels)):
@@ -92,8 +112,8 @@ class CNNHParams(BackboneHParams):
             if not height * width:
                 raise ValueError(
                     f"images of shape {list(image_shape)} are too small for the layers of channels="
-                    f"{list(self.channels)}: nothing is left after the max-pool of layer conv_{i}; use at "
-                    f"most {i} layers or max_pool=false"
+                    f"{list(self.channels)}: the max pooling of layer conv_{i} leaves no pixels; use at most "
+                    f"{i} layers or max_pool=false"
                 )
         return height, width, (channels, *self.channels)[-1]
 
@@ -104,24 +124,35 @@ class CNNHParams(BackboneHParams):
 
 @dataclass(frozen=True)
 class ResNet18HParams(BackboneHParams):
-    """ResNet-18 (He et al. 2016) for small images: a first convolution of 3x3 with stride 1, no max-pool."""
+    """Settings of ResNet-18 (He et al. 2016, https://arxiv.org/abs/1512.03385) for small images.
+
+    The first convolution is 3x3 with stride 1, and there is no max pooling.
+
+    Example:
+        >>> from sequel_core.backbones import ResNet18HParams
+        >>> ResNet18HParams(channels=20, norm="group", norm_groups=5).channels
+        20
+    """
 
     type: ClassVar[str] = "resnet18"
 
     channels: int = setting(
-        64, "channels of the first of four stages; each has twice the one before's", ge=1, le=MOST_UNITS
+        64,
+        "number of channels of the first of four stages; it doubles from stage to stage",
+        ge=1,
+        le=MAX_UNITS,
     )
     norm: Literal["batch", "group"] = setting(
-        "batch", "normalisation after each convolution: by batch statistics, or in groups of channels"
+        "batch", "normalisation after each convolution: `batch` or `group`"
     )
     norm_groups: int = setting(
         4,
-        "groups of channels, read only by norm=group; must divide channels",
+        "number of groups of channels; must divide the channels of each layer",
         ge=1,
         only=("norm", "group"),
     )
     dropout: float = setting(
-        0.0, "probability of dropping a unit between the convolutions of a block while training", ge=0, lt=1
+        0.0, "probability of dropping a unit between the two convolutions of a block, in training", ge=0, lt=1
     )
 
     def __post_init__(self) -> None:
@@ -131,24 +162,39 @@ class ResNet18HParams(BackboneHParams):
 
 @dataclass(frozen=True)
 class ResNet18ThinHParams(ResNet18HParams):
-    """ResNet-18 with 20 channels in its first stage (Lopez-Paz & Ranzato 2017)."""
+    """Settings of ResNet-18 with 20 channels in its first stage (https://arxiv.org/abs/1706.08840).
+
+    Example:
+        >>> from sequel_core.backbones import ResNet18ThinHParams
+        >>> ResNet18ThinHParams().channels
+        20
+    """
 
     type: ClassVar[str] = "resnet18_thin"
 
     channels: int = setting(
-        20, "channels of the first of four stages; each has twice the one before's", ge=1, le=MOST_UNITS
+        20,
+        "number of channels of the first of four stages; it doubles from stage to stage",
+        ge=1,
+        le=MAX_UNITS,
     )
 
 
 @dataclass(frozen=True)
 class TorchvisionHParams(BackboneHParams):
-    """A classification model of torchvision; its last dense layer is replaced by one for the classes."""
+    """Settings of a classification model of torchvision, whose last dense layer is replaced.
+
+    Example:
+        >>> from sequel_core.backbones import TorchvisionHParams
+        >>> TorchvisionHParams(model="resnet50").weights is None
+        True
+    """
 
     type: ClassVar[str] = "torchvision"
     modes: ClassVar[tuple[str, ...]] = ("pytorch",)
 
-    model: str = setting("mobilenet_v3_small", "name, as torchvision.models.list_models() gives it")
-    weights: str | None = setting(None, "trained weights to start from, for example DEFAULT; null for none")
+    model: str = setting("mobilenet_v3_small", "name of the model, one of torchvision.models.list_models()")
+    weights: str | None = setting(None, "pretrained weights, for example DEFAULT; null for random weights")
 
 
 BACKBONES: dict[str, type[BackboneHParams]] = {

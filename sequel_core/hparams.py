@@ -1,4 +1,4 @@
-"""Settings that methods share, and those of optimizers, training, checkpoints and the Trainer."""
+"""Settings that several algorithms share, and settings of optimizers, training, checkpoints, the Trainer."""
 
 from __future__ import annotations
 
@@ -19,99 +19,121 @@ MemoryPolicy = Literal["reservoir", "ring", "class_balanced", "task_balanced", "
 
 @dataclass(frozen=True)
 class AlgorithmHParams(Settings):
-    """Settings that every algorithm has."""
+    """Settings that every algorithm has.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from sequel_core import AlgorithmHParams
+        >>> from sequel_core.settings import setting
+        >>> @dataclass(frozen=True)
+        ... class DecayHParams(AlgorithmHParams):
+        ...     name = "decay"
+        ...     strength: float = setting(1.0, "factor of the penalty", ge=0)
+        >>> DecayHParams(strength=2).strength
+        2.0
+    """
 
     name: ClassVar[str]
 
-    lr_decay: float = setting(1.0, "factor of the learning rate from one task to the next", gt=0, le=1)
-    min_lr: float = setting(0.0, "floor of the decayed learning rate", ge=0)
-    reset_optimizer: bool = setting(True, "start every task with a fresh optimizer state")
+    lr_decay: float = setting(1.0, "factor by which the learning rate decays from task to task", gt=0, le=1)
+    min_lr: float = setting(0.0, "lower bound of the decayed learning rate", ge=0)
+    reset_optimizer: bool = setting(True, "reset the state of the optimizer at the start of each task")
     consolidate: Literal["last", "best"] = setting(
         "last",
-        "weights that a task is consolidated at: the last, or the best that a ModelCheckpoint kept (pytorch)",
+        "weights at which a task is consolidated: `last`, or `best`, the best that Lightning's "
+        "ModelCheckpoint kept (only with mode=pytorch)",
     )
 
     def learning_rate_factor(self, task: Any, learning_rate: Any) -> Any:
         """Return max(learning_rate * lr_decay^task, min_lr) / learning_rate; tasks count from 0.
 
-        Both arguments are numbers, or arrays of a framework, traced ones too; so is what is returned.
+        Args:
+            task: index of the task. Numbers and arrays, also traced ones, are accepted.
+            learning_rate: the learning rate before any decay.
         """
         decayed = learning_rate * self.lr_decay**task
-        above = learning_rate > self.min_lr  # no branches: an array that is traced has no value
+        above = learning_rate > self.min_lr  # without branches, because a traced array has no value
         floor = self.min_lr * above + learning_rate * (1 - above)
         return (decayed * (decayed > floor) + floor * (decayed <= floor)) / (
             learning_rate + (learning_rate == 0)
         )
 
     def training_tasks(self, benchmark: Benchmark, seed: int = 0) -> Iterator[Task]:
-        """Yield what to train on, stage by stage; a stage's index says after which task it stands.
+        """Yield the tasks to train on.
 
         Args:
             benchmark: the stream.
-            seed: of the run, for methods that set samples aside.
+            seed: training seed, for methods that set samples aside.
         """
         yield from benchmark.tasks
 
     def check_stream(self, spec: StreamSpec) -> None:
-        """Raise ValueError if the settings do not fit a stream; every algorithm calls it at construction."""
+        """Raise ValueError if the settings do not fit a stream. Every algorithm's constructor calls this."""
 
     def check(self, spec: StreamSpec, training: TrainingHParams) -> None:
-        """Raise ValueError if the settings do not fit a stream, or how it is trained on."""
+        """Raise ValueError if the settings do not fit a stream or the training settings."""
         self.check_stream(spec)
 
     def knows_task(self, spec: StreamSpec) -> bool:
-        """Return whether predictions are given the task of each sample, as in the task scenario."""
+        """Return whether predictions get the task of each sample, as in the task scenario."""
         return spec.scenario == "task"
 
 
 @dataclass(frozen=True)
 class MemoryHParams(AlgorithmHParams):
-    """Settings of methods that keep samples as the stream goes by; see `sequel_core.stream.memory`."""
+    """Settings of methods that keep samples of the stream; see `sequel_core.stream.memory`.
+
+    Example:
+        >>> from sequel_core.hparams import MemoryHParams
+        >>> MemoryHParams(per_task_memory_samples=10).slots(num_tasks=20)
+        200
+    """
 
     memory: MemoryPolicy = setting(
         "reservoir",
-        "reservoir: every sample seen alike; ring: the latest of each class of each task; class_balanced, "
-        "task_balanced: equal parts for those seen so far; task_quota, class_quota: an equal part of each "
-        "task, or of each class of each task, replayed from the next task on",
+        "which samples are kept: `reservoir`, a uniform sample of the stream; `ring`, the latest of each "
+        "class of each task; `class_balanced`, equally many of each class seen so far; `task_balanced`, "
+        "equally many of each task seen so far; `task_quota`, a uniform sample of each task; `class_quota`, "
+        "a uniform sample of each class of each task. The two quotas are replayed from the next task on",
     )
-    mem_size: int = setting(200, "samples kept in all; 0 for none, which is naive finetuning", ge=0)
+    mem_size: int = setting(200, "number of samples in the memory; 0 for naive finetuning", ge=0)
     per_task_memory_samples: int | None = setting(
-        None, "samples kept of each task, in place of mem_size; null for mem_size", ge=0
+        None, "number of samples per task, instead of mem_size; null to use mem_size", ge=0
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        usual = {spec.name: spec.default for spec in fields(self)}["mem_size"]
-        if self.per_task_memory_samples is not None and self.mem_size != usual:
+        default = {spec.name: spec.default for spec in fields(self)}["mem_size"]
+        if self.per_task_memory_samples is not None and self.mem_size != default:
             raise ValueError(
-                "per_task_memory_samples takes the place of mem_size, got "
+                "per_task_memory_samples replaces mem_size, got "
                 f"per_task_memory_samples={self.per_task_memory_samples} with mem_size={self.mem_size}; set "
                 "per_task_memory_samples=null or leave mem_size out"
             )
 
     @property
     def drawn(self) -> int:
-        """Samples that a step draws from the memory at once."""
+        """Number of samples per replay batch; 0 if steps do not read the memory."""
         return 0
 
     def slots(self, num_tasks: int) -> int:
-        """Return the number of samples that the memory holds."""
+        """Return the number of slots of the memory."""
         per_task = self.per_task_memory_samples
         return self.mem_size if per_task is None else per_task * num_tasks
 
     def parts(self, spec: StreamSpec) -> int:
-        """Return into how many parts of fixed and equal size the memory is divided; 1 for no division."""
+        """Return the number of parts of fixed, equal size that the memory has; 1 if it is not divided."""
         if self.memory == "task_quota":
             return spec.num_tasks
         return int(spec.mask.sum()) if self.memory in ("ring", "class_quota") else 1
 
     def check(self, spec: StreamSpec, training: TrainingHParams) -> None:
-        """Raise ValueError for a memory that fits neither the batches nor the parts it is divided into."""
+        """Raise ValueError also if a batch does not fit into the memory, or if its parts are not equal."""
         super().check(spec, training)
         self.check_memory(spec, training.batch_size)
 
     def check_memory(self, spec: StreamSpec, batch_size: int) -> None:
-        """Do what `check` does, of a number of samples per step."""
+        """Do the part of `check` that depends on the number of samples per step."""
         size, parts = self.slots(spec.num_tasks), self.parts(spec)
         name = "mem_size" if self.per_task_memory_samples is None else "per_task_memory_samples"
         got = f"got {getattr(self, name)}" + (f" ({size} in all)" if name != "mem_size" else "")
@@ -125,26 +147,32 @@ class MemoryHParams(AlgorithmHParams):
             step = math.lcm(parts, unit)
             totals = [k * step for k in (size // step, size // step + 1, size // step + 2)]
             fits = [str(total // unit) for total in totals if total >= max(batch_size, self.drawn)]
-            owner = "task" if self.memory == "task_quota" else "class of each task"
+            unit_name = "task" if self.memory == "task_quota" else "class of each task"
             raise ValueError(
                 f"{name} must divide into the {parts} equal parts of memory={self.memory}, one for each "
-                f"{owner}, {got}; use {' or '.join(fits[:2]) or f'a multiple of {step // unit}'}"
+                f"{unit_name}, {got}; use {' or '.join(fits[:2]) or f'a multiple of {step // unit}'}"
             )
 
 
 @dataclass(frozen=True)
 class ReplayHParams(MemoryHParams):
-    """Settings of methods that draw from a memory at every step."""
+    """Settings of methods that read a replay batch from the memory at each step.
 
-    mem_batch_size: int = setting(10, "samples drawn from the memory at a step, without replacement", ge=1)
+    Example:
+        >>> from sequel_core.hparams import ReplayHParams
+        >>> ReplayHParams(memory="ring", mem_batch_size=32).mem_batch_size
+        32
+    """
+
+    mem_batch_size: int = setting(10, "number of samples per replay batch, drawn without replacement", ge=1)
 
     @property
     def drawn(self) -> int:
-        """Samples that a step draws from the memory at once."""
+        """Number of samples per replay batch."""
         return self.mem_batch_size
 
     def check_memory(self, spec: StreamSpec, batch_size: int) -> None:
-        """Do what `check` does, of a number of samples per step."""
+        """Do the part of `check` that depends on the number of samples per step."""
         super().check_memory(spec, batch_size)
         size = self.slots(spec.num_tasks)
         if 0 < size < self.mem_batch_size:
@@ -157,24 +185,34 @@ class ReplayHParams(MemoryHParams):
 
 @dataclass(frozen=True)
 class ExemplarHParams(AlgorithmHParams):
-    """Settings of methods that keep exemplars of each class; see `sequel_core.stream.exemplars`."""
+    """Settings of methods that keep exemplars of each class; see `sequel_core.stream.exemplars`.
 
-    mem_size: int = setting(2000, "exemplars kept in all, K", ge=1)
+    Example:
+        >>> from sequel_core.hparams import ExemplarHParams
+        >>> ExemplarHParams(mem_size=2000, quota="ceil").per_set(num_sets=30)
+        67
+    """
+
+    mem_size: int = setting(2000, "number K of exemplars", ge=1)
     quota: Literal["floor", "ceil"] = setting(
-        "floor", "exemplars of a class, K / classes seen rounded down (the paper) or up (the official code)"
+        "floor",
+        "rounding of the number of exemplars per class, K / classes seen so far: `floor` (the "
+        "paper) or `ceil` (the official code)",
     )
-    flip: bool = setting(False, "class means over the exemplars and their mirror images, for colour data")
+    flip: bool = setting(
+        False, "compute class means over the exemplars and their mirror images, for colour images"
+    )
 
     def slots(self, num_sets: int) -> int:
-        """Return the exemplars that there is room for; `ceil` may exceed mem_size by one for each set."""
+        """Return the number of slots; quota=ceil may exceed mem_size by one per exemplar set."""
         return self.mem_size + (num_sets if self.quota == "ceil" else 0)
 
     def per_set(self, num_sets: int) -> int:
-        """Return the quota m of an exemplar set when there are so many."""
+        """Return the quota m of each exemplar set if there are `num_sets` of them."""
         return -(-self.mem_size // num_sets) if self.quota == "ceil" else self.mem_size // num_sets
 
     def check_stream(self, spec: StreamSpec) -> None:
-        """Raise ValueError if the exemplars are fewer than the classes."""
+        """Raise ValueError if there are fewer exemplars than classes."""
         sets = int(spec.mask.sum())
         if self.mem_size < sets:
             each = "class" if sets == spec.num_classes else "class of each task"
@@ -185,50 +223,68 @@ class ExemplarHParams(AlgorithmHParams):
 
 @dataclass(frozen=True)
 class OptimizerHParams(Settings):
-    """One of the built-in optimizers, the same arithmetic in both frameworks."""
+    """Settings of a built-in optimizer, which does the same arithmetic in both frameworks.
+
+    Raises:
+        ValueError: a setting has the wrong type or is out of range, or nesterov=True without momentum.
+
+    Example:
+        >>> from sequel_core import OptimizerHParams
+        >>> OptimizerHParams(type="sgd", lr=0.1, momentum=0.9).momentum
+        0.9
+    """
 
     type: Literal["sgd", "adam", "adamw"] = setting(
-        "sgd", "sgd, adam (weight decay in the gradient) or adamw (decoupled)"
+        "sgd", "optimizer: `sgd`, `adam` (weight decay in the gradient) or `adamw` (decoupled weight decay)"
     )
     lr: float = setting(0.01, "learning rate", ge=0)
-    momentum: float = setting(0.0, "of sgd", ge=0, lt=1)
-    nesterov: bool = setting(False, "Nesterov momentum, of sgd")
-    weight_decay: float = setting(0.0, "coefficient of the weights", ge=0)
-    beta1: float = setting(0.9, "of adam and adamw", ge=0, lt=1, only=("type", "adam", "adamw"))
-    beta2: float = setting(0.999, "of adam and adamw", ge=0, lt=1, only=("type", "adam", "adamw"))
-    eps: float = setting(1e-8, "of adam and adamw", gt=0, only=("type", "adam", "adamw"))
+    momentum: float = setting(0.0, "momentum", ge=0, lt=1, only=("type", "sgd"))
+    nesterov: bool = setting(False, "use Nesterov momentum", only=("type", "sgd"))
+    weight_decay: float = setting(0.0, "coefficient of the weight decay", ge=0)
+    beta1: float = setting(
+        0.9, "decay rate of the first moment of the gradient", ge=0, lt=1, only=("type", "adam", "adamw")
+    )
+    beta2: float = setting(
+        0.999, "decay rate of the second moment of the gradient", ge=0, lt=1, only=("type", "adam", "adamw")
+    )
+    eps: float = setting(
+        1e-8, "term added to the denominator of the step", gt=0, only=("type", "adam", "adamw")
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.type != "sgd" and (self.momentum or self.nesterov):
-            raise ValueError(
-                f"momentum and nesterov belong to sgd, got type={self.type} momentum={self.momentum}"
-            )
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum > 0, got momentum=0.0")
 
 
 @dataclass(frozen=True)
 class TrainingHParams(Settings):
-    """How a learner trains and evaluates."""
+    """Settings of training and evaluation.
 
-    batch_size: int = setting(10, "training samples per step", ge=1)
-    eval_batch_size: int = setting(1000, "samples per evaluation step", ge=1)
+    Example:
+        >>> from sequel_core import TrainingHParams
+        >>> training = TrainingHParams(batch_size=64, epochs_per_task=(5, 1))
+        >>> training.epochs(task=1)
+        1
+    """
+
+    batch_size: int = setting(10, "number of training samples per step", ge=1)
+    eval_batch_size: int = setting(1000, "number of samples per evaluation step", ge=1)
     epochs_per_task: int | tuple[int, ...] = setting(
-        1, "epochs of each task: a number, or a list with one per task", ge=1
+        1, "number of epochs per task, or a list with one number for each task", ge=1
     )
-    grad_clip: float | None = setting(
-        None, "greatest global norm of the gradient; null for no clipping", gt=0
+    grad_clip: float | None = setting(None, "largest global norm of the gradient; null for no clipping", gt=0)
+    dtype: Dtype = setting("float32", "type of the weights and of all arithmetic: `float32` or `float64`")
+    seed: int = setting(0, "seed of initial weights, batches and dropout", ge=0)
+    log_every_n_steps: int = setting(
+        50, "number of steps between two logged values of loss and accuracy", ge=1
     )
-    dtype: Dtype = setting("float32", "of the weights and of all arithmetic")
-    seed: int = setting(0, "of initial weights, batches and dropout", ge=0)
-    log_every_n_steps: int = setting(50, "steps between two records of loss and accuracy", ge=1)
 
     def epochs(self, task: int) -> int:
-        """Return the epochs of a task (from 0).
+        """Return the number of epochs of a task (from 0).
 
         Raises:
-            ValueError: the list is shorter than the stream.
+            ValueError: `epochs_per_task` is a list without an entry for this task.
         """
         if isinstance(self.epochs_per_task, int):
             return self.epochs_per_task
@@ -242,34 +298,56 @@ class TrainingHParams(Settings):
 
 @dataclass(frozen=True)
 class CheckpointHParams(Settings):
-    """When checkpoints are written: after every task, when a signal ends the run, and within tasks."""
+    """When checkpoints are written within a task.
 
-    every_n_steps: int | None = setting(None, "steps of a task between two; null for none within it", ge=1)
-    every_minutes: float | None = setting(None, "minutes between two; null for none by time", gt=0)
-    keep: int = setting(2, "the newest so many are kept; 0 to write none", ge=0)
+    A checkpoint is also written after each task, and when a signal ends the run.
+
+    Example:
+        >>> from sequel_core.hparams import CheckpointHParams
+        >>> CheckpointHParams(every_minutes=30, keep=1).every_minutes
+        30.0
+    """
+
+    every_n_steps: int | None = setting(
+        None, "number of steps of a task between two checkpoints; null for none", ge=1
+    )
+    every_minutes: float | None = setting(None, "minutes between two checkpoints; null for none", gt=0)
+    keep: int = setting(2, "number of latest checkpoints to keep; 0 to write none", ge=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("every_n_steps", "every_minutes"):
             if self.keep == 0 and getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name} says when checkpoints are written, got {name}={getattr(self, name)} with "
-                    "keep=0, which writes none; set keep >= 1 or drop it"
+                    f"{name} needs keep >= 1, got {name}={getattr(self, name)} with keep=0, which writes no "
+                    f"checkpoints; set keep >= 1 or leave {name} out"
                 )
 
 
 @dataclass(frozen=True)
 class TrainerHParams(Settings):
-    """Settings of Lightning's Trainer that a configuration may give; the names in them are Lightning's."""
+    """Settings of Lightning's Trainer that an experiment may give; see Lightning's documentation.
 
-    accelerator: str = setting("auto", "auto, cpu, gpu, ...")
+    Example:
+        >>> from sequel_core.hparams import TrainerHParams
+        >>> TrainerHParams(accelerator="gpu", precision="bf16-mixed").devices
+        'auto'
+    """
+
+    accelerator: str = setting("auto", "type of device: auto, cpu, gpu, ...")
     devices: Literal["auto"] | int | tuple[int, ...] = setting(
-        "auto", "auto, a number of devices, -1 for all, or a list of their indices", ge=-1
+        "auto", "auto, a number of devices, -1 for all devices, or a list of device indices", ge=-1
     )
-    strategy: str = setting("auto", "auto, or one for a single device")
-    precision: str | int = setting("32-true", "32-true, 64-true, bf16-mixed, ...", ge=1)
-    accumulate_grad_batches: int = setting(1, "batches whose gradients make a step", ge=1)
-    deterministic: bool | Literal["warn"] | None = setting(None, "use deterministic operators, or warn")
-    benchmark: bool | None = setting(None, "let cuDNN choose the fastest convolutions")
-    detect_anomaly: bool = setting(False, "find the operator that a nan comes from; slow")
-    profiler: Literal["simple", "advanced", "pytorch"] | None = setting(None, "of Lightning; null for none")
+    strategy: str = setting("auto", "strategy of distributed training; auto, or one for a single device")
+    precision: str | int = setting("32-true", "precision: 32-true, 64-true, bf16-mixed, ...", ge=1)
+    accumulate_grad_batches: int = setting(
+        1, "number of batches whose gradients are added up for one step", ge=1
+    )
+    deterministic: bool | Literal["warn"] | None = setting(
+        None, "true: use deterministic operators; `warn`: warn if there is none"
+    )
+    benchmark: bool | None = setting(None, "let cuDNN find the fastest convolutions")
+    detect_anomaly: bool = setting(False, "find the operator that produced a nan; slow")
+    profiler: Literal["simple", "advanced", "pytorch"] | None = setting(
+        None, "profiler: `simple`, `advanced`, `pytorch`, or null for none"
+    )

@@ -1,15 +1,36 @@
-"""Settings as frozen dataclasses whose fields carry their ranges.
+"""Settings: frozen dataclasses with documented fields, validated by pydantic.
 
-Construction checks every field and raises a ValueError that names the field, the rule and the value.
+`setting` declares a field with its default, its meaning and its range. This text is written once; docstrings
+(`help`), `sequel list`, error messages and the JSON schema of experiment files all show it.
+
+A subclass is an ordinary dataclass. The pydantic class that validates it is made from its fields at the first
+construction, because importing pydantic would add a quarter to the time of `import sequel_core`.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Set
-from dataclasses import Field, dataclass, field, fields
+import os
+import re
+import textwrap
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from difflib import get_close_matches
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+TypedField = tuple[Any, Field[Any]]  # an annotation and a field
+
+SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+TYPES = {  # of pydantic's errors
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "literal_error": "a name from a list",
+}
 
 
 def setting(
@@ -22,10 +43,17 @@ def setting(
     lt: float | None = None,
     only: tuple[Any, ...] | None = None,
 ) -> Any:
-    """Declare a field with its meaning and the range of its numbers.
+    """Declare a field of a `Settings` class.
 
-    `only` names another field and the values of it with which alone this one is read; beside any other value
-    it must keep its default.
+    Args:
+        default: the default value.
+        help: what the field means, in words, without its range and its default.
+        ge: lower bound, included. Bounds apply to numbers, also to those in a list.
+        gt: lower bound, excluded.
+        le: upper bound, included.
+        lt: upper bound, excluded.
+        only: the name of another field and the values of that field with which this one is used. With any
+            other value, this field must keep its default.
     """
     rules = {"ge": ge, "gt": gt, "le": le, "lt": lt, "only": only}
     metadata = {"help": help, **{key: rule for key, rule in rules.items() if rule is not None}}
@@ -33,97 +61,252 @@ def setting(
 
 
 def allowed(spec: Field[Any]) -> str:
-    """Return the range of a field as text, for example `>= 0`; empty where there is none."""
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    return " and ".join(f"{signs[key]} {spec.metadata[key]:g}" for key in signs if key in spec.metadata)
-
-
-def _check_number(name: str, value: float, spec: Field[Any]) -> None:
-    rule = allowed(spec)
+    """Return the range of a field as text, for example `>= 0`; empty if it has none."""
     bounds = spec.metadata
-    if isinstance(value, int) and abs(value) >= 2**63:
-        rule += f"{' and ' if rule else ''}of less than 64 bits"
-        raise ValueError(f"{name} must be {rule}, got {value!r}")
-    if math.isinf(value) and not {"le", "lt"} & bounds.keys():
-        rule += f"{' and ' if rule else ''}finite"
-    fits = (
-        math.isfinite(value)
-        and value >= bounds.get("ge", -math.inf)
-        and value > bounds.get("gt", -math.inf)
-        and value <= bounds.get("le", math.inf)
-        and value < bounds.get("lt", math.inf)
-    )
-    if not fits:
-        raise ValueError(f"{name} must be {rule or 'finite'}, got {value!r}")
+    return " and ".join(f"{sign} {bounds[key]:g}" for key, sign in SIGNS.items() if key in bounds)
 
 
-def _coerce(name: str, value: Any, hint: Any, spec: Field[Any]) -> Any:
-    """Return the value as the type that the field is annotated with, or raise ValueError."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        if value is None and type(None) in args:
-            return None
-        errors = []
-        for option in (a for a in args if a is not type(None)):
-            try:
-                return _coerce(name, value, option, spec)
-            except ValueError as error:
-                errors.append(str(error))
-        raise ValueError(errors[0] if len(errors) == 1 else " or ".join(errors))
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, args))}, got {value!r}")
-        return value
-    if origin is tuple:
-        if isinstance(value, str | bytes | Mapping | Set) or not hasattr(value, "__iter__"):
-            raise ValueError(f"{name} must be a list, got {value!r}")
-        return tuple(_coerce(name, item, args[0], spec) for item in value)
-    if hint is bool:
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, got {value!r}")
-        return value
-    if hint is str:
-        if not isinstance(value, str):
-            raise ValueError(f"{name} must be text, got {value!r}")
-        return value
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        raise ValueError(f"{name} must be a number{_and_range(spec)}, got {value!r}")
-    try:
-        number = float(value)
-    except OverflowError:  # a whole number of hundreds of digits
-        number = math.inf
-    if hint is int:
-        if not math.isfinite(number) or value != int(value):
-            raise ValueError(f"{name} must be a whole number{_and_range(spec)}, got {value!r}")
-        number = int(value)
-    _check_number(name, number, spec)
-    return number
+def choices_of(hint: Any) -> list[Any]:
+    """Return the values of the Literals in an annotation, without those in its tuples."""
+    if get_origin(hint) is Literal:
+        return list(get_args(hint))
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
+    return [value for option in options for value in choices_of(option)]
 
 
-def _told(value: Any) -> str:
-    """Return a value as a configuration has it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def nearest(word: str, candidates: Iterable[str] | Mapping[str, str]) -> str:
+    """Return `; did you mean X?` for the candidate closest to a word, or an empty text.
+
+    Args:
+        word: the word.
+        candidates: words, or a mapping of words to the texts that are shown for them.
+    """
+    shown = candidates if isinstance(candidates, Mapping) else {name: name for name in candidates}
+    match = get_close_matches(word, shown, n=1)
+    return f"; did you mean {shown[match[0]]}?" if match else ""
 
 
-def _and_range(spec: Field[Any]) -> str:
-    return f" {allowed(spec)}" if allowed(spec) else ""
+def with_arguments(
+    doc: str | None,
+    specs: Iterable[Field[Any]],
+    skip: Container[str] = (),
+    error: str = "a setting has the wrong type or is out of range",
+) -> str:
+    """Return a docstring whose `Args` section lists fields with their meaning, range and default.
+
+    Args:
+        doc: the docstring. Its `Args` section may describe other fields.
+        specs: the fields.
+        skip: names of fields to leave out.
+        error: description of the ValueError, if the docstring has no `Raises` section.
+    """
+    text = inspect.cleandoc(doc or "")
+    heads = [text.find(f"\n\n{head}:") for head in ("Raises", "Example")]
+    end = min((at for at in heads if at >= 0), default=len(text))
+    lines = []
+    for spec in (spec for spec in specs if "help" in spec.metadata and spec.name not in skip):
+        default = "" if spec.default is MISSING else f"default {spec.default!r}"
+        facts = [spec.metadata["help"], allowed(spec), default]
+        if "only" in spec.metadata:
+            other, *values = spec.metadata["only"]
+            facts.append(f"only used with {other}={' or '.join(map(repr, values))}")
+        line = f"    {spec.name}: {'; '.join(fact for fact in facts if fact)}."
+        lines.append(textwrap.fill(line, 100, subsequent_indent=" " * 8))
+    head = "" if "\n\nArgs:\n" in text[:end] or not lines else "\n\nArgs:"
+    raises = "" if "\n\nRaises:" in text else f"\n\nRaises:\n    ValueError: {error}."
+    return "\n".join([text[:end] + head, *lines]) + raises + text[end:]
+
+
+def as_text(value: Any) -> str:
+    """Return a value as a configuration file writes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A group of checked settings; see `setting`."""
+    """A frozen dataclass that validates its fields; declare them with `setting`.
+
+    Numbers may be NumPy scalars, a whole number may be a float such as 2.0, and a list may be any iterable.
+    Text, truth values and names must have exactly their type.
+
+    Raises:
+        ValueError: a value has the wrong type or is out of range.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Decay(Settings):
+        ...     rate: float = setting(0.5, "factor per task", gt=0, le=1)
+        >>> Decay(rate=1)
+        Decay(rate=1.0)
+        >>> Decay(rate=2)
+        Traceback (most recent call last):
+        ValueError: rate must be > 0 and <= 1, got 2.0
+    """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        declared = {name: spec for name, spec in vars(cls).items() if isinstance(spec, Field)}
+        for name, spec in declared.items():
+            spec.name = name  # as `dataclass` does after this method
+        specs = {spec.name: spec for spec in fields(cls)} | declared
+        cls.__doc__ = with_arguments(vars(cls).get("__doc__"), specs.values())
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for spec in fields(self):
-            value = _coerce(spec.name, getattr(self, spec.name), hints[spec.name], spec)
-            object.__setattr__(self, spec.name, value)
+        for name, value in validator_of(type(self))(vars(self)).items():
+            object.__setattr__(self, name, value)
         for spec in (spec for spec in fields(self) if "only" in spec.metadata):
-            other, *wanted = spec.metadata["only"]
-            value, beside = getattr(self, spec.name), getattr(self, other)
-            if beside not in wanted and value != spec.default:
-                told = f"{other}={' or '.join(map(_told, wanted))}"
+            other, *values = spec.metadata["only"]
+            if getattr(self, other) not in values and getattr(self, spec.name) != spec.default:
+                given, beside = as_text(getattr(self, spec.name)), as_text(getattr(self, other))
+                needed = f"{other}={' or '.join(map(as_text, values))}"
                 raise ValueError(
-                    f"{spec.name} is read with {told} alone, got {spec.name}={_told(value)} with "
-                    f"{other}={_told(beside)}; set {told} or leave {spec.name} out"
+                    f"{spec.name} is only used with {needed}, got {spec.name}={given} with {other}={beside}; "
+                    f"set {needed} or leave {spec.name} out"
                 )
+
+
+class Validator(NamedTuple):
+    """Validates the values of named fields; see `validator`."""
+
+    model: Any  # a pydantic dataclass with the fields
+    ranges: Mapping[str, str]  # the range of each field, as `allowed` returns it
+
+    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return all fields, with the values converted to their types.
+
+        Raises:
+            ValueError: a value has the wrong type or is out of range. The message has one line.
+        """
+        from pydantic import ValidationError
+
+        try:
+            return dict(vars(self.model(**values)))
+        except ValidationError as error:
+            raise ValueError(_one_line(error.errors(), self.ranges)) from None
+
+
+VALIDATORS: dict[type, Validator] = {}
+
+
+def validator_of(cls: type[Any]) -> Validator:
+    """Return the validator of a dataclass; it is made once."""
+    if cls not in VALIDATORS:
+        hints = get_type_hints(cls)
+        VALIDATORS[cls] = validator(cls.__name__, [(hints[spec.name], spec) for spec in fields(cls)])
+    return VALIDATORS[cls]
+
+
+def validator(name: str, typed_fields: Iterable[TypedField]) -> Validator:
+    """Return a validator that accepts what `Settings` accepts.
+
+    Args:
+        name: name of the pydantic dataclass that it makes.
+        typed_fields: annotations and fields, which `setting` made.
+    """
+    from pydantic import Field as Description
+    from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+    typed_fields = list(typed_fields)
+    members = []
+    for hint, spec in typed_fields:
+        description = Description(description=spec.metadata.get("help"))
+        annotation: Any = Annotated[_checked(hint, spec.metadata), description]
+        members.append((spec.name, annotation, field(default=spec.default)))
+    config: Any = {"strict": True, "allow_inf_nan": False}
+    model = pydantic_dataclass(make_dataclass(name, members, kw_only=True), config=config)
+    return Validator(model, {spec.name: allowed(spec) for _, spec in typed_fields})
+
+
+def _checked(hint: Any, metadata: Mapping[str, Any]) -> Any:
+    """Return an annotation with the bounds of its numbers and the conversions that `Settings` describes."""
+    from pydantic import BeforeValidator
+    from pydantic import Field as Bounds
+
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return Union[tuple(_checked(option, metadata) for option in args)]  # noqa: UP007 - made at run time
+    if origin is os.PathLike:  # a configuration writes paths as text
+        return str
+    if origin is tuple:
+        item: Any = _checked(args[0], metadata)
+        return Annotated[tuple[item, ...], BeforeValidator(_as_tuple)]
+    if hint in (int, float):
+        bounds = {key: metadata[key] for key in SIGNS if key in metadata}
+        return Annotated[hint, Bounds(**bounds), BeforeValidator(_as_int if hint is int else _as_float)]
+    return hint if origin is Literal or hint in (bool, str, type(None)) else Any
+
+
+def _as_float(value: Any) -> Any:
+    """Return a number as a float. Return anything else unchanged; pydantic rejects it."""
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
+        return value
+    try:
+        return float(value)
+    except OverflowError:  # an int with hundreds of digits
+        return math.inf
+    except TypeError:  # an array
+        return value
+
+
+def _as_int(value: Any) -> Any:
+    """Return a whole number as an int. Return anything else unchanged; pydantic rejects it."""
+    number = _as_float(value)
+    if not isinstance(number, float) or not number.is_integer():
+        return number
+    if int(value).bit_length() >= 64:
+        raise ValueError("64 bits")
+    return int(value)
+
+
+def _as_tuple(value: Any) -> Any:
+    """Return an iterable as a tuple. Return anything else unchanged; pydantic rejects it."""
+    iterable = hasattr(value, "__iter__") and not isinstance(value, str | bytes | Mapping | Set)
+    return tuple(value) if iterable else value
+
+
+def _one_line(errors: Sequence[Any], ranges: Mapping[str, str]) -> str:
+    """Return `NAME must be RULE, got VALUE` for the first field with an error.
+
+    A value of no type in a union has one error per type. Errors about an item of a list, or about a range,
+    are more specific than errors about a type.
+    """
+    name = errors[0]["loc"][0]
+    errors = [error for error in errors if error["loc"][0] == name]
+    depth = max(len(error["loc"]) for error in errors)
+    errors = [error for error in errors if len(error["loc"]) == depth]
+    errors = [error for error in errors if error["type"] not in TYPES] or errors
+    value = errors[0]["input"]
+    rules = dict.fromkeys(_rule(error["type"], error.get("ctx", {}), ranges[name]) for error in errors)
+    names = [name for error in errors for name in _names(error.get("ctx", {}))]
+    return f"{name} must be {' or '.join(rules)}, got {value!r}{nearest(str(value), names)}"
+
+
+def _rule(error: str, context: Mapping[str, Any], bounds: str) -> str:
+    """Return what a value must be, from the type of a pydantic error."""
+    if error == "literal_error":
+        return f"one of {', '.join(_names(context))}"
+    if error == "value_error":  # of `_as_int`
+        return (
+            bounds
+            if "<" in bounds
+            else f"a whole number of less than 64 bits{' and ' * bool(bounds)}{bounds}"
+        )
+    if error == "finite_number":
+        return bounds if "<" in bounds else f"{bounds}{' and ' * bool(bounds)}finite"
+    if error not in TYPES:
+        return bounds
+    return f"{TYPES[error]} {bounds}".strip() if error in ("int_type", "float_type") else TYPES[error]
+
+
+def _names(context: Mapping[str, Any]) -> list[str]:
+    """Return the names in the context of a `literal_error`."""
+    return re.findall(r"'([^']*)'", context.get("expected", ""))
+
+
+def check_name(key: str, value: Any, names: Iterable[str]) -> None:
+    """Raise ValueError, with the nearest name, if a value is not one of the names."""
+    names = list(names)
+    if value not in names:
+        hint = nearest(str(value), names)
+        raise ValueError(f"{key} must be one of {', '.join(names)}, got {value!r}{hint}")

@@ -16,7 +16,8 @@ from flax import linen as nn
 from flax import nnx
 from threadpoolctl import threadpool_limits
 
-from sequel_core.experiment.config import SUPPLIED, ExperimentConfig
+from sequel_core.experiment.build import SUPPLIED
+from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.experiment.target import TARGET, Target
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
 from sequel_core.stream.benchmark import Benchmark
@@ -127,7 +128,7 @@ def build_learner(
 
     Example:
         >>> from sequel_core.experiment.compose import compose
-        >>> from sequel_core.experiment.config import build_benchmark
+        >>> from sequel_core.experiment.build import build_benchmark
         >>> config = compose(["mode=jax", "algo=ewc", "benchmark=rotateddigits"]).config
         >>> learner = build_learner(config, build_benchmark(config), Path("run"))
         >>> learner.hparams.name
@@ -136,7 +137,7 @@ def build_learner(
     use_one_thread()
     if config.training.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    targets = config.own
+    targets = config.user_code
     if "backbone" in targets:
         model = targets["backbone"].make(
             num_classes=benchmark.num_classes,
@@ -145,10 +146,14 @@ def build_learner(
         )
     else:
         model = BACKBONES[config.backbone.type](**vars(config.backbone), num_classes=benchmark.num_classes)
+    if "optimizer" in targets:
+        optimizer = user_optimizer(targets["optimizer"])
+    else:
+        optimizer = build_optimizer(config.optimizer)
     return make_learner(
         config.algo,
         model,
-        user_optimizer(targets["optimizer"]) if "optimizer" in targets else build_optimizer(config.optimizer),
+        optimizer,
         benchmark,
         config.training,
         loggers=[build_logger(name, chosen, run_dir) for name, chosen in config.logger.items()],
@@ -185,8 +190,10 @@ def user_optimizer(target: Target) -> optax.GradientTransformation:
         return tx
 
     def optimizer(learning_rate: float) -> optax.GradientTransformation:
-        arguments = {**target.arguments, "learning_rate": learning_rate}
-        tx: optax.GradientTransformation = replace(target, arguments=arguments).make()
+        arguments = {key: value for key, value in target.arguments.items() if key != "learning_rate"}
+        tx: optax.GradientTransformation = replace(target, arguments=arguments).make(
+            learning_rate=learning_rate
+        )
         return tx
 
     return optax.inject_hyperparams(optimizer)(learning_rate=float(rate))

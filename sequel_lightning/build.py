@@ -14,7 +14,8 @@ from pytorch_lightning.loggers import Logger
 from torch import nn
 from torchmetrics import MetricCollection
 
-from sequel_core.experiment.config import SUPPLIED, ExperimentConfig
+from sequel_core.experiment.build import SUPPLIED
+from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.experiment.target import TARGET, Target
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
 from sequel_core.stream import plan
@@ -100,22 +101,26 @@ def build_learner(
     config: ExperimentConfig, benchmark: Benchmark, run_dir: Path, *, callbacks: Sequence[Any] = ()
 ) -> LightningLearner:
     """Return the learner of an experiment's configuration; for a multi-layer perceptron, on one thread."""
-    own = config.own
+    user_code = config.user_code
     sizes = {"num_classes": benchmark.num_classes, "image_shape": benchmark.image_shape}
-    if "backbone" in own:
-        model = user_backbone(own["backbone"], config.training.seed, **sizes)
+    if "backbone" in user_code:
+        model = user_backbone(user_code["backbone"], config.training.seed, **sizes)
     else:
         if config.backbone.type == "mlp":
             use_one_thread()
         model = BACKBONES[config.backbone.type](**vars(config.backbone), **sizes)
+    if "optimizer" in user_code:
+        optimizer = user_optimizer(user_code["optimizer"])
+    else:
+        optimizer = build_optimizer(config.optimizer)
     return make_learner(
         config.algo,
         model,
-        user_optimizer(own["optimizer"]) if "optimizer" in own else build_optimizer(config.optimizer),
+        optimizer,
         benchmark,
         config.training,
         loggers=[build_logger(name, chosen, run_dir) for name, chosen in config.logger.items()],
-        implementation=own["algo"].function if "algo" in own else None,
+        implementation=user_code["algo"].function if "algo" in user_code else None,
         callbacks=callbacks,
         trainer={**config.trainer, "default_root_dir": os.fspath(run_dir)},
     )

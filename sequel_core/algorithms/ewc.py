@@ -1,4 +1,4 @@
-"""Elastic weight consolidation."""
+"""Elastic weight consolidation, EWC (Kirkpatrick et al. 2017): its settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,20 @@ from sequel_core.settings import setting
 
 @dataclass(frozen=True)
 class EWCHParams(AlgorithmHParams):
-    """Elastic weight consolidation (Kirkpatrick et al. 2017)."""
+    """Settings of EWC (Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796).
+
+        L = CE(f(x), y) + lambda/2 * sum_k sum_i F_{k,i} (theta_i - theta*_{k,i})^2
+
+    F_k is the diagonal Fisher information of past task k, estimated at its final weights theta*_k.
+
+    Example:
+        >>> from sequel_core import EWCHParams
+        >>> EWCHParams(ewc_lambda=10, accumulation="online", gamma=0.9).ewc_lambda
+        10.0
+        >>> EWCHParams(ewc_lambda=-1)
+        Traceback (most recent call last):
+        ValueError: ewc_lambda must be >= 0, got -1.0
+    """
 
     name: ClassVar[str] = "ewc"
 
@@ -20,13 +33,13 @@ class EWCHParams(AlgorithmHParams):
     )
     accumulation: Literal["separate", "online"] = setting(
         "separate",
-        "separate: one anchor per task (collapsed exactly); online: one anchor, importances decayed by gamma",
+        "how past tasks are combined: `separate`, the sum of one penalty per task (stored exactly as a "
+        "single one); `online`, one penalty around the latest weights, with past importances decayed by "
+        "gamma",
     )
     gamma: float = setting(
-        1.0,
-        "decay of past importances, read only by accumulation=online",
-        ge=0,
-        le=1,
-        only=("accumulation", "online"),
+        1.0, "decay of past importances at the end of a task", ge=0, le=1, only=("accumulation", "online")
     )
-    fisher_samples: int | None = setting(1024, "samples of the Fisher estimate of a task; null for all", ge=1)
+    fisher_samples: int | None = setting(
+        1024, "number of training samples for the Fisher estimate of a task; null for all", ge=1
+    )

@@ -1,4 +1,4 @@
-"""Joint training."""
+"""Joint training: its settings and the tasks that it trains on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from sequel_core.stream.task import Task
 
 @dataclass(frozen=True)
 class JointHParams(AlgorithmHParams):
-    """Joint training on the union of tasks, the usual upper bound."""
+    """Settings of joint training on the union of tasks, the usual upper bound.
+
+        L = CE(f(x), y), with (x, y) from tasks 0 to i at stage i, or from all tasks
+
+    Example:
+        >>> from sequel_core import JointHParams
+        >>> JointHParams(policy="once").policy
+        'once'
+    """
 
     name: ClassVar[str] = "joint"
 
     policy: Literal["cumulative", "once"] = setting(
         "cumulative",
-        "cumulative: at task i go on with the same network on tasks 0 to i; once: from initialisation on all",
+        "`cumulative`: after task i arrives, continue training the same network on tasks 0 to i; `once`: "
+        "train on all tasks together, after the last one has arrived",
     )
 
     def training_tasks(self, benchmark: Benchmark, seed: int = 0) -> Iterator[Task]:

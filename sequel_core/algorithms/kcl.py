@@ -1,4 +1,4 @@
-"""Kernel continual learning."""
+"""Kernel continual learning, KCL (Derakhshani et al. 2021): its settings, its coresets and its planner."""
 
 from __future__ import annotations
 
@@ -20,62 +20,73 @@ from sequel_core.stream.task import Samples, Task
 
 @dataclass(frozen=True)
 class KCLHParams(AlgorithmHParams):
-    """Kernel continual learning (Derakhshani et al. 2021)."""
+    """Settings of KCL (Derakhshani et al. 2021, https://arxiv.org/abs/2107.05757).
+
+        f_k(x) = gamma_k K(x, C_k) (K(C_k, C_k) + (|lambda_k| + 0.01) I)^-1 Y_k + beta_k
+        L = CE(f_k(x), y) + tau * KL(q || p)
+
+    C_k is the coreset of task k, with one-hot labels Y_k. K is a kernel of the last hidden layer. Its random
+    bases have the posterior q and the prior p.
+
+    Example:
+        >>> from sequel_core import KCLHParams
+        >>> KCLHParams(core_size=100, kernel_type="rbf", bandwidth=0.5).bandwidth
+        0.5
+    """
 
     name: ClassVar[str] = "kcl"
 
     core_size: int = setting(
-        200, "samples of a task that are set aside for its classifier, equally many of each class", ge=1
+        200, "number of samples in the coreset of a task, equally many of each of its classes", ge=1
     )
     kernel_type: Literal["rff", "rbf"] = setting(
-        "rff", "rff: variational random Fourier features; rbf: exp(-|a - b|^2 / (2 bandwidth^2))"
+        "rff",
+        "kernel: `rff`, variational random Fourier features; `rbf`, exp(-||a - b||^2 / (2 bandwidth^2))",
     )
-    d_rn_f: int = setting(1024, "random bases D of the kernel rff", ge=1, only=("kernel_type", "rff"))
-    bandwidth: float = setting(1.0, "of the kernel rbf", gt=0, only=("kernel_type", "rbf"))
+    d_rn_f: int = setting(1024, "number D of random bases", ge=1, only=("kernel_type", "rff"))
+    bandwidth: float = setting(1.0, "bandwidth of the kernel", gt=0, only=("kernel_type", "rbf"))
     tau: float = setting(
-        0.01,
-        "weight of KL(posterior || prior) of the bases, of the kernel rff",
-        ge=0,
-        only=("kernel_type", "rff"),
+        0.01, "weight of the divergence KL(q || p) of the random bases", ge=0, only=("kernel_type", "rff")
     )
     lmd: float = setting(
-        0.1, "lambda of every task at first; |lambda| + 0.01 is the ridge", ge=-1000, le=1000
+        0.1, "initial value of each lambda_k; the ridge is |lambda_k| + 0.01", ge=-1000, le=1000
     )
     normalisation: Literal["l2", "minmax"] = setting(
         "l2",
-        "features of unit length, or scaled to [0, 1] by the extremes of the whole batch (the official MLP)",
+        "normalisation of the features: `l2`, unit length; `minmax`, scaled to [0, 1] by the extremes of the "
+        "whole batch (the official code for MLPs)",
     )
     task_parameters: Literal["own", "current"] = setting(
         "own",
-        "lambda, gamma and beta that a sample is evaluated with: its own task's, or those of the task "
-        "trained last (the official code)",
+        "lambda, gamma and beta at evaluation: `own`, those of the task of the sample; `current`, those of "
+        "the latest task (the official code)",
     )
     task_given: bool = setting(
         False,
-        "predict with the task of each sample in the domain scenario, too, in which other methods are not "
-        "given it; the results say so",
+        "give predictions the task of each sample in the domain scenario too, in which other methods do not "
+        "get it; results record this",
     )
 
     def check_stream(self, spec: StreamSpec) -> None:
-        """Raise ValueError if the task of a sample, which says whose classifier predicts, is not given."""
+        """Raise ValueError if predictions do not get the task of each sample, which selects a classifier."""
         if spec.scenario == "class":
             raise ValueError(
-                "kcl cannot run in the class scenario: its classifiers belong to tasks; use scenario=task or "
-                "another method"
+                "kcl cannot run in the class scenario, because each task has its own classifier; use "
+                "scenario=task or another method"
             )
         if not self.knows_task(spec):
             raise ValueError(
-                "task_given must be true for kcl in the domain scenario, got false: its classifiers belong "
-                "to tasks; set task_given=true to give it the task of each sample, which the results name, "
-                "or use scenario=task or another method"
+                "task_given must be true for kcl in the domain scenario, got false, because each task has "
+                "its own classifier; set task_given=true, which results record, or use scenario=task or "
+                "another method"
             )
 
     def knows_task(self, spec: StreamSpec) -> bool:
-        """Return whether predictions are given the task of each sample: see `task_given`."""
+        """Return whether predictions get the task of each sample; see `task_given`."""
         return super().knows_task(spec) or (spec.scenario == "domain" and self.task_given)
 
     def per_class(self, task: Task) -> int:
-        """Return the samples of each class in the coreset of a task.
+        """Return the number of samples per class in the coreset of a task.
 
         Raises:
             ValueError: core_size does not divide into the classes of the task.
@@ -89,10 +100,10 @@ class KCLHParams(AlgorithmHParams):
         return self.core_size // classes
 
     def coreset(self, task: Task) -> Samples:
-        """Return the samples that a task has set aside.
+        """Return the coreset of a task.
 
         Raises:
-            ValueError: it has none, or another number of them.
+            ValueError: the task has no coreset, or one of another size.
         """
         if task.coreset is None:
             raise ValueError(
@@ -107,32 +118,32 @@ class KCLHParams(AlgorithmHParams):
         return task.coreset.take(np.arange(self.core_size))
 
     def training_tasks(self, benchmark: Benchmark, seed: int = 0) -> Iterator[Task]:
-        """Yield the tasks, each with its coreset taken from its training samples.
+        """Yield the tasks, each with its coreset removed from its training samples.
 
         Raises:
-            ValueError: a class has not more samples than its part of the coreset.
+            ValueError: a class has no samples left for training.
         """
         for task in benchmark.tasks:
             yield with_coreset(task, self.per_class(task), seed)
 
 
 NOISE = 1 << 20
-"""Numbers in the table that random bases are cut from."""
+"""Length of the table of noise that random bases are slices of."""
 
 
 class BasesPlan(NamedTuple):
-    """Where the random bases of a step begin in the table of noise; int32."""
+    """Where the random bases of a step start in the table of noise; int32."""
 
     starts: SlotArray  # of each basis [..., D]
     position: SlotArray  # of the planner after the step [..., 1]
 
 
 class BasesPlanner:
-    """The planner of variational random features: where each basis of a step begins in the table of noise.
+    """The planner of variational random features: where each basis of a step starts in the table of noise.
 
     Args:
-        count: bases of a step.
-        seed: of the run.
+        count: number of bases per step.
+        seed: training seed.
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -152,7 +163,7 @@ class BasesPlanner:
 
     @property
     def state(self) -> IntArray:
-        """Steps planned, int64 `[1]`; may be set."""
+        """Number of planned steps, int64 `[1]`; may be set."""
         return np.asarray([self._steps], np.int64)
 
     @state.setter
@@ -161,34 +172,34 @@ class BasesPlanner:
 
     @property
     def position(self) -> SlotArray:
-        """Steps planned, int32 `[1]`."""
+        """Number of planned steps, int32 `[1]`."""
         return self.state.astype(np.int32)
 
     def resume(self, position: Any) -> None:
-        """Continue from the position of another one."""
+        """Continue from the position of another planner."""
         self.state = np.asarray(position, np.int64)
 
 
 def noise_table(seed: int) -> NDArray[np.float32]:
-    """Return the standard normal numbers that random bases are cut from, float32 `[NOISE]`.
+    """Return the standard normal numbers that random bases are slices of, float32 `[NOISE]`.
 
-    A basis is a stretch of the table that begins at a random place and goes round at its end: fresh noise at
-    every step for the price of one integer (Salimans et al. 2017, section 3, shared noise).
+    A basis is a slice of this table, which wraps around at its end. Its start is random, so each step gets
+    new noise for one random integer per basis (shared noise: Salimans et al. 2017, section 3).
     """
     return plan.normal(seed, "noise of bases", count=NOISE).astype(np.float32)
 
 
 def basis_constants(seed: int, count: int, width: int) -> tuple[NDArray[Any], FloatArray, NDArray[Any]]:
-    """Return what bases are made of: noise, phases b, and where in it the bases of evaluation begin.
+    """Return the constants of random bases.
 
     Args:
-        seed: of the run.
-        count: bases, D.
-        width: numbers of a basis, H.
+        seed: training seed.
+        count: number of bases, D.
+        width: length of a basis, H.
 
     Returns:
-        Noise float32 `[NOISE + H - 1]`, which at its end begins again, so that every stretch lies in it;
-        phases float64 `[D]`; positions int32 `[D]`.
+        The table of noise, extended by its own first H - 1 numbers so that no slice wraps around, float32
+        `[NOISE + H - 1]`; the phases b, float64 `[D]`; the starts of the bases at evaluation, int32 `[D]`.
     """
     phase = 2 * np.pi * plan.uniform(seed, "phase of bases", count=count)
     fixed = plan.words(seed, "bases of evaluation", count=count) % NOISE
@@ -197,26 +208,27 @@ def basis_constants(seed: int, count: int, width: int) -> tuple[NDArray[Any], Fl
 
 
 def with_coreset(task: Task, per_class: int, seed: int) -> Task:
-    """Return a task with a coreset, equally many samples of each class, that its training samples lack.
+    """Return a task whose coreset, equally many samples of each class, is removed from its training samples.
 
     Args:
-        task: its training samples stay in their order.
-        per_class: samples of each class in the coreset, which is sorted by class.
-        seed: of the run.
+        task: the task. The remaining training samples keep their order.
+        per_class: number of samples per class in the coreset, which is sorted by class.
+        seed: training seed.
 
     Raises:
-        ValueError: a class has no sample left for training.
+        ValueError: a class has no samples left for training.
     """
     targets = task.train.targets
     chosen = []
     for label in task.classes:
-        own = np.flatnonzero(targets == label)
-        if len(own) <= per_class:
+        rows = np.flatnonzero(targets == label)
+        if len(rows) <= per_class:
             raise ValueError(
                 f"core_size must leave samples of every class to train on, got {per_class} per class with "
-                f"{len(own)} of class {label} in task {task.index}; lower core_size or raise subset"
+                f"{len(rows)} of class {label} in task {task.index}; lower core_size or raise subset"
             )
-        chosen.append(own[plan.permutation(seed, "coreset", task.index, label, count=len(own))[:per_class]])
+        order = plan.permutation(seed, "coreset", task.index, label, count=len(rows))
+        chosen.append(rows[order[:per_class]])
     core = np.concatenate(chosen)
     rest = np.setdiff1d(np.arange(len(targets)), core)
     return replace(task, train=task.train.pick(rest), coreset=task.train.pick(core))

@@ -1,4 +1,4 @@
-"""Less-forgetting learning."""
+"""Less-forgetting learning, LFL (Jung et al. 2016): its settings."""
 
 from __future__ import annotations
 
@@ -11,11 +11,21 @@ from sequel_core.settings import setting
 
 @dataclass(frozen=True)
 class LFLHParams(AlgorithmHParams):
-    """Less-forgetting learning (Jung et al. 2016)."""
+    """Settings of LFL (Jung et al. 2016, https://arxiv.org/abs/1607.00122).
+
+        L = CE(f(x), y) + lambda_e/2 * mean_n ||h(x_n; theta) - h(x_n; theta_old)||^2
+
+    h is the last hidden layer. theta_old are the weights at the end of the previous task.
+
+    Example:
+        >>> from sequel_core import LFLHParams
+        >>> LFLHParams(lfl_lambda=0.01, freeze_head=False).lfl_lambda
+        0.01
+    """
 
     name: ClassVar[str] = "lfl"
 
     lfl_lambda: float = setting(
-        0.001, "strength lambda_e of lambda_e/2 * ||f(x) - f_old(x)||^2, f the last hidden features", ge=0
+        0.001, "strength lambda_e of the penalty lambda_e/2 * ||h(x) - h_old(x)||^2", ge=0
     )
-    freeze_head: bool = setting(True, "keep the last layer as the first task left it")
+    freeze_head: bool = setting(True, "do not train the last layer after the first task")

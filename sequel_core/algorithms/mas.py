@@ -1,4 +1,4 @@
-"""Memory aware synapses."""
+"""Memory aware synapses, MAS (Aljundi et al. 2018): its settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ from sequel_core.settings import setting
 
 @dataclass(frozen=True)
 class MASHParams(AlgorithmHParams):
-    """Memory aware synapses (Aljundi et al. 2018)."""
+    """Settings of MAS (Aljundi et al. 2018, https://arxiv.org/abs/1711.09601).
+
+        L = CE(f(x), y) + lambda * sum_i Omega_i (theta_i - theta*_i)^2
+        Omega_i <- Omega_i + 1/N sum_n |d ||f(x_n)||^2 / d theta_i|  at the end of a task
+
+    f(x) are the logits of all classes. Labels are not used for the importances Omega.
+
+    Example:
+        >>> from sequel_core import MASHParams
+        >>> MASHParams(mas_lambda=0.5, mas_samples=1000).mas_samples
+        1000
+    """
 
     name: ClassVar[str] = "mas"
 
@@ -19,6 +30,10 @@ class MASHParams(AlgorithmHParams):
         1.0, "strength lambda of the penalty lambda * sum Omega (theta - theta*)^2", ge=0
     )
     gradients: Literal["sample", "batch"] = setting(
-        "sample", "absolute values of the gradient of each sample, or of each batch's sum (the official code)"
+        "sample",
+        "whose gradient the importances take the absolute value of: `sample`, each sample's; `batch`, that "
+        "of the sum over each batch (the official code)",
     )
-    mas_samples: int | None = setting(None, "samples of the importances of a task; null for all", ge=1)
+    mas_samples: int | None = setting(
+        None, "number of training samples for the importances of a task; null for all", ge=1
+    )

@@ -1,4 +1,4 @@
-"""Synaptic intelligence."""
+"""Synaptic intelligence, SI (Zenke et al. 2017): its settings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,21 @@ from sequel_core.settings import setting
 
 @dataclass(frozen=True)
 class SIHParams(AlgorithmHParams):
-    """Synaptic intelligence (Zenke et al. 2017)."""
+    """Settings of SI (Zenke, Poole & Ganguli 2017, https://arxiv.org/abs/1703.04200).
+
+        L = CE(f(x), y) + c * sum_i Omega_i (theta_i - theta*_i)^2
+        Omega_i <- Omega_i + omega_i / ((theta_i - theta*_i)^2 + xi)  at the end of a task
+
+    omega_i is the decrease of the loss that is attributed to parameter i along the path of the task.
+
+    Example:
+        >>> from sequel_core import SIHParams
+        >>> SIHParams(si_lambda=1, xi=1e-3).xi
+        0.001
+    """
 
     name: ClassVar[str] = "si"
 
     si_lambda: float = setting(0.1, "strength c of the penalty c * sum Omega (theta - theta*)^2", ge=0)
-    xi: float = setting(0.1, "damping of the squared displacement that importances are divided by", gt=0)
-    clamp: bool = setting(False, "keep importances at zero or above, as the official code does")
+    xi: float = setting(0.1, "damping xi in the denominator of the importances", gt=0)
+    clamp: bool = setting(False, "set negative importances to zero, as the official code does")

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from importlib import import_module, metadata
 from typing import TextIO
 
-from sequel_core.experiment.target import nearest
 from sequel_core.runs.checkpoints import CheckpointWarning
 from sequel_core.runs.learner import DivergenceError
 from sequel_core.runs.loggers import LoggerWarning
 from sequel_core.runs.signals import InterruptedRunError
+from sequel_core.settings import nearest
 
 COMMANDS = {
     "run": "run an experiment, or a sweep with -m",
@@ -22,6 +22,7 @@ COMMANDS = {
     "report": "write an HTML report of runs: matrices, curves, tables; also PNG and Markdown",
     "data": "download and check data sets",
     "list": "list algorithms, benchmarks, backbones, optimizers, loggers and experiments with their settings",
+    "schema": "print the JSON schema of experiment files, for editors",
     "demo": "naive finetuning against EWC in both frameworks, on bundled data",
 }
 USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
@@ -99,7 +100,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise ValueError(
-            f"command must be one of {', '.join(COMMANDS)}, got {command!r}{nearest(command, COMMANDS)}"
+            f"command must be one of {', '.join(COMMANDS)}, got {command!r}{nearest(command, list(COMMANDS))}"
         )
     module = {"list": "catalogue"}.get(command, command)
     run: Callable[[list[str]], int] = import_module(f"sequel_core.cli.{module}").main

@@ -14,7 +14,8 @@ from rich.table import Table
 from sequel_core.algorithms import ALGORITHMS
 from sequel_core.backbones import BACKBONES
 from sequel_core.cli.arguments import Parser
-from sequel_core.experiment.config import Setting, check_name, choices, settings
+from sequel_core.experiment.schema import Setting, choices, settings
+from sequel_core.settings import check_name
 
 KINDS = ("algo", "benchmark", "backbone", "optimizer", "logger", "training", "checkpoint", "experiment")
 

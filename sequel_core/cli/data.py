@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sequel_core.cli.arguments import Parser
-from sequel_core.experiment.config import check_name
+from sequel_core.settings import check_name
 
 
 def main(args: Sequence[str]) -> int:

@@ -20,13 +20,17 @@ from rich.table import Table
 
 from sequel_core.cli.arguments import Parser
 from sequel_core.cli.run import execute, record_failure, stated
-from sequel_core.experiment.compose import CONFIGS, compose, experiments, quoted
-from sequel_core.experiment.config import DOCUMENTATION, ExperimentConfig, alias, build_benchmark, check_name
+from sequel_core.experiment.aliases import alias
+from sequel_core.experiment.build import build_benchmark
+from sequel_core.experiment.compose import compose
+from sequel_core.experiment.overrides import CONFIGS, experiments, quoted
+from sequel_core.experiment.schema import DOCUMENTATION, ExperimentConfig
 from sequel_core.runs import learner
 from sequel_core.runs.learner import PLUGINS, DivergenceError, Mode
 from sequel_core.runs.results import TASK_GIVEN, Result, load_result
 from sequel_core.runs.signals import InterruptedRunError
 from sequel_core.runs.statistics import interval
+from sequel_core.settings import check_name
 
 RESULTS = Path("reproduced")
 SUFFIX = "_rotatedmnist"

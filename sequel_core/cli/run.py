@@ -29,8 +29,10 @@ from rich.markup import escape
 from sequel_core.cli.arguments import Parser
 from sequel_core.cli.ranking import Job, rank
 from sequel_core.cli.sweep import check_streams, combinations, varied
-from sequel_core.experiment.compose import CONFIGS, compose, one_line, other_version_of, quoted, request
-from sequel_core.experiment.config import SPREAD, ExperimentConfig, build_benchmark, build_callbacks, settings
+from sequel_core.experiment.build import build_benchmark, build_callbacks
+from sequel_core.experiment.compose import compose, other_version_of
+from sequel_core.experiment.overrides import CONFIGS, one_line, quoted, request
+from sequel_core.experiment.schema import SPREAD, ExperimentConfig, settings
 from sequel_core.runs import learner
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.learner import DivergenceError
@@ -331,7 +333,7 @@ def _sweep(arguments: Sequence[str], console: Console, show: bool, test: bool, r
 
 def _validates(config: ExperimentConfig) -> bool:
     """Return whether `benchmark.validation` is given or the benchmark has no such setting."""
-    choice = config.own.get("benchmark", config.benchmark.name)
+    choice = config.user_code.get("benchmark", config.benchmark.name)
     known = {spec.key for spec in settings("benchmark", choice)}
     return "validation" in config.benchmark.arguments or "validation" not in known
 

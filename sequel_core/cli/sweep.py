@@ -10,8 +10,10 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from sequel_core.experiment.compose import MOST_RUNS, compose, one_line
-from sequel_core.experiment.config import ExperimentConfig, build_benchmark
+from sequel_core.experiment.build import build_benchmark
+from sequel_core.experiment.compose import compose
+from sequel_core.experiment.overrides import MAX_RUNS, one_line
+from sequel_core.experiment.schema import ExperimentConfig
 
 
 class Combination(NamedTuple):
@@ -43,8 +45,8 @@ def combinations(overrides: Sequence[str]) -> list[Combination]:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         swept = [override for override in parsed if override.is_sweep_override()]
         count = math.prod(sum(1 for _ in override.sweep_string_iterator()) for override in swept)
-        if count > MOST_RUNS:
-            raise ValueError(f"a sweep must have at most {MOST_RUNS} runs, got {count}; take fewer values")
+        if count > MAX_RUNS:
+            raise ValueError(f"a sweep must have at most {MAX_RUNS} runs, got {count}; take fewer values")
         jobs = BasicSweeper.split_arguments(parsed, None)[0]
     except HydraException as error:
         raise ValueError(one_line(error)) from error

@@ -1,40 +1,33 @@
-"""Code of the user's own in a configuration: what `_target_` names, and the arguments that it is called with.
+"""User code in a configuration: what `_target_` names, made by Hydra's `instantiate`.
 
     benchmark:
-      _target_: own.data.Streams
+      _target_: my_package.data.Streams
       size: 100
-      transform: {_target_: own.data.Invert}    # made first
+      transform: {_target_: my_package.data.Invert}    # made first
 
-Both keys mean what they mean to Hydra's `instantiate`; here paths and arguments are checked before anything
-is made.
+Paths are resolved, and arguments are compared with signatures, before anything is made.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import pkgutil
+import pydoc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from importlib import import_module
 from inspect import Parameter
-from types import MappingProxyType, ModuleType
 from typing import Any, Unpack, get_args, get_origin, get_type_hints
+
+from sequel_core.settings import nearest
 
 TARGET = "_target_"
 PARTIAL = "_partial_"
-"""Beside `_target_`, true asks for a callable that has the arguments, in place of what it returns."""
-
-
-def nearest(word: str, candidates: Iterable[str]) -> str:
-    """Return `; did you mean X?` for the candidate that is most like the word, or an empty text."""
-    match = difflib.get_close_matches(word, list(candidates), n=1)
-    return f"; did you mean {match[0]}?" if match else ""
+"""Beside `_target_`: with true, a callable with these arguments is made, and not called."""
 
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """Return the annotations of a function, or of a class's constructor; none where one cannot be read."""
+    """Return the annotations of a function or of a constructor; empty if one cannot be evaluated."""
     try:
         return get_type_hints(function.__init__ if inspect.isclass(function) else function)
     except (NameError, TypeError):
@@ -43,14 +36,14 @@ def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Target:
-    """Something to call, found by its dotted path, and the arguments to call it with.
+    """A callable, given by its dotted path, and its arguments.
 
     Args:
-        key: where the configuration has it, for example `algo` or `benchmark.transform`.
-        path: for example `package.module.Name`.
-        arguments: by name; mappings with `_target_` among them, at any depth, are made first.
+        key: its place in the configuration, for example `algo` or `benchmark.transform`.
+        path: its dotted path, for example `package.module.Name`.
+        arguments: its arguments by name. Mappings with `_target_` in them, at any depth, are made first.
         function: what the path names.
-        partial: whether to return a callable in place of what it returns.
+        partial: whether `make` returns a callable instead of calling it.
     """
 
     key: str
@@ -61,24 +54,23 @@ class Target:
 
     @cached_property
     def parameters(self) -> Mapping[str, Parameter]:
-        """What the signature has, by name; the options of an `Unpack[...]` one by one."""
+        """The parameters of the signature by name; the options of an `Unpack[...]` are listed singly."""
         try:
-            found = inspect.signature(self.function).parameters
-            vague = Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
-            if inspect.isclass(self.function) and all(p.kind in vague for p in found.values()):
-                own = inspect.signature(self.function.__init__).parameters  # NNX's metaclass hides it
-                found = MappingProxyType({name: own[name] for name in list(own)[1:]})
-        except (TypeError, ValueError):  # written in C, which does not tell
+            parameters = dict(inspect.signature(self.function).parameters)
+            variadic = Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
+            if inspect.isclass(self.function) and all(p.kind in variadic for p in parameters.values()):
+                # The metaclass of NNX hides the constructor's signature.
+                constructor = inspect.signature(self.function.__init__).parameters
+                parameters = dict(list(constructor.items())[1:])
+        except (TypeError, ValueError):  # written in C, without a signature
             return {"arguments": Parameter("arguments", Parameter.VAR_KEYWORD)}
-        expanded: dict[str, Parameter] = {}
-        for name, parameter in found.items():
+        for name, parameter in list(parameters.items()):
             hint = hints_of(self.function).get(name) if parameter.kind is Parameter.VAR_KEYWORD else None
             if get_origin(hint) is Unpack:
+                del parameters[name]
                 options = get_type_hints(get_args(hint)[0])
-                expanded |= {key: Parameter(key, Parameter.KEYWORD_ONLY, default=None) for key in options}
-            else:
-                expanded[name] = parameter
-        return expanded
+                parameters |= {key: Parameter(key, Parameter.KEYWORD_ONLY, default=None) for key in options}
+        return parameters
 
     @property
     def named(self) -> dict[str, Parameter]:
@@ -86,139 +78,111 @@ class Target:
         kinds = Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY
         return {name: parameter for name, parameter in self.parameters.items() if parameter.kind in kinds}
 
-    @property
-    def takes_any(self) -> bool:
-        """Whether arguments of any name are taken."""
-        return any(parameter.kind is Parameter.VAR_KEYWORD for parameter in self.parameters.values())
-
     def check(self, supplied: Iterable[str] = ()) -> None:
-        """Refuse arguments that do not fit the signature, of this target and of those within.
+        """Check the arguments of this target, and of those in its arguments, against the signatures.
 
         Args:
-            supplied: parameters that the caller fills.
+            supplied: parameters that `make` will be given.
 
         Raises:
-            ValueError: an argument that the signature lacks, or one that it needs and nobody gives.
+            ValueError: an argument that the signature lacks, or a required one that is missing.
         """
         named = self.named
+        takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in self.parameters.values())
         for name, value in self.arguments.items():
-            if name not in named and not self.takes_any:
-                match = difflib.get_close_matches(name, named, n=1)
-                hint = f"; its arguments are {', '.join(named) or 'none'}"
-                hint = f"; did you mean {self.key}.{match[0]}?" if match else hint
+            if name not in named and not takes_any:
+                hint = nearest(name, {known: f"{self.key}.{known}" for known in named})
+                hint = hint or f"; its arguments are {', '.join(named) or 'none'}"
                 raise ValueError(f"{self.key}.{name} is not an argument of {self.path}{hint}")
-            _check_within(f"{self.key}.{name}", value)
-        given = {*self.arguments, *supplied}
+            _check_nested(f"{self.key}.{name}", value)
         for name, parameter in named.items():
-            if parameter.default is parameter.empty and name not in given and not self.partial:
+            given = name in self.arguments or name in supplied or parameter.default is not parameter.empty
+            if not given and not self.partial:
                 raise ValueError(f"{self.key}.{name} is an argument that {self.path} needs; give it a value")
 
     def argument(self, name: str) -> Any:
-        """Return the value of an argument: the given one, or the signature's default; None for neither."""
+        """Return the value of an argument, or the default in the signature; None if there is neither."""
         default = self.named[name].default if name in self.named else None
         return self.arguments.get(name, None if default is Parameter.empty else default)
 
     def make(self, **supplied: Any) -> Any:
-        """Call it.
+        """Call the function, after making the targets in its arguments.
 
         Args:
-            supplied: further arguments, each passed only where the signature names it and the configuration
+            supplied: further arguments. One is passed only if the signature names it and the configuration
                 does not give it.
 
         Raises:
-            ValueError: that of the code, naming the key.
+            ValueError: raised by the function; the message names the key.
         """
-        arguments = {name: _made(f"{self.key}.{name}", value) for name, value in self.arguments.items()}
-        arguments |= {k: v for k, v in supplied.items() if k in self.named and k not in arguments}
-        if self.partial:
-            return partial(self.function, **arguments)
+        from hydra.errors import InstantiationException
+        from hydra.utils import instantiate
+
+        supplied = {k: v for k, v in supplied.items() if k in self.named and k not in self.arguments}
         try:
-            return self.function(**arguments)
+            function = partial(instantiate({**self.plain(), PARTIAL: True}, _convert_="all"), **supplied)
+            return function if self.partial else function()
+        except InstantiationException as error:  # of a target in the arguments
+            cause = error.__cause__ or error
+            if not isinstance(cause, ValueError | InstantiationException):
+                raise cause from None
+            place = str(error).rpartition("full_key: ")[2]
+            raise ValueError(f"{self.key}.{place}: {' '.join(str(cause).split())}") from error
         except ValueError as error:
-            known = str(error).partition(" ")[0] in self.named
-            raise ValueError(f"{self.key}.{error}" if known else f"{self.key}: {error}") from error
+            named = str(error).partition(" ")[0] in self.named
+            raise ValueError(f"{self.key}{'.' if named else ': '}{error}") from error
 
     def plain(self) -> dict[str, Any]:
-        """Return it as a configuration has it."""
+        """Return the target as a configuration writes it."""
         return {TARGET: self.path, **({PARTIAL: True} if self.partial else {}), **self.arguments}
 
 
 def read(key: str, values: Mapping[str, Any]) -> Target:
-    """Return the target that a mapping with `_target_` describes; what it names is imported.
+    """Return the target that a mapping with `_target_` describes; its module is imported.
 
     Args:
-        key: where the configuration has it.
-        values: `_target_`, perhaps `_partial_`, and arguments.
+        key: the place of the mapping in the configuration.
+        values: `_target_`, the arguments, and perhaps `_partial_`.
 
     Raises:
-        ValueError: no such module or name, or an import that fails.
+        ValueError: the path names nothing, or the import fails.
     """
     arguments = {str(name): value for name, value in values.items() if name not in (TARGET, PARTIAL)}
-    path, lazy = values[TARGET], values.get(PARTIAL, False)
+    path, deferred = values[TARGET], values.get(PARTIAL, False)
     function = _located(f"{key}.{TARGET}", path)
     if not callable(function):
-        raise ValueError(f"{key}.{TARGET} must be something to call, got {path}, a {type(function).__name__}")
-    if not isinstance(lazy, bool):
-        raise ValueError(f"{key}.{PARTIAL} must be true or false, got {lazy!r}")
-    return Target(key, path, arguments, function, lazy)
+        raise ValueError(f"{key}.{TARGET} must be callable, got {path}, a {type(function).__name__}")
+    if not isinstance(deferred, bool):
+        raise ValueError(f"{key}.{PARTIAL} must be true or false, got {deferred!r}")
+    return Target(key, path, arguments, function, deferred)
 
 
-def _check_within(key: str, value: Any) -> None:
-    if isinstance(value, Mapping):
-        if TARGET in value:
-            read(key, value).check()
-        else:
-            for name, item in value.items():
-                _check_within(f"{key}.{name}", item)
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            _check_within(f"{key}.{i}", item)
+def _check_nested(key: str, value: Any) -> None:
+    if isinstance(value, Mapping) and TARGET in value:
+        read(key, value).check()
+    elif isinstance(value, Mapping | list | tuple):
+        for name, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _check_nested(f"{key}.{name}", item)
 
 
-def _made(key: str, value: Any) -> Any:
-    """Return a value with all targets in it made; containers are copied."""
-    if isinstance(value, Mapping):
-        if TARGET in value:
-            return read(key, value).make()
-        return {name: _made(f"{key}.{name}", item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_made(f"{key}.{i}", item) for i, item in enumerate(value)]
-    return value
-
-
-def _located(where: str, path: Any) -> Any:
-    """Return what a dotted path names: the import of its first part, then attributes or submodules."""
+def _located(key: str, path: Any) -> Any:
+    """Return what a dotted path names; raise ValueError with the nearest name if it names nothing."""
     if not isinstance(path, str) or not all(part.isidentifier() for part in path.split(".")):
-        raise ValueError(f"{where} must be a dotted path such as package.module.Name, got {path!r}")
-    first, *parts = path.split(".")
-    found: Any = _imported(where, path, first)
-    if found is None:
-        hint = nearest(first, (module.name for module in pkgutil.iter_modules()))
-        raise ValueError(f"{where}={path}: there is no module {first}{hint}")
-    name = first
-    for part in parts:
-        owner, name = name, f"{name}.{part}"
-        inner = getattr(found, part, None)
-        if inner is None and isinstance(found, ModuleType) and hasattr(found, "__path__"):
-            inner = _imported(where, path, name)
-        if inner is None:
-            submodules = (module.name for module in pkgutil.iter_modules(getattr(found, "__path__", [])))
-            hint = nearest(part, [*dir(found), *submodules])
-            raise ValueError(f"{where}={path}: {owner} has no {part}{hint}")
-        found = inner
-    return found
-
-
-def _imported(where: str, path: str, name: str) -> ModuleType | None:
-    """Import a module; None where there is none of that name.
-
-    Raises:
-        ValueError: it is there, but raises while it is imported.
-    """
+        raise ValueError(f"{key} must be a dotted path such as package.module.Name, got {path!r}")
+    parts = path.split(".")
+    owner: Any = None
     try:
-        return import_module(name)
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == name:
-            return None
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{where}={path}: importing {name} failed with {text}") from error
+        for k in range(1, len(parts) + 1):
+            value = pydoc.locate(".".join(parts[:k]))
+            if value is None:
+                break
+            owner = value
+        else:
+            return owner
+    except pydoc.ErrorDuringImport as error:
+        text = " ".join(f"{type(error.value).__name__}: {error.value}".split())
+        raise ValueError(f"{key}={path}: importing {'.'.join(parts[:k])} failed with {text}") from error
+    modules = pkgutil.iter_modules(getattr(owner, "__path__", [])) if k > 1 else pkgutil.iter_modules()
+    hint = nearest(parts[k - 1], [*(dir(owner) if k > 1 else ()), *(module.name for module in modules)])
+    what = f"{'.'.join(parts[: k - 1])} has no {parts[k - 1]}" if k > 1 else f"there is no module {parts[0]}"
+    raise ValueError(f"{key}={path}: {what}{hint}")

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sequel_core.experiment.config import DOCUMENTATION, SECTIONS, flatten
+from sequel_core.experiment.aliases import SECTIONS, flatten
+from sequel_core.experiment.schema import DOCUMENTATION
 from sequel_core.experiment.target import TARGET
 from sequel_core.runs.results import (
     CONFIG,

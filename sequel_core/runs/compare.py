@@ -18,12 +18,13 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Column, Table
 
-from sequel_core.experiment.config import ExperimentConfig, check_name
+from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.runs import learner
 from sequel_core.runs.learner import PLUGINS, Learner, Mode
 from sequel_core.runs.orchestrator import Shown, check_run, run
 from sequel_core.runs.results import CONFIG, TASK_GIVEN, Result, RunDirectory, load_weights
 from sequel_core.runs.signals import InterruptedRunError
+from sequel_core.settings import check_name
 from sequel_core.stream.benchmark import Benchmark
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class _Trial(NamedTuple):
 def _composed(overrides: Sequence[str]) -> tuple[dict[str, list[ExperimentConfig]], list[str], str | None]:
     """Return the experiments of a command line by label, what to tell of them, and `run_dir`."""
     from sequel_core.cli.sweep import combinations, key_of, varied
-    from sequel_core.experiment.compose import request
+    from sequel_core.experiment.overrides import request
 
     asked = request(overrides, sweep=True)
     if asked.hydra:

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sequel_core.experiment.config import flatten
+from sequel_core.experiment.aliases import flatten
 from sequel_core.runs.results import METRICS, RunDirectory, read_metrics
 from sequel_core.runs.services import abandon_wandb
 

@@ -43,7 +43,7 @@ from sequel_benchmarks import (
 )
 from sequel_benchmarks.imagefolder import normalisation_of
 from sequel_core.cli import main
-from sequel_core.experiment.config import canonical
+from sequel_core.experiment.aliases import canonical
 from sequel_core.stream.images import Augmentation
 from sequel_core.stream.task import Split
 

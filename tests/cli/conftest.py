@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sequel_core.experiment.config import ExperimentConfig
+from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.runs import learner
 from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor
 from sequel_core.stream.arrays import FloatArray

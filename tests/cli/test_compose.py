@@ -13,16 +13,10 @@ from sequel_core.algorithms.lamaml import LaMAMLHParams
 from sequel_core.algorithms.mcsgd import MCSGDHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.backbones import MLPHParams
-from sequel_core.experiment.compose import compose, experiments, request
-from sequel_core.experiment.config import (
-    EVALUATION,
-    SECTIONS,
-    ExperimentConfig,
-    choices,
-    flatten,
-    nest,
-    settings,
-)
+from sequel_core.experiment.aliases import SECTIONS, flatten, nest
+from sequel_core.experiment.compose import compose
+from sequel_core.experiment.overrides import experiments, request
+from sequel_core.experiment.schema import EVALUATION, ExperimentConfig, choices, settings
 from sequel_core.hparams import OptimizerHParams, TrainingHParams
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -258,15 +252,15 @@ BAD = [
     (["training.batch_sise=1"], "training.batch_sise is not a setting of training; "
      "did you mean training.batch_size (>= 1)?"),
     (["training=5"], "training must be a group of settings, got 5"),
-    (["backbone.width=0"], "backbone.width must be a whole number >= 1 and <= 100000, got 0"),
+    (["backbone.width=0"], "backbone.width must be >= 1 and <= 100000, got 0"),
     (
         ["backbone.width=8", f"backbone.n_hidden_layers={10**30}"],
-        "backbone.n_hidden_layers must be a whole number >= 1 and <= 1000, got 1000",
+        "backbone.n_hidden_layers must be >= 1 and <= 1000, got 1000",
     ),
     (["backbone.widths=1", "backbone.n_hidden_layers=2"], "backbone.widths must be a list, got 1"),
     (
         ["backbone.widths=[[1],2]", "backbone.n_hidden_layers=2"],
-        "backbone.widths must be a number >= 1 and <= 100000, got [1]",
+        "backbone.widths must be a whole number >= 1 and <= 100000, got [1]",
     ),
     (["backbone.dropout=1"], "backbone.dropout must be >= 0 and < 1, got 1.0"),
     (
@@ -285,7 +279,7 @@ BAD = [
      "permuteddigits, rotateddigits, splitcifar10, splitcifar100, splittinyimagenet, splitimagefolder, got "
      "'mnist'; did you mean splitmnist?"),
     (["benchmark.num_task=3"], "benchmark.num_task is not a setting of rotateddigits; "
-     "did you mean benchmark.num_tasks?"),
+     "did you mean benchmark.num_tasks (>= 1 and <= 10000)?"),
     (["benchmark.num_tasks=a"], "benchmark.num_tasks must be a whole number, got 'a'"),
     (["benchmark.rotation=fixd"], "benchmark.rotation must be one of fixed, bins, uniform, got 'fixd'; "
      "did you mean fixed?"),
@@ -294,19 +288,19 @@ BAD = [
      "logger.wandb.projekt is not a setting of wandb; did you mean logger.wandb.project?"),
     (["wandb.mode=a"], "logger.wandb.mode must be online, offline or disabled, got 'a'"),
     (["mode=jax", "trainer.precision=16"], "trainer.precision is a setting of Lightning's Trainer, got 16 "
-     "with mode=jax; drop it or set mode=pytorch"),
+     "with mode=jax; leave it out or set mode=pytorch"),
     (["trainer.device=2"], "trainer.device is not a setting of trainer; did you mean trainer.devices (>= -1"),
-    (["evaluate_every=0"], "evaluate_every must be task, epoch or a number of steps >= 1, got 0"),
+    (["evaluate_every=0"], "evaluate_every must be >= 1, got 0"),
     (["evaluate_on=train"], "evaluate_on must be one of test, validation, got 'train'"),
     (["evaluate_future=1"], "evaluate_future must be true or false, got 1"),
-    (["expected.avg_acc=0.5e3"], "expected.avg_acc must be a percentage >= 0 and <= 100, got 500.0"),
+    (["expected.avg_acc=0.5e3"], "expected.avg_acc must be >= 0 and <= 100, got 500.0"),
     (["algo=naive,ewc"], "algo=naive,ewc has several values; use `sequel run -m` to sweep over them"),
     (["~optimizer.lr"], "~optimizer.lr would delete a setting; give it a value instead, "
      "for example key=null"),
     (["experiment=ewc_rotated"], "experiment must be one of "),
     ([CODE2, CODE3], "give one FILE, got "),
     ([CODE2, "experiment=ewc_rotatedmnist"], "give a FILE or experiment=NAME, got both: "),
-    (["file=no.yaml"], "file must be a file that can be read, got no.yaml (No such file or directory)"),
+    (["file=no.yaml"], "file must be a readable file, got no.yaml (No such file or directory)"),
     (["no.yaml"], "no.yaml is neither a file nor an override such as algo=ewc"),
     (["ewc_rotatedmnist"], "ewc_rotatedmnist is neither a file nor an override such as algo=ewc; "
      "did you mean +experiment=ewc_rotatedmnist?"),

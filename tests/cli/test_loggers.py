@@ -24,8 +24,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from sequel_core.cli import main
 from sequel_core.cli.sweep import combinations
-from sequel_core.experiment.compose import compose, request
-from sequel_core.experiment.config import choices
+from sequel_core.experiment.compose import compose
+from sequel_core.experiment.overrides import request
+from sequel_core.experiment.schema import choices
 from sequel_core.experiment.target import Target
 from sequel_core.runs import services
 from sequel_core.runs.results import Result, load_result

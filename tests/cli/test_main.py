@@ -7,8 +7,9 @@ from importlib import metadata
 import pytest
 
 from sequel_core.cli import COMMANDS, main
-from sequel_core.experiment.compose import experiments
-from sequel_core.experiment.config import SECTIONS, choices
+from sequel_core.experiment.aliases import SECTIONS
+from sequel_core.experiment.overrides import experiments
+from sequel_core.experiment.schema import choices
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

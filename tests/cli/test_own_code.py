@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from sequel_core.cli import main
+from sequel_core.experiment.build import build_benchmark
 from sequel_core.experiment.compose import compose
-from sequel_core.experiment.config import build_benchmark
 from sequel_core.runs.results import Result, load_result
 from tests.cli.conftest import Plugin
 
@@ -221,7 +221,7 @@ def test_the_choice_of_a_target_and_of_a_name(package: Path) -> None:
         "algo=outside.pytorch_code.Magnitude in place of ewc: dropped the file's algo.ewc_lambda, "
         "expected.avg_acc"
     ]
-    assert compose([]).config.own == {}
+    assert compose([]).config.user_code == {}
     (package / "two.yaml").write_text(
         "callbacks:\n  a: {_target_: outside.pytorch_code.Counter, path: a}\n"
         "  b: {_target_: outside.pytorch_code.Counter, path: b}\n"
@@ -258,7 +258,7 @@ BAD = [
     (["algo._target_=3"],
      "algo._target_ must be a dotted path such as package.module.Name, got 3"),
     (["algo._target_=outside.data"],
-     "algo._target_ must be something to call, got outside.data, a module"),
+     "algo._target_ must be callable, got outside.data, a module"),
     (["algo._target_=outside.data.Turn"],
      "algo._target_ must be a ContinualModule whose hparams_class, or a function (hparams, seed) -> "
      "Algorithm whose first annotation, is a subclass of AlgorithmHParams with a name, got "

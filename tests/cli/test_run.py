@@ -168,10 +168,10 @@ def test_divergence_is_one_line_and_exit_code_1(
          "exemplar of each class, got 9; raise it"),
         (["algo=lamaml", "algo.alpha_init=0"], "algo.alpha_init must be > 0, got 0.0"),
         (["algo=lamaml", "algo.n_inner_updates=3"], "algo.n_inner_updates must divide batch_size=10, got 3"),
-        (["algo=lamaml", "training.grad_clip=1"], "algo.grad_clip_norm is what clips in lamaml, got "
-         "grad_clip=1.0; drop grad_clip"),
-        (["algo=lamaml", "optimizer.lr_decay=0.8"], "algo.lr_decay must be 1 where the rates take the "
-         "optimizer's place, got 0.8; set sync_update=true or drop lr_decay"),
+        (["algo=lamaml", "training.grad_clip=1"], "algo.grad_clip_norm replaces grad_clip in lamaml, got "
+         "grad_clip=1.0; leave grad_clip out"),
+        (["algo=lamaml", "optimizer.lr_decay=0.8"], "algo.lr_decay must be 1 with sync_update=false, "
+         "which uses no optimizer, got 0.8; set sync_update=true or leave lr_decay out"),
         (["algo=mcsgd", "algo.lmc_line_samples=1"], "algo.lmc_line_samples must be >= 2 and <= 1000"),
         (["algo=mcsgd", "algo.mem_size=42", "benchmark.num_tasks=5"], "algo.mem_size must divide into the 5 "
          "equal parts of memory=task_quota, one for each task, got 42; use 40 or 45"),

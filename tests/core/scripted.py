@@ -10,7 +10,7 @@ from zlib import crc32
 import numpy as np
 
 from sequel_core.algorithms.ewc import EWCHParams
-from sequel_core.experiment.config import ExperimentConfig
+from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
 from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor, Learner, Mode, Progress
 from sequel_core.stream.arrays import FloatArray

@@ -43,9 +43,9 @@ class Example(Settings):
     [
         ("count", 0, "count must be >= 1, got 0"),
         ("count", 1.5, "count must be a whole number >= 1, got 1.5"),
-        ("count", "ten", "count must be a number >= 1, got 'ten'"),
-        ("count", True, "count must be a number >= 1, got True"),
-        ("count", None, "count must be a number >= 1, got None"),
+        ("count", "ten", "count must be a whole number >= 1, got 'ten'"),
+        ("count", True, "count must be a whole number >= 1, got True"),
+        ("count", None, "count must be a whole number >= 1, got None"),
         ("rate", 0.0, "rate must be > 0 and < 1, got 0.0"),
         ("rate", 1, "rate must be > 0 and < 1, got 1.0"),
         ("rate", math.nan, "rate must be > 0 and < 1, got nan"),
@@ -111,7 +111,7 @@ def test_settings_cannot_be_changed() -> None:
         (StableSGDHParams, {"decay_first": "no"}, "decay_first must be true or false, got 'no'"),
         (ERHParams, {"mem_size": -1}, "mem_size must be >= 0, got -1"),
         (ERHParams, {"mem_size": 10.5}, "mem_size must be a whole number >= 0, got 10.5"),
-        (ERHParams, {"mem_size": None}, "mem_size must be a number >= 0, got None"),
+        (ERHParams, {"mem_size": None}, "mem_size must be a whole number >= 0, got None"),
         (ERHParams, {"per_task_memory_samples": -2}, "per_task_memory_samples must be >= 0, got -2"),
         (ERHParams, {"mem_batch_size": 0}, "mem_batch_size must be >= 1, got 0"),
         (
@@ -135,7 +135,7 @@ def test_settings_cannot_be_changed() -> None:
         (
             OptimizerHParams,
             {"type": "adam", "momentum": 0.9},
-            "momentum and nesterov belong to sgd, got type=adam",
+            "momentum is only used with type=sgd, got momentum=0.9 with type=adam; set type=sgd or leave",
         ),
         (OptimizerHParams, {"nesterov": True}, "nesterov needs momentum > 0"),
         (TrainingHParams, {"batch_size": 0}, "batch_size must be >= 1, got 0"),

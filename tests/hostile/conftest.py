@@ -9,7 +9,7 @@ import pytest
 
 import sequel_lightning._torchvision  # noqa: F401 - what the plug-in would have done
 from sequel_benchmarks import cache, data
-from sequel_core.experiment.config import ExperimentConfig
+from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.runs import learner
 from sequel_core.runs.learner import Learner
 from sequel_core.stream.benchmark import Benchmark

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from sequel_core.experiment.config import SECTIONS, choices, settings
+from sequel_core.experiment.aliases import SECTIONS
+from sequel_core.experiment.schema import choices, settings
 from tests.hostile.fuzzing import Dumper, Sandbox, altered, hostile, inputs, mutated
 
 ROOT = Path(__file__).parents[2]

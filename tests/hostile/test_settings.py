@@ -13,17 +13,10 @@ import yaml
 from sequel_benchmarks import PermutedSettings, RotatedSettings, SplitSettings
 from sequel_core.algorithms import ALGORITHMS
 from sequel_core.backbones import BACKBONES
-from sequel_core.experiment.compose import compose
-from sequel_core.experiment.config import (
-    SECTIONS,
-    ExperimentConfig,
-    build,
-    build_benchmark,
-    canonical,
-    choices,
-    merge,
-    settings,
-)
+from sequel_core.experiment.aliases import SECTIONS, canonical
+from sequel_core.experiment.build import build, build_benchmark
+from sequel_core.experiment.compose import compose, merge
+from sequel_core.experiment.schema import ExperimentConfig, choices, settings
 from sequel_core.hparams import CheckpointHParams, OptimizerHParams, TrainerHParams, TrainingHParams
 from sequel_core.settings import Settings, allowed
 from tests.hostile.fuzzing import Sandbox

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sequel_core.backbones import TorchvisionHParams
-from sequel_core.experiment.config import BenchmarkConfig, ExperimentConfig
+from sequel_core.experiment.schema import BenchmarkConfig, ExperimentConfig
 from sequel_lightning.backbones import TorchvisionModel, initialise
 from sequel_lightning.backbones.torchvision import load_models
 

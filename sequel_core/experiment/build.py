@@ -1,0 +1,357 @@
+"""From canonical values to a checked experiment, and from an experiment to its benchmark and callbacks."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sequel_core.algorithms import ALGORITHMS
+from sequel_core.backbones import BACKBONES, MAX_UNITS, MLPHParams
+from sequel_core.experiment.aliases import SECTIONS, SHAPE, Layer, nest, spelling
+from sequel_core.experiment.schema import (
+    CLASSES,
+    DOCUMENTATION,
+    EVALUATION,
+    BenchmarkConfig,
+    Expected,
+    ExperimentConfig,
+    benchmarks,
+    callback_class,
+    check_callback,
+    choices,
+    plain,
+    settings,
+    typed_fields,
+    user_hparams,
+)
+from sequel_core.experiment.target import TARGET, Target, read
+from sequel_core.hparams import CheckpointHParams, OptimizerHParams, TrainerHParams, TrainingHParams
+from sequel_core.runs import learner
+from sequel_core.runs.callbacks import StreamCallback
+from sequel_core.runs.learner import PLUGINS, Mode
+from sequel_core.runs.services import MASK
+from sequel_core.settings import Settings, check_name, nearest, setting, validator
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.plan import check_batch_size
+
+S = TypeVar("S", bound=Settings)
+
+SUPPLIED = {
+    "backbone": ("num_classes", "image_shape", "rngs"),
+    "benchmark": ("batch_size", "eval_batch_size"),
+    "logger": ("save_dir", "log_dir", "logdir", "directory"),
+    "callbacks": ("directory",),
+}
+"""Arguments of user code that it is given, by name, if its signature has them."""
+
+
+@dataclass(frozen=True)
+class Shape(Settings):
+    """The shape of a multi-layer perceptron, as an alternative to `widths`."""
+
+    width: int | None = setting(None, "number of units of every hidden layer", ge=1, le=MAX_UNITS)
+    n_hidden_layers: int | None = setting(None, "number of hidden layers", ge=1, le=1000)
+
+
+def user_code(section: str, values: Mapping[str, Any], mode: Mode) -> Target:
+    """Return what the `_target_` of a section names, with its arguments in the spelling of its signature.
+
+    The plug-in is imported first, because it must set up torchvision before any other import of it.
+
+    Raises:
+        ValueError: the path names nothing, an import fails, or the plug-in is not installed.
+    """
+    check_name("mode", mode, PLUGINS)
+    learner.plugin(mode)
+    target = read(section, values)
+    known = {spec.key for spec in settings(section, target)}
+    return replace(target, arguments={spelling(section, k, known): v for k, v in target.arguments.items()})
+
+
+def drop_foreign(layer: Layer, section: str, name: str | Target) -> list[str]:
+    """Remove the settings of a section that its choice `name` does not have; return their keys."""
+    known = {spec.key for spec in settings(section, name)}
+    kept = known | {TARGET if isinstance(name, Target) else SECTIONS[section]}
+    if section == "backbone" and not isinstance(name, Target):
+        kept |= {"num_classes", *(SHAPE if name == "mlp" else ())}
+    keys = {path: path.split(".")[1] for path in layer if path.startswith(f"{section}.")}
+    if isinstance(name, Target):
+        keys = {path: spelling(section, key, known) for path, key in keys.items()}
+    foreign = [path for path, key in keys.items() if key not in kept]
+    for path in foreign:
+        del layer[path]
+    return [path for path in foreign if path.split(".")[1] not in (TARGET, SECTIONS[section])]
+
+
+def build(flat: Layer) -> ExperimentConfig:
+    """Return the experiment that merged canonical values describe.
+
+    Raises:
+        ValueError: an unknown name or key, with the nearest one, or a value out of range.
+    """
+    for path, value in flat.items():
+        if value == MASK:
+            raise ValueError(f"{path} is a secret that was masked when the run was recorded; give its value")
+    values = nest(flat)
+    for section, key in SECTIONS.items():
+        if isinstance(values.get(section), Mapping) and TARGET not in values[section]:
+            check_name(section, values[section].get(key), choices(section))
+    _check_top(values)
+    mode = values.get("mode", "pytorch")
+    groups = {section: dict(values.get(section, {})) for section in (*SECTIONS, *CLASSES)}
+    code = {name: user_code(name, groups[name], mode) for name in SECTIONS if TARGET in groups[name]}
+    num_classes = groups["backbone"].get("num_classes")
+    names = {name: groups[name].pop(key) for name, key in SECTIONS.items() if name not in code}
+    if "backbone" in names:
+        groups["backbone"].pop("num_classes", None)
+        _widths(groups["backbone"])
+    for section, group in groups.items():
+        if section in code:
+            _check_user_code(section, code[section], mode)
+        else:
+            _check_keys(section, group, names.get(section, ""))
+    hparams = user_hparams(code["algo"]) if "algo" in code else ALGORITHMS[names["algo"]]
+    optimizer = {"type": names["optimizer"], **groups["optimizer"]} if "optimizer" in names else {}
+    trainer = _settings(TrainerHParams, "trainer", groups["trainer"])
+    expected = values.get("expected") or {}
+    if not isinstance(expected, Mapping):
+        raise ValueError(f"expected must be a group such as `avg_acc: 46.3`, got {expected!r}")
+    known = {spec.name for spec in fields(Expected)}
+    _settings(Expected, "expected", {key: value for key, value in expected.items() if key in known})
+    others: dict[str, Any] = {key: values[key] for key in EVALUATION if key in values}
+    others |= {key: str(values[key]) for key in DOCUMENTATION[1:] if key in values}
+    return ExperimentConfig(
+        mode=mode,
+        algo=_settings(hparams, "algo", code["algo"].arguments if "algo" in code else groups["algo"]),
+        benchmark=_benchmark(names["benchmark"], groups["benchmark"])
+        if "benchmark" in names
+        else BenchmarkConfig(code["benchmark"].path, code["benchmark"].arguments),
+        backbone=_settings(BACKBONES[names["backbone"]], "backbone", groups["backbone"])
+        if "backbone" in names
+        else MLPHParams(),
+        optimizer=_settings(OptimizerHParams, "optimizer", optimizer),
+        training=_settings(TrainingHParams, "training", groups["training"]),
+        checkpoint=_settings(CheckpointHParams, "checkpoint", groups["checkpoint"]),
+        trainer={key: plain(getattr(trainer, key)) for key in groups["trainer"]},
+        logger=_loggers(values.get("logger"), mode),
+        callbacks=tuple(_targets("callbacks", values.get("callbacks"), mode).values()),
+        user_code=code,
+        num_classes=num_classes,
+        expected=dict(expected),
+        **others,
+    )
+
+
+def _check_top(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for an unknown key at the top of a configuration, or a section that is no group."""
+    sections = (*SECTIONS, *CLASSES)
+    known = ("mode", *dict.fromkeys(sections), "logger", "callbacks", *EVALUATION, *DOCUMENTATION)
+    for key, value in values.items():
+        if key not in known:
+            paths = {"seed": "seed"}
+            for section in sections:
+                for name in choices(section) if section in SECTIONS else [""]:
+                    paths |= {spec.key: f"{section}.{spec.key}" for spec in settings(section, name)}
+            hint = nearest(key, paths | {name: name for name in known})
+            names = ", ".join(known)
+            raise ValueError(f"{key} is not a setting{hint or f'; there are {names}'}")
+        if key in sections and not isinstance(value, Mapping):
+            raise ValueError(f"{key} must be a group of settings, got {value!r}")
+
+
+def _check_keys(section: str, group: Mapping[str, Any], name: str | Target) -> None:
+    """Raise ValueError for the first key that is not a setting, with the nearest one and its range."""
+    where = f"logger.{name}" if section == "logger" else section
+    known = {spec.key: spec for spec in settings(section, name)}
+    for key in (key for key in group if key not in known):
+        owner = name.path if isinstance(name, Target) else name or section
+        others = [
+            other
+            for other in (choices(section) if isinstance(name, str) and name else [])
+            if key in {spec.key for spec in settings(section, other)}
+        ]
+        ranges = {spec.key: f" ({spec.allowed})" if spec.allowed else "" for spec in known.values()}
+        hint = nearest(key, {name: f"{where}.{name}{text}" for name, text in ranges.items()})
+        if others:
+            hint = f"; it belongs to {', '.join(others)}"
+        hint = hint or f"; its settings are {', '.join(known) or 'none'}"
+        raise ValueError(f"{where}.{key} is not a setting of {owner}{hint}")
+
+
+def _check_user_code(section: str, target: Target, mode: Mode) -> None:
+    """Raise ValueError if user code cannot be called as its section does, or lacks an argument."""
+    if section == "algo":
+        callable_in_mode = (
+            inspect.isclass(target.function) if mode == "pytorch" else "seed" in target.parameters
+        )
+        if not callable_in_mode:
+            wanted = {"pytorch": "a ContinualModule", "jax": "a function (hparams, seed) -> Algorithm"}[mode]
+            raise ValueError(
+                f"{section}.{TARGET} must be {wanted} with mode={mode}, got {target.path}; a file for both "
+                "modes can write ${mode} within the path"
+            )
+        _check_keys(section, target.arguments, target)
+    elif section == "optimizer" and mode == "pytorch":
+        target.check(list(target.named)[:1])  # the parameters of the network
+    else:
+        target.check(SUPPLIED.get(section, ()))
+
+
+@contextmanager
+def _named(section: str, known: Callable[[str], bool] = lambda name: True) -> Iterator[None]:
+    """Put the section before the message of a ValueError whose first word is a known setting."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{section}.{error}" if known(str(error).partition(" ")[0]) else error) from error
+
+
+def _settings(cls: type[S], section: str, group: Mapping[str, Any]) -> S:
+    with _named(section):
+        return cls(**group)
+
+
+def _benchmark(name: str, arguments: Mapping[str, Any]) -> BenchmarkConfig:
+    """Return the benchmark with its arguments, whose types are checked; it checks their ranges itself."""
+    with _named("benchmark"):
+        validator(name, typed_fields("benchmark", name))(arguments)
+    return BenchmarkConfig(name, {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
+
+
+def _widths(group: dict[str, Any]) -> None:
+    """Replace `width` and `n_hidden_layers` by `widths`."""
+    width, count = group.pop("width", None), group.pop("n_hidden_layers", None)
+    with _named("backbone"):
+        Shape(width, count)
+    if width is None and count is None:
+        return
+    widths = group.get("widths", MLPHParams().widths)
+    if not isinstance(widths, list | tuple):
+        raise ValueError(f"backbone.widths must be a list, got {widths!r}")
+    if width is None:
+        if len({repr(units) for units in widths}) != 1:
+            raise ValueError(
+                f"backbone.n_hidden_layers needs backbone.width, got widths {list(widths)}; "
+                "give widths instead"
+            )
+        width = widths[0]
+    group["widths"] = (width,) * (len(widths) if count is None else count)
+
+
+def _targets(key: str, value: Any, mode: Mode) -> dict[str, Target]:
+    """Return the targets of `logger` or `callbacks`: None, one, a list of them, or a mapping of names."""
+    items: Mapping[str, Any] = {key: value}
+    if isinstance(value, Mapping) and TARGET not in value:
+        items = {f"{key}.{name}": item for name, item in value.items()}
+    elif isinstance(value, list | tuple):
+        items = {f"{key}.{i}": item for i, item in enumerate(value)}
+    targets = {}
+    for name, item in items.items():
+        if item is None:  # `callbacks.early=null` removes the one of a file
+            continue
+        if not isinstance(item, Mapping) or TARGET not in item:
+            raise ValueError(f"{name} must be settings with `{TARGET}`, or null, got {item!r}")
+        targets[name] = user_code(name, item, mode)
+        targets[name].check(SUPPLIED[key])
+    return targets
+
+
+def _loggers(values: Any, mode: Mode) -> dict[str, Target | Mapping[str, Any]]:
+    """Return the loggers by name; null removes one of a file."""
+    if not isinstance(values, Mapping) or TARGET in values:
+        return {str(i): target for i, target in enumerate(_targets("logger", values, mode).values())}
+    known = choices("logger")
+    loggers: dict[str, Target | Mapping[str, Any]] = {}
+    for name, item in values.items():
+        if isinstance(item, Mapping) and TARGET in item:
+            (loggers[name],) = _targets("logger", {name: item}, mode).values()
+        elif name in known and isinstance(item, Mapping):
+            _check_keys("logger", item, name)
+            loggers[name] = {spec.key: item.get(spec.key, spec.default) for spec in settings("logger", name)}
+        elif item is not None:
+            raise ValueError(
+                f"logger must be one of {', '.join(known)}, or settings with `{TARGET}`, got "
+                f"{item if name in known else name!r}{nearest(name, set(known) - {name})}"
+            )
+    return loggers
+
+
+def build_callbacks(config: ExperimentConfig, run_dir: Path) -> tuple[list[StreamCallback], list[Any]]:
+    """Make the callbacks of an experiment.
+
+    Args:
+        config: the experiment.
+        run_dir: directory of the run, for callbacks with an argument `directory`.
+
+    Returns:
+        The callbacks for `sequel_core.run`, and those for the learner. One that is both is in both lists.
+
+    Raises:
+        ValueError: one is neither, or the code raises it.
+    """
+    callbacks = [target.make(directory=os.fspath(run_dir)) for target in config.callbacks]
+    for target, callback in zip(config.callbacks, callbacks, strict=True):
+        check_callback(target, type(callback), config.mode)
+    for_learner = [
+        callback for callback in callbacks if issubclass(type(callback), callback_class(config.mode))
+    ]
+    return [callback for callback in callbacks if isinstance(callback, StreamCallback)], for_learner
+
+
+def build_benchmark(config: ExperimentConfig) -> Benchmark:
+    """Make the benchmark of an experiment, and check the settings that depend on it, before any training.
+
+    Raises:
+        ValueError: an argument is out of range; data is missing or damaged; `num_classes` is not that of the
+            benchmark; a batch is larger than a task; `epochs_per_task` has too few entries; a setting of the
+            algorithm does not fit the batch or the stream; or there are no validation samples to evaluate on.
+    """
+    name, arguments = config.benchmark
+    if "benchmark" in config.user_code:
+        benchmark = user_benchmark(config.user_code["benchmark"], config.training)
+    else:
+        with _named("benchmark", {spec.key for spec in settings("benchmark", name)}.__contains__):
+            benchmark = benchmarks()[name](**arguments)
+    if config.num_classes not in (None, benchmark.num_classes):
+        raise ValueError(
+            f"backbone.num_classes must be the benchmark's {benchmark.num_classes}, "
+            f"got {config.num_classes!r}; leave it out"
+        )
+    with _named("training"):
+        config.training.epochs(len(benchmark) - 1)
+    with _named("algo", {spec.name for spec in fields(config.algo)}.__contains__):
+        config.algo.check(benchmark.spec, config.training)
+        stages = list(config.algo.training_tasks(benchmark, config.training.seed))
+    for task in stages:
+        check_batch_size(task.index, len(task.train), config.training.batch_size)
+    empty = next((task.index for task in benchmark.tasks if len(task.validation) == 0), None)
+    if config.evaluate_on == "validation" and empty is not None:
+        raise ValueError(
+            f"evaluate_on=validation needs validation samples, got none in task {empty}; "
+            "set benchmark.validation, for example to 0.1"
+        )
+    return benchmark
+
+
+def user_benchmark(target: Target, training: TrainingHParams) -> Benchmark:
+    """Return the stream that user code makes: a Benchmark, or an object with `prepare_datasets()`.
+
+    Raises:
+        ValueError: the code makes something else, or raises it.
+    """
+    made = target.make(batch_size=training.batch_size, eval_batch_size=training.eval_batch_size)
+    if isinstance(made, Benchmark):
+        return made
+    if not hasattr(made, "prepare_datasets"):
+        raise ValueError(
+            f"{target.key}.{TARGET} must give a Benchmark or an object with prepare_datasets(), got a "
+            f"{type(made).__name__} from {target.path}"
+        )
+    benchmark: Benchmark = import_module("sequel_benchmarks").from_prepared(made)
+    return benchmark
