@@ -21,7 +21,7 @@ import numpy as np
 import pooch
 from filelock import FileLock
 
-from sequel_core.runs.results import read_json
+from sequel_core.runs.files import read_json
 from sequel_core.stream.arrays import IntArray, UInt8Array
 
 NPY_FILES = ("train_images.npy", "train_labels.npy", "test_images.npy", "test_labels.npy")

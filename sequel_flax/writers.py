@@ -20,7 +20,6 @@ from sequel_core.runs.loggers import (
     JsonLines,
     end_summary,
     hparams_summaries,
-    leave_event_errors_to_the_caller,
     markdown_table,
     number,
 )
@@ -368,7 +367,6 @@ class TensorBoardWriter(SilentWriter):
         if self._file is None:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-            leave_event_errors_to_the_caller()
             self._file = EventFileWriter(str(self._directory), QUEUED_EVENTS, FLUSH_SECONDS)
             self._add(self._first_step, session_log=SessionLog(status=SessionLog.START))
         self._file.add_event(Event(wall_time=time.time(), step=int(step), **content))

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sequel_core.hparams import TrainingHParams
+from sequel_core.runs.files import errors_naming
 from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
-from sequel_core.runs.results import naming
 from sequel_core.stream import plan
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import StreamSpec
@@ -299,7 +299,7 @@ class StraightToFile(TorchCheckpointIO):
         """Write a file; half of one is left where it fails."""
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with naming(file), file.open("wb") as stream:
+        with errors_naming(file), file.open("wb") as stream:
             try:
                 torch.save(checkpoint, stream)
             except RuntimeError as error:  # of the archive's end, which torch writes after a failed write too

@@ -22,7 +22,6 @@ from sequel_core.runs.loggers import (
     Loggers,
     end_summary,
     hparams_summaries,
-    leave_event_errors_to_the_caller,
     markdown_table,
 )
 from sequel_core.runs.services import comet_experiment, wandb_arguments
@@ -46,8 +45,6 @@ class TrainersLoggers(Loggers):
                 own = getattr(logger, name)
                 call = partial(_without_epoch, own) if name == "log_metrics" else own
                 setattr(logger, name, partial(self.attempt, logger, call))
-            if isinstance(logger, TensorBoardLogger):
-                leave_event_errors_to_the_caller()
 
     def close(self, failed: bool) -> None:
         """Close the loggers and give them back as they were."""

@@ -35,10 +35,12 @@ from sequel_core.experiment.overrides import CONFIGS, one_line, quoted, request
 from sequel_core.experiment.schema import SPREAD, ExperimentConfig, settings
 from sequel_core.runs import learner
 from sequel_core.runs.callbacks import StreamCallback
+from sequel_core.runs.directory import CONFIG, ERROR, RunDirectory
 from sequel_core.runs.learner import DivergenceError
 from sequel_core.runs.orchestrator import Resume, Shown
-from sequel_core.runs.results import CONFIG, ERROR, PACKAGE, Result, RunDirectory
+from sequel_core.runs.results import Result
 from sequel_core.runs.signals import InterruptedRunError
+from sequel_core.runs.versions import PACKAGE
 from sequel_core.stream.benchmark import Benchmark
 
 VALIDATION = 0.1

@@ -36,7 +36,9 @@ from sequel_core.experiment.overrides import (
 )
 from sequel_core.experiment.schema import ExperimentConfig, choices
 from sequel_core.experiment.target import TARGET, Target
-from sequel_core.runs.results import CONFIG, METRICS, SUMMARY, WRITER, other_version, read_yaml, writer
+from sequel_core.runs.directory import CONFIG, METRICS, SUMMARY, writer
+from sequel_core.runs.files import read_yaml
+from sequel_core.runs.versions import WRITER, version_note
 from sequel_core.settings import check_name
 
 PLACES = ("file", "experiment", "run_dir")
@@ -214,7 +216,7 @@ def other_version_of(overrides: Sequence[str]) -> str:
     """Return a note for an error if the FILE belongs to a run of another version, else an empty text."""
     for path in map(Path, overrides):
         if path.name == CONFIG and any(path.with_name(name).is_file() for name in (METRICS, SUMMARY)):
-            return other_version(writer(path.parent), "the settings were")
+            return version_note(writer(path.parent), "the settings were")
     return ""
 
 

@@ -17,19 +17,10 @@ import numpy as np
 from sequel_core.experiment.aliases import SECTIONS, flatten
 from sequel_core.experiment.schema import DOCUMENTATION
 from sequel_core.experiment.target import TARGET
-from sequel_core.runs.results import (
-    CONFIG,
-    ERROR,
-    MATRIX,
-    METRICS,
-    SUMMARY,
-    TASK_GIVEN,
-    WRITER,
-    Result,
-    load_result,
-    read_metrics,
-)
+from sequel_core.runs.directory import CONFIG, ERROR, MATRIX, METRICS, SUMMARY
+from sequel_core.runs.results import TASK_GIVEN, Result, load_result, read_metrics
 from sequel_core.runs.statistics import interval
+from sequel_core.runs.versions import WRITER
 from sequel_core.stream.arrays import FloatArray
 
 SEEDS = ("seed", "training.seed", "benchmark.seed")

@@ -1,4 +1,4 @@
-"""Callbacks of the orchestrator: what happens around tasks, the same object with either framework."""
+"""Callbacks of the orchestrator, called around tasks by both frameworks."""
 
 from __future__ import annotations
 
@@ -12,32 +12,51 @@ if TYPE_CHECKING:
 
 
 class StreamCallback:
-    """Called by `sequel_core.run` around the stream and each of its tasks; override what is of use.
+    """Base class of callbacks that `sequel_core.run` calls around the stream and around each task.
 
-    What happens within a task belongs to Lightning's callbacks and to the hooks of `sequel_flax`; an object
-    may be of both kinds. A resumed run calls `on_stream_start` again and then goes on where it was. An error
-    ends the run.
+    Override the methods that you need. For events within a task, use Lightning callbacks or the hooks of
+    `sequel_flax`; one object may be both. A resumed run calls `on_stream_start` again and continues with the
+    next task. An exception in a callback ends the run.
+
+    Example:
+        >>> import numpy as np
+        >>> from sequel_core import StreamCallback
+        >>> class PrintAverage(StreamCallback):
+        ...     def on_task_end(self, learner, task, matrix):
+        ...         print(f"{task.name}: {np.nanmean(matrix[task.index]):.2f}")
+
+        Pass it as `sequel_core.run(learner, benchmark, callbacks=[PrintAverage()])`.
     """
 
     def on_stream_start(self, learner: Learner, benchmark: Benchmark) -> None:
-        """Before anything is evaluated or trained on."""
-
-    def on_task_start(self, learner: Learner, task: Task) -> None:
-        """Before the training on a task."""
-
-    def on_task_end(self, learner: Learner, task: Task, matrix: FloatArray) -> None:
-        """After the training on a task and the evaluation that follows it.
+        """Called before the first evaluation and the first training step.
 
         Args:
-            learner: as it is then.
-            task: the one just trained on.
-            matrix: accuracies `[T, T]` so far, nan where not evaluated; row `task.index` is the new one.
+            learner: with its initial weights, or those of the checkpoint that the run resumes from.
+            benchmark: the stream.
+        """
+
+    def on_task_start(self, learner: Learner, task: Task) -> None:
+        """Called before the training on a task.
+
+        Args:
+            learner: as the previous task has left it.
+            task: to be trained on.
+        """
+
+    def on_task_end(self, learner: Learner, task: Task, matrix: FloatArray) -> None:
+        """Called after the training on a task and the evaluation that follows it.
+
+        Args:
+            learner: after the task.
+            task: that was trained on.
+            matrix: a copy of the accuracies `[T, T]` so far, nan if not evaluated; row `task.index` is new.
         """
 
     def on_stream_end(self, learner: Learner, matrix: FloatArray) -> None:
-        """After the last task; not where the run was broken off.
+        """Called after the last task, unless the run was interrupted or failed.
 
         Args:
-            learner: as it is then.
-            matrix: accuracies `[T, T]`, nan where not evaluated.
+            learner: after the last task.
+            matrix: a copy of the accuracies `[T, T]`, nan if not evaluated.
         """

@@ -1,119 +1,102 @@
-"""Checkpoints of a run: numbered directories, trusted only with a manifest over all that they hold.
+"""Checkpoints of a run: numbered directories, each with a manifest of its files.
 
     <run_dir>/checkpoints/<number>/
-        ...             what the learner writes: `state/` of orbax, or `lightning.ckpt`
-        run.json        the orchestrator's part: where in the stream the run is, the accuracy matrix, ...
+        ...             the learner's part: `state/` of orbax, or `lightning.ckpt`
+        run.json        the orchestrator's part: position in the stream, accuracy matrix, ...
         manifest.json   size and sha256 of every other file; written last
 
-A directory without its manifest is half of a checkpoint and is never chosen; one with a flipped byte is found
-before anything is loaded from it.
+A directory without a manifest is incomplete and is never used. A directory whose files do not match the
+manifest is damaged, which is detected before anything is loaded from it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import re
-import reprlib
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sequel_core.runs.results import PACKAGE, other_version, read_json, versions, write_json
+from sequel_core.hparams import CheckpointHParams
+from sequel_core.runs.directory import RunDirectory
+from sequel_core.runs.files import read_json, write_json
+from sequel_core.runs.learner import Learner
+from sequel_core.runs.signals import Signals
+from sequel_core.runs.state import RunState, check_state
+from sequel_core.runs.versions import PACKAGE, loaded_versions, version_note
 
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 RUN = "run.json"
 FORMAT = 1
 NAME = r"[0-9]+"
-HALF = rf"{NAME}(\.orbax-checkpoint-tmp.*)?"  # under such a name orbax writes
+PARTIAL = rf"{NAME}(\.orbax-checkpoint-tmp.*)?"  # orbax first writes under such a name
 
 
 class CheckpointWarning(UserWarning):
-    """A run goes on, but not from where, or not with what, one would expect."""
+    """A damaged checkpoint was skipped, or a run resumes with other versions of its libraries."""
 
 
 class Checkpoint(NamedTuple):
-    """A whole checkpoint."""
+    """A complete checkpoint."""
 
     path: Path
-    run: dict[str, Any]  # the orchestrator's part
+    run: dict[str, Any]  # the orchestrator's part, contents of `run.json`
 
     def check(self, num_tasks: int) -> None:
-        """Refuse an orchestrator's part that no run over so many tasks has written.
+        """Check the orchestrator's part.
+
+        Args:
+            num_tasks: number of tasks in the stream.
 
         Raises:
-            ValueError: a value is missing, or has another kind, shape or range; it is named.
+            ValueError: a value is missing, or has another type, shape or range; the error names it.
         """
+        try:
+            check_state(self.run, num_tasks)
+        except ValueError as error:
+            raise self.unusable(f": in its {RUN}, {error}") from error
 
-        def number(value: Any) -> bool:
-            return type(value) in (int, float) and math.isfinite(value)
+    def unusable(self, reason: str) -> ValueError:
+        """Return the error for a checkpoint that is undamaged but does not fit."""
+        return ValueError(
+            f"checkpoint {self.path} cannot be used, although it is undamaged{reason}; delete it to resume "
+            f"from the previous one{self.version_note()}"
+        )
 
-        def numbers(values: Any) -> bool:
-            return isinstance(values, dict) and all(v is None or number(v) for v in values.values())
-
-        def fractions(values: Any, *shape: int) -> bool:
-            if not shape:
-                return values is None or (number(values) and 0 <= values <= 1)
-            length, *rest = shape
-            return (
-                isinstance(values, list)
-                and len(values) == length
-                and all(fractions(v, *rest) for v in values)
-            )
-
-        def place(value: Any) -> bool:
-            task, part = value if isinstance(value, list) and len(value) == 2 else (None, None)
-            return type(task) is int and -1 <= task < num_tasks and part in ("train", "evaluate")
-
-        rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-            "done": (place, f"a task from -1 to {num_tasks - 1} and train or evaluate"),
-            "matrix": (lambda v: fractions(v, num_tasks, num_tasks), f"{num_tasks} x {num_tasks} fractions"),
-            "baseline": (lambda v: v is None or fractions(v, num_tasks), f"{num_tasks} fractions or null"),
-            "extra": (numbers, "numbers by name"),
-            "seconds": (lambda v: numbers(v) and None not in v.values(), "numbers by name"),
-            "total_seconds": (number, "a number"),
-            "metrics_bytes": (lambda v: type(v) is int and v >= 0, "a whole number >= 0"),
-            "versions": (lambda v: isinstance(v, dict), "versions by name"),
-        }
-        for name, (holds, rule) in rules.items():
-            if name not in self.run or not holds(self.run[name]):
-                got = reprlib.repr(self.run[name]) if name in self.run else "none"
-                raise ValueError(
-                    f"checkpoint {self.path} cannot be used, though it is whole: in its {RUN}, {name} must "
-                    f"be {rule}, got {got}; remove it to go on from the one before{self.other_version()}"
-                )
-
-    def other_version(self) -> str:
-        """Return what an error adds if another version of this package wrote the checkpoint; else nothing."""
-        known = self.run.get("versions")
-        return other_version(known[PACKAGE]) if isinstance(known, dict) and PACKAGE in known else ""
+    def version_note(self) -> str:
+        """Return a note for the end of an error if another version of this package wrote the checkpoint."""
+        recorded = self.run.get("versions")
+        known = isinstance(recorded, dict) and PACKAGE in recorded
+        return version_note(recorded[PACKAGE]) if known else ""
 
     def warn_of_versions(self) -> None:
-        """Warn where other versions of the libraries wrote it than are loaded now."""
-        now = versions()
+        """Warn if the checkpoint was written with other versions of libraries that are loaded now."""
+        now = loaded_versions()
         changed = [
-            f"{name} {then} (now {now[name]})"
-            for name, then in self.run["versions"].items()
-            if name in now and now[name] != then
+            f"{name} {version} (now {now[name]})"
+            for name, version in self.run["versions"].items()
+            if name in now and now[name] != version
         ]
         if changed:
-            told = (
-                f"checkpoint {self.path} was written with {', '.join(changed)}; the run goes on, but may end "
-                "with other roundings than one that never stopped"
+            warnings.warn(
+                f"checkpoint {self.path} was written with {', '.join(changed)}; the run continues, but its "
+                "results may differ by rounding from those of an uninterrupted run",
+                CheckpointWarning,
+                stacklevel=2,
             )
-            warnings.warn(told, CheckpointWarning, stacklevel=2)
 
 
 class Checkpoints:
-    """Writes and finds the checkpoints of one run directory.
+    """Writes, finds and removes the checkpoints of one run directory.
 
     Args:
-        run_dir: of the run.
-        keep: the newest so many are kept, >= 1.
+        run_dir: directory of the run.
+        keep: number of newest checkpoints to keep, >= 1.
     """
 
     def __init__(self, run_dir: Path, keep: int = 2) -> None:
@@ -124,14 +107,15 @@ class Checkpoints:
         self._pending: Future[None] | None = None
 
     def save(self, write: Callable[[Path], Callable[[], None]], run: Mapping[str, Any]) -> None:
-        """Write a checkpoint; what can be done in the background is.
+        """Write a checkpoint, part of it in the background.
 
         Args:
-            write: writes the learner's part into a directory and returns what waits for the end of that.
-            run: the orchestrator's part, plain values.
+            write: writes the learner's part into a directory; returns a function that waits until it is
+                complete.
+            run: the orchestrator's part, plain values and arrays.
 
         Raises:
-            OSError: this one, or the one before, could not be written.
+            OSError: this checkpoint or the previous one could not be written.
         """
         self.wait()
         self._last += 1
@@ -141,7 +125,7 @@ class Checkpoints:
         self._pending = self._worker.submit(self._finish, path, finish, {"format": FORMAT, **run})
 
     def wait(self) -> None:
-        """Wait for the checkpoint that is being written, if one is.
+        """Wait until the checkpoint in progress, if any, is written.
 
         Raises:
             OSError: it could not be written.
@@ -151,17 +135,23 @@ class Checkpoints:
             pending.result()
 
     def close(self) -> None:
-        """Wait for what is being written, and end the background's thread."""
+        """Wait for the checkpoint in progress and end the background thread.
+
+        Raises:
+            OSError: the checkpoint could not be written.
+        """
         try:
             self.wait()
         finally:
             self._worker.shutdown()
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest whole checkpoint; a damaged one is warned of, half of one is passed over.
+        """Return the newest complete checkpoint; None if there is none.
+
+        Incomplete checkpoints are skipped, damaged ones with a warning.
 
         Raises:
-            ValueError: it was written by a version with another format.
+            ValueError: the checkpoint was written in another format.
         """
         for path in reversed(_numbered(self.directory)):
             if path.is_symlink() or not (path / MANIFEST).is_file():
@@ -169,27 +159,32 @@ class Checkpoints:
             try:
                 run = verify(path)
             except ValueError as error:
-                told = f"{error}; an older checkpoint is used, if there is one"
-                warnings.warn(told, CheckpointWarning, stacklevel=2)
+                message = f"{error}; an older checkpoint is used, if there is one"
+                warnings.warn(message, CheckpointWarning, stacklevel=2)
                 continue
+            checkpoint = Checkpoint(path, run)
             if run.get("format") != FORMAT:
                 raise ValueError(
-                    f"checkpoint {path} has format {run.get('format')}, this version reads {FORMAT}; go on "
-                    f"with the version that wrote it{Checkpoint(path, run).other_version()}"
+                    f"checkpoint {path} has format {run.get('format')}, this version reads {FORMAT}; resume "
+                    f"with the version that wrote it{checkpoint.version_note()}"
                 )
-            return Checkpoint(path, run)
+            return checkpoint
         return None
 
     def clear(self, after: Path | None = None) -> None:
-        """Remove what is left of checkpoints newer than this one: halves, and what cannot be trusted."""
+        """Remove incomplete and damaged checkpoints.
+
+        Args:
+            after: checkpoint whose successors are removed; None to remove all.
+        """
         first = 0 if after is None else _number(after)
-        for path in _numbered(self.directory, HALF):
+        for path in _numbered(self.directory, PARTIAL):
             if _number(path) > first:
                 _remove(path)
         self._last = first
 
     def bytes(self) -> int:
-        """Return the disk space that the checkpoints take."""
+        """Return the disk space of the checkpoints in bytes."""
         return sum(path.stat().st_size for path in self.directory.rglob("*") if path.is_file())
 
     def _finish(self, path: Path, finish: Callable[[], None], run: Mapping[str, Any]) -> None:
@@ -200,23 +195,141 @@ class Checkpoints:
             _remove(old)
 
 
+class Checkpointer:
+    """Decides when a run writes checkpoints, and restores the run from one.
+
+    Args:
+        learner: whose part is saved and restored.
+        directory: of the run.
+        state: of the run; the orchestrator's part is made from it and restored into it.
+        signals: that end the run.
+        settings: when checkpoints are due, and how many are kept; none is written if `keep` is 0.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        directory: RunDirectory,
+        state: RunState,
+        signals: Signals,
+        settings: CheckpointHParams,
+    ) -> None:
+        self._learner, self._directory, self._state, self._signals = learner, directory, state, signals
+        self._enabled = settings.keep > 0
+        self._files = Checkpoints(directory.path, max(1, settings.keep))
+        self._minutes = settings.every_minutes
+        self._saved_at = time.monotonic()
+        self.every_n_steps = settings.every_n_steps
+
+    def due(self) -> bool:
+        """Whether a checkpoint is due now: the time is over, or a signal was received."""
+        late = self._minutes is not None and time.monotonic() - self._saved_at >= 60 * self._minutes
+        return late or self._signals.received is not None
+
+    def save(self) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            OSError: this checkpoint or the previous one could not be written.
+        """
+        if self._enabled:
+            with self._state.stopwatch.measure("checkpoint"):
+                run = {
+                    **self._state.to_dict(),
+                    "metrics_bytes": self._directory.metrics_bytes(),
+                    "versions": loaded_versions(),
+                }
+                self._files.save(self._learner.save, run)
+        self._saved_at = time.monotonic()
+
+    def save_within_task(self) -> None:
+        """Write a checkpoint during training; then end the run if a signal was received.
+
+        Raises:
+            OSError: the checkpoint could not be written.
+            InterruptedRunError: a signal was received.
+        """
+        self.save()
+        self._signals.check()
+
+    def end_if_signalled(self) -> None:
+        """End the run between two evaluations if a signal was received.
+
+        Raises:
+            InterruptedRunError: a signal was received; if a task was trained on but not yet evaluated, a
+                checkpoint was written first.
+        """
+        if self._signals.received is not None:
+            if self._state.position.part == "train":
+                self.save()
+            self._signals.check()
+
+    def restore(self) -> bool:
+        """Restore the learner and the state from the newest complete checkpoint; remove what is newer.
+
+        Returns:
+            Whether there was a checkpoint.
+
+        Raises:
+            ValueError: the checkpoint does not fit the learner or the stream.
+        """
+        checkpoint = self._files.newest()
+        if checkpoint is not None:
+            checkpoint.check(len(self._state.matrix))
+            self._load(checkpoint)
+            if not self._directory.finished():
+                checkpoint.warn_of_versions()
+        self._files.clear(None if checkpoint is None else checkpoint.path)
+        return checkpoint is not None
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        try:
+            self._learner.restore(checkpoint.path)
+            self._state.load(checkpoint.run)
+            self._directory.rewind_metrics(checkpoint.run["metrics_bytes"])
+            self._directory.write_matrix(self._state.matrix)
+        except Exception as error:  # a file of another program leads to errors of any type
+            if isinstance(error, ValueError) and str(checkpoint.path) in str(error):
+                if not checkpoint.version_note():
+                    raise
+                raise ValueError(f"{error}{checkpoint.version_note()}") from error
+            name = type(error).__name__ + (f": {error}" if isinstance(error, KeyError) else "")
+            raise checkpoint.unusable(f" ({name})") from error
+
+    def close(self) -> None:
+        """Wait for the checkpoint in progress.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self._files.close()
+
+    def bytes(self) -> int:
+        """Return the disk space of the checkpoints in bytes."""
+        return self._files.bytes()
+
+
 def verify(path: Path) -> dict[str, Any]:
-    """Return the orchestrator's part of a checkpoint, once all of its files are what its manifest says.
+    """Compare the files of a checkpoint with its manifest.
+
+    Returns:
+        The orchestrator's part.
 
     Raises:
-        ValueError: something is missing or differs; it is named.
+        ValueError: a file is missing, differs or is not in the manifest; the error names it.
     """
     try:
         listed = read_json((path / MANIFEST).read_bytes())
         if RUN not in listed:
-            raise ValueError("it lists no run.json")
-        found = _files(path)
+            raise ValueError(f"it does not list {RUN}")
+        present = _files(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"checkpoint {path} is damaged: {MANIFEST} cannot be used ({error})") from error
-    for name in sorted(listed.keys() | found.keys()):
-        if listed.get(name) != found.get(name):
-            what = "is missing" if name not in found else "is not of it" if name not in listed else "differs"
-            raise ValueError(f"checkpoint {path} is damaged: {name} {what}")
+    for name in sorted(listed.keys() | present.keys()):
+        if listed.get(name) != present.get(name):
+            missing, unlisted = name not in present, name not in listed
+            problem = "is missing" if missing else "is not in the manifest" if unlisted else "differs"
+            raise ValueError(f"checkpoint {path} is damaged: {name} {problem}")
     try:
         return read_json((path / RUN).read_bytes())
     except ValueError as error:
@@ -224,7 +337,7 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def _numbered(directory: Path, name: str = NAME) -> list[Path]:
-    """Return what has a checkpoint's name, by number."""
+    """Return the paths whose name matches a pattern that starts with a number, sorted by the number."""
     paths = directory.iterdir() if directory.is_dir() else ()
     return sorted((path for path in paths if re.fullmatch(name, path.name)), key=_number)
 
@@ -234,7 +347,7 @@ def _number(path: Path) -> int:
 
 
 def _files(path: Path) -> dict[str, Any]:
-    """Return size and sha256 of every file below, but for the manifest, by relative path."""
+    """Return size and sha256 of every file below a path except the manifest, by relative path."""
     files: dict[str, Any] = {}
     for file in sorted(path.rglob("*")):
         name = file.relative_to(path).as_posix()
@@ -246,7 +359,7 @@ def _files(path: Path) -> dict[str, Any]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint, its manifest first, so that no half of it is ever trusted."""
+    """Remove a checkpoint, its manifest first, so that what is left of it is never used."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return

@@ -1,4 +1,4 @@
-"""Several experiments on one stream, side by side: both frameworks, several algorithms, several seeds."""
+"""Comparison of several experiments on one stream: frameworks, algorithms, settings and seeds."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from rich.table import Column, Table
 
 from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.runs import learner
+from sequel_core.runs.directory import CONFIG, RunDirectory
+from sequel_core.runs.formatting import percent
 from sequel_core.runs.learner import PLUGINS, Learner, Mode
 from sequel_core.runs.orchestrator import Shown, check_run, run
-from sequel_core.runs.results import CONFIG, TASK_GIVEN, Result, RunDirectory, load_weights
+from sequel_core.runs.results import TASK_GIVEN, Result, load_weights
 from sequel_core.runs.signals import InterruptedRunError
 from sequel_core.settings import check_name
 from sequel_core.stream.benchmark import Benchmark
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 REPORT = "report.html"
 SETTINGS = ("evaluate_every", "evaluate_on", "evaluate_future", "callbacks", "checkpoint")
-"""What `compare` hands on to `run` with a learner; a configuration has its own."""
+"""Arguments of `run` that `compare` accepts together with learners; configurations contain them."""
 
 FLOAT32 = (
     "In float32 the two frameworks round differently, and training amplifies the differences. Compare with "
@@ -44,47 +46,56 @@ Experiment = Learner | ExperimentConfig
 
 
 class Run(NamedTuple):
-    """One of the runs."""
+    """One run of a comparison."""
 
-    label: str  # what is compared, framework and seed aside
+    label: str  # of the row that it belongs to
     mode: Mode
     seed: int
     directory: Path
-    result: Result | None  # None where it failed; the directory says why
+    result: Result | None  # None if the run failed; `error.txt` in the directory says why
 
 
 class Row(NamedTuple):
-    """The runs that differ in their seeds alone."""
+    """Runs that differ only in their seeds."""
 
     label: str
     mode: Mode
     seeds: tuple[int, ...]  # of the runs that finished
-    failed: tuple[int, ...]  # seeds
-    task_given: bool  # whether predictions were given the task of each sample: `Result.task_given`
-    measures: Mapping[str, Estimate]  # by the names in `measure`: means over seeds, with 95 % intervals
+    failed: tuple[int, ...]  # seeds of the runs that failed
+    task_given: bool  # whether predictions used the task of each sample, see `Result.task_given`
+    measures: Mapping[str, Estimate]  # by the names in `measure`: means over seeds with 95 % intervals
 
 
 class Difference(NamedTuple):
-    """The largest absolute differences between the two frameworks' runs with the same label and seed."""
+    """Largest absolute differences between the runs of the two frameworks with equal label and seed."""
 
     label: str
     seed: int
-    accuracy: float  # of the accuracy matrices, a fraction; nan where they have no entry in common
-    accuracy_at: tuple[int, ...]  # (i, j): after training on task i, on task j, from 0; () for 0 and nan
-    weight: float  # of the final weights; nan where the networks' arrays differ in name or shape
-    weight_at: str  # "dense_0/kernel[3, 17]"; empty for 0 and nan
+    accuracy: float  # of the accuracy matrices, a fraction; nan if no entry is in both
+    accuracy_at: tuple[
+        int, ...
+    ]  # (i, j): on task j after training on task i; () if the difference is 0 or nan
+    weight: float  # of the final weights; nan if the arrays differ in name or shape
+    weight_at: str  # such as "dense_0/kernel[3, 17]"; empty if the difference is 0 or nan
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What `compare` found; rich prints it as tables.
+    """The result of `compare`; `rich.print` shows it as tables.
 
     Args:
-        directory: holds a directory per run, and the report.
+        directory: of the comparison; it contains one directory per run, and the report.
         runs: in the order in which they were started.
-        rows: a row per label and framework.
-        differences: one for each label and seed that finished in both frameworks.
-        report: the HTML file; None where no run left anything to report on.
+        rows: one per label and framework.
+        differences: one per label and seed that finished in both frameworks.
+        report: the HTML file; None if no run has recorded anything.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from sequel_core import Comparison
+        >>> comparison = Comparison(Path("runs/all"), runs=(), rows=(), differences=(), report=None)
+        >>> [(row.label, row.mode, row.measures["average_accuracy"].mean) for row in comparison.rows]
+        []
     """
 
     directory: Path
@@ -111,66 +122,67 @@ def compare(
     progress: bool = True,
     **settings: Any,
 ) -> Comparison:
-    """Run experiments one after another and put them side by side.
+    """Run experiments one after another and compare their results.
 
-    All are checked before the first starts. One that fails is told, and the others go on.
+    All of them are checked before the first one starts. If one fails, the error is reported and the others
+    still run.
 
     Args:
-        runs: overrides as on the command line, where values with commas mean every one of them and `mode` is
-            both frameworks unless given: `["+experiment=ewc_rotateddigits", "seed=0,1,2"]`. Or new learners,
-            or configurations (`ExperimentConfig`): a sequence, labelled by their algorithms, or a mapping
-            from labels of one's own. What has one label is compared over frameworks and seeds.
-        benchmark: the stream, for learners.
+        runs: one of
+
+            - overrides as on the command line, in which several values separated by commas are combined and
+              `mode` defaults to both frameworks: `["+experiment=ewc_rotateddigits", "seed=0,1,2"]`;
+            - new learners or configurations (`ExperimentConfig`), labelled by their algorithms;
+            - a mapping from user-defined labels to learners or configurations.
+
+            Runs with the same label are compared over frameworks and seeds.
+        benchmark: the stream; only for learners.
         run_dir: an empty or new directory; None for a new one under `runs/`.
         progress: False to print nothing.
-        settings: for learners, of `sequel_core.run`: `evaluate_every`, `evaluate_on`, `evaluate_future`,
-            `callbacks`, `checkpoint`.
+        settings: only for learners, arguments of `sequel_core.run`: `evaluate_every`, `evaluate_on`,
+            `evaluate_future`, `callbacks`, `checkpoint`.
 
     Returns:
         The runs, their means and intervals over seeds, and the largest differences between the frameworks.
 
     Raises:
-        ValueError: something that cannot be used; nothing was run and no directory made.
-        InterruptedRunError: a signal asked for the end.
+        ValueError: an argument cannot be used; nothing was run and no directory was made.
+        InterruptedRunError: a signal was received.
+
+    Example:
+        >>> from sequel_core import compare
+        >>> small = ["benchmark=rotateddigits", "benchmark.num_tasks=2", "benchmark.subset=20"]
+        >>> overrides = ["algo=naive,ewc", "mode=pytorch", *small]
+        >>> comparison = compare(overrides, run_dir="runs/two", progress=False)
+        >>> [(row.label, row.mode, row.seeds) for row in comparison.rows]
+        [('naive', 'pytorch', (0,)), ('ewc', 'pytorch', (0,))]
     """
-    from sequel_core.cli.run import print_notes, record_failure
+    from sequel_core.cli.run import print_notes
     from sequel_core.report import write_report
 
     console = Console(quiet=not progress)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     notes: list[str] = []
     if isinstance(runs, str) or (not isinstance(runs, Mapping) and any(isinstance(x, str) for x in runs)):
-        runs, notes, place = _composed([runs] if isinstance(runs, str) else [str(text) for text in runs])
-        run_dir = place if run_dir is None else run_dir
+        overrides = [runs] if isinstance(runs, str) else [str(text) for text in runs]
+        runs, notes, composed_run_dir = _composed(overrides)
+        run_dir = composed_run_dir if run_dir is None else run_dir
     trials = _trials(runs, benchmark, settings, "bars" if progress else False)
     print_notes(console, notes)
     directory = RunDirectory.create(run_dir).path
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    done: list[Run] = []
-    for trial in trials:
-        path, result = _new_directory(directory, trial), None
-        say(f"{trial.name}: running in {path}")
-        try:
-            result = trial.start(path)
-        except InterruptedRunError:
-            raise
-        except Exception as error:
-            record_failure(error, path)
-        else:
-            seconds = result.summary["seconds"]["total"]
-            say(f"{trial.name}: average accuracy {_percent(result.average_accuracy)} %, {seconds:.1f} s")
-        done.append(Run(trial.label, trial.mode, trial.seed, path, result))
-    reported = [item.directory for item in done if (item.directory / CONFIG).is_file()]
-    report = directory / REPORT if reported else None
+    done = [_run_trial(trial, directory, say) for trial in trials]
+    recorded = [item.directory for item in done if (item.directory / CONFIG).is_file()]
+    report = directory / REPORT if recorded else None
     comparison = Comparison(directory, tuple(done), _rows(done), _differences(done), report)
     console.print(comparison)
     if report:
-        write_report(reported, report)
+        write_report(recorded, report)
         say(f"report: {report}")
     return comparison
 
 
 class _Trial(NamedTuple):
-    """A run to come."""
+    """A run that has been checked and not yet started."""
 
     label: str
     mode: Mode
@@ -182,8 +194,26 @@ class _Trial(NamedTuple):
         return f"{self.label}, {self.mode}, seed {self.seed}"
 
 
+def _run_trial(trial: _Trial, parent: Path, say: Callable[[str], None]) -> Run:
+    """Run a trial in a new directory; report and record an error instead of raising it."""
+    from sequel_core.cli.run import record_failure
+
+    path, result = _new_directory(parent, trial), None
+    say(f"{trial.name}: running in {path}")
+    try:
+        result = trial.start(path)
+    except InterruptedRunError:
+        raise
+    except Exception as error:
+        record_failure(error, path)
+    else:
+        seconds = result.summary["seconds"]["total"]
+        say(f"{trial.name}: average accuracy {percent(result.average_accuracy)} %, {seconds:.1f} s")
+    return Run(trial.label, trial.mode, trial.seed, path, result)
+
+
 def _composed(overrides: Sequence[str]) -> tuple[dict[str, list[ExperimentConfig]], list[str], str | None]:
-    """Return the experiments of a command line by label, what to tell of them, and `run_dir`."""
+    """Return the experiments of a command line by label, notes on their composition, and `run_dir`."""
     from sequel_core.cli.sweep import combinations, key_of, varied
     from sequel_core.experiment.overrides import request
 
@@ -191,13 +221,13 @@ def _composed(overrides: Sequence[str]) -> tuple[dict[str, list[ExperimentConfig
     if asked.hydra:
         raise ValueError(f"{asked.hydra[0]} is for `sequel run -m`, whose runs Hydra starts; drop it")
     both = [] if any(key_of(text) == "mode" for text in asked.overrides) else [f"++mode={','.join(PLUGINS)}"]
-    found = combinations([*asked.overrides, *both])
-    keys = [key for key in varied(found) if key not in ("mode", "seed", "training.seed")]
+    experiments = combinations([*asked.overrides, *both])
+    keys = [key for key in varied(experiments) if key not in ("mode", "seed", "training.seed")]
     runs: dict[str, list[ExperimentConfig]] = {}
-    for item in found:
+    for item in experiments:
         parts = [("" if key in ("algo", "experiment") else f"{key}=") + item.value(key) for key in keys]
         runs.setdefault(", ".join(parts) or item.config.algo.name, []).append(item.config)
-    return runs, [note for item in found for note in item.notes], asked.run_dir
+    return runs, [note for item in experiments for note in item.notes], asked.run_dir
 
 
 def _trials(
@@ -206,32 +236,26 @@ def _trials(
     settings: Mapping[str, Any],
     progress: Shown,
 ) -> list[_Trial]:
-    """Return what is to run, in order, after every check that can be made before the first run."""
+    """Return the runs to start, in order; all checks that are possible before the first run are made."""
     from sequel_core.cli.run import execute
     from sequel_core.cli.sweep import check_streams
 
     trials, configs, learners = [], {}, set()
-    for label, some in runs.items() if isinstance(runs, Mapping) else [("", runs)]:
-        for one in some if isinstance(some, Sequence) else [some]:
-            if isinstance(one, ExperimentConfig):
-                start = partial(execute, one, progress=progress)
-                trials.append(_Trial(label or one.algo.name, one.mode, one.training.seed, start))
-                configs[trials[-1].name] = one
+    for label, group in runs.items() if isinstance(runs, Mapping) else [("", runs)]:
+        for experiment in group if isinstance(group, Sequence) else [group]:
+            if isinstance(experiment, ExperimentConfig):
+                start = partial(execute, experiment, progress=progress)
+                label_or_name = label or experiment.algo.name
+                trials.append(_Trial(label_or_name, experiment.mode, experiment.training.seed, start))
+                configs[trials[-1].name] = experiment
             else:
-                trials.append(_learner_trial(label, one, benchmark, settings, progress))
-                if one in learners:
+                trials.append(_learner_trial(label, experiment, benchmark, settings, progress))
+                if experiment in learners:
                     raise ValueError(
                         f"learners must be new, got that of {trials[-1].name} twice; make another"
                     )
-                learners.add(one)
-    if not trials:
-        raise ValueError("runs must hold at least one experiment, got none")
-    names = [trial.name for trial in trials]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise ValueError(
-            f"runs must differ in algorithm, framework or seed, got {twice} twice; give a mapping from labels"
-        )
+                learners.add(experiment)
+    _check_names([trial.name for trial in trials])
     if configs and (settings or benchmark is not None):
         name = "benchmark" if benchmark is not None else next(iter(settings))
         raise ValueError(f"{name} is for learners, a configuration has its own; drop it")
@@ -239,6 +263,17 @@ def _trials(
     for config in configs.values():
         learner.plugin(config.mode)
     return trials
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if not names:
+        raise ValueError("runs must hold at least one experiment, got none")
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated:
+        raise ValueError(
+            f"runs must differ in algorithm, framework or seed, got {repeated} twice; give a mapping from "
+            "labels"
+        )
 
 
 def _learner_trial(
@@ -264,7 +299,7 @@ def _learner_trial(
 
 
 def _new_directory(parent: Path, trial: _Trial) -> Path:
-    """Make a directory whose name tells of the run."""
+    """Make a directory named after the label, the framework and the seed."""
     stem = re.sub(r"[^\w.=+-]+", "-", trial.label)[:100]
     stem = f"{stem}_{trial.mode}_seed{trial.seed}"
     names = (f"{stem}_{k}" if k else stem for k in count())
@@ -274,9 +309,15 @@ def _new_directory(parent: Path, trial: _Trial) -> Path:
 
 
 def measure(result: Result) -> dict[str, float]:
-    """Return what runs are compared by; accuracies are fractions.
+    """Return the quantities by which runs are compared.
 
-    `steps_per_second` is over all of the training, the framework's compilation included.
+    Args:
+        result: of a finished run.
+
+    Returns:
+        `average_accuracy`, `forgetting` and `learning_accuracy` as fractions; `seconds` in total;
+        `steps_per_second` over all training, including the framework's compilation; `memory_bytes` of the
+        algorithm.
     """
     seconds, steps = result.summary["seconds"], result.summary["steps"]
     return {
@@ -295,47 +336,50 @@ def _rows(runs: Sequence[Run]) -> tuple[Row, ...]:
     rows = []
     for label, mode in dict.fromkeys((item.label, item.mode) for item in runs):
         members = [item for item in runs if (item.label, item.mode) == (label, mode)]
-        found = {item.seed: measure(item.result) for item in members if item.result}
-        names = {name: None for values in found.values() for name in values}
-        measures = {name: estimate([values[name] for values in found.values()]) for name in names}
-        failed = tuple(item.seed for item in members if item.seed not in found)
+        by_seed = {item.seed: measure(item.result) for item in members if item.result}
+        names = {name: None for values in by_seed.values() for name in values}
+        measures = {name: estimate([values[name] for values in by_seed.values()]) for name in names}
+        failed = tuple(item.seed for item in members if item.seed not in by_seed)
         given = any(item.result.task_given for item in members if item.result)
-        rows.append(Row(label, mode, tuple(found), failed, given, measures))
+        rows.append(Row(label, mode, tuple(by_seed), failed, given, measures))
     return tuple(rows)
 
 
 def _differences(runs: Sequence[Run]) -> tuple[Difference, ...]:
     finished = {(item.label, item.seed, item.mode): item for item in runs if item.result}
-    found = []
+    differences = []
     for label, seed in dict.fromkeys(key[:2] for key in finished):
         pair = [finished[label, seed, mode] for mode in PLUGINS if (label, seed, mode) in finished]
         if len(pair) == len(PLUGINS):
             matrices = [{"": item.result.matrix} for item in pair if item.result]
-            accuracy, _, at = _largest(*matrices)
+            accuracy, _, accuracy_at = _largest(*matrices)
             weight, name, index = _largest(*(load_weights(item.directory) for item in pair))
-            where = f"{name}[{', '.join(map(str, index))}]" if name else ""
-            found.append(Difference(label, seed, accuracy, at, weight, where))
-    return tuple(found)
+            weight_at = f"{name}[{', '.join(map(str, index))}]" if name else ""
+            differences.append(Difference(label, seed, accuracy, accuracy_at, weight, weight_at))
+    return tuple(differences)
 
 
 def _largest(
     first: Mapping[str, NDArray[Any]], second: Mapping[str, NDArray[Any]]
 ) -> tuple[float, str, tuple[int, ...]]:
-    """Return the largest absolute difference, the name of its array and the place in it.
+    """Return the largest absolute difference between arrays with the same names.
 
-    Entries that are nan in both do not count. No name and no place where there is no difference, and with
-    nan where names or shapes are not the same.
+    Entries that are nan in both are ignored; an entry that is nan in one counts as the largest.
+
+    Returns:
+        The difference, the name of its array and its index. Name and index are empty if the arrays are equal;
+        also if their names or shapes differ, in which case the difference is nan.
     """
-    found = []
+    candidates = []
     if {name: a.shape for name, a in first.items()} == {name: a.shape for name, a in second.items()}:
         for name, a in first.items():
             gap = np.abs(np.subtract(a, second[name], dtype=np.float64))
             gap = np.where(np.isnan(a) & np.isnan(second[name]), -1.0, gap)
             if gap.size and gap.max() != -1:  # nan is the greatest
-                place = np.unravel_index(gap.argmax(), gap.shape)
-                found.append((float(gap[place]), name, tuple(map(int, place))))
-    nowhere = (math.nan, "", ())
-    largest = max(found, key=lambda item: math.inf if math.isnan(item[0]) else item[0], default=nowhere)
+                index = np.unravel_index(gap.argmax(), gap.shape)
+                candidates.append((float(gap[index]), name, tuple(map(int, index))))
+    undefined = (math.nan, "", ())
+    largest = max(candidates, key=lambda c: math.inf if math.isnan(c[0]) else c[0], default=undefined)
     return largest if largest[0] else (0.0, "", ())
 
 
@@ -350,7 +394,7 @@ def _table(rows: Sequence[Row]) -> Table:
         *map(_right, ("\n\nseconds", "\n\nsteps/s", "\n\nmemory")),
     ]
     title = "mean over seeds ± half of the 95 % confidence interval" if several else None
-    table = Table(*columns, title=title, title_justify="left", padding=0)  # to fit into 80 columns
+    table = Table(*columns, title=title, title_justify="left", padding=0)  # fits into 80 columns
     for k, row in enumerate(rows):
         seeds = ", ".join(map(str, row.seeds)) or "-"
         seeds += f"; failed: {', '.join(map(str, row.failed))}" if row.failed else ""
@@ -370,13 +414,9 @@ def _difference_table(differences: Sequence[Difference]) -> Table:
     columns = [_left("run"), _left("seed"), _right("accuracy %"), _left("at"), _right("weights"), _left("at")]
     title = f"largest differences between {' and '.join(PLUGINS)}"
     table = Table(*columns, title=title, title_justify="left", padding=0)
-    for found in differences:
-        at = f"R[{', '.join(map(str, found.accuracy_at))}]" if found.accuracy_at else ""
-        weight = "-" if math.isnan(found.weight) else f"{found.weight:.1e}"
-        accuracy = _percent(found.accuracy)
-        table.add_row(escape(found.label), str(found.seed), accuracy, at, weight, escape(found.weight_at))
+    for one in differences:
+        at = f"R[{', '.join(map(str, one.accuracy_at))}]" if one.accuracy_at else ""
+        weight = "-" if math.isnan(one.weight) else f"{one.weight:.1e}"
+        accuracy = percent(one.accuracy)
+        table.add_row(escape(one.label), str(one.seed), accuracy, at, weight, escape(one.weight_at))
     return table
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.2f}"

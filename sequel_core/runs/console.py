@@ -1,4 +1,4 @@
-"""What a run shows: a rich progress display on a terminal, a line per task, and a table at the end."""
+"""Display of a run: progress bars on a terminal, a line per task, and a table at the end."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
+from sequel_core.runs.formatting import percent
 from sequel_core.runs.learner import Learner, Progress
 from sequel_core.runs.orchestrator import Shown
 from sequel_core.runs.results import TASK_GIVEN, Result
@@ -26,19 +27,19 @@ from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.task import Task
 
 REFRESHES_PER_SECOND = 2  # drawing takes 3 ms
-ESTIMATE_SECONDS = 3600.0  # what is left of the stream is estimated over tasks with their evaluations
+ESTIMATE_SECONDS = 3600.0  # long enough that the estimated time left includes evaluations
 WIDEST_TITLE, WIDEST_BAR = 32, 40
-OTHER_COLUMNS = 26  # the count, the time left, and spaces
+OTHER_COLUMNS = 26  # width of the count, the time left and the spaces
 
 
 class Display:
-    """Shows a run while it goes on: bars on a terminal, which are gone at the end, and a line per task.
+    """Shows progress bars on a terminal while a run is in progress, and prints a line per task.
 
     Args:
-        benchmark: whose tasks are run.
-        learner: that runs them; one with a progress bar of its own gets no bars here.
+        benchmark: the stream.
+        learner: if it shows a progress bar itself, there are none here.
         progress: what to show.
-        console: where; None for standard output.
+        console: to print on; None for standard output.
     """
 
     def __init__(
@@ -63,32 +64,35 @@ class Display:
         self._handlers: list[tuple[logging.StreamHandler[Any], Any]] = []
 
     def __enter__(self) -> Display:
-        """Start the display; what is printed, warned of or logged meanwhile appears above the bars."""
+        """Start the progress bars; output, warnings and log messages appear above them."""
         if self._shown:
             self._handlers = [(h, h.stream) for h in _handlers() if h.stream in (sys.stdout, sys.stderr)]
             self._live.start()
             for handler, _ in self._handlers:
-                handler.setStream(sys.stderr)  # which is rich's now
+                handler.setStream(sys.stderr)  # which rich has replaced
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
-        """Stop the display."""
+        """Remove the progress bars."""
         if self._shown:
             self._live.stop()
         for handler, stream in self._handlers:
             handler.setStream(stream)
 
     def start(self, task: Task, epochs: int) -> None:
-        """Begin a task."""
+        """Add the progress bar of a task."""
         self._epochs, self._last = epochs, None
         self._move_stream(task, 0)
         self._bars.remove_task(self._task)
         self._task = self._bars.add_task(task.name, total=None, count="")
 
     def update(self, task: Task, progress: Progress) -> None:
-        """Show how far the training on a task is."""
+        """Update the progress bars from a learner's report."""
         self._last = progress
         if self._shown:
             step, steps = progress.task_step, progress.task_steps
@@ -96,19 +100,19 @@ class Display:
             self._move_stream(task, step / steps)
 
     def evaluated(self, after: int, row: FloatArray) -> None:
-        """Show the mean of the accuracies `[T]` measured while or after the training on task `after`."""
+        """Show the mean of the accuracies `[T]` measured during or after the training on task `after`."""
         self._average = float(np.mean(row[: after + 1]))
 
     def finish(self, task: Task, row: FloatArray) -> None:
-        """End a task with the accuracies `[T]` measured after it."""
+        """Print a line with the accuracies `[T]` measured after a task."""
         self.evaluated(task.index, row)
-        number, accuracy, average = task.index + 1, _percent(row[task.index]), _percent(self._average)
+        number, accuracy, average = task.index + 1, percent(row[task.index]), percent(self._average)
         line = f"task {number}/{len(self._benchmark)} {task.name}: "
-        line += f"accuracy {accuracy}, average {average} over {number} seen"
+        line += f"accuracy {accuracy} %, average {average} % over {number} seen"
         if self._last and self._last.task_step < self._last.task_steps:
             line += ", stopped early" + (f" in {self._epoch(self._last)}" if self._epochs > 1 else "")
-        whole = not self._console.is_terminal  # a file has no width
-        self._console.print(line, markup=False, highlight=False, soft_wrap=whole)
+        to_file = not self._console.is_terminal  # lines in a file are not wrapped
+        self._console.print(line, markup=False, highlight=False, soft_wrap=to_file)
 
     def summarise(self, result: Result) -> None:
         """Print the final table."""
@@ -118,10 +122,10 @@ class Display:
         table = Table("metric", Column("value", justify="right", overflow="fold"), title=title)
         for name in ("average_accuracy", "forgetting", "bwt", "fwt", "learning_accuracy"):
             if summary.get(name) is not None:
-                table.add_row(name.replace("_", " "), _percent(summary[name]))
+                table.add_row(name.replace("_", " "), f"{percent(summary[name])} %")
         for name in ("masked_average_accuracy", "validation_average_accuracy", "test_average_accuracy"):
             if summary.get(name) is not None and name != f"{summary['split']}_average_accuracy":
-                table.add_row(name.replace("_", " "), _percent(summary[name]))
+                table.add_row(name.replace("_", " "), f"{percent(summary[name])} %")
         seconds = summary["seconds"]
         table.add_row("steps", str(summary["steps"]))
         table.add_row(
@@ -140,15 +144,17 @@ class Display:
         return f"epoch {progress.epoch + 1}/{self._epochs}"
 
     def _picture(self) -> Group:
-        """Return the bars with a line of text below, which is wrapped where the terminal is narrow."""
+        """Return the bars with a line of text below."""
         parts = []
         if self._last:
             rate = self._bars.tasks[-1].speed
             parts += [self._epoch(self._last)] if self._epochs > 1 else []
             parts += [] if rate is None else [f"{rate:,.0f} steps/s"]
             parts += [f"loss {self._last.loss:.4f}"]
-            parts += [] if math.isnan(self._last.accuracy) else [f"accuracy {_percent(self._last.accuracy)}"]
-        parts += [] if math.isnan(self._average) else [f"average {_percent(self._average)}"]
+            if not math.isnan(self._last.accuracy):
+                parts.append(f"accuracy {percent(self._last.accuracy)} %")
+        if not math.isnan(self._average):
+            parts.append(f"average {percent(self._average)} %")
         return Group(self._bars.make_tasks_table(self._bars.tasks), Text(", ".join(parts)))
 
 
@@ -165,11 +171,7 @@ def _bars(console: Console) -> Bars:
 
 
 def _handlers() -> Iterator[logging.StreamHandler[Any]]:
-    """Return the handlers of all loggers that write to a stream, which each took when it was made."""
+    """Yield the handlers of all loggers that write to a stream."""
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
         if isinstance(logger, logging.Logger):
             yield from (h for h in logger.handlers if isinstance(h, logging.StreamHandler))
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.2f} %"

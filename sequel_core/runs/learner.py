@@ -16,17 +16,28 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Task
 
 EvaluateEvery = Literal["task", "epoch"] | int
+EvaluateOn = Literal["test", "validation"]
 Mode = Literal["pytorch", "jax"]
 
 PLUGINS: dict[Mode, str] = {"pytorch": "sequel_lightning", "jax": "sequel_flax"}
-"""The package that runs each mode; the core finds it by name, at run time."""
+"""The package of each mode; it is imported by name when it is needed."""
 
 
 class DivergenceError(RuntimeError):
-    """The training loss became nan or infinite."""
+    """The training loss became nan or infinite.
+
+    Args:
+        task: index of the task.
+        epoch: epoch of the task, from 0.
+        step: step within the epoch, from 0.
+
+    Example:
+        >>> from sequel_core import DivergenceError
+        >>> DivergenceError(task=1, epoch=0, step=12).where
+        {'task': 1, 'epoch': 0, 'step': 12}
+    """
 
     def __init__(self, task: int, epoch: int, step: int) -> None:
-        """Say where: task, epoch and step within the epoch, all from 0."""
         super().__init__(
             f"the training loss is no longer finite at task {task}, epoch {epoch}, step {step}; "
             "lower optimizer.lr or set training.grad_clip"
@@ -35,13 +46,13 @@ class DivergenceError(RuntimeError):
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation of one task counted."""
+    """Counts of one evaluation on one task."""
 
     correct: int
     total: int
     loss: float  # mean cross-entropy
-    masked_correct: int  # with the logits of other tasks' classes masked
-    alternatives: Mapping[str, int] = {}  # correct by what else the algorithm can predict with
+    masked_correct: int  # with the logits of classes of other tasks masked
+    alternatives: Mapping[str, int] = {}  # correct predictions of the algorithm's other classifiers, by name
 
     @property
     def accuracy(self) -> float:
@@ -55,40 +66,40 @@ class Evaluation(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """What a learner reports while it trains."""
+    """A learner's report during training."""
 
-    step: int  # steps done since the start of the stream
+    step: int  # steps since the start of the stream
     epoch: int  # of the task, from 0
-    task_step: int  # steps done in this task
-    task_steps: int  # steps that this task has in all
+    task_step: int  # steps of this task done
+    task_steps: int  # steps of this task in total
     loss: float  # mean since the last report
-    accuracy: float  # the same, of the training batches
-    learning_rate: float  # nan where the optimizer does not tell
-    extra: Mapping[str, float]  # the user's own metrics since the last report
+    accuracy: float  # of the training batches, mean since the last report
+    learning_rate: float  # nan if the optimizer does not report it
+    extra: Mapping[str, float]  # user-defined metrics since the last report
 
 
 class FitMonitor(NamedTuple):
-    """What a learner calls while it fits a task."""
+    """Functions that a learner calls while it trains on a task, and when they are due."""
 
     on_progress: Callable[[Progress], None]  # every log_every_n_steps and at the end of each epoch
-    on_evaluate: Callable[[], None]  # when due, by evaluate_every
-    evaluate_every: EvaluateEvery = "task"  # "task": never within fit_task; "epoch"; or a number of steps
-    on_checkpoint: Callable[[], None] = lambda: None  # when due; may raise, which ends the run
+    on_evaluate: Callable[[], None]  # when due by evaluate_every
+    evaluate_every: EvaluateEvery = "task"  # "task": not during training; "epoch"; or a number of steps
+    on_checkpoint: Callable[[], None] = lambda: None  # when due; an exception ends the run
     checkpoint_every: int | None = None  # steps of the task
     checkpoint_due: Callable[[], bool] = lambda: False  # whether a checkpoint is due now, whatever the step
 
     @property
     def intervals(self) -> tuple[int, ...]:
-        """Numbers of steps: what is due at a multiple of one has to be seen at exactly that step."""
+        """Numbers of steps; the learner must call `after_step` at least at every multiple of each."""
         every = (self.evaluate_every, self.checkpoint_every)
         return tuple(steps for steps in every if isinstance(steps, int))
 
     def after_step(self, task_step: int, task_steps: int, epoch_end: bool) -> None:
-        """Evaluate and write a checkpoint where due; after the last step of a task come the task's own.
+        """Evaluate and write a checkpoint if due; the orchestrator does both after the last step of a task.
 
         Args:
-            task_step: steps done in this task.
-            task_steps: steps that this task has in all.
+            task_step: steps of this task done.
+            task_steps: steps of this task in total.
             epoch_end: whether the step was the last of its epoch.
         """
         if task_step == task_steps:
@@ -101,13 +112,36 @@ class FitMonitor(NamedTuple):
 
 
 class Learner(Protocol):
-    """A model with an algorithm, in one of the frameworks."""
+    """A model with an algorithm, in one of the frameworks; all that the orchestrator uses of it.
+
+    `sequel_lightning.make_learner` and `sequel_flax.make_learner` make learners.
+
+    Attributes:
+        mode: `"pytorch"` or `"jax"`.
+        hparams: settings of the algorithm.
+        training: batch size, epochs, seed, dtype.
+        spec: of the stream that the learner was made for.
+        shows_progress: whether a callback or hook of the user shows a progress bar; the orchestrator then
+            shows none.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import Learner, NaiveHParams
+        >>> from sequel_lightning import MLP, make_learner
+        >>> benchmark = RotatedDigits(num_tasks=2, subset=50)
+        >>> net = MLP((16,), benchmark.num_classes, image_shape=benchmark.image_shape)
+        >>> learner: Learner = make_learner(NaiveHParams(), net, partial(torch.optim.SGD, lr=0.1), benchmark)
+        >>> learner.mode, learner.step
+        ('pytorch', 0)
+    """
 
     mode: Mode
     hparams: AlgorithmHParams
     training: TrainingHParams
     spec: StreamSpec
-    shows_progress: bool  # a callback or hook of the user's shows it, so the orchestrator shows no bars
+    shows_progress: bool
 
     @property
     def step(self) -> int:
@@ -115,7 +149,13 @@ class Learner(Protocol):
         ...
 
     def fit_task(self, task: Task, monitor: FitMonitor) -> None:
-        """Train on one task, then do the algorithm's end-of-task work.
+        """Train on one task, then do the algorithm's work at the end of a task.
+
+        A task that `restore` found unfinished is continued.
+
+        Args:
+            task: to train on.
+            monitor: functions to call during training.
 
         Raises:
             DivergenceError: the loss is no longer finite.
@@ -123,53 +163,61 @@ class Learner(Protocol):
         ...
 
     def evaluate(self, task: Task, split: str) -> Evaluation:
-        """Count correct predictions on a task's `test`, `validation` or `train` split."""
+        """Count correct predictions on a task.
+
+        Args:
+            task: to evaluate.
+            split: `"test"`, `"validation"` or `"train"`.
+        """
         ...
 
     @property
     def logs(self) -> bool:
-        """Whether there are loggers, for which pictures are worth making."""
+        """Whether there are loggers; without any, images and tables need not be made."""
         ...
 
     def start_stream(self, config: Mapping[str, Any], resumed: bool = False) -> None:
-        """Before everything else: send the run's configuration to the framework's own loggers.
+        """Send the run's configuration to the loggers; called before everything else except `restore`.
 
         Args:
             config: plain values.
-            resumed: whether the run goes on from a checkpoint, `restore`d before; the loggers then go on
-                where they were at the current step, and forget what came after.
+            resumed: whether `restore` was called; the loggers then continue at the current step and discard
+                what was logged after it.
         """
         ...
 
     def end_stream(self) -> None:
-        """After the last task and its evaluation; not where the run was broken off."""
+        """Called after the last task and its evaluation, unless the run was interrupted or failed."""
         ...
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Send numbers to the framework's own loggers, at the learner's current step."""
+        """Send numbers to the loggers, at the learner's current step."""
         ...
 
     def log_image(self, name: str, image: NDArray[np.uint8]) -> None:
-        """Send a picture `[H, W, 3]` to the loggers that take pictures, at the current step."""
+        """Send an image `[H, W, 3]` to the loggers that accept images, at the current step."""
         ...
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Send a table of numbers and text to the loggers that take tables, at the current step."""
+        """Send a table of numbers and text to the loggers that accept tables, at the current step."""
         ...
 
     def save(self, directory: Path) -> Callable[[], None]:
-        """Write all that the coming steps depend on, also in the middle of a task, into a new directory.
+        """Write everything that the following steps depend on; also in the middle of a task.
+
+        Args:
+            directory: does not exist yet.
 
         Returns:
-            What waits until everything is written; the training may go on meanwhile.
+            A function that waits until everything is written; training may continue meanwhile.
         """
         ...
 
     def restore(self, directory: Path) -> None:
-        """Read back what `save` wrote; a task that it was in the middle of is gone on with by `fit_task`.
+        """Read what `save` wrote.
 
         Raises:
-            ValueError: it was written by another algorithm, network, ...; what differs is named.
+            ValueError: another algorithm, network, ... wrote it; the error names what differs.
         """
         ...
 
@@ -182,23 +230,35 @@ class Learner(Protocol):
         ...
 
     def memory_bytes(self) -> int:
-        """Return the bytes of all that the algorithm keeps of past tasks: anchors, samples, logits, ..."""
+        """Return the bytes of what the algorithm keeps of past tasks: anchors, samples, logits, ..."""
         ...
 
     def threads(self) -> int:
-        """Return the number of threads that arithmetic runs on; another number may round differently."""
+        """Return the number of threads used for arithmetic; another number may round differently."""
         ...
 
     def close(self, failed: bool = False) -> None:
-        """Flush and close the loggers, with the status that the run ended with where they take one."""
+        """Flush and close the loggers.
+
+        Args:
+            failed: whether the run failed, for loggers that record it.
+        """
         ...
 
 
 def plugin(mode: Mode) -> Any:
     """Import and return the plug-in of a mode.
 
+    Args:
+        mode: `"pytorch"` or `"jax"`.
+
     Raises:
-        ValueError: no such mode, or its plug-in is not installed.
+        ValueError: there is no such mode, or its plug-in is not installed.
+
+    Example:
+        >>> from sequel_core.runs.learner import plugin
+        >>> plugin("pytorch").__name__
+        'sequel_lightning'
     """
     if mode not in PLUGINS:
         raise ValueError(f"mode must be one of {', '.join(PLUGINS)}, got {mode!r}")

@@ -1,9 +1,8 @@
-"""Loggers, whatever the framework: one that fails is left out; files, the console, TensorBoard's HParams."""
+"""What loggers of both frameworks share: failures, files, the console, TensorBoard's HParams dashboard."""
 
 from __future__ import annotations
 
 import csv
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,22 +14,28 @@ from rich.console import Console
 from rich.table import Table
 
 from sequel_core.experiment.aliases import flatten
-from sequel_core.runs.results import METRICS, RunDirectory, read_metrics
+from sequel_core.runs import formatting
+from sequel_core.runs.directory import METRICS, RunDirectory
+from sequel_core.runs.results import read_metrics
 from sequel_core.runs.services import abandon_wandb
 
 CSV = "metrics.csv"
 STEP = "step"
 SPLITS = ("test", "validation", "val")
 FLUSH_SECONDS = 10
-"""How long TensorBoard's event files may lag behind."""
+"""Seconds between writes to TensorBoard's event files."""
 
 
 class LoggerWarning(RuntimeWarning):
-    """A logger failed, and the run goes on without it."""
+    """A logger failed; the run continues without it."""
 
 
 class Loggers:
-    """Loggers that are told the same; the first error of each ends its part in the run, with one warning."""
+    """A group of loggers that receive the same calls; one that fails is dropped with a warning.
+
+    Args:
+        loggers: objects of either framework.
+    """
 
     def __init__(self, loggers: Iterable[Any]) -> None:
         self._loggers = list(loggers)
@@ -41,21 +46,24 @@ class Loggers:
     def __len__(self) -> int:
         return len(self._loggers)
 
-    def each(self, tell: Callable[[Any], Any]) -> None:
-        """Call `tell` with every logger that still works."""
+    def each(self, call: Callable[[Any], Any]) -> None:
+        """Call a function with every logger that has not failed."""
         for logger in list(self._loggers):
-            self.attempt(logger, tell, logger)
+            self.attempt(logger, call, logger)
 
     def attempt(self, logger: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Call something that is one logger's part, if that still works."""
+        """Call a function on behalf of a logger; if the call fails, warn and drop the logger.
+
+        Nothing is called for a logger that was dropped.
+        """
         if not any(logger is other for other in self._loggers):
             return
         try:
             call(*args, **kwargs)
-        except Exception as error:  # whatever a service or a full disk raises
+        except Exception as error:  # services and full disks raise errors of any type
             self._loggers = [other for other in self._loggers if other is not logger]
             cause: BaseException = error
-            while cause.__cause__ is not None:  # Lightning and clu hide the disk's error behind their own
+            while cause.__cause__ is not None:  # Lightning and clu wrap the error of the disk
                 cause = cause.__cause__
             if isinstance(cause, ConnectionError) and type(logger).__name__.startswith("Wandb"):
                 abandon_wandb()
@@ -68,18 +76,18 @@ class Loggers:
 
 
 def number(value: Any) -> float:
-    """Return a number of any library as Python's; whole ones stay whole."""
+    """Convert a number of any library to a Python int or float."""
     return value if isinstance(value, int | float) else np.asarray(value).item()
 
 
 class ConsoleTable:
-    """Prints the newest value of every number after each evaluation, and nothing else."""
+    """Prints a table of the newest value of every metric after each evaluation."""
 
     def __init__(self) -> None:
         self._newest: dict[str, float] = {}
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Take numbers in; print where there are some of an evaluation."""
+        """Store numbers by name; print the table if some belong to an evaluation."""
         self._newest |= {name: number(value) for name, value in values.items()}
         if not any(name.partition("/")[0] in SPLITS for name in values):
             return
@@ -96,7 +104,7 @@ class ConsoleTable:
 
 
 def _natural(name: str) -> tuple[str, int]:
-    """Sort task_10 after task_9."""
+    """Return a sort key that puts task_10 after task_9."""
     series, _, task = name.rpartition("_")
     return (series, int(task)) if task.isdigit() else (name, -1)
 
@@ -110,45 +118,51 @@ def _short(value: float) -> str:
 
 
 class JsonLines:
-    """Writes one JSON object a line into `metrics.jsonl`: a step and numbers; each is on the disk at once.
+    """Writes `metrics.jsonl`: one JSON object per line, with a step and numbers, flushed after each line.
 
-    A file of an earlier run is replaced at the first write, unless `resume` comes before it.
+    The first write replaces the file of an earlier run, unless `resume` was called.
+
+    Args:
+        directory: created at the first write.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
-        self._begun = False
+        self._started = False
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Add a line; nan and infinity become null."""
-        if not self._begun:
+        """Append a record; nan and infinity become null."""
+        if not self._started:
             self._directory.mkdir(parents=True, exist_ok=True)
             (self._directory / METRICS).unlink(missing_ok=True)
-            self._begun = True
+            self._started = True
         RunDirectory(self._directory).append_metrics(record)
 
     def write_numbers(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add a line of numbers."""
+        """Append numbers by name."""
         self.write({STEP: step, **{name: number(value) for name, value in values.items()}})
 
     def write_table(
         self, step: int, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     ) -> None:
-        """Add a line with a table."""
+        """Append a table."""
         self.write({STEP: step, name: {"columns": columns, "rows": rows}})
 
     def resume(self, step: int) -> None:
-        """Take away the lines after a step."""
+        """Delete the records after a step and continue the file."""
         kept = [record for record in read_metrics(self._directory) if record.get(STEP, 0) <= step]
         for record in kept:
             self.write(record)
 
 
 class CsvTable:
-    """Writes `metrics.csv` as Lightning's CSVLogger does: one row a call, columns sorted; each row at once.
+    """Writes `metrics.csv` in the format of Lightning's CSVLogger: one row per call, columns sorted by name.
 
-    Where a new name comes, the file is written again with a longer header. A file of an earlier run is
-    replaced at the first write, unless `resume` comes before it.
+    A new name adds a column: the file is then rewritten. The first write replaces the file of an earlier run,
+    unless `resume` was called.
+
+    Args:
+        directory: created at the first write.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -156,25 +170,25 @@ class CsvTable:
         self.columns: list[str] = []
 
     def write_numbers(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add a row."""
+        """Append a row of numbers by name."""
         row: dict[str, Any] = {STEP: step, **{name: number(value) for name, value in values.items()}}
         if row.keys() <= set(self.columns):
             with open(self.path, "a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow([row.get(name, "") for name in self.columns])
             return
-        before = read_csv(self.path) if self.columns else []
+        rows = read_csv(self.path) if self.columns else []
         self.columns = sorted({*self.columns, *row})
-        self._replace([*before, row])
+        self._replace([*rows, row])
 
     def resume(self, step: int) -> None:
-        """Take away the rows after a step."""
+        """Delete the rows after a step and continue the file."""
         kept = [row for row in read_csv(self.path) if int(row[STEP]) <= step]
         self.columns = list(kept[0]) if kept else []
         if self.path.is_file():
             self._replace(kept)
 
     def _replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the whole file, or leave it as it is."""
+        """Write the whole file under a temporary name, then rename it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
         with part.open("w", newline="", encoding="utf-8") as file:
@@ -185,7 +199,7 @@ class CsvTable:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file with a header; none where there is no such file."""
+    """Return the rows of a CSV file with a header; an empty list if there is no such file."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -193,10 +207,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def hparams_summaries(config: Mapping[str, Any]) -> list[Any]:
-    """Return what TensorBoard's HParams dashboard reads: the settings, and which metrics to show with them.
+    """Return the summaries that TensorBoard's HParams dashboard reads: settings, and metrics to show.
 
     Args:
-        config: of the run; a nested setting gets a dotted name.
+        config: of the run; nested settings get dotted names.
     """
     from tensorboard.plugins.hparams import api_pb2 as api
     from tensorboard.plugins.hparams.plugin_data_pb2 import SessionStartInfo
@@ -204,12 +218,12 @@ def hparams_summaries(config: Mapping[str, Any]) -> list[Any]:
     infos, start = [], SessionStartInfo(start_time_secs=time.time())
     for name, value in flatten(config).items():
         if isinstance(value, bool):
-            start.hparams[name].bool_value, kind = value, api.DATA_TYPE_BOOL
+            start.hparams[name].bool_value, data_type = value, api.DATA_TYPE_BOOL
         elif isinstance(value, int | float):
-            start.hparams[name].number_value, kind = value, api.DATA_TYPE_FLOAT64
+            start.hparams[name].number_value, data_type = value, api.DATA_TYPE_FLOAT64
         else:
-            start.hparams[name].string_value, kind = str(value), api.DATA_TYPE_STRING
-        infos.append(api.HParamInfo(name=name, type=kind))
+            start.hparams[name].string_value, data_type = str(value), api.DATA_TYPE_STRING
+        infos.append(api.HParamInfo(name=name, type=data_type))
     split = config.get("evaluate_on", "test")
     names = [api.MetricName(tag=f"{split}/{metric}") for metric in ("average_accuracy", "forgetting")]
     metrics = [api.MetricInfo(name=name) for name in names]
@@ -221,7 +235,7 @@ def hparams_summaries(config: Mapping[str, Any]) -> list[Any]:
 
 
 def end_summary(failed: bool) -> Any:
-    """Return what the HParams dashboard reads of a run's end."""
+    """Return the summary from which the HParams dashboard reads how a run ended."""
     from tensorboard.plugins.hparams import api_pb2 as api
     from tensorboard.plugins.hparams.plugin_data_pb2 import SessionEndInfo
 
@@ -240,23 +254,9 @@ def _hparams_summary(tag: str, **data: Any) -> Any:
     return Summary(value=[value])
 
 
-def leave_event_errors_to_the_caller() -> None:
-    """Let TensorBoard's background thread print nothing of an error, which its next call raises anyhow."""
-    before = threading.excepthook
-    if before.__module__ == __name__:
-        return
-
-    def hook(args: threading.ExceptHookArgs) -> None:
-        if type(args.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
-            before(args)
-
-    threading.excepthook = hook
-
-
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a table as Markdown; numbers with four decimals, an empty cell for None."""
-    lines = [list(columns), ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Return a table as Markdown; floats with four decimals, an empty cell for None."""
+    return formatting.markdown_table(columns, [[_cell(value) for value in row] for row in rows])
 
 
 def _cell(value: Any) -> str:

@@ -1,8 +1,8 @@
-"""Metrics of continual learning, from the accuracy matrix.
+"""Metrics of continual learning, computed from the accuracy matrix.
 
-`R[i, j]` is the accuracy (a fraction) on task j after training on task i, both from 0 to T - 1; nan where it
-was not evaluated. A metric that is undefined, or that needs an entry which was not evaluated, is nan, never a
-number. Papers number tasks from 1; the formulas here do not.
+`R[i, j]` is the accuracy, a fraction, on task j after training on task i. Both indices run from 0 to T - 1;
+papers number tasks from 1. An entry is nan if it was not evaluated. A metric is nan if it is undefined or if
+it needs such an entry.
 """
 
 from __future__ import annotations
@@ -14,10 +14,20 @@ from sequel_core.stream.arrays import FloatArray
 
 
 def check_matrix(matrix: ArrayLike) -> FloatArray:
-    """Return the accuracy matrix as float64 `[T, T]`.
+    """Check an accuracy matrix.
+
+    Args:
+        matrix: `[T, T]`, fractions in [0, 1] or nan.
+
+    Returns:
+        The matrix as float64.
 
     Raises:
-        ValueError: not square, empty, or an entry outside [0, 1] (nan is allowed).
+        ValueError: the matrix is not square or is empty, or an entry is outside [0, 1].
+
+    Example:
+        >>> check_matrix([[1, 0], [0.5, 0.5]]).dtype
+        dtype('float64')
     """
     r = np.asarray(matrix, np.float64)
     if r.ndim != 2 or r.shape[0] != r.shape[1] or r.size == 0:
@@ -41,67 +51,131 @@ def _mean(values: FloatArray) -> float:
 def _mean_drop_from_best(r: FloatArray, rows: int) -> float:
     """Return the mean over past tasks of the best of the first `rows` rows minus the last row."""
     last = len(r) - 1
-    before_training = np.arange(len(r))[:, None] < np.arange(len(r))  # evaluated only where FWT is asked for
+    before_training = np.arange(len(r))[:, None] < np.arange(len(r))  # evaluated only for forward transfer
     best = np.where(before_training & np.isnan(r), -np.inf, r)[:rows, :last].max(axis=0)
     return _mean(best - r[last, :last])
 
 
 def average_accuracy(matrix: ArrayLike) -> float:
-    """Return the accuracy after the last task, mean over tasks: `1/T sum_j R[T-1, j]`, in [0, 1].
+    """Accuracy after the last task, mean over tasks (ACC).
+
+    `1/T sum_j R[T-1, j]`
+
+    Args:
+        matrix: `[T, T]`, fractions.
+
+    Returns:
+        A fraction in [0, 1].
+
+    Raises:
+        ValueError: see `check_matrix`.
 
     Source: Lopez-Paz and Ranzato 2017, arXiv 1706.08840, "ACC".
+
+    Example:
+        >>> average_accuracy([[0.75, 0.0], [0.5, 1.0]])
+        0.75
     """
     return _mean(check_matrix(matrix)[-1])
 
 
 def forgetting(matrix: ArrayLike) -> float:
-    """Return `1/(T-1) sum_{j<T-1} (max_{i<T-1} R[i, j] - R[T-1, j])`, in [-1, 1]; positive is forgetting.
+    """Best accuracy before the last task minus the final accuracy, mean over past tasks.
 
-    The best accuracy is taken before the last task, so a task that ends at its best counts negative. Rows
-    i < j (task j not yet trained) take part where they were evaluated. Nan for T = 1.
+    `1/(T-1) sum_{j<T-1} (max_{i<T-1} R[i, j] - R[T-1, j])`
+
+    A task whose final accuracy is its best counts as negative. Rows i < j, measured before task j was
+    trained, are included if they were evaluated.
+
+    Args:
+        matrix: `[T, T]`, fractions.
+
+    Returns:
+        A number in [-1, 1]; nan for T = 1.
+
+    Raises:
+        ValueError: see `check_matrix`.
 
     Source: Chaudhry et al. 2018, arXiv 1801.10112, and the code of A-GEM, arXiv 1812.00420.
+
+    Example:
+        >>> forgetting([[0.75, 0.0], [0.5, 1.0]])
+        0.25
     """
     r = check_matrix(matrix)
     return float("nan") if len(r) == 1 else _mean_drop_from_best(r, len(r) - 1)
 
 
 def forgetting_with_final(matrix: ArrayLike) -> float:
-    """Return `1/(T-1) sum_{j<T-1} (max_i R[i, j] - R[T-1, j])`, in [0, 1].
+    """Best accuracy, including the final one, minus the final accuracy, mean over past tasks.
 
-    As `forgetting`, but the last row takes part in the maximum, so that no term is negative. Nan for T = 1.
+    `1/(T-1) sum_{j<T-1} (max_i R[i, j] - R[T-1, j])`
+
+    It differs from `forgetting` in that no term is negative.
+
+    Args:
+        matrix: `[T, T]`, fractions.
+
+    Returns:
+        A number in [0, 1]; nan for T = 1.
+
+    Raises:
+        ValueError: see `check_matrix`.
 
     Source: the code of Stable SGD (Mirzadeh et al. 2020, arXiv 2006.06958), CL-Gym and Mammoth.
+
+    Example:
+        >>> forgetting_with_final([[0.5, 0.0], [0.75, 1.0]])
+        0.0
     """
     r = check_matrix(matrix)
     return float("nan") if len(r) == 1 else _mean_drop_from_best(r, len(r))
 
 
 def bwt(matrix: ArrayLike) -> float:
-    """Return the backward transfer `1/(T-1) sum_{j<T-1} (R[T-1, j] - R[j, j])`, in [-1, 1].
+    """Backward transfer; negative if tasks are forgotten.
 
-    Negative is forgetting. Nan for T = 1.
+    `1/(T-1) sum_{j<T-1} (R[T-1, j] - R[j, j])`
+
+    Args:
+        matrix: `[T, T]`, fractions.
+
+    Returns:
+        A number in [-1, 1]; nan for T = 1.
+
+    Raises:
+        ValueError: see `check_matrix`.
 
     Source: Lopez-Paz and Ranzato 2017, arXiv 1706.08840, "BWT" (its code divides by T); La-MAML's "BTI".
+
+    Example:
+        >>> bwt([[0.75, 0.0], [0.5, 1.0]])
+        -0.25
     """
     r = check_matrix(matrix)
     return _mean((r[-1] - np.diagonal(r))[:-1])
 
 
 def fwt(matrix: ArrayLike, baseline: ArrayLike) -> float:
-    """Return the forward transfer `1/(T-1) sum_{j>=1} (R[j-1, j] - b_j)`, in [-1, 1].
+    """Forward transfer: how much earlier tasks help on a task that is not yet trained.
 
-    What earlier tasks give to a task that is not yet trained. Nan for T = 1, and where tasks were not
-    evaluated before their training.
+    `1/(T-1) sum_{j>=1} (R[j-1, j] - b_j)`
 
     Args:
-        matrix: `[T, T]`.
-        baseline: accuracy of the untrained network on each task, `[T]`, fractions.
+        matrix: `[T, T]`, fractions; tasks must be evaluated before they are trained.
+        baseline: b, accuracy of the untrained network on each task, `[T]`, fractions.
+
+    Returns:
+        A number in [-1, 1]; nan for T = 1.
+
+    Raises:
+        ValueError: see `check_matrix`; or the baseline has another length or a value outside [0, 1].
 
     Source: Lopez-Paz and Ranzato 2017, arXiv 1706.08840, "FWT".
 
-    Raises:
-        ValueError: as `check_matrix`, or a baseline of another length or outside [0, 1].
+    Example:
+        >>> fwt([[0.75, 0.5], [0.5, 1.0]], baseline=[0.25, 0.25])
+        0.25
     """
     r = check_matrix(matrix)
     b = np.asarray(baseline, np.float64)
@@ -111,40 +185,77 @@ def fwt(matrix: ArrayLike, baseline: ArrayLike) -> float:
 
 
 def learning_accuracy(matrix: ArrayLike) -> float:
-    """Return the accuracy on a task just after its training, mean over tasks: `1/T sum_j R[j, j]`, in [0, 1].
+    """Accuracy on each task directly after training on it, mean over tasks (LA).
+
+    `1/T sum_j R[j, j]`
+
+    Args:
+        matrix: `[T, T]`, fractions.
+
+    Returns:
+        A fraction in [0, 1].
+
+    Raises:
+        ValueError: see `check_matrix`.
 
     Source: Riemer et al. 2019, arXiv 1810.11910, "LA".
+
+    Example:
+        >>> learning_accuracy([[0.5, 0.0], [0.25, 1.0]])
+        0.75
     """
     return _mean(np.diagonal(check_matrix(matrix)))
 
 
 def average_incremental_accuracy(matrix: ArrayLike) -> float:
-    """Return `1/T sum_i (1/(i+1) sum_{j<=i} R[i, j])`, in [0, 1].
+    """Accuracy on the tasks seen so far, mean over these tasks, then over the stream (AIA).
 
-    The accuracy on the tasks seen so far, averaged over these tasks and then over the stream. Every task has
-    the same weight; see also `average_incremental_accuracy_over_samples`.
+    `1/T sum_i (1/(i+1) sum_{j<=i} R[i, j])`
+
+    Every task has the same weight; see also `average_incremental_accuracy_over_samples`.
+
+    Args:
+        matrix: `[T, T]`, fractions.
+
+    Returns:
+        A fraction in [0, 1].
+
+    Raises:
+        ValueError: see `check_matrix`.
 
     Source: Wang et al. 2024, arXiv 2302.00487, "AIA"; at the ends of tasks, the "AAA" of Caccia et al. 2022,
     arXiv 2104.05025.
+
+    Example:
+        >>> average_incremental_accuracy([[1.0, 0.0], [0.5, 0.5]])
+        0.75
     """
     r = check_matrix(matrix)
     return _mean(np.array([r[i, : i + 1].mean() for i in range(len(r))]))
 
 
 def average_incremental_accuracy_over_samples(matrix: ArrayLike, samples: ArrayLike) -> float:
-    """Return `1/T sum_i (sum_{j<=i} n_j R[i, j] / sum_{j<=i} n_j)`, in [0, 1].
+    """Accuracy on all samples of the tasks seen so far, mean over the stream.
 
-    The accuracy on all samples of the tasks seen so far, averaged over the stream. It equals
-    `average_incremental_accuracy` if all tasks have equally many samples.
+    `1/T sum_i (sum_{j<=i} n_j R[i, j] / sum_{j<=i} n_j)`
+
+    It equals `average_incremental_accuracy` if all tasks have the same number of samples.
 
     Args:
-        matrix: `[T, T]`.
+        matrix: `[T, T]`, fractions.
         samples: n, number of samples that each task was evaluated on, `[T]`, >= 1.
+
+    Returns:
+        A fraction in [0, 1].
+
+    Raises:
+        ValueError: see `check_matrix`; or there is not one sample count >= 1 per task.
 
     Source: Rebuffi et al. 2017, arXiv 1611.07725, "average incremental accuracy".
 
-    Raises:
-        ValueError: as `check_matrix`, or sample counts of another length or below 1.
+    Example:
+        >>> average_incremental_accuracy_over_samples([[1.0, 0.0], [1.0, 0.0]], samples=[300, 100])
+        0.875
     """
     r = check_matrix(matrix)
     n = np.asarray(samples, np.float64)
@@ -155,32 +266,54 @@ def average_incremental_accuracy_over_samples(matrix: ArrayLike, samples: ArrayL
 
 
 def worst_case_accuracy(matrix: ArrayLike) -> float:
-    """Return `1/T R[T-1, T-1] + (1 - 1/T) mean_{j<T-1} min_{i>j} R[i, j]`, in [0, 1].
+    """Lowest accuracy of each past task since later tasks were trained, and final accuracy of the last task.
 
-    Past tasks count with the lowest accuracy that they had since later tasks were trained (min-ACC), the last
-    task with its accuracy now. The source looks at every training iteration; here only the ends of tasks are
-    looked at, so that a drop which recovers within a task is not seen. T = 1 gives `R[0, 0]`.
+    `1/T R[T-1, T-1] + (1 - 1/T) mean_{j<T-1} min_{i>j} R[i, j]`
+
+    The source takes the minimum over every training iteration. Here it is taken over the ends of tasks, so a
+    drop that recovers within a task is not counted.
+
+    Args:
+        matrix: `[T, T]`, fractions.
+
+    Returns:
+        A fraction in [0, 1]; `R[0, 0]` for T = 1.
+
+    Raises:
+        ValueError: see `check_matrix`.
 
     Source: De Lange et al. 2023, arXiv 2205.13452, "WC-ACC".
+
+    Example:
+        >>> worst_case_accuracy([[0.75, 0.0], [0.5, 1.0]])
+        0.75
     """
     r = check_matrix(matrix)
     lowest = [r[j + 1 :, j].min() for j in range(len(r) - 1)]
-    return _mean(np.array([*lowest, r[-1, -1]]))  # the same sum: each of the T terms has weight 1/T
+    return _mean(np.array([*lowest, r[-1, -1]]))  # each of the T terms has weight 1/T, as in the formula
 
 
 def summarise(
     matrix: ArrayLike, baseline: ArrayLike | None = None, samples: ArrayLike | None = None
 ) -> dict[str, float]:
-    """Return every metric by name; fractions, nan where undefined.
+    """Compute all metrics.
 
     Args:
-        matrix: `[T, T]`.
-        baseline: accuracy of the untrained network on each task, `[T]`; without it `fwt` is nan.
-        samples: number of samples that each task was evaluated on, `[T]`; without it
-            `average_incremental_accuracy_over_samples` is nan.
+        matrix: `[T, T]`, fractions.
+        baseline: accuracy of the untrained network on each task, `[T]`, fractions; None makes `fwt` nan.
+        samples: number of samples that each task was evaluated on, `[T]`, >= 1; None makes
+            `average_incremental_accuracy_over_samples` nan.
+
+    Returns:
+        The metrics by the name of their function.
 
     Raises:
-        ValueError: as `check_matrix`, `fwt` and `average_incremental_accuracy_over_samples`.
+        ValueError: see `check_matrix`, `fwt` and `average_incremental_accuracy_over_samples`.
+
+    Example:
+        >>> scores = summarise([[0.75, 0.0], [0.5, 1.0]])
+        >>> scores["average_accuracy"], scores["bwt"], scores["fwt"]
+        (0.75, -0.25, nan)
     """
     return {
         "average_accuracy": average_accuracy(matrix),

@@ -1,4 +1,4 @@
-"""Services that keep runs, Weights & Biases and Comet: who may log in, and what they must not be told."""
+"""Weights & Biases and Comet: credentials, modes, and what must not be sent to them."""
 
 from __future__ import annotations
 
@@ -13,28 +13,33 @@ from typing import Any
 from urllib.parse import urlsplit
 
 MASK = "***"
-"""What stands in place of a secret."""
+"""Replaces a secret."""
 
 MODES = {"wandb": ("online", "offline", "disabled"), "comet": ("online", "offline")}
 PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
+NO_PATCHES = "COMET_DISABLE_AUTO_LOGGING"
 LOGINS = {"wandb": "WANDB_API_KEY or run `wandb login`", "comet": "COMET_API_KEY or run `comet login`"}
 
 _SECRET = re.compile(
     r"(^|_)(api_?key|access_?key|private_?key|token|pass(word|wd|phrase)|secret|credentials?)(_|$)", re.I
 )
 _LOGIN_IN_ADDRESS = re.compile(r"://[^/@\s]+@")
-_SHORTEST = 8  # a value of the environment with fewer characters is too common a text to look for
+_MIN_SECRET_LENGTH = 8  # shorter values of the environment occur in ordinary text
 
 
 def masked(value: Any, key: str = "") -> Any:
-    """Return plain values with `***` in place of what is, or may be, a secret.
+    """Return plain values with possible secrets replaced by `***`.
 
-    That is text and whole numbers under a key such as `api_key`, `token` or `password`, the values of such
-    variables of the environment wherever they stand in a text, and the login in an address.
+    Three things are replaced: text and integers under a key such as `api_key`, `token` or `password`; the
+    values of environment variables with such names, wherever they occur in a text; and the login in a URL.
 
     Args:
-        value: mappings, lists, text, numbers; anything else is returned as it is.
-        key: under which the value stands.
+        value: mappings, lists, text, numbers; a value of another type is returned unchanged.
+        key: of the value in its mapping.
+
+    Example:
+        >>> masked({"api_key": "abc", "url": "https://me:abc@example.org"})
+        {'api_key': '***', 'url': 'https://***@example.org'}
     """
     if isinstance(value, Mapping):
         return {k: masked(v, key if _is_secret(key) else str(k)) for k, v in value.items()}
@@ -44,7 +49,7 @@ def masked(value: Any, key: str = "") -> Any:
         return MASK
     if isinstance(value, str):
         for name, secret in os.environ.items():
-            if len(secret) >= _SHORTEST and _is_secret(name):
+            if len(secret) >= _MIN_SECRET_LENGTH and _is_secret(name):
                 value = value.replace(secret, MASK)
         return _LOGIN_IN_ADDRESS.sub(f"://{MASK}@", value)
     return value
@@ -56,20 +61,17 @@ def _is_secret(key: str) -> bool:
 
 
 def check_service(name: str, settings: Mapping[str, Any]) -> None:
-    """Refuse settings of the logger `wandb` or `comet` that its service would not take.
+    """Check the settings of the logger `wandb` or `comet`.
+
+    Args:
+        name: `"wandb"` or `"comet"`.
+        settings: entity or workspace, project, group, name, tags, mode.
 
     Raises:
-        ValueError: a value of another type, an unknown mode, a package that is not installed, or no
-            credentials where the run is to be sent to the service.
+        ValueError: a value has the wrong type, the mode is unknown, the package is not installed, or online
+            mode has no credentials.
     """
-    for key, value in settings.items():
-        if key == "tags":
-            fits = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-            rule = "a list of text such as [a,b]"
-        else:
-            fits, rule = isinstance(value, str), "text, a number in quotes"
-        if value is not None and not fits:
-            raise ValueError(f"logger.{name}.{key} must be {rule}, got {value!r}")
+    _check_types(name, settings)
     mode = settings.get("mode")
     if mode not in (None, *MODES[name]):
         *others, last = MODES[name]
@@ -79,20 +81,31 @@ def check_service(name: str, settings: Mapping[str, Any]) -> None:
             f"logger={name} needs the package {PACKAGES[name]}, which is not installed; install it with: "
             f"pip install 'sequel-cl[{name}]'"
         )
-    if service_mode(name, settings) == "online" and not _may_log_in(name):
+    if service_mode(name, settings) == "online" and not _has_credentials(name):
         raise ValueError(
             f"logger.{name}.mode=online needs credentials, got none; set {LOGINS[name]}, or set "
             f"logger.{name}.mode=offline"
         )
 
 
+def _check_types(name: str, settings: Mapping[str, Any]) -> None:
+    for key, value in settings.items():
+        if key == "tags":
+            valid = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+            rule = "a list of text such as [a,b]"
+        else:
+            valid, rule = isinstance(value, str), "text, a number in quotes"
+        if value is not None and not valid:
+            raise ValueError(f"logger.{name}.{key} must be {rule}, got {value!r}")
+
+
 def service_mode(name: str, settings: Mapping[str, Any]) -> str:
-    """Return the mode of a service: what is set, or online where there are credentials, else offline."""
-    told = settings.get("mode") or (os.environ.get("WANDB_MODE") if name == "wandb" else None)
-    return str(told or ("online" if _may_log_in(name) else "offline"))
+    """Return the mode of a service; if none is set, online if there are credentials, else offline."""
+    mode = settings.get("mode") or (os.environ.get("WANDB_MODE") if name == "wandb" else None)
+    return str(mode or ("online" if _has_credentials(name) else "offline"))
 
 
-def _may_log_in(name: str) -> bool:
+def _has_credentials(name: str) -> bool:
     if name == "comet":
         if os.environ.get("COMET_API_KEY"):
             return True
@@ -108,22 +121,28 @@ def _may_log_in(name: str) -> bool:
 
 
 def _comet() -> Any:
-    """Import Comet's library without its watch over other libraries, which only the environment turns off."""
-    os.environ["COMET_DISABLE_AUTO_LOGGING"] = "1"
-    import comet_ml
-
+    """Import Comet's library without letting it patch other libraries, which only this variable prevents."""
+    previous = os.environ.get(NO_PATCHES)
+    os.environ[NO_PATCHES] = "1"
+    try:
+        import comet_ml
+    finally:
+        if previous is None:
+            del os.environ[NO_PATCHES]
+        else:
+            os.environ[NO_PATCHES] = previous
     return comet_ml
 
 
 def wandb_arguments(settings: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Return the arguments of `wandb.init` for a run whose files lie in `<run_dir>/wandb`.
+    """Return the arguments of `wandb.init` for a run with its files in `<run_dir>/wandb`.
 
-    The service is not told the command line, what the program prints, its code or its git repository: each
-    may hold a secret.
+    The command line, the output of the program, its code and its git repository are not sent, because each
+    may contain a secret.
     """
     from wandb import Settings
 
-    earlier = sorted((run_dir / "wandb").glob("*run-*-*"))  # of a run that is resumed
+    earlier = sorted((run_dir / "wandb").glob("*run-*-*"))  # there are some if the run is resumed
     return {
         **({"id": earlier[-1].name.rpartition("-")[2], "resume": "allow"} if earlier else {}),
         "dir": os.fspath(run_dir),
@@ -142,7 +161,7 @@ def wandb_arguments(settings: Mapping[str, Any], run_dir: Path) -> dict[str, Any
 
 
 def abandon_wandb() -> None:
-    """Let go of W&B's process that has died: the next run would ask it again, and the exit trip over it."""
+    """Shut down W&B's service process after it has died; otherwise the next run and the exit would fail."""
     import wandb
 
     with suppress(Exception, SystemExit):
@@ -150,10 +169,10 @@ def abandon_wandb() -> None:
 
 
 def comet_experiment(settings: Mapping[str, Any], run_dir: Path) -> Any:
-    """Start an experiment of Comet; offline its archive goes to `<run_dir>/comet`.
+    """Start a Comet experiment; in offline mode its archive is written to `<run_dir>/comet`.
 
-    The service is not told the command line, what the program prints, its code, its git repository or its
-    machine: each may hold a secret.
+    The command line, the output of the program, its code, its git repository and the machine are not sent,
+    because each may contain a secret.
     """
     comet = _comet()
     private = ("log_code", "log_graph", "log_git_metadata", "log_git_patch", "log_env_details", "parse_args")

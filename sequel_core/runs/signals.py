@@ -1,4 +1,4 @@
-"""Signals that end a run: they are noted, and the run ends at its next step, with a checkpoint."""
+"""Signals that end a run: the run stops at its next step and writes a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,50 +10,53 @@ from types import FrameType
 from typing import Any
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-"""Ctrl-C, `kill` and, as SLURM is told to by `--signal`, what comes before the end of a job's time."""
+"""Ctrl-C, `kill`, and the signals that SLURM sends before a job's time is over (its option `--signal`)."""
 
 
 class InterruptedRunError(Exception):
-    """A signal asked the run to end; what was reached is in its last checkpoint."""
+    """A signal ended the run; its last checkpoint has what was reached.
+
+    Args:
+        number: of the signal.
+    """
 
     def __init__(self, number: int) -> None:
-        """Say which signal."""
         super().__init__(f"ended by {signal.Signals(number).name}")
         self.number = number
 
     @property
     def exit_code(self) -> int:
-        """As a shell has it for a process that a signal ends: 130 for Ctrl-C, 143 for SIGTERM."""
+        """The exit code that a shell reports for this signal: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.number
 
 
 class Signals:
-    """Which signal has come; the second Ctrl-C raises KeyboardInterrupt at once."""
+    """Records the last signal received; a second Ctrl-C raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
 
     def check(self) -> None:
-        """Raise InterruptedRunError where a signal has come."""
+        """Raise InterruptedRunError if a signal was received."""
         if self.received is not None:
             raise InterruptedRunError(self.received)
 
     @contextmanager
-    def noted(self) -> Iterator[Signals]:
-        """Note signals instead of dying of them; only in the main thread, where Python handles signals."""
-        before: dict[int, Any] = {}
+    def recorded(self) -> Iterator[Signals]:
+        """Record signals while active; no effect outside the main thread, the only one with handlers."""
+        previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for name in NAMES:
-                number = getattr(signal, name, None)  # some are not Windows's
+                number = getattr(signal, name, None)  # Windows lacks some
                 if number is not None:
-                    before[number] = signal.signal(number, self._note)
+                    previous[number] = signal.signal(number, self._record)
         try:
             yield self
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number

@@ -9,9 +9,20 @@ import numpy as np
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % confidence interval of the mean, None for fewer than two values.
+    """Return the 95 % confidence interval of the mean: mean -+ t(0.975, n - 1) * s / sqrt(n).
 
-    mean - h to mean + h with h = t(0.975, n - 1) * s / sqrt(n), Student's t and the sample's deviation s.
+    t is the quantile of Student's distribution, s the sample standard deviation (divided by n - 1).
+
+    Args:
+        values: one per seed.
+
+    Returns:
+        Lower and upper bound; None for fewer than two values.
+
+    Example:
+        >>> low, high = interval([0.80, 0.82, 0.84])
+        >>> round(low, 3), round(high, 3)
+        (0.77, 0.87)
     """
     n = len(values)
     if n < 2:

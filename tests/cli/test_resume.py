@@ -13,7 +13,8 @@ import pytest
 
 from sequel_core.cli import main
 from sequel_core.runs.checkpoints import MANIFEST, _files
-from sequel_core.runs.results import load_result, load_weights, write_json
+from sequel_core.runs.files import write_json
+from sequel_core.runs.results import load_result, load_weights
 from sequel_core.runs.signals import InterruptedRunError
 from sequel_core.stream.task import Task
 from tests.cli.conftest import NearestMean, Plugin
@@ -79,8 +80,8 @@ def test_a_damaged_checkpoint_and_other_versions_are_told_in_a_line_each(
         f"sequel: checkpoint {second} is damaged: run.json differs; an older checkpoint is used, if there is "
         "one",
         f"sequel: checkpoint {first} was written with numpy 1.0 (now {np.__version__}), sequel-cl 0.0 (now "
-        f"{metadata.version('sequel-cl')}); the run goes on, but may end with other roundings than one that "
-        "never stopped",
+        f"{metadata.version('sequel-cl')}); the run continues, but its results may differ by rounding from "
+        "those of an uninterrupted run",
     ]
     assert main(line) == 0  # it has ended
     assert capsys.readouterr().err == ""

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from sequel_core.runs import results
+import sequel_core.runs.files
 from sequel_core.runs.checkpoints import MANIFEST, RUN, Checkpoints, verify
 from tests import disks
 
@@ -116,14 +116,14 @@ def test_the_run_is_told_when_a_write_in_the_background_has_failed(tmp_path: Pat
 @pytest.mark.parametrize("name", [RUN, MANIFEST])
 def test_no_room_for_the_last_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     saved(tmp_path, 2)
-    wrote = results._write
+    wrote = sequel_core.runs.files.write_bytes
 
     def full(path: Path, content: bytes) -> None:
         if path.name == name:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         wrote(path, content)
 
-    monkeypatch.setattr(results, "_write", full)
+    monkeypatch.setattr(sequel_core.runs.files, "write_bytes", full)
     files = Checkpoints(tmp_path)
     files.save(write, {"done": 3})
     with pytest.raises(OSError, match="No space left on device"):
@@ -145,7 +145,7 @@ def test_a_process_killed_while_it_saves_leaves_the_one_before(tmp_path: Path, s
     code = f"""
 import os, signal, sys
 from pathlib import Path
-from sequel_core.runs import checkpoints, results
+from sequel_core.runs import checkpoints
 from tests.core.test_checkpoints import write
 stage, files = {stage!r}, checkpoints.Checkpoints(Path({str(tmp_path)!r}))
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
@@ -187,8 +187,8 @@ def damages() -> Iterator[tuple[str, str, Callable[[Path], object]]]:
             for _ in range(10):
                 yield name, "differs", partial(flip, place=rng.random(), bit=rng.randrange(8))
                 yield name, "differs", partial(cut, place=rng.random())
-    yield "new.bin", "is not of it", lambda file: file.write_bytes(b"")
-    yield "state/deep/new.bin", "is not of it", lambda file: file.write_bytes(b"x")
+    yield "new.bin", "is not in the manifest", lambda file: file.write_bytes(b"")
+    yield "state/deep/new.bin", "is not in the manifest", lambda file: file.write_bytes(b"x")
 
 
 def flip(file: Path, place: float, bit: int) -> None:

@@ -20,9 +20,9 @@ from sequel_core.runs.loggers import (
     LoggerWarning,
     end_summary,
     hparams_summaries,
-    leave_event_errors_to_the_caller,
     markdown_table,
 )
+from sequel_core.runs.process import event_errors_left_to_the_caller
 from sequel_core.runs.services import check_service, masked, service_mode, wandb_arguments
 
 
@@ -185,10 +185,12 @@ def test_hyper_parameters_for_tensorboard() -> None:
 
 
 def test_only_errors_of_tensorboards_thread_are_left_to_its_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(str(args.exc_value)))
-    for _ in range(3):
-        leave_event_errors_to_the_caller()
+    reported = []
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        reported.append(str(args.exc_value))
+
+    monkeypatch.setattr(threading, "excepthook", hook)
 
     def fail() -> None:
         raise ValueError("mine")
@@ -197,11 +199,13 @@ def test_only_errors_of_tensorboards_thread_are_left_to_its_caller(monkeypatch: 
         """A thread as TensorBoard's."""
 
     Events.__module__ = "tensorboard.summary.writer.event_file_writer"
-    for kind in (threading.Thread, Events):
-        thread = kind(target=fail)
-        thread.start()
-        thread.join()
-    assert seen == ["mine"]
+    with event_errors_left_to_the_caller(), event_errors_left_to_the_caller():
+        for thread_type in (threading.Thread, Events):
+            thread = thread_type(target=fail)
+            thread.start()
+            thread.join()
+    assert reported == ["mine"]
+    assert threading.excepthook is hook
 
 
 def test_markdown_tables() -> None:

@@ -13,17 +13,11 @@ import pytest
 import yaml
 
 from sequel_core.runs import metrics
-from sequel_core.runs.results import (
-    Result,
-    RunDirectory,
-    load_result,
-    load_weights,
-    peak_memory_bytes,
-    read_json,
-    read_metrics,
-    read_yaml,
-    versions,
-)
+from sequel_core.runs.directory import RunDirectory
+from sequel_core.runs.files import read_json, read_yaml
+from sequel_core.runs.memory import peak_memory_bytes
+from sequel_core.runs.results import Result, load_result, load_weights, read_metrics
+from sequel_core.runs.versions import loaded_versions
 
 MATRIX = np.array([[1 / 3, math.nan], [0.1, 2 / 3]])
 CONFIG = {
@@ -256,19 +250,19 @@ def test_peak_memory_is_a_process_s_own() -> None:
     assert before is not None
     assert after is not None
     assert after >= block.nbytes
-    code = "from sequel_core.runs.results import peak_memory_bytes; print(peak_memory_bytes())"
+    code = "from sequel_core.runs.memory import peak_memory_bytes; print(peak_memory_bytes())"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 5e6 < int(child.stdout) < block.nbytes
 
 
 def test_versions_name_only_what_is_loaded() -> None:
-    code = "import json, sequel_core.runs.results as r; print(json.dumps(r.versions()))"
+    code = "import json, sequel_core.runs.versions as v; print(json.dumps(v.loaded_versions()))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found = json.loads(child.stdout)
     assert set(found) == {"python", "numpy", "sequel-cl"}
     assert found["numpy"] == np.__version__
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
-    assert versions()["sequel-cl"] == metadata.version("sequel-cl")
+    assert loaded_versions()["sequel-cl"] == metadata.version("sequel-cl")
 
 
 def test_aliases_cannot_make_a_small_file_huge(tmp_path: Path) -> None:
@@ -329,7 +323,7 @@ def test_opening_the_directory_of_a_run(tmp_path: Path) -> None:
     path = complete(tmp_path).path
     for resume in (True, "auto"):
         assert RunDirectory.open(path, CONFIG, resume).path == path
-    with pytest.raises(ValueError, match=r"run_dir must be empty or new, got .*go on with its run"):
+    with pytest.raises(ValueError, match=r"run_dir must be empty or new, got .*or resume its run"):
         RunDirectory.open(path, CONFIG, False)
     new = tmp_path / "new"
     for where in (new, tmp_path, None):
@@ -376,7 +370,7 @@ def test_whether_a_run_has_finished(tmp_path: Path) -> None:
 
 HOLD = """
 import sys
-from sequel_core.runs.results import RunDirectory
+from sequel_core.runs.directory import RunDirectory
 with RunDirectory.open(sys.argv[1], {}, "auto").locked():
     print("held", flush=True)
     sys.stdin.read()

@@ -19,7 +19,8 @@ import pytest
 from sequel_benchmarks import cache
 from sequel_core.hparams import TrainingHParams
 from sequel_core.report import page
-from sequel_core.runs.results import RunDirectory, load_weights
+from sequel_core.runs.directory import RunDirectory
+from sequel_core.runs.results import load_weights
 from tests.hostile.fuzzing import Sandbox
 from tests.report.directories import write_run
 

@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from sequel_core.runs.checkpoints import MANIFEST, RUN, Checkpoints, _files
-from sequel_core.runs.results import RunDirectory, write_json
+from sequel_core.runs.directory import RunDirectory
+from sequel_core.runs.files import write_json
 from tests.hostile import conftest
 from tests.hostile.fuzzing import Dumper, Sandbox, altered, inputs, mutated
 
@@ -76,7 +77,7 @@ def test_a_whole_checkpoint_that_cannot_be_used(
     answer = sandbox.run(["run", f"resume={run}"])
     assert answer.code == 2
     what = type(error).__name__ + (": 'optimizer'" if isinstance(error, KeyError) else "")
-    told = f"checkpoint {run}/checkpoints/1 cannot be used, though it is whole ({what})"
+    told = f"checkpoint {run}/checkpoints/1 cannot be used, although it is undamaged ({what})"
     assert told in answer.err
 
 
@@ -106,7 +107,7 @@ def test_a_state_that_no_run_has_written(
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     answer = sandbox.run(["run", f"resume={run}"])
     assert answer.code == 2
-    told = rf"{run}/checkpoints/1 cannot be used, though it is whole: in its run\.json, {name} must be {rule}"
+    told = rf"{run}/checkpoints/1 cannot be used, although it is undamaged: in its run\.json, {name} must be {rule}"
     assert re.search(told, answer.err)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 

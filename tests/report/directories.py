@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from sequel_core.runs.directory import RunDirectory
 from sequel_core.runs.metrics import summarise
-from sequel_core.runs.results import RunDirectory
 
 NAN = float("nan")
 ONE = [[0.9, NAN], [0.5, 0.8]]  # average accuracy 65 %, forgetting 40 points

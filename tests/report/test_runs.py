@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from sequel_core.report.runs import estimate, read_study
-from sequel_core.runs.results import RunDirectory, read_metrics
+from sequel_core.runs.directory import RunDirectory
+from sequel_core.runs.results import read_metrics
 from tests.report.directories import NAN, ONE, TWO, decay, write_run
 
 

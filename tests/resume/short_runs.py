@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import sequel_core.runs.checkpoints
-import sequel_core.runs.results
+import sequel_core.runs.files
 from sequel_benchmarks import RotatedDigits
 from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.algorithms.der import DERHParams
@@ -33,9 +33,9 @@ from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
 from sequel_core.hparams import AlgorithmHParams, CheckpointHParams, OptimizerHParams, TrainingHParams
 from sequel_core.runs.checkpoints import Checkpoints
+from sequel_core.runs.directory import RunDirectory
 from sequel_core.runs.learner import FitMonitor, Learner, plugin
 from sequel_core.runs.orchestrator import run
-from sequel_core.runs.results import RunDirectory
 from sequel_core.stream.benchmark import Benchmark
 
 CARRY: dict[str, Any] = {"lr_decay": 0.7, "reset_optimizer": False}
@@ -115,7 +115,7 @@ class Moments:
         return counted
 
     def within_write(self, path: Path, content: bytes) -> None:
-        """Stand for `results._write`, with a moment in the middle of the content."""
+        """Stand for `files.write_bytes`, with a moment in the middle of the content."""
         part = path.with_name(f".{path.name}.{os.getpid()}")
         if self():
             part.write_bytes(content[: len(content) // 2])
@@ -149,7 +149,7 @@ def job(mode: str, method: str, run_dir: Path, kill_at: int | None, results: Any
     FitMonitor.after_step = moments.around(after_step)  # type: ignore[method-assign]
     Checkpoints._finish = moments.around(Checkpoints._finish)  # type: ignore[method-assign]
     sequel_core.runs.checkpoints._remove = moments.around(sequel_core.runs.checkpoints._remove)
-    sequel_core.runs.results._write = moments.within_write
+    sequel_core.runs.files.write_bytes = moments.within_write
     go(made, benchmark, run_dir)
     if results is not None:
         results.put(moments.count)

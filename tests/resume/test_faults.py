@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from sequel_core.cli import main
-from sequel_core.runs.results import RunDirectory, load_result
+from sequel_core.runs.directory import RunDirectory
+from sequel_core.runs.results import load_result
 from tests.disks import enlarge, small_disk, write_protected
 from tests.events import scalars
 from tests.resume.faulty import After, write_files

@@ -27,7 +27,7 @@ from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, ReplayHParams, TrainingHParams
 from sequel_core.runs.learner import FitMonitor, Mode, plugin
-from sequel_core.runs.orchestrator import training_numbers
+from sequel_core.runs.recording import training_numbers
 from sequel_core.stream import plan
 from sequel_core.stream.benchmark import Benchmark, Scenario
 from sequel_core.stream.images import Normalisation

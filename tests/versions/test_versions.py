@@ -33,7 +33,7 @@ from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.cli import main
 from sequel_core.report import tables
 from sequel_core.report.runs import read_study
-from sequel_core.runs import results
+from sequel_core.runs import versions
 from sequel_core.runs.checkpoints import MANIFEST, RUN, CheckpointWarning
 from sequel_core.runs.learner import Evaluation
 from sequel_core.stream.task import Task
@@ -49,8 +49,8 @@ X, Y = np.zeros((6, 2, 2, 1), np.uint8), np.resize([0, 1], 6)
 @pytest.fixture(autouse=True)
 def _version(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this version be another one than any that is kept."""
-    found = {results.PACKAGE: HERE}
-    monkeypatch.setattr(results, "_version", lambda name: found.get(name) or metadata.version(name))
+    found = {versions.PACKAGE: HERE}
+    monkeypatch.setattr(versions, "_version", lambda name: found.get(name) or metadata.version(name))
 
 
 def matrix(path: Path) -> Any:
@@ -194,7 +194,7 @@ def test_a_run_says_which_version_wrote_it(tmp_path: Path, capsys: pytest.Captur
     ("error", "told"),
     [
         (ValueError("checkpoint {path} does not fit: a/b is missing there, and float32 [3] here"), "a/b is"),
-        (KeyError("outputs"), "cannot be used, though it is whole (KeyError: 'outputs'); remove it"),
+        (KeyError("outputs"), "cannot be used, although it is undamaged (KeyError: 'outputs'); delete it"),
     ],
     ids=["shape", "key"],
 )

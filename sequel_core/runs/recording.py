@@ -1,0 +1,184 @@
+"""Recording: what a run measures goes to its directory and to the learner's loggers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sequel_core.runs import metrics
+from sequel_core.runs.directory import RunDirectory
+from sequel_core.runs.learner import EvaluateOn, Evaluation, Learner, Progress
+from sequel_core.runs.memory import peak_memory_bytes
+from sequel_core.runs.state import RunState
+from sequel_core.runs.versions import loaded_versions
+from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.task import Task
+
+
+def training_numbers(progress: Progress, samples_per_second: float) -> dict[str, float]:
+    """Return what the loggers receive of a learner's progress report, by tag."""
+    scores = {"loss": progress.loss}
+    for name in ("accuracy", "learning_rate"):
+        if not math.isnan(value := getattr(progress, name)):
+            scores[name] = value
+    scores["samples_per_second"] = samples_per_second
+    return {**{f"train/{name}": value for name, value in scores.items()}, **progress.extra}
+
+
+class Recorder:
+    """Records training progress, evaluations and the summary of one run.
+
+    Args:
+        learner: whose loggers receive the numbers.
+        benchmark: the stream.
+        directory: of the run.
+        split: that the accuracy matrix is measured on.
+        state: of the run; evaluations are entered into it.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        benchmark: Benchmark,
+        directory: RunDirectory,
+        split: EvaluateOn,
+        state: RunState,
+    ) -> None:
+        self._learner, self._benchmark, self._directory = learner, benchmark, directory
+        self._split, self._state = split, state
+        self.restart_rate()
+
+    def restart_rate(self) -> None:
+        """Measure samples per second from now on."""
+        self._rate_start = (time.perf_counter(), self._learner.step)
+
+    def progress(self, task: Task, progress: Progress) -> None:
+        """Record loss, accuracy and speed of the training batches since the last report."""
+        now, (start, step) = time.perf_counter(), self._rate_start
+        self._rate_start = (now, progress.step)
+        rate = (progress.step - step) * self._learner.training.batch_size / max(now - start, 1e-9)
+        record = progress._asdict()
+        extra = record.pop("extra")
+        self._directory.append_metrics(
+            {"kind": "train", "task": task.index, **record, "samples_per_second": rate, **extra}
+        )
+        self._learner.log(training_numbers(progress, rate))
+
+    def evaluations(
+        self, evaluations: Mapping[int, Evaluation], after: int | None, within_task: bool
+    ) -> FloatArray:
+        """Record evaluations on the split of the accuracy matrix.
+
+        Args:
+            evaluations: by the index of the evaluated task.
+            after: index of the task trained on last; None before the first.
+            within_task: whether the training on that task is still in progress.
+
+        Returns:
+            The accuracies `[T]`; nan for tasks that were not evaluated.
+        """
+        row = np.full(len(self._benchmark), np.nan)
+        for j, evaluation in evaluations.items():
+            row[j] = evaluation.accuracy
+            self._append(evaluation, after, within_task, j, self._split)
+        self._state.extra.update(self._further_averages(list(evaluations.values())))
+        scores = {f"accuracy/task_{j}": evaluation.accuracy for j, evaluation in evaluations.items()}
+        scores["average_accuracy"] = float(np.nanmean(row))
+        end_of_task = after is not None and not within_task
+        if after is not None and end_of_task:
+            scores |= self._end_of_task(after, row)
+        named = {f"{self._split}/{name}": value for name, value in scores.items()}
+        self._learner.log({**named, "memory_bytes": self._learner.memory_bytes()})
+        if self._learner.logs and end_of_task:
+            self._log_matrix()
+        self.restart_rate()
+        return row
+
+    def other_split(self, evaluations: Sequence[Evaluation], split: EvaluateOn) -> None:
+        """Record the final evaluation of all tasks on the split that the matrix is not measured on."""
+        for j, evaluation in enumerate(evaluations):
+            self._append(evaluation, len(self._benchmark) - 1, False, j, split)
+        average = float(np.mean([evaluation.accuracy for evaluation in evaluations]))
+        self._state.extra[f"{split}_average_accuracy"] = average
+        self._learner.log({f"{split}/average_accuracy": average})
+
+    def summary(self, status: str, checkpoint_bytes: int) -> None:
+        """Write the accuracy matrix and `summary.json`.
+
+        Args:
+            status: how the run ended: finished, interrupted, diverged or failed.
+            checkpoint_bytes: disk space of the checkpoints.
+        """
+        learner, benchmark, state = self._learner, self._benchmark, self._state
+        total = state.stopwatch.total()
+        spent = {part: state.stopwatch.seconds[part] for part in ("train", "evaluate", "checkpoint")}
+        samples = [len(task.split(self._split)) for task in benchmark.tasks]
+        scores = metrics.summarise(state.matrix, state.baseline, samples)
+        self._directory.write_matrix(state.matrix)
+        self._directory.write_summary(
+            {
+                "status": status,
+                "mode": learner.mode,
+                "scenario": benchmark.scenario,
+                "task_given": learner.hparams.knows_task(benchmark.spec),
+                "split": self._split,
+                "samples": samples,
+                **scores,
+                f"{self._split}_average_accuracy": scores["average_accuracy"],
+                **state.extra,
+                "steps": learner.step,
+                "seconds": {**spent, "other": total - sum(spent.values()), "total": total},
+                "memory_bytes": learner.memory_bytes(),
+                "checkpoint_bytes": checkpoint_bytes,
+                "peak_memory_bytes": peak_memory_bytes(),
+                "threads": learner.threads(),
+                "versions": loaded_versions(),
+            }
+        )
+
+    def _end_of_task(self, after: int, row: FloatArray) -> dict[str, float]:
+        """Enter a row into the accuracy matrix; return the metrics that can now be computed."""
+        matrix = self._state.matrix
+        matrix[after] = row
+        self._directory.write_matrix(matrix)
+        forgetting = metrics.forgetting(matrix[: after + 1, : after + 1])
+        return {} if math.isnan(forgetting) else {"forgetting": forgetting}
+
+    def _further_averages(self, evaluations: Sequence[Evaluation]) -> dict[str, float]:
+        """Return mean accuracies of masked and alternative predictions, if there are any."""
+        averages = {}
+        if self._benchmark.scenario == "class":
+            masked = [evaluation.masked_accuracy for evaluation in evaluations]
+            averages["masked_average_accuracy"] = float(np.mean(masked))
+        for name in evaluations[0].alternatives:
+            others = [evaluation.alternatives[name] / evaluation.total for evaluation in evaluations]
+            averages[f"{name}_average_accuracy"] = float(np.mean(others))
+        return averages
+
+    def _append(
+        self, evaluation: Evaluation, after: int | None, within_task: bool, task: int, split: EvaluateOn
+    ) -> None:
+        """Append one evaluation to `metrics.jsonl`."""
+        values: dict[str, Any] = {"accuracy": evaluation.accuracy, "loss": evaluation.loss}
+        if self._benchmark.scenario == "class":
+            values["masked_accuracy"] = evaluation.masked_accuracy
+        for name, correct in evaluation.alternatives.items():
+            values[f"{name}_accuracy"] = correct / evaluation.total
+        place = {"after_task": after, "within_task": within_task, "task": task, "split": split}
+        self._directory.append_metrics({"kind": "evaluation", "step": self._learner.step, **place, **values})
+
+    def _log_matrix(self) -> None:
+        """Send the accuracy matrix to the loggers, as an image and as a table."""
+        from sequel_core.report.figures import matrix_picture  # loads matplotlib
+
+        name, matrix = f"{self._split}/accuracy_matrix", self._state.matrix
+        title = f"{self._benchmark.name}: {self._split} accuracy"
+        self._learner.log_image(name, matrix_picture(matrix, title))
+        rows = [[i, *(None if math.isnan(v) else v for v in row)] for i, row in enumerate(matrix.tolist())]
+        columns = ["after_task", *(f"task_{j}" for j in range(len(self._benchmark)))]
+        self._learner.log_table(f"{name}_table", columns, rows)
