@@ -71,8 +71,7 @@ class Checkpoint(NamedTuple):
     def version_note(self) -> str:
         """Return a note for the end of an error if another version of this package wrote the checkpoint."""
         recorded = self.run.get("versions")
-        known = isinstance(recorded, dict) and PACKAGE in recorded
-        return version_note(recorded[PACKAGE]) if known else ""
+        return version_note(recorded[PACKAGE]) if isinstance(recorded, dict) and PACKAGE in recorded else ""
 
     def warn_of_versions(self) -> None:
         """Warn if the checkpoint was written with other versions of libraries that are loaded now."""
