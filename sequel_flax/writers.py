@@ -13,6 +13,7 @@ import yaml
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
+from sequel_core.runs.formatting import markdown_table
 from sequel_core.runs.loggers import (
     FLUSH_SECONDS,
     ConsoleTable,
@@ -20,7 +21,6 @@ from sequel_core.runs.loggers import (
     JsonLines,
     end_summary,
     hparams_summaries,
-    markdown_table,
     number,
 )
 from sequel_core.runs.services import comet_experiment, wandb_arguments

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pytorch_lightning.loggers import CometLogger, CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
+from sequel_core.runs.formatting import markdown_table
 from sequel_core.runs.loggers import (
     FLUSH_SECONDS,
     ConsoleTable,
@@ -22,7 +23,6 @@ from sequel_core.runs.loggers import (
     Loggers,
     end_summary,
     hparams_summaries,
-    markdown_table,
 )
 from sequel_core.runs.services import comet_experiment, wandb_arguments
 

@@ -26,6 +26,7 @@ from sequel_core.experiment.compose import compose
 from sequel_core.experiment.overrides import CONFIGS, experiments, quoted
 from sequel_core.experiment.schema import DOCUMENTATION, ExperimentConfig
 from sequel_core.runs import learner
+from sequel_core.runs.formatting import percent, two_decimals
 from sequel_core.runs.learner import PLUGINS, DivergenceError, Mode
 from sequel_core.runs.results import TASK_GIVEN, Result, load_result
 from sequel_core.runs.signals import InterruptedRunError
@@ -267,15 +268,11 @@ def _table(experiment: str, rows: Sequence[Row], expected: Mapping[str, Any]) ->
         table.add_row(
             row.mode,
             ", ".join(map(str, row.results)) or "-",
-            _percent(measured(row)),
+            two_decimals(measured(row)),
             "-" if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}",
-            _percent(100 * _mean([result.forgetting for result in row.results.values()])),
+            percent(_mean([result.forgetting for result in row.results.values()])),
             f"{expected['avg_acc']:g}",
             f"{expected.get('tolerance', 0):g}",
             ", ".join(row.failures) or verdict(measured(row), expected),
         )
     return table
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from sequel_core.experiment.build import build_benchmark
@@ -47,10 +48,21 @@ def combinations(overrides: Sequence[str]) -> list[Combination]:
         count = math.prod(sum(1 for _ in override.sweep_string_iterator()) for override in swept)
         if count > MAX_RUNS:
             raise ValueError(f"a sweep must have at most {MAX_RUNS} runs, got {count}; take fewer values")
-        jobs = BasicSweeper.split_arguments(parsed, None)[0]
+        jobs = _product(parsed)
     except HydraException as error:
         raise ValueError(one_line(error)) from error
-    return [Combination(texts, *compose(texts)) for texts in jobs]
+    return [Combination(list(texts), *compose(list(texts))) for texts in jobs]
+
+
+def _product(overrides: Sequence[Override]) -> Iterator[tuple[str, ...]]:
+    """Return the overrides of each combination; if a key is given twice, the last one counts."""
+    choices = {}
+    for override in overrides:
+        swept = override.is_sweep_override()
+        values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+        key = override.get_key_element()
+        choices[key] = [f"{key}={value}" for value in values]
+    return itertools.product(*choices.values())
 
 
 def varied(experiments: Sequence[Combination]) -> list[str]:

@@ -18,6 +18,7 @@ from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from sequel_core._compat import override_value_text
 from sequel_core.experiment.aliases import SECTIONS, SPELLINGS, alias
 from sequel_core.experiment.schema import choices
 from sequel_core.settings import check_name, nearest
@@ -135,7 +136,7 @@ def _loggers(override: Override) -> str:
     for k, items in enumerate(lists):
         if not isinstance(values[k], dict):
             keyed = ({str(i): item} if isinstance(item, dict) else {item: {}} for i, item in enumerate(items))
-            texts[k] = Override._get_value_element_as_str(dict(ChainMap(*keyed)))
+            texts[k] = override_value_text(dict(ChainMap(*keyed)))
     return f"++logger={','.join(texts)}"
 
 

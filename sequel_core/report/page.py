@@ -21,6 +21,7 @@ from sequel_core.report.pictures import Picture
 from sequel_core.report.runs import MODES, Study, read_study, section
 from sequel_core.report.svg import inline_svg
 from sequel_core.report.tables import Table
+from sequel_core.runs.formatting import markdown_table
 
 DESKTOP, PHONE = 9.0, 4.2  # widths of figures in inches
 DPI = 150
@@ -247,12 +248,11 @@ def _count(number: int, noun: str) -> str:
 
 
 def _markdown_table(table: Table) -> str:
-    """Return a table as Markdown; empty where it has no rows."""
+    """Return a table with its caption as Markdown; empty if it has no rows."""
     if not table.rows:
         return ""
-    lines = [[_escaped(cell) for cell in row] for row in (table.header, *table.rows)]
-    lines.insert(1, ["---", *["---:"] * (len(table.header) - 1)])
-    return "\n".join([f"{_escaped(table.caption)}:", "", *(f"| {' | '.join(line)} |" for line in lines)])
+    header, *rows = [[_escaped(cell) for cell in row] for row in (table.header, *table.rows)]
+    return f"{_escaped(table.caption)}:\n\n{markdown_table(header, rows, align='---:')}"
 
 
 def _escaped(text: str) -> str:

@@ -184,7 +184,7 @@ def read_study(directories: Sequence[str | Path]) -> Study:
         if not Path(directory).is_dir():
             raise ValueError(
                 "directories must be run directories or folders that hold some, got "
-                f"{_plain(directory)}, which is no directory; give what `sequel run` wrote"
+                f"{_printable(directory)}, which is no directory; give what `sequel run` wrote"
             )
     runs: list[Run] = []
     notes: list[str] = []
@@ -192,7 +192,7 @@ def read_study(directories: Sequence[str | Path]) -> Study:
     for directory in directories:
         found = list(_find(Path(directory)))
         if not found:
-            notes.append(f"{_plain(directory)} holds no run directory")
+            notes.append(f"{_printable(directory)} holds no run directory")
         for path in found:
             if path.resolve() in seen:
                 continue
@@ -219,7 +219,7 @@ def _read(path: Path, notes: list[str]) -> Run:
     """Read a run; what is wrong with its `metrics.jsonl` alone becomes a note."""
     error = path / ERROR
     lines = error.read_text(encoding="utf-8", errors="replace").split("\n") if error.is_file() else []
-    reason = next((_plain(line) for line in reversed(lines) if line.strip()), "")
+    reason = next((_printable(line) for line in reversed(lines) if line.strip()), "")
     if reason and not (path / CONFIG).is_file():
         raise ValueError(f"{path} holds no run, it failed before it began: {reason}")
     if not any((path / name).is_file() for name in (METRICS, MATRIX, SUMMARY)):
@@ -231,12 +231,12 @@ def _read(path: Path, notes: list[str]) -> Run:
     except ValueError as damage:
         points = []
         notes.append(f"{_note(path, damage)}; its accuracies within tasks are not shown")
-    flat = {_plain(key): _setting(value) for key, value in flatten(result.config).items()}
+    flat = {_printable(key): _setting(value) for key, value in flatten(result.config).items()}
     flat.setdefault("mode", _setting(result.summary.get("mode", "")))
     flat.setdefault("evaluate_on", _setting(split))
     settings = {key: value for key, value in flat.items() if key not in SEEDS and not _within(key, UNRELATED)}
     seeds = {key: flat[key] for key in SEEDS if key in flat}
-    return Run(_plain(path), result, settings, seeds, points, reason)
+    return Run(_printable(path), result, settings, seeds, points, reason)
 
 
 def _points(path: Path, split: str) -> list[Point]:
@@ -252,8 +252,8 @@ def _points(path: Path, split: str) -> list[Point]:
 
 
 def _note(path: Path, error: Exception) -> str:
-    text = _plain(error)
-    return text if _plain(path) in text else f"{_plain(path)}: {text}"
+    text = _printable(error)
+    return text if _printable(path) in text else f"{_printable(path)}: {text}"
 
 
 def _within(key: str, sections: Sequence[str]) -> bool:
@@ -264,11 +264,11 @@ def _setting(value: Any) -> str:
     """Return a value as YAML has it, in one line; 1 and 1.0 are the same."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         value = int(value)
-    return _plain(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
+    return _printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
-def _plain(text: object) -> str:
-    """Return text without what cannot be shown: control characters, line ends, bytes that are no text."""
+def _printable(text: object) -> str:
+    """Replace the characters that cannot be printed: control characters, line ends, undecodable bytes."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(text))
 
 

@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from sequel_core.experiment.aliases import flatten
-from sequel_core.runs import formatting
 from sequel_core.runs.directory import METRICS, RunDirectory
 from sequel_core.runs.results import read_metrics
 from sequel_core.runs.services import abandon_wandb
@@ -252,14 +251,3 @@ def _hparams_summary(tag: str, **data: Any) -> Any:
     about = metadata.create_summary_metadata(HParamsPluginData(**data))
     value = Summary.Value(tag=getattr(metadata, tag), metadata=about, tensor=metadata.NULL_TENSOR)
     return Summary(value=[value])
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a table as Markdown; floats with four decimals, an empty cell for None."""
-    return formatting.markdown_table(columns, [[_cell(value) for value in row] for row in rows])
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -131,7 +131,7 @@ def load_result(directory: str | Path) -> Result:
         >>> import numpy as np
         >>> from sequel_core import load_result
         >>> from sequel_core.runs.directory import RunDirectory
-        >>> directory = RunDirectory.create("runs/example")  # `sequel_core.run` writes these files
+        >>> directory = RunDirectory.create("runs/result")  # `sequel_core.run` writes these files
         >>> directory.write_config({"mode": "jax"})
         >>> directory.write_matrix(np.array([[0.9, np.nan], [0.7, 0.8]]))
         >>> result = load_result(directory.path)
@@ -188,7 +188,7 @@ def load_weights(directory: str | Path) -> dict[str, NDArray[Any]]:
         >>> import numpy as np
         >>> from sequel_core import load_weights
         >>> from sequel_core.runs.directory import RunDirectory
-        >>> directory = RunDirectory.create("runs/example")  # `sequel_core.run` writes this file
+        >>> directory = RunDirectory.create("runs/weights")  # `sequel_core.run` writes this file
         >>> directory.write_weights({"head/bias": np.zeros(10)})
         >>> load_weights(directory.path)["head/bias"].shape
         (10,)

@@ -12,6 +12,7 @@ import pytest
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from sequel_core.runs import services
+from sequel_core.runs.formatting import markdown_table
 from sequel_core.runs.loggers import (
     ConsoleTable,
     CsvTable,
@@ -20,7 +21,6 @@ from sequel_core.runs.loggers import (
     LoggerWarning,
     end_summary,
     hparams_summaries,
-    markdown_table,
 )
 from sequel_core.runs.process import event_errors_left_to_the_caller
 from sequel_core.runs.services import check_service, masked, service_mode, wandb_arguments
