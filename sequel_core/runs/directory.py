@@ -150,8 +150,8 @@ class RunDirectory:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise ValueError(
-                f"run_dir must not be in use, got {self.path}, in which {_process(holder)} runs; wait for its "
-                "end or choose another path"
+                f"run_dir must not be in use, got {self.path}, in which {_process(holder)} runs; wait for "
+                "its end or choose another path"
             ) from error
         try:
             files.write_json(holder, {"host": platform.node(), "process": os.getpid()})

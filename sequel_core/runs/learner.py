@@ -33,7 +33,7 @@ class DivergenceError(RuntimeError):
 
     Example:
         >>> from sequel_core import DivergenceError
-        >>> DivergenceError(task=1, epoch=0, step=12).where
+        >>> DivergenceError(task=1, epoch=0, step=12).position
         {'task': 1, 'epoch': 0, 'step': 12}
     """
 
@@ -42,7 +42,7 @@ class DivergenceError(RuntimeError):
             f"the training loss is no longer finite at task {task}, epoch {epoch}, step {step}; "
             "lower optimizer.lr or set training.grad_clip"
         )
-        self.where = {"task": task, "epoch": epoch, "step": step}
+        self.position = {"task": task, "epoch": epoch, "step": step}
 
 
 class Evaluation(NamedTuple):

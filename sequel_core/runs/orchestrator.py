@@ -292,7 +292,7 @@ class _Stream:
             failed = False
         except BaseException as error:
             if isinstance(error, DivergenceError):
-                self._state.extra["diverged_at"] = error.where
+                self._state.extra["diverged_at"] = error.position
             with suppress(OSError):  # the disk may be full
                 self._checkpoints.close()
             with suppress(OSError):

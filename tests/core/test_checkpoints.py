@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: only whole ones are chosen, whatever happened to the others."""
+"""Checkpoints on the disk: only complete and undamaged ones are used."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ PARTS = {"weights.bin": 5000, "state/a.bin": 300, "state/deep/b.bin": 1, "state/
 
 
 def write(path: Path) -> Callable[[], None]:
-    """Write a learner's part, the last file of it in the background."""
+    """Write a learner's part; its last file is written by the returned function."""
     contents = {name: random.Random(f"{path.name} {name}").randbytes(size) for name, size in PARTS.items()}
     last, rest = contents.popitem()
     for name, content in contents.items():
@@ -37,7 +37,7 @@ def write(path: Path) -> Callable[[], None]:
 
 
 def saved(run_dir: Path, count: int, keep: int = 2) -> Path:
-    """Save some checkpoints; return the folder."""
+    """Save `count` checkpoints; return their folder."""
     files = Checkpoints(run_dir, keep)
     for k in range(count):
         files.save(write, {"done": [k, "evaluate"]})
@@ -46,11 +46,11 @@ def saved(run_dir: Path, count: int, keep: int = 2) -> Path:
 
 
 def chosen(run_dir: Path) -> tuple[str, Any] | None:
-    found = Checkpoints(run_dir).newest()
-    return None if found is None else (found.path.name, found.run["done"])
+    checkpoint = Checkpoints(run_dir).newest()
+    return None if checkpoint is None else (checkpoint.path.name, checkpoint.run["done"])
 
 
-def test_what_is_saved_is_found_with_the_orchestrators_part(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_holds_both_parts(tmp_path: Path) -> None:
     folder = saved(tmp_path, 3)
     assert chosen(tmp_path) == ("3", [2, "evaluate"])
     for number in (2, 3):
@@ -76,19 +76,19 @@ def test_a_run_without_checkpoints(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_newest_are_kept(tmp_path: Path, keep: int) -> None:
+def test_the_newest_checkpoints_are_kept(tmp_path: Path, keep: int) -> None:
     folder = saved(tmp_path, 5, keep)
     assert sorted(path.name for path in folder.iterdir()) == [str(k) for k in range(6 - keep, 6)]
 
 
-def test_numbers_go_on_after_a_restart(tmp_path: Path) -> None:
+def test_numbers_continue_after_a_restart(tmp_path: Path) -> None:
     saved(tmp_path, 12)
     folder = saved(tmp_path, 1)
     assert {path.name for path in folder.iterdir()} == {"12", "13"}
     assert chosen(tmp_path) == ("13", [0, "evaluate"])
 
 
-def test_the_run_is_told_when_a_write_in_the_background_has_failed(tmp_path: Path) -> None:
+def test_a_failed_write_in_the_background_raises_at_the_next_call(tmp_path: Path) -> None:
     files = Checkpoints(tmp_path)
     files.save(write, {"done": 1})
 
@@ -103,7 +103,7 @@ def test_the_run_is_told_when_a_write_in_the_background_has_failed(tmp_path: Pat
     with pytest.raises(OSError, match="No space left on device"):
         files.save(write, {"done": 3})
     assert chosen(tmp_path) == ("1", 1)
-    files.wait()  # said once
+    files.wait()  # the error was raised once
     files.save(fails, {"done": 4})
     with pytest.raises(OSError, match="No space left on device"):
         files.wait()
@@ -114,7 +114,7 @@ def test_the_run_is_told_when_a_write_in_the_background_has_failed(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", [RUN, MANIFEST])
-def test_no_room_for_the_last_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_full_disk_at_the_last_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     saved(tmp_path, 2)
     wrote = sequel_core.runs.files.write_bytes
 
@@ -131,7 +131,7 @@ def test_no_room_for_the_last_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert chosen(tmp_path) == ("2", [1, "evaluate"])
 
 
-def test_what_is_not_plain_is_refused(tmp_path: Path) -> None:
+def test_a_value_that_is_not_plain_raises(tmp_path: Path) -> None:
     files = Checkpoints(tmp_path)
     files.save(write, {"done": object()})
     with pytest.raises(ValueError, match=r"run\.done must be a plain value"):
@@ -140,7 +140,7 @@ def test_what_is_not_plain_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["learner", "background", "run", "manifest"])
-def test_a_process_killed_while_it_saves_leaves_the_one_before(tmp_path: Path, stage: str) -> None:
+def test_a_process_killed_while_saving_leaves_the_previous_checkpoint(tmp_path: Path, stage: str) -> None:
     saved(tmp_path, 1)
     code = f"""
 import os, signal, sys
@@ -168,9 +168,9 @@ files.close()
     assert (tmp_path / "checkpoints" / "2").is_dir()
     assert chosen(tmp_path) == ("1", [0, "evaluate"])
     files = Checkpoints(tmp_path)
-    found = files.newest()
-    assert found is not None
-    files.clear(found.path)
+    checkpoint = files.newest()
+    assert checkpoint is not None
+    files.clear(checkpoint.path)
     assert [path.name for path in files.directory.iterdir()] == ["1"]
     files.save(write, {"done": 2})
     files.close()
@@ -178,7 +178,7 @@ files.close()
 
 
 def damages() -> Iterator[tuple[str, str, Callable[[Path], object]]]:
-    """Yield name of a file, what is said of it, and what does it."""
+    """Yield the name of a file, the error about it, and a function that damages it."""
     rng = random.Random(0)
     for name in (*PARTS, RUN):
         yield name, "is missing", lambda file: file.unlink()
@@ -201,7 +201,7 @@ def cut(file: Path, place: float) -> None:
     file.write_bytes(file.read_bytes()[: int(place * file.stat().st_size)])
 
 
-def test_every_damage_is_found_and_named(tmp_path: Path) -> None:
+def test_every_damage_is_detected_and_named(tmp_path: Path) -> None:
     folder = saved(tmp_path, 2)
     shutil.copytree(folder / "2", tmp_path / "whole")
     for name, what, damage in damages():
@@ -229,8 +229,8 @@ def test_a_damaged_manifest(tmp_path: Path, content: bytes) -> None:
         assert chosen(tmp_path) == ("1", [0, "evaluate"])
 
 
-def test_a_manifest_of_any_cut_or_flipped_bit(tmp_path: Path) -> None:
-    """A flipped bit either breaks it or names something that is not there."""
+def test_a_manifest_that_is_cut_or_has_a_flipped_bit(tmp_path: Path) -> None:
+    """A flipped bit either makes it invalid or names a file that does not exist."""
     folder = saved(tmp_path, 1)
     manifest = folder / "1" / MANIFEST
     whole = manifest.read_bytes()
@@ -253,7 +253,7 @@ def json_or_none(path: Path) -> Any:
 @pytest.mark.parametrize(
     "content", ["[]", "null", "3", "{", "[" * 100_000], ids=["list", "null", "3", "cut", "deep"]
 )
-def test_an_orchestrators_part_that_is_none_though_the_manifest_agrees(tmp_path: Path, content: str) -> None:
+def test_an_invalid_orchestrators_part_with_a_matching_manifest(tmp_path: Path, content: str) -> None:
     folder = saved(tmp_path, 2)
     rewritten(folder / "2", content)
     with pytest.warns(UserWarning, match=rf"checkpoint .*2 is damaged: {RUN} "):
@@ -268,14 +268,14 @@ def test_a_checkpoint_of_another_format(tmp_path: Path) -> None:
 
 
 def rewritten(path: Path, content: str) -> None:
-    """Replace the orchestrator's part, and tell the manifest."""
+    """Replace the orchestrator's part and update the manifest."""
     (path / RUN).write_text(content)
     listed = json.loads((path / MANIFEST).read_text())
     listed[RUN] = {"bytes": len(content), "sha256": sha256(content.encode()).hexdigest()}
     (path / MANIFEST).write_text(json.dumps(listed))
 
 
-def test_nothing_whole_is_left(tmp_path: Path) -> None:
+def test_no_complete_checkpoint_is_left(tmp_path: Path) -> None:
     folder = saved(tmp_path, 2)
     (folder / "1" / MANIFEST).unlink()
     (folder / "2" / "weights.bin").unlink()
@@ -289,7 +289,7 @@ def test_nothing_whole_is_left(tmp_path: Path) -> None:
     assert chosen(tmp_path) == ("1", 1)
 
 
-def test_clear_removes_what_is_newer_and_what_is_half(tmp_path: Path) -> None:
+def test_clear_removes_newer_and_incomplete_checkpoints(tmp_path: Path) -> None:
     folder = saved(tmp_path, 4, keep=3)
     (folder / "5.orbax-checkpoint-tmp").mkdir()
     files = Checkpoints(tmp_path)
@@ -301,25 +301,25 @@ def test_clear_removes_what_is_newer_and_what_is_half(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["7", "007", "²", "\N{ARABIC-INDIC DIGIT SEVEN}", ".DS_Store", "notes.txt"])
-@pytest.mark.parametrize("kind", ["file", "folder", "link"])
-def test_what_somebody_else_has_put_there(tmp_path: Path, name: str, kind: str) -> None:
-    """It is neither chosen nor in the way; what has no number, or what a link points at, is not touched."""
+@pytest.mark.parametrize("file_type", ["file", "folder", "link"])
+def test_foreign_files_among_the_checkpoints(tmp_path: Path, name: str, file_type: str) -> None:
+    """They are not used and do not interfere; files without a number and targets of links are kept."""
     run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     run_dir.mkdir()
     elsewhere.mkdir()
     (elsewhere / MANIFEST).write_text("years of work")
     folder = saved(run_dir, 1)
-    if kind == "file":
+    if file_type == "file":
         (folder / name).write_text("x")
-    elif kind == "folder":
+    elif file_type == "folder":
         (folder / name).mkdir()
     else:
         (folder / name).symlink_to(elsewhere)
     files = Checkpoints(run_dir, keep=1)
-    found = files.newest()
-    assert found is not None
-    assert found.path.name == "1"
-    files.clear(found.path)
+    checkpoint = files.newest()
+    assert checkpoint is not None
+    assert checkpoint.path.name == "1"
+    files.clear(checkpoint.path)
     for k in (2, 3):
         files.save(write, {"done": k})
     files.close()
@@ -335,7 +335,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk(small_disk: Path) -> None:
-    """Each checkpoint has 5.3 kB in four blocks or more: the disk is full before the tenth."""
+    """Each checkpoint takes 5.3 kB in at least four blocks, so the disk is full before the tenth."""
     files = Checkpoints(small_disk, keep=100)
     done = 0
     with pytest.raises(OSError, match="No space left on device"):  # noqa: PT012 - at which one depends on blocks
@@ -354,7 +354,7 @@ def test_a_full_disk(small_disk: Path) -> None:
     assert chosen(small_disk) == ("2", 2)
 
 
-def test_a_disk_that_can_only_be_read(small_disk: Path) -> None:
+def test_a_read_only_disk(small_disk: Path) -> None:
     saved(small_disk, 2)
     with disks.write_protected(small_disk):
         assert chosen(small_disk) == ("2", [1, "evaluate"])

@@ -58,8 +58,8 @@ def four_learners(digits: Benchmark, seeds: int = 1) -> list[Learner]:
     return [scripted(m, h, digits, s) for h in hparams for s in range(seeds) for m in MODES]
 
 
-def row(found: Comparison, label: str, mode: Mode) -> Row:
-    return next(row for row in found.rows if (row.label, row.mode) == (label, mode))
+def row(comparison: Comparison, label: str, mode: Mode) -> Row:
+    return next(row for row in comparison.rows if (row.label, row.mode) == (label, mode))
 
 
 def matrix(path: Path) -> np.ndarray[Any, Any]:
@@ -68,8 +68,8 @@ def matrix(path: Path) -> np.ndarray[Any, Any]:
 
 
 def test_the_rows_are_means_with_students_intervals(digits: Benchmark, tmp_path: Path) -> None:
-    found = compare(four_learners(digits, seeds=3), digits, run_dir=tmp_path / "all", progress=False)
-    assert [(row.label, row.mode) for row in found.rows] == [
+    comparison = compare(four_learners(digits, seeds=3), digits, run_dir=tmp_path / "all", progress=False)
+    assert [(row.label, row.mode) for row in comparison.rows] == [
         ("naive", "pytorch"), ("naive", "jax"), ("ewc", "pytorch"), ("ewc", "jax"),
     ]  # fmt: skip
     for label, mode in ((label, mode) for label in ("naive", "ewc") for mode in MODES):
@@ -86,7 +86,7 @@ def test_the_rows_are_means_with_students_intervals(digits: Benchmark, tmp_path:
             "steps_per_second": np.array([3 * STEPS / summary["seconds"]["train"] for summary in summaries]),
             "memory_bytes": np.array([1000.0, 1001.0, 1002.0]),
         }
-        given = row(found, label, mode)
+        given = row(comparison, label, mode)
         assert (given.seeds, given.failed) == ((0, 1, 2), ())
         assert given.measures.keys() == values.keys()
         for name, numbers in values.items():
@@ -96,11 +96,11 @@ def test_the_rows_are_means_with_students_intervals(digits: Benchmark, tmp_path:
 
 
 def test_the_differences_are_numpys(digits: Benchmark, tmp_path: Path) -> None:
-    found = compare(four_learners(digits, seeds=2), digits, run_dir=tmp_path, progress=False)
-    assert [(one.label, one.seed) for one in found.differences] == [
+    comparison = compare(four_learners(digits, seeds=2), digits, run_dir=tmp_path, progress=False)
+    assert [(one.label, one.seed) for one in comparison.differences] == [
         ("naive", 0), ("naive", 1), ("ewc", 0), ("ewc", 1),
     ]  # fmt: skip
-    for one in found.differences:
+    for one in comparison.differences:
         first, second = (tmp_path / f"{one.label}_{mode}_seed{one.seed}" for mode in MODES)
         gap = np.abs(matrix(first) - matrix(second))
         assert one.accuracy == np.nanmax(gap) > 0
@@ -122,11 +122,11 @@ def test_both_frameworks_are_equal_in_double_precision_and_the_report_has_them(
         "backbone.widths=[32]",
         "training.epochs_per_task=2",
     ]
-    found = compare(["algo=naive", *SMALL, *training], run_dir=tmp_path, progress=False)
-    assert [(run.label, run.mode, run.seed) for run in found.runs] == [
+    comparison = compare(["algo=naive", *SMALL, *training], run_dir=tmp_path, progress=False)
+    assert [(run.label, run.mode, run.seed) for run in comparison.runs] == [
         ("naive", "pytorch", 0), ("naive", "jax", 0),
     ]  # fmt: skip
-    (one,) = found.differences
+    (one,) = comparison.differences
     assert (one.accuracy, one.accuracy_at) == (0, ())
     assert 0 < one.weight < 1e-10
     first, second = (tmp_path / f"naive_{mode}_seed0" for mode in MODES)
@@ -136,8 +136,8 @@ def test_both_frameworks_are_equal_in_double_precision_and_the_report_has_them(
         assert a["head/kernel"].dtype == np.float64
         assert one.weight == max(np.abs(a[name] - b[name]).max() for name in a.files)
     assert (capsys.readouterr(), caplog.messages) == (("", ""), [])
-    assert found.report == tmp_path / "report.html"
-    text = found.report.read_text()
+    assert comparison.report == tmp_path / "report.html"
+    text = comparison.report.read_text()
     assert "PyTorch" in text
     assert "JAX" in text
 
@@ -146,17 +146,17 @@ def test_labels_of_ones_own(digits: Benchmark, tmp_path: Path) -> None:
     weak, strong = ([scripted(mode, EWCHParams(ewc_lambda=s), digits) for mode in MODES] for s in (1.0, 50.0))
     alone = scripted("jax", NaiveHParams(), digits)
     runs: dict[str, Any] = {"weak": weak, "lambda 50": strong, "../<x>": alone}
-    found = compare(runs, digits, run_dir=tmp_path, progress=False)
-    assert [(row.label, row.mode) for row in found.rows] == [
+    comparison = compare(runs, digits, run_dir=tmp_path, progress=False)
+    assert [(row.label, row.mode) for row in comparison.rows] == [
         ("weak", "pytorch"), ("weak", "jax"), ("lambda 50", "pytorch"), ("lambda 50", "jax"),
         ("../<x>", "jax"),
     ]  # fmt: skip
-    assert [run.directory.name for run in found.runs] == [
+    assert [run.directory.name for run in comparison.runs] == [
         "weak_pytorch_seed0", "weak_jax_seed0", "lambda-50_pytorch_seed0", "lambda-50_jax_seed0",
         "..-x-_jax_seed0",
     ]  # fmt: skip
-    assert {path.name for path in tmp_path.iterdir()} == {run.directory.name for run in found.runs}
-    assert [one.label for one in found.differences] == ["weak", "lambda 50"]
+    assert {path.name for path in tmp_path.iterdir()} == {run.directory.name for run in comparison.runs}
+    assert [one.label for one in comparison.differences] == ["weak", "lambda 50"]
 
 
 def test_settings_go_to_every_run(digits: Benchmark, tmp_path: Path) -> None:
@@ -169,35 +169,35 @@ def test_settings_go_to_every_run(digits: Benchmark, tmp_path: Path) -> None:
 
     counts = Counts()
     learners = [scripted(mode, NaiveHParams(), digits) for mode in MODES]
-    found = compare(
+    comparison = compare(
         learners, digits, run_dir=tmp_path, progress=False, evaluate_future=True, callbacks=[counts]
     )
     assert counts.tasks == [0, 1, 2] * 2
-    assert all(run.result is not None and np.isfinite(run.result.fwt) for run in found.runs)
+    assert all(run.result is not None and np.isfinite(run.result.fwt) for run in comparison.runs)
 
 
 def test_overrides_with_commas_mean_every_one(plugin: ScriptedPlugin, tmp_path: Path) -> None:
-    found = compare([*SMALL, "algo=ewc", "algo.ewc_lambda=1,20", "seed=3"], progress=False)
-    assert [(run.label, run.mode, run.seed) for run in found.runs] == [
+    comparison = compare([*SMALL, "algo=ewc", "algo.ewc_lambda=1,20", "seed=3"], progress=False)
+    assert [(run.label, run.mode, run.seed) for run in comparison.runs] == [
         (f"algo.ewc_lambda={value}", mode, 3) for value in (1, 20) for mode in MODES
     ]
     assert [vars(config.algo)["ewc_lambda"] for config in plugin.built] == [1, 1, 20, 20]
-    assert found.directory.parent == Path("runs")
-    assert load_result(found.runs[0].directory).config["algo"]["ewc_lambda"] == 1
+    assert comparison.directory.parent == Path("runs")
+    assert load_result(comparison.runs[0].directory).config["algo"]["ewc_lambda"] == 1
 
 
 def test_one_framework_where_the_overrides_say_so(plugin: ScriptedPlugin, tmp_path: Path) -> None:
-    found = compare([*SMALL, "algo=naive,ewc", "mode=flax", "run_dir=here"], progress=False)
-    assert [(run.label, run.mode) for run in found.runs] == [("naive", "jax"), ("ewc", "jax")]
-    assert found.directory == Path("here")
-    assert found.differences == ()
+    comparison = compare([*SMALL, "algo=naive,ewc", "mode=flax", "run_dir=here"], progress=False)
+    assert [(run.label, run.mode) for run in comparison.runs] == [("naive", "jax"), ("ewc", "jax")]
+    assert comparison.directory == Path("here")
+    assert comparison.differences == ()
     assert compare("algo=naive", run_dir=tmp_path / "there", progress=False).rows[0].label == "naive"
 
 
 def test_configurations(plugin: ScriptedPlugin, tmp_path: Path) -> None:
     configs = [compose([*SMALL, f"mode={mode}", f"seed={seed}"]).config for mode in MODES for seed in (3, 4)]
-    found = compare(configs, run_dir=tmp_path, progress=False)
-    assert [(row.label, row.mode, row.seeds) for row in found.rows] == [
+    comparison = compare(configs, run_dir=tmp_path, progress=False)
+    assert [(row.label, row.mode, row.seeds) for row in comparison.rows] == [
         ("naive", "pytorch", (3, 4)), ("naive", "jax", (3, 4)),
     ]  # fmt: skip
     assert plugin.built == configs
@@ -214,11 +214,11 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
         "naive": [scripted(mode, NaiveHParams(), digits, seed) for seed in (13, 0) for mode in MODES],
         "strong": [scripted(mode, strong, digits) for mode in MODES],
     }
-    found = compare(learners, digits, run_dir=tmp_path, progress=False)
-    assert [run.result is None for run in found.runs] == [True, True, False, False, True, True]
-    assert [(row.seeds, row.failed) for row in found.rows] == [((0,), (13,))] * 2 + [((), (0,))] * 2
-    assert row(found, "strong", "jax").measures == {}
-    assert [(one.label, one.seed) for one in found.differences] == [("naive", 0)]
+    comparison = compare(learners, digits, run_dir=tmp_path, progress=False)
+    assert [run.result is None for run in comparison.runs] == [True, True, False, False, True, True]
+    assert [(row.seeds, row.failed) for row in comparison.rows] == [((0,), (13,))] * 2 + [((), (0,))] * 2
+    assert row(comparison, "strong", "jax").measures == {}
+    assert [(one.label, one.seed) for one in comparison.differences] == [("naive", 0)]
     captured = capsys.readouterr()
     assert captured.out == ""
     first, second, *_ = captured.err.splitlines()
@@ -226,7 +226,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     assert second == "sequel: run naive_jax_seed13 failed: no space"
     assert (tmp_path / "naive_pytorch_seed13" / "error.txt").read_text() == "no space\n"
     assert load_result(tmp_path / "strong_jax_seed0").summary["status"] == "diverged"
-    assert reported == [([run.directory for run in found.runs], tmp_path / "report.html")]
+    assert reported == [([run.directory for run in comparison.runs], tmp_path / "report.html")]
 
 
 def test_no_report_where_no_learner_could_be_built(
@@ -239,8 +239,8 @@ def test_no_report_where_no_learner_could_be_built(
         raise TypeError("a bug")
 
     monkeypatch.setattr(plugin, "build_learner", broken)
-    found = compare([*SMALL, "mode=jax"], run_dir=tmp_path / "all")
-    assert found.report is None
+    comparison = compare([*SMALL, "mode=jax"], run_dir=tmp_path / "all")
+    assert comparison.report is None
     assert "Traceback" in (tmp_path / "all" / "naive_jax_seed0" / "error.txt").read_text()
     captured = capsys.readouterr()
     assert captured.err == "sequel: run naive_jax_seed0 failed: a bug\n"
@@ -263,7 +263,7 @@ def test_what_is_printed(
     digits: Benchmark, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    found = compare(four_learners(digits), digits, run_dir=tmp_path / "a b")
+    comparison = compare(four_learners(digits), digits, run_dir=tmp_path / "a b")
     lines = capsys.readouterr().out.splitlines()
     path = tmp_path / "a b" / "naive_pytorch_seed0"
     accuracy = 100 * matrix(path)[2].mean()
@@ -274,7 +274,7 @@ def test_what_is_printed(
     first, *_, last = cells
     assert first[:4] == ["naive", "pytorch", "0", f"{accuracy:.2f}"]
     assert first[-1] == "1.0 kB"
-    one = found.differences[-1]
+    one = comparison.differences[-1]
     assert last[:3] == ["ewc", "0", f"{100 * one.accuracy:.2f}"]
     assert last[3:] == [f"R[{one.accuracy_at[0]}, {one.accuracy_at[1]}]", f"{one.weight:.1e}", one.weight_at]
     assert all(len(line) <= 80 for line in lines if line.startswith(("│", "┏", "└")))

@@ -171,9 +171,9 @@ def test_nothing_at_all() -> None:
 
 def test_no_bars_beside_those_of_the_learner_or_on_a_dumb_terminal() -> None:
     dumb = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
-    for console, own in ((Terminal().console, True), (dumb, False)):
+    for console, shows_progress in ((Terminal().console, True), (dumb, False)):
         benchmark = stream("a")
-        with Display(benchmark, learner(own), True, console) as display:
+        with Display(benchmark, learner(shows_progress), True, console) as display:
             display.start(benchmark[0], epochs=1)
             display.update(benchmark[0], progress(100, 100))
             display.finish(benchmark[0], row(1.0))

@@ -27,7 +27,7 @@ from sequel_core.runs.services import check_service, masked, service_mode, wandb
 
 
 class Calls(list[str]):
-    """A logger that keeps what it is told."""
+    """A logger that records its calls."""
 
 
 def test_the_first_error_of_a_logger_ends_its_part_with_one_warning() -> None:
@@ -147,8 +147,8 @@ def test_the_console_prints_after_evaluations_only(capsys: pytest.CaptureFixture
     table.write(10, {"train/loss": 0.25, "train/samples_per_second": 123456.7, "own [x]": 1e-7})
     assert capsys.readouterr().out == ""
     table.write(20, {"train/loss": 0.125})
-    found = {f"test/accuracy/task_{j}": j / 16 for j in range(12)}
-    table.write(20, {**found, "memory_bytes": 2**30})
+    accuracies = {f"test/accuracy/task_{j}": j / 16 for j in range(12)}
+    table.write(20, {**accuracies, "memory_bytes": 2**30})
     lines = [line.strip("│ ").split() for line in capsys.readouterr().out.splitlines()]
     assert ["step", "20"] in lines
     assert ["train/loss", "│", "0.1250"] in lines
@@ -255,7 +255,7 @@ def test_what_may_be_a_secret_is_masked(value: Any, expected: Any, monkeypatch: 
 
 @pytest.fixture
 def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Take away all credentials that this machine may have; return where a netrc file would be read."""
+    """Remove all credentials of this machine; return the path from which a netrc file would be read."""
     for name in (
         "WANDB_API_KEY",
         "WANDB_MODE",
@@ -293,8 +293,8 @@ def test_wandb_is_told_what_is_set_and_no_more(
     given = {"entity": "e", "project": None, "group": None, "name": "n", "tags": ["a"], "mode": None}
     arguments = wandb_arguments(given, tmp_path)
     private = arguments.pop("settings")
-    told = {"entity": "e", "name": "n", "tags": ["a"], "mode": "offline"}
-    assert arguments == {"dir": str(tmp_path), "project": "uncategorized", **told}
+    expected = {"entity": "e", "name": "n", "tags": ["a"], "mode": "offline"}
+    assert arguments == {"dir": str(tmp_path), "project": "uncategorized", **expected}
     assert (private.console, private.disable_git, private.save_code, private.x_disable_meta) == (
         "off",
         True,

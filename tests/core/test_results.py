@@ -42,7 +42,7 @@ def test_round_trip(tmp_path: Path) -> None:
     result = load_result(directory.path)
     assert result.run_dir == directory.path
     assert result.config == CONFIG
-    np.testing.assert_array_equal(result.matrix, MATRIX)  # every bit, and nan where nan was
+    np.testing.assert_array_equal(result.matrix, MATRIX)  # every bit; nan stays nan
     assert result.matrix.dtype == np.float64
     assert result.summary["steps"] == 40
     assert result.average_accuracy == (0.1 + 2 / 3) / 2
@@ -60,7 +60,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert weights["dense_0/bias"].dtype == np.float32
     assert not [
         path for path in directory.path.iterdir() if path.name.startswith(".")
-    ]  # nothing temporary stays
+    ]  # no temporary file is left
 
 
 def test_files_are_plain(tmp_path: Path) -> None:
@@ -70,10 +70,10 @@ def test_files_are_plain(tmp_path: Path) -> None:
         "task_0,task_1\n0.3333333333333333,\n0.1,0.6666666666666666\n"
     )
 
-    def refuse(constant: str) -> None:
+    def reject(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    summary = json.loads((path / "summary.json").read_text(), parse_constant=refuse)
+    summary = json.loads((path / "summary.json").read_text(), parse_constant=reject)
     assert summary["fwt"] is None
 
 
@@ -84,7 +84,7 @@ def test_one_task_that_was_not_evaluated(tmp_path: Path) -> None:
     assert np.isnan(load_result(tmp_path).matrix).tolist() == [[True]]
 
 
-def test_values_of_numpy_and_paths_become_plain(tmp_path: Path) -> None:
+def test_numpy_values_and_paths_become_plain(tmp_path: Path) -> None:
     directory = RunDirectory.create(tmp_path)
     directory.write_config(
         {"a": np.float64(0.5), "b": (1, np.int64(2)), "c": Path("x/y"), "d": np.arange(2), "e": None}
@@ -95,7 +95,7 @@ def test_values_of_numpy_and_paths_become_plain(tmp_path: Path) -> None:
             write({"model": {"net": object()}})
 
 
-def test_metrics_are_there_as_soon_as_they_are_appended(tmp_path: Path) -> None:
+def test_metrics_are_written_at_once(tmp_path: Path) -> None:
     directory = RunDirectory.create(tmp_path)
     for step in range(3):
         directory.append_metrics({"step": step, "loss": math.inf if step == 1 else np.float32(0.5)})
@@ -195,7 +195,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     assert not [path for path in directory.path.iterdir() if path.name.startswith(".")]
 
 
-def test_new_directories_get_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_directories_get_different_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     made = [RunDirectory.create(None).path for _ in range(3)]
     assert len(set(made)) == 3
@@ -205,7 +205,7 @@ def test_new_directories_get_names_of_their_own(tmp_path: Path, monkeypatch: pyt
     assert RunDirectory.create("a/b/c") == nested  # still empty
 
 
-def test_refused_run_directories(tmp_path: Path) -> None:
+def test_run_directories_that_raise(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "results.txt").write_text("years of work")
@@ -224,7 +224,7 @@ def test_refused_run_directories(tmp_path: Path) -> None:
 
 
 def test_unwritable_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # tests may run as root, whom no mode stops, so the system's answer is given here
+    # tests may run as root, for whom permissions do not matter, so the error is simulated
     def denied(**_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -242,8 +242,8 @@ def test_result_without_a_directory() -> None:
     assert result.bwt == 0.25
 
 
-def test_peak_memory_is_a_process_s_own() -> None:
-    # 200 MB more than before is seen, and a child does not start at its parent's peak
+def test_peak_memory_is_per_process() -> None:
+    # 200 MB more are measured, and a child process does not start at its parent's peak
     before = peak_memory_bytes()
     block = np.ones(25_000_000)
     after = peak_memory_bytes()
@@ -255,18 +255,18 @@ def test_peak_memory_is_a_process_s_own() -> None:
     assert 5e6 < int(child.stdout) < block.nbytes
 
 
-def test_versions_name_only_what_is_loaded() -> None:
+def test_versions_of_loaded_libraries_only() -> None:
     code = "import json, sequel_core.runs.versions as v; print(json.dumps(v.loaded_versions()))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    found = json.loads(child.stdout)
-    assert set(found) == {"python", "numpy", "sequel-cl"}
-    assert found["numpy"] == np.__version__
-    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    recorded = json.loads(child.stdout)
+    assert set(recorded) == {"python", "numpy", "sequel-cl"}
+    assert recorded["numpy"] == np.__version__
+    assert recorded["python"] == ".".join(map(str, sys.version_info[:3]))
     assert loaded_versions()["sequel-cl"] == metadata.version("sequel-cl")
 
 
 def test_aliases_cannot_make_a_small_file_huge(tmp_path: Path) -> None:
-    """Ten levels of ten aliases are 10^10 values; as merge keys they would be as many pairs."""
+    """Ten levels of ten aliases are 10^10 values, or as many pairs if used as merge keys."""
     file = tmp_path / "a.yaml"
     for first, item in (("{a: 1, b: 2}", "<<: ["), ("[1, 2]", "a: [")):
         lines = [f"l0: &l0 {first}"]
@@ -275,18 +275,18 @@ def test_aliases_cannot_make_a_small_file_huge(tmp_path: Path) -> None:
         file.write_text("\n".join(lines))
         with pytest.raises(ValueError, match="it is more than 100000 values"):
             read_yaml(file)
-    file.write_text("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]\n")  # what aliases are for
+    file.write_text("a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]\n")  # ordinary use of aliases
     assert read_yaml(file) == {"a": {"x": 1}, "b": {"x": 1, "y": 2}, "c": [{"x": 1}, {"x": 1}]}
 
 
 def test_json_of_any_number() -> None:
     many, more = "9" * 299, "9" * 400
-    found = read_json(f'{{"a": 18446744073709551615, "b": {many}, "c": -{more}, "d": 1e999}}')
-    assert found == {"a": 2**64 - 1, "b": 10**299 - 1, "c": -math.inf, "d": math.inf}
-    assert float(found["b"]) == 1e299
+    numbers = read_json(f'{{"a": 18446744073709551615, "b": {many}, "c": -{more}, "d": 1e999}}')
+    assert numbers == {"a": 2**64 - 1, "b": 10**299 - 1, "c": -math.inf, "d": math.inf}
+    assert float(numbers["b"]) == 1e299
 
 
-def test_metrics_that_are_no_numbers_are_not_a_number() -> None:
+def test_metrics_of_another_type_are_nan() -> None:
     result = Result(None, {}, MATRIX, {"average_accuracy": "high", "bwt": [], "fwt": 1})
     assert math.isnan(result.average_accuracy)
     assert math.isnan(result.bwt)
@@ -302,7 +302,7 @@ def test_a_damaged_line_of_the_metrics_is_named(tmp_path: Path) -> None:
             next(records)
 
 
-def test_what_a_link_points_at_is_not_written(tmp_path: Path) -> None:
+def test_targets_of_symbolic_links_are_not_written(tmp_path: Path) -> None:
     precious = tmp_path / "precious.txt"
     precious.write_text("years of work")
     directory = RunDirectory.create(tmp_path / "run")
@@ -326,9 +326,9 @@ def test_opening_the_directory_of_a_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run_dir must be empty or new, got .*or resume its run"):
         RunDirectory.open(path, CONFIG, False)
     new = tmp_path / "new"
-    for where in (new, tmp_path, None):
+    for path_without_run in (new, tmp_path, None):
         with pytest.raises(ValueError, match="resume needs a run_dir that holds a run, got"):
-            RunDirectory.open(where, CONFIG, True)
+            RunDirectory.open(path_without_run, CONFIG, True)
     assert not new.exists()
     assert RunDirectory.open(new, CONFIG, "auto").path == new
     assert RunDirectory.open(new, CONFIG, "auto").path == new  # still empty
@@ -378,7 +378,7 @@ with RunDirectory.open(sys.argv[1], {}, "auto").locked():
 
 
 def hold(path: Path) -> subprocess.Popen[str]:
-    """Lock a directory in another process, until its input ends."""
+    """Lock a directory in another process until its input is closed."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     child = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], text=True, **pipes)  # type: ignore[call-overload]
     assert child.stdout.readline() == "held\n"
@@ -401,8 +401,8 @@ def test_one_process_writes_into_a_directory(tmp_path: Path) -> None:
                 pass
         child.communicate("")  # it ends
     with directory.locked():
-        told = json.loads((tmp_path / ".lock.json").read_text())
-        assert told == {"host": platform.node(), "process": os.getpid()}
+        holder = json.loads((tmp_path / ".lock.json").read_text())
+        assert holder == {"host": platform.node(), "process": os.getpid()}
     assert not list(tmp_path.iterdir())
 
 
@@ -416,7 +416,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_run_leaves_that_died_before_its_first_file_does_not_count(tmp_path: Path) -> None:
+def test_leftovers_of_a_run_that_died_at_its_start_are_ignored(tmp_path: Path) -> None:
     for name in (".lock", ".lock.json", "..lock.json.12", ".config.yaml.7"):
         (tmp_path / name).touch()
     assert RunDirectory.create(tmp_path).path == tmp_path

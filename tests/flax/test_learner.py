@@ -148,7 +148,7 @@ def test_divergence_names_the_step(steps_per_call: int, interval: int) -> None:
     model = learner(NaiveHParams(), rotated(1), training, tx=exploding, steps_per_call=steps_per_call)
     with pytest.raises(DivergenceError, match=f"task 0, epoch {bad // STEPS}, step {bad % STEPS};") as caught:
         model.fit_task(rotated(1).tasks[0], SILENT)
-    assert caught.value.where == {"task": 0, "epoch": bad // STEPS, "step": bad % STEPS}
+    assert caught.value.position == {"task": 0, "epoch": bad // STEPS, "step": bad % STEPS}
 
 
 # -- evaluation

@@ -244,11 +244,11 @@ def test_a_diverged_run_keeps_what_was_recorded(tmp_path: Path) -> None:
     with pytest.raises(DivergenceError) as caught:
         run(model, rotated(), run_dir=tmp_path, progress=False)
     result = load_result(tmp_path)
-    where = caught.value.where
-    assert where["task"] in (1, 2)
+    position = caught.value.position
+    assert position["task"] in (1, 2)
     assert result.summary["status"] == "diverged"
-    assert result.summary["diverged_at"] == where
-    done = where["task"]
+    assert result.summary["diverged_at"] == position
+    done = position["task"]
     kept = np.tri(3, dtype=bool)
     kept[done:] = False
     np.testing.assert_array_equal(np.isnan(result.matrix), ~kept)

@@ -1,4 +1,4 @@
-"""Runs to go on with that another program, or a fault, has changed; nothing is trained."""
+"""Resuming runs whose files another program or a fault has changed; nothing is trained."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ STATE: dict[str, Any] = {
 
 @pytest.fixture
 def run(sandbox: Sandbox) -> Path:
-    """A run that was broken off after its first task."""
+    """A run that was interrupted after its first task."""
     directory = RunDirectory.create(sandbox.given / "run")
     directory.write_config(yaml.safe_load(sandbox.run(["run", *LINE, "--cfg"]).out))
     directory.append_metrics({"kind": "train", "loss": 0.5})
@@ -49,7 +49,7 @@ def save(path: Path, state: Any) -> Path:
     return files.directory
 
 
-def test_it_goes_on_until_it_trains(sandbox: Sandbox, run: Path) -> None:
+def test_it_resumes_until_it_trains(sandbox: Sandbox, run: Path) -> None:
     answer = sandbox.run(["run", f"resume={run}"])
     assert (answer.code, answer.err) == (2, "sequel: nothing is trained here\n")
     assert "failed" in (run / "summary.json").read_text()
@@ -67,7 +67,7 @@ def test_it_goes_on_until_it_trains(sandbox: Sandbox, run: Path) -> None:
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_a_whole_checkpoint_that_cannot_be_used(
+def test_an_undamaged_checkpoint_that_cannot_be_used(
     sandbox: Sandbox, run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def restore(_: object, directory: Path) -> None:
@@ -77,8 +77,8 @@ def test_a_whole_checkpoint_that_cannot_be_used(
     answer = sandbox.run(["run", f"resume={run}"])
     assert answer.code == 2
     what = type(error).__name__ + (": 'optimizer'" if isinstance(error, KeyError) else "")
-    told = f"checkpoint {run}/checkpoints/1 cannot be used, although it is undamaged ({what})"
-    assert told in answer.err
+    message = f"checkpoint {run}/checkpoints/1 cannot be used, although it is undamaged ({what})"
+    assert message in answer.err
 
 
 @pytest.mark.parametrize(
@@ -107,8 +107,8 @@ def test_a_state_that_no_run_has_written(
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     answer = sandbox.run(["run", f"resume={run}"])
     assert answer.code == 2
-    told = rf"{run}/checkpoints/1 cannot be used, although it is undamaged: in its run\.json, {name} must be {rule}"
-    assert re.search(told, answer.err)
+    message = rf"1 cannot be used, although it is undamaged: in its run\.json, {name} must be {rule}"
+    assert re.search(rf"{run}/checkpoints/{message}", answer.err)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -138,6 +138,6 @@ def test_any_file_of_it(sandbox: Sandbox, run: Path, seeds: range) -> None:
 
 
 def save_again(path: Path, state: Any) -> None:
-    """Replace the orchestrator's part of a checkpoint, and tell the manifest."""
+    """Replace the orchestrator's part of a checkpoint and update the manifest."""
     write_json(path / RUN, json.loads(json.dumps(state, default=str)))
     write_json(path / MANIFEST, _files(path))

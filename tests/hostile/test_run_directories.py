@@ -1,4 +1,4 @@
-"""Run directories that no run left behind."""
+"""Run directories with contents that no run has written."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from tests.hostile.fuzzing import Dumper, Sandbox, altered, inputs, mutated
 from tests.report.directories import write_run
 
 Report = Callable[[random.Random], list[str]]
-DRAWN = 100  # of so many reports one has its figures drawn, which takes a second or two
+DRAWN = 100  # one report in so many has its figures drawn, which takes a second or two
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def run(sandbox: Sandbox) -> Path:
 
 @pytest.fixture
 def report(sandbox: Sandbox, run: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
-    """The command line of a report whose page is compiled once and whose figures are drawn now and then."""
+    """The command line of a report; the page is compiled once, and figures are drawn occasionally."""
     draw = page._svg
     compiled: list[Environment] = []
 

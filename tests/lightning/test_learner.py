@@ -222,7 +222,7 @@ def test_divergence_is_found_at_its_step(lr: float) -> None:
     )
     with pytest.raises(DivergenceError, match="no longer finite at task 0, epoch") as caught:
         made.fit_task(benchmark.tasks[0], SILENT)
-    assert caught.value.where == {"task": 0, "epoch": first // STEPS, "step": first % STEPS}
+    assert caught.value.position == {"task": 0, "epoch": first // STEPS, "step": first % STEPS}
 
 
 @pytest.mark.parametrize("scenario", ["domain", "task", "class"])

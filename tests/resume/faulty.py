@@ -1,4 +1,4 @@
-"""A stream that reads its images from files as they are asked for, and a callback that does harm."""
+"""A stream that reads each image from a file on access, and a callback that causes a fault."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,10 +36,10 @@ def write_files(folder: Path) -> None:
     """Write the images of three tasks."""
     rng = np.random.default_rng(0)
     for task in range(3):
-        own = folder / str(task)
-        own.mkdir(parents=True)
+        task_folder = folder / str(task)
+        task_folder.mkdir(parents=True)
         for k in range(SAMPLES):
-            np.save(own / f"{k}.npy", rng.integers(0, 256, (6, 6, 1), np.uint8))
+            np.save(task_folder / f"{k}.npy", rng.integers(0, 256, (6, 6, 1), np.uint8))
 
 
 def of_files(folder: str) -> Benchmark:

@@ -1,4 +1,4 @@
-"""Short runs of every method in both modes, in processes of their own that may be killed at any moment."""
+"""Short runs of every method in both modes, in separate processes that can be killed at any moment."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def stream() -> Benchmark:
 
 
 def learner(mode: str, method: str, benchmark: Benchmark) -> Learner:
-    """Return a learner with momentum and dropout, whose steps depend on all that a checkpoint has to hold."""
+    """Return a learner with momentum and dropout, whose steps depend on everything in a checkpoint."""
     package: Any = plugin(mode)  # type: ignore[arg-type]
     shape = {"image_shape": benchmark.image_shape} if mode == "pytorch" else {}
     net = package.MLP((12,), benchmark.num_classes, dropout=0.0 if method == "kcl" else 0.2, **shape)
@@ -80,7 +80,7 @@ def learner(mode: str, method: str, benchmark: Benchmark) -> Learner:
 
 
 def tensors(made: Any) -> dict[str, np.ndarray]:
-    """Return weights, memory and all else that a learner has at the end, by name."""
+    """Return the tensors of a learner's final state by name: weights, memory and everything else."""
     if made.mode == "pytorch":
         return {name: tensor.numpy() for name, tensor in made.module.state_dict().items()}
     import jax
@@ -90,14 +90,14 @@ def tensors(made: Any) -> dict[str, np.ndarray]:
 
 
 class Moments:
-    """Counts what a run does to its files, its learner and its clock; kills the process at one of them."""
+    """Counts the moments at which a run writes a file or calls its learner; can kill the process at one."""
 
     def __init__(self, kill_at: int | None) -> None:
         self.count = 0
         self._kill_at = kill_at
 
     def __call__(self) -> bool:
-        """Count; return whether this is the moment for one who has a way of his own to end it."""
+        """Count a moment; return whether it is the one at which the caller must kill the process."""
         self.count += 1
         return self.count == self._kill_at
 
@@ -107,15 +107,15 @@ class Moments:
         def counted(*args: Any, **kwargs: Any) -> Any:
             if self():
                 die()
-            found = function(*args, **kwargs)
+            value = function(*args, **kwargs)
             if self():
                 die()
-            return found
+            return value
 
         return counted
 
     def within_write(self, path: Path, content: bytes) -> None:
-        """Stand for `files.write_bytes`, with a moment in the middle of the content."""
+        """Replace `files.write_bytes`, with a moment in the middle of the content."""
         part = path.with_name(f".{path.name}.{os.getpid()}")
         if self():
             part.write_bytes(content[: len(content) // 2])
@@ -124,7 +124,7 @@ class Moments:
         part.replace(path)
 
     def within_line(self, directory: RunDirectory, record: Any, append: Callable[..., None]) -> None:
-        """Stand for `append_metrics`, with a moment in the middle of the line."""
+        """Replace `append_metrics`, with a moment in the middle of the line."""
         append(directory, record)
         if self():
             path = directory.path / "metrics.jsonl"
@@ -133,12 +133,12 @@ class Moments:
 
 
 def die() -> None:
-    """End the process as a machine that fails does."""
+    """End the process as a failing machine would."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def job(mode: str, method: str, run_dir: Path, kill_at: int | None, results: Any = None) -> None:
-    """Run, or go on with, one run to its end or to the moment `kill_at`; put the number of moments out."""
+    """Start or resume a run, to its end or the moment `kill_at`; put the number of moments into `results`."""
     moments = Moments(kill_at)
     benchmark = stream()
     made: Any = learner(mode, method, benchmark)
@@ -158,7 +158,7 @@ def job(mode: str, method: str, run_dir: Path, kill_at: int | None, results: Any
 def go(
     made: Learner, benchmark: Benchmark, run_dir: Path, checkpoint: CheckpointHParams = CHECKPOINT
 ) -> None:
-    """Run to the end, or go on to it; put all that the learner has then beside the run directory."""
+    """Start or resume a run to its end; save the learner's final tensors beside the run directory."""
     run(
         made,
         benchmark,
@@ -173,7 +173,7 @@ def go(
 
 
 def start(*args: Any) -> tuple[int | None, int]:
-    """Do a job in a new process; return its exit code and, where it got to its end, its moments."""
+    """Do a job in a new process; return its exit code and, if it finished, its number of moments."""
     context = multiprocessing.get_context("forkserver")
     results = context.SimpleQueue()
     process = context.Process(target=job, args=(*args, results))
@@ -183,21 +183,21 @@ def start(*args: Any) -> tuple[int | None, int]:
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
-    """Return what a run has recorded, but for how fast it was."""
+    """Return the records of a run without its speed."""
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "samples_per_second"} for line in lines]
 
 
 def assert_same_arrays(path: Path, wanted: Path) -> None:
-    """Assert that two files hold the same arrays, to the last bit."""
-    with np.load(path) as found, np.load(wanted) as arrays:
-        assert set(found.files) == set(arrays.files)
+    """Assert that two files hold bit-identical arrays."""
+    with np.load(path) as actual, np.load(wanted) as arrays:
+        assert set(actual.files) == set(arrays.files)
         for name in arrays.files:
-            np.testing.assert_array_equal(found[name], arrays[name], err_msg=name)
+            np.testing.assert_array_equal(actual[name], arrays[name], err_msg=name)
 
 
 def assert_same_records(run_dir: Path, straight: Path) -> None:
-    """Assert that two runs ended with the same weights, matrix and records, to the last bit."""
+    """Assert that two runs ended with bit-identical weights, matrices and records."""
     assert_same_arrays(run_dir / "weights.npz", straight / "weights.npz")
     matrix = "accuracy_matrix.csv"
     assert (run_dir / matrix).read_text() == (straight / matrix).read_text()
@@ -208,6 +208,6 @@ def assert_same_records(run_dir: Path, straight: Path) -> None:
 
 
 def assert_same_end(run_dir: Path, straight: Path) -> None:
-    """Assert that two runs of `go` ended alike: also memory, and all else that their learners have."""
+    """Assert that two runs of `go` ended with equal records and equal tensors of their learners."""
     assert_same_arrays(run_dir.with_suffix(".npz"), straight.with_suffix(".npz"))
     assert_same_records(run_dir, straight)

@@ -1,4 +1,4 @@
-"""Faults of the machine: the command ends with one line, and what was saved goes on to the same end."""
+"""Machine faults: the command ends with a one-line error, and the resumed run has the same result."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ DIGITS = ["benchmark.num_tasks=3", "benchmark.subset=60", "checkpoint.every_n_st
 HARM = ["callbacks={after: {_target_: tests.resume.faulty.After}}"]
 ROOM = 4  # KiB: of a page, which is what a file's size is rounded up to
 
-# orbax and tensorstore leave loops and files to the garbage collector where a write fails.
+# orbax and tensorstore leave loops and files to the garbage collector if a write fails.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
@@ -121,14 +121,14 @@ def logged(run_dir: Path) -> list[Any]:
     with (run_dir / "csv" / "metrics.csv").open(newline="") as file:
         rows: list[Any] = list(csv.DictReader(file))
     rows += map(json.loads, (run_dir / "jsonl" / "metrics.jsonl").read_text().splitlines())
-    found = scalars(run_dir / "tensorboard")
-    assert len(found["train/loss"]) == 9  # 6 steps for each of three tasks
-    assert all(steps == sorted(set(steps)) for steps in ([step for step, _ in found[tag]] for tag in found))
-    return [{k: v for k, v in row.items() if k != "train/samples_per_second"} for row in [*rows, found]]
+    events = scalars(run_dir / "tensorboard")
+    assert len(events["train/loss"]) == 9  # 6 steps for each of three tasks
+    assert all(steps == sorted(set(steps)) for steps in ([step for step, _ in events[tag]] for tag in events))
+    return [{k: v for k, v in row.items() if k != "train/samples_per_second"} for row in [*rows, events]]
 
 
 def hold(path: Path, connection: Connection) -> None:
-    """Hold the lock of a run directory until told to let it go."""
+    """Hold the lock of a run directory until a message comes."""
     with RunDirectory(path).locked():
         connection.send("held")
         connection.recv()

@@ -1,4 +1,4 @@
-"""Killed with SIGKILL at any moment, gone on with, a run ends bit-identical to one that never stopped."""
+"""A run that is killed with SIGKILL at any moment and resumed is bit-identical to an uninterrupted one."""
 
 import multiprocessing
 import random

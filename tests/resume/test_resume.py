@@ -20,11 +20,11 @@ EVERYTHING = CheckpointHParams(every_n_steps=17, keep=1000)
 
 def cut_back(straight: Path, run_dir: Path) -> int:
     """Copy a run directory as it was in the middle of the second task; return its checkpoint's number."""
-    found = {
+    positions = {
         int(path.parent.name): json.loads(path.read_text())["done"]
         for path in (straight / "checkpoints").glob("*/run.json")
     }
-    _, *within = sorted(number for number, done in found.items() if done == [0, "evaluate"])
+    _, *within = sorted(number for number, done in positions.items() if done == [0, "evaluate"])
     number = within[-1]
     shutil.copytree(straight, run_dir)
     for name in ("summary.json", "weights.npz"):
@@ -103,9 +103,9 @@ def test_plain_orbax_reads_the_weights(tmp_path: Path) -> None:
     newest = manager.latest_step()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # orbax's, of the devices that it restores to
-        found = manager.restore(newest, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+        restored = manager.restore(newest, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
     manager.close()
-    params = found["state"]["ts"]["params"]
+    params = restored["state"]["ts"]["params"]
     for name, array in made.weights().items():
         layer, part = name.split("/")
         np.testing.assert_array_equal(params[layer][part], array)

@@ -1,4 +1,4 @@
-"""Runs that older versions left: each is read, or rejected in one line with what differs and the version.
+"""Runs of older versions: each is read, or rejected with a one-line error that names the difference.
 
 A folder holds one run of each mode as a version wrote it: two tasks of digits with experience replay, and the
 checkpoint after the first. To add one, check out the version, and in an empty directory, for each mode:
@@ -49,8 +49,8 @@ X, Y = np.zeros((6, 2, 2, 1), np.uint8), np.resize([0, 1], 6)
 @pytest.fixture(autouse=True)
 def _version(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this version be another one than any that is kept."""
-    found = {versions.PACKAGE: HERE}
-    monkeypatch.setattr(versions, "_version", lambda name: found.get(name) or metadata.version(name))
+    replaced = {versions.PACKAGE: HERE}
+    monkeypatch.setattr(versions, "_version", lambda name: replaced.get(name) or metadata.version(name))
 
 
 def matrix(path: Path) -> Any:
@@ -79,8 +79,8 @@ def rewrite(checkpoint: Path, **change: Any) -> None:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    found = {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
-    return {name: content for name, content in found.items() if not name.startswith(".")}
+    all_files = {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    return {name: content for name, content in all_files.items() if not name.startswith(".")}
 
 
 def attempt(line: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -153,18 +153,18 @@ def test_a_setting_that_was_not_there_is_named_with_the_version(
 
 @every_run
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [({"format": 0}, "has format 0, this version reads 1"), ({"seconds": [1]}, "seconds must be numbers by")],
 )
 def test_a_checkpoint_of_another_layout_is_named_with_the_version(
-    change: dict[str, Any], told: str, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    change: dict[str, Any], message: str, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = unfinished(path, tmp_path / "run")
     rewrite(directory / "checkpoints" / "1", **change)
     before = contents(directory)
     code, error = attempt(["run", f"resume={directory}"], capsys)
     assert code == 2
-    assert told in error or "there and" in error  # a setting that has come since is named first
+    assert message in error or "there and" in error  # a setting that has come since is named first
     assert f"written by sequel-cl {path.parent.name}, this is {HERE})" in error
     assert contents(directory) == before
 
@@ -183,15 +183,15 @@ def test_a_run_says_which_version_wrote_it(tmp_path: Path, capsys: pytest.Captur
     (second / "config.yaml").write_text(config)
     study = read_study([first, second])
     assert [len(group.runs) for group in study.groups] == [2]
-    found = tables.every_run(study)
-    assert sorted(row[found.header.index("written by")] for row in found.rows) == ["1.2.3", HERE]
+    table = tables.every_run(study)
+    assert sorted(row[table.header.index("written by")] for row in table.rows) == ["1.2.3", HERE]
     assert main(["run", str(second / "config.yaml"), "-q", f"run_dir={third}"]) == 0  # its settings, run anew
     assert load_result(third).version == HERE
     assert load_result(third).config["training"]["seed"] == 1
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (ValueError("checkpoint {path} does not fit: a/b is missing there, and float32 [3] here"), "a/b is"),
         (KeyError("outputs"), "cannot be used, although it is undamaged (KeyError: 'outputs'); delete it"),
@@ -199,7 +199,7 @@ def test_a_run_says_which_version_wrote_it(tmp_path: Path, capsys: pytest.Captur
     ids=["shape", "key"],
 )
 def test_a_learners_part_that_does_not_fit_is_named_with_the_version(
-    error: Exception, told: str, tmp_path: Path
+    error: Exception, message: str, tmp_path: Path
 ) -> None:
     benchmark = from_arrays([((X, Y), (X, Y))])
     first, again = (scripted("jax", NaiveHParams(), benchmark, batch_size=2) for _ in range(2))
@@ -212,7 +212,7 @@ def test_a_learners_part_that_does_not_fit_is_named_with_the_version(
         raise type(error)(str(error.args[0]).format(path=directory))
 
     again.restore = restore  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=re.escape(told)) as raised:
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
         run(again, benchmark, run_dir=tmp_path / "run", progress=False, resume=True)
     assert str(raised.value).startswith(f"checkpoint {path} ")
     assert str(raised.value).endswith(f"(it was written by sequel-cl 1.2.3, this is {HERE})")
@@ -234,10 +234,10 @@ class Waiting(Scripted):
         return lambda: assert_true(self.evaluated.wait(10))
 
     def evaluate(self, task: Task, split: str) -> Evaluation:
-        found = super().evaluate(task, split)
+        evaluation = super().evaluate(task, split)
         if task.index == 1:
             self.evaluated.set()
-        return found
+        return evaluation
 
 
 def test_a_checkpoint_holds_what_was_known_when_it_was_made(tmp_path: Path) -> None:
