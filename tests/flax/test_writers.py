@@ -22,6 +22,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.runs.loggers import LoggerWarning
+from sequel_core.runs.process import event_errors_left_to_the_caller
 from sequel_flax import FlaxLearner
 from sequel_flax.writers import (
     WRITERS,
@@ -212,6 +213,13 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield path
 
 
+@pytest.fixture
+def _thread_errors_as_in_a_run() -> Iterator[None]:
+    with event_errors_left_to_the_caller():
+        yield
+
+
+@pytest.mark.usefixtures("_thread_errors_as_in_a_run")
 @pytest.mark.parametrize("name", ["csv", "jsonl", "tensorboard"])
 def test_a_full_disk_gives_one_warning_and_the_run_continues(
     name: str, disk: Path, capfd: pytest.CaptureFixture[str]
@@ -227,6 +235,7 @@ def test_a_full_disk_gives_one_warning_and_the_run_continues(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.usefixtures("_thread_errors_as_in_a_run")
 @pytest.mark.parametrize("successes", [0, 1, 3, 150, 304])
 def test_an_error_in_the_thread_of_tensorboard_gives_one_warning(
     successes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -18,6 +18,7 @@ from sequel_core import run
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import TrainingHParams
 from sequel_core.runs.loggers import LoggerWarning
+from sequel_core.runs.process import event_errors_left_to_the_caller
 from sequel_core.runs.results import Result
 from sequel_lightning import LightningLearner
 from sequel_lightning.loggers import LOGGERS, ConsoleLogger, JsonLinesLogger, resume_logger
@@ -151,6 +152,13 @@ def tell(logger: Logger) -> None:
     model.close()
 
 
+@pytest.fixture
+def _thread_errors_as_in_a_run() -> Iterator[None]:
+    with event_errors_left_to_the_caller():
+        yield
+
+
+@pytest.mark.usefixtures("_thread_errors_as_in_a_run")
 @pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
 @pytest.mark.parametrize("name", ["csv", "jsonl", "tensorboard"])
 def test_a_full_disk_under_a_logger_is_told_once(
@@ -166,6 +174,7 @@ def test_a_full_disk_under_a_logger_is_told_once(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.usefixtures("_thread_errors_as_in_a_run")
 @pytest.mark.parametrize("good", [0, 3, 305])
 def test_an_error_in_the_thread_of_tensorboard_is_told_once(
     good: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
