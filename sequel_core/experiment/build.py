@@ -25,7 +25,6 @@ from sequel_core.experiment.schema import (
     callback_class,
     check_callback,
     choices,
-    plain,
     settings,
     typed_fields,
     user_hparams,
@@ -34,6 +33,7 @@ from sequel_core.experiment.target import TARGET, Target, read
 from sequel_core.hparams import CheckpointHParams, OptimizerHParams, TrainerHParams, TrainingHParams
 from sequel_core.runs import learner
 from sequel_core.runs.callbacks import StreamCallback
+from sequel_core.runs.files import plain
 from sequel_core.runs.learner import PLUGINS, Mode
 from sequel_core.runs.services import MASK
 from sequel_core.settings import Settings, check_name, nearest, setting, validator
@@ -138,7 +138,7 @@ def build(flat: Layer) -> ExperimentConfig:
         optimizer=_settings(OptimizerHParams, "optimizer", optimizer),
         training=_settings(TrainingHParams, "training", groups["training"]),
         checkpoint=_settings(CheckpointHParams, "checkpoint", groups["checkpoint"]),
-        trainer={key: plain(getattr(trainer, key)) for key in groups["trainer"]},
+        trainer={key: plain(key, getattr(trainer, key), as_text=True) for key in groups["trainer"]},
         logger=_loggers(values.get("logger"), mode),
         callbacks=tuple(_targets("callbacks", values.get("callbacks"), mode).values()),
         user_code=code,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from importlib import import_module, resources
 from importlib.resources.abc import Traversable
-from typing import Any, Literal, NamedTuple, cast, get_type_hints
+from typing import Any, NamedTuple, cast, get_type_hints
 
 import yaml
 
@@ -23,12 +23,11 @@ from sequel_core.hparams import (
     TrainingHParams,
 )
 from sequel_core.runs.callbacks import StreamCallback
-from sequel_core.runs.learner import EvaluateEvery, Mode
+from sequel_core.runs.files import plain
+from sequel_core.runs.learner import EvaluateEvery, EvaluateOn, Mode
 from sequel_core.runs.services import PACKAGES, check_service, masked
 from sequel_core.settings import Settings, TypedField, allowed, choices_of, setting
 from sequel_core.stream.benchmark import Benchmark
-
-EvaluateOn = Literal["test", "validation"]
 
 TABLES: dict[str, Mapping[str, type[Settings]]] = {"algo": ALGORITHMS, "backbone": BACKBONES}
 CLASSES: dict[str, type[Settings]] = {
@@ -174,16 +173,7 @@ class ExperimentConfig(Settings):
             **{key: getattr(self, key) for key in EVALUATION},
             **{key: getattr(self, key) for key in DOCUMENTATION if getattr(self, key)},
         }
-        return cast(dict[str, Any], masked(plain(values)))
-
-
-def plain(value: Any) -> Any:
-    """Return nested values as plain ones: mappings, lists, numbers, text and None."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+        return cast(dict[str, Any], masked(plain("config", values, as_text=True)))
 
 
 def check_callback(target: Target, cls: type, mode: Mode) -> None:

@@ -21,7 +21,7 @@ MAX_DEPTH = 50
 """Number of lists and mappings that may be nested."""
 
 
-def plain(name: str, value: Any) -> Any:
+def plain(name: str, value: Any, as_text: bool = False) -> Any:
     """Convert a value to dicts, lists, text, numbers, booleans and None.
 
     NumPy scalars become Python numbers, arrays and other iterables become lists, paths become text.
@@ -29,9 +29,10 @@ def plain(name: str, value: Any) -> Any:
     Args:
         name: of the value, for errors.
         value: to be converted.
+        as_text: convert values of other types with `str`.
 
     Raises:
-        ValueError: part of the value has another type; the error names the part.
+        ValueError: part of the value has another type and `as_text` is False; the error names the part.
     """
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
@@ -40,9 +41,11 @@ def plain(name: str, value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): plain(f"{name}.{key}", item) for key, item in value.items()}
+        return {str(key): plain(f"{name}.{key}", item, as_text) for key, item in value.items()}
     if isinstance(value, Iterable):
-        return [plain(f"{name}[{i}]", item) for i, item in enumerate(value)]
+        return [plain(f"{name}[{i}]", item, as_text) for i, item in enumerate(value)]
+    if as_text:
+        return str(value)
     raise ValueError(f"{name} must be a plain value (text, number, list, mapping), got {value!r}")
 
 

@@ -110,7 +110,7 @@ def test_resume_auto_begins_or_goes_on_and_a_sweep_with_every_run(
         (["resume=auto"], "resume=auto needs run_dir=DIR, got none"),
         (["resume=nowhere"], "resume must be a run directory or auto, got nowhere, which has no"),
         (["resume=done", "run_dir=x"], "uses the settings and directory of its run; remove run_dir=x"),
-        (["resume=done", "+experiment=naive_rotateddigits"], "drop +experiment=naive_rotateddigits"),
+        (["resume=done", "+experiment=naive_rotateddigits"], "remove +experiment=naive_rotateddigits"),
         (
             ["resume=done", "algo.lr_decay=0.5", "optimizer.lr=0.2"],
             "algo.lr_decay is 1.0 there and 0.5 here; optimizer.lr is 0.01 there and 0.2 here",
