@@ -1,8 +1,8 @@
 """Figures of runs: pure functions from numbers to a matplotlib `Figure`, for HTML, PNG and image loggers.
 
-They use neither pyplot nor any global state that stays changed. An artist's `gid` holds the texts of its
-tooltips as a JSON list, which `sequel_core.report.svg` turns into `<title>` elements. Colours are those of
-`LIGHT`; the page puts its own in their place. Tasks are numbered from 1 in what is shown.
+The functions do not use pyplot and restore matplotlib's settings. The `gid` of an artist is a JSON list of
+its tooltips, which `sequel_core.report.svg` turns into `<title>` elements. Figures are drawn in the colours
+of `LIGHT`; the page replaces them by CSS variables. Axis labels and tooltips number tasks from 1.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from numpy.typing import ArrayLike, NDArray
 from sequel_core.runs.metrics import check_matrix
 from sequel_core.stream.arrays import FloatArray
 
-LARGEST = 20
-"""Tasks up to which every entry of a matrix has its number and its tooltip, and every task its curve."""
+MAX_TASKS = 20
+"""With more tasks, a matrix is one image without numbers, and curves and tables show a selection."""
 
 LIGHT = {
     "ink": "#1f2430",
@@ -52,20 +52,20 @@ DARK = {
     "series-4": "#e3c63f",
     "series-5": "#aab2c0",
 }
-"""The colours of the two themes, by the names of the page's CSS variables."""
+"""The colours of the light and the dark theme; the keys are the CSS variables of the page."""
 
-MARKED = 25
-"""Points of a curve from twice as many on not every one has a marker and a tooltip."""
+MARKERS_PER_CURVE = 25
+"""A curve with at least twice as many points has markers and tooltips on evenly spaced points only."""
 
 SERIES = [colour for name, colour in LIGHT.items() if name.startswith("series")]
 MARKERS = "os^DvPX"
 DASHES = ("-", (0, (4, 1.6)))
-COLOURS = matplotlib.colormaps["cividis"]  # of accuracies: made for colour-blind readers, evenly lighter
+COLOURS = matplotlib.colormaps["cividis"]  # perceptually uniform, also for colour-blind readers
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # which matplotlib ships
+    "font.sans-serif": ["DejaVu Sans"],  # shipped with matplotlib
     "font.size": 9,
-    "text.parse_math": False,  # a name with dollars is a name
+    "text.parse_math": False,  # do not read $...$ in a name as a formula
     "text.color": LIGHT["ink"],
     "axes.edgecolor": LIGHT["ink"],
     "axes.labelcolor": LIGHT["ink"],
@@ -80,12 +80,12 @@ STYLE: dict[Any, Any] = {
     "legend.handlelength": 3.2,
     "lines.linewidth": 1.6,
     "lines.markersize": 5,
-    "svg.fonttype": "none",  # text stays text, in the font of the page
-    "svg.hashsalt": "sequel",  # the same file for the same numbers
+    "svg.fonttype": "none",  # keep text as <text>, in the font of the page
+    "svg.hashsalt": "sequel",  # equal numbers give equal files
     "xtick.color": LIGHT["ink"],
     "ytick.color": LIGHT["ink"],
 }
-INCHES_PER_LETTER = 0.078  # of the font above, on average
+INCHES_PER_LETTER = 0.078  # average width in the font above
 
 
 class Curve(NamedTuple):
@@ -93,25 +93,25 @@ class Curve(NamedTuple):
 
     label: str
     x: Sequence[float]
-    y: Sequence[float]
-    half: Sequence[float] | None  # half of the interval around each value, nan for none; None for no interval
-    kind: int  # colour and marker
+    y: Sequence[float]  # percent
+    half: Sequence[float] | None  # half-width of the interval around each y, nan for none; None draws no band
+    style: int  # index of the colour and the marker
     dashed: bool = False
 
 
 class Bar(NamedTuple):
-    """A mean, half of its interval (nan for none) and the single values behind it."""
+    """A mean with its interval and the values it is the mean of."""
 
-    series: str  # what the legend calls it
-    kind: int  # colour and hatch
+    series: str  # name in the legend
+    style: int  # index of the colour; odd ones are hatched
     mean: float
-    half: float
+    half: float  # half-width of the interval, nan for none
     values: Sequence[float]
-    text: str  # the mean with its interval
+    text: str  # written at the end of the bar
 
 
 class Row(NamedTuple):
-    """Bars that lie together under one heading."""
+    """A group of bars under one heading."""
 
     label: str
     bars: Sequence[Bar]
@@ -119,37 +119,47 @@ class Row(NamedTuple):
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Set our style for a while, whatever the user has set; drawing and saving both need it."""
+    """Use our matplotlib style in a `with` block, then restore the user's; wrap both drawing and saving."""
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        # a letter that the font lacks is a box in a PNG; a page has fonts of its own
+        # a PNG shows a box for a letter that the font lacks; browsers use another font
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         yield
 
 
 def heat_map(matrix: ArrayLike, width: float, title: str = "") -> Figure:
-    """Draw an accuracy matrix, colours from 0 to 100 %; what was not evaluated stays empty.
+    """Draw an accuracy matrix as a heat map, with colours from 0 to 100 %.
+
+    Entries without an evaluation stay empty.
 
     Args:
-        matrix: `[T, T]`, fractions, nan where not evaluated.
-        width: of the figure, inches.
-        title: above the figure; empty for none.
+        matrix: `[T, T]`, accuracies in [0, 1], nan if not evaluated.
+        width: width of the figure in inches, > 2.
+        title: text above the figure; empty for none.
+
+    Returns:
+        The figure; its height depends on T.
 
     Raises:
-        ValueError: as `sequel_core.runs.metrics.check_matrix`.
+        ValueError: the matrix is not square, or an entry is outside [0, 1].
+
+    Example:
+        >>> figure = heat_map([[0.9, float("nan")], [0.5, 0.8]], width=6)
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['90.0', '50.0', '80.0']
     """
     r = check_matrix(matrix)
     size = len(r)
     cell = (width - 1.3) / size
     row = 0.36 if size <= 10 else min(0.28, max(0.17, cell))
-    height = 1 + size * row if size <= LARGEST else min(0.75 * width, 6.0)
+    height = 1 + size * row if size <= MAX_TASKS else min(0.75 * width, 6.0)
     with figure_style():
         figure = Figure((width, height), layout="constrained")
-        axes, scale = figure.subplots(1, 2, width_ratios=[width - 0.7, 0.12])
+        axes, colour_bar = figure.subplots(1, 2, width_ratios=[width - 0.7, 0.12])
         if title:
-            figure.suptitle(_shortened(title, width))
-        if size <= LARGEST:
+            figure.suptitle(_truncated(title, width))
+        if size <= MAX_TASKS:
             _cells(axes, r, cell)
         else:
             axes.imshow(r, cmap=COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="none")
@@ -161,16 +171,21 @@ def heat_map(matrix: ArrayLike, width: float, title: str = "") -> Figure:
         axes.set_yticks(ticks, [str(i + 1) for i in ticks])
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-        scale.imshow(np.linspace(1, 0, 128)[:, None], cmap=COLOURS, aspect="auto", extent=(0, 1, 0, 100))
-        scale.set_xticks([])
-        scale.set_yticks([0, 50, 100], ["0 %", "50 %", "100 %"])
-        scale.yaxis.tick_right()
-        scale.spines[:].set_visible(False)
+        _colour_bar(colour_bar)
     return figure
 
 
+def _colour_bar(axes: Axes) -> None:
+    """Draw the colours of the accuracies from 0 to 100 %."""
+    axes.imshow(np.linspace(1, 0, 128)[:, None], cmap=COLOURS, aspect="auto", extent=(0, 1, 0, 100))
+    axes.set_xticks([])
+    axes.set_yticks([0, 50, 100], ["0 %", "50 %", "100 %"])
+    axes.yaxis.tick_right()
+    axes.spines[:].set_visible(False)
+
+
 def _cells(axes: Axes, r: FloatArray, width: float) -> None:
-    """Draw each entry as a rectangle with a tooltip and, where it fits, its number."""
+    """Draw each entry as a rectangle with a tooltip, and its number if the cell is wide enough."""
     digits, points = (1, 8.5) if width >= 0.42 else (1, 7.0) if width >= 0.34 else (0, 7.5)
     for (i, j), value in np.ndenumerate(r):
         if math.isnan(value):
@@ -180,7 +195,7 @@ def _cells(axes: Axes, r: FloatArray, width: float) -> None:
         axes.add_patch(
             Rectangle(
                 (j - 0.5, i - 0.5), 1, 1, facecolor=colour, edgecolor=LIGHT["surface"], gid=tips(tip),
-                in_layout=False,  # measuring every cell would take most of the time
+                in_layout=False,  # measuring every cell would dominate the run time
             )
         )  # fmt: skip
         if width >= 0.2:
@@ -199,17 +214,28 @@ def curves(
     limits: tuple[float, float] | None = None,
     boundaries: Sequence[float] = (),
 ) -> Figure:
-    """Draw percentages over the stream, told apart by colour, marker and dashes; intervals as bands.
+    """Draw percentages over the stream, with intervals as bands.
+
+    Lines differ by colour, marker and dashes.
 
     Args:
-        lines: what to draw, in the order of the legend.
-        width: of the figure, inches.
-        x_label: under the axis.
-        y_label: beside the axis.
-        limits: of the vertical axis; None for what the lines need.
-        boundaries: x where a task ends, each a thin vertical line.
+        lines: the curves, in the order of the legend.
+        width: width of the figure in inches, > 2.
+        x_label: label of the horizontal axis.
+        y_label: label of the vertical axis.
+        limits: lower and upper end of the vertical axis; None fits it to the lines.
+        boundaries: x values at which a task ends, drawn as thin vertical lines.
+
+    Returns:
+        The figure; its height depends on the length of the legend.
+
+    Example:
+        >>> line = Curve("naive", x=[1, 2], y=[90.0, 65.0], half=None, style=0)
+        >>> figure = curves([line], width=6, x_label="tasks trained", y_label="accuracy (%)")
+        >>> figure.axes[0].get_xlabel()
+        'tasks trained'
     """
-    labels = [_in_legend(_shortened(line.label, width - 0.9)) for line in lines]
+    labels = [_in_legend(_truncated(line.label, width - 0.9)) for line in lines]
     columns = max(1, int(width / (0.75 + INCHES_PER_LETTER * max(map(len, labels), default=1))))
     height = min(0.62 * width, 3.4) + 0.2 * math.ceil(len(lines) / columns)
     with figure_style():
@@ -217,18 +243,8 @@ def curves(
         axes = figure.subplots()
         for end in boundaries:
             axes.axvline(end, color=LIGHT["faint"], linewidth=0.8)
-        for label, (name, x, y, half, kind, dashed) in zip(labels, lines, strict=True):
-            colour, every = SERIES[kind % len(SERIES)], max(1, len(x) // MARKED)
-            marked = zip(x[::every], y[::every], strict=True)
-            axes.plot(
-                x, y, label=label, color=colour, linestyle=DASHES[dashed],
-                marker=MARKERS[kind % len(MARKERS)], markevery=every,
-                markerfacecolor=LIGHT["surface"] if dashed else colour,
-                gid=tips(*(f"{name}, {x_label} {a:g}: {b:.2f} %" for a, b in marked)),
-            )  # fmt: skip
-            if half is not None and np.isfinite(half).any():
-                low, high = np.subtract(y, half), np.add(y, half)
-                axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
+        for label, line in zip(labels, lines, strict=True):
+            _curve(axes, line, label, x_label)
         axes.set(xlabel=x_label, ylabel=y_label)
         if limits is not None:
             axes.set_ylim(*limits)
@@ -238,52 +254,82 @@ def curves(
     return figure
 
 
+def _curve(axes: Axes, line: Curve, label: str, x_label: str) -> None:
+    """Draw one line with its tooltips and its band."""
+    colour, every = SERIES[line.style % len(SERIES)], max(1, len(line.x) // MARKERS_PER_CURVE)
+    points = zip(line.x[::every], line.y[::every], strict=True)
+    axes.plot(
+        line.x, line.y, label=label, color=colour, linestyle=DASHES[line.dashed],
+        marker=MARKERS[line.style % len(MARKERS)], markevery=every,
+        markerfacecolor=LIGHT["surface"] if line.dashed else colour,
+        gid=tips(*(f"{line.label}, {x_label} {x:g}: {y:.2f} %" for x, y in points)),
+    )  # fmt: skip
+    if line.half is not None and np.isfinite(line.half).any():
+        low, high = np.subtract(line.y, line.half), np.add(line.y, line.half)
+        axes.fill_between(line.x, low, high, color=colour, alpha=0.16, linewidth=0)
+
+
 def bars(rows: Sequence[Row], width: float, x_label: str) -> Figure:
-    """Draw means as bars, with their intervals and the single values as points.
+    """Draw means as horizontal bars, with their intervals and the single values as points.
 
     Args:
-        rows: from the top.
-        width: of the figure, inches.
-        x_label: under the axis.
+        rows: groups of bars, from top to bottom.
+        width: width of the figure in inches, > 2.
+        x_label: label of the horizontal axis.
+
+    Returns:
+        The figure; its height depends on the number of bars. It has a legend if there are two series or more.
+
+    Example:
+        >>> bar = Bar("", style=0, mean=70.0, half=5.0, values=[69.6, 70.4], text="70.00 ± 5.00")
+        >>> figure = bars([Row("naive", [bar])], width=6, x_label="percent")
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['naive', '70.00 ± 5.00']
     """
-    depth = sum(0.34 + 0.22 * len(row.bars) for row in rows)
-    kinds = {bar.series: bar.kind for row in rows for bar in row.bars}
     everything = [bar for row in rows for bar in row.bars]
-    ends = [value for bar in everything for value in (0.0, *bar.values, *_interval(bar))]
-    low, high = min(ends, default=0.0), max(ends, default=0.0)
-    letters = max((len(bar.text) for bar in everything), default=0)
-    room = min(0.6, INCHES_PER_LETTER * (letters + 2) / (width - 0.4))
+    styles = {bar.series: bar.style for bar in everything}
+    height = sum(0.34 + 0.22 * len(row.bars) for row in rows) + (0.95 if len(styles) > 1 else 0.65)
     with figure_style():
-        figure = Figure((width, depth + (0.95 if len(kinds) > 1 else 0.65)), layout="constrained")
+        figure = Figure((width, height), layout="constrained")
         axes = figure.subplots()
         y = 0.0
         for row in rows:
-            label, place = _shortened(row.label, width), axes.get_yaxis_transform()
-            behind = {"facecolor": LIGHT["surface"], "linewidth": 0, "pad": 1}  # hides the lines of the axes
-            axes.text(0.005, y + 0.2, label, transform=place, va="center", weight="bold", bbox=behind)
+            label, transform = _truncated(row.label, width), axes.get_yaxis_transform()
+            box = {"facecolor": LIGHT["surface"], "linewidth": 0, "pad": 1}  # hides the grid behind the label
+            axes.text(0.005, y + 0.2, label, transform=transform, va="center", weight="bold", bbox=box)
             y += 0.32
             for bar in row.bars:
                 _bar(axes, row.label, bar, y + 0.11)
                 y += 0.22
             y += 0.02
-        span = (high - low or 1.0) / (1 - room)
-        axes.set(xlim=(low - (0.02 * span if low < 0 else 0), low + span), ylim=(y, 0), xlabel=x_label)
+        axes.set(xlim=_limits(everything, width), ylim=(y, 0), xlabel=x_label)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
         axes.axvline(0, color=LIGHT["ink"], linewidth=0.8)
-        if len(kinds) > 1:
+        if len(styles) > 1:
             handles = [
-                Rectangle((0, 0), 1, 1, label=_in_legend(name), **_filling(kind))
-                for name, kind in kinds.items()
+                Rectangle((0, 0), 1, 1, label=_in_legend(series), **_fill(style))
+                for series, style in styles.items()
             ]
-            figure.legend(handles=handles, loc="outside lower left", ncols=len(kinds))
+            figure.legend(handles=handles, loc="outside lower left", ncols=len(styles))
     return figure
 
 
+def _limits(drawn: Sequence[Bar], width: float) -> tuple[float, float]:
+    """Return the ends of the horizontal axis, with space for the texts right of the bars."""
+    ends = [value for bar in drawn for value in (0.0, *bar.values, *_interval(bar))]
+    low, high = min(ends, default=0.0), max(ends, default=0.0)
+    letters = max((len(bar.text) for bar in drawn), default=0)
+    space = min(0.6, INCHES_PER_LETTER * (letters + 2) / (width - 0.4))
+    span = (high - low or 1.0) / (1 - space)
+    return low - (0.02 * span if low < 0 else 0), low + span
+
+
 def _bar(axes: Axes, label: str, bar: Bar, y: float) -> None:
-    about = f"{label}, {bar.series}: {bar.text}" if bar.series else f"{label}: {bar.text}"
-    axes.add_patch(Rectangle((0, y - 0.09), bar.mean, 0.18, gid=tips(about), **_filling(bar.kind)))
+    """Draw one bar with its tooltip, interval, values and text."""
+    tip = f"{label}, {bar.series}: {bar.text}" if bar.series else f"{label}: {bar.text}"
+    axes.add_patch(Rectangle((0, y - 0.09), bar.mean, 0.18, gid=tips(tip), **_fill(bar.style)))
     low, high = _interval(bar)
     if high > low:
         axes.plot([low, high], [y, y], color=LIGHT["ink"], marker="|", linewidth=1.2)
@@ -302,23 +348,28 @@ def _interval(bar: Bar) -> tuple[float, float]:
     return bar.mean - half, bar.mean + half
 
 
-def _filling(kind: int) -> dict[str, Any]:
-    """Return the colour of a bar; odd kinds are hatched, so that two of them differ without colour, too."""
-    colour = SERIES[kind % len(SERIES)]
-    return {"facecolor": colour, "edgecolor": LIGHT["surface"], "hatch": "////" if kind % 2 else None}
+def _fill(style: int) -> dict[str, Any]:
+    """Return the colours of a bar; odd styles are hatched, so that two series differ without colour."""
+    colour = SERIES[style % len(SERIES)]
+    return {"facecolor": colour, "edgecolor": LIGHT["surface"], "hatch": "////" if style % 2 else None}
 
 
 def matrix_picture(matrix: ArrayLike, title: str) -> NDArray[np.uint8]:
-    """Return an accuracy matrix as a picture for image loggers, uint8 `[H, W, 3]`.
-
-    Its size depends on the number of tasks alone, so that the pictures of one run are of one size.
+    """Draw an accuracy matrix as an image for image loggers.
 
     Args:
-        matrix: `[T, T]`, fractions, nan where not evaluated.
-        title: above it.
+        matrix: `[T, T]`, accuracies in [0, 1], nan if not evaluated.
+        title: text above the heat map.
+
+    Returns:
+        RGB image, uint8 `[H, W, 3]`. Its size depends on T only, so all images of a run have the same size.
 
     Raises:
-        ValueError: as `sequel_core.runs.metrics.check_matrix`.
+        ValueError: the matrix is not square, or an entry is outside [0, 1].
+
+    Example:
+        >>> matrix_picture([[0.9, float("nan")], [0.5, 0.8]], "test accuracy").shape
+        (172, 640, 3)
     """
     figure = heat_map(matrix, 6.4, title)
     with figure_style():
@@ -328,23 +379,34 @@ def matrix_picture(matrix: ArrayLike, title: str) -> NDArray[np.uint8]:
 
 
 def tips(*texts: str) -> str:
-    """Return the `gid` of an artist whose points, or which itself, have these tooltips."""
+    """Return the `gid` that gives an artist tooltips.
+
+    Args:
+        *texts: one for each marker of the artist, or one for an artist without markers.
+
+    Returns:
+        A JSON list, which `sequel_core.report.svg.inline_svg` reads.
+
+    Example:
+        >>> tips("task 1: 90.00 %", "task 2: 80.00 %")
+        '["task 1: 90.00 %", "task 2: 80.00 %"]'
+    """
     return json.dumps(texts)
 
 
 def _in_legend(label: str) -> str:
-    """Return a label that matplotlib shows: one that is empty or begins with an underscore it leaves out."""
+    """Return a label that matplotlib shows; it omits labels that are empty or start with an underscore."""
     return f" {label}" if label[:1] in ("", "_") else label
 
 
-def _shortened(text: str, width: float) -> str:
-    """Return a text of one line that fits into a width in inches."""
+def _truncated(text: str, width: float) -> str:
+    """Cut a text that is longer than a width in inches, and end it with an ellipsis."""
     letters = max(4, int(width / INCHES_PER_LETTER))
     return text if len(text) <= letters else f"{text[: letters - 1]}…"
 
 
 def _luminance(colour: str) -> float:
-    """Return the relative luminance of `#rrggbb`, as the contrast of WCAG 2 defines it."""
+    """Return the relative luminance of `#rrggbb`, as defined by WCAG 2."""
     parts: Iterable[int] = bytes.fromhex(colour[1:])
     red, green, blue = (c / 3294.6 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -1,4 +1,4 @@
-"""A figure as SVG that stands in an HTML page: colours of both themes, tooltips, no address outside."""
+"""Figures as SVG elements of an HTML page, with CSS variables as colours, tooltips and no external URLs."""
 
 from __future__ import annotations
 
@@ -16,24 +16,36 @@ from sequel_core.report.figures import LIGHT, figure_style
 _THEME = {colour: f"var(--{name})" for name, colour in LIGHT.items()}
 _HEX = re.compile(r"#[0-9a-f]{6}")
 _DECIMALS = re.compile(r"(\.\d\d)\d+")
-_UNTURNED = re.compile(r"rotate\(-0 [^)]*\)")
+_ZERO_ROTATION = re.compile(r"rotate\(-0 [^)]*\)")
 
 
 def inline_svg(figure: Figure, prefix: str) -> str:
-    """Return a figure as an `<svg>` element without namespaces, for a page that holds several.
+    """Return a figure as an `<svg>` element without namespaces, for a page with several figures.
 
-    Of what matplotlib writes, the style sheet and the metadata go; ids get the prefix, or go where nothing
-    refers to them; the colours of `sequel_core.report.figures.LIGHT` become CSS variables; a `gid` made by
-    `tips` becomes `<title>` elements.
+    It differs from what matplotlib writes:
+
+    - there is no style sheet and no metadata;
+    - groups have no ids, and all other ids start with the prefix;
+    - the colours of `sequel_core.report.figures.LIGHT` are CSS variables;
+    - a `gid` made by `sequel_core.report.figures.tips` is replaced by `<title>` elements.
 
     Args:
-        figure: to draw.
-        prefix: of all ids, unique in the page.
+        figure: the figure; its background becomes transparent.
+        prefix: start of all ids, unique in the page.
+
+    Returns:
+        The element as text.
+
+    Example:
+        >>> from sequel_core.report.figures import heat_map
+        >>> svg = inline_svg(heat_map([[0.9]], width=6), prefix="first-")
+        >>> svg[:12], "<title>accuracy on task 1 after task 1: 90.00 %</title>" in svg
+        ('<svg viewBox', True)
     """
     file = io.StringIO()
     figure.patch.set_visible(False)
     with figure_style():
-        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})  # savefig would lay it out twice
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})  # savefig would compute the layout twice
     root = ElementTree.fromstring(file.getvalue())
     for element in list(root.iter()):
         element.tag = _local(element.tag)
@@ -55,7 +67,7 @@ def inline_svg(figure: Figure, prefix: str) -> str:
 
 
 def _add_titles(group: ElementTree.Element, texts: Sequence[str]) -> None:
-    """Give each marker in a group its own text, or the group its only one."""
+    """Add one title to each marker of a group, or to a group without markers."""
     markers = [element for element in group.iter() if _local(element.tag) == "use"]
     for element, text in zip(markers or [group], texts, strict=True):
         title = ElementTree.Element("title")
@@ -69,6 +81,7 @@ def _local(name: str) -> str:
 
 
 def _value(key: str, value: str, prefix: str) -> str:
+    """Return an attribute's value with prefixed ids, themed colours and two decimals."""
     if key == "id":
         return prefix + value
     if key == "href":
@@ -79,5 +92,5 @@ def _value(key: str, value: str, prefix: str) -> str:
         themed = _HEX.sub(lambda match: _THEME.get(match[0], match[0]), value)
         return themed.replace("url(#", f"url(#{prefix}")
     if key == "transform":
-        return _UNTURNED.sub("", value)
+        return _ZERO_ROTATION.sub("", value)
     return _DECIMALS.sub(r"\1", value.replace("\n", "")).strip()

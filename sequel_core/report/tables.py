@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sequel_core.report.figures import LARGEST
+from sequel_core.report.figures import MAX_TASKS
 from sequel_core.report.runs import MODES, SEEDS, Estimate, Group, Run, Study, estimate
 from sequel_core.stream.arrays import FloatArray
 
@@ -315,7 +315,7 @@ def matrix_numbers(matrix: FloatArray) -> Table:
 
 
 def picked(tasks: int) -> list[int]:
-    """Return all tasks; of more than `LARGEST` half as many, evenly spaced, with the first and the last."""
-    if tasks <= LARGEST:
+    """Return all tasks; of more than `MAX_TASKS` half as many, evenly spaced, with the first and the last."""
+    if tasks <= MAX_TASKS:
         return list(range(tasks))
-    return [round(float(j)) for j in np.linspace(0, tasks - 1, LARGEST // 2)]
+    return [round(float(j)) for j in np.linspace(0, tasks - 1, MAX_TASKS // 2)]
