@@ -114,7 +114,7 @@ class _Report:
         ]
         self.tables = {
             "results": tables.results(study),
-            "beside": tables.beside(study),
+            "frameworks": tables.frameworks(study),
             "final": tables.final_accuracies(study),
             "costs": tables.costs(study),
             "configuration": tables.configuration(study),
@@ -165,7 +165,7 @@ class _Report:
         )
         sections = [
             ("results", "Results"),
-            *([("frameworks", "PyTorch beside JAX")] if self.tables["beside"].rows else []),
+            *([("frameworks", "PyTorch beside JAX")] if self.tables["frameworks"].rows else []),
             *([("stream", "Over the stream")] if self.stream else []),
             *([("matrices", "Task by task")] if self.matrices else []),
             *([("partial", "Runs that did not finish")] if self.partial else []),
@@ -215,8 +215,8 @@ class _Report:
             _markdown_table(self.tables["results"]),
             *images(self.results),
             _markdown_table(self.tables["final"]),
-            "## PyTorch beside JAX" if self.tables["beside"].rows else "",
-            _markdown_table(self.tables["beside"]),
+            "## PyTorch beside JAX" if self.tables["frameworks"].rows else "",
+            _markdown_table(self.tables["frameworks"]),
             *images(self.stream),
             "## Task by task",
         ]

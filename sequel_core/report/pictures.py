@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from sequel_core.report.figures import Bar, Curve, Row, bars, curves, heat_map
 from sequel_core.report.runs import MODES, Estimate, Group, Run, Study
-from sequel_core.report.tables import Table, matrix_numbers, picked
+from sequel_core.report.tables import Table, matrix_numbers, selected
 from sequel_core.stream.arrays import FloatArray
 
 MOST = 16
@@ -96,7 +96,7 @@ def over_stream(study: Study) -> list[Picture]:
         y, half = [100 * value.mean for value in values], [100 * value.half for value in values]
         dashed = several and group.mode == "jax"
         lines.append(Curve(group.label, x, y, half, methods.index(group.method), dashed))
-    steps = picked(max(map(len, found)))
+    steps = selected(max(map(len, found)))
     table = Table(
         "Average accuracy of the tasks seen so far, percent",
         ["configuration", *(f"after task {i + 1}" for i in steps)],
@@ -155,7 +155,7 @@ def _matrix(name: str, title: str, matrix: FloatArray) -> Picture:
 def _tasks(name: str, title: str, runs: Sequence[Run]) -> Picture:
     """Return a line for each task: over steps where all runs were evaluated within tasks, else over tasks."""
     size = len(runs[0].result.matrix)
-    tasks = picked(size)
+    tasks = selected(size)
     by_run = [{(point.task, point.step): point.accuracy for point in run.points} for run in runs]
     common = sorted(set.intersection(*(set(found) for found in by_run)))
     numbers = None

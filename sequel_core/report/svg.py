@@ -45,7 +45,7 @@ def inline_svg(figure: Figure, prefix: str) -> str:
     file = io.StringIO()
     figure.patch.set_visible(False)
     with figure_style():
-        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})  # savefig would compute the layout twice
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})  # savefig lays figures out twice
     root = ElementTree.fromstring(file.getvalue())
     for element in list(root.iter()):
         element.tag = _local(element.tag)

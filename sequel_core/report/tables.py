@@ -1,4 +1,4 @@
-"""The tables of a report and what its metrics mean; text, for HTML and Markdown alike."""
+"""The tables of a report and the definitions of its metrics, as text for HTML and Markdown."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Table(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """A metric and what it means; R[i, j] is the accuracy on task j after training on task i, of T tasks."""
+    """A metric and its definition; R[i, j] is the accuracy on task j after training on task i of T."""
 
     key: str  # in summary.json
     name: str
-    better: str
+    better: str  # higher or lower
     formula: str
     meaning: str
 
@@ -39,59 +39,59 @@ METRICS = (
         "average accuracy",
         "higher",
         "mean over j of R[T, j]",
-        "Accuracy on each task after training on the last one, mean over all tasks.",
+        "Accuracy on each task after training on the last one, averaged over all tasks.",
     ),
     Metric(
         "forgetting",
         "forgetting",
         "lower",
         "mean over j < T of (max over i < T of R[i, j]) - R[T, j]",
-        "How far each past task fell from its best accuracy before the last task. Below zero, tasks ended at "
-        "their best.",
+        "Drop of each past task from its best accuracy before the last task. Negative if tasks are best at "
+        "the end of the stream.",
     ),
     Metric(
         "forgetting_with_final",
         "forgetting, final included",
         "lower",
         "mean over j < T of (max over i of R[i, j]) - R[T, j]",
-        "The same with the final accuracy among those that the best is taken from, so that it is never below "
-        "zero.",
+        "Forgetting whose maximum includes the final accuracy, so that it is never negative.",
     ),
     Metric(
         "bwt",
         "backward transfer",
         "higher",
         "mean over j < T of R[T, j] - R[j, j]",
-        "What later tasks did to a task since it was trained. Below zero is forgetting.",
+        "Change of the accuracy on each task between its training and the end of the stream. Negative values "
+        "mean forgetting.",
     ),
     Metric(
         "fwt",
         "forward transfer",
         "higher",
         "mean over j > 1 of R[j - 1, j] - b[j]",
-        "What earlier tasks give to a task not yet trained, beside the untrained network's accuracy b. "
-        "Measured with evaluate_future=true.",
+        "Accuracy on each task just before its training, minus the accuracy b[j] of the untrained network. "
+        "Measured if evaluate_future=true.",
     ),
     Metric(
         "learning_accuracy",
         "learning accuracy",
         "higher",
         "mean over j of R[j, j]",
-        "Accuracy on each task just after its training: how well the method still learns.",
+        "Accuracy on each task right after its training: how well the method learns new tasks.",
     ),
     Metric(
         "average_incremental_accuracy",
         "average incremental accuracy",
         "higher",
         "mean over i of (mean over j <= i of R[i, j])",
-        "The accuracy on the tasks seen so far, averaged over these tasks and then over the stream.",
+        "Average accuracy on the tasks seen so far, averaged over the stream.",
     ),
     Metric(
         "average_incremental_accuracy_over_samples",
         "average incremental accuracy, over samples",
         "higher",
         "mean over i of (sum over j <= i of n[j] R[i, j]) / (sum over j <= i of n[j])",
-        "The accuracy on all samples of the tasks seen so far, averaged over the stream; task j has n[j] "
+        "Accuracy on all samples of the tasks seen so far, averaged over the stream. Task j has n[j] "
         "samples.",
     ),
     Metric(
@@ -99,52 +99,57 @@ METRICS = (
         "worst-case accuracy",
         "higher",
         "1/T R[T, T] + (1 - 1/T) mean over j < T of (min over i > j of R[i, j])",
-        "Past tasks count with the lowest accuracy that they had after a later task, the last task with its "
-        "own.",
+        "Average of the final accuracy on the last task and the lowest accuracy on each past task after a "
+        "later one.",
     ),
     Metric(
         "masked_average_accuracy",
         "masked average accuracy",
         "higher",
         "the average accuracy with the logits of other tasks masked",
-        "In the class scenario: how accurate the network would be if it were told the task of each sample.",
+        "In the class scenario: the accuracy if the network were given the task of each sample.",
     ),
     Metric(
         "validation_average_accuracy",
         "validation average accuracy",
         "higher",
         "the average accuracy on the validation samples",
-        "Measured once at the end, on training samples that were held out; for choosing settings.",
+        "Measured once, at the end of the run, on held-out training samples. Use it to choose settings.",
     ),
     Metric(
         "test_average_accuracy",
         "test average accuracy",
         "higher",
         "the average accuracy on the test samples",
-        "Measured once at the end where the matrix is measured on validation samples.",
+        "Measured once, at the end of the run. The accuracy matrix is measured on the validation samples.",
     ),
 )
-"""In the order of the columns; those with a value in some run are shown."""
+"""All metrics, in the order of the columns. A report shows those that a finished run has."""
 
 OTHER = "_average_accuracy"
 
 COSTS = {
-    "training steps": "Batches trained on, all tasks together.",
-    "seconds": "Of the whole run, on the clock.",
-    "training": "Seconds spent in training, the work of the method at the ends of tasks included.",
-    "evaluation": "Seconds spent in evaluation.",
-    "other": "Seconds spent in neither: building, compiling, writing.",
-    "steps per second of training": "Training steps over seconds of training.",
+    "training steps": "Training batches over all tasks.",
+    "seconds": "Wall-clock time of the whole run.",
+    "training": "Seconds spent on training, including the work of the method at the end of each task.",
+    "evaluation": "Seconds spent on evaluation.",
+    "other": "The remaining seconds: building, compiling and writing files.",
+    "training steps per second": "Training steps divided by the seconds spent on training.",
     "memory of the method, MiB": "What the method keeps: samples, anchors, importances, old networks.",
-    "peak of the process, MiB": "The most memory that the process held, libraries and data included.",
-    "threads": "Of the framework, on the processor.",
+    "peak memory of the process, MiB": "Largest memory use of the process, including libraries and data.",
+    "threads": "CPU threads that the framework uses.",
 }
-"""What the columns of the table of costs mean."""
+"""The columns of the table of costs and their definitions."""
 
 
 def shown_metrics(study: Study) -> list[Metric]:
-    """Return the metrics that some finished run has, with those that a method adds, such as iCaRL's head."""
+    """Return the metrics that a finished run has.
+
+    Average accuracies that are not in `METRICS` come from methods with a second prediction rule, such as the
+    head of iCaRL; they are added at the end.
+    """
     finished = [run for group in study.groups for run in group.finished]
+    known = {metric.key for metric in METRICS}
     keys = dict.fromkeys(key for run in finished for key in run.result.summary if key.endswith(OTHER))
     added = [
         Metric(
@@ -152,34 +157,36 @@ def shown_metrics(study: Study) -> list[Metric]:
             key.replace("_", " "),
             "higher",
             f"the average accuracy with {key.removesuffix(OTHER)}",
-            "What the method can predict with beside its own rule.",
+            "The accuracy with another prediction rule of the method.",
         )
         for key in keys
-        if key not in {metric.key for metric in METRICS}
+        if key not in known
     ]
+    splits = {run.result.summary.get("split") for run in finished}
 
-    def has(metric: Metric) -> bool:
-        twice = {f"{run.result.summary.get('split')}_average_accuracy" for run in finished}
-        return twice != {metric.key} and any(math.isfinite(run.number(metric.key)) for run in finished)
+    def shown(metric: Metric) -> bool:
+        equals_average_accuracy = {f"{split}{OTHER}" for split in splits} == {metric.key}
+        measured = any(math.isfinite(run.number(metric.key)) for run in finished)
+        return measured and not equals_average_accuracy
 
-    return [metric for metric in (*METRICS, *added) if has(metric)]
+    return [metric for metric in (*METRICS, *added) if shown(metric)]
 
 
 def results(study: Study) -> Table:
-    """Return every metric of every group, in percent."""
+    """Return the metrics of all groups, in percent."""
     metrics = shown_metrics(study)
     rows = []
     for group in study.groups:
-        done, started = len(group.finished), len(group.runs)
-        runs = str(done) if done == started else f"{done} of {started}"
+        finished, started = len(group.finished), len(group.runs)
+        runs = str(finished) if finished == started else f"{finished} of {started}"
         values = [group.estimate(metric.key).text(100) for metric in metrics]
         rows.append([group.label, runs, *values])
-    caption = "Percent: mean over finished runs ± half of its 95 % confidence interval (Student's t)"
+    caption = "Percent; mean over finished runs ± half-width of its 95 % confidence interval (Student's t)"
     return Table(caption, ["configuration", "runs", *(metric.name for metric in metrics)], rows)
 
 
 def pairs(study: Study) -> list[tuple[Group, Group]]:
-    """Return the groups that differ in nothing but the framework and have finished runs, PyTorch first."""
+    """Return the groups with finished runs in both frameworks, as pairs of PyTorch and JAX."""
     groups = {(group.method, group.mode): group for group in study.groups if group.finished}
     pytorch, jax = MODES
     return [
@@ -189,44 +196,44 @@ def pairs(study: Study) -> list[tuple[Group, Group]]:
     ]
 
 
-def beside(study: Study) -> Table:
-    """Return both frameworks' average accuracy, and how far runs of one seed lie apart, in percent."""
-    rows = []
-    for one, other in pairs(study):
-        by_seed = {tuple(run.seeds.items()): run.result.matrix for run in other.finished}
-        same = [
-            (run.result.matrix, by_seed[seeds])
-            for run in one.finished
-            if (seeds := tuple(run.seeds.items())) in by_seed
-        ]
-        means = [float(b[-1].mean() - a[-1].mean()) for a, b in same]
-        largest = [float(np.nanmax(np.abs(a - b), initial=0)) for a, b in same]
-        rows.append(
-            [
-                one.method,
-                one.estimate("average_accuracy").text(100),
-                other.estimate("average_accuracy").text(100),
-                str(len(same)),
-                estimate(means).text(100),
-                f"{100 * max(largest):.2f}" if largest else NONE,
-            ]
-        )
+def frameworks(study: Study) -> Table:
+    """Return the average accuracy in both frameworks and the difference between runs with equal seeds."""
     header = [
         "configuration",
         *MODES.values(),
-        "seeds in common",
-        "JAX - PyTorch, seed by seed",
-        "largest difference of an entry of the matrix",
+        "common seeds",
+        "JAX - PyTorch, equal seeds",
+        "largest difference in the accuracy matrix",
     ]
-    return Table("Average accuracy in percent, and percentage points between the frameworks", header, rows)
+    caption = "Average accuracy in percent, differences in percentage points"
+    return Table(caption, header, [_framework_row(*pair) for pair in pairs(study)])
+
+
+def _framework_row(pytorch: Group, jax: Group) -> list[str]:
+    by_seed = {tuple(run.seeds.items()): run.result.matrix for run in jax.finished}
+    differences = [
+        by_seed[seeds] - run.result.matrix
+        for run in pytorch.finished
+        if (seeds := tuple(run.seeds.items())) in by_seed
+    ]
+    largest = [float(np.nanmax(np.abs(difference), initial=0)) for difference in differences]
+    return [
+        pytorch.method,
+        pytorch.estimate("average_accuracy").text(100),
+        jax.estimate("average_accuracy").text(100),
+        str(len(differences)),
+        estimate([float(difference[-1].mean()) for difference in differences]).text(100),
+        f"{100 * max(largest):.2f}" if largest else NONE,
+    ]
 
 
 def final_accuracies(study: Study) -> Table:
-    """Return the accuracy of each task after the last one, in percent."""
-    done = [group for group in study.groups if group.finished]
-    tasks = picked(max((len(group.finished[0].result.matrix) for group in done), default=0))
-    rows = [[group.label, *(value.text(100) for value in _final(group, tasks))] for group in done]
-    caption = "Accuracy on each task after the last one, percent" + _of(tasks, done)
+    """Return the accuracy on each task after training on the last one, in percent."""
+    groups = [group for group in study.groups if group.finished]
+    num_tasks = max((len(group.finished[0].result.matrix) for group in groups), default=0)
+    tasks = selected(num_tasks)
+    rows = [[group.label, *(value.text(100) for value in _final(group, tasks))] for group in groups]
+    caption = f"Accuracy on each task after training on the last one, percent{part(tasks, num_tasks)}"
     return Table(caption, ["configuration", *(f"task {j + 1}" for j in tasks)], rows)
 
 
@@ -235,30 +242,25 @@ def _final(group: Group, tasks: Sequence[int]) -> list[Estimate]:
     return [estimate([row[j] for row in last if j < len(row)]) for j in tasks]
 
 
-def _of(tasks: Sequence[int], groups: Sequence[Group]) -> str:
-    total = max((len(group.finished[0].result.matrix) for group in groups), default=0)
-    return "" if len(tasks) == total else f"; {len(tasks)} of {total} tasks"
-
-
 def costs(study: Study) -> Table:
-    """Return time and memory of every group with finished runs."""
+    """Return the time and memory of all groups with finished runs."""
     rows = []
     for group in study.groups:
         if group.finished:
             rates = [_rate(run) for run in group.finished]
-            kinds = ("total", "train", "evaluate", "other")
+            phases = ("total", "train", "evaluate", "other")
             rows.append(
                 [
                     group.label,
                     group.estimate("steps").text(1, 0),
-                    *(group.estimate("seconds", kind).text(1, 1) for kind in kinds),
+                    *(group.estimate("seconds", phase).text(1, 1) for phase in phases),
                     estimate(rates).text(1, 0 if max(rates) >= 100 else 1),
                     group.estimate("memory_bytes").text(1 / 2**20),
                     group.estimate("peak_memory_bytes").text(1 / 2**20, 0),
                     group.estimate("threads").text(1, 0),
                 ]
             )
-    caption = "Means over finished runs, and half of the 95 % confidence interval"
+    caption = "Mean over finished runs ± half-width of its 95 % confidence interval"
     return Table(caption, ["configuration", *COSTS], rows)
 
 
@@ -271,8 +273,8 @@ def configuration(study: Study) -> Table:
     """Return the settings in which groups differ."""
     keys = study.differences()
     rows = [[key, *(group.settings.get(key, NONE) for group in study.groups)] for key in keys]
-    caption = "Settings that are not the same in all configurations; seeds aside"
-    return Table(caption, ["setting", *(group.label for group in study.groups)], rows)
+    header = ["setting", *(group.label for group in study.groups)]
+    return Table("Settings that differ between the configurations", header, rows)
 
 
 def shared(study: Study) -> Table:
@@ -283,39 +285,60 @@ def shared(study: Study) -> Table:
 
 
 def every_run(study: Study) -> Table:
-    """Return every run with its status."""
+    """Return all runs with their status."""
     rows = []
     keys = [key for key in SEEDS if any(key in run.seeds for run in study.runs)]
-    several = len({run.result.version for run in study.runs}) > 1
+    versions = len({run.result.version for run in study.runs}) > 1
     for group in study.groups:
         for run in group.runs:
             seeds = [run.seeds.get(key, "") for key in keys]
             accuracy = estimate([run.number("average_accuracy")]).text(100) if run.finished else NONE
             tasks = f"{run.trained} of {len(run.result.matrix)}" if run.result.matrix.size else NONE
-            wrote = [run.result.version or ""] if several else []
-            values = [run.name, group.label, *seeds, *wrote, run.status, tasks, accuracy, run.reason]
+            version = [run.result.version or ""] if versions else []
+            values = [run.name, group.label, *seeds, *version, run.status, tasks, accuracy, run.reason]
             rows.append([value or NONE for value in values])
-    wrote = ["written by"] if several else []
-    header = ["run", "configuration", *keys, *wrote, "status", "tasks", "average accuracy, %", "why it ended"]
+    version = ["SequeL version"] if versions else []
+    header = ["run", "configuration", *keys, *version, "status", "tasks", "average accuracy, %", "reason"]
     if not any(run.reason for run in study.runs):
         header, rows = header[:-1], [row[:-1] for row in rows]
-    return Table("Only finished runs count in means", header, rows)
+    return Table("Means include finished runs only", header, rows)
 
 
 def matrix_numbers(matrix: FloatArray) -> Table:
-    """Return an accuracy matrix in percent; of a large one some tasks, evenly spaced."""
-    tasks = picked(len(matrix))
+    """Return an accuracy matrix `[T, T]` in percent; if T is large, the entries of selected tasks."""
+    tasks = selected(len(matrix))
 
     def text(value: float) -> str:
         return "" if math.isnan(value) else f"{100 * value:.2f}"
 
     rows = [[f"after task {i + 1}", *(text(matrix[i, j]) for j in tasks)] for i in tasks]
-    part = "" if len(tasks) == len(matrix) else f"; {len(tasks)} of {len(matrix)} tasks"
-    return Table(f"Accuracy on each task, percent{part}", ["", *(f"task {j + 1}" for j in tasks)], rows)
+    caption = f"Accuracy on each task, percent{part(tasks, len(matrix))}"
+    return Table(caption, ["", *(f"task {j + 1}" for j in tasks)], rows)
 
 
-def picked(tasks: int) -> list[int]:
-    """Return all tasks; of more than `MAX_TASKS` half as many, evenly spaced, with the first and the last."""
-    if tasks <= MAX_TASKS:
-        return list(range(tasks))
-    return [round(float(j)) for j in np.linspace(0, tasks - 1, MAX_TASKS // 2)]
+def part(tasks: Sequence[int], num_tasks: int) -> str:
+    """Return the end of a caption that says how many tasks are shown; empty for all.
+
+    Example:
+        >>> part(selected(100), 100)
+        '; 10 of 100 tasks'
+    """
+    return "" if len(tasks) == num_tasks else f"; {len(tasks)} of {num_tasks} tasks"
+
+
+def selected(num_tasks: int) -> list[int]:
+    """Return the indices of the tasks to show.
+
+    Args:
+        num_tasks: number of tasks T, >= 0.
+
+    Returns:
+        All tasks if T <= `MAX_TASKS`; otherwise `MAX_TASKS // 2`, evenly spaced from the first to the last.
+
+    Example:
+        >>> selected(3), selected(100)
+        ([0, 1, 2], [0, 11, 22, 33, 44, 55, 66, 77, 88, 99])
+    """
+    if num_tasks <= MAX_TASKS:
+        return list(range(num_tasks))
+    return [round(float(j)) for j in np.linspace(0, num_tasks - 1, MAX_TASKS // 2)]

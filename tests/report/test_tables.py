@@ -17,8 +17,8 @@ def test_results_by_hand(tmp_path: Path) -> None:
     write_run(tmp_path / "b", TWO, seed=1)
     write_run(tmp_path / "c", [[0.1, NAN], [NAN, NAN]], seed=2, status="failed")
     write_run(tmp_path / "d", TWO, algo="er", status="interrupted")
-    found = tables.results(read_study([tmp_path]))
-    columns = dict(zip(found.header, zip(*found.rows, strict=True), strict=True))
+    table = tables.results(read_study([tmp_path]))
+    columns = dict(zip(table.header, zip(*table.rows, strict=True), strict=True))
     assert columns == {
         "configuration": ("naive", "er"),
         "runs": ("2 of 3", "0 of 1"),
@@ -41,16 +41,16 @@ def test_metrics_are_shown_where_some_run_has_them(tmp_path: Path) -> None:
     head = {"masked_average_accuracy": 0.9, "head_average_accuracy": 0.7, "note": "text"}
     write_run(tmp_path / "a", summary=extra)
     write_run(tmp_path / "b", algo="icarl", summary=head)
-    found = tables.results(read_study([tmp_path]))
-    shown = [name for name in found.header if name.endswith((" average accuracy", "forward transfer"))]
+    table = tables.results(read_study([tmp_path]))
+    shown = [name for name in table.header if name.endswith((" average accuracy", "forward transfer"))]
     assert shown == [
         "forward transfer",
         "masked average accuracy",
         "validation average accuracy",
         "head average accuracy",
     ]
-    assert found.rows[0][found.header.index("forward transfer")] == "5.00"
-    assert found.rows[1][found.header.index("head average accuracy")] == "70.00"
+    assert table.rows[0][table.header.index("forward transfer")] == "5.00"
+    assert table.rows[1][table.header.index("head average accuracy")] == "70.00"
 
 
 def test_frameworks_beside_each_other(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_frameworks_beside_each_other(tmp_path: Path) -> None:
     ):  # fmt: skip
         write_run(tmp_path / name, matrix, mode=mode, seed=seed)
     write_run(tmp_path / "alone", algo="er", mode="jax")
-    [row] = tables.beside(read_study([tmp_path])).rows
+    [row] = tables.frameworks(read_study([tmp_path])).rows
     mean, half = (10 - 1) / 2, 12.706204736 * 11 / 2
     assert row[0] == "naive"
     assert row[3:] == ["2", f"{mean:.2f} ± {half:.2f}", "20.00"]
@@ -72,16 +72,16 @@ def test_costs_by_hand(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", seed=1)
     write_run(tmp_path / "c", seed=2, status="diverged", summary={"steps": 7})
-    found = tables.costs(read_study([tmp_path]))
-    assert found.rows == [["naive", "200", "5.5", "4.0", "1.0", "0.5", "50.0", "3.00", "400", "1"]]
+    table = tables.costs(read_study([tmp_path]))
+    assert table.rows == [["naive", "200", "5.5", "4.0", "1.0", "0.5", "50.0", "3.00", "400", "1"]]
 
 
 def test_final_accuracies_and_matrix_numbers(tmp_path: Path) -> None:
     write_run(tmp_path / "a", ONE)
     write_run(tmp_path / "b", TWO, algo="er")
-    found = tables.final_accuracies(read_study([tmp_path]))
-    assert found.header == ["configuration", "task 1", "task 2"]
-    assert found.rows == [["naive", "50.00", "80.00"], ["er", "60.00", "90.00"]]
+    table = tables.final_accuracies(read_study([tmp_path]))
+    assert table.header == ["configuration", "task 1", "task 2"]
+    assert table.rows == [["naive", "50.00", "80.00"], ["er", "60.00", "90.00"]]
     assert tables.matrix_numbers(np.array(ONE)).rows == [
         ["after task 1", "90.00", ""],
         ["after task 2", "50.00", "80.00"],
@@ -89,12 +89,12 @@ def test_final_accuracies_and_matrix_numbers(tmp_path: Path) -> None:
 
 
 def test_of_many_tasks_some_are_shown(tmp_path: Path) -> None:
-    assert tables.picked(20) == list(range(20))
-    assert tables.picked(100) == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
+    assert tables.selected(20) == list(range(20))
+    assert tables.selected(100) == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
     write_run(tmp_path, decay(30))
-    found = tables.final_accuracies(read_study([tmp_path]))
-    assert len(found.rows[0]) == 11
-    assert found.caption.endswith("; 10 of 30 tasks")
+    table = tables.final_accuracies(read_study([tmp_path]))
+    assert len(table.rows[0]) == 11
+    assert table.caption.endswith("; 10 of 30 tasks")
     numbers = tables.matrix_numbers(decay(30))
     assert [len(numbers.rows), len(numbers.rows[0])] == [10, 11]
     assert numbers.rows[-1][-1] == "90.00"
@@ -105,9 +105,9 @@ def test_the_configuration_shows_what_differs_and_what_is_shared(tmp_path: Path)
     write_run(tmp_path / "b", settings={"algo": {"ewc_lambda": 10}, "training": {"seed": 1}})
     write_run(tmp_path / "c", algo="er", settings={"algo": {"sizes": [1, 2], "none": None}})
     study = read_study([tmp_path])
-    found = tables.configuration(study)
-    assert found.header[1:] == ["naive, ewc_lambda=1", "naive, ewc_lambda=10", "er"]
-    assert {row[0]: row[1:] for row in found.rows} == {
+    table = tables.configuration(study)
+    assert table.header[1:] == ["naive, ewc_lambda=1", "naive, ewc_lambda=10", "er"]
+    assert {row[0]: row[1:] for row in table.rows} == {
         "algo.name": ["naive", "naive", "er"],
         "algo.ewc_lambda": ["1", "10", "-"],
         "algo.sizes": ["-", "-", "[1, 2]"],
@@ -122,11 +122,11 @@ def test_every_run_is_listed_with_its_status(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", [[0.5, NAN], [NAN, NAN]], seed=1, status="diverged")
     (tmp_path / "b" / "error.txt").write_text("the loss became nan\n")
-    found = tables.every_run(read_study([tmp_path]))
-    assert found.header[2:] == [
-        "training.seed", "benchmark.seed", "status", "tasks", "average accuracy, %", "why it ended"
+    table = tables.every_run(read_study([tmp_path]))
+    assert table.header[2:] == [
+        "training.seed", "benchmark.seed", "status", "tasks", "average accuracy, %", "reason"
     ]  # fmt: skip
-    assert [row[2:] for row in found.rows] == [
+    assert [row[2:] for row in table.rows] == [
         ["0", "0", "finished", "2 of 2", "65.00", "-"],
         ["1", "0", "diverged", "1 of 2", "-", "the loss became nan"],
     ]
