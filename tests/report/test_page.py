@@ -222,13 +222,13 @@ def test_accuracies_within_tasks_are_shown_over_steps(tmp_path: Path) -> None:
 
 def test_a_large_study_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """100 tasks; and more configurations than are drawn."""
-    monkeypatch.setattr(pictures, "MOST", 2)
+    monkeypatch.setattr(pictures, "MAX_CONFIGURATIONS", 2)
     for k, rate in enumerate((0.001, 0.1, 0.01)):
         write_run(tmp_path / str(k), decay(100, rate), algo=f"method{k}")
     write_report([tmp_path], tmp_path / "a.html")
     text = (tmp_path / "a.html").read_text()
     assert len(text) < 700_000
-    assert "The 2 configurations with the highest average accuracy; 1 more are in the tables." in text
+    assert "Shown are the 2 configurations with the highest average accuracy. The tables list 1 more." in text
     assert re.findall(r"<h3>(.*?)</h3>", text) == ["method0", "method2"]
     assert {"method0", "method1", "method2"} <= set(Page(text).cells)
 
