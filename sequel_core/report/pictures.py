@@ -101,11 +101,13 @@ def over_stream(study: Study) -> list[Picture]:
             for group, values in zip(groups, estimates, strict=True)
         ],
     )
-    intervals = any(len(group.finished) > 1 for group in groups)
+    title = "Average accuracy on the tasks seen so far"
+    if any(len(group.finished) > 1 for group in groups):
+        title += ", 95 % confidence intervals"
     return [
         Picture(
             "average_accuracy_over_stream",
-            "Average accuracy on the tasks seen so far" + (", 95 % confidence intervals" if intervals else ""),
+            title,
             f"Line chart over the number of tasks trained. {_ends(lines)}",
             lambda width: curves(lines, width, "tasks trained", "average accuracy (%)"),
             table,
