@@ -1,4 +1,4 @@
-"""Crops and mirror images: what is planned is uniform, repeatable in any chunks, and resumes."""
+"""Random crops and flips: the plan is uniform, independent of chunk sizes, and can be resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPEC = StreamSpec((8, 8, 1), 3, 2, "domain", MASK, Normalisation(), augmentation
 ZEROS = np.zeros((40, 5), np.int64)
 
 
-def test_no_augmentation_leaves_the_planner_alone() -> None:
+def test_no_augmentation_returns_the_planner() -> None:
     planner = NoPlanner()
     assert augmenting(planner, SPEC._replace(augmentation=Augmentation()), 0) is planner
     assert isinstance(augmenting(planner, SPEC, 0), AugmentingPlanner)
@@ -37,14 +37,14 @@ def test_offsets_and_flips_are_uniform_and_independent() -> None:
 
 
 @pytest.mark.parametrize(("padding", "flip"), [(3, False), (0, True)])
-def test_each_part_can_be_had_alone(padding: int, flip: bool) -> None:
+def test_crops_only_and_flips_only(padding: int, flip: bool) -> None:
     planner = AugmentingPlanner(NoPlanner(), Augmentation(padding, flip), 0)
     crops = planner.next(ZEROS, ZEROS).batch
     assert np.abs(crops[..., :2]).max() == padding
     assert crops[..., 2].max() == flip
 
 
-def test_the_same_in_chunks_of_any_length_and_after_a_restart() -> None:
+def test_chunks_of_any_length_and_a_restored_state_give_the_same_plan() -> None:
     hparams = DERppHParams(mem_size=20, mem_batch_size=4)
 
     def planner() -> AugmentingPlanner:
@@ -59,13 +59,13 @@ def test_the_same_in_chunks_of_any_length_and_after_a_restart() -> None:
     state = other.state
     resumed.state = state
     parts.append(resumed.next(ZEROS[18:], ZEROS[18:]))
-    for k, name in ((1, "own"), (2, "reads")):
+    for k, name in ((1, "batch"), (2, "reads")):
         np.testing.assert_array_equal(np.concatenate([p[k] for p in parts]), expected[k], err_msg=name)
     np.testing.assert_array_equal(np.concatenate([p.plan.write for p in parts]), expected.plan.write)
     np.testing.assert_array_equal(resumed.state, whole.state)
 
 
-def test_what_is_drawn_again_has_crops_of_its_own() -> None:
+def test_a_sample_that_is_drawn_again_gets_new_crops() -> None:
     hparams = ERHParams(mem_size=5, mem_batch_size=5)
     planned = augmenting(MemoryPlanner(hparams, SPEC, 0), SPEC, 0).next(ZEROS, ZEROS)
     later = planned.reads[1:, 0]  # the same five slots at every step
@@ -73,12 +73,12 @@ def test_what_is_drawn_again_has_crops_of_its_own() -> None:
     assert len(np.unique(later.reshape(len(later), -1), axis=0)) == len(later)
 
 
-def test_negative_padding_is_refused() -> None:
+def test_negative_padding_raises() -> None:
     with pytest.raises(ValueError, match="padding must be >= 0, got -1"):
         Augmentation(-1)
 
 
-def test_the_state_of_another_stream_is_refused() -> None:
+def test_the_state_of_another_stream_raises() -> None:
     planner = augmenting(NoPlanner(), SPEC, 0)
     with pytest.raises(ValueError, match="state must have 2 numbers, got 0; it comes from a stream without"):
         planner.state = NoPlanner().state

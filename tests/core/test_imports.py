@@ -1,3 +1,5 @@
+"""What importing each package loads, in a fresh interpreter."""
+
 import json
 import pkgutil
 import subprocess
@@ -13,7 +15,7 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 
 def loaded_by(*modules: str, call: str = "") -> set[str]:
-    """Return the top-level packages that a fresh interpreter holds after importing modules, and a call."""
+    """Return the top-level packages that are loaded after importing modules and running `call`."""
     code = (
         "import importlib, json, sys\n"
         f"for name in {modules!r}: importlib.import_module(name)\n"
@@ -35,7 +37,7 @@ def test_the_core_and_the_benchmarks_load_no_framework() -> None:
     assert not loaded_by("sequel_core", "sequel_benchmarks", *modules) & (TORCH | JAX)
 
 
-def test_importing_the_core_is_quick() -> None:
+def test_importing_the_core_loads_no_slow_package() -> None:
     loaded = loaded_by("sequel_core")
     assert not loaded & {"filelock", "hydra", "jinja2", "matplotlib", "rich", "scipy", "sklearn"}
 
@@ -46,10 +48,10 @@ def test_the_help_of_the_command_loads_no_framework() -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "own", "other"), [("sequel_flax", "jax", TORCH), ("sequel_lightning", "torch", JAX)]
+    ("package", "framework", "other"), [("sequel_flax", "jax", TORCH), ("sequel_lightning", "torch", JAX)]
 )
-def test_a_plug_in_loads_its_own_framework_only(package: str, own: str, other: set[str]) -> None:
+def test_a_plug_in_loads_its_own_framework_only(package: str, framework: str, other: set[str]) -> None:
     loaded = loaded_by(package)
-    assert own in loaded
+    assert framework in loaded
     assert not loaded & other
     assert "tensorflow" not in loaded

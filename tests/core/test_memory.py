@@ -40,11 +40,11 @@ every_policy = pytest.mark.parametrize("memory", POLICIES)
 def spec_of(*classes: Sequence[int]) -> StreamSpec:
     """Return the spec of a stream from the classes of each of its tasks."""
     num_classes = 1 + max(map(max, classes))
-    mask = np.array([[c in own for c in range(num_classes)] for own in classes])
+    mask = np.array([[c in task_classes for c in range(num_classes)] for task_classes in classes])
     return StreamSpec((2, 2, 1), num_classes, len(classes), "class", mask, Normalisation())
 
 
-SPEC = spec_of((0, 1), (2, 3), (1, 4))  # six classes of a task; class 1 belongs to two tasks
+SPEC = spec_of((0, 1), (2, 3), (1, 4))  # six pairs of task and class; class 1 is in two tasks
 
 
 def planner_of(
@@ -61,16 +61,16 @@ def planner_of(
 
 
 def stream_of(steps: int, batch: int, seed: int = 0, spec: StreamSpec = SPEC) -> tuple[IntArray, IntArray]:
-    """Return labels and tasks `[T * steps, batch]`; the last class of a task is rarer than its first."""
+    """Return labels and tasks `[T * steps, batch]`; the last class of a task is rarer than the first."""
     rng = np.random.default_rng(seed)
     t = np.repeat(np.arange(spec.num_tasks), steps * batch).reshape(-1, batch)
-    classes = [np.flatnonzero(own)[[0, 0, -1]] for own in spec.mask]
+    classes = [np.flatnonzero(task_classes)[[0, 0, -1]] for task_classes in spec.mask]
     return np.array([rng.choice(classes[row[0]], batch) for row in t]), t
 
 
 def memories(write: NDArray[np.integer], slots: int) -> IntArray:
-    """Return the sample in each slot before each step and after the last, `[steps + 1, slots]`; or -1."""
-    held = np.full((len(write) + 1, slots + 1), -1)  # the one slot more takes what is not kept
+    """Return the sample in each slot before each step and after the last, `[steps + 1, slots]`, or -1."""
+    held = np.full((len(write) + 1, slots + 1), -1)  # samples that are not kept go to the extra slot
     for step, row in enumerate(write):
         held[step + 1] = held[step]
         held[step + 1, row] = step * len(row) + np.arange(len(row))
@@ -78,7 +78,7 @@ def memories(write: NDArray[np.integer], slots: int) -> IntArray:
 
 
 def group_of(memory: MemoryPolicy, y: int, t: int) -> tuple[int, ...]:
-    """Return what a sample shares its slots with: all, its task, its class, or its class of its task."""
+    """Return the group whose slots a sample may use: (), (task,), (class,) or (task, class)."""
     if memory == "reservoir":
         return ()
     return {"task_quota": (t,), "task_balanced": (t,), "class_balanced": (y,)}.get(memory, (t, y))
@@ -87,7 +87,7 @@ def group_of(memory: MemoryPolicy, y: int, t: int) -> tuple[int, ...]:
 def _reference_memories(
     memory: MemoryPolicy, size: int, spec: StreamSpec, y: Iterable[int], t: Iterable[int], u: Iterable[float]
 ) -> IntArray:
-    """Return the sample in each slot after 0, 1, 2, ... samples, written one by one, `[n + 1, size]`."""
+    """Return the sample in each slot after 0, 1, 2, ... samples, written one at a time, `[n + 1, size]`."""
     parts = sorted({group_of(memory, int(c), int(i)) for i, c in np.argwhere(spec.mask)})
     quota = size // len(parts)
     held, owner = [-1] * size, [parts[0]] * size
@@ -96,30 +96,30 @@ def _reference_memories(
     for k, (label, task, x) in enumerate(zip(y, t, u, strict=True)):
         group = group_of(memory, label, task)
         seen[group] += 1
-        if memory not in BALANCED:  # Vitter 1985, algorithm R, or a ring, in a part of its own
-            own = [parts.index(group) * quota + i for i in range(quota)]
+        if memory not in BALANCED:  # Vitter 1985, algorithm R, or a ring, in the part of the group
+            slots = [parts.index(group) * quota + i for i in range(quota)]
             n = seen[group]
             place = n - 1 if n <= quota else (n - 1) % quota if memory == "ring" else int(x * n)
         elif -1 in held:
-            own, place = [held.index(-1)], 0
+            slots, place = [held.index(-1)], 0
         else:  # Chrysakis & Moens 2020, algorithm 1: a class is full if it is or was the largest
             sizes = Counter(owner)
             largest = [g for g in parts if sizes[g] == max(sizes.values())]
             full |= {*largest}
             takes_from = [group] if group in full else largest
-            own = [slot for g in takes_from for slot in range(size) if owner[slot] == g]
-            place = int(x * (seen[group] if group in full else len(own)))
-        if place < len(own):
-            held[own[place]], owner[own[place]] = k, group
+            slots = [slot for g in takes_from for slot in range(size) if owner[slot] == g]
+            place = int(x * (seen[group] if group in full else len(slots)))
+        if place < len(slots):
+            held[slots[place]], owner[slots[place]] = k, group
         history.append([*held])
     return np.array(history)
 
 
 def kept_of(memory: MemoryPolicy, size: int, spec: StreamSpec, y: IntArray, t: IntArray) -> BoolArray:
-    """Return for 2500 seeds which samples are in the memory after a stream `[n]`, bool `[2500, n]`."""
+    """Return which samples the memory holds after a stream `[n]`, for 2500 seeds, bool `[2500, n]`."""
     kept = np.zeros((2500, len(y)), np.bool_)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "BLOCK_NUMBERS", 1)  # a short stream needs few
+        patch.setattr(plan, "BLOCK_NUMBERS", 1)  # a short stream needs few random numbers
         for seed, row in enumerate(kept):
             planner = planner_of(memory, seed, size, 1, spec=spec)
             write = planner.next(y[:, None], t[:, None]).write.ravel().tolist()
@@ -129,12 +129,12 @@ def kept_of(memory: MemoryPolicy, size: int, spec: StreamSpec, y: IntArray, t: I
 
 
 def check_equally_likely(kept: BoolArray) -> None:
-    """Check that each of n items is as often among those kept of a row as any other, `[rows, n]`.
+    """Check that each of n items is kept equally often, `[rows, n]`.
 
-    Where m of n are kept, every subset being as likely, an item is kept with p = m / n; two of them have the
-    covariance -p (1 - p) / (n - 1), since m is fixed. With V = sum over rows of p (1 - p) the counts have the
-    covariance V n / (n - 1) (I - 1/n), so (n - 1) / n sum_i (count_i - mean)^2 / V is chi-square with n - 1
-    degrees of freedom.
+    If m of n items are kept and all subsets are equally likely, an item is kept with p = m / n. Because m is
+    fixed, two items have the covariance -p (1 - p) / (n - 1). With V = sum over rows of p (1 - p), the counts
+    have the covariance V n / (n - 1) (I - 1/n). Therefore (n - 1) / n sum_i (count_i - mean)^2 / V is
+    chi-square with n - 1 degrees of freedom.
     """
     n, p = kept.shape[1], kept.mean(1)
     counts = kept.sum(0)
@@ -143,7 +143,7 @@ def check_equally_likely(kept: BoolArray) -> None:
 
 
 def check_uniform(outcomes: Iterable[object], cells: int) -> None:
-    """Check by chi-square that independent outcomes fall into all cells alike."""
+    """Check with a chi-square test that independent outcomes are uniform over the cells."""
     counts = np.array([*Counter(outcomes).values()])
     expected = counts.sum() / cells
     assert len(counts) == cells
@@ -162,7 +162,7 @@ def assert_same(got: StepPlan, expected: StepPlan) -> None:
 @every_policy
 @settings(max_examples=20)
 @given(batch=st.integers(1, SIZE), seed=st.integers(0, 2**32))
-def test_the_memory_is_as_if_samples_came_one_by_one(memory: MemoryPolicy, batch: int, seed: int) -> None:
+def test_a_step_equals_writing_its_samples_one_by_one(memory: MemoryPolicy, batch: int, seed: int) -> None:
     y, t = stream_of(36 // batch + 1, batch, seed)
     write = planner_of(memory, seed).next(y, t).write
     assert write.shape == y.shape
@@ -185,7 +185,7 @@ def test_a_step_as_large_as_the_memory_writes_the_last_sample_of_each_slot(memor
         assert row == [SIZE if slot in slots[k + 1 :] else slot for k, slot in enumerate(slots)]
 
 
-def test_reservoirs_of_all_possible_draws_hold_every_subset_equally_often() -> None:
+def test_all_possible_draws_of_a_reservoir_give_every_subset_equally_often() -> None:
     # sample n draws one of n places, so 3 * 4 * 5 draws of equal probability for samples 3, 4 and 5
     subsets: Counter[tuple[int, ...]] = Counter()
     for draws in product(range(3), range(4), range(5)):
@@ -210,7 +210,7 @@ def test_a_reservoir_holds_every_sample_of_the_stream_with_the_same_probability(
 
 
 @given(n=st.integers(0, 15), seed=st.integers(0, 2**32))
-def test_a_reservoir_loses_nothing_while_there_is_room(n: int, seed: int) -> None:
+def test_a_reservoir_keeps_all_samples_until_it_is_full(n: int, seed: int) -> None:
     write = planner_of("reservoir", seed, 15).next(np.zeros((n, 1), int), np.zeros((n, 1), int)).write
     assert write.ravel().tolist() == list(range(n))
 
@@ -223,7 +223,7 @@ def test_the_parts_of_a_ring_hold_the_latest_samples() -> None:
         latest[key].append(k)
         if (k + 1) % 5 == 0:
             parts = held[(k + 1) // 5].reshape(6, 2).tolist()
-            assert [{*part} - {-1} for part in parts] == [{*own} for own in latest.values()]
+            assert [{*part} - {-1} for part in parts] == [{*newest} for newest in latest.values()]
     assert all(map(len, latest.values()))
 
 
@@ -236,12 +236,12 @@ def test_quota_parts_hold_each_of_their_samples_with_the_same_probability(memory
     groups = [group_of(memory, label, task) for label, task in zip(y.tolist(), t.tolist(), strict=True)]
     sizes = {}
     for group in {*groups}:
-        own = kept[:, [other == group for other in groups]]
-        sizes[group] = own.shape[1]
+        kept_of_group = kept[:, [other == group for other in groups]]
+        sizes[group] = kept_of_group.shape[1]
         quota = 8 // (2 if memory == "task_quota" else 4)
-        assert (own.sum(1) == min(own.shape[1], quota)).all()
-        if own.shape[1] > quota:
-            check_equally_likely(own)
+        assert (kept_of_group.sum(1) == min(kept_of_group.shape[1], quota)).all()
+        if kept_of_group.shape[1] > quota:
+            check_equally_likely(kept_of_group)
     of_classes = {(0, 0): 6, (0, 1): 4, (1, 1): 9, (1, 2): 1}
     assert sizes == ({(0,): 10, (1,): 10} if memory == "task_quota" else of_classes)
 
@@ -249,11 +249,11 @@ def test_quota_parts_hold_each_of_their_samples_with_the_same_probability(memory
 @pytest.mark.parametrize("memory", BALANCED)
 @settings(max_examples=60)
 @given(groups=st.lists(st.integers(0, 3), max_size=80), size=st.integers(1, 15), seed=st.integers(0, 2**32))
-def test_balanced_memories_keep_all_of_a_group_or_as_many_as_of_the_largest(
+def test_balanced_memories_cut_only_the_largest_groups(
     memory: MemoryPolicy, groups: list[int], size: int, seed: int
 ) -> None:
-    # So each of the groups that has M / groups samples or more ends with its equal share, whatever the order:
-    # whoever has less than the largest less one has lost nothing.
+    # A group that is smaller than the largest by two or more has lost no sample. So in any order, each group
+    # with at least M / groups samples ends with an equal share.
     labels = np.array([groups], np.int64).T
     write = planner_of(memory, seed, size, 1, spec=spec_of(*[range(4)] * 4)).next(labels, labels).write
     for n, held in enumerate(memories(write, size)):
@@ -284,7 +284,7 @@ def test_an_imbalanced_stream_ends_in_equal_parts(
 def test_balanced_memories_hold_each_sample_of_a_group_with_the_same_probability(
     memory: MemoryPolicy,
 ) -> None:
-    # group 0 alone fills the memory; 1 and 2 come later; 3 is rare and stays whole
+    # group 0 fills the memory; 1 and 2 follow; 3 is rare and loses no sample
     later = [1, 0, 1, 1, 0, 1, 2, 0, 1, 2, 1, 0, 3, 2, 2, 1, 0, 2, 3, 1, 0, 2, 1, 2, 2, 0]
     groups = np.array([0] * 12 + later)
     kept = kept_of(memory, 10, spec_of(*[range(4)] * 4), groups, groups)
@@ -320,7 +320,7 @@ def test_distinct_over_all_possible_draws_gives_every_subset_equally_often(
 
 
 @pytest.mark.parametrize(("draw", "population", "cells"), [(2, 5, 10), (3, 6, 20), (5, 6, 6)])
-def test_distinct_of_random_numbers_gives_all_subsets_alike(draw: int, population: int, cells: int) -> None:
+def test_distinct_of_random_numbers_is_uniform_over_subsets(draw: int, population: int, cells: int) -> None:
     u = plan.uniform(0, "distinct", count=4000 * draw).reshape(-1, draw).tolist()
     check_uniform((tuple(distinct(row, population)) for row in u), cells)
 
@@ -361,10 +361,10 @@ def test_reads_hold_different_samples_of_earlier_steps(
 @pytest.mark.parametrize(
     ("memory", "past_only"), [*product(("ring", *QUOTAS), [True]), *product(POLICIES, [False])]
 )
-def test_a_draw_as_large_as_the_memory_reads_all_that_a_step_may_read(
+def test_a_draw_as_large_as_the_memory_reads_all_available_samples(
     memory: MemoryPolicy, past_only: bool
 ) -> None:
-    # two samples a step, two of each class of each task: nothing is lost; task 0 comes back at the end
+    # two samples per step, two per class and task: all are kept; the last step is of task 0 again
     y = [[0, 1], [1, 0], [2, 3], [3, 2], [1, 4], [4, 1], [0, 0]]
     t = [[0, 0], [0, 0], [1, 1], [1, 1], [2, 2], [2, 2], [0, 0]]
     write, reads, _ = planner_of(memory, read=SIZE, past_only=past_only).next(y, t)
@@ -377,7 +377,7 @@ def test_a_draw_as_large_as_the_memory_reads_all_that_a_step_may_read(
         assert (slots < SIZE).sum() == len(samples)
 
 
-def test_draws_are_uniform_and_independent_of_each_other_and_of_other_steps() -> None:
+def test_draws_are_uniform_and_independent_across_draws_and_steps() -> None:
     planner = planner_of("reservoir", size=4, read=2, draws=2)
     zeros = np.zeros((3601, 4), np.int64)
     reads = [[tuple(draw) for draw in step] for step in planner.next(zeros, zeros).reads[1:].tolist()]
@@ -385,21 +385,21 @@ def test_draws_are_uniform_and_independent_of_each_other_and_of_other_steps() ->
     check_uniform(((a, b) for (_, a), (b, _) in zip(reads[::2], reads[1::2], strict=True)), 6 * 6)
 
 
-def test_seeds_read_differently() -> None:
+def test_reads_are_uniform_over_seeds() -> None:
     zeros = np.zeros((2, 4), np.int64)
     reads = [planner_of("reservoir", seed, 4, 2).next(zeros, zeros).reads[1, 0] for seed in range(1200)]
     check_uniform((tuple(row.tolist()) for row in reads), 6)
 
 
 @pytest.mark.parametrize("memory", QUOTAS)
-def test_reads_of_parts_are_uniform_over_the_past(memory: MemoryPolicy) -> None:
+def test_reads_of_quota_memories_are_uniform_over_past_samples(memory: MemoryPolicy) -> None:
     t = np.repeat([0, 1], [4, 1500])[:, None]
     y = np.where(t == 0, np.arange(len(t))[:, None] % 2, 2)
     reads = planner_of(memory, size=8, read=2, spec=spec_of((0, 1), (2, 3))).next(y, t).reads[4:, 0]
     check_uniform(map(tuple, reads.tolist()), 6)
 
 
-# Chunks, resumption, seeds
+# Chunks, resuming, seeds
 
 
 @every_policy
@@ -422,7 +422,7 @@ def test_chunks_of_any_length_give_the_same_plan(
 
 
 @every_policy
-def test_a_planner_goes_on_from_the_state_of_another_at_any_step(memory: MemoryPolicy) -> None:
+def test_a_planner_resumes_from_the_state_at_any_step(memory: MemoryPolicy) -> None:
     y, t = stream_of(6, 5)
     planner = planner_of(memory, 3, draws=2)
     length, states, expected = planner.state.shape, [], []
@@ -433,7 +433,7 @@ def test_a_planner_goes_on_from_the_state_of_another_at_any_step(memory: MemoryP
         assert state.shape == length
         assert state.dtype == np.int64
         resumed = planner_of(memory, 3, draws=2)
-        if start % 2:  # a state may be set in a planner that has gone elsewhere
+        if start % 2:  # also in a planner that has seen other samples
             resumed.next(y[::-1], t[::-1])
         resumed.state = state
         np.testing.assert_array_equal(resumed.state, state)
@@ -443,7 +443,7 @@ def test_a_planner_goes_on_from_the_state_of_another_at_any_step(memory: MemoryP
 
 
 @every_policy
-def test_long_streams_go_on_where_blocks_of_random_numbers_end(
+def test_plans_do_not_depend_on_the_blocks_of_random_numbers(
     memory: MemoryPolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     y, t = stream_of(20, 5)
@@ -455,7 +455,7 @@ def test_long_streams_go_on_where_blocks_of_random_numbers_end(
 
 
 @every_policy
-def test_labels_may_be_integers_of_any_kind(memory: MemoryPolicy) -> None:
+def test_labels_may_be_lists_or_integers_of_any_dtype(memory: MemoryPolicy) -> None:
     y, t = stream_of(8, 5)
     expected = planner_of(memory).next(y, t)
     assert [array.dtype for array in expected] == [np.int32] * 3
@@ -465,34 +465,34 @@ def test_labels_may_be_integers_of_any_kind(memory: MemoryPolicy) -> None:
 
 
 @every_policy
-def test_the_seed_decides(memory: MemoryPolicy) -> None:
+def test_the_plan_depends_on_the_seed(memory: MemoryPolicy) -> None:
     y, t = stream_of(20, 5)
     first, again, other = (planner_of(memory, seed).next(y, t) for seed in (0, 0, 1))
     assert_same(again, first)
     assert not np.array_equal(other.reads, first.reads)
-    assert np.array_equal(other.write, first.write) == (memory == "ring")  # which draws nothing
+    assert np.array_equal(other.write, first.write) == (memory == "ring")  # a ring is deterministic
 
 
 # Settings
 
 
 @every_policy
-def test_no_memory_writes_and_reads_nothing(memory: MemoryPolicy) -> None:
+def test_a_memory_of_size_zero_writes_and_reads_nothing(memory: MemoryPolicy) -> None:
     planner = planner_of(memory, size=0, read=10, draws=2)
     y, t = stream_of(2, 5)
     for labels, tasks in ((y, t), (y[0], t[0])):
         write, reads, _ = planner.next(labels, tasks)
         assert planner.slots == 0
-        np.testing.assert_array_equal(write, np.ones(labels.shape))  # beyond the one slot of empty arrays
+        np.testing.assert_array_equal(write, np.ones(labels.shape))  # out of range: nothing is written
         assert reads.shape == (*labels.shape[:-1], 2, 0)
 
 
-def test_a_planner_of_nothing() -> None:
+def test_no_planner() -> None:
     assert NoPlanner().next(*stream_of(2, 3)) == ()
 
 
 @every_policy
-def test_the_memory_may_be_given_by_its_samples_of_each_task(memory: MemoryPolicy) -> None:
+def test_the_size_may_be_given_per_task(memory: MemoryPolicy) -> None:
     hparams = ERHParams(memory=memory, per_task_memory_samples=4, mem_batch_size=4)
     assert hparams.slots(SPEC.num_tasks) == SIZE
     planner = MemoryPlanner(hparams, SPEC, 0)
@@ -570,13 +570,13 @@ def test_the_samples_of_each_task_must_divide_into_its_classes() -> None:
         *(("task_balanced", 0, t) for t in (3, -1)),
     ],
 )
-def test_a_sample_that_the_spec_does_not_have_is_named(memory: MemoryPolicy, y: int, t: int) -> None:
+def test_an_error_names_a_sample_that_is_not_in_the_spec(memory: MemoryPolicy, y: int, t: int) -> None:
     with pytest.raises(ValueError, match=f"must be in the stream's spec, got label {y} in task {t};"):
         planner_of(memory).next([0, y], [0, t])
 
 
 @every_policy
-def test_a_state_of_other_settings_is_refused(memory: MemoryPolicy) -> None:
+def test_a_state_of_other_settings_raises(memory: MemoryPolicy) -> None:
     planner = planner_of(memory)
     n = planner.state.size
     for state in (np.zeros(n + 1, np.int64), planner.state[:-1], planner.state[None]):
@@ -590,7 +590,7 @@ def test_a_state_of_other_settings_is_refused(memory: MemoryPolicy) -> None:
 
 
 def samples_of() -> Samples:
-    """Return 12 samples whose pixels tell which they are: sample k has pixels 4 k to 4 k + 3."""
+    """Return 12 samples; sample k has the pixels 4 k to 4 k + 3."""
     x = np.arange(48, dtype=np.uint8).reshape(12, 2, 2, 1)
     return Samples(x, np.arange(12) % 5, np.array([2, 0, 1, 0, 2, 2, 0, 1, 1, 0, 2, 2]))
 
@@ -603,7 +603,7 @@ def samples_of() -> Samples:
         (None, [1, 3, 6, 9, 2, 7, 8, 0, 4, 5, 10, 11]),
     ],
 )
-def test_samples_of_the_memory_as_a_stream(tasks: list[int] | set[int] | None, ids: list[int]) -> None:
+def test_memory_stream(tasks: list[int] | set[int] | None, ids: list[int]) -> None:
     samples, whole = samples_of(), samples_of()
     stream = memory_stream(samples, tasks)
     for array in samples:
@@ -619,15 +619,15 @@ def test_samples_of_the_memory_as_a_stream(tasks: list[int] | set[int] | None, i
 
 def test_a_task_joined_with_the_memory_trains_on_both() -> None:
     images = np.arange(100, 128, dtype=np.uint8).reshape(7, 2, 2, 1)
-    own = Split(images, np.array([7, 5, 7, 5, 7, 7, 5]), task=3, indices=np.array([6, 0, 1, 2, 3]))
-    task = Task(3, "own", (5, 7), own, own.head(2), own.head(0))
+    train = Split(images, np.array([7, 5, 7, 5, 7, 7, 5]), task=3, indices=np.array([6, 0, 1, 2, 3]))
+    task = Task(3, "current", (5, 7), train, train.head(2), train.head(0))
     samples = samples_of()
     joined = joined_with_memory(task, memory_stream(samples, [0, 1]))
     assert joined.classes == (1, 2, 3, 4, 5, 7)
-    assert (joined.index, joined.name) == (3, "own")
+    assert (joined.index, joined.name) == (3, "current")
     assert (joined.test, joined.validation) == (task.test, task.validation)
     assert task.classes == (5, 7)
-    assert task.train is own
+    assert task.train is train
     assert len(joined.train) == 5 + 7
 
     remembered = [1, 3, 6, 9, 2, 7, 8]  # task 0, then task 1
@@ -644,9 +644,9 @@ def test_a_task_joined_with_the_memory_trains_on_both() -> None:
     np.testing.assert_array_equal(chunk.x, expected[positions])
 
 
-def test_a_task_joined_with_an_empty_memory_is_itself() -> None:
+def test_joining_an_empty_memory_changes_nothing() -> None:
     split = Split(np.zeros((3, 2, 2, 1), np.uint8), np.array([0, 1, 0]))
-    task = Task(0, "own", (0, 1), split, split, split)
+    task = Task(0, "current", (0, 1), split, split, split)
     x, y, t = samples_of()
     empty = Samples(x[:0], y[:0], t[:0])
     for memory in (memory_stream(empty), memory_stream(empty, [1]), memory_stream(samples_of(), [])):
@@ -657,19 +657,19 @@ def test_a_task_joined_with_an_empty_memory_is_itself() -> None:
 
 
 @pytest.mark.parametrize("memory", ["reservoir", "class_balanced", "task_balanced"])
-def test_the_past_alone_needs_a_memory_in_parts(memory: MemoryPolicy) -> None:
+def test_past_only_needs_a_memory_with_parts(memory: MemoryPolicy) -> None:
     hparams = ERHParams(memory=memory, mem_size=12)
     with pytest.raises(ValueError, match=f"^past_only needs a memory with parts, got memory={memory};"):
         MemoryPlanner(hparams, SPEC, 0, past_only=True)
 
 
 @pytest.mark.parametrize(("y", "t"), [([], []), ([0, 1], [0]), ([[[0]]], [[[0]]])])
-def test_labels_and_tasks_must_be_alike(y: list[int], t: list[int]) -> None:
+def test_labels_and_tasks_must_have_the_same_shape(y: list[int], t: list[int]) -> None:
     with pytest.raises(ValueError, match=r"^y and t must have the same shape, \[B\] or \[steps, B\]"):
         planner_of("reservoir").next(y, t)
 
 
-def test_a_refused_batch_decides_nothing() -> None:
+def test_a_batch_that_raises_does_not_change_the_state() -> None:
     planner = planner_of("ring")
     before = planner.state
     with pytest.raises(ValueError, match="must be in the stream's spec"):

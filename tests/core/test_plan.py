@@ -24,7 +24,7 @@ def _philox4x64(counter: list[int], key: list[int]) -> list[int]:
 
 
 def _reference_words(key: tuple[object, ...], count: int) -> list[int]:
-    """Return the stream in plain Python; block n has counter n + 1, as NumPy counts before it draws."""
+    """Return the stream in plain Python; block n has counter n + 1, because NumPy counts before it draws."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     philox_key = [int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")]
     out: list[int] = []
@@ -39,12 +39,12 @@ def chi_square(observed: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> flo
 
 
 def split_of(count: int, task: int = 0, pixel_map: PixelMap | None = None) -> Split:
-    """Return `count` images of 2 x 2 whose pixels tell which they are."""
+    """Return `count` images of 2 x 2; image k has the pixels 4 k to 4 k + 3."""
     images = np.arange(count * 4, dtype=np.uint8).reshape(count, 2, 2, 1)
     return Split(images, np.arange(count) % 3, task, pixel_map=pixel_map)
 
 
-def test_philox_reference_is_the_published_generator() -> None:
+def test_the_reference_is_the_published_generator() -> None:
     # known answer of Random123's kat_vectors: philox4x64, 10 rounds, counter and key zero
     assert _philox4x64([0, 0, 0, 0], [0, 0]) == [
         0x16554D9ECA36314C,
@@ -60,7 +60,7 @@ def test_words_are_philox_words(key: tuple[object, ...]) -> None:
 
 
 @given(start=st.integers(0, 50), count=st.integers(0, 50))
-def test_any_stretch_of_a_stream_can_be_computed_alone(start: int, count: int) -> None:
+def test_any_part_of_a_stream_can_be_computed_directly(start: int, count: int) -> None:
     whole = plan.words(3, "stream", count=100)
     np.testing.assert_array_equal(
         plan.words(3, "stream", count=count, start=start), whole[start : start + count]
@@ -96,7 +96,7 @@ def test_uniform_uses_the_high_53_bits() -> None:
 
 
 @given(count=st.integers(0, 200), seed=st.integers(0, 2**40))
-def test_permutation_holds_every_index_once(count: int, seed: int) -> None:
+def test_a_permutation_contains_each_index_once(count: int, seed: int) -> None:
     order = plan.permutation(seed, "p", count=count)
     assert order.dtype == np.int64
     assert sorted(order.tolist()) == list(range(count))
@@ -110,7 +110,7 @@ def test_permutations_are_uniform() -> None:
 
 
 @given(samples=st.integers(1, 300), batch=st.integers(1, 64), epoch=st.integers(0, 3))
-def test_an_epoch_sees_every_sample_once_but_the_rest(samples: int, batch: int, epoch: int) -> None:
+def test_an_epoch_contains_each_sample_at_most_once(samples: int, batch: int, epoch: int) -> None:
     if batch > samples:
         with pytest.raises(
             ValueError, match=f"batch_size must be <= .*got {batch} with {samples} training samples"
@@ -124,7 +124,7 @@ def test_an_epoch_sees_every_sample_once_but_the_rest(samples: int, batch: int, 
     assert set(seen.tolist()) <= set(range(samples))
 
 
-def test_epochs_tasks_and_seeds_have_their_own_order() -> None:
+def test_the_order_depends_on_seed_task_and_epoch() -> None:
     orders = {
         tuple(plan.epoch_batches(seed, task, epoch, 50, 10).reshape(-1).tolist())
         for seed in (0, 1)
@@ -136,14 +136,14 @@ def test_epochs_tasks_and_seeds_have_their_own_order() -> None:
     assert tuple(again) in orders
 
 
-def test_the_dropped_rest_is_a_different_one_each_epoch() -> None:
+def test_each_epoch_drops_other_samples() -> None:
     dropped = [
         set(range(11)) - set(plan.epoch_batches(0, 0, e, 11, 10).reshape(-1).tolist()) for e in range(40)
     ]
-    assert len(set.union(*dropped)) >= 9  # of 11; the chance that 40 epochs keep a given one is 0.02
+    assert len(set.union(*dropped)) >= 9  # of 11; a given one is never dropped with probability 0.02
 
 
-def test_take_in_chunks_is_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_take_in_chunks_equals_take(monkeypatch: pytest.MonkeyPatch) -> None:
     flip = PixelMap(np.array([[3], [2], [1], [0]], np.int32))
     split = JoinedSplit((split_of(9, 0), split_of(8, 1, flip)))
     positions = plan.epoch_batches(0, 0, 0, len(split), 3)
@@ -180,7 +180,7 @@ def test_evaluation_reads_every_sample_once_in_order_and_pads() -> None:
     np.testing.assert_array_equal(counted, split.images)
 
 
-def test_initial_weights_have_torch_s_distribution() -> None:
+def test_initial_weights_have_the_distribution_of_torch() -> None:
     weights = plan.initial_weights(0, "dense_0/kernel", (100, 200), fan_in=100)
     assert weights.shape == (100, 200)
     assert weights.dtype == np.float64

@@ -1,4 +1,4 @@
-"""What the planners of La-MAML, MC-SGD and KCL decide, and the noise that bases are cut from."""
+"""The planners of La-MAML, MC-SGD and KCL, and the table of noise that KCL takes its bases from."""
 
 from __future__ import annotations
 
@@ -26,42 +26,42 @@ def labels(steps: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return y, np.repeat(np.arange(steps) * 3 // steps, size).reshape(steps, size)
 
 
-def test_each_glance_has_an_order_and_a_draw_of_its_own() -> None:
+def test_each_glance_has_another_order_and_another_draw() -> None:
     y, t = labels(30, 6)
     write, reads, order, _ = MetaPlanner(META, SPEC, 0).next(y, t)
     assert (write.shape, reads.shape, order.shape) == ((30, 6), (30, 3, 4), (30, 3, 6))
     assert {a.dtype for a in (write, reads, order)} == {np.dtype(np.int32)}
     np.testing.assert_array_equal(np.sort(order, axis=-1), np.broadcast_to(np.arange(6), order.shape))
-    assert len({row.tobytes() for row in order.reshape(-1, 6)}) > 60  # of 90 out of 720
+    assert len({row.tobytes() for row in order.reshape(-1, 6)}) > 60  # distinct ones of 90; 720 are possible
     assert len({row.tobytes() for row in reads.reshape(-1, 4)}) > 60
 
 
-def test_the_first_glance_reads_the_memory_as_it_was_and_the_later_ones_as_it_is() -> None:
+def test_the_first_glance_reads_before_the_step_is_written_and_the_others_after() -> None:
     planner = MetaPlanner(META, SPEC, 0)
     (write, reads, *_), held = planner.next(np.arange(4), np.zeros(4, int)), set(range(4))
     assert set(write.tolist()) == held
-    assert set(reads[0].tolist()) == {12}  # there was nothing
-    assert {tuple(r) for r in reads[1:].tolist()} == {(0, 1, 2, 3)}  # all that was just written
+    assert set(reads[0].tolist()) == {12}  # the memory was empty
+    assert {tuple(r) for r in reads[1:].tolist()} == {(0, 1, 2, 3)}  # the samples just written
     write, reads, *_ = planner.next(np.arange(4), np.zeros(4, int))
     assert set(reads[0].tolist()) <= held
     assert set(write.tolist()) == {4, 5, 6, 7}
     assert not set(reads[1:].ravel().tolist()) <= held
 
 
-def test_the_reservoir_is_that_of_replay_methods() -> None:
+def test_the_reservoir_is_the_same_as_in_replay_methods() -> None:
     y, t = labels(20, 6)
     ours, theirs = MetaPlanner(META, SPEC, 5), MemoryPlanner(META, SPEC, 5)
     np.testing.assert_array_equal(ours.next(y, t).write, theirs.next(y, t).write)
 
 
 @pytest.mark.parametrize("hparams", [META, LaMAMLHParams(mem_size=0)], ids=["memory", "none"])
-def test_steps_planned_alone_or_after_a_saved_state_are_the_same(hparams: LaMAMLHParams) -> None:
+def test_single_steps_and_a_restored_state_give_the_same_plan(hparams: LaMAMLHParams) -> None:
     y, t = labels(12, 6)
     whole = MetaPlanner(hparams, SPEC, 1).next(y, t)
     one, other = (MetaPlanner(hparams, SPEC, 1) for _ in range(2))
     for k in range(12):
-        found = one.next(y[k], t[k])
-        for a, b in zip(found, whole, strict=True):
+        step = one.next(y[k], t[k])
+        for a, b in zip(step, whole, strict=True):
             np.testing.assert_array_equal(a, b[k])
         if k == 6:
             other.state = one.state
@@ -71,26 +71,26 @@ def test_steps_planned_alone_or_after_a_saved_state_are_the_same(hparams: LaMAML
         np.testing.assert_array_equal(a, b[7:])
 
 
-def test_no_draw_is_a_plan_without_reads() -> None:
+def test_zero_draws_give_no_reads() -> None:
     offline = MCSGDHParams(mem_size=12, lmc_batch_size=5)
     y, t = labels(6, 4)
     assert MemoryPlanner(offline, SPEC, 0, draws=0, past_only=True).next(y, t).reads.shape == (6, 0, 0)
     online = MemoryPlanner(MCSGDHParams(mem_size=12, lmc_policy="online"), SPEC, 0, past_only=True)
-    assert online.next(y, t).reads.shape == (6, 1, 64)  # more than there is, filled up with none
+    assert online.next(y, t).reads.shape == (6, 1, 64)  # padded, since the memory is smaller
 
 
-def test_bases_begin_anywhere_and_are_the_same_in_chunks() -> None:
+def test_starts_of_bases_are_uniform_and_independent_of_chunks() -> None:
     whole, alone = (BasesPlanner(50, 3) for _ in range(2))
     y = np.zeros((40, 6), int)
-    found = whole.next(y, y).starts
-    assert found.shape == (40, 50)
-    assert found.dtype == np.int32
+    starts = whole.next(y, y).starts
+    assert starts.shape == (40, 50)
+    assert starts.dtype == np.int32
     for k in range(40):
         if k == 20:
             alone.state = alone.state.copy()
-        np.testing.assert_array_equal(alone.next(y[k], y[k]).starts, found[k])
+        np.testing.assert_array_equal(alone.next(y[k], y[k]).starts, starts[k])
     assert alone.state == whole.state == [40]
-    assert stats.kstest(found.ravel() / NOISE, "uniform").pvalue > 1e-3
+    assert stats.kstest(starts.ravel() / NOISE, "uniform").pvalue > 1e-3
 
 
 def test_noise_is_standard_normal() -> None:
@@ -108,21 +108,21 @@ TASKS = np.array([0, 0, 1, -1, 1, 1, 2, 2, 0, 2])
 
 
 @pytest.mark.parametrize("steps", ["batch", "epoch"])
-def test_connection_batches_hold_each_sample_once_an_epoch(steps: Literal["batch", "epoch"]) -> None:
+def test_connection_batches_contain_each_sample_once_per_epoch(steps: Literal["batch", "epoch"]) -> None:
     hparams = MCSGDHParams(lmc_batch_size=2, lmc_epochs=3, lmc_steps=steps)
-    found = list(connection_batches(hparams, TASKS, 2, seed=4))
-    assert [len(pairs) for pairs in found] == ([1] * 9 if steps == "batch" else [3] * 3)
-    pairs = [pair for step in found for pair in step]
+    steps_of_pairs = list(connection_batches(hparams, TASKS, 2, seed=4))
+    assert [len(pairs) for pairs in steps_of_pairs] == ([1] * 9 if steps == "batch" else [3] * 3)
+    pairs = [pair for step in steps_of_pairs for pair in step]
     epochs = [pairs[k : k + 3] for k in (0, 3, 6)]
     for epoch in epochs:
-        past, current = (np.concatenate(kind) for kind in zip(*epoch, strict=True))
+        past, current = (np.concatenate(batches) for batches in zip(*epoch, strict=True))
         assert sorted(past[past < 10].tolist()) == [0, 1, 2, 4, 5, 8]
         assert sorted(current[current < 10].tolist()) == [6, 7, 9]
         assert current.dtype == np.int32
     assert len({np.concatenate(epoch).tobytes() for epoch in epochs}) == 3
 
 
-def test_a_coreset_is_stratified_and_apart() -> None:
+def test_a_coreset_is_stratified_and_disjoint_from_the_training_samples() -> None:
     y = np.array([0, 1, 0, 1, 1, 0, 0, 1, 1, 0])
     images = np.arange(40, dtype=np.uint8).reshape(10, 2, 2, 1)
     first = Split(images, y, 1, indices=np.array([9, 0, 1, 2, 3]))
@@ -144,7 +144,7 @@ def test_a_coreset_is_stratified_and_apart() -> None:
         with_coreset(task, 5, seed=0)
 
 
-def test_a_coreset_divides_into_the_classes() -> None:
+def test_the_coreset_size_must_be_a_multiple_of_the_number_of_classes() -> None:
     task = Task(0, "three", (0, 1, 2), *[Split(np.zeros((3, 1, 1, 1), np.uint8), np.arange(3))] * 3)
     with pytest.raises(ValueError, match=r"core_size must divide into the 3 classes of task 0, got 200; use"):
         KCLHParams().per_class(task)

@@ -30,7 +30,7 @@ def task_of(
 def _reference_map(
     images: UInt8Array, indices: list[list[int]], weights: list[list[float]] | None
 ) -> UInt8Array:
-    """Return the mapped images by plain loops, one pixel of one channel at a time."""
+    """Return the mapped images, computed one pixel and channel at a time."""
     out = np.zeros_like(images)
     count, height, width, channels = images.shape
     for n in range(count):
@@ -60,7 +60,7 @@ def test_pixel_map_with_one_source(rng: np.random.Generator, channels: int) -> N
 def test_pixel_map_with_weights(rng: np.random.Generator) -> None:
     images = images_of(rng, 5, 3)
     indices = rng.integers(-1, 12, (12, 4), dtype=np.int32)
-    weights = rng.choice(np.array([0, 0.25, 0.5, 1], np.float32), (12, 4))  # exact in float32, and beyond 255
+    weights = rng.choice(np.array([0, 0.25, 0.5, 1], np.float32), (12, 4))  # exact in float32, and above 255
     expected = _reference_map(images, indices.tolist(), weights.tolist())
     np.testing.assert_array_equal(PixelMap(indices, weights)(images), expected)
 
@@ -98,7 +98,7 @@ def test_split_is_a_view_of_shared_arrays(rng: np.random.Generator) -> None:
     assert split.targets.tolist() == labels[rows].tolist()
     assert split.images is images
     x, y, t = split.take(np.array([2, 0]))
-    np.testing.assert_array_equal(x, images[[1, 8]][:, ::-1, ::-1])  # reading backwards turns by 180 degrees
+    np.testing.assert_array_equal(x, images[[1, 8]][:, ::-1, ::-1])  # rotated by 180 degrees
     assert y.tolist() == labels[[1, 8]].tolist()
     assert t.tolist() == [3, 3]
 
@@ -121,7 +121,7 @@ def test_head_takes_the_first_samples(rng: np.random.Generator) -> None:
     assert len(split.head(0)) == 0
 
 
-def test_joined_split_keeps_each_sample_s_task_and_pixel_map(rng: np.random.Generator) -> None:
+def test_a_joined_split_keeps_the_task_and_pixel_map_of_each_sample(rng: np.random.Generator) -> None:
     images, labels = images_of(rng, 5), np.arange(5)
     black = PixelMap(np.full((12, 1), -1, np.int32))
     parts = (
@@ -163,7 +163,7 @@ def test_bad_split(images: UInt8Array, labels: IntArray, message: str) -> None:
         Split(images, labels)
 
 
-def test_float_images_are_taken_as_they_are(rng: np.random.Generator) -> None:
+def test_float_images_are_not_converted(rng: np.random.Generator) -> None:
     images = rng.normal(size=(5, 3, 4, 2)).astype(np.float32)
     split = Split(images, np.arange(5), 1)
     joined = join([split, split.pick(np.array([4, 0]))])
@@ -180,12 +180,12 @@ def test_float_images_are_taken_as_they_are(rng: np.random.Generator) -> None:
         replace(benchmark, normalisation=Normalisation((0.5,), (0.5,)))
 
 
-def test_chunks_of_float_images_are_as_long_in_bytes() -> None:
+def test_chunks_of_float_images_have_the_same_size_in_bytes() -> None:
     lengths = {}
     for dtype in (np.uint8, np.float32):
         split = Split(np.zeros((4, 256, 256, 4), dtype), np.zeros(4, np.int64))
         lengths[dtype] = [len(chunk.y) for chunk in take_in_chunks(split, np.zeros(20, np.int64))]
-    assert lengths == {np.uint8: [16, 4], np.float32: [4] * 5}  # of 4 MiB, an image is 256 KiB or 1 MiB
+    assert lengths == {np.uint8: [16, 4], np.float32: [4] * 5}  # a chunk has 4 MiB, an image 256 KiB or 1 MiB
 
 
 def test_task_without_samples() -> None:
@@ -214,7 +214,7 @@ def test_benchmark_mask_and_spec() -> None:
     assert not replace(benchmark, scenario="class").spec.masks_logits
 
 
-def test_joined_task_is_every_stream_up_to_it() -> None:
+def test_a_joined_task_contains_all_tasks_up_to_it() -> None:
     benchmark = Benchmark("b", tuple(task_of(i, 4, (i,)) for i in range(3)), 3, "class")
     task = benchmark.joined(1)
     assert task.index == 1
@@ -256,7 +256,7 @@ def test_bad_benchmark(change: dict[str, object], message: str) -> None:
         replace(good, **change)  # type: ignore[arg-type]  # the wrong values are the point
 
 
-def test_normalisation_is_scale_and_shift() -> None:
+def test_normalisation_scales_and_shifts() -> None:
     normalisation = Normalisation((0.1307, 0.5), (0.3081, 0.25))
     pixels = np.array([[0, 255], [17, 128]])
     expected = [
