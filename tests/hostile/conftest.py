@@ -1,4 +1,4 @@
-"""A sandbox without a framework or a network."""
+"""Fixtures: a sandbox without a framework or a network."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import sequel_lightning._torchvision  # noqa: F401 - what the plug-in would have done
+import sequel_lightning._torchvision  # noqa: F401 - as the plug-in would
 from sequel_benchmarks import cache, data
 from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.runs import learner
@@ -17,7 +17,7 @@ from tests.hostile.fuzzing import Sandbox
 
 
 class Untrained(Learner):
-    """Can be checked, saved and restored; what it would train on it refuses."""
+    """A learner that can be built, saved and restored, and raises if it is trained."""
 
     shows_progress = False
     logs = False
@@ -42,17 +42,17 @@ class Untrained(Learner):
 
 
 class Plugin:
-    """What `sequel_core.runs.learner.plugin` returns."""
+    """A stand-in for the module that `sequel_core.runs.learner.plugin` returns."""
 
     def build_learner(
         self, config: ExperimentConfig, benchmark: Benchmark, run_dir: Path, callbacks: object
     ) -> Learner:
-        return Untrained(config, benchmark)  # type: ignore[abstract]  # what is not there does nothing
+        return Untrained(config, benchmark)  # type: ignore[abstract]  # not called
 
 
 @pytest.fixture
 def sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Sandbox:
-    """A data directory with a little MNIST."""
+    """A sandbox with a small MNIST in its data directory."""
     made = Sandbox(tmp_path)
     monkeypatch.chdir(made.here)
     monkeypatch.setattr(learner, "plugin", lambda mode: Plugin())
@@ -62,6 +62,6 @@ def sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Sandbox:
     for name, count in zip(cache.NPY_FILES, (200, 200, 50, 50), strict=True):
         images = np.arange(count * 784).astype(np.uint8).reshape(count, 28, 28, 1)
         np.save(folder / name, images if "images" in name else np.arange(count) % 10)
-    for name, origin in data.ORIGINS.items():
-        monkeypatch.setitem(data.ORIGINS, name, replace(origin, mirrors=("http://127.0.0.1:9/",)))  # refused
+    for name, origin in data.ORIGINS.items():  # the mirror is a port without a server
+        monkeypatch.setitem(data.ORIGINS, name, replace(origin, mirrors=("http://127.0.0.1:9/",)))
     return made

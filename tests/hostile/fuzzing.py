@@ -1,4 +1,4 @@
-"""A seeded mutation fuzzer, and what must hold of the command whatever it is given."""
+"""A seeded mutation fuzzer, and the checks that the command passes for any input."""
 
 import contextlib
 import copy
@@ -20,8 +20,8 @@ import yaml
 
 from sequel_core.cli import main
 
-SECONDS = 30  # that one input may take; the slowest takes about one
-GROWTH = 400 * 2**20  # bytes of memory that one input may take
+SECONDS = 30  # time limit per input; the slowest takes about one second
+GROWTH = 400 * 2**20  # memory limit per input in bytes
 
 TOKENS = (
     b"[", b"{", b"}", b"]", b":", b"\n", b"\t", b"\0", b"\r", b",", b'"', b"'", b"- ", b"? ", b"#", b"---\n",
@@ -53,32 +53,32 @@ NUMBERS = tuple(repr(value).encode() for value in SCALARS if isinstance(value, i
 
 
 def mutated(content: bytes, rng: random.Random) -> bytes:
-    """Return the bytes with one to four accidents."""
+    """Return the bytes after one to four random changes."""
     for _ in range(rng.choice((1, 1, 2, 4))):
         i, j = sorted((rng.randint(0, len(content)), rng.randint(0, len(content))))
         j = min(j, i + rng.choice((1, 4, 64, 10**9)))
         numbers = list(re.finditer(rb"-?\d+(\.\d+)?", content))
-        accident = rng.randrange(10)
-        if accident == 0 and content:
+        change = rng.randrange(10)
+        if change == 0 and content:
             i = min(i, len(content) - 1)
             content = content[:i] + bytes([content[i] ^ 1 << rng.randrange(8)]) + content[i + 1 :]
-        elif accident == 1:
+        elif change == 1:
             content = content[:i] + rng.randbytes(j - i) + content[j:]
-        elif accident == 2:
+        elif change == 2:
             content = content[:i] + content[j:]
-        elif accident == 3:
+        elif change == 3:
             content = content[:j] + content[i:]
-        elif accident == 4:
+        elif change == 4:
             content = content[:i]
-        elif accident == 5 and numbers:
+        elif change == 5 and numbers:
             number = rng.choice(numbers)
             value = rng.choice(TOKENS + NUMBERS)
             content = content[: number.start()] + value + content[number.end() :]
-        elif accident == 6:
+        elif change == 6:
             lines = content.split(b"\n")
             rng.shuffle(lines)
             content = b"\n".join(lines)
-        elif accident == 7 and rng.random() < 0.1:
+        elif change == 7 and rng.random() < 0.1:
             content = rng.randbytes(rng.randrange(300))
         else:
             content = content[:i] + rng.choice(TOKENS) + content[i:]
@@ -86,15 +86,15 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 
 
 def hostile(rng: random.Random) -> Any:
-    """Return a value that hardly any setting expects."""
-    kind = rng.randrange(12)
-    if kind == 0:
+    """Return a value that few settings accept."""
+    choice = rng.randrange(12)
+    if choice == 0:
         return [hostile(rng) for _ in range(rng.randrange(4))]
-    if kind == 1:
+    if choice == 1:
         return {str(hostile(rng))[:40]: hostile(rng) for _ in range(rng.randrange(4))}
-    if kind == 2:
+    if choice == 2:
         return {"_target_": rng.choice(TARGETS), rng.choice(("a", "_partial_", "seed", "name")): hostile(rng)}
-    if kind == 3 and rng.random() < 0.1:
+    if choice == 3 and rng.random() < 0.1:
         value: Any = 1
         for _ in range(rng.choice((20, 150))):
             value = [value] if rng.random() < 0.5 else {"a": value}
@@ -103,7 +103,7 @@ def hostile(rng: random.Random) -> Any:
 
 
 def altered(value: Any, rng: random.Random) -> Any:
-    """Return a copy of nested values with one to three of them replaced, renamed, removed or moved."""
+    """Return a copy of nested values; one to three of them are replaced, renamed, removed or copied."""
     value = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = list(_places(value))
@@ -130,7 +130,7 @@ def altered(value: Any, rng: random.Random) -> Any:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield the container and key of every value within."""
+    """Yield the container and the key of every nested value."""
     keys: Sequence[Any] = range(len(value)) if isinstance(value, list) else ()
     if isinstance(value, dict):
         keys = list(value)
@@ -140,25 +140,25 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 class Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Writes what is twice in a file twice."""
+    """A dumper that writes no YAML aliases."""
 
     def ignore_aliases(self, data: object) -> bool:
-        """Whether to write all of it: yes."""
+        """Return True: write repeated values in full."""
         return True
 
 
 def inputs(quick: int, full: int = 10_000) -> pytest.MarkDecorator:
-    """Give a test its `seeds`: a few for the test command, others for the slow one."""
+    """Parametrize a test with `seeds`: `quick` seeds by default, and `full` others if slow tests run."""
     slow = pytest.param(range(quick, quick + full), marks=pytest.mark.slow)
     return pytest.mark.parametrize("seeds", [range(quick), slow], ids=["quick", "full"])
 
 
 class TooSlowError(BaseException):
-    """Nothing catches it."""
+    """Raised after `SECONDS`; a BaseException, so that no handler of the command catches it."""
 
 
 class Answer(NamedTuple):
-    """What the command said."""
+    """Exit code and output of the command."""
 
     code: int
     out: str
@@ -166,7 +166,7 @@ class Answer(NamedTuple):
 
 
 class Sandbox:
-    """A folder for the inputs, and others beside it that nothing may touch."""
+    """A folder for the inputs, next to files and folders that must not change."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.given, self.here = root, root / "given", root / "here"
@@ -177,9 +177,9 @@ class Sandbox:
         (root / "results.txt").write_text("years of work")
 
     def fuzz(self, seeds: range, prepare: Callable[[random.Random], Sequence[str]]) -> list[int]:
-        """Give the command an input for every seed, check what must always hold, and return the exit codes.
+        """Run the command on one input per seed, check each run, and return the exit codes.
 
-        `prepare` writes the input's files and returns the command line.
+        `prepare` writes the files of the input and returns the command line.
         """
         codes: list[int] = []
         failures: dict[str, str] = {}
@@ -189,15 +189,15 @@ class Sandbox:
                 codes.append(self.run(arguments).code)
             except (Exception, TooSlowError) as error:
                 *_, last = traceback.walk_tb(error.__traceback__)
-                where = f"{type(error).__name__} at {last[0].f_code.co_filename}:{last[1]}"
-                failures.setdefault(where, f"{error} for input {seed}: sequel {' '.join(arguments)}"[:1000])
-        assert not failures, "\n".join(f"{where}: {what}" for where, what in failures.items())
+                place = f"{type(error).__name__} at {last[0].f_code.co_filename}:{last[1]}"
+                failures.setdefault(place, f"{error} for input {seed}: sequel {' '.join(arguments)}"[:1000])
+        assert not failures, "\n".join(f"{place}: {failure}" for place, failure in failures.items())
         return codes
 
     def run(self, arguments: Sequence[str], touches: Path | None = None) -> Answer:
-        """Run the command in-process, and check what must hold of any input.
+        """Run the command in this process and check its exit code, messages and files.
 
-        Only below `touches` (the given folder) may files be made or changed.
+        Files may only be created or changed below `touches`, by default the folder for the inputs.
         """
         before = self._outside(touches or self.given)
         out, err = _terminal("strict"), _terminal("backslashreplace")
@@ -214,14 +214,14 @@ class Sandbox:
         return answer
 
     def _outside(self, touches: Path) -> dict[str, Any]:
-        found = {}
+        entries = {}
         for folder, below, files in os.walk(self.root):
             below[:] = [name for name in below if Path(folder, name) != touches]
             for name in (*below, *files):
                 path = Path(folder, name)
                 content = path.read_bytes() if path.is_file() and not path.is_symlink() else None
-                found[str(path)] = (path.lstat().st_mode, content)
-        return found
+                entries[str(path)] = (path.lstat().st_mode, content)
+        return entries
 
 
 def _terminal(errors: str) -> io.TextIOWrapper:
@@ -236,7 +236,7 @@ def _text(stream: io.TextIOWrapper) -> str:
 
 @contextlib.contextmanager
 def _limits() -> Iterator[None]:
-    """Raise TooSlowError where it takes too long; fail where it takes too much memory, if Linux tells."""
+    """Raise TooSlowError after `SECONDS`; on Linux also fail if the memory grows by `GROWTH`."""
 
     def stop(_: int, frame: FrameType | None) -> None:
         raise TooSlowError
@@ -244,7 +244,7 @@ def _limits() -> Iterator[None]:
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     measured = status.is_file() and os.access(reset, os.W_OK)
     if measured:
-        reset.write_text("5")  # the peak starts anew from what is in use
+        reset.write_text("5")  # reset the peak to the current use
         before = _kibibytes(status)
     handler = signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)

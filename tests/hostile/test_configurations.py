@@ -1,4 +1,4 @@
-"""Files and command lines of settings that nobody should write."""
+"""Fuzzed experiment files and command lines."""
 
 import random
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.hostile.fuzzing import Dumper, Sandbox, altered, hostile, inputs, mut
 ROOT = Path(__file__).parents[2]
 FILES = [
     *sorted((ROOT / "configs" / "experiment").glob("*.yaml")),
-    *sorted((ROOT / "tests" / "cli" / "fixtures").glob("*.yaml")),  # the paper's own
+    *sorted((ROOT / "tests" / "cli" / "fixtures").glob("*.yaml")),  # the files of the paper
 ]
 LINES = (
     "algo=er", "algo=mcsgd", "algo=kcl", "algo.task_given=true", "mode=jax", "seed=3", "optimizer=adam",
@@ -33,7 +33,7 @@ LINES = (
 
 
 @inputs(quick=60)
-def test_bytes_of_a_file(sandbox: Sandbox, seeds: range) -> None:
+def test_changed_bytes_of_a_file(sandbox: Sandbox, seeds: range) -> None:
     file = sandbox.given / "experiment.yaml"
 
     def prepare(rng: random.Random) -> list[str]:
@@ -44,7 +44,7 @@ def test_bytes_of_a_file(sandbox: Sandbox, seeds: range) -> None:
 
 
 @inputs(quick=60)
-def test_values_of_a_file(sandbox: Sandbox, seeds: range) -> None:
+def test_changed_values_of_a_file(sandbox: Sandbox, seeds: range) -> None:
     file = sandbox.given / "experiment.yaml"
     shipped = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in FILES]
 
@@ -57,7 +57,7 @@ def test_values_of_a_file(sandbox: Sandbox, seeds: range) -> None:
 
 
 @inputs(quick=60)
-def test_bytes_of_a_command_line(sandbox: Sandbox, seeds: range) -> None:
+def test_changed_bytes_of_a_command_line(sandbox: Sandbox, seeds: range) -> None:
     def prepare(rng: random.Random) -> list[str]:
         line = []
         for text in rng.sample(LINES, rng.randint(1, 4)):
@@ -84,13 +84,13 @@ JUNK = st.one_of(
 
 
 def section(name: str) -> st.SearchStrategy[Any]:
-    """Settings of a section, most of them its own, some with a value that nobody would give."""
+    """Generate settings of a section; some keys belong to other sections and some values are invalid."""
 
     def values(choice: str) -> st.SearchStrategy[dict[str, Any]]:
         keys = [spec.key for spec in settings(name, choice)] + ["width", "data_dir", "_target_"]
         named = {} if not choice else {SECTIONS[name]: st.just(choice)}
         others = st.dictionaries(st.sampled_from(keys), JUNK, max_size=3)
-        return st.builds(lambda own, other: {**other, **own}, st.fixed_dictionaries(named), others)
+        return st.builds(lambda name, other: {**other, **name}, st.fixed_dictionaries(named), others)
 
     return st.sampled_from(choices(name)).flatmap(values) if name in SECTIONS else values("")
 
@@ -107,7 +107,7 @@ WHOLE = st.fixed_dictionaries(
 
 
 @inputs(quick=60)
-def test_settings_of_every_kind(sandbox: Sandbox, seeds: range) -> None:
+def test_arbitrary_settings(sandbox: Sandbox, seeds: range) -> None:
     file = sandbox.given / "experiment.yaml"
 
     @hypothesis_settings(max_examples=len(seeds))

@@ -1,4 +1,4 @@
-"""Data directories that nobody should unpack."""
+"""Data directories with damaged or malicious files."""
 
 import gzip
 import hashlib
@@ -45,7 +45,7 @@ def npy_file(array: object) -> bytes:
 
 
 def npy_header(rng: random.Random) -> bytes:
-    """Return a .npy file with a well-formed header that promises something else than what follows."""
+    """Return a .npy file whose header does not fit its contents."""
     order = rng.choice((True, False, 0, None))
     header = {"descr": rng.choice(DESCRIPTIONS), "fortran_order": order, "shape": rng.choice(SHAPES)}
     text = repr(header) if rng.random() < 0.8 else rng.choice(TEXTS)
@@ -73,13 +73,13 @@ def test_the_array_cache(sandbox: Sandbox, seeds: range) -> None:
             files[name] = npy_header(rng)
         elif damage == 1:
             other = np.asarray(rng.choice(OTHERS))
-            kinds = (other.dtype, ">i8", "f4") if other.dtype.kind in "iub" else (other.dtype,)
-            files[name] = npy_file(other.astype(rng.choice(kinds)))
+            dtypes = (other.dtype, ">i8", "f4") if other.dtype.kind in "iub" else (other.dtype,)
+            files[name] = npy_file(other.astype(rng.choice(dtypes)))
         elif damage < 4:
             files[name] = mutated(files[name], rng)
-        if rng.random() < 0.7:  # as if it had been written so
-            told = {key: hashlib.sha256(content).hexdigest() for key, content in files.items()}
-            files[cache.SUMS] = json.dumps(told).encode()
+        if rng.random() < 0.7:  # with matching checksums
+            new_sums = {key: hashlib.sha256(content).hexdigest() for key, content in files.items()}
+            files[cache.SUMS] = json.dumps(new_sums).encode()
         if damage == 4:
             content = json.dumps(altered(sums, rng), default=str).encode()
             files[cache.SUMS] = mutated(content, rng) if rng.random() < 0.5 else content
@@ -115,8 +115,8 @@ def test_the_idx_reader(sandbox: Sandbox, seeds: range) -> None:
                 if damage == 0:  # absurd dimensions
                     ndim = rng.choice((0, 1, 3, 9, 255))
                     sizes = [rng.choice((0, 1, 4, 28, 2**16, 2**31, 2**32 - 1)) for _ in range(ndim)]
-                    told = b"".join(n.to_bytes(4, "big") for n in sizes)
-                    content = b"\0\0\x08" + bytes([ndim]) + told + content[16:]
+                    dimensions = b"".join(n.to_bytes(4, "big") for n in sizes)
+                    content = b"\0\0\x08" + bytes([ndim]) + dimensions + content[16:]
                 elif damage == 1:
                     content += bytes(rng.choice((1, 100, 10**6)))
                 else:
@@ -137,8 +137,8 @@ def folder(sandbox: Sandbox) -> Path:
     return sandbox.given / "hostile"
 
 
-def refused(sandbox: Sandbox, name: str, rule: str) -> None:
-    """Look at a data set of the hostile directory: one line says what is wrong, within memory and time."""
+def check_rejected(sandbox: Sandbox, name: str, rule: str) -> None:
+    """Check that `sequel data` rejects a data set with one line that matches `rule`."""
     answer = sandbox.run(["data", name, "--data-dir", str(sandbox.given / "hostile")])
     assert answer.code == 2
     assert re.search(rule, answer.err), answer.err
@@ -146,17 +146,15 @@ def refused(sandbox: Sandbox, name: str, rule: str) -> None:
 
 
 def zeros(count: int) -> bytes:
-    """Return so many zeros as gzip, which may be one file after another."""
+    """Return `count` zeros as gzip, in several members."""
     many, rest = divmod(count, 2**24)
     return gzip.compress(bytes(2**24), 1) * many + gzip.compress(bytes(rest), 1)
 
 
 @pytest.mark.parametrize("held", [0, 100, 2**30])
 @pytest.mark.parametrize("shape", [(2**32 - 1,), (2**22, 32, 32), (2**16, 2**16, 2**16)])
-def test_a_header_that_promises_gibibytes(
-    sandbox: Sandbox, folder: Path, shape: tuple[int, ...], held: int
-) -> None:
-    """Whether the file then has them or not: a gibibyte of zeros is a megabyte of gzip."""
+def test_a_header_of_gibibytes(sandbox: Sandbox, folder: Path, shape: tuple[int, ...], held: int) -> None:
+    """The file may have the bytes or not: a gibibyte of zeros is a megabyte of gzip."""
     raw = folder / "mnist"
     raw.mkdir()
     for name, array in zip(idx.IDX_FILES, (IMAGES, LABELS) * 2, strict=True):
@@ -165,15 +163,15 @@ def test_a_header_that_promises_gibibytes(
     (raw / name).unlink()
     header = b"\0\0\x08" + bytes([len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
     (raw / f"{name}.gz").write_bytes(gzip.compress(header) + zeros(held))
-    told = " x ".join(map(str, shape))
-    refused(sandbox, "mnist", rf"{name}\.gz is too large: its header says {told}, the maximum")
+    dimensions = " x ".join(map(str, shape))
+    check_rejected(sandbox, "mnist", rf"{name}\.gz is too large: its header says {dimensions}, the maximum")
     small = header[:4] + b"\0\0\0\4" * len(shape)
     (raw / f"{name}.gz").write_bytes(gzip.compress(small) + zeros(held + 2**24))
-    refused(sandbox, "mnist", rf"{name}\.gz is too long: its header says 4.*, it has more")
+    check_rejected(sandbox, "mnist", rf"{name}\.gz is too long: its header says 4.*, it has more")
 
 
 def cifar_archive(folder: Path, change: Any) -> None:
-    """Write an archive of CIFAR-10's binary version, of files that are not the published ones."""
+    """Write an archive like CIFAR-10's binary version with other contents; `change` adds its members."""
     version = cifar.CIFAR10_BINARY
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
@@ -184,44 +182,44 @@ def cifar_archive(folder: Path, change: Any) -> None:
     (folder / version.archive).write_bytes(gzip.compress(packed.getvalue(), 1))
 
 
-def plain(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+def add_file(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
     archive.addfile(member, io.BytesIO(bytes(member.size)))
 
 
-def link(kind: bytes, target: str) -> Any:
+def link(member_type: bytes, target: str) -> Any:
     def change(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        member.type, member.linkname, member.size = kind, target, 0
+        member.type, member.linkname, member.size = member_type, target, 0
         archive.addfile(member)
 
     return change
 
 
-def liar(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+def add_wrong_size(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
     member.size = 2**40
     archive.fileobj.write(member.tobuf())
 
 
-def long_name(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-    """Write a header of pax that says to have gibibytes."""
+def add_large_pax_header(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    """Write a pax header whose size field is 8 GiB."""
     member.type, member.size = tarfile.XHDTYPE, 2**33
     archive.fileobj.write(member.tobuf())
 
 
-def escaping(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+def add_escaping_paths(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
     for name in ("../../results.txt", "/tmp/../results.txt", "precious/../../results.txt"):
         outside = tarfile.TarInfo(name)
         outside.size = 4
         archive.addfile(outside, io.BytesIO(b"gone"))
-    plain(archive, member)
+    add_file(archive, member)
 
 
 @pytest.mark.parametrize(
     ("change", "rule"),
     [
-        (plain, r"data_batch_1\.bin is damaged: its md5 is .*; delete"),
-        (escaping, r"data_batch_1\.bin is damaged: its md5 is .*; delete"),
-        (liar, r"tar\.gz is incomplete or damaged \("),
-        (long_name, r"tar\.gz is incomplete or damaged \("),
+        (add_file, r"data_batch_1\.bin is damaged: its md5 is .*; delete"),
+        (add_escaping_paths, r"data_batch_1\.bin is damaged: its md5 is .*; delete"),
+        (add_wrong_size, r"tar\.gz is incomplete or damaged \("),
+        (add_large_pax_header, r"tar\.gz is incomplete or damaged \("),
         (link(tarfile.SYMTYPE, "../../../results.txt"), r"data_batch_1\.bin is not a regular file\)"),
         (link(tarfile.SYMTYPE, "data_batch_1.bin"), r"data_batch_1\.bin is not a regular file\)"),
         (link(tarfile.LNKTYPE, "/etc/hostname"), r"data_batch_1\.bin is not a regular file\)"),
@@ -229,16 +227,16 @@ def escaping(archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         (link(tarfile.DIRTYPE, ""), r"data_batch_1\.bin is not a regular file\)"),
     ],
     ids=[
-        "other content", "other paths", "promise", "long name", "link out", "link to itself", "hard link",
-        "pipe", "folder",
+        "other content", "escaping paths", "wrong size", "long name", "link out", "link to itself",
+        "hard link", "pipe", "folder",
     ],
 )  # fmt: skip
-def test_archives_of_cifar(sandbox: Sandbox, folder: Path, change: Any, rule: str) -> None:
+def test_damaged_cifar_archives(sandbox: Sandbox, folder: Path, change: Any, rule: str) -> None:
     cifar_archive(folder, change)
-    refused(sandbox, "cifar10", rule)
+    check_rejected(sandbox, "cifar10", rule)
 
 
-def test_an_archive_of_gibibytes(sandbox: Sandbox, folder: Path) -> None:
+def test_a_cifar_archive_of_gibibytes(sandbox: Sandbox, folder: Path) -> None:
     version = cifar.CIFAR10_BINARY
     parts = []
     for name in (*version.train, *version.test):
@@ -246,12 +244,12 @@ def test_an_archive_of_gibibytes(sandbox: Sandbox, folder: Path) -> None:
         member.size = 2**28
         parts += [gzip.compress(member.tobuf()), zeros(member.size)]
     (folder / version.archive).write_bytes(b"".join(parts))
-    refused(sandbox, "cifar10", r"tar\.gz is incomplete or damaged \(it holds more than \d+ bytes\)")
+    check_rejected(sandbox, "cifar10", r"tar\.gz is incomplete or damaged \(it holds more than \d+ bytes\)")
 
 
 @inputs(quick=60)
-def test_bytes_of_an_archive_of_cifar(sandbox: Sandbox, folder: Path, seeds: range) -> None:
-    cifar_archive(folder, plain)
+def test_changed_bytes_of_a_cifar_archive(sandbox: Sandbox, folder: Path, seeds: range) -> None:
+    cifar_archive(folder, add_file)
     path = folder / cifar.CIFAR10_BINARY.archive
     whole = path.read_bytes()
     unpacked = gzip.decompress(whole)
@@ -274,14 +272,14 @@ def jpeg() -> bytes:
 
 
 def png(width: int, height: int) -> bytes:
-    """Return the head of a PNG file, which is all that there is of it."""
+    """Return the start of a PNG file, without pixels."""
     head = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\0\0\0\0"
     checked = head + zlib.crc32(head).to_bytes(4, "big")
     return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + checked + (9).to_bytes(4, "big") + b"IDAT"
 
 
 def tiny_archive(folder: Path, extra: dict[str, bytes], flags: int = 0) -> Path:
-    """Write an archive of TinyImageNet with one picture for each class and part, and other files."""
+    """Write a TinyImageNet archive with one image per class and split, and extra files."""
     picture = jpeg()
     files = {"wnids.txt": "\n".join(WNIDS).encode()}
     files |= {f"train/{wnid}/images/{wnid}_0.JPEG": picture for wnid in WNIDS}
@@ -315,35 +313,35 @@ FIRST = f"train/{WNIDS[0]}/images/{WNIDS[0]}_0.JPEG"
         (f"train/{WNIDS[0]}/images/../../../../../../results.txt", b"gone", None),
     ],
     ids=[
-        "bomb", "long list", "no text", "no annotations", "warned of", "huge", "larger", "promise", "above",
-        "root", "deep",
+        "bomb", "long list", "no text", "no annotations", "large image", "huge image", "other size",
+        "wrong size", "parent folder", "root folder", "nested parent folder",
     ],
 )  # fmt: skip
-def test_archives_of_tiny_imagenet(
+def test_damaged_tiny_imagenet_archives(
     sandbox: Sandbox, folder: Path, name: str, content: bytes, rule: str | None
 ) -> None:
     tiny_archive(folder, {name: content})
-    if rule is None:  # what is not of the data set is not read, and nothing is unpacked
+    if rule is None:  # other files are ignored, and nothing is unpacked
         answer = sandbox.run(["data", "tinyimagenet", "--data-dir", str(folder)])
         assert (answer.code, answer.err) == (0, "")
     else:
-        refused(sandbox, "tinyimagenet", rule)
+        check_rejected(sandbox, "tinyimagenet", rule)
 
 
-def test_an_archive_with_a_password(sandbox: Sandbox, folder: Path) -> None:
+def test_an_encrypted_archive(sandbox: Sandbox, folder: Path) -> None:
     tiny_archive(folder, {}, flags=1)
-    refused(sandbox, "tinyimagenet", r"is incomplete or damaged \(.*encrypted")
+    check_rejected(sandbox, "tinyimagenet", r"is incomplete or damaged \(.*encrypted")
 
 
 @inputs(quick=30, full=2000)
-def test_bytes_of_an_archive_of_tiny_imagenet(sandbox: Sandbox, folder: Path, seeds: range) -> None:
+def test_changed_bytes_of_a_tiny_imagenet_archive(sandbox: Sandbox, folder: Path, seeds: range) -> None:
     path = tiny_archive(folder, {})
     whole = path.read_bytes()
 
     def prepare(rng: random.Random) -> list[str]:
         for file in (folder / "tinyimagenet").glob("*.npy"):
             file.unlink()
-        start = len(whole) - 50_000 if rng.random() < 0.5 else 0  # its table of contents
+        start = len(whole) - 50_000 if rng.random() < 0.5 else 0  # the central directory
         path.write_bytes(whole[:start] + mutated(whole[start:], rng))
         return ["data", "tinyimagenet", "--data-dir", str(folder)]
 
@@ -351,24 +349,23 @@ def test_bytes_of_an_archive_of_tiny_imagenet(sandbox: Sandbox, folder: Path, se
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_a_pipe_is_not_waited_for(sandbox: Sandbox, folder: Path) -> None:
+def test_pipes_do_not_block(sandbox: Sandbox, folder: Path) -> None:
     for name in (*cache.NPY_FILES, cache.SUMS):
         (folder / "mnist").mkdir(exist_ok=True)
         os.mkfifo(folder / "mnist" / name)
-    refused_line = "MNIST is not in the data directory"
     answer = sandbox.run(["data", "mnist", "--data-dir", str(folder)])
     assert answer.code == 2
-    assert refused_line in answer.err
+    assert "MNIST is not in the data directory" in answer.err
     extracted = folder / "tiny-imagenet-200"
     for part in ("train", "val"):
         (extracted / part / "images").mkdir(parents=True)
         os.mkfifo(extracted / part / "images" / "a.JPEG")
     (extracted / "wnids.txt").write_text("\n".join(WNIDS))
     (extracted / "val" / "val_annotations.txt").write_text("")
-    refused(sandbox, "tinyimagenet", "must have a train image of every class")
+    check_rejected(sandbox, "tinyimagenet", "must have a train image of every class")
 
 
-def test_a_home_that_is_nobodys(sandbox: Sandbox) -> None:
+def test_the_home_of_an_unknown_user(sandbox: Sandbox) -> None:
     answer = sandbox.run(["data", "mnist", "--data-dir", "~nobody-of-that-name/x"])
     assert answer.code == 2
     assert "data_dir" in answer.err

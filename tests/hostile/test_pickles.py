@@ -1,4 +1,4 @@
-"""No pickle runs, whatever it is put in place of: each of these would make a folder."""
+"""No file is unpickled: each of these pickles would create a folder."""
 
 import ast
 import contextlib
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Trap:
-    """Makes a folder when it is unpickled."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,7 +43,7 @@ def trap(tmp_path: Path) -> Iterator[Trap]:
     made = Trap(tmp_path / "trapped")
     yield made
     assert not made.folder.exists()
-    pickle.loads(pickle.dumps(made))  # it works
+    pickle.loads(pickle.dumps(made))  # the trap works
     assert made.folder.exists()
 
 
@@ -84,7 +84,7 @@ def test_in_a_run_directory(sandbox: Sandbox, trap: Trap, name: str, monkeypatch
                 assert "is not a YAML file of settings" in answer.err
 
 
-def test_in_an_experiments_file(sandbox: Sandbox, trap: Trap) -> None:
+def test_in_an_experiment_file(sandbox: Sandbox, trap: Trap) -> None:
     file = sandbox.given / "experiment.yaml"
     for tag in ("apply:os.mkdir", "new:os.mkdir"):
         file.write_text(f"algo: ewc\ncomment: !!python/object/{tag} ['{trap.folder}']\n")
@@ -131,7 +131,7 @@ def test_in_a_checkpoint_of_lightning(trap: Trap, tmp_path: Path) -> None:
         made.restore(good)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what orbax leaves open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves files open
 def test_in_a_checkpoint_of_flax(trap: Trap, tmp_path: Path) -> None:
     import optax
 
@@ -150,7 +150,7 @@ def test_in_a_checkpoint_of_flax(trap: Trap, tmp_path: Path) -> None:
         path.write_bytes(whole)
     made.restore(tmp_path / "checkpoints" / "1")
     made.close()
-    gc.collect()  # while it is ignored
+    gc.collect()  # while the warning is ignored
 
 
 FORBIDDEN = {
@@ -158,28 +158,28 @@ FORBIDDEN = {
     "yaml.unsafe_load", "yaml.full_load", "eval", "exec", "shutil.unpack_archive", "os.system",
 }  # fmt: skip
 SAFE = {"np.load": ("allow_pickle", False), "torch.load": ("weights_only", True)}
-"""What a call must say."""
+"""The keyword argument that a call must have."""
 
 
-def test_no_code_asks_for_a_pickle() -> None:
-    """But `_ArraysOnly` of cifar.py, which rebuilds arrays and nothing else."""
-    found = []
+def test_no_code_loads_pickles() -> None:
+    """The exception is `_ArraysOnly` in cifar.py, which only rebuilds arrays."""
+    problems = []
     for path in (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                said = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-                wanted = SAFE.get(name)
-                loads = name.endswith(("load_from_checkpoint", ".fit")) and {"ckpt_path"} & said.keys()
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                required = SAFE.get(name)
+                loads = name.endswith(("load_from_checkpoint", ".fit")) and {"ckpt_path"} & keywords.keys()
                 if (
                     name in FORBIDDEN
                     or name.endswith((".extractall", ".extract"))
-                    or (wanted and said.get(wanted[0]) != str(wanted[1]))
-                    or (loads and said.get("weights_only") != "True")
+                    or (required and keywords.get(required[0]) != str(required[1]))
+                    or (loads and keywords.get("weights_only") != "True")
                 ):
-                    found.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}")
+                    problems.append(f"{path.relative_to(ROOT)}:{node.lineno} {name}")
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 names = {getattr(node, "module", None), *(alias.name for alias in node.names)}
                 if names & {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}:
-                    found.append(f"{path.relative_to(ROOT)} imports {ast.unparse(node)}")
-    assert found == ["benchmarks/cifar.py imports import pickle"]
+                    problems.append(f"{path.relative_to(ROOT)} imports {ast.unparse(node)}")
+    assert problems == ["benchmarks/cifar.py imports import pickle"]

@@ -1,4 +1,4 @@
-"""Every setting has a range or a closed set of values, and what does not go together is named together."""
+"""Every setting checks its values, and errors name settings that cannot be combined."""
 
 import math
 import typing
@@ -38,32 +38,32 @@ DEFAULTS = {
     "backbone.type": "mlp",
     "optimizer.type": "sgd",
 }
-ELSEWHERE = {  # torchvision and Lightning know their names
+UNCHECKED = {  # torchvision and Lightning check these names
     "backbone.model", "backbone.weights", "trainer.accelerator", "trainer.strategy", "trainer.precision",
 }  # fmt: skip
 
 
-def of(cls: type[Settings]) -> Iterator[tuple[Field[Any], set[Any]]]:
-    """Yield each field with the types that it takes: of lists, those of the items."""
+def fields_of(cls: type[Settings]) -> Iterator[tuple[Field[Any], set[Any]]]:
+    """Yield each field with its types; for lists also the types of the items."""
     hints = get_type_hints(cls)
     for spec in fields(cls):
-        yield spec, set(kinds(hints[spec.name]))
+        yield spec, set(types_of(hints[spec.name]))
 
 
-def kinds(hint: Any) -> Iterator[Any]:
+def types_of(hint: Any) -> Iterator[Any]:
     origin = get_origin(hint)
     if origin in (typing.Union, UnionType):
         for option in get_args(hint):
-            yield from kinds(option)
+            yield from types_of(option)
     elif origin is tuple:
         yield tuple
-        yield from kinds(get_args(hint)[0])
+        yield from types_of(get_args(hint)[0])
     else:
         yield Literal if origin is Literal else hint
 
 
-def outside(spec: Field[Any], types: set[Any]) -> list[Any]:
-    """Return values that a field must refuse, its bounds' neighbours among them."""
+def invalid_values(spec: Field[Any], types: set[Any]) -> list[Any]:
+    """Return values that a field must reject, among them the nearest ones outside its bounds."""
     wrong: list[Any] = ["no such value", {"a": 1}, object()]
     wrong += [] if type(None) in types else [None]
     if bool in types:
@@ -82,24 +82,24 @@ def outside(spec: Field[Any], types: set[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_setting_refuses_what_is_outside_its_range(name: str) -> None:
+def test_a_setting_rejects_invalid_values(name: str) -> None:
     section, cls = CLASSES[name]
-    for spec, types in of(cls):
-        if f"{section}.{spec.name}" not in ELSEWHERE:
+    for spec, types in fields_of(cls):
+        if f"{section}.{spec.name}" not in UNCHECKED:
             assert allowed(spec) or types & {bool, Literal}, f"{spec.name} has no range"
-        values = outside(spec, types)
+        values = invalid_values(spec, types)
         values += [[value] for value in values] if tuple in types else []
         for value in values:
             with pytest.raises(ValueError) as error:  # noqa: PT011
                 cls(**{spec.name: value})
-            said = str(error.value)
-            assert said.startswith(f"{spec.name} must be "), (value, said)
-            told = repr(value)[1:-1][:20]
-            assert told in said or "0000" in told, (value, said)  # huge numbers are told as infinity
+            message = str(error.value)
+            assert message.startswith(f"{spec.name} must be "), (value, message)
+            digits = repr(value)[1:-1][:20]
+            assert digits in message or "0000" in digits, (value, message)  # huge numbers are shown as inf
 
 
 def built(line: list[str]) -> ExperimentConfig:
-    """Return what `compose` does of overrides, without its half of a second in Hydra."""
+    """Build overrides like `compose`, but without Hydra, which takes half a second."""
     return build(merge(DEFAULTS, canonical({key: yaml.safe_load(value) for key, value in map(split, line)})))
 
 
@@ -112,8 +112,8 @@ def split(text: str) -> tuple[str, str]:
 def test_a_configuration_names_the_section_and_the_setting(name: str) -> None:
     section, cls = CLASSES[name]
     known = {spec.key for spec in settings(section, name.partition("=")[2])}
-    for spec, types in of(cls):
-        if spec.name not in known or f"{section}.{spec.name}" in ELSEWHERE:
+    for spec, types in fields_of(cls):
+        if spec.name not in known or f"{section}.{spec.name}" in UNCHECKED:
             continue
         for text in (".nan", ".inf", "-.inf", "no such value"):
             value = f"[{text}]" if tuple in types else text
@@ -121,31 +121,31 @@ def test_a_configuration_names_the_section_and_the_setting(name: str) -> None:
                 build_benchmark(built([*([name] if "=" in name else []), f"{section}.{spec.name}={value}"]))
 
 
-def misspelt() -> Iterator[tuple[list[str], str]]:
-    """Yield command lines with a letter left out of every key there is, and the key that was meant."""
+def misspelled() -> Iterator[tuple[list[str], str]]:
+    """Yield command lines in which one key lacks a letter, and the correct key, for every key."""
     for section in (*SECTIONS, "training", "checkpoint", "trainer", "logger"):
         for name in choices(section) if section in SECTIONS or section == "logger" else [""]:
-            where = f"logger.{name}" if section == "logger" else section
+            prefix = f"logger.{name}" if section == "logger" else section
             line = [f"{section}={name}"] if section in SECTIONS else []
             for spec in settings(section, name):
                 key = spec.key[:-2] + spec.key[-1]
                 if len(key) > 2:
-                    yield [*line, f"{where}.{key}=1"], f"{where}.{spec.key}"
+                    yield [*line, f"{prefix}.{key}=1"], f"{prefix}.{spec.key}"
     for key in (*SECTIONS, "mode", "training", "trainer", "checkpoint", "logger", "callbacks", "evaluate_on"):
         yield [f"{key[:-2]}{key[-1]}=1"], key
     yield ["logger.tensorbord.a=1"], "tensorboard"
     yield ["algo=ewcc"], "ewc"
 
 
-def test_the_nearest_name_is_suggested_everywhere() -> None:
-    for line, meant in misspelt():
+def test_the_nearest_name_is_suggested_for_every_key() -> None:
+    for line, correct in misspelled():
         with pytest.raises(ValueError) as error:  # noqa: PT011
             built(line)
         hint = str(error.value).rpartition("; ")[2]
-        assert f"did you mean {meant}" in hint or "it belongs to" in hint, (line, hint)
+        assert f"did you mean {correct}" in hint or "it belongs to" in hint, (line, hint)
 
 
-TOGETHER: list[tuple[list[str], tuple[str, ...]]] = [
+INCOMPATIBLE: list[tuple[list[str], tuple[str, ...]]] = [
     (["backbone.widths=[8]", "backbone.width=9"], ("backbone.widths", "backbone.width")),
     (["backbone.widths=[8]", "backbone.n_hidden_layers=2"], ("backbone.widths", "backbone.n_hidden_layers")),
     (["backbone=cnn", "backbone.max_pool=true"], ("max_pool", "stride=1")),
@@ -198,8 +198,8 @@ TOGETHER: list[tuple[list[str], tuple[str, ...]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("line", "names"), TOGETHER, ids=[" ".join(line) for line, _ in TOGETHER])
-def test_what_does_not_go_together_is_named_together(
+@pytest.mark.parametrize(("line", "names"), INCOMPATIBLE, ids=[" ".join(line) for line, _ in INCOMPATIBLE])
+def test_an_error_names_incompatible_settings(
     sandbox: Sandbox, line: list[str], names: tuple[str, ...]
 ) -> None:
     file = sandbox.given / "experiment.yaml"
@@ -211,8 +211,8 @@ def test_what_does_not_go_together_is_named_together(
     assert "\n" not in str(error.value)
 
 
-def test_what_goes_together_beside_it(sandbox: Sandbox) -> None:
-    """The other setting makes each of them valid."""
+def test_compatible_settings(sandbox: Sandbox) -> None:
+    """The same settings are valid if the other setting is changed."""
     for line in (
         ["backbone.widths=[9]", "backbone.width=9"],
         ["backbone=cnn", "backbone.max_pool=true", "backbone.stride=1"],

@@ -1,19 +1,21 @@
+"""torchvision can be imported next to a PyTorch build that its compiled operators do not fit."""
+
 import subprocess
 import sys
 import textwrap
 
-# The module alone, without the rest of its package, as the first thing that touches torchvision.
+# Loads only this module, without its package, before anything imports torchvision.
 LOAD = """
 import importlib.util, sys
-found = importlib.util.find_spec("sequel_lightning").submodule_search_locations[0]
-spec = importlib.util.spec_from_file_location("under_test", f"{found}/_torchvision.py")
+[folder] = importlib.util.find_spec("sequel_lightning").submodule_search_locations
+spec = importlib.util.spec_from_file_location("under_test", f"{folder}/_torchvision.py")
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 """
 
 
 def run(code: str) -> str:
-    """Return what a fresh interpreter prints; warnings are errors there too."""
+    """Return what a fresh interpreter prints; warnings are errors there as well."""
     program = textwrap.dedent(code).replace("LOAD", LOAD)
     child = subprocess.run(
         [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False
@@ -22,18 +24,18 @@ def run(code: str) -> str:
     return child.stdout.strip()
 
 
-def test_torchvision_and_what_imports_it_work_afterwards() -> None:
+def test_torchvision_and_packages_that_import_it_work_afterwards() -> None:
     out = run("""
         LOAD
         import torchvision, torchmetrics, pytorch_lightning, torch
         from torchvision.transforms.functional import rotate
-        turned = rotate(torch.arange(4.0).reshape(1, 2, 2), 90)  # counter-clockwise
-        print(turned.flatten().tolist(), module.declare_missing_operators())
+        rotated = rotate(torch.arange(4.0).reshape(1, 2, 2), 90)  # counter-clockwise
+        print(rotated.flatten().tolist(), module.declare_missing_operators())
     """)
     assert out == "[1.0, 3.0, 0.0, 2.0] None"
 
 
-def test_both_operators_are_declared_where_the_compiled_part_does_not_load() -> None:
+def test_both_operators_are_declared_if_the_compiled_library_does_not_load() -> None:
     out = run("""
         import torch
         def fails(path):
@@ -48,8 +50,8 @@ def test_both_operators_are_declared_where_the_compiled_part_does_not_load() -> 
     assert out == f"True ['torchvision::nms{schema}', 'torchvision::qnms{schema}'] None"
 
 
-def test_nothing_is_declared_where_the_compiled_part_loads() -> None:
-    # the compiled part is simulated by its declarations, under a name that only it would use
+def test_nothing_is_declared_if_the_compiled_library_loads() -> None:
+    # the compiled library is simulated by its declarations; the argument `threshold` identifies them
     out = run("""
         import torch
         def loads(path):
@@ -57,12 +59,12 @@ def test_nothing_is_declared_where_the_compiled_part_loads() -> None:
             if "library" not in globals():
                 library = torch.library.Library("torchvision", "DEF")
                 for name in ("nms", "qnms"):
-                    library.define(f"{name}(Tensor dets, Tensor scores, float own) -> Tensor")
+                    library.define(f"{name}(Tensor dets, Tensor scores, float threshold) -> Tensor")
         torch.ops.load_library = loads
         LOAD
         print(module.LIBRARY, torch.ops.torchvision.nms.default._schema)
     """)
-    assert out == "None torchvision::nms(Tensor dets, Tensor scores, float own) -> Tensor"
+    assert out == "None torchvision::nms(Tensor dets, Tensor scores, float threshold) -> Tensor"
 
 
 def test_nothing_is_declared_without_torchvision() -> None:

@@ -1,3 +1,5 @@
+"""The wheel: its files, its metadata, and imports and commands from it."""
+
 import os
 import shutil
 import subprocess
@@ -20,9 +22,9 @@ FOLDERS = {  # folder of the repository -> name in the wheel
 
 
 def source_files(*patterns: str) -> list[Path]:
-    """Return the files of all packages that match, relative to the repository."""
-    found = (path for folder in FOLDERS for pattern in patterns for path in (ROOT / folder).rglob(pattern))
-    return sorted(path.relative_to(ROOT) for path in found if "__pycache__" not in path.parts)
+    """Return the files of all packages that match a pattern, relative to the repository."""
+    paths = (path for folder in FOLDERS for pattern in patterns for path in (ROOT / folder).rglob(pattern))
+    return sorted(path.relative_to(ROOT) for path in paths if "__pycache__" not in path.parts)
 
 
 def installed_name(path: Path) -> str:
@@ -45,13 +47,13 @@ def python(*args: str, cwd: Path, **env: str) -> str:
 
 @pytest.fixture(scope="module")
 def project() -> dict[str, Any]:
-    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    return found
+    settings: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return settings
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy, so that nothing an earlier build left can slip in."""
+    """Build the wheel from a copy without files of earlier builds."""
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for folder in (*FOLDERS, "tests"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -77,14 +79,14 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_every_package_is_named(project: dict[str, Any]) -> None:
+def test_pyproject_lists_every_package(project: dict[str, Any]) -> None:
     folders = {path.parent for path in source_files("*.py")}
     assert set(project["tool"]["setuptools"]["packages"]) == {
         installed_name(folder).replace("/", ".") for folder in folders
     }
 
 
-def test_the_wheel_holds_every_file_and_no_other(contents: set[str]) -> None:
+def test_the_wheel_contains_all_source_files_and_no_others(contents: set[str]) -> None:
     expected = {
         installed_name(path) for path in source_files("*.py", "*.yaml", "*.html", "*.css", "py.typed")
     }
@@ -94,7 +96,7 @@ def test_the_wheel_holds_every_file_and_no_other(contents: set[str]) -> None:
     assert {"sequel_configs/config.yaml", "sequel_configs/algo/ewc.yaml"} <= expected
 
 
-def test_the_wheel_names_the_distribution(wheel: Path, contents: set[str]) -> None:
+def test_the_metadata_of_the_wheel(wheel: Path, contents: set[str]) -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert wheel.name == f"sequel_cl-{version}-py3-none-any.whl"
     info = {name.partition(".dist-info/")[2] for name in contents if ".dist-info/" in name}
@@ -131,7 +133,7 @@ def test_the_command_works_from_the_wheel(installed: Path, tmp_path: Path) -> No
     assert "usage: sequel" in python("-c", code, cwd=tmp_path, PYTHONPATH=str(installed))
 
 
-def test_extras_stay_apart(project: dict[str, Any]) -> None:
+def test_extras_contain_one_framework_only(project: dict[str, Any]) -> None:
     extras = project["project"]["optional-dependencies"]
     assert set(extras) == {"lightning", "flax", "wandb", "comet", "all", "dev"}
     names = {extra: " ".join(requirements) for extra, requirements in extras.items()}
@@ -149,7 +151,7 @@ def test_the_constraints_pin_every_requirement(project: dict[str, Any]) -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert all(line.count("==") == 1 and "+" not in line and "/" not in line for line in pins)
-    wanted = list(project["project"]["dependencies"])
+    required = list(project["project"]["dependencies"])
     for extra, requirements in project["project"]["optional-dependencies"].items():
-        wanted += requirements if extra != "all" else []
-    assert {name(requirement) for requirement in wanted} <= {name(line) for line in pins}
+        required += requirements if extra != "all" else []
+    assert {name(requirement) for requirement in required} <= {name(line) for line in pins}
