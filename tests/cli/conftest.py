@@ -1,4 +1,4 @@
-"""A learner in NumPy, so that the command can be tested without a framework."""
+"""A NumPy learner, with which the command is tested without a framework."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,9 +16,9 @@ from sequel_core.stream.task import Task
 
 
 class NearestMean:
-    """Predicts the class whose training images of the latest task have the nearest mean.
+    """A classifier that predicts the class with the nearest mean image of its latest task.
 
-    The optimizer's rate decides between that (at least 0.01) and class 0 for every image; at 100 it diverges.
+    With a learning rate below 0.01 it learns nothing and predicts class 0; from 100 on, it diverges.
     """
 
     logs = shows_progress = False
@@ -49,13 +49,13 @@ class NearestMean:
         return Evaluation(correct, len(y), 0.0, correct)
 
     def start_stream(self, config: Mapping[str, Any], resumed: bool = False) -> None:
-        """Log nowhere."""
+        """Do nothing."""
 
     def end_stream(self) -> None:
-        """Log nowhere."""
+        """Do nothing."""
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Log nowhere."""
+        """Do nothing."""
 
     def save(self, directory: Path) -> Callable[[], None]:
         directory.mkdir()
@@ -63,8 +63,8 @@ class NearestMean:
         return lambda: None
 
     def restore(self, directory: Path) -> None:
-        with np.load(directory / "means.npz") as found:
-            self.means, self.step = found["means"], int(found["step"])
+        with np.load(directory / "means.npz") as arrays:
+            self.means, self.step = arrays["means"], int(arrays["step"])
 
     def weights(self) -> dict[str, FloatArray]:
         return {"means": self.means}
@@ -79,11 +79,11 @@ class NearestMean:
         return 1
 
     def close(self, failed: bool = False) -> None:
-        """Hold nothing open."""
+        """Do nothing."""
 
 
 class Plugin:
-    """A NumPy plug-in for `sequel_core.runs.learner.plugin`; keeps the configurations that it receives."""
+    """A NumPy plug-in for `sequel_core.runs.learner.plugin`, which records the configurations it receives."""
 
     def __init__(self) -> None:
         self.built: list[ExperimentConfig] = []

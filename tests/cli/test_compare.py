@@ -1,4 +1,4 @@
-"""`sequel compare`, the quiet mode of all commands, and `sequel demo`; with a learner that trains nothing."""
+"""`sequel compare`, `sequel demo` and the quiet mode of all commands, with a learner that does not train."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def cells(out: str) -> list[list[str]]:
 def test_both_frameworks_side_by_side(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["compare", "+experiment=ewc_rotateddigits", *SMALL, "run_dir=it's all"]) == 0
     out = capsys.readouterr().out
-    found = {mode: load_result(tmp_path / "it's all" / f"ewc_{mode}_seed0") for mode in PLUGINS}
+    results = {mode: load_result(tmp_path / "it's all" / f"ewc_{mode}_seed0") for mode in PLUGINS}
     assert [row[:4] for row in cells(out)[:2]] == [
-        ["ewc", mode, "0", f"{100 * result.average_accuracy:.2f}"] for mode, result in found.items()
+        ["ewc", mode, "0", f"{100 * result.average_accuracy:.2f}"] for mode, result in results.items()
     ]
     assert "the largest differences" not in out
     assert "largest differences between pytorch and jax" in out
@@ -47,13 +47,13 @@ def test_both_frameworks_side_by_side(capsys: pytest.CaptureFixture[str], tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"it's all"}
 
 
-def test_the_command_is_the_function(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_command_equals_the_function(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     line = ["algo=naive,ewc", "seed=3", "mode=jax", *SMALL]
     assert main(["compare", "-q", *line, "run_dir=command"]) == 0
-    found = compare(line, run_dir=tmp_path / "function", progress=False)
+    comparison = compare(line, run_dir=tmp_path / "function", progress=False)
     assert capsys.readouterr().out == ""
-    assert len(found.runs) == 2
-    for run in found.runs:
+    assert len(comparison.runs) == 2
+    for run in comparison.runs:
         assert run.result is not None
         twin = load_result(tmp_path / "command" / run.directory.name)
         assert twin.config == run.result.config
@@ -139,12 +139,12 @@ def test_quiet_prints_nothing(
 ) -> None:
     smaller = ["benchmark=rotateddigits", *SMALL, "expected.avg_acc=50", "expected.std=1"]
     monkeypatch.setattr("sequel_core.cli.reproduce.compose", lambda texts: compose([*texts, *smaller]))
-    assert main([*line, "-q"]) in (0, 1)  # 1 where the published number is missed
+    assert main([*line, "-q"]) in (0, 1)  # 1 if the published number is not reached
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
 
 
-def test_quiet_tells_errors(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quiet_prints_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--quiet", "-m", "seed=0,13", *SMALL]) == 1
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "sequel: run 1 failed: no space\n")
@@ -174,7 +174,7 @@ def test_the_demo(
     assert [vars(config.algo).get("ewc_lambda") for config in plugin.built] == [None, None, 100, 100]
 
 
-def test_a_plug_in_that_is_missing_is_told_before_anything_runs(
+def test_a_missing_plug_in_is_reported_before_the_first_run(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(mode: Any) -> None:

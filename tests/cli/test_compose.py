@@ -1,4 +1,4 @@
-"""Files, shipped experiments and overrides become one checked experiment."""
+"""Files, shipped experiments and overrides are composed into one validated configuration."""
 
 from contextlib import suppress
 from importlib import resources
@@ -25,7 +25,7 @@ CODE2, CODE3, CODE4 = (
 )
 
 
-def test_code_2_of_the_paper_is_read_as_it_is() -> None:
+def test_code_2_of_the_paper() -> None:
     config, notes = compose([CODE2])
     assert notes == []
     assert config.mode == "pytorch"
@@ -41,7 +41,7 @@ def test_code_2_of_the_paper_is_read_as_it_is() -> None:
     assert compose([CODE2, "mode=jax"]).config.mode == "jax"
 
 
-def test_code_3_of_the_paper_is_read_as_it_is() -> None:
+def test_code_3_of_the_paper() -> None:
     config, notes = compose([CODE3])
     assert notes == []
     assert config.mode == "pytorch"
@@ -63,7 +63,7 @@ def test_code_3_of_the_paper_is_read_as_it_is() -> None:
     assert config.expected == {"avg_acc": 82.3}
 
 
-def test_code_4_of_the_paper_is_read_as_it_is() -> None:
+def test_code_4_of_the_paper() -> None:
     config, notes = compose([CODE4])
     assert notes == []
     assert config.algo == LaMAMLHParams(
@@ -82,14 +82,14 @@ def test_code_4_of_the_paper_is_read_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("name", "file"), [("mcsgd_rotatedmnist", CODE3), ("lamaml_rotatedmnist", CODE4)], ids=["3", "4"]
 )
-def test_the_shipped_experiments_are_the_papers_files(name: str, file: str) -> None:
+def test_shipped_experiments_equal_the_files_of_the_paper(name: str, file: str) -> None:
     ours, theirs = (flatten(compose([text]).config.plain()) for text in (f"+experiment={name}", file))
     documents = ("expected", "source", "comment", "version")
     differ = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
     assert {key.partition(".")[0] for key in differ} <= {*documents}
 
 
-def test_code_3_keeps_all_but_the_method_when_another_is_chosen() -> None:
+def test_another_method_keeps_the_other_settings_of_code_3() -> None:
     config, notes = compose([CODE3, "algo=naive"])
     assert config.algo == NaiveHParams(lr_decay=0.8)
     assert config.optimizer == OptimizerHParams(lr=0.1, momentum=0.8)
@@ -101,14 +101,14 @@ def test_code_3_keeps_all_but_the_method_when_another_is_chosen() -> None:
     assert note.endswith("expected.avg_acc")
 
 
-def test_code_4_keeps_all_but_the_method_when_another_is_chosen() -> None:
+def test_another_method_keeps_the_other_settings_of_code_4() -> None:
     config, _ = compose([CODE4, "algo=ewc"])
     assert config.backbone == MLPHParams(widths=(100, 100))
     assert config.benchmark.arguments == {"per_task_rotation": 9, "num_tasks": 20, "subset": 1000}
     assert config.training == TrainingHParams(eval_batch_size=10000, epochs_per_task=1)
 
 
-def test_the_command_line_wins_over_the_file_and_the_file_over_the_groups() -> None:
+def test_the_command_line_overrides_the_file_and_the_file_overrides_the_groups() -> None:
     line = [CODE3, "algo=naive", "benchmark.batch_size=32", "optimizer.lr=0.5", "backbone.width=64"]
     config = compose(line).config
     assert (config.training.batch_size, config.training.eval_batch_size) == (32, 1024)
@@ -161,7 +161,7 @@ def test_spellings(line: list[str], same: list[str]) -> None:
     assert compose(line) == compose(same)
 
 
-def test_the_result_is_a_configuration_again(tmp_path: Path) -> None:
+def test_a_composed_configuration_can_be_composed_again(tmp_path: Path) -> None:
     import yaml
 
     line = [
@@ -188,7 +188,7 @@ def test_every_choice_has_a_group_file_and_every_default_is_valid() -> None:
 
 
 @pytest.mark.parametrize("name", experiments())
-def test_every_shipped_experiment_composes_and_is_named_after_what_it_runs(name: str) -> None:
+def test_shipped_experiments_compose_and_are_named_after_method_and_benchmark(name: str) -> None:
     config, notes = compose([f"+experiment={name}"])
     assert name == f"{config.algo.name}_{config.benchmark.name}"
     assert notes == []
@@ -209,7 +209,7 @@ def test_published_numbers(name: str, expected: float) -> None:
 
 
 @pytest.mark.parametrize("name", experiments())
-def test_a_shipped_experiment_says_where_it_comes_from(name: str) -> None:
+def test_a_shipped_experiment_has_a_source(name: str) -> None:
     text = resources.files("sequel_configs").joinpath("experiment", f"{name}.yaml").read_text()
     for word in ("Paper: ", f"Command: sequel run +experiment={name}\n", "Running time: ", "Expected: "):
         assert f"\n# {word}" in text
@@ -312,7 +312,7 @@ BAD = [
 @pytest.mark.parametrize(
     ("line", "message"), BAD, ids=[" ".join(Path(text).name for text in line) for line, _ in BAD]
 )
-def test_bad_input_is_one_line_that_says_what_to_do(line: list[str], message: str) -> None:
+def test_an_error_is_one_line(line: list[str], message: str) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011
         compose(line)
     assert str(error.value).startswith(message)
@@ -337,7 +337,7 @@ def test_bad_files(tmp_path: Path, content: str, message: str) -> None:
         compose([str(file)])
 
 
-def test_a_file_may_be_empty_or_name_things_shortly(tmp_path: Path) -> None:
+def test_a_file_may_be_empty_or_use_short_forms(tmp_path: Path) -> None:
     file = tmp_path / "a file, it's here.yaml"
     file.write_text("")
     assert compose([str(file)]) == compose([])
@@ -382,7 +382,7 @@ VALUES = st.one_of(
         st.tuples(st.sampled_from(["", "+", "++", "~"]), st.sampled_from(KEYS) | st.text(max_size=8), VALUES)
     )
 )
-def test_any_overrides_compose_or_are_refused_in_words(line: list[tuple[str, str, str]]) -> None:
+def test_any_overrides_compose_or_raise_a_one_line_error(line: list[tuple[str, str, str]]) -> None:
     with suppress(ValueError):
         config = compose([f"{prefix}{key}={value}" for prefix, key, value in line]).config
         assert config.training.batch_size >= 1
@@ -394,7 +394,7 @@ LINES = st.tuples(st.sampled_from(["", "+", "++"]), st.sampled_from(KEYS) | PLAC
 
 
 @given(st.lists(LINES, max_size=4))
-def test_any_sweep_is_read_or_refused_in_words(line: list[tuple[str, str, str]]) -> None:
+def test_any_sweep_is_read_or_raises_a_one_line_error(line: list[tuple[str, str, str]]) -> None:
     with suppress(ValueError):
         asked = request([f"{prefix}{key}={value}" for prefix, key, value in line], sweep=True)
         assert all("=" in text for text in asked.overrides)

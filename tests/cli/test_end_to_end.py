@@ -1,4 +1,4 @@
-"""The command with both real frameworks, on the bundled digits."""
+"""The command with both frameworks on the bundled digits."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def test_both_frameworks_agree(algo: str, tmp_path: Path, capsys: pytest.Capture
         assert result.config["algo"]["lr_decay"] == 0.8
         assert f"measured {100 * result.average_accuracy:.2f} %, expected 60 %" in capsys.readouterr().out
         matrices.append(result.matrix)
-    assert matrices[0][0, 0] > 0.7  # one class in ten by chance
+    assert matrices[0][0, 0] > 0.7  # chance is 0.1
     np.testing.assert_allclose(matrices[0], matrices[1], atol=0.01)
 
 
@@ -39,20 +39,20 @@ def test_both_frameworks_agree(algo: str, tmp_path: Path, capsys: pytest.Capture
         for algo in ALGORITHMS
     ],
 )
-def test_every_algorithm_runs_as_it_is_in_both_frameworks(algo: str, tmp_path: Path) -> None:
-    found = {}
+def test_every_algorithm_runs_with_its_defaults_in_both_frameworks(algo: str, tmp_path: Path) -> None:
+    results = {}
     for mode in ("pytorch", "jax"):
-        size = 400 if algo == "kcl" else 300  # of which KCL sets 200 aside
+        size = 400 if algo == "kcl" else 300  # KCL uses 200 as its coreset
         line = [f"algo={algo}", *DIGITS, f"benchmark.subset={size}", f"mode={mode}"]
         line.append(f"run_dir={tmp_path / mode}")
         line += ["algo.task_given=true"] if algo == "kcl" else []
         assert main(["run", *line]) == 0
-        found[mode] = load_result(tmp_path / mode)
-    torch, flax = found["pytorch"], found["jax"]
+        results[mode] = load_result(tmp_path / mode)
+    torch, flax = results["pytorch"], results["jax"]
     np.testing.assert_allclose(torch.matrix, flax.matrix, atol=0.02)
     assert torch.summary["memory_bytes"] == flax.summary["memory_bytes"]
     assert (torch.summary["memory_bytes"] > 0) == (algo not in ("naive", "joint", "stable_sgd"))
-    if algo in ("er", "der", "derpp", "agem"):  # images, labels and tasks, and DER's logits
+    if algo in ("er", "der", "derpp", "agem"):  # images, labels, tasks, and the logits of DER
         per_sample = 64 + 4 + 4 + (40 if algo.startswith("der") else 0)
         assert torch.summary["memory_bytes"] == torch.config["algo"]["mem_size"] * per_sample
 
@@ -76,14 +76,14 @@ def test_a_sweep_over_frameworks(tmp_path: Path) -> None:
 def test_the_papers_file_with_its_wandb_block_runs_offline(mode: str, tmp_path: Path) -> None:
     line = [CODE2, *DIGITS, "benchmark.subset=100", f"mode={mode}", "wandb.mode=offline", "run_dir=run"]
     program = "import sys; from sequel_core.cli import main; sys.exit(main(sys.argv[1:]))"
-    # A process of its own, because wandb keeps threads and a state of the whole process.
+    # In a subprocess, because wandb starts threads and changes the state of the process.
     subprocess.run([sys.executable, "-c", program, "run", *line], cwd=tmp_path, check=True)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
     assert len(list((tmp_path / "run").rglob("*.wandb"))) == 1
     assert load_result(tmp_path / "run").summary["status"] == "finished"
 
 
-def test_divergence_keeps_what_was_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_diverged_run_keeps_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = [*DIGITS, "mode=jax", "optimizer.lr=1e20", f"run_dir={tmp_path / 'run'}"]
     assert main(["run", *line]) == 1
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Loggers through the command, in both modes: files read back with the tools' readers; secrets; failures."""
+"""Loggers through the command in both modes: files, read with the readers of the tools; secrets; failures."""
 
 import csv
 import io
@@ -35,7 +35,7 @@ from tests.events import scalars
 
 MODES = ["pytorch", "jax"]
 BOTH = pytest.mark.parametrize("mode", MODES)
-STEPS, TASKS, EVERY = 20, 3, 6  # steps of an epoch, of which a task has two
+STEPS, TASKS, EVERY = 20, 3, 6  # steps per epoch; a task has two epochs
 SMALL = (
     f"benchmark.num_tasks={TASKS}",
     "benchmark.per_task_rotation=60",
@@ -51,20 +51,20 @@ SECRETS = {
     "argument": "typed-on-the-command-line",
     "file": "written-in-the-file",
 }
-OWN = """
+LOGGER = """
 from pathlib import Path
 from pytorch_lightning.loggers import CSVLogger
 
 class Logger(CSVLogger):
     def __init__(self, directory, api_key, password, comment):
-        super().__init__(directory, "own", "")
+        super().__init__(directory, "user", "")
 """
-OWN_JAX = """
+JAX_LOGGER = """
 from sequel_flax.writers import CsvWriter
 
 class Logger(CsvWriter):
     def __init__(self, directory, api_key, password, comment):
-        super().__init__(__import__("pathlib").Path(directory) / "own")
+        super().__init__(__import__("pathlib").Path(directory) / "user")
 """
 FILE = {
     "logger": {
@@ -72,7 +72,7 @@ FILE = {
         "wandb": {"project": "p", "group": "g", "name": "n", "tags": ["a", "b"], "mode": "offline"},
         "comet": {"workspace": "w", "project": "p", "name": "n", "tags": ["a", "b"], "mode": "offline"},
         "mine": {
-            "_target_": "own_${mode}.Logger",
+            "_target_": "user_${mode}.Logger",
             "api_key": SECRETS["file"],
             "password": "?",
             "comment": "my ${oc.env:OWN_PASSWORD}!",
@@ -91,8 +91,8 @@ for mode in ("pytorch", "jax"):
 
 
 @dataclass
-class Ran:
-    """A run with all loggers, and what it printed; on standard error both runs together."""
+class Logged:
+    """A run with all loggers and its output; `err` is the standard error of both runs."""
 
     result: Result
     out: str
@@ -105,11 +105,11 @@ class Ran:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
-    """Run every logger in both modes, in a process of their own, as W&B and Comet leave traces in it."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Logged]:
+    """Run all loggers in both modes, in a subprocess because W&B and Comet change the process."""
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "own_pytorch.py").write_text(OWN)
-    (folder / "own_jax.py").write_text(OWN_JAX)
+    (folder / "user_pytorch.py").write_text(LOGGER)
+    (folder / "user_jax.py").write_text(JAX_LOGGER)
     (folder / "file.yaml").write_text(yaml.safe_dump(FILE))
     environment = {**os.environ, **{key: value for key, value in SECRETS.items() if key.isupper()}}
     environment["COLUMNS"] = "100"
@@ -120,7 +120,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ran]:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     texts = done.stdout.split("<end>\n")
-    return {mode: Ran(load_result(folder / mode), texts[k], done.stderr) for k, mode in enumerate(MODES)}
+    return {mode: Logged(load_result(folder / mode), texts[k], done.stderr) for k, mode in enumerate(MODES)}
 
 
 Series = dict[str, list[tuple[int, float]]]
@@ -154,7 +154,7 @@ def read_jsonl(path: Path) -> Series:
 
 @cache
 def wandb_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of the offline run, as W&B's own reader prints them; all parts of a resumed one."""
+    """Return the records of an offline run and of its resumed parts, as printed by W&B's reader."""
     lines: list[str] = []
     for file in sorted((path / "wandb").glob("offline-run-*/run-*.wandb")):
         command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)]
@@ -164,8 +164,8 @@ def wandb_records(path: Path) -> list[dict[str, Any]]:
 
 def read_wandb(path: Path) -> Series:
     items = [record["history"]["item"] for record in wandb_records(path) if record["type"] == "history"]
-    own = ("_step", "_runtime", "_timestamp")
-    rows = [{k: v for k, v in item.items() if k not in own and "._type" not in k} for item in items]
+    internal = ("_step", "_runtime", "_timestamp")
+    rows = [{k: v for k, v in item.items() if k not in internal and "._type" not in k} for item in items]
     series = read_rows((row.pop("trainer/global_step"), row) for row in rows)
     return {tag: points for tag, points in series.items() if "." not in tag}
 
@@ -183,7 +183,7 @@ def read_comet(path: Path) -> Series:
     rows = ((m["step"], {m["metricName"]: float(m["metricValue"])}) for m in metrics)
     return {
         tag: points for tag, points in read_rows(rows).items() if tag != "process duration"
-    }  # Comet's own
+    }  # logged by Comet
 
 
 READERS = {
@@ -193,7 +193,7 @@ READERS = {
     "wandb": read_wandb,
     "comet": read_comet,
 }
-EVALUATED = [STEPS * k for k in range(1, 2 * TASKS + 1)]  # after each epoch, two a task
+EVALUATED = [STEPS * k for k in range(1, 2 * TASKS + 1)]  # after each of the two epochs per task
 REPORTED = sorted(
     {e + s for e in range(0, 2 * STEPS * TASKS, 2 * STEPS) for s in range(EVERY, 2 * STEPS, EVERY)}
     | {*EVALUATED}
@@ -213,7 +213,7 @@ EXPECTED = {
 @BOTH
 @pytest.mark.parametrize("name", READERS)
 def test_tags_and_steps_are_the_same_in_both_modes_and_increase(
-    runs: dict[str, Ran], mode: str, name: str
+    runs: dict[str, Logged], mode: str, name: str
 ) -> None:
     series = READERS[name](runs[mode].path)
     assert {tag: [step for step, _ in points] for tag, points in series.items()} == EXPECTED
@@ -221,8 +221,8 @@ def test_tags_and_steps_are_the_same_in_both_modes_and_increase(
 
 @BOTH
 @pytest.mark.parametrize("name", READERS)
-def test_the_last_values_are_those_of_the_summary(runs: dict[str, Ran], mode: str, name: str) -> None:
-    result, exact = runs[mode].result, name != "tensorboard"  # whose events hold float32
+def test_the_last_values_equal_the_summary(runs: dict[str, Logged], mode: str, name: str) -> None:
+    result, exact = runs[mode].result, name != "tensorboard"  # TensorBoard stores float32
     last = {tag: points[-1][1] for tag, points in READERS[name](runs[mode].path).items()}
     expected = {f"test/{key}": result.summary[key] for key in ("average_accuracy", "forgetting")}
     expected |= {f"test/accuracy/task_{j}": result.matrix[-1, j] for j in range(TASKS)}
@@ -233,7 +233,7 @@ def test_the_last_values_are_those_of_the_summary(runs: dict[str, Ran], mode: st
 
 
 @BOTH
-def test_numbers_of_training_are_those_of_the_run_directory(runs: dict[str, Ran], mode: str) -> None:
+def test_training_metrics_equal_the_run_directory(runs: dict[str, Logged], mode: str) -> None:
     lines = map(json.loads, (runs[mode].path / "metrics.jsonl").read_text().splitlines())
     records = [record for record in lines if record["kind"] == "train"]
     series = read_jsonl(runs[mode].path)
@@ -241,7 +241,7 @@ def test_numbers_of_training_are_those_of_the_run_directory(runs: dict[str, Ran]
         assert series[f"train/{name}"] == [(record["step"], record[name]) for record in records]
 
 
-def test_both_modes_write_the_same_files_with_the_same_numbers(runs: dict[str, Ran]) -> None:
+def test_both_modes_write_the_same_files_with_the_same_numbers(runs: dict[str, Logged]) -> None:
     torch, flax = (read_csv(runs[mode].path) for mode in MODES)
     for tag in EXPECTED.keys() - {"train/samples_per_second"}:
         np.testing.assert_allclose(
@@ -250,7 +250,7 @@ def test_both_modes_write_the_same_files_with_the_same_numbers(runs: dict[str, R
     headers = [(runs[mode].path / "csv" / "metrics.csv").read_bytes().partition(b"\r\n")[0] for mode in MODES]
     assert headers[0] == headers[1] == ",".join(sorted([*EXPECTED, "step"])).encode()
     for mode in MODES:
-        assert read_csv(runs[mode].path, "own") == read_csv(runs[mode].path)
+        assert read_csv(runs[mode].path, "user") == read_csv(runs[mode].path)
         assert {path.name for path in (runs[mode].path / "csv").iterdir()} == {"metrics.csv", "hparams.yaml"}
         assert (
             yaml.safe_load((runs[mode].path / "csv" / "hparams.yaml").read_text()) == runs[mode].result.config
@@ -261,7 +261,7 @@ PICTURES = {f"samples/task_{i}": [0] for i in range(TASKS)} | {"test/accuracy_ma
 
 
 @BOTH
-def test_pictures_and_tables_in_tensorboard(runs: dict[str, Ran], mode: str) -> None:
+def test_pictures_and_tables_in_tensorboard(runs: dict[str, Logged], mode: str) -> None:
     events = EventAccumulator(str(runs[mode].path / "tensorboard"), {"images": 0, "tensors": 0})
     events.Reload()
     assert {tag: [e.step for e in events.Images(tag)] for tag in events.Tags()["images"]} == PICTURES
@@ -270,7 +270,7 @@ def test_pictures_and_tables_in_tensorboard(runs: dict[str, Ran], mode: str) -> 
         picture = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
         assert picture.shape == (event.height, event.width, 3)
         if tag.startswith("samples"):
-            assert picture.shape == (44, 44, 3)  # 25 digits of 8x8 pixels, a pixel between them
+            assert picture.shape == (44, 44, 3)  # 25 digits of 8 x 8 pixels, one pixel apart
     *_, table = events.Tensors("test/accuracy_matrix_table/text_summary")
     (text,) = table.tensor_proto.string_val
     rows = [line.strip("| ").split(" | ") for line in text.decode().splitlines()]
@@ -280,26 +280,26 @@ def test_pictures_and_tables_in_tensorboard(runs: dict[str, Ran], mode: str) -> 
 
 
 @BOTH
-def test_hyper_parameters_in_tensorboard(runs: dict[str, Ran], mode: str) -> None:
+def test_hyper_parameters_in_tensorboard(runs: dict[str, Logged], mode: str) -> None:
     events = EventAccumulator(str(runs[mode].path / "tensorboard"))
     events.Reload()
     assert "hp_metric" not in events.Tags()["scalars"]
-    found = {}
+    contents = {}
     for tag, content in events.PluginTagToContent("hparams").items():
-        found[tag.rpartition("/")[2]] = HParamsPluginData.FromString(content)
-    settings = found["session_start_info"].session_start_info.hparams
+        contents[tag.rpartition("/")[2]] = HParamsPluginData.FromString(content)
+    settings = contents["session_start_info"].session_start_info.hparams
     assert settings["training.batch_size"].number_value == 5
     assert settings["algo.name"].string_value == "naive"
     assert settings["algo.reset_optimizer"].bool_value is True
     assert settings["mode"].string_value == mode
-    experiment = found["experiment"].experiment
+    experiment = contents["experiment"].experiment
     assert {info.name.tag for info in experiment.metric_infos} == {"test/average_accuracy", "test/forgetting"}
     assert {info.name for info in experiment.hparam_infos} == set(settings)
-    assert found["session_end_info"].session_end_info.status == 1  # STATUS_SUCCESS
+    assert contents["session_end_info"].session_end_info.status == 1  # STATUS_SUCCESS
 
 
 @BOTH
-def test_settings_pictures_and_tables_in_wandb(runs: dict[str, Ran], mode: str) -> None:
+def test_settings_pictures_and_tables_in_wandb(runs: dict[str, Logged], mode: str) -> None:
     path = runs[mode].path
     records = wandb_records(path)
     (run,) = (record["run"] for record in records if record["type"] == "run")
@@ -323,7 +323,7 @@ def test_settings_pictures_and_tables_in_wandb(runs: dict[str, Ran], mode: str) 
 
 
 @BOTH
-def test_settings_pictures_and_tables_in_comet(runs: dict[str, Ran], mode: str) -> None:
+def test_settings_pictures_and_tables_in_comet(runs: dict[str, Logged], mode: str) -> None:
     path = runs[mode].path
     messages = comet_messages(path)
     parameters = {}
@@ -351,7 +351,7 @@ def test_settings_pictures_and_tables_in_comet(runs: dict[str, Ran], mode: str) 
 
 
 @BOTH
-def test_the_table_in_jsonl_and_on_the_console(runs: dict[str, Ran], mode: str) -> None:
+def test_the_table_in_jsonl_and_on_the_console(runs: dict[str, Logged], mode: str) -> None:
     matrix = runs[mode].result.matrix
     lines = [json.loads(t) for t in (runs[mode].path / "jsonl" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0] == {"hparams": runs[mode].result.config}
@@ -364,21 +364,21 @@ def test_the_table_in_jsonl_and_on_the_console(runs: dict[str, Ran], mode: str) 
 
 
 @BOTH
-def test_no_secret_is_written_anywhere(runs: dict[str, Ran], mode: str) -> None:
-    found = []
+def test_no_secret_is_written_anywhere(runs: dict[str, Logged], mode: str) -> None:
+    contents = []
     for path in runs[mode].path.rglob("*"):
         if path.is_file():
-            found.append((path, path.read_bytes()))
+            contents.append((path, path.read_bytes()))
             if path.suffix == ".zip":
                 with zipfile.ZipFile(path) as files:
-                    found += [(path / name, files.read(name)) for name in files.namelist()]
-    assert len(found) > 20
-    for path, content in found:
+                    contents += [(path / name, files.read(name)) for name in files.namelist()]
+    assert len(contents) > 20
+    for path, content in contents:
         for name, secret in SECRETS.items():
             assert secret.encode() not in content, (path, name)
     config = runs[mode].result.config["logger"]["mine"]
     assert config == {
-        "_target_": f"own_{mode}.Logger",
+        "_target_": f"user_{mode}.Logger",
         "api_key": "***",
         "password": "***",
         "comment": "my ***!",
@@ -386,8 +386,8 @@ def test_no_secret_is_written_anywhere(runs: dict[str, Ran], mode: str) -> None:
     assert not any(secret in runs[mode].out + runs[mode].err for secret in SECRETS.values())
 
 
-def test_a_masked_configuration_runs_again_once_the_secrets_are_given(
-    runs: dict[str, Ran], monkeypatch: pytest.MonkeyPatch
+def test_a_masked_configuration_runs_if_the_secrets_are_given(
+    runs: dict[str, Logged], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(runs["jax"].path.parent)
     with pytest.raises(ValueError, match=r"logger\.mine\.api_key was masked where the run was recorded"):
@@ -401,7 +401,7 @@ def test_a_masked_configuration_runs_again_once_the_secrets_are_given(
     assert {**config.plain(), "written_by": metadata.version("sequel-cl")} == runs["jax"].result.config
 
 
-# -- a run that is stopped and gone on with
+# -- a run that is interrupted and resumed
 
 STOPPED_AT = 2 * STEPS + EVERY  # the first report of the second task
 STOP = f"""
@@ -412,22 +412,22 @@ STOP = f"""
             os.kill(os.getpid(), signal.SIGTERM)
 """
 STOPPING = {
-    "pytorch": OWN + STOP.format("log_metrics(self, metrics, step=None):", "log_metrics(metrics, step)"),
-    "jax": OWN_JAX + STOP.format("write_scalars(self, step, scalars):", "write_scalars(step, scalars)"),
+    "pytorch": LOGGER + STOP.format("log_metrics(self, metrics, step=None):", "log_metrics(metrics, step)"),
+    "jax": JAX_LOGGER + STOP.format("write_scalars(self, step, scalars):", "write_scalars(step, scalars)"),
 }
 
 
 @pytest.mark.slow
 @BOTH
-def test_a_run_that_is_stopped_and_resumed_is_one_series(tmp_path: Path, mode: str) -> None:
+def test_an_interrupted_and_resumed_run_is_one_series(tmp_path: Path, mode: str) -> None:
     (tmp_path / "stopping.py").write_text(STOPPING[mode])
-    own = {"_target_": "stopping.Logger", "api_key": "a", "password": "b", "comment": "c"}
-    settings = {"logger": {**FILE["logger"], "mine": own}}
+    user_logger = {"_target_": "stopping.Logger", "api_key": "a", "password": "b", "comment": "c"}
+    settings = {"logger": {**FILE["logger"], "mine": user_logger}}
     (tmp_path / "file.yaml").write_text(yaml.safe_dump(settings))
     program = "import sys; from sequel_core.cli import main; sys.exit(main(sys.argv[1:]))"
     line = ["file.yaml", *SMALL, f"mode={mode}", "run_dir=run", "evaluate_every=epoch"]
     line += ["training.epochs_per_task=2", "benchmark.validation=0.2"]
-    secrets = ["logger.mine.api_key=a", "logger.mine.password=b"]  # which no file of the run has
+    secrets = ["logger.mine.api_key=a", "logger.mine.password=b"]  # the run does not store them
     for arguments, code in ((line, 143), (["resume=run", *secrets], 0)):
         command = [sys.executable, "-c", program, "run", *arguments]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -448,7 +448,7 @@ def test_a_run_that_is_stopped_and_resumed_is_one_series(tmp_path: Path, mode: s
 
 
 def chosen(*line: str) -> dict[str, Any]:
-    """Return the loggers that a command line chooses, as `sequel run` reads it."""
+    """Return the loggers of a command line of `sequel run`."""
     asked = request(line, sweep=False)
     loggers: dict[str, Any] = compose(asked.overrides).config.plain()["logger"]
     return {name: {k: v for k, v in group.items() if v is not None} for name, group in loggers.items()}
@@ -508,22 +508,22 @@ def test_loggers_in_a_file(text: str, line: list[str], expected: dict[str, Any],
     assert chosen(str(file), *line) == expected
 
 
-def test_a_note_tells_which_loggers_of_the_file_are_left_out(tmp_path: Path) -> None:
+def test_a_note_names_the_loggers_of_the_file_that_are_replaced(tmp_path: Path) -> None:
     file = tmp_path / "file.yaml"
     file.write_text("wandb: {project: x}\nlogger: csv")
     assert compose([str(file), "logger=[csv,jsonl]"]).notes == ["logger=csv,jsonl in place of csv,wandb"]
 
 
 def test_sweeps_over_loggers(numpy_plugin: Plugin) -> None:
-    own = "{_target_: sequel_flax.writers.SilentWriter}"
-    asked = request([f"logger=[csv,{own}],[csv],null", "mode=jax"], sweep=True)
+    user_logger = "{_target_: sequel_flax.writers.SilentWriter}"
+    asked = request([f"logger=[csv,{user_logger}],[csv],null", "mode=jax"], sweep=True)
     assert [list(item.config.logger) for item in combinations(asked.overrides)] == [["csv", "1"], ["csv"], []]
     line = ["logger=[csv],[csv,tensorboard],null", "benchmark.subset=50", "benchmark.num_tasks=2"]
     assert main(["run", "-m", *line, "run_dir=sweep"]) == 0
     assert [list(config.logger) for config in numpy_plugin.built] == [["csv"], ["csv", "tensorboard"], []]
 
 
-def test_every_logger_has_a_file_that_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_describes_every_logger(capsys: pytest.CaptureFixture[str]) -> None:
     assert choices("logger") == ["comet", "console", "csv", "jsonl", "tensorboard", "wandb"]
     assert main(["list", "logger"]) == 0
     out = capsys.readouterr().out
@@ -554,17 +554,17 @@ BAD = [
 
 
 @pytest.fixture
-def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Take away all credentials that this machine may have."""
+def no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Hide all credentials of this machine."""
     for name in [name for name in os.environ if name.startswith(("WANDB_", "COMET_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
 
-@pytest.mark.usefixtures("nobody")
+@pytest.mark.usefixtures("no_credentials")
 @pytest.mark.parametrize(("line", "message"), BAD, ids=[" ".join(line) for line, _ in BAD])
-def test_bad_choices_are_refused_before_anything_is_done(
+def test_bad_choices_raise_before_anything_is_written(
     line: list[str],
     message: str,
     tmp_path: Path,
@@ -585,7 +585,7 @@ def test_settings_given_both_ways_must_agree(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("comet", "comet_ml")])
-def test_a_logger_without_its_package_is_refused(
+def test_a_logger_without_its_package_raises(
     name: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(services, "find_spec", lambda asked: None if asked == package else find_spec(asked))
@@ -614,7 +614,7 @@ class Failing(Parent):
 
 @BOTH
 @pytest.mark.filterwarnings("default::sequel_core.runs.loggers.LoggerWarning")
-def test_a_logger_that_fails_is_one_line_and_the_run_goes_on(
+def test_a_failing_logger_prints_one_line_and_the_run_continues(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parent = {

@@ -1,4 +1,4 @@
-"""The command itself: help, version, lists, data, and what it does not load."""
+"""The main command: help, version, `sequel list`, `sequel data`, and which packages it loads."""
 
 import subprocess
 import sys
@@ -50,7 +50,7 @@ def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
     ],
     ids=["NumPy", "torch", "torch on a GPU", "XLA"],
 )
-def test_no_memory_left_is_one_line(
+def test_out_of_memory_is_one_line(
     error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: object) -> int:
@@ -58,13 +58,13 @@ def test_no_memory_left_is_one_line(
 
     monkeypatch.setattr("sequel_core.cli.catalogue.main", fail)
     assert main(["list"]) == 1
-    told = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     assert capsys.readouterr().err == (
-        f"sequel: out of memory: {told}; make the network, the batches or the algorithm's memory smaller\n"
+        f"sequel: out of memory: {message}; make the network, the batches or the algorithm's memory smaller\n"
     )
 
 
-def test_an_error_of_the_code_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: object) -> int:
         raise RuntimeError("a tensor has the wrong shape")
 
@@ -86,7 +86,7 @@ def test_list_shows_every_choice_and_its_settings(
     assert [cell.strip() for cell in line.split("│")[1:4]] == ["algo.ewc_lambda", "1.0", ">= 0"]
 
 
-def test_list_of_one_kind(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_of_one_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "algos"]) == 0
     assert "benchmark" not in capsys.readouterr().out
     assert main(["list", "benchmrk"]) == 2
@@ -113,7 +113,7 @@ def test_data_checks_the_bundled_digits(
     ("line", "code"),
     [(["--help"], 0), (["run", "--help"], 0), (["run", "algo=ewcc"], 2), (["run", "algo=ewc", "--cfg"], 0)],
 )
-def test_help_and_refusals_load_no_framework(line: list[str], code: int) -> None:
+def test_help_and_errors_load_no_framework(line: list[str], code: int) -> None:
     heavy = ("torch", "jax", "sklearn", "pytorch_lightning", "flax")
     program = (
         "import sys; from sequel_core.cli import main; code = main(sys.argv[1:]);"

@@ -1,4 +1,4 @@
-"""`sequel reproduce`: verdicts, intervals, what is kept, what runs again; mostly with a learner in NumPy."""
+"""`sequel reproduce`: verdicts, intervals, and which runs are reused; mostly with a NumPy learner."""
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +39,7 @@ def snapshot(directory: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def row(out: str, mode: str) -> list[str]:
-    """Return the cells of a mode's line in the table."""
+    """Return the cells of the row of a mode in the table."""
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
     return next(cells for cells in lines if cells[:1] == [mode])
 
@@ -52,31 +52,31 @@ def _wide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Put digits in place of MNIST in what the command composes; a test adds what is expected."""
+    """Replace MNIST with digits in the composed experiments; tests add the expected numbers."""
     overrides = ["benchmark=rotateddigits", *SMALL]
     monkeypatch.setattr(command, "compose", lambda line: compose([*line, *overrides]))
     return overrides
 
 
 @pytest.mark.parametrize(
-    ("mean", "expected", "found"),
+    ("mean", "expected", "result"),
     [
-        (44.75, (46.25, 1.25, 1.5), "reached"),  # 46.25 - 1.5, exactly
+        (44.75, (46.25, 1.25, 1.5), "reached"),  # 46.25 - 1.5
         (44.74, (46.25, 1.25, 1.5), "missed"),
-        (48.75, (46.25, 1.25, 1.5), "reached"),  # 46.25 + 2 * 1.25, exactly
+        (48.75, (46.25, 1.25, 1.5), "reached"),  # 46.25 + 2 * 1.25
         (48.76, (46.25, 1.25, 1.5), "above"),
-        (47.75, (46.25, 0.5, 1.5), "reached"),  # the tolerance is the larger of the two
+        (47.75, (46.25, 0.5, 1.5), "reached"),  # the tolerance is larger than 2 * 0.5
         (47.76, (46.25, 0.5, 1.5), "above"),
         (50.0, (50.0, 0.0, 0.0), "reached"),
         (float("nan"), (46.25, 1.25, 1.5), "missed"),
     ],
 )
-def test_the_verdict_by_hand(mean: float, expected: tuple[float, float, float], found: str) -> None:
+def test_the_verdict_by_hand(mean: float, expected: tuple[float, float, float], result: str) -> None:
     avg_acc, std, tolerance = expected
-    assert verdict(mean, {"avg_acc": avg_acc, "std": std, "tolerance": tolerance}) == found
+    assert verdict(mean, {"avg_acc": avg_acc, "std": std, "tolerance": tolerance}) == result
 
 
-def test_without_a_tolerance_the_number_itself_has_to_be_reached() -> None:
+def test_without_a_tolerance_the_mean_must_reach_the_number() -> None:
     assert verdict(50.0, {"avg_acc": 50, "std": 1}) == "reached"
     assert verdict(49.99, {"avg_acc": 50, "std": 1}) == "missed"
 
@@ -85,7 +85,7 @@ def test_without_a_tolerance_the_number_itself_has_to_be_reached() -> None:
     ("values", "t"),
     [([1.0, 2.0], 12.706), ([1.0, 2.0, 3.0], 4.303), ([1.0, 2.0, 3.0, 4.0, 5.0], 2.776)],  # from a t table
 )
-def test_the_interval_is_students(values: list[float], t: float) -> None:
+def test_the_interval_is_students_t(values: list[float], t: float) -> None:
     bounds = interval(values)
     assert bounds is not None
     n, mean = len(values), sum(values) / len(values)
@@ -98,32 +98,32 @@ def test_one_seed_has_no_interval() -> None:
 
 
 @pytest.mark.parametrize("name", published())
-def test_an_experiment_to_reproduce_says_all_that_is_printed(name: str) -> None:
+def test_a_published_experiment_has_all_fields_that_are_printed(name: str) -> None:
     config = compose([f"+experiment={name}"]).config
     assert {"avg_acc", "std", "runs", "tolerance"} <= config.expected.keys()
     assert config.source
     assert config.comment
 
 
-def test_spreads_of_the_mcsgd_paper() -> None:
-    found = {name: (e["avg_acc"], e["std"], e["runs"], e["tolerance"]) for name, e in published().items()}
-    assert found["naive_rotatedmnist"] == (46.3, 1.37, 5, 1.5)
-    assert found["ewc_rotatedmnist"] == (48.5, 1.24, 5, 1.5)
-    assert found["er_rotatedmnist"] == (69.2, 1.10, 5, 1.5)
-    assert found["stable_sgd_rotatedmnist"] == (70.8, 0.78, 5, 1.5)
+def test_numbers_of_the_mcsgd_paper() -> None:
+    expected = {name: (e["avg_acc"], e["std"], e["runs"], e["tolerance"]) for name, e in published().items()}
+    assert expected["naive_rotatedmnist"] == (46.3, 1.37, 5, 1.5)
+    assert expected["ewc_rotatedmnist"] == (48.5, 1.24, 5, 1.5)
+    assert expected["er_rotatedmnist"] == (69.2, 1.10, 5, 1.5)
+    assert expected["stable_sgd_rotatedmnist"] == (70.8, 0.78, 5, 1.5)
 
 
 def test_both_frameworks_reach_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [*REACHED, "training.epochs_per_task=1", "optimizer.lr=0.1"]
     assert reproduce(EXPERIMENT, ["pytorch", "jax"], 2, tmp_path, overrides) == 0
     out = capsys.readouterr().out
-    found: dict[str, list[float]] = {}
+    accuracies: dict[str, list[float]] = {}
     for mode in ("pytorch", "jax"):
         paths = sorted((tmp_path / EXPERIMENT).glob(f"{mode}_seed?_????????"))
         results = [load_result(path) for path in paths]
         assert [(r.config["mode"], r.config["training"]["seed"]) for r in results] == [(mode, 0), (mode, 1)]
-        found[mode] = [100 * result.average_accuracy for result in results]
-        mean, half = np.mean(found[mode]), 12.706 * abs(np.diff(found[mode])[0]) / 2
+        accuracies[mode] = [100 * result.average_accuracy for result in results]
+        mean, half = np.mean(accuracies[mode]), 12.706 * abs(np.diff(accuracies[mode])[0]) / 2
         assert half > 0
         cells = row(out, mode)
         assert cells[:3] == [mode, "0, 1", f"{mean:.2f}"]
@@ -131,11 +131,11 @@ def test_both_frameworks_reach_a_number(tmp_path: Path, capsys: pytest.CaptureFi
         assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.01 + 1e-4 * half)
         forgetting = 100 * np.mean([result.forgetting for result in results])
         assert cells[4:] == [f"{forgetting:.2f}", "60", "40", "reached"]
-    assert found["pytorch"] == pytest.approx(found["jax"], abs=2)
+    assert accuracies["pytorch"] == pytest.approx(accuracies["jax"], abs=2)
     assert len(list((tmp_path / EXPERIMENT).iterdir())) == 4
 
 
-def test_a_kept_run_is_not_run_again(
+def test_a_finished_run_is_reused(
     numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again = partial(reproduce, EXPERIMENT, ["jax"], results=tmp_path / "kept")
@@ -152,7 +152,7 @@ def test_a_kept_run_is_not_run_again(
     assert snapshot(path) == before
     assert again(seeds=3, overrides=REACHED) == 0
     assert [config.training.seed for config in numpy_plugin.built] == [0, 1, 2]
-    # Another number to compare with is the same run, another rate is another.
+    # Another expected number does not change the run, another learning rate does.
     assert again(seeds=1, overrides=[*MISSED, "source=another paper"]) == 1
     assert len(numpy_plugin.built) == 3
     assert again(seeds=1, overrides=[*REACHED, "optimizer.lr=0.5"]) == 0
@@ -160,7 +160,7 @@ def test_a_kept_run_is_not_run_again(
     assert snapshot(path) == before
 
 
-def test_kept_runs_need_no_framework_and_no_data(
+def test_reused_runs_need_no_framework_and_no_data(
     numpy_plugin: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert reproduce(EXPERIMENT, ["jax"], 1, tmp_path, REACHED) == 0
@@ -174,7 +174,7 @@ def test_kept_runs_need_no_framework_and_no_data(
 
 
 @pytest.mark.parametrize("damage", ["no summary", "broken summary", "failed", "empty"])
-def test_an_unfinished_run_is_left_alone_and_run_again(
+def test_an_unfinished_run_is_kept_and_repeated_elsewhere(
     damage: str, numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert reproduce(EXPERIMENT, ["jax"], 1, tmp_path, REACHED) == 0
@@ -201,14 +201,14 @@ def test_an_unfinished_run_is_left_alone_and_run_again(
     assert len(numpy_plugin.built) == 2
 
 
-def test_two_processes_at_once_get_directories_of_their_own(tmp_path: Path) -> None:
+def test_concurrent_processes_use_different_directories(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(lambda _: new_directory(tmp_path / "a" / "b", "run"), range(16)))
     assert {path.name for path in paths} == {"run", *(f"run_{k}" for k in range(1, 16))}
     assert kept(tmp_path / "a" / "b", "run") is None
 
 
-def test_a_diverged_run_is_said_in_the_table_and_does_not_stop_the_others(
+def test_the_table_shows_a_diverged_run_and_the_others_continue(
     numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build = numpy_plugin.build_learner
@@ -325,7 +325,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not (tmp_path / "reproduced").exists()
 
 
-def test_an_experiment_without_a_spread_is_refused(numpy_plugin: Plugin, tmp_path: Path) -> None:
+def test_an_experiment_without_a_spread_raises(numpy_plugin: Plugin, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"experiment must have expected\.avg_acc and expected\.std, got "):
         reproduce(EXPERIMENT, ["jax"], 1, tmp_path, SMALL)
     assert numpy_plugin.built == []
@@ -340,7 +340,7 @@ def test_help_lists_the_experiments_with_their_numbers(capsys: pytest.CaptureFix
     assert all(any(line[:1] == [name] for line in lines) for name in published())
 
 
-def test_what_a_fingerprint_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_settings_change_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     def of(*overrides: str) -> str:
         return fingerprint(compose(["+experiment=naive_rotatedmnist", *overrides]).config)
 
@@ -353,7 +353,7 @@ def test_what_a_fingerprint_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert of() != first
 
 
-def test_a_run_prints_the_spread_beside_the_number(
+def test_a_run_prints_the_number_with_its_spread(
     numpy_plugin: Plugin, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["run", *SMALL, "expected.avg_acc=46.3", "expected.forgetting=0.5", "run_dir=out"]

@@ -1,4 +1,4 @@
-"""`sequel run resume=...` and `--check` through the command, with a learner in NumPy and real signals."""
+"""`sequel run resume=...` and `--check` with a NumPy learner and real signals."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ SMALL = ["benchmark.num_tasks=3", "benchmark.subset=100"]
 
 
 class Stop:
-    """Ends the process's run at the start of a task, once, as a signal does."""
+    """Interrupts a run once, at the start of a task, like a signal; `trained` lists the started tasks."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, task: int) -> None:
         self.trained: list[int] = []
@@ -38,12 +38,12 @@ class Stop:
         monkeypatch.setattr(NearestMean, "fit_task", fit_task)
 
 
-def end(directory: str) -> tuple[Any, Any, Any]:
+def outcome(directory: str) -> tuple[Any, Any, Any]:
     result = load_result(directory)
     return result.summary["status"], str(result.matrix.tolist()), load_weights(directory)["means"].tolist()
 
 
-def test_resume_takes_the_settings_of_the_run_and_trains_on_what_is_left(
+def test_resume_uses_the_settings_of_the_run_and_trains_the_remaining_tasks(
     numpy_plugin: Plugin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", "algo=er", "algo.mem_size=77", *SMALL, "run_dir=straight"]) == 0
@@ -55,14 +55,14 @@ def test_resume_takes_the_settings_of_the_run_and_trains_on_what_is_left(
     assert main(["run", "resume=runs/a b"]) == 0
     assert stop.trained == [0, 1, 1, 2]
     assert numpy_plugin.built[-1].algo.mem_size == 77  # type: ignore[attr-defined]
-    assert end("runs/a b") == end("straight")
-    assert main(["run", "resume=runs/a b"]) == 0  # which has ended: it is read back
+    assert outcome("runs/a b") == outcome("straight")
+    assert main(["run", "resume=runs/a b"]) == 0  # a finished run is only read
     assert main([*line, "resume=auto"]) == 0
     assert stop.trained == [0, 1, 1, 2]
 
 
 @pytest.mark.filterwarnings("default::sequel_core.runs.checkpoints.CheckpointWarning")
-def test_a_damaged_checkpoint_and_other_versions_are_told_in_a_line_each(
+def test_a_damaged_checkpoint_and_other_versions_are_reported_in_a_line_each(
     numpy_plugin: Plugin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["run", *SMALL, "run_dir=a", "resume=auto"]
@@ -83,11 +83,11 @@ def test_a_damaged_checkpoint_and_other_versions_are_told_in_a_line_each(
         f"{metadata.version('sequel-cl')}); the run continues, but its results may differ by rounding from "
         "those of an uninterrupted run",
     ]
-    assert main(line) == 0  # it has ended
+    assert main(line) == 0  # the run is finished
     assert capsys.readouterr().err == ""
 
 
-def test_resume_auto_begins_or_goes_on_and_a_sweep_with_every_run(
+def test_resume_auto_starts_or_resumes_a_run_and_all_runs_of_a_sweep(
     numpy_plugin: Plugin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stop = Stop(monkeypatch, task=2)
@@ -97,7 +97,7 @@ def test_resume_auto_begins_or_goes_on_and_a_sweep_with_every_run(
     assert stop.trained == [0, 1, 2, 2]
     stop = Stop(monkeypatch, task=2)
     sweep = ["run", "-m", "seed=0,1", *SMALL, "run_dir=sweep", "resume=auto"]
-    assert main(sweep) == 143  # the second run was not begun
+    assert main(sweep) == 143  # the second run has not started
     assert main(sweep) == 0
     assert stop.trained == [0, 1, 2, 2, 0, 1, 2]
     assert [load_result(f"sweep/{k}").summary["status"] for k in range(2)] == ["finished"] * 2
@@ -120,7 +120,7 @@ def test_resume_auto_begins_or_goes_on_and_a_sweep_with_every_run(
         (["run_dir=done", *SMALL], "run_dir must be empty or new"),
     ],
 )
-def test_what_cannot_be_resumed_is_told_and_nothing_is_touched(
+def test_a_run_that_cannot_be_resumed_is_one_line_and_changes_no_file(
     numpy_plugin: Plugin, capsys: pytest.CaptureFixture[str], line: list[str], message: str
 ) -> None:
     assert main(["run", *SMALL, "run_dir=done"]) == 0
@@ -133,7 +133,7 @@ def test_what_cannot_be_resumed_is_told_and_nothing_is_touched(
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
 
 
-def test_check_builds_everything_and_leaves_nothing(
+def test_check_builds_everything_and_writes_nothing(
     numpy_plugin: Plugin, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", "algo=er", *SMALL, "run_dir=x", "--check"]) == 0
@@ -154,10 +154,10 @@ def test_check_builds_everything_and_leaves_nothing(
         pytest.param("jax", signal.SIGUSR1, marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_writes_a_checkpoint_that_the_run_goes_on_from(
+def test_a_run_resumes_from_the_checkpoint_that_a_signal_writes(
     mode: str, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real signal to a process of its own; the run is gone on with, and its like made, in this one."""
+    """A subprocess receives a real signal; this process resumes its run and repeats it uninterrupted."""
     monkeypatch.chdir(tmp_path)
     line = ["run", "algo=er", f"mode={mode}", *SMALL, "evaluate_every=100"]
     line += ["training.epochs_per_task=16", "training.batch_size=5"]
@@ -165,7 +165,7 @@ def test_a_signal_writes_a_checkpoint_that_the_run_goes_on_from(
     process = subprocess.Popen(command, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
     for text in process.stdout:
-        if text.startswith("task 1/"):  # the second has begun
+        if text.startswith("task 1/"):  # the second task has started
             process.send_signal(number)
             break
     _, err = process.communicate()

@@ -1,4 +1,4 @@
-"""`sequel run`: what it prints, writes and returns; with a learner in NumPy."""
+"""`sequel run`: its output, files and exit codes, with a NumPy learner."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ def files(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
-def test_one_run_leaves_its_directory_and_nothing_else(
+def test_a_run_writes_to_its_directory_only(
     numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["run", "algo=ewc", *SMALL, "run_dir=it's a run", "expected.avg_acc=50", "source=a paper"]
@@ -54,7 +54,7 @@ def test_without_run_dir_a_run_gets_a_new_directory_under_runs(numpy_plugin: Plu
 @pytest.mark.parametrize("mode", ["pytorch", "jax"])
 def test_the_papers_file_runs_in_both_modes(numpy_plugin: Plugin, tmp_path: Path, mode: str) -> None:
     file = FIXTURES / "code2_ewc.yaml"
-    # The paper's file with the bundled digits in place of MNIST, which a test may not have.
+    # MNIST may be missing, so the file runs on the bundled digits.
     assert main(["run", str(file), f"mode={mode}", "benchmark=rotateddigits", "run_dir=out"]) == 0
     (config,) = numpy_plugin.built
     assert config.mode == mode
@@ -86,7 +86,7 @@ def test_a_sweep_ranks_its_runs_by_validation_accuracy(
     assert "ranked by validation accuracy" in out
 
 
-def test_a_sweep_over_modes_and_seeds_alone_holds_nothing_out(
+def test_a_sweep_over_modes_and_seeds_only_has_no_validation_samples(
     numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", "--multirun", "mode=pytorch,flax", "seed=range(2)", *SMALL]) == 0
@@ -99,7 +99,7 @@ def test_a_sweep_over_modes_and_seeds_alone_holds_nothing_out(
     assert sweep.name.endswith("_sweep")
 
 
-def test_a_sweep_may_ask_for_test_accuracy(numpy_plugin: Plugin, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_may_rank_by_test_accuracy(numpy_plugin: Plugin, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "-m", "optimizer.lr=0.001,0.1", "benchmark.validation=0", *SMALL]) == 0
     out = capsys.readouterr().out
     assert "ranked by test accuracy" in out
@@ -123,7 +123,7 @@ def test_a_sweep_of_a_list_valued_setting(numpy_plugin: Plugin) -> None:
     assert [c.backbone.widths for c in numpy_plugin.built] == [(8,), (8, 8)]  # type: ignore[attr-defined]
 
 
-def test_a_bad_job_stops_a_sweep_before_any_run(
+def test_an_invalid_run_stops_a_sweep_before_the_first_run(
     numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", "-m", "optimizer.lr=0.1,-1", *SMALL]) == 2
@@ -212,13 +212,13 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert files(tmp_path) == {"file", "full"}
 
 
-def test_a_run_directory_that_was_there_stays_when_a_run_fails(numpy_plugin: Plugin, tmp_path: Path) -> None:
+def test_an_existing_run_directory_is_kept_if_a_run_fails(numpy_plugin: Plugin, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     assert main(["run", "run_dir=mine", "backbone.num_classes=9"]) == 2
     assert files(tmp_path) == {"mine"}
 
 
-def test_cfg_prints_a_file_that_runs_the_same(
+def test_cfg_prints_a_file_of_the_same_configuration(
     numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", "algo=ewc", "algo.ewc_lambda=3", *SMALL, "--cfg"]) == 0

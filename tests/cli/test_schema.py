@@ -1,4 +1,4 @@
-"""`sequel schema`: shipped files are valid, mistakes are not, and texts come from the settings."""
+"""`sequel schema`: shipped files are valid, mistakes are not, and descriptions come from the settings."""
 
 import json
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_config_groups_are_valid(schema: dict[str, Any], path: Path) -> None:
         "training: {epochs_per_task: [1, 2]}",
     ],
 )
-def test_what_may_be_written(schema: dict[str, Any], text: str) -> None:
+def test_valid_settings(schema: dict[str, Any], text: str) -> None:
     assert errors(schema, yaml.safe_load(text)) == []
 
 
@@ -92,11 +92,11 @@ def test_what_may_be_written(schema: dict[str, Any], text: str) -> None:
         "algos: ewc",
     ],
 )
-def test_what_may_not_be_written(schema: dict[str, Any], text: str) -> None:
+def test_invalid_settings(schema: dict[str, Any], text: str) -> None:
     assert errors(schema, yaml.safe_load(text)) != []
 
 
-def test_descriptions_and_defaults_are_those_of_the_settings(schema: dict[str, Any]) -> None:
+def test_descriptions_and_defaults_come_from_the_settings(schema: dict[str, Any]) -> None:
     options = {
         option["properties"]["name"]["enum"][0]: option
         for option in schema["properties"]["algo"]["anyOf"][1:-1]

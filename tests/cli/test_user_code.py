@@ -1,4 +1,4 @@
-"""A user's own code by `_target_`: a package outside the repository, through the command, in both modes."""
+"""User-defined code through `_target_`: a package outside the repository, in both modes."""
 
 import json
 import shutil
@@ -27,9 +27,9 @@ BOTH = pytest.mark.parametrize("mode", ["pytorch", "jax"])
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put the package into the current directory, which the tests' own path does not have."""
+    """Copy the package into the current directory, which is not on `sys.path`."""
     shutil.copytree(Path(__file__).parent / "fixtures" / "outside", tmp_path / "outside")
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(FILE))
+    (tmp_path / "user.yaml").write_text(yaml.safe_dump(FILE))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in [name for name in sys.modules if name.partition(".")[0] == "outside"]:
@@ -37,7 +37,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def ran(*line: str) -> Result:
+def run(*line: str) -> Result:
     name = f"run{sum(path.is_dir() for path in Path.cwd().iterdir())}"
     assert main(["run", *line, f"run_dir={name}"]) == 0
     return load_result(name)
@@ -49,12 +49,12 @@ def directory(result: Result) -> Path:
 
 
 def weights(result: Result) -> dict[str, np.ndarray]:
-    with np.load(directory(result) / "weights.npz") as found:
-        return dict(found)
+    with np.load(directory(result) / "weights.npz") as arrays:
+        return dict(arrays)
 
 
-def test_one_file_of_own_code_runs_in_both_modes_with_the_same_numbers(package: Path) -> None:
-    torch, flax = (ran("own.yaml", f"mode={mode}", "training.dtype=float64") for mode in ("pytorch", "jax"))
+def test_one_file_of_user_code_gives_the_same_numbers_in_both_modes(package: Path) -> None:
+    torch, flax = (run("user.yaml", f"mode={mode}", "training.dtype=float64") for mode in ("pytorch", "jax"))
     np.testing.assert_array_equal(torch.matrix, flax.matrix)
     theirs = weights(flax)
     assert theirs.keys() == weights(torch).keys()
@@ -74,23 +74,23 @@ def test_one_file_of_own_code_runs_in_both_modes_with_the_same_numbers(package: 
     assert flax.config["benchmark"] == {"_target_": "outside.data.Prepared", "num_tasks": 2}
 
 
-def test_without_its_penalty_it_is_the_built_in_naive_with_the_built_in_optimizer(
+def test_zero_penalty_equals_the_built_in_naive_and_optimizer(
     package: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = ran("own.yaml", "algo.strength=0", "optimizer.learning_rate=0.05")
-    built_in = ran("own.yaml", "algo=naive", "optimizer=sgd", "optimizer.lr=0.05")
+    user_defined = run("user.yaml", "algo.strength=0", "optimizer.learning_rate=0.05")
+    built_in = run("user.yaml", "algo=naive", "optimizer=sgd", "optimizer.lr=0.05")
     assert "dropped the file's algo.strength" in capsys.readouterr().out
     assert built_in.config["algo"]["name"] == "naive"
     assert built_in.config["algo"]["lr_decay"] == 0.5
     assert built_in.config["optimizer"]["lr"] == 0.05
-    strong = weights(ran("own.yaml", "algo.strength=30", "optimizer.lr=0.05"))
+    strong = weights(run("user.yaml", "algo.strength=30", "optimizer.lr=0.05"))
     for path, array in weights(built_in).items():
-        np.testing.assert_array_equal(weights(own)[path], array)
-    assert max(np.abs(strong[path] - array).max() for path, array in weights(own).items()) > 1e-3
+        np.testing.assert_array_equal(weights(user_defined)[path], array)
+    assert max(np.abs(strong[path] - array).max() for path, array in weights(user_defined).items()) > 1e-3
 
 
 @BOTH
-def test_own_network_logger_and_transforms_from_the_command_line(package: Path, mode: str) -> None:
+def test_user_network_logger_and_transforms_from_the_command_line(package: Path, mode: str) -> None:
     line = [
         f"mode={mode}",
         "+backbone._target_=outside.${mode}_code.Net",
@@ -102,16 +102,16 @@ def test_own_network_logger_and_transforms_from_the_command_line(package: Path, 
         "algo=er",
     ]
     line += ["callbacks={steps: {_target_: outside.pytorch_code.Counter, path: steps}}"] * (mode == "pytorch")
-    result = ran(*line)
-    assert result.matrix[0, 0] > 0.9  # two classes
+    result = run(*line)
+    assert result.matrix[0, 0] > 0.9  # chance is 0.5
     assert result.matrix[1, 1] > 0.9
     arrays = weights(result).values()
     assert {array.shape for array in arrays} == {(16, 16), (16,), (16, 2), (2,)}
-    assert len(list(directory(result).rglob("*.csv"))) == 2  # the logger's, beside the matrix
+    assert len(list(directory(result).rglob("*.csv"))) == 2  # the logger's and the matrix
     if mode == "jax":
         return
     assert (package / "steps").read_text() == "40\n40\n"
-    again = ran(str(directory(result) / "config.yaml"))
+    again = run(str(directory(result) / "config.yaml"))
     assert again.config == result.config
     np.testing.assert_array_equal(again.matrix, result.matrix)
     for array, same in zip(arrays, weights(again).values(), strict=True):
@@ -159,7 +159,7 @@ def test_callbacks_of_the_stream_and_of_the_framework(
 ) -> None:
     (package / "outside" / "watching.py").write_text(WATCHING.format(**names))
     given = "{a: {_target_: outside.watching.Tasks}, b: {_target_: outside.watching.make_both}}"
-    result = ran("own.yaml", f"mode={mode}", f"callbacks={given}")
+    result = run("user.yaml", f"mode={mode}", f"callbacks={given}")
     starts = ["task 0", "task 1"]
     assert (directory(result) / "Tasks").read_text().splitlines() == starts
     assert (directory(result) / "Both").read_text().splitlines() == [starts[0], "trains", starts[1], "trains"]
@@ -172,16 +172,16 @@ def test_each_task_is_consolidated_at_its_best_weights(package: Path) -> None:
     keeper += "mode: max}"
     line = ["benchmark=rotateddigits", "benchmark.num_tasks=2", "benchmark.subset=60", "backbone.widths=[8]"]
     line += ["benchmark.validation=0.3", "algo=naive", "algo.consolidate=best", f"callbacks=[{keeper}]"]
-    result = ran(*line, "training.epochs_per_task=3", "optimizer.lr=0.5")
+    result = run(*line, "training.epochs_per_task=3", "optimizer.lr=0.5")
     (file,) = (package / "kept" / "task_1").iterdir()
     kept = torch.load(file, weights_only=True)
     assert kept["epoch"] < 2
-    found = weights(result)
-    np.testing.assert_array_equal(found["head/kernel"], kept["state_dict"]["net.head.weight"].T)
-    np.testing.assert_array_equal(found["head/bias"], kept["state_dict"]["net.head.bias"])
+    best = weights(result)
+    np.testing.assert_array_equal(best["head/kernel"], kept["state_dict"]["net.head.weight"].T)
+    np.testing.assert_array_equal(best["head/bias"], kept["state_dict"]["net.head.bias"])
 
 
-def test_what_is_made_of_arguments(package: Path) -> None:
+def test_objects_as_arguments(package: Path) -> None:
     from tests.cli.fixtures.outside.data import Halves
 
     line = ["benchmark._target_=outside.data.transformed", "benchmark.validation=0.25"]
@@ -191,9 +191,9 @@ def test_what_is_made_of_arguments(package: Path) -> None:
     assert [len(task.train) for task in stream.tasks] == [45, 45]
     images = Halves(20, 2).images[..., None]
     for task, quarters in zip(stream.tasks, (2, 1), strict=True):
-        found = task.test.take(np.arange(20))
-        np.testing.assert_array_equal(found.x, np.rot90(images, quarters, axes=(1, 2)))
-        assert found.y.tolist() == [0, 1] * 10
+        samples = task.test.take(np.arange(20))
+        np.testing.assert_array_equal(samples.x, np.rot90(images, quarters, axes=(1, 2)))
+        assert samples.y.tolist() == [0, 1] * 10
     lazy = "benchmark.transforms=[{_target_: numpy.rot90, _partial_: true, k: 3}]"
     stream = build_benchmark(compose([*line, lazy]).config)
     np.testing.assert_array_equal(
@@ -208,8 +208,8 @@ def test_what_is_made_of_arguments(package: Path) -> None:
         build_benchmark(compose(line).config)
 
 
-def test_the_choice_of_a_target_and_of_a_name(package: Path) -> None:
-    config, notes = compose(["own.yaml", "algo=ewc", "algo.ewc_lambda=2"])
+def test_a_name_replaces_a_target_and_vice_versa(package: Path) -> None:
+    config, notes = compose(["user.yaml", "algo=ewc", "algo.ewc_lambda=2"])
     assert config.algo.name == "ewc"
     assert notes == ["algo=ewc in place of outside.${mode}_code.Magnitude: dropped the file's algo.strength"]
     text = "algo: {name: ewc, ewc_lambda: 2, min_lr: 0.1}\nexpected: {avg_acc: 5}\n"
@@ -230,8 +230,8 @@ def test_the_choice_of_a_target_and_of_a_name(package: Path) -> None:
     assert (kept.key, kept.arguments) == ("callbacks.b", {"path": "b"})
 
 
-def test_a_sweep_over_an_argument_of_own_code(package: Path, numpy_plugin: Plugin) -> None:
-    line = ["own.yaml", "mode=jax", "algo.strength=0,1", "+benchmark.size=60,80", "optimizer=sgd"]
+def test_a_sweep_over_an_argument_of_user_code(package: Path, numpy_plugin: Plugin) -> None:
+    line = ["user.yaml", "mode=jax", "algo.strength=0,1", "+benchmark.size=60,80", "optimizer=sgd"]
     assert main(["run", "-m", *line, "run_dir=sweep"]) == 0
     assert [vars(config.algo)["strength"] for config in numpy_plugin.built] == [0, 0, 1, 1]
     assert [config.benchmark.arguments["size"] for config in numpy_plugin.built] == [60, 80] * 2
@@ -350,11 +350,11 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.slow
-def test_a_run_in_jax_loads_no_torch_for_own_code(package: Path) -> None:
+def test_a_jax_run_of_user_code_loads_no_torch(package: Path) -> None:
     program = (
         "import sys; from sequel_core.cli import main; code = main(sys.argv[1:]); "
         "sys.exit(code or 3 * ('torch' in sys.modules))"
     )
-    line = ["run", "own.yaml", "mode=jax", "run_dir=out"]
+    line = ["run", "user.yaml", "mode=jax", "run_dir=out"]
     subprocess.run([sys.executable, "-c", program, *line], cwd=package, check=True)
     assert json.loads((package / "out" / "summary.json").read_text())["status"] == "finished"
