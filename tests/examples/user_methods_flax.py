@@ -11,7 +11,7 @@ from sequel_flax import Algorithm
 from sequel_flax.bundle import Params
 from sequel_flax.quadratic import Model, quadratic
 from sequel_flax.replay import Outputs, mean_cross_entropy, replay, sum_of_first
-from tests.examples.own_methods import ConfidentHParams, MagnitudeHParams
+from tests.examples.user_methods import ConfidentHParams, MagnitudeHParams
 
 
 def magnitudes(params: Params, model: Model, batches: Iterable[Batch]) -> Params:

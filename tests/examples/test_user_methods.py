@@ -16,9 +16,9 @@ from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import OptimizerHParams, TrainingHParams
 from sequel_core.runs.learner import FitMonitor, Learner
 from sequel_core.stream.arrays import FloatArray
-from tests.examples.own_methods import ConfidentHParams, MagnitudeHParams
-from tests.examples.own_methods_flax import confident, magnitude
-from tests.examples.own_methods_lightning import Confident, Magnitude
+from tests.examples.user_methods import ConfidentHParams, MagnitudeHParams
+from tests.examples.user_methods_flax import confident, magnitude
+from tests.examples.user_methods_lightning import Confident, Magnitude
 
 STREAM = RotatedDigits(num_tasks=3, subset=350)
 TRAINING = TrainingHParams(batch_size=7, dtype="float64")
@@ -56,7 +56,7 @@ def trained(learner: Learner) -> dict[str, FloatArray]:
 
 
 @pytest.mark.parametrize(("hparams", "bundle", "module"), OWN, ids=lambda value: getattr(value, "name", ""))
-def test_own_methods_are_the_same_in_both_frameworks(hparams: Any, bundle: Any, module: Any) -> None:
+def test_user_methods_are_the_same_in_both_frameworks(hparams: Any, bundle: Any, module: Any) -> None:
     a, b = trained(flax_learner(bundle(hparams))), trained(torch_learner(module, hparams))
     naive = trained(flax_learner(sequel_flax.naive(NaiveHParams())))
     for name, array in b.items():

@@ -9,7 +9,7 @@ from sequel_core.stream.task import Batch
 from sequel_lightning.module import Params
 from sequel_lightning.quadratic import Model, QuadraticModule
 from sequel_lightning.replay import Outputs, ReplayModule, mean_cross_entropy, sum_of_first
-from tests.examples.own_methods import ConfidentHParams, MagnitudeHParams
+from tests.examples.user_methods import ConfidentHParams, MagnitudeHParams
 
 
 def magnitudes(params: Params, model: Model, batches: Iterable[Batch]) -> Params:
