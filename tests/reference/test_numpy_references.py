@@ -64,7 +64,7 @@ DIFFERENTIABLE = [
     for case in METHOD_CASES
     if case.hparams.name != "agem" and vars(case.hparams).get("second_order", True)
 ]
-NO_EXTRA_TERM = ("stable_sgd", "mcsgd", "kcl")  # the loss is a cross-entropy without a penalty
+NO_EXTRA_TERM = ("stable_sgd", "mcsgd", "kcl")  # CE alone, or (KCL) CE of other logits than the network's
 
 
 def distance(a: Weights, b: Weights) -> dict[str, float]:
