@@ -1,7 +1,7 @@
-"""Every algorithm runs on every backbone in every scenario and both modes, or says why not when it is made.
+"""Every algorithm runs on every backbone in every scenario and both modes, or raises ValueError when created.
 
-The table in docs/methods.md, and its summary in the README, are what this file finds. On a difference the
-failure shows the table to paste.
+The table in docs/methods.md and its summary in the README must equal the result of this file. If they differ,
+the failure shows the table to paste.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def table(columns: list[str]) -> dict[str, list[str]]:
 
 
 def written_table(page: Path, mark: str) -> list[list[str]]:
-    """Return the cells of the table between two comments of a page, its two heading rows included."""
+    """Return the cells of the table between two comments of a page, including its two heading rows."""
     text = page.read_text().partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0]
     return [line.strip("| ").split(" | ") for line in text.strip().splitlines() if line.startswith("|")]
 
@@ -146,13 +146,13 @@ QUICK = [column for column in ALL if "resnet" not in column and "same" not in co
 
 
 @pytest.mark.parametrize("columns", [QUICK, pytest.param(ALL, marks=pytest.mark.slow)], ids=["quick", "all"])
-def test_the_methods_page_says_what_runs(columns: list[str]) -> None:
-    found = table(columns)
-    places = [ALL.index(column) for column in columns]
-    written = {name: [cells[k] for k in places] for name, cells in methods_table().items()}
+def test_the_table_of_the_methods_page_is_correct(columns: list[str]) -> None:
+    expected = table(columns)
+    positions = [ALL.index(column) for column in columns]
+    written = {name: [cells[k] for k in positions] for name, cells in methods_table().items()}
     head = ["`algo=`", *columns]
-    rows = [head, ["---"] * len(head), *([f"`{name}`", *cells] for name, cells in found.items())]
-    assert written == found, "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [head, ["---"] * len(head), *([f"`{name}`", *cells] for name, cells in expected.items())]
+    assert written == expected, "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def test_the_readme_summarises_the_methods_page() -> None:
