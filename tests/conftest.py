@@ -1,4 +1,4 @@
-"""What every test starts from: the same seeds, the same examples, and no silent broadcasting in JAX."""
+"""Settings of all tests: fixed seeds, reproducible Hypothesis examples, no rank promotion in JAX."""
 
 import os
 import random
@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # read by jax when, and only when, a test imports it
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # by torch, alike: two workers of pytest share the cores
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"  # read when a test imports jax
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch: two pytest workers share the cores
 
 settings.register_profile("sequel", derandomize=True, deadline=None)
 settings.load_profile("sequel")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Spend less on compiling, which is most of what JAX's tests do.
+    """Reduce compilation, which takes most of the time of the JAX tests.
 
-    Each worker compiles a program once for all its tests; its cache is its own, as JAX's is not made for two
-    writers. Without the slow tests, which run what users run, XLA does not optimise.
+    Each worker has its own compilation cache, because JAX's cache does not support two writers. XLA optimises
+    only in runs with slow tests, which run the same programs as users.
     """
     compiled = TemporaryDirectory(prefix="sequel-compiled-")
     config.add_cleanup(compiled.cleanup)
@@ -40,8 +40,8 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _single_precision_afterwards() -> Iterator[None]:
-    """Undo what a run with `training.dtype=float64` does for good to JAX's process."""
+def _single_precision_after_each_test() -> Iterator[None]:
+    """Switch JAX back to float32, because a run with `training.dtype=float64` switches the whole process."""
     yield
     if "jax" in sys.modules and sys.modules["jax"].config.jax_enable_x64:
         sys.modules["jax"].config.update("jax_enable_x64", False)

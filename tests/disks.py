@@ -1,4 +1,4 @@
-"""A disk with little space, for tests of what happens where it is full."""
+"""Small disks, for tests with a full or read-only disk."""
 
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import pytest
 
 @contextmanager
 def small_disk(path: Path, kibibytes: int = 128) -> Iterator[Path]:
-    """Mount a small disk at a new folder for a while; skip the test where this may not be done."""
+    """Mount a small disk at a new folder; skip the test if mounting is not permitted."""
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(path)]
     try:
@@ -24,13 +24,13 @@ def small_disk(path: Path, kibibytes: int = 128) -> Iterator[Path]:
 
 
 def enlarge(path: Path) -> None:
-    """Give a mounted disk 9 MiB."""
+    """Resize a mounted disk to 9 MiB."""
     subprocess.run(["mount", "-o", "remount,size=9m", str(path)], check=True, capture_output=True)
 
 
 @contextmanager
 def write_protected(path: Path) -> Iterator[None]:
-    """Let a mounted disk be read only for a while; a file that is open may still be written."""
+    """Make a mounted disk read-only; files that are already open can still be written."""
     for options in (["--bind", str(path)], ["-o", "remount,bind,ro"]):
         subprocess.run(["mount", *options, str(path)], check=True, capture_output=True)
     try:
@@ -40,7 +40,7 @@ def write_protected(path: Path) -> Iterator[None]:
 
 
 def fill(path: Path) -> None:
-    """Fill the disk that a folder lies on to the last byte."""
+    """Fill the disk of a folder to the last byte."""
     with (path / "full").open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(512))

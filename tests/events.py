@@ -1,7 +1,7 @@
-"""What TensorBoard's reader finds in a folder, in the order in which it was written.
+"""Scalars in the event files of TensorBoard, in the order in which they were written.
 
-The reader takes files in the order of their names, and drops what seems to come again. Files of one second
-differ by a counter without leading zeros, so file 10 comes before file 9.
+TensorBoard reads files in the order of their names. By default it drops events that seem to be repeated. The
+names of files from one second end with a counter without leading zeros, so file 10 is read before file 9.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return step and value of every scalar, by tag."""
+    """Return the steps and values of every scalar by tag."""
     events = EventAccumulator(str(folder), {"scalars": 0}, purge_orphaned_data=False)
     events.Reload()
     return {

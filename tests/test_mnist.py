@@ -1,4 +1,4 @@
-"""The main job on real MNIST, as in the paper: minutes each, so they run with `make slow`."""
+"""The main experiment of the paper on MNIST. Each test takes minutes, so `make slow` runs them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.slow
 CODE_2 = Path(__file__).parent / "cli" / "fixtures" / "code2_ewc.yaml"
 MODES = ("pytorch", "jax")
 SEEDS = (0, 1, 2)
-TWENTY = ("benchmark=rotatedmnist", "benchmark.num_tasks=20", "benchmark.per_task_rotation=9")
+ROTATED = ("benchmark=rotatedmnist", "benchmark.num_tasks=20", "benchmark.per_task_rotation=9")
 
 
 @cache
-def measured(*overrides: str) -> Result:
+def run(*overrides: str) -> Result:
     """Return the result of `sequel run` with these arguments."""
     run_dir = mkdtemp()
     assert main(["run", *overrides, f"run_dir={run_dir}"]) == 0
@@ -30,15 +30,15 @@ def measured(*overrides: str) -> Result:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_naive_finetuning_has_the_published_accuracy(mode: str) -> None:
-    """Published: 46.3 (1.37), MC-SGD paper."""
-    result = measured("algo=naive", *TWENTY, f"mode={mode}")
+def test_naive_finetuning_reaches_the_published_accuracy(mode: str) -> None:
+    """The MC-SGD paper reports 46.3 (1.37)."""
+    result = run("algo=naive", *ROTATED, f"mode={mode}")
     assert result.summary["steps"] == 120_000
     assert 0.44 < result.average_accuracy < 0.49
 
 
-def test_both_frameworks_measure_the_same() -> None:
-    torch, flax = (measured("algo=naive", *TWENTY, f"mode={mode}") for mode in MODES)
+def test_both_frameworks_reach_the_same_accuracy() -> None:
+    torch, flax = (run("algo=naive", *ROTATED, f"mode={mode}") for mode in MODES)
     assert abs(torch.average_accuracy - flax.average_accuracy) < 0.003
     assert abs(torch.matrix[0, 0] - flax.matrix[0, 0]) < 0.001
     assert torch.run_dir is not None
@@ -47,10 +47,10 @@ def test_both_frameworks_measure_the_same() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_code_2_beats_naive_finetuning_with_its_own_settings(mode: str) -> None:
-    """EWC minus naive, every other setting of the paper's Code 2 the same, mean of three paired seeds."""
+def test_code_2_beats_naive_finetuning_with_the_same_settings(mode: str) -> None:
+    """Compare EWC and naive finetuning with the settings of Code 2 in the paper, over three paired seeds."""
     gains = []
     for seed in SEEDS:
         common = (str(CODE_2), "wandb=null", f"mode={mode}", f"seed={seed}")
-        gains.append(measured(*common).average_accuracy - measured(*common, "algo=naive").average_accuracy)
+        gains.append(run(*common).average_accuracy - run(*common, "algo=naive").average_accuracy)
     assert np.mean(gains) > 0.005

@@ -1,7 +1,7 @@
-"""Every algorithm runs on every backbone in every scenario and both modes, or says why not when it is made.
+"""Every algorithm runs on every backbone in every scenario and both modes, or raises ValueError when created.
 
-The table in docs/methods.md, and its summary in the README, are what this file finds. On a difference the
-failure shows the table to paste.
+The table in docs/methods.md and its summary in the README must equal the result of this file. If they differ,
+the failure shows the table to paste.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ COLUMNS: dict[str, list[BackboneHParams]] = {
     ],
     "`torchvision` (PyTorch)": [backbone("torchvision", model="shufflenet_v2_x0_5")],
 }
-"""A column of the table stands for all its networks."""
+"""The networks of every column of the table. The answer is the same for all networks of a column."""
 
 SCENARIO_COLUMNS: dict[str, Scenario] = {"domain": "domain", "task": "task", "class": "class"}
 ALL = [*SCENARIO_COLUMNS, *COLUMNS]
@@ -65,7 +65,7 @@ TRAINING = TrainingHParams(batch_size=4, eval_batch_size=8)
 
 @cache
 def stream(scenario: Scenario) -> Benchmark:
-    """Two tasks of two classes, eight training images of 32x32 in colour each."""
+    """Return two tasks of two classes, with eight colour images of 32x32 each."""
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (2, 16, 32, 32, 3), dtype=np.uint8), np.arange(16) % 4
     return split(DataSet("noise", images[0], labels, images[1], labels, 4), SplitSettings(2, scenario))
@@ -83,8 +83,8 @@ def learner(mode: str, hparams: AlgorithmHParams, network: BackboneHParams, scen
     return sequel_lightning.make_learner(hparams, net, factory, benchmark, TRAINING)
 
 
-def refusal(mode: str, hparams: AlgorithmHParams, network: BackboneHParams, scenario: Scenario) -> str:
-    """Return why a learner is refused, up to the colon that the remedy follows; empty where it is not."""
+def error_message(mode: str, hparams: AlgorithmHParams, network: BackboneHParams, scenario: Scenario) -> str:
+    """Return the message of the ValueError that `learner` raises; empty if it raises none."""
     try:
         learner(mode, hparams, network, scenario)
     except ValueError as error:
@@ -93,36 +93,36 @@ def refusal(mode: str, hparams: AlgorithmHParams, network: BackboneHParams, scen
 
 
 def answer(hparams: AlgorithmHParams, networks: list[BackboneHParams], scenario: Scenario) -> str:
-    """Return `yes`, or `no` with its reason; modes must agree."""
-    found = {
-        refusal(mode, hparams, network, scenario)
+    """Return `yes`, or `no` with the reason. The answer must be the same for all networks and modes."""
+    messages = {
+        error_message(mode, hparams, network, scenario)
         for network in networks
         for mode in MODES
         if mode in network.modes
     }
-    assert len(found) == 1, found
-    reason = found.pop()
+    assert len(messages) == 1, messages
+    reason = messages.pop()
     return f"no: {reason.partition('; ')[0].partition(': ')[2]}" if reason else "yes"
 
 
-def setting_for(hparams: AlgorithmHParams, scenario: Scenario) -> dict[str, Any]:
-    """Return the setting that a method needs in a scenario."""
+def required_settings(hparams: AlgorithmHParams, scenario: Scenario) -> dict[str, Any]:
+    """Return the settings that a method requires in a scenario."""
     return {"task_given": True} if hparams.name == "kcl" and scenario == "domain" else {}
 
 
 def cell(name: str, column: str) -> str:
-    """Return what the table says: of a scenario with an MLP, or of a network in the task scenario."""
+    """Return a cell of the table: a scenario with an MLP, or a network in the task scenario."""
     hparams = HPARAMS[name]
     if column not in SCENARIO_COLUMNS:
         return answer(hparams, COLUMNS[column], "task")
     scenario = SCENARIO_COLUMNS[column]
-    needed = setting_for(hparams, scenario)
-    found = answer(replace(hparams, **needed), COLUMNS["`mlp`"], scenario)
-    if needed:
-        assert found == "yes"
+    required = required_settings(hparams, scenario)
+    result = answer(replace(hparams, **required), COLUMNS["`mlp`"], scenario)
+    if required:
+        assert result == "yes"
         assert answer(hparams, COLUMNS["`mlp`"], scenario).startswith("no: ")
-        return f"yes, with {', '.join(f'`{key}={str(value).lower()}`' for key, value in needed.items())}"
-    return found
+        return f"yes, with {', '.join(f'`{key}={str(value).lower()}`' for key, value in required.items())}"
+    return result
 
 
 def table(columns: list[str]) -> dict[str, list[str]]:
@@ -130,7 +130,7 @@ def table(columns: list[str]) -> dict[str, list[str]]:
 
 
 def written_table(page: Path, mark: str) -> list[list[str]]:
-    """Return the cells of the table between two comments of a page, its two heading rows included."""
+    """Return the cells of the table between two comments of a page, including its two heading rows."""
     text = page.read_text().partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0]
     return [line.strip("| ").split(" | ") for line in text.strip().splitlines() if line.startswith("|")]
 
@@ -146,13 +146,13 @@ QUICK = [column for column in ALL if "resnet" not in column and "same" not in co
 
 
 @pytest.mark.parametrize("columns", [QUICK, pytest.param(ALL, marks=pytest.mark.slow)], ids=["quick", "all"])
-def test_the_methods_page_says_what_runs(columns: list[str]) -> None:
-    found = table(columns)
-    places = [ALL.index(column) for column in columns]
-    written = {name: [cells[k] for k in places] for name, cells in methods_table().items()}
+def test_the_table_of_the_methods_page_is_correct(columns: list[str]) -> None:
+    expected = table(columns)
+    positions = [ALL.index(column) for column in columns]
+    written = {name: [cells[k] for k in positions] for name, cells in methods_table().items()}
     head = ["`algo=`", *columns]
-    rows = [head, ["---"] * len(head), *([f"`{name}`", *cells] for name, cells in found.items())]
-    assert written == found, "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [head, ["---"] * len(head), *([f"`{name}`", *cells] for name, cells in expected.items())]
+    assert written == expected, "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def test_the_readme_summarises_the_methods_page() -> None:
@@ -190,15 +190,17 @@ RUNS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "network", "mode", "scenario"), RUNS)
-def test_what_is_not_refused_runs(name: str, network: BackboneHParams, mode: str, scenario: Scenario) -> None:
-    """Two tasks, two steps each; the weights move, and the evaluation is of finite losses."""
-    hparams = replace(HPARAMS[name], **setting_for(HPARAMS[name], scenario))
-    made = learner(mode, hparams, network, scenario)
-    before = made.weights()
-    for task in made.hparams.training_tasks(stream(scenario), made.training.seed):
-        made.fit_task(task, SILENT)
-    found = [made.evaluate(task, "test") for task in stream(scenario).tasks]
-    assert all(np.isfinite(evaluation.loss) and evaluation.total == 8 for evaluation in found)
-    after = made.weights()
+def test_every_supported_combination_runs(
+    name: str, network: BackboneHParams, mode: str, scenario: Scenario
+) -> None:
+    """Train two tasks of two steps each. The weights change, and the losses are finite."""
+    hparams = replace(HPARAMS[name], **required_settings(HPARAMS[name], scenario))
+    trained = learner(mode, hparams, network, scenario)
+    before = trained.weights()
+    for task in trained.hparams.training_tasks(stream(scenario), trained.training.seed):
+        trained.fit_task(task, SILENT)
+    evaluations = [trained.evaluate(task, "test") for task in stream(scenario).tasks]
+    assert all(np.isfinite(evaluation.loss) and evaluation.total == 8 for evaluation in evaluations)
+    after = trained.weights()
     assert all(np.isfinite(array).all() for array in after.values())
     assert any((after[k] != before[k]).any() for k in before)

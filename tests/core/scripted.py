@@ -1,4 +1,4 @@
-"""A learner that trains nothing: what it counts and weighs follows from algorithm, framework and seed."""
+"""A learner without training. Its scores and weights are random numbers of algorithm, framework and seed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 7
 
 
 class Scripted(Learner):
-    """Fails at seed 13, and diverges with `ewc_lambda` above 1,000; what is not here does nothing."""
+    """Raises OSError with seed 13 and DivergenceError with `ewc_lambda` above 1000."""
 
     shows_progress = False
 
@@ -78,7 +78,7 @@ def scripted(
 
 
 class ScriptedPlugin:
-    """What `sequel_core.runs.learner.plugin` returns; keeps the configurations that it was asked for."""
+    """A fake of what `sequel_core.runs.learner.plugin` returns; it records configurations."""
 
     def __init__(self) -> None:
         self.built: list[ExperimentConfig] = []

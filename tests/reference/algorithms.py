@@ -1,4 +1,4 @@
-"""Which reference belongs to which settings."""
+"""The NumPy reference of every method."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ REFERENCES: dict[type[AlgorithmHParams], type[Reference]] = {
 }
 
 
-def reference(
+def make_reference(
     benchmark: Benchmark,
     hparams: AlgorithmHParams,
     optimizer: OptimizerHParams,
     training: TrainingHParams,
     widths: tuple[int, ...],
 ) -> Reference:
-    """Return the reference of an algorithm, named by its settings."""
+    """Return the reference of the method that the settings belong to."""
     return REFERENCES[type(hparams)](benchmark, hparams, optimizer, training, widths)

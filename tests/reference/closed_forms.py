@@ -1,4 +1,4 @@
-"""What importances come to in the cases that have a closed form, on the first task of the rotated digits."""
+"""Importances in the cases that have a closed form, after the first task of the rotated digits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def samples(positions: IntArray) -> tuple[FloatArray, IntArray]:
 
 
 def consolidated(count: int | None) -> tuple[FloatArray, IntArray]:
-    """Return the samples of end-of-task work, `count` of them or all."""
+    """Return the samples of the end-of-task pass: the first `count`, or all if None."""
     total = len(benchmark("rotated").tasks[0].train)
     return samples(plan.permutation(TRAINING.seed, "consolidation", 0, count=total)[:count])
 
@@ -39,9 +39,9 @@ def linear_mas(weights: Weights, count: int | None, size: int) -> Weights:
     """Return MAS's Omega of a linear model: d||f||^2/dW_{dc} = 2 f_c x_d, d||f||^2/db_c = 2 f_c.
 
     Args:
-        weights: of the model.
-        count: samples of the estimate; None for all.
-        size: samples whose gradients are summed before the absolute value is taken.
+        weights: the weights of the model.
+        count: the number of samples of the estimate; None for all.
+        size: the number of samples whose gradients are summed before the absolute value is taken.
     """
     x, _ = consolidated(count)
     f = x @ weights["head/kernel"] + weights["head/bias"]
@@ -51,7 +51,7 @@ def linear_mas(weights: Weights, count: int | None, size: int) -> Weights:
 
 
 def sgd_si(theta: Weights, rate: float, xi: float) -> Weights:
-    """Return SI's Omega after a task of plain SGD from `theta`: omega = rate * sum over steps of g^2."""
+    """Return SI's Omega after a task of plain SGD from `theta`: omega = rate * sum_steps g^2."""
     size, total = TRAINING.batch_size, len(benchmark("rotated").tasks[0].train)
     start, squares = theta, network.zeros(theta)
     for positions in plan.epoch_batches(TRAINING.seed, 0, 0, total, size):

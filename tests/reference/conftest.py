@@ -1,4 +1,4 @@
-"""The reference is in float64, and so is what is compared with it."""
+"""Float64 in JAX and one thread in PyTorch, for comparisons with the float64 references."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ def _double_precision() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="package")
 def _one_thread() -> Iterator[None]:
-    """Operators this small take twice as long where threads wait for each other on a busy machine."""
+    """Use one thread: on a busy machine, operators this small take twice as long with several."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

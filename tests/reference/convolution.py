@@ -1,11 +1,11 @@
-"""Convolutional networks from the definitions of their layers, in float64 NumPy.
+"""Convolutional networks, written from the definitions of their layers in float64 NumPy.
 
     conv    y[n, i, j, o] = b[o] + sum_{u, v, c} x[n, s i + u - p, s j + v - p, c] K[u, v, c, o], 0 outside x
     pool    y[n, i, j, c] = max_{u, v in 0, 1} x[n, 2 i + u, 2 j + v, c]
-    batch   y = (x - m) / sqrt(v + 1e-5) * scale + bias, m the mean of x, v that of (x - m)^2, of a channel
-            running m <- 0.9 m + 0.1 mean, v <- 0.9 v + 0.1 sum (x - m)^2 / (n - 1); evaluation is by these
-    group   the same, over pixels and channels of a group of each image
-    gelu    x Phi(x), Phi the distribution of a standard normal
+    batch   y = (x - m) / sqrt(v + 1e-5) * scale + bias, m the mean and v the variance of x, per channel
+            running m <- 0.9 m + 0.1 mean, v <- 0.9 v + 0.1 sum (x - m)^2 / (n - 1), used in evaluation
+    group   the same, with the mean over the pixels and channels of one group of one image
+    gelu    x Phi(x), Phi the distribution function of the standard normal
     block   relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)), shortcut x or norm(conv(x)) with 1x1 kernels
 """
 
@@ -37,12 +37,12 @@ def convolution(x: FloatArray, kernel: FloatArray, stride: int, padding: int) ->
 
 
 def max_pool(x: FloatArray) -> FloatArray:
-    """Return the maxima of 2x2 pixels; a last odd row or column is left out."""
+    """Return the maxima over 2x2 pixels; an odd last row or column is dropped."""
     return np.asarray(sliding_window_view(x, (2, 2), axis=(1, 2))[:, ::2, ::2].max((-2, -1)))
 
 
 def group_norm(x: FloatArray, scale: FloatArray, bias: FloatArray, groups: int) -> FloatArray:
-    """Return maps `[N, H, W, C]`, each of the groups of channels of each image normalised."""
+    """Return maps `[N, H, W, C]`, normalised over each group of channels of each image."""
     parts = x.reshape(*x.shape[:3], groups, -1)
     mean = parts.mean((1, 2, 4), keepdims=True)
     var = ((parts - mean) ** 2).mean((1, 2, 4), keepdims=True)
@@ -51,26 +51,26 @@ def group_norm(x: FloatArray, scale: FloatArray, bias: FloatArray, groups: int) 
 
 
 class Network:
-    """The layers of a network by name, on weights that it is given.
+    """The forward pass of a network with given weights, layer by layer.
 
     Args:
-        weights: in the canonical layout, running statistics included.
+        weights: the weights in the canonical layout, including running statistics.
         norm: none, batch or group.
-        groups: of group normalisation.
-        train: whether batch normalisation is by the statistics of the batch.
+        groups: the number of groups of group normalisation.
+        train: whether batch normalisation uses the statistics of the batch.
     """
 
     def __init__(self, weights: Weights, norm: str, groups: int, train: bool) -> None:
         self.weights, self.norm, self.groups, self.train = weights, norm, groups, train
-        self.statistics: Weights = {}  # new running ones
+        self.statistics: Weights = {}  # updated running statistics
 
     def conv(self, name: str, x: FloatArray, stride: int) -> FloatArray:
-        """Return what a convolution makes of maps, padded by half its kernel."""
+        """Return the outputs of a convolution with padding of half the kernel size."""
         kernel = self.weights[f"{name}/kernel"]
         return convolution(x, kernel, stride, len(kernel) // 2) + self.weights.get(f"{name}/bias", 0.0)
 
     def normalised(self, name: str, x: FloatArray) -> FloatArray:
-        """Return what the normalisation of a name makes of maps."""
+        """Return the outputs of a normalisation layer."""
         scale, bias = self.weights[f"{name}/scale"], self.weights[f"{name}/bias"]
         if self.norm == "group":
             return group_norm(x, scale, bias, self.groups)
@@ -83,11 +83,11 @@ class Network:
         return (x - mean) / np.sqrt(var + 1e-5) * scale + bias
 
     def dense(self, name: str, x: FloatArray) -> FloatArray:
-        """Return what a dense layer makes of vectors `[N, in]`."""
+        """Return the outputs of a dense layer for vectors `[N, in]`."""
         return x @ self.weights[f"{name}/kernel"] + self.weights[f"{name}/bias"]
 
     def cnn(self, x: FloatArray, activation: str, stride: int, pool: bool) -> FloatArray:
-        """Return a CNN's logits `[N, num_classes]` of images `[N, H, W, C]`."""
+        """Return the logits `[N, num_classes]` of a CNN for images `[N, H, W, C]`."""
         f, names = ACTIVATIONS[activation], {path.split("/")[0] for path in self.weights}
         for i in range(sum(name.startswith("conv_") for name in names)):
             x = self.conv(f"conv_{i}", x, stride)
@@ -99,7 +99,7 @@ class Network:
         return self.dense("head", x)
 
     def resnet(self, x: FloatArray) -> FloatArray:
-        """Return ResNet-18's logits `[N, num_classes]` of images `[N, H, W, C]`."""
+        """Return the logits `[N, num_classes]` of ResNet-18 for images `[N, H, W, C]`."""
         relu = ACTIVATIONS["relu"]
         x = relu(self.normalised("norm_0", self.conv("conv_0", x, 1)))
         for stage, stride in enumerate((1, 2, 2, 2)):

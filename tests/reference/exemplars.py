@@ -1,13 +1,13 @@
 """iCaRL in float64 NumPy, written from the paper (Rebuffi 2017, algorithms 1 to 5).
 
     L = -mean_n mean_c [q_nc log g_nc + (1 - q_nc) log(1 - g_nc)], g_nc = sigmoid(f(x_n))_c, c a seen class;
-        q_nc = g_old(x_n)_c of classes that only past tasks have, [c = y_n] of all others
+        q_nc = g_old(x_n)_c if only past tasks have class c, else [c = y_n]
     phi(x) = h(x) / |h(x)|
-    herding  p_k = argmin_x |mu - (phi(x) + phi(p_1) + ... + phi(p_{k-1})) / k|, mu the mean of a class's phi
+    herding  p_k = argmin_x |mu - (phi(x) + phi(p_1) + ... + phi(p_{k-1})) / k|, mu a class's mean phi
     predict  argmin_c |phi(x) - mu_c / |mu_c||, mu_c the mean of phi over the exemplars of c
-    flip     mu_c is the mean of that and of the same over mirror images (official code)
+    flip     mu_c is averaged with the same mean over mirror images (official code)
 
-There is one set of exemplars for each class of each task.
+Each class of each task has its own set of exemplars.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.task import AnySplit, JoinedSplit, Samples, Split, Task
 from tests.reference import network
 from tests.reference.network import Weights
-from tests.reference.streams import Reference, rows, together
+from tests.reference.streams import Reference, concatenate, rows
 
 
 def herd(phi: FloatArray, count: int) -> list[int]:
-    """Return the rows of phi `[n, H]` that are chosen, none twice, at most `count`, in the order chosen."""
+    """Return the rows of phi `[n, H]` in the order of herding, at most `count`, each at most once."""
     mean, chosen = phi.mean(axis=0), list[int]()
     for k in range(1, min(count, len(phi)) + 1):
-        away = np.linalg.norm(mean - (phi + phi[chosen].sum(axis=0)) / k, axis=1)
-        away[chosen] = np.inf
-        chosen.append(int(np.argmin(away)))
+        distance = np.linalg.norm(mean - (phi + phi[chosen].sum(axis=0)) / k, axis=1)
+        distance[chosen] = np.inf
+        chosen.append(int(np.argmin(distance)))
     return chosen
 
 
@@ -43,13 +43,13 @@ class ICaRL(Reference):
     hparams: ICaRLHParams
 
     task: int
-    learned: int  # the last task that has ended; -1 at first
+    last_ended: int  # index of the last task that ended, -1 before the first
     old: Weights
-    sets: dict[tuple[int, int], Samples]  # exemplars of task and class, in the order chosen
+    sets: dict[tuple[int, int], Samples]  # exemplars by task and class, in the order of herding
     means: dict[int, FloatArray]  # mu_c / |mu_c|
 
     def start(self, theta: Weights) -> None:
-        self.learned, self.sets, self.means = -1, {}, {}
+        self.last_ended, self.sets, self.means = -1, {}, {}
 
     def start_task(self, theta: Weights, task: Task) -> Weights:
         self.task = task.index
@@ -69,38 +69,38 @@ class ICaRL(Reference):
             target[:, c] = np.exp(log_sigmoid(network.logits(self.old, x)[0][:, c]))
         counted = seen if self.hparams.outputs == "seen" else np.ones_like(seen)
         terms = -(target * log_sigmoid(f) + (1 - target) * log_sigmoid(-f))[:, counted]
-        slope = np.where(counted, np.exp(log_sigmoid(f)) - target, 0) / terms.size
-        return float(terms.mean()), network.backward(theta, inputs, slope)
+        d_logits = np.where(counted, np.exp(log_sigmoid(f)) - target, 0) / terms.size
+        return float(terms.mean()), network.backward(theta, inputs, d_logits)
 
     def end_task(self, theta: Weights, task: Task) -> None:
         sets = int(self.benchmark.mask[: task.index + 1].sum())
         exact = self.hparams.mem_size / sets
         quota = int(np.ceil(exact) if self.hparams.quota == "ceil" else np.floor(exact))
-        self.sets = {key: rows(held, slice(quota)) for key, held in self.sets.items()}
+        self.sets = {key: rows(exemplars, slice(quota)) for key, exemplars in self.sets.items()}
         order = self.consolidation_order(task)
         for c in task.classes:
-            own = task.train.take(order[task.train.targets[order] == c])
-            chosen = herd(self.phi(theta, own), quota)
-            self.sets[task.index, c] = rows(own, np.asarray(chosen))
-        self.old, self.learned = theta, task.index
+            samples = task.train.take(order[task.train.targets[order] == c])
+            chosen = herd(self.phi(theta, samples), quota)
+            self.sets[task.index, c] = rows(samples, np.asarray(chosen))
+        self.old, self.last_ended = theta, task.index
         self.means = {c: self.mean(theta, c) for c in sorted({c for _, c in self.sets})}
 
     def phi(self, theta: Weights, samples: Samples) -> FloatArray:
-        """Return the features `[N, H]`, of unit length unless they are all 0."""
+        """Return the features `[N, H]`, scaled to unit length unless they are all 0."""
         h = network.logits(theta, self.inputs(samples).x)[1][-1]
         lengths = np.linalg.norm(h, axis=1, keepdims=True)
         return np.asarray(np.divide(h, lengths, out=np.zeros_like(h), where=lengths > 0))
 
     def mean(self, theta: Weights, label: int) -> FloatArray:
-        """Return the direction of the mean of a class's exemplars `[H]`."""
-        samples = together(*(self.sets[key] for key in sorted(self.sets) if key[1] == label))
+        """Return the mean feature of the exemplars of a class, scaled to unit length, `[H]`."""
+        samples = concatenate(*(self.sets[key] for key in sorted(self.sets) if key[1] == label))
         mean = self.phi(theta, samples).mean(axis=0)
         if self.hparams.flip:
             mean = (mean + self.phi(theta, samples._replace(x=samples.x[:, :, ::-1])).mean(axis=0)) / 2
         return np.asarray(mean / np.linalg.norm(mean))
 
     def predict(self, theta: Weights, samples: Samples) -> FloatArray:
-        if self.learned != self.task:
+        if self.last_ended != self.task:
             return super().predict(theta, samples)
         phi = self.phi(theta, samples)
         scores = np.full((len(phi), self.benchmark.num_classes), -np.inf)
@@ -112,4 +112,4 @@ class ICaRL(Reference):
         return {"head": super().predict(theta, samples)}
 
     def memory_samples(self) -> Samples:
-        return together(*(self.sets[key] for key in sorted(self.sets)))
+        return concatenate(*(self.sets[key] for key in sorted(self.sets)))

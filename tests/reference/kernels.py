@@ -1,16 +1,16 @@
 """Kernel continual learning in float64 NumPy, written from the paper (Derakhshani 2021) and its code.
 
-For samples x of task k, which has a coreset C with labels Y (one-hot); z, c are normalised features of x, C:
+For samples x of task k, with coreset C and one-hot labels Y; z and c are the normalised features of x and C:
 
     A = M^-1 Y, M = K(c, c) + (|lambda_k| + 0.01) I;  f = gamma_k K(z, c) A + beta_k
-    L = CE(f, y) + tau KL(N(mu_r, e^v_r) || N(mu_p, e^v_p)), the second term of rff alone
+    L = CE(f, y) + tau KL(N(mu_r, e^v_r) || N(mu_p, e^v_p)), the second term only for rff
     rff  K(a, b) = psi(a) psi(b)^T, psi(a)_d = sqrt(2/D) cos(omega_d a + b_d), omega_d = mu_r + e^(v_r/2) e_d
          (mu_r, v_r) = posterior(mean of c), (mu_p, v_p) = prior(mean of z)
     rbf  K(a, b) = e^(-|a - b|^2 / (2 bandwidth^2))
     KL   = 1/2 sum_j [v_p - v_r + (e^v_r + (mu_r - mu_p)^2) / e^v_p - 1]
 
-Backwards, for any L of A: dL/dY = M^-T dL/dA, dL/dM = -dL/dY A^T. The network's head has no part in it, and
-beta_k, added to all classes alike, does not change CE: its slope is 0, and it stays 0.
+Backward pass, for any function L of A: dL/dY = M^-T dL/dA, dL/dM = -dL/dY A^T. The head of the network is not
+used. Adding beta_k to all classes does not change CE, so its gradient is 0 and it stays 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sequel_core.stream.arrays import FloatArray, SlotArray
 from sequel_core.stream.task import Samples, Task
 from tests.reference import network
 from tests.reference.network import Weights
-from tests.reference.streams import Reference, together
+from tests.reference.streams import Reference, concatenate
 
 Normalisation = Literal["l2", "minmax"]
 FLOOR = 1e-12
@@ -37,7 +37,7 @@ LAYERS = ("dense_0", "dense_1", "head")
 
 @cache
 def noise(seed: int) -> FloatArray:
-    """Return the table that bases are cut from."""
+    """Return the noise table from which the bases are read."""
     return noise_table(seed).astype(np.float64)
 
 
@@ -45,14 +45,14 @@ def noise(seed: int) -> FloatArray:
 
 
 def normalised(h: FloatArray, how: Normalisation) -> FloatArray:
-    """Return features `[N, H]` of unit length, or in [0, 1]."""
+    """Return features `[N, H]`: rows of unit length (l2), or values in [0, 1] (minmax)."""
     if how == "l2":
         return np.asarray(h / np.maximum(np.linalg.norm(h, axis=1, keepdims=True), FLOOR))
     return np.asarray((h - h.min()) / max(h.max() - h.min(), FLOOR))
 
 
 def normalised_backward(h: FloatArray, how: Normalisation, d: FloatArray) -> FloatArray:
-    """Return dL/dh for dL/dnormalised(h); extremes that occur more than once share their part."""
+    """Return dL/dh for dL/dnormalised(h); equal extremes share the gradient equally."""
     u = normalised(h, how)
     if how == "l2":
         lengths = np.linalg.norm(h, axis=1, keepdims=True)
@@ -66,11 +66,11 @@ def normalised_backward(h: FloatArray, how: Normalisation, d: FloatArray) -> Flo
     return np.asarray(d / width + low * d_low / low.sum() + high * d_width / high.sum())
 
 
-# -- inference nets: ELU after the first two of three layers
+# -- inference networks: three layers, ELU after the first two
 
 
 def infer(weights: Weights, net: str, mean: FloatArray) -> tuple[FloatArray, list[FloatArray]]:
-    """Return the outputs `[2H]` of a net, and the inputs of its layers, for a mean of features `[H]`."""
+    """Return the outputs `[2H]` of an inference network for mean features `[H]`, and its layers' inputs."""
     inputs = [mean]
     for layer in LAYERS:
         a = inputs[-1] @ weights[f"kcl/{net}/{layer}/kernel"] + weights[f"kcl/{net}/{layer}/bias"]
@@ -81,15 +81,15 @@ def infer(weights: Weights, net: str, mean: FloatArray) -> tuple[FloatArray, lis
 def infer_backward(
     weights: Weights, net: str, inputs: list[FloatArray], d: FloatArray
 ) -> tuple[Weights, FloatArray]:
-    """Return dL/dweights of a net and dL/dmean, for dL/doutputs."""
-    found: Weights = {}
+    """Return dL/dweights of an inference network and dL/dmean, for dL/doutputs."""
+    gradient: Weights = {}
     for layer, h in zip(reversed(LAYERS), reversed(inputs), strict=True):
-        found[f"kcl/{net}/{layer}/kernel"] = np.outer(h, d)
-        found[f"kcl/{net}/{layer}/bias"] = d
+        gradient[f"kcl/{net}/{layer}/kernel"] = np.outer(h, d)
+        gradient[f"kcl/{net}/{layer}/bias"] = d
         d = weights[f"kcl/{net}/{layer}/kernel"] @ d
         if layer != LAYERS[0]:
-            d = d * np.where(h > 0, 1, h + 1)  # dELU/da = e^a = ELU + 1 below 0
-    return found, d
+            d = d * np.where(h > 0, 1, h + 1)  # dELU/da = e^a = ELU + 1 if a < 0
+    return gradient, d
 
 
 def divergence(mu: FloatArray, v: FloatArray, mu_p: FloatArray, v_p: FloatArray) -> float:
@@ -101,7 +101,7 @@ def divergence(mu: FloatArray, v: FloatArray, mu_p: FloatArray, v_p: FloatArray)
 
 
 class Bases(NamedTuple):
-    """What random Fourier features are made with."""
+    """Parameters of random Fourier features."""
 
     omega: FloatArray  # [D, H]
     phase: FloatArray  # b [D]
@@ -125,18 +125,18 @@ def rbf(a: FloatArray, b: FloatArray, bandwidth: float) -> FloatArray:
 def rbf_backward(
     a: FloatArray, b: FloatArray, bandwidth: float, d: FloatArray
 ) -> tuple[FloatArray, FloatArray]:
-    """Return dL/da and dL/db for dL/drbf(a, b), as if a and b were not the same array."""
-    pull = (d * rbf(a, b, bandwidth))[:, :, None] * (a[:, None] - b[None]) / bandwidth**2
-    return -pull.sum(axis=1), pull.sum(axis=0)
+    """Return dL/da and dL/db for dL/drbf(a, b). If a and b are the same array, the gradient is their sum."""
+    d_difference = -(d * rbf(a, b, bandwidth))[:, :, None] * (a[:, None] - b[None]) / bandwidth**2
+    return d_difference.sum(axis=1), -d_difference.sum(axis=0)
 
 
 def ridge(lmd: float) -> float:
-    """Return what is added to the diagonal."""
+    """Return the number that is added to the diagonal of the kernel."""
     return abs(lmd) + 0.01
 
 
 def coefficients(kernel: FloatArray, strength: float, targets: FloatArray) -> FloatArray:
-    """Return A `[N, C]` of kernel ridge regression."""
+    """Return the coefficients A `[N, C]` of kernel ridge regression."""
     return np.asarray(np.linalg.solve(kernel + strength * np.eye(len(kernel)), targets))
 
 
@@ -147,10 +147,10 @@ class KCL(Reference):
 
     task: int
     planner: BasesPlanner
-    positions: SlotArray  # of the step's bases in the table [D]
-    coresets: list[Samples]  # of each task so far
+    positions: SlotArray  # positions of the bases of this step in the noise table [D]
+    coresets: list[Samples]  # one per task so far
 
-    # -- what is trained and on what
+    # -- parameters, tasks and coresets
 
     def initial(self) -> Weights:
         tasks, width, seed = len(self.benchmark), self.widths[-1], self.training.seed
@@ -187,17 +187,17 @@ class KCL(Reference):
         return normalised(inputs[-1], self.hparams.normalisation), inputs
 
     def targets(self, coreset: Samples) -> FloatArray:
-        """Return the labels one-hot."""
+        """Return the one-hot labels of a coreset."""
         return np.asarray(np.eye(self.benchmark.num_classes)[coreset.y])
 
     def bases(self, posterior: FloatArray, positions: SlotArray) -> Bases:
-        """Return the bases that the posterior `[2H]` and positions in the table give."""
+        """Return the bases for a posterior `[2H]` and positions in the noise table."""
         mu, v = np.split(posterior, 2)
         phase = 2 * np.pi * plan.uniform(self.training.seed, "phase of bases", count=self.hparams.d_rn_f)
         return Bases(mu + np.exp(v / 2) * self.eps(positions), phase)
 
     def eps(self, positions: SlotArray) -> FloatArray:
-        """Return the noise of bases `[D, H]`."""
+        """Return the noise of the bases `[D, H]`."""
         places = positions.astype(np.int64)[:, None] + np.arange(self.widths[-1])
         return np.asarray(noise(self.training.seed)[places % NOISE])
 
@@ -224,31 +224,31 @@ class KCL(Reference):
         d_f = np.exp(logs)
         d_f[np.arange(len(y)), y] -= 1
         d_f /= len(y)
-        found = {f"kcl/{name}": np.zeros(len(self.benchmark)) for name in ("lmd", "gain", "offset")}
-        found["kcl/gain"][k] = (d_f * (across @ a)).sum()
+        gradient = {f"kcl/{name}": np.zeros(len(self.benchmark)) for name in ("lmd", "gain", "offset")}
+        gradient["kcl/gain"][k] = (d_f * (across @ a)).sum()
         d_across, d_a = gain * d_f @ a.T, across.T @ (gain * d_f)
         d_among = -coefficients(among, ridge(lmd), d_a) @ a.T  # the kernel is symmetric
-        found["kcl/lmd"][k] = np.sign(lmd) * np.trace(d_among)
+        gradient["kcl/lmd"][k] = np.sign(lmd) * np.trace(d_among)
 
         if h.kernel_type == "rff":
             d_psi_c = (d_among + d_among.T) @ psi_c + d_across.T @ psi_z
             d_c, d_omega = bases.psi_backward(c, d_psi_c)
-            d_z, more = bases.psi_backward(z, d_across @ psi_c)
-            d_omega += more
+            d_z, d_omega_z = bases.psi_backward(z, d_across @ psi_c)
+            d_omega += d_omega_z
             (mu, v), (mu_p, v_p) = np.split(posterior, 2), np.split(prior, 2)
             loss += h.tau * divergence(mu, v, mu_p, v_p)
-            pull = h.tau * (mu - mu_p) / np.exp(v_p)
-            d_mu = d_omega.sum(axis=0) + pull
+            d_kl = h.tau * (mu - mu_p) / np.exp(v_p)
+            d_mu = d_omega.sum(axis=0) + d_kl
             d_v = (d_omega * self.eps(self.positions)).sum(axis=0) * np.exp(v / 2) / 2
             d_v += h.tau / 2 * (np.exp(v - v_p) - 1)
             d_v_p = h.tau / 2 * (1 - (np.exp(v) + (mu - mu_p) ** 2) / np.exp(v_p))
-            of_posterior, d_mean = infer_backward(
+            d_posterior, d_mean = infer_backward(
                 theta, "posterior", posterior_inputs, np.concatenate([d_mu, d_v])
             )
             d_c = d_c + d_mean / len(c)
-            of_prior, d_mean = infer_backward(theta, "prior", prior_inputs, np.concatenate([-pull, d_v_p]))
+            d_prior, d_mean = infer_backward(theta, "prior", prior_inputs, np.concatenate([-d_kl, d_v_p]))
             d_z = d_z + d_mean / len(z)
-            found |= of_posterior | of_prior
+            gradient |= d_posterior | d_prior
         else:
             d_z, d_c = rbf_backward(z, c, h.bandwidth, d_across)
             for d in rbf_backward(c, c, h.bandwidth, d_among):
@@ -256,13 +256,13 @@ class KCL(Reference):
 
         for inputs, d in ((batch_inputs, d_z), (core_inputs, d_c)):
             d_h = normalised_backward(inputs[-1], h.normalisation, d)
-            nothing = np.zeros((len(d), self.benchmark.num_classes))
-            for name, g in network.backward(encoder(theta), inputs, nothing, d_h).items():
+            d_logits = np.zeros((len(d), self.benchmark.num_classes))
+            for name, g in network.backward(encoder(theta), inputs, d_logits, d_h).items():
                 if not name.startswith("head/"):
-                    found[name] = found.get(name, 0) + g
-        return loss, found
+                    gradient[name] = gradient.get(name, 0) + g
+        return loss, gradient
 
-    # -- what is evaluated
+    # -- prediction
 
     def predict(self, theta: Weights, samples: Samples) -> FloatArray:
         h = self.hparams
@@ -271,21 +271,21 @@ class KCL(Reference):
         fixed = (words % NOISE).astype(np.int32)
         f = np.zeros((len(z), self.benchmark.num_classes))
         for t in set(samples.t.tolist()) & set(range(len(self.coresets))):
-            own, k = samples.t == t, t if h.task_parameters == "own" else self.task
+            of_task, k = samples.t == t, t if h.task_parameters == "own" else self.task
             c, _ = self.features(theta, self.coresets[t])
             if h.kernel_type == "rff":
                 bases = self.bases(infer(theta, "posterior", c.mean(axis=0))[0], fixed)
-                among, across = bases.psi(c) @ bases.psi(c).T, bases.psi(z[own]) @ bases.psi(c).T
+                among, across = bases.psi(c) @ bases.psi(c).T, bases.psi(z[of_task]) @ bases.psi(c).T
             else:
-                among, across = rbf(c, c, h.bandwidth), rbf(z[own], c, h.bandwidth)
+                among, across = rbf(c, c, h.bandwidth), rbf(z[of_task], c, h.bandwidth)
             a = coefficients(among, ridge(theta["kcl/lmd"][k]), self.targets(self.coresets[t]))
-            f[own] = theta["kcl/gain"][k] * (across @ a) + theta["kcl/offset"][k]
+            f[of_task] = theta["kcl/gain"][k] * (across @ a) + theta["kcl/offset"][k]
         return f
 
     def memory_samples(self) -> Samples:
-        return together(*self.coresets)
+        return concatenate(*self.coresets)
 
 
 def encoder(theta: Weights) -> Weights:
-    """Return the network's own weights."""
+    """Return the weights of the network, without the parameters of KCL."""
     return {k: p for k, p in theta.items() if not k.startswith("kcl/")}

@@ -4,12 +4,12 @@
     M = 1/K sum_k CE(batch and memory; theta'_k)
     alpha <- alpha - eta dM/dalpha, theta <- theta - [alpha]+ dM/dtheta
 
-With l_k = dM/dtheta'_k, all paths from there on, and G_k = dCE(batch and memory; theta'_k):
+With l_k = dM/dtheta'_k, along all paths from step k on, and G_k = dCE(batch and memory; theta'_k):
 
     l_K = G_K / K, l_{k-1} = l_k - H_k ([alpha]+ l_k) + G_{k-1} / K (no G_0), dM/dtheta = l_0
     dM/dalpha = -[alpha > 0] sum_k l_k g_k
 
-where H_k is the Hessian of CE(part k) at theta'_{k-1}; without second order H_k = 0. Where g_k is clamped its
+H_k is the Hessian of CE(part k) at theta'_{k-1}. At first order, H_k = 0. If g_k is clipped by value, its
 derivative is 0.
 """
 
@@ -23,13 +23,13 @@ from sequel_core.algorithms.lamaml import LaMAMLHParams, MetaPlan, MetaPlanner
 from sequel_core.stream.task import Samples
 from tests.reference import network
 from tests.reference.network import Weights
-from tests.reference.optimizers import Optimizer, clipped
+from tests.reference.optimizers import Optimizer, clip_by_norm
 from tests.reference.replay import Replay
-from tests.reference.streams import rows, together
+from tests.reference.streams import concatenate, rows
 
 
 class LookAhead(NamedTuple):
-    """What an update learns from looking ahead."""
+    """The meta-loss and its gradients."""
 
     loss: float  # M
     d_theta: Weights
@@ -37,11 +37,11 @@ class LookAhead(NamedTuple):
 
 
 class LaMAML(Replay):
-    """Look-ahead meta-learning; `objective` is M of the first glance."""
+    """Look-ahead meta-learning. `objective` is M of the first glance."""
 
     hparams: LaMAMLHParams
     step_plan: MetaPlan
-    alpha: Weights  # a rate of each weight
+    alpha: Weights  # one learning rate per weight
 
     def make_planner(self) -> MetaPlanner:
         return MetaPlanner(self.hparams, self.benchmark.spec, self.training.seed)
@@ -57,7 +57,7 @@ class LaMAML(Replay):
         for glance in range(h.glances):
             ahead = self.look_ahead(theta, samples, glance)
             losses.append(ahead.loss)
-            d_theta, d_alpha = (clipped(d, h.grad_clip_norm) for d in (ahead.d_theta, ahead.d_alpha))
+            d_theta, d_alpha = (clip_by_norm(d, h.grad_clip_norm) for d in (ahead.d_theta, ahead.d_alpha))
             if h.learn_lr:
                 self.alpha = {k: a - h.lr_alpha * d_alpha[k] for k, a in self.alpha.items()}
             if h.sync_update:
@@ -69,7 +69,7 @@ class LaMAML(Replay):
         return losses[0], theta
 
     def end_step(self, theta: Weights, new: Weights, samples: Samples) -> None:
-        """Do nothing: the first glance has written to the memory."""
+        """Do nothing: `update` writes to the memory at the first glance."""
 
     def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
         ahead = self.look_ahead(theta, samples, 0)
@@ -80,28 +80,28 @@ class LaMAML(Replay):
         h = self.hparams
         bound = np.inf if h.inner_clip is None else h.inner_clip
         order = self.step_plan.order[glance]
-        meta = together(samples, self.contents(self.drawn(glance)))
-        parts = [rows(samples, which) for which in np.split(order, self.parts(samples))]
+        meta = concatenate(samples, self.contents(self.read_slots(glance)))
+        parts = [rows(samples, part) for part in np.split(order, self.parts(samples))]
         rates = {k: np.maximum(a, 0) for k, a in self.alpha.items()}
 
         path, inner, outer, losses = [theta], [], [], []
         for part in parts:
             inner.append(self.cross_entropy(path[-1], part)[1])
             path.append({k: p - rates[k] * inner[-1][k].clip(-bound, bound) for k, p in path[-1].items()})
-            loss, slope = self.cross_entropy(path[-1], meta)
+            loss, gradient = self.cross_entropy(path[-1], meta)
             losses.append(loss)
-            outer.append(slope)
+            outer.append(gradient)
 
-        back, d_alpha = network.zeros(theta), network.zeros(theta)
+        d_theta, d_alpha = network.zeros(theta), network.zeros(theta)
         for k in reversed(range(len(parts))):
-            back = {name: b + outer[k][name] / len(parts) for name, b in back.items()}
+            d_theta = {name: d + outer[k][name] / len(parts) for name, d in d_theta.items()}
             for name, g in inner[k].items():
-                d_alpha[name] -= (self.alpha[name] > 0) * back[name] * g.clip(-bound, bound)
+                d_alpha[name] -= (self.alpha[name] > 0) * d_theta[name] * g.clip(-bound, bound)
             if h.second_order:
-                v = {name: (abs(g) < bound) * rates[name] * back[name] for name, g in inner[k].items()}
-                bent = network.hessian_product(path[k], v, *self.inputs(parts[k]))
-                back = {name: b - bent[name] for name, b in back.items()}
-        return LookAhead(float(np.mean(losses)), back, d_alpha)
+                v = {name: (abs(g) < bound) * rates[name] * d_theta[name] for name, g in inner[k].items()}
+                curvature = network.hessian_product(path[k], v, *self.inputs(parts[k]))
+                d_theta = {name: d - curvature[name] for name, d in d_theta.items()}
+        return LookAhead(float(np.mean(losses)), d_theta, d_alpha)
 
     def parts(self, samples: Samples) -> int:
         """Return the number of inner steps, K."""

@@ -1,9 +1,9 @@
-"""A multi-layer perceptron and its gradient by hand, in float64 NumPy.
+"""A multi-layer perceptron and its backward pass in float64 NumPy.
 
     h_0 = x, a_l = h_l W_l + b_l, h_{l+1} = max(a_l, 0), p = softmax(a_L)
     CE = -mean_n log p_{n, y_n};  dCE/da_L = (p - onehot(y)) / N
     for any L: dL/dW_l = h_l^T dL/da_l, dL/db_l = sum_n dL/da_l, dL/da_{l-1} = (dL/da_l W_l^T) * [a_{l-1} > 0]
-    d/ds of all of it at theta + s v, s = 0 (Pearlmutter 1994, R): the Hessian of CE times v
+    Hessian of CE times v: d/ds of the above at theta + s v, s = 0 (Pearlmutter 1994, the R operator)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Weights = dict[str, FloatArray]  # layer/kernel [in, out], layer/bias [out]
 
 
 def initial(seed: int, sizes: list[int]) -> Weights:
-    """Return the plan's initial weights of a network with these layer sizes, input and output included."""
+    """Return the planned initial weights for these layer sizes, input and output included."""
     names = [*(f"dense_{i}" for i in range(len(sizes) - 2)), "head"]
     weights = {}
     for name, fan_in, fan_out in zip(names, sizes[:-1], sizes[1:], strict=True):
@@ -57,26 +57,26 @@ def logits(weights: Weights, x: FloatArray) -> tuple[FloatArray, list[FloatArray
 def backward(
     weights: Weights, inputs: list[FloatArray], d_logits: FloatArray, d_features: FloatArray | float = 0.0
 ) -> Weights:
-    """Return dL/dweights of any L.
+    """Return dL/dweights for any L.
 
     Args:
-        weights: of the network.
-        inputs: of each layer, as `logits` returns them.
+        weights: the weights of the network.
+        inputs: the inputs of each layer, as returned by `logits`.
         d_logits: dL/dlogits `[N, C]`.
-        d_features: what else L gains with the inputs of the last layer `[N, H]`.
+        d_features: dL/dh of the inputs h `[N, H]` of the last layer, beside the part through the logits.
     """
-    found: Weights = {}
+    gradient: Weights = {}
     delta, extra = d_logits, d_features
     for name, h in zip(reversed(layers(weights)), reversed(inputs), strict=True):
-        found[f"{name}/kernel"] = h.T @ delta
-        found[f"{name}/bias"] = delta.sum(axis=0)
+        gradient[f"{name}/kernel"] = h.T @ delta
+        gradient[f"{name}/bias"] = delta.sum(axis=0)
         delta = (delta @ weights[f"{name}/kernel"].T + extra) * (h > 0)
         extra = 0.0
-    return found
+    return gradient
 
 
 def log_softmax(a: FloatArray, mask: BoolArray | None) -> FloatArray:
-    """Return log p `[N, C]`; classes outside the mask have probability 0."""
+    """Return log p `[N, C]`. Classes outside the mask have probability 0."""
     if mask is not None:
         a = np.where(mask, a, -np.inf)
     a = a - a.max(axis=1, keepdims=True)
@@ -99,7 +99,7 @@ def gradient(weights: Weights, x: FloatArray, y: IntArray, mask: BoolArray | Non
 def hessian_product(
     weights: Weights, v: Weights, x: FloatArray, y: IntArray, mask: BoolArray | None = None
 ) -> Weights:
-    """Return the Hessian of the mean cross-entropy times v; r_ is the derivative of what it stands before."""
+    """Return the Hessian of the mean cross-entropy times v; `r_x` is the derivative dx/ds."""
     a, inputs = logits(weights, x)
     r_inputs = [np.zeros_like(x)]
     names = layers(weights)
@@ -111,11 +111,11 @@ def hessian_product(
     delta, r_delta = p.copy(), p * (r_a - (p * r_a).sum(axis=1, keepdims=True))
     delta[np.arange(len(y)), y] -= 1
     delta, r_delta = delta / len(y), r_delta / len(y)
-    found: Weights = {}
+    product: Weights = {}
     for i, name in reversed(list(enumerate(names))):
         kernel, h, r_h = weights[f"{name}/kernel"], inputs[i], r_inputs[i]
-        found[f"{name}/kernel"] = r_h.T @ delta + h.T @ r_delta
-        found[f"{name}/bias"] = r_delta.sum(axis=0)
+        product[f"{name}/kernel"] = r_h.T @ delta + h.T @ r_delta
+        product[f"{name}/bias"] = r_delta.sum(axis=0)
         r_delta = (r_delta @ kernel.T + delta @ v[f"{name}/kernel"].T) * (h > 0)
         delta = (delta @ kernel.T) * (h > 0)
-    return found
+    return product

@@ -1,10 +1,10 @@
-"""SGD, Adam and clipping as in torch.optim, in float64 NumPy.
+"""SGD, Adam and gradient clipping as in PyTorch, in float64 NumPy.
 
     both   g <- g + wd theta
-    SGD    v <- mu v + g (0 at first);  theta <- theta - lr v
+    SGD    v <- mu v + g, v = 0 at first;  theta <- theta - lr v
     Adam   m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
            theta <- theta - lr (m / (1 - b1^n)) / (sqrt(v / (1 - b2^n)) + eps), n the step from 1
-    clip   g <- g min(1, c / (|g| + 1e-6)), before the optimizer, |g| over all arrays together
+    clip   g <- g min(1, c / (|g| + 1e-6)), before the optimizer; |g| is the norm over all arrays
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.reference.network import Weights, dot
 
 
 class Optimizer:
-    """One of the above, with its moments."""
+    """SGD or Adam, with its moments."""
 
     def __init__(self, hparams: OptimizerHParams) -> None:
         assert hparams.type in ("sgd", "adam")
@@ -27,25 +27,25 @@ class Optimizer:
         self.second: Weights = {}
 
     def step(self, theta: Weights, gradient: Weights, rate: float) -> Weights:
-        """Return the new weights; one that has no gradient stays as it is."""
+        """Return the new weights. A weight without a gradient does not change."""
         h, new = self.hparams, dict(theta)
         self.steps += 1
-        for k, slope in gradient.items():
-            g = slope + h.weight_decay * theta[k]
+        for k, raw in gradient.items():
+            g = raw + h.weight_decay * theta[k]
             m = self.first.get(k, np.zeros_like(g))
             v = self.second.get(k, np.zeros_like(g))
             if h.type == "sgd":
-                self.first[k] = move = h.momentum * m + g
+                self.first[k] = update = h.momentum * m + g
             else:
                 self.first[k] = m = h.beta1 * m + (1 - h.beta1) * g
                 self.second[k] = v = h.beta2 * v + (1 - h.beta2) * g**2
-                move = (m / (1 - h.beta1**self.steps)) / (np.sqrt(v / (1 - h.beta2**self.steps)) + h.eps)
-            new[k] = theta[k] - rate * move
+                update = (m / (1 - h.beta1**self.steps)) / (np.sqrt(v / (1 - h.beta2**self.steps)) + h.eps)
+            new[k] = theta[k] - rate * update
         return new
 
 
-def clipped(gradient: Weights, max_norm: float | None) -> Weights:
-    """Return the gradient, scaled down where it is longer than `max_norm`."""
+def clip_by_norm(gradient: Weights, max_norm: float | None) -> Weights:
+    """Return the gradient, scaled down if its norm is above `max_norm`."""
     if max_norm is None:
         return gradient
     factor = min(1.0, max_norm / (dot(gradient, gradient) ** 0.5 + 1e-6))

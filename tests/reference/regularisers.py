@@ -1,4 +1,4 @@
-"""Methods that hold on to weights or features, in float64 NumPy, written from the papers.
+"""Regularisation methods in float64 NumPy, written from the papers.
 
     EWC (Kirkpatrick 2017, eq. 3)  L = CE + sum_k lambda/2 sum_i F_{k,i} (theta_i - theta*_{k,i})^2
     online EWC (Schwarz 2018)      L = CE + lambda/2 sum_i F_i (theta_i - theta*_i)^2, F <- gamma F + F_k
@@ -34,7 +34,7 @@ class Term(NamedTuple):
 
 
 class EWC(Reference):
-    """Elastic weight consolidation; the loss is without the least value of the penalty."""
+    """Elastic weight consolidation. The minimum of the penalty is subtracted from the loss."""
 
     hparams: EWCHParams
     terms: list[Term]
@@ -46,23 +46,23 @@ class EWC(Reference):
         loss, gradient = self.cross_entropy(theta, samples)
         for term in self.terms:
             weighted = {k: self.hparams.ewc_lambda * f for k, f in term.fisher.items()}
-            pull = {k: w * (theta[k] - term.anchor[k]) for k, w in weighted.items()}
-            gradient = network.plus(gradient, pull)
+            penalty_gradient = {k: w * (theta[k] - term.anchor[k]) for k, w in weighted.items()}
+            gradient = network.plus(gradient, penalty_gradient)
         return loss + self.penalty(theta), gradient
 
     def penalty(self, theta: Weights) -> float:
-        """Return the sum of the terms, minus its least value over theta, which no gradient sees."""
+        """Return the sum of the terms minus its minimum over theta, which is constant."""
 
-        def literal(at: Weights) -> float:
+        def value(at: Weights) -> float:
             sums = [((at[k] - t.anchor[k]) ** 2 * t.fisher[k]).sum() for t in self.terms for k in at]
             return float(self.hparams.ewc_lambda / 2 * np.sum(sums))
 
-        least = {}
+        minimiser = {}
         for k, p in theta.items():
             total = np.sum([t.fisher[k] for t in self.terms], axis=0)
             weighted = np.sum([t.fisher[k] * t.anchor[k] for t in self.terms], axis=0)
-            least[k] = np.divide(weighted, total, out=p.copy(), where=total > 0) if self.terms else p
-        return literal(theta) - literal(least)
+            minimiser[k] = np.divide(weighted, total, out=p.copy(), where=total > 0) if self.terms else p
+        return value(theta) - value(minimiser)
 
     def end_task(self, theta: Weights, task: Task) -> None:
         fisher = self.fisher(theta, task)
@@ -73,13 +73,13 @@ class EWC(Reference):
         self.terms = [Term(theta, {k: self.hparams.gamma * past[k] + f for k, f in fisher.items()})]
 
     def fisher(self, theta: Weights, task: Task) -> Weights:
-        """Return the mean of squared per-sample gradients, one sample at a time."""
+        """Return the mean over samples of the squared gradient of each sample."""
         x, y, mask = self.consolidation(task, self.hparams.fisher_samples)
         total = network.zeros(theta)
         for n in range(len(y)):
-            own = slice(n, n + 1)
-            one = network.gradient(theta, x[own], y[own], None if mask is None else mask[own])
-            total = {k: f + one[k] ** 2 for k, f in total.items()}
+            row = slice(n, n + 1)
+            g = network.gradient(theta, x[row], y[row], None if mask is None else mask[row])
+            total = {k: f + g[k] ** 2 for k, f in total.items()}
         return {k: f / len(y) for k, f in total.items()}
 
 
@@ -91,7 +91,7 @@ class Quadratic(Reference):
 
     @property
     def strength(self) -> float:
-        """The factor of the penalty."""
+        """Factor of the penalty."""
         raise NotImplementedError
 
     def start(self, theta: Weights) -> None:
@@ -99,17 +99,17 @@ class Quadratic(Reference):
 
     def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
         loss, gradient = self.cross_entropy(theta, samples)
-        away = {k: p - self.anchor[k] for k, p in theta.items()}
-        weighted = {k: self.strength * self.importance[k] * d for k, d in away.items()}
-        pull = {k: 2 * d for k, d in weighted.items()}
-        return loss + network.dot(weighted, away), network.plus(gradient, pull)
+        difference = {k: p - self.anchor[k] for k, p in theta.items()}
+        weighted = {k: self.strength * self.importance[k] * d for k, d in difference.items()}
+        penalty_gradient = {k: 2 * d for k, d in weighted.items()}
+        return loss + network.dot(weighted, difference), network.plus(gradient, penalty_gradient)
 
 
 class SI(Quadratic):
     """Synaptic intelligence."""
 
     hparams: SIHParams
-    path: Weights  # omega of the task
+    path: Weights  # omega, the path integral of this task
     theta_start: Weights
 
     @property
@@ -126,15 +126,15 @@ class SI(Quadratic):
 
     def end_task(self, theta: Weights, task: Task) -> None:
         for k, w in self.path.items():
-            moved = theta[k] - self.theta_start[k]
-            self.importance[k] = self.importance[k] + w / (moved**2 + self.hparams.xi)
+            change = theta[k] - self.theta_start[k]
+            self.importance[k] = self.importance[k] + w / (change**2 + self.hparams.xi)
             if self.hparams.clamp:
                 self.importance[k] = np.maximum(self.importance[k], 0)
         self.anchor, self.theta_start, self.path = theta, theta, network.zeros(theta)
 
 
 class MAS(Quadratic):
-    """Memory aware synapses; `gradients=batch` takes the absolute values of each batch's sum."""
+    """Memory aware synapses. With `gradients=batch`, absolute values are taken of the sum over each batch."""
 
     hparams: MASHParams
 
@@ -147,19 +147,19 @@ class MAS(Quadratic):
         self.importance = network.plus(self.importance, self.sensitivity(theta, task))
 
     def sensitivity(self, theta: Weights, task: Task) -> Weights:
-        """Return what the task adds to Omega: logits are neither masked nor is the label used."""
+        """Return the importance of one task. Logits are not masked and labels are not used."""
         x, _, _ = self.consolidation(task, self.hparams.mas_samples)
         size = 1 if self.hparams.gradients == "sample" else self.training.batch_size
         total = network.zeros(theta)
         for n in range(0, len(x), size):
             f, inputs = network.logits(theta, x[n : n + size])
-            slope = network.backward(theta, inputs, 2 * f)
-            total = {k: s + abs(slope[k]) for k, s in total.items()}
+            g = network.backward(theta, inputs, 2 * f)
+            total = {k: s + abs(g[k]) for k, s in total.items()}
         return {k: s / len(x) for k, s in total.items()}
 
 
 class LFL(Reference):
-    """Less-forgetting learning; h is what the last layer sees, which is frozen after the first task."""
+    """Less-forgetting learning. h is the input of the last layer, which is frozen after the first task."""
 
     hparams: LFLHParams
     old: Weights | None
@@ -173,13 +173,13 @@ class LFL(Reference):
             return loss, gradient
         x = self.inputs(samples).x
         a, inputs = network.logits(theta, x)
-        away = inputs[-1] - network.logits(self.old, x)[1][-1]
-        share = self.hparams.lfl_lambda / len(x)
-        pull = network.backward(theta, inputs, np.zeros_like(a), share * away)
-        gradient = network.plus(gradient, pull)
+        difference = inputs[-1] - network.logits(self.old, x)[1][-1]
+        scale = self.hparams.lfl_lambda / len(x)
+        penalty_gradient = network.backward(theta, inputs, np.zeros_like(a), scale * difference)
+        gradient = network.plus(gradient, penalty_gradient)
         if self.hparams.freeze_head:
             gradient = {k: g for k, g in gradient.items() if k not in ("head/kernel", "head/bias")}
-        return loss + share / 2 * float((away**2).sum()), gradient
+        return loss + scale / 2 * float((difference**2).sum()), gradient
 
     def end_task(self, theta: Weights, task: Task) -> None:
         self.old = theta

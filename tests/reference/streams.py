@@ -1,7 +1,7 @@
-"""Training over a stream of tasks in float64 NumPy: naive finetuning, and the steps that methods override.
+"""Training on a stream of tasks in float64 NumPy: naive finetuning, and the methods that subclasses override.
 
-Only the plan is shared with the library: initial weights, batches, the order of samples in end-of-task work,
-which slots of a memory are written and read, which samples a task sets aside, and random bases.
+Only the plan is shared with the library: initial weights, batches, the order of samples in the end-of-task
+pass, the memory slots that are written and read, the coreset of each task, and random bases.
 
     naive, joint  L = CE
     Stable SGD    naive with lr_t = max(lr gamma^(t + 1), floor), t from 0 (Mirzadeh 2020, official code)
@@ -24,39 +24,39 @@ from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.task import AnySplit, JoinedSplit, Samples, Task
 from tests.reference import network
 from tests.reference.network import Weights
-from tests.reference.optimizers import Optimizer, clipped
+from tests.reference.optimizers import Optimizer, clip_by_norm
 
 
 class Stage(NamedTuple):
-    """What a stage of the stream ends with."""
+    """The results of one training task."""
 
     weights: Weights
-    losses: list[float]  # of each step, with all terms, before the weights move
-    scores: list[float]  # mean CE of what is predicted of the test samples of each task so far
+    losses: list[float]  # of each step, with all terms, at the weights before the step
+    scores: list[float]  # mean CE of the predictions on the test samples of each task so far
 
 
 class Inputs(NamedTuple):
-    """What the network sees of samples."""
+    """Samples as the network and the loss take them."""
 
     x: FloatArray  # [N, D], standardised
     y: IntArray  # [N]
-    mask: BoolArray | None  # [N, C], classes of each sample's own task; None where all count
+    mask: BoolArray | None  # [N, C], the classes of the task of each sample; None for all classes
 
 
-def rows(samples: Samples, which: IntArray | slice) -> Samples:
-    """Return some of the samples."""
-    return Samples(samples.x[which], samples.y[which], samples.t[which])
+def rows(samples: Samples, index: IntArray | slice) -> Samples:
+    """Return the samples at an index."""
+    return Samples(samples.x[index], samples.y[index], samples.t[index])
 
 
-def together(*parts: Samples) -> Samples:
-    """Return all samples, part after part."""
+def concatenate(*parts: Samples) -> Samples:
+    """Return the samples of all parts, in order."""
     x, y, t = zip(*parts, strict=True)
     return Samples(np.concatenate(x), np.concatenate(y), np.concatenate(t))
 
 
 @dataclass
 class Reference:
-    """Trains on a benchmark, literally as the equations; naive finetuning as it is here."""
+    """Training on a benchmark as the equations say. This class is naive finetuning."""
 
     benchmark: Benchmark
     hparams: AlgorithmHParams
@@ -65,7 +65,7 @@ class Reference:
     widths: tuple[int, ...]
 
     def stages(self) -> Iterator[Stage]:
-        """Yield weights and losses after each stage."""
+        """Yield weights, losses and scores after each training task."""
         theta = self.initial()
         optimizer = Optimizer(self.optimizer)
         self.start(theta)
@@ -81,73 +81,73 @@ class Reference:
                 self.end_step(theta, new, samples)
                 theta = new
             self.end_task(theta, task)
-            weights = self.evaluated(theta)
+            weights = self.evaluated_weights(theta)
             past = self.benchmark.tasks[: task.index + 1]
             yield Stage(weights, losses, [self.score(weights, each) for each in past])
 
-    # -- what a method overrides
+    # -- overridden by methods
 
     def initial(self) -> Weights:
-        """Return the initial weights of all that is trained."""
+        """Return the initial weights of the network and of other trained parameters."""
         pixels = int(np.prod(self.benchmark.image_shape))
         return network.initial(self.training.seed, [pixels, *self.widths, self.benchmark.num_classes])
 
     def start(self, theta: Weights) -> None:
-        """Prepare for a stream, at the initial weights."""
+        """Initialise the state of the method, given the initial weights."""
 
     def tasks(self) -> Iterator[Task]:
-        """Yield what to train on."""
+        """Yield the training tasks."""
         yield from self.benchmark.tasks
 
     def start_task(self, theta: Weights, task: Task) -> Weights:
-        """Return what the training on a task starts from."""
+        """Return the weights from which the training on a task starts."""
         return theta
 
     def training_split(self, task: Task) -> AnySplit:
-        """Return the samples that a task trains on."""
+        """Return the training samples of a task."""
         return task.train
 
     def learning_rate(self, task: int) -> float:
-        """Return the learning rate of a task, from 0."""
+        """Return the learning rate of a task, counted from 0."""
         return max(self.optimizer.lr * self.hparams.lr_decay**task, self.hparams.min_lr)
 
     def start_step(self, samples: Samples) -> None:
-        """Decide what the step needs beside its batch."""
+        """Plan the memory slots or random bases of the step."""
 
     def update(
         self, theta: Weights, samples: Samples, optimizer: Optimizer, rate: float
     ) -> tuple[float, Weights]:
-        """Return the loss of a step and the weights after it."""
+        """Take a step; return its loss and the new weights."""
         loss, gradient = self.objective(theta, samples)
-        return loss, optimizer.step(theta, clipped(gradient, self.training.grad_clip), rate)
+        return loss, optimizer.step(theta, clip_by_norm(gradient, self.training.grad_clip), rate)
 
     def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
-        """Return the loss and its gradient; a weight without a gradient is not trained."""
+        """Return the loss and its gradient. A weight without a gradient is not trained."""
         return self.cross_entropy(theta, samples)
 
     def end_step(self, theta: Weights, new: Weights, samples: Samples) -> None:
-        """Take note of a step from `theta` to `new`."""
+        """Update the state of the method after a step from `theta` to `new`."""
 
     def end_task(self, theta: Weights, task: Task) -> None:
-        """Take note of what a task ends with."""
+        """Update the state of the method after a task that ended at `theta`."""
 
-    def evaluated(self, theta: Weights) -> Weights:
-        """Return the weights that are evaluated after a task which has ended with `theta`."""
+    def evaluated_weights(self, theta: Weights) -> Weights:
+        """Return the weights to evaluate after a task that ended at `theta`."""
         return theta
 
     def predict(self, theta: Weights, samples: Samples) -> FloatArray:
-        """Return the scores of classes `[N, C]` that are evaluated, not masked."""
+        """Return the class scores `[N, C]`, not masked."""
         return network.logits(theta, self.inputs(samples).x)[0]
 
     def alternatives(self, theta: Weights, samples: Samples) -> dict[str, FloatArray]:
-        """Return what else could be predicted after a task, by name, as `predict` does."""
+        """Return class scores `[N, C]` of the other ways to predict, by name."""
         return {}
 
     def memory_samples(self) -> Samples | None:
-        """Return what is held of the stream, slot by slot; None for methods that hold nothing."""
+        """Return the samples in memory, in the order of the slots; None for methods without a memory."""
         return None
 
-    # -- what a method uses
+    # -- used by methods
 
     def cross_entropy(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
         """Return the mean cross-entropy and its gradient."""
@@ -164,21 +164,21 @@ class Reference:
                 yield split.take(positions)
 
     def score(self, theta: Weights, task: Task) -> float:
-        """Return the mean cross-entropy of what is predicted of a task's test samples."""
+        """Return the mean cross-entropy of the predictions on the test samples of a task."""
         samples = task.test.take(np.arange(len(task.test)))
         logs = network.log_softmax(self.predict(theta, samples), self.inputs(samples).mask)
         return float(-logs[np.arange(len(samples.y)), samples.y].mean())
 
     def consolidation(self, task: Task, count: int | None) -> Inputs:
-        """Return the samples of end-of-task work, `count` of them or all."""
+        """Return the samples of the end-of-task pass: the first `count`, or all if None."""
         return self.inputs(task.train.take(self.consolidation_order(task)[:count]))
 
     def consolidation_order(self, task: Task) -> IntArray:
-        """Return the order of a task's training samples in end-of-task work."""
+        """Return the order of the training samples in the end-of-task pass."""
         return plan.permutation(self.training.seed, "consolidation", task.index, count=len(task.train))
 
     def inputs(self, samples: Samples) -> Inputs:
-        """Return what the network sees."""
+        """Return standardised pixels, labels and masks."""
         norm = self.benchmark.normalisation
         x = (samples.x / 255.0 - np.asarray(norm.mean)) / np.asarray(norm.std)
         mask = self.benchmark.mask[samples.t] if self.benchmark.scenario == "task" else None
@@ -186,7 +186,7 @@ class Reference:
 
 
 class Joint(Reference):
-    """Joint training: on the union of the tasks so far, or once on the union of all."""
+    """Joint training on the union of the tasks so far, or once on the union of all tasks."""
 
     hparams: JointHParams
 

@@ -1,4 +1,4 @@
-"""Both plug-ins against float64 NumPy written from the papers: weights, losses, memories, importances."""
+"""Both plug-ins against the float64 NumPy references: weights, losses, memories and importances."""
 
 from __future__ import annotations
 
@@ -28,7 +28,17 @@ from sequel_lightning.algorithms.ewc import diagonal_fisher as torch_fisher
 from sequel_lightning.backbones import canonical_name
 from sequel_lightning.data import as_batch as torch_batch
 from tests.reference import closed_forms
-from tests.reference.cases import CASES, CORE, SGD, TRAINING, WIDTHS, Case, benchmark, parameters, ran
+from tests.reference.cases import (
+    CASES,
+    RFF,
+    SGD,
+    TRAINING,
+    WIDTHS,
+    Case,
+    benchmark,
+    case_parameters,
+    run_reference,
+)
 from tests.reference.network import Weights
 from tests.reference.regularisers import EWC
 from tests.reference.streams import Reference, Stage
@@ -60,12 +70,12 @@ def flax_learner(
     return sequel_flax.make_learner(hparams, net, tx, data, training)
 
 
-def alternatives(by_hand: Reference, stage: Stage, task: Task) -> dict[str, int]:
-    """Return how many test samples of a task are told correctly by what else can be predicted with."""
+def alternatives(reference: Reference, stage: Stage, task: Task) -> dict[str, int]:
+    """Return the number of correct test samples of a task, by the name of the alternative prediction."""
     samples = task.test.take(np.arange(len(task.test)))
-    mask = by_hand.inputs(samples).mask
+    mask = reference.inputs(samples).mask
     correct = {}
-    for name, logits in by_hand.alternatives(stage.weights, samples).items():
+    for name, logits in reference.alternatives(stage.weights, samples).items():
         best = (logits if mask is None else np.where(mask, logits, -np.inf)).argmax(axis=1)
         correct[name] = int((best == samples.y).sum())
     return correct
@@ -76,7 +86,7 @@ Make = Callable[..., Learner]
 
 
 def stages(learner: Learner, stream: str) -> Iterator[Stage]:
-    """Yield what the reference yields, of a learner; scores where a method predicts in a way of its own."""
+    """Yield the same results as the reference; scores only for methods that do not predict with the head."""
     data = benchmark(stream)
     predicts = learner.hparams.name in ("icarl", "kcl")
     for task in learner.hparams.training_tasks(data, learner.training.seed):
@@ -87,35 +97,35 @@ def stages(learner: Learner, stream: str) -> Iterator[Stage]:
         yield Stage(learner.weights(), [report.loss for report in reports], scores)
 
 
-def assert_close(found: Weights, expected: Weights, tolerance: float) -> None:
-    assert found.keys() == expected.keys()
+def assert_close(weights: Weights, expected: Weights, tolerance: float) -> None:
+    assert weights.keys() == expected.keys()
     for name, array in expected.items():
-        assert np.linalg.norm(found[name] - array) <= tolerance * np.linalg.norm(array), name
+        assert np.linalg.norm(weights[name] - array) <= tolerance * np.linalg.norm(array), name
 
 
 @FRAMEWORKS
-@pytest.mark.parametrize("case", parameters(CASES))
-def test_weights_after_every_task_and_the_loss_of_every_step(framework: Make, case: Case) -> None:
-    by_hand, expected = ran(case)
+@pytest.mark.parametrize("case", case_parameters(CASES))
+def test_weights_after_every_task_and_losses_of_every_step(framework: Make, case: Case) -> None:
+    reference, expected = run_reference(case)
     learner: Any = framework(*case)
-    found = list(stages(learner, case.stream))
-    assert len(found) == len(expected) == (1 if vars(case.hparams).get("policy") == "once" else 3)
+    results = list(stages(learner, case.stream))
+    assert len(results) == len(expected) == (1 if vars(case.hparams).get("policy") == "once" else 3)
     exact = 1e-8 if case.hparams.name == "kcl" else 1e-9
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(results, expected, strict=True):
         assert_close(ours.weights, theirs.weights, exact)
         assert len(ours.losses) >= 27
-        # a penalty compiled with the anchor of task 1 would be wrong from task 3 on; clu's means are float32
+        # a penalty compiled with the anchor of task 1 would differ from task 3 on; clu's means are float32
         tolerance = exact if framework is torch_learner else 5e-7
         np.testing.assert_allclose(ours.losses, theirs.losses, rtol=tolerance)
         if ours.scores:
             np.testing.assert_allclose(ours.scores, theirs.scores, rtol=exact)
-    memory = by_hand.memory_samples()
+    memory = reference.memory_samples()
     if memory is not None:
-        for array, held in zip(learner.memory_samples(), memory, strict=True):
-            np.testing.assert_array_equal(array, held)
+        for array, stored in zip(learner.memory_samples(), memory, strict=True):
+            np.testing.assert_array_equal(array, stored)
     if case.hparams.name in ("icarl", "mcsgd"):
         for task in benchmark(case.stream).tasks:
-            assert learner.evaluate(task, "test").alternatives == alternatives(by_hand, expected[-1], task)
+            assert learner.evaluate(task, "test").alternatives == alternatives(reference, expected[-1], task)
 
 
 @FRAMEWORKS
@@ -123,34 +133,34 @@ def test_weights_after_every_task_and_the_loss_of_every_step(framework: Make, ca
 def test_icarl_predicts_with_its_head_until_there_are_means(framework: Make, stream: str) -> None:
     learner = framework(stream, ICaRLHParams(mem_size=60), SGD)
     first, second, _ = benchmark(stream).tasks
-    found = [learner.evaluate(first, "test")]
+    evaluations = [learner.evaluate(first, "test")]
     for task in (first, second):
-        within = FitMonitor(lambda p: None, lambda: found.append(learner.evaluate(first, "test")), 15)
-        learner.fit_task(task, within)
-    assert len(found) >= 3  # before the first task and in the middle of both
-    for evaluation in found:
+        evaluate = FitMonitor(lambda p: None, lambda: evaluations.append(learner.evaluate(first, "test")), 15)
+        learner.fit_task(task, evaluate)
+    assert len(evaluations) >= 3  # before the first task and during both tasks
+    for evaluation in evaluations:
         assert evaluation.alternatives == {"head": evaluation.correct}
 
 
 @FRAMEWORKS
 @pytest.mark.parametrize("stream", ["rotated", "masked"])
 def test_logits_of_a_task_without_a_coreset_are_zero(framework: Make, stream: str) -> None:
-    learner = framework(stream, KCLHParams(**CORE), SGD)
+    learner = framework(stream, KCLHParams(**RFF), SGD)
     first, *later = learner.hparams.training_tasks(benchmark(stream), TRAINING.seed)
     learner.fit_task(first, FitMonitor(lambda p: None, lambda: None))
     for task in later:
-        equal = np.log(len(task.classes))
-        np.testing.assert_allclose(learner.evaluate(task, "test").loss, equal, rtol=1e-12)
+        expected = np.log(len(task.classes))  # equal probabilities
+        np.testing.assert_allclose(learner.evaluate(task, "test").loss, expected, rtol=1e-12)
 
 
 # -- importances in closed form
 
 
 def importance(learner: Any) -> Weights:
-    """Return the importance that a learner keeps, in the canonical layout."""
+    """Return the importance of a learner in the canonical layout."""
     if learner.mode == "jax":
-        found: Weights = flatten_dict(jax.device_get(learner.state.memory.importance), sep="/")
-        return found
+        importances: Weights = flatten_dict(jax.device_get(learner.state.memory.importance), sep="/")
+        return importances
     named = learner.module.importance.get()
     return {canonical_name(learner.module.net, k): v.numpy().T for k, v in named.items()}
 
@@ -171,7 +181,9 @@ def test_fisher_of_logistic_regression(framework: Make, count: int | None) -> No
 @pytest.mark.parametrize(
     ("gradients", "size", "count"), [("sample", 7, None), ("sample", 64, 100), ("batch", 64, None)]
 )
-def test_mas_of_a_linear_model(framework: Make, gradients: Any, size: int, count: int | None) -> None:
+def test_mas_importance_of_a_linear_model(
+    framework: Make, gradients: Any, size: int, count: int | None
+) -> None:
     hparams = MASHParams(gradients=gradients, mas_samples=count)
     training = replace(TRAINING, batch_size=size)
     learner = fit_first_task(framework("rotated", hparams, SGD, training, widths=()))
@@ -180,20 +192,20 @@ def test_mas_of_a_linear_model(framework: Make, gradients: Any, size: int, count
 
 
 @FRAMEWORKS
-def test_si_of_plain_sgd(framework: Make) -> None:
+def test_si_importance_with_plain_sgd(framework: Make) -> None:
     learner = framework("rotated", SIHParams(xi=0.02), SGD)
     expected = closed_forms.sgd_si(learner.weights(), SGD.lr, 0.02)
     assert_close(importance(fit_first_task(learner)), expected, 1e-11)
 
 
-def test_batches_of_any_size_give_the_same_fisher() -> None:
+def test_the_fisher_does_not_depend_on_the_batch_size() -> None:
     task = benchmark("rotated").tasks[0]
     torch_: Any = torch_learner("rotated", EWCHParams(), SGD)
     flax_: Any = flax_learner("rotated", EWCHParams(), SGD)
     params, model = torch_.module.frozen_params(), (flax_.ts, flax_.state)
     for count in (None, 50):
-        by_hand = EWC(benchmark("rotated"), EWCHParams(fisher_samples=count), SGD, TRAINING, WIDTHS)
-        expected = by_hand.fisher(flax_.weights(), task)
+        reference = EWC(benchmark("rotated"), EWCHParams(fisher_samples=count), SGD, TRAINING, WIDTHS)
+        expected = reference.fisher(flax_.weights(), task)
         for size in (210, 64, 7):
             batches = list(plan.consolidation_batches(TRAINING.seed, task, size))
             named = torch_fisher(params, torch_.module, map(torch_batch, batches), count)

@@ -1,4 +1,4 @@
-"""A user's own regulariser and replay method, in both frameworks, from what the library's own share."""
+"""A user-defined regulariser and replay method end with the same weights in both frameworks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import OptimizerHParams, TrainingHParams
 from sequel_core.runs.learner import FitMonitor, Learner
 from sequel_core.stream.arrays import FloatArray
-from tests.examples.own_methods import ConfidentHParams, MagnitudeHParams
-from tests.examples.own_methods_flax import confident, magnitude
-from tests.examples.own_methods_lightning import Confident, Magnitude
+from tests.examples.user_methods import ConfidentHParams, MagnitudeHParams
+from tests.examples.user_methods_flax import confident, magnitude
+from tests.examples.user_methods_lightning import Confident, Magnitude
 
 STREAM = RotatedDigits(num_tasks=3, subset=350)
 TRAINING = TrainingHParams(batch_size=7, dtype="float64")
 SGD = OptimizerHParams(lr=0.05)
-OWN: list[tuple[Any, Any, Any]] = [
+USER_METHODS: list[tuple[Any, Any, Any]] = [
     (MagnitudeHParams(strength=5), magnitude, Magnitude),
     (ConfidentHParams(mem_size=50, mem_batch_size=7), confident, Confident),
 ]
@@ -37,28 +37,28 @@ def _double_precision() -> Iterator[None]:
 
 def flax_learner(algorithm: Any) -> Learner:
     model = sequel_flax.MLP((16,), STREAM.num_classes)
-    return sequel_flax.FlaxLearner(
-        algorithm, model, sequel_flax.build_optimizer(SGD), STREAM.spec, TRAINING
-    )
+    return sequel_flax.FlaxLearner(algorithm, model, sequel_flax.build_optimizer(SGD), STREAM.spec, TRAINING)
 
 
 def torch_learner(module: Any, hparams: Any) -> Learner:
     net = sequel_lightning.MLP((16,), STREAM.num_classes, image_shape=STREAM.image_shape).double()
     sequel_lightning.initialise(net, TRAINING.seed)
-    made = module(net, sequel_lightning.build_optimizer(SGD), hparams, STREAM.spec)
-    return sequel_lightning.LightningLearner(made, TRAINING)
+    model = module(net, sequel_lightning.build_optimizer(SGD), hparams, STREAM.spec)
+    return sequel_lightning.LightningLearner(model, TRAINING)
 
 
-def trained(learner: Learner) -> dict[str, FloatArray]:
+def train(learner: Learner) -> dict[str, FloatArray]:
     for task in STREAM.tasks:
         learner.fit_task(task, FitMonitor(lambda progress: None, lambda: None))
     return learner.weights()
 
 
-@pytest.mark.parametrize(("hparams", "bundle", "module"), OWN, ids=lambda value: getattr(value, "name", ""))
-def test_own_methods_are_the_same_in_both_frameworks(hparams: Any, bundle: Any, module: Any) -> None:
-    a, b = trained(flax_learner(bundle(hparams))), trained(torch_learner(module, hparams))
-    naive = trained(flax_learner(sequel_flax.naive(NaiveHParams())))
+@pytest.mark.parametrize(
+    ("hparams", "bundle", "module"), USER_METHODS, ids=lambda value: getattr(value, "name", "")
+)
+def test_both_frameworks_end_with_the_same_weights(hparams: Any, bundle: Any, module: Any) -> None:
+    a, b = train(flax_learner(bundle(hparams))), train(torch_learner(module, hparams))
+    naive = train(flax_learner(sequel_flax.naive(NaiveHParams())))
     for name, array in b.items():
         assert np.linalg.norm(a[name] - array) < 1e-10 * np.linalg.norm(array)
         assert np.linalg.norm(a[name] - naive[name]) > 1e-3 * np.linalg.norm(array)

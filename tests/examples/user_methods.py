@@ -1,4 +1,4 @@
-"""Settings of two methods of a user's own: a regulariser and a replay method."""
+"""Settings of two user-defined methods: a regulariser and a replay method."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +9,7 @@ from sequel_core.settings import setting
 
 @dataclass(frozen=True)
 class MagnitudeHParams(AlgorithmHParams):
-    """Weights are as important as they are large."""
+    """Importances are the squares of the weights."""
 
     name: ClassVar[str] = "magnitude"
 
@@ -18,7 +18,7 @@ class MagnitudeHParams(AlgorithmHParams):
 
 @dataclass(frozen=True)
 class ConfidentHParams(ReplayHParams):
-    """Replay that also keeps the network confident of what it replays."""
+    """Experience replay with a penalty on the entropy of the replayed predictions."""
 
     name: ClassVar[str] = "confident"
 

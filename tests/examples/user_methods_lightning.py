@@ -1,4 +1,4 @@
-"""A regulariser is its importances, a replay method its loss: in Lightning."""
+"""A user-defined regulariser and a user-defined replay method in Lightning."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,19 +9,19 @@ from sequel_core.stream.task import Batch
 from sequel_lightning.module import Params
 from sequel_lightning.quadratic import Model, QuadraticModule
 from sequel_lightning.replay import Outputs, ReplayModule, mean_cross_entropy, sum_of_first
-from tests.examples.own_methods import ConfidentHParams, MagnitudeHParams
+from tests.examples.user_methods import ConfidentHParams, MagnitudeHParams
 
 
 def magnitudes(params: Params, model: Model, batches: Iterable[Batch]) -> Params:
-    """Return the importances of a task: the squares of the weights at its end."""
+    """Return the importances of a task: the squares of the weights at the end of the task."""
     return {k: p.square() for k, p in params.items()}
 
 
 class Magnitude(QuadraticModule):
     hparams_class = MagnitudeHParams
 
-    def __init__(self, net: Any, optimizer: Any, hparams: MagnitudeHParams, *others: Any) -> None:
-        super().__init__(net, optimizer, hparams, *others)
+    def __init__(self, net: Any, optimizer: Any, hparams: MagnitudeHParams, *args: Any) -> None:
+        super().__init__(net, optimizer, hparams, *args)
         self.strength = hparams.strength
 
     def importances(self, params: Params, batches: Iterable[Batch]) -> Params:
@@ -29,11 +29,11 @@ class Magnitude(QuadraticModule):
 
 
 def replay_loss(batch: Outputs, draws: Sequence[Outputs], hparams: ConfidentHParams) -> Tensor:
-    """Return the cross-entropy of batch and draw plus the weighted entropy of the draw, shape ()."""
+    """Return the cross-entropy of batch and draw plus the weighted mean entropy of the draw, shape ()."""
     (draw,) = draws
-    entropy: Tensor = -(draw.logits.softmax(1) * draw.logits.log_softmax(1)).sum(1)
-    confusion: Tensor = sum_of_first(entropy, draw.count) / max(draw.count, 1)
-    return hparams.weight * confusion + mean_cross_entropy(batch, draw)
+    entropies: Tensor = -(draw.logits.softmax(1) * draw.logits.log_softmax(1)).sum(1)
+    entropy: Tensor = sum_of_first(entropies, draw.count) / max(draw.count, 1)
+    return hparams.weight * entropy + mean_cross_entropy(batch, draw)
 
 
 class Confident(ReplayModule):
