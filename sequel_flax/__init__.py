@@ -22,7 +22,7 @@ from sequel_flax.algorithms import (
 )
 from sequel_flax.backbones import CNN, MLP, ResNet18, ResNet18Thin, initial_params, initial_variables
 from sequel_flax.boundaries import stack_plans
-from sequel_flax.build import build_learner, make_learner
+from sequel_flax.build import build_learner, make_learner, process_settings
 from sequel_flax.bundle import Algorithm, BatchStatsTrainState, State, make_algorithm
 from sequel_flax.evaluation import Evaluator
 from sequel_flax.foreign import adapted, write_back
@@ -62,6 +62,7 @@ __all__ = [
     "mas",
     "mcsgd",
     "naive",
+    "process_settings",
     "si",
     "stable_sgd",
     "stack_plans",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from sequel_core.stream.benchmark import Benchmark
 from sequel_flax.algorithms import ALGORITHMS
 from sequel_flax.backbones import BACKBONES
 from sequel_flax.bundle import Algorithm
-from sequel_flax.learner import FlaxLearner, TrainMetrics
+from sequel_flax.checkpoints import write_errors_left_to_the_caller
+from sequel_flax.learner import FlaxLearner
 from sequel_flax.optimizers import build_optimizer
+from sequel_flax.steps import TrainMetrics
 from sequel_flax.writers import WRITERS, MetricWriter
 
 
@@ -96,23 +99,44 @@ def make_learner(
     )
 
 
-def use_one_thread() -> None:
-    """Run LAPACK on one thread unless OMP_NUM_THREADS or OPENBLAS_NUM_THREADS is set.
+@contextmanager
+def process_settings(config: ExperimentConfig) -> Iterator[None]:
+    """Apply the process-wide settings of an experiment, and restore the previous ones at the end.
 
-    XLA calls LAPACK for KCL's factorisations. They are too small for several threads, which compete with
-    those of XLA: on two cores a step took three times as long.
+    They are:
+
+    - 64-bit JAX if `training.dtype` is float64.
+    - One thread for LAPACK unless OMP_NUM_THREADS or OPENBLAS_NUM_THREADS is set. XLA calls LAPACK for KCL's
+      factorisations. They are too small for several threads, which compete with those of XLA: on two cores a
+      step took three times as long.
+    - Failed writes of checkpoints are raised as exceptions, and orbax does not log them as well.
+
+    Args:
+        config: The configuration of the experiment.
 
     Example:
-        >>> use_one_thread()
+        >>> from sequel_core.experiment.compose import compose
+        >>> config = compose(["mode=jax", "training.dtype=float64"]).config
+        >>> with process_settings(config):
+        ...     str(jax.numpy.zeros(1).dtype)
+        'float64'
+        >>> str(jax.numpy.zeros(1).dtype)
+        'float32'
     """
-    if not {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"} & os.environ.keys():
-        threadpool_limits(1, "blas")
+    with ExitStack() as stack:
+        stack.enter_context(write_errors_left_to_the_caller())
+        if not {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"} & os.environ.keys():
+            stack.enter_context(threadpool_limits(1, "blas"))
+        if config.training.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+            jax.config.update("jax_enable_x64", True)  # for all threads
+            stack.callback(jax.config.update, "jax_enable_x64", False)
+        yield
 
 
 def build_learner(
     config: ExperimentConfig, benchmark: Benchmark, run_dir: Path, *, callbacks: Sequence[Any] = ()
 ) -> FlaxLearner:
-    """Return the learner of an experiment; LAPACK runs on one thread from then on.
+    """Return the learner of an experiment; call it within `process_settings(config)`.
 
     Args:
         config: The configuration of the experiment.
@@ -134,9 +158,6 @@ def build_learner(
         >>> learner.hparams.name
         'ewc'
     """
-    use_one_thread()
-    if config.training.dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
     targets = config.user_code
     if "backbone" in targets:
         model = targets["backbone"].make(

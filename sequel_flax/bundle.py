@@ -15,7 +15,6 @@ for ever. `(ts, state)` hold all that the coming steps depend on, so saving thes
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,6 +34,7 @@ from sequel_core.stream.task import AnySplit, Batch, Task
 from sequel_flax import augmentation
 from sequel_flax.boundaries import StartPlan, given, is_traced, select
 from sequel_flax.foreign import as_called, with_row_mask
+from sequel_flax.optimizers import get_learning_rates, with_learning_rates
 from sequel_flax.trainable import Fill, Selection, Trained
 
 Params = Any
@@ -584,33 +584,3 @@ def head_logits(ts: TrainState, params: Params, stats: Stats, features: jax.Arra
     variables = {"params": params, **_collections(stats)}
     logits: jax.Array = as_called(ts.apply_fn)(variables, features, method=apply_head)
     return logits
-
-
-def get_learning_rates(opt_state: optax.OptState) -> tuple[jax.Array, ...]:
-    """Return the rates that `optax.inject_hyperparams` keeps; () without one, or if one has a schedule."""
-    leaves = _leaves_with_path(opt_state)
-    if any(SCHEDULED in itertools.pairwise(path) for path, _ in leaves):
-        return ()
-    return tuple(leaf for path, leaf in leaves if path[-2:] == INJECTED)
-
-
-def with_learning_rates(opt_state: optax.OptState, rates: Iterable[jax.Array]) -> optax.OptState:
-    """Return the optimizer's state with other rates, in the order of `get_learning_rates`."""
-    new = iter(rates)
-    leaves = [next(new) if path[-2:] == INJECTED else leaf for path, leaf in _leaves_with_path(opt_state)]
-    return jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
-
-
-def get_learning_rate(opt_state: optax.OptState) -> jax.Array | None:
-    """Return the learning rate if there is one, as `get_learning_rates` does; else None."""
-    found = get_learning_rates(opt_state)
-    return found[0] if len(found) == 1 else None
-
-
-INJECTED, SCHEDULED = ("hyperparams", "learning_rate"), ("hyperparams_states", "learning_rate")
-"""Where `optax.inject_hyperparams` keeps a rate, and where it keeps the state of a schedule of one."""
-
-
-def _leaves_with_path(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [(tuple(jax.tree_util.keystr((key,), simple=True) for key in path), leaf) for path, leaf in leaves]

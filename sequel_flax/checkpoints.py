@@ -12,7 +12,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +54,6 @@ class Saver:
         Raises:
             OSError: The tree cannot be written. The returned function may raise it too.
         """
-        leave_errors_to_the_caller()
         if self._manager is None or Path(self._manager.directory) != path.parent.absolute():
             self.close()
             self._manager = ocp.CheckpointManager(
@@ -83,25 +81,34 @@ class Saver:
                 manager.close()
 
 
-@cache
-def leave_errors_to_the_caller() -> None:
-    """Stop orbax's threads from logging failed writes, which are raised as exceptions as well.
+@contextmanager
+def write_errors_left_to_the_caller() -> Iterator[None]:
+    """Stop orbax's threads from logging failed writes, which `Saver` raises as exceptions.
 
     Orbax logs such a failure with its traceback, partly during garbage collection. Tensorstore then calls
-    closed event loops, which Python reports as ignored exceptions. The change is permanent in this process.
+    closed event loops, which Python reports as ignored exceptions. The log filters and `sys.unraisablehook`
+    are replaced while the context is active and restored at its end.
 
     Example:
-        >>> leave_errors_to_the_caller()
+        >>> with write_errors_left_to_the_caller():
+        ...     pass
     """
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_unrelated)
-    report = sys.unraisablehook
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    previous = sys.unraisablehook
 
-    def of_other_things(unraisable: Any) -> None:
+    def hook(unraisable: Any) -> None:
         if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
-            report(unraisable)
+            previous(unraisable)
 
-    sys.unraisablehook = of_other_things
+    for logger in loggers:
+        logger.addFilter(_is_unrelated)
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = previous
+        for logger in loggers:
+            logger.removeFilter(_is_unrelated)
 
 
 def _is_unrelated(record: logging.LogRecord) -> bool:

@@ -384,3 +384,72 @@ class EveryWriter:
             self._writers.each(lambda writer: getattr(writer, name)(*args, **kwargs))
 
         return call
+
+
+class Hooks:
+    """The hooks of a learner.
+
+    Args:
+        hooks: Called in this order.
+        writers: The writers of the learner.
+
+    Raises:
+        ValueError: An object is not a `Hook`.
+
+    Example:
+        >>> hooks = Hooks([ImageGrid(every=100)], Loggers([]))
+        >>> hooks.steps_until_due(step=95, most=50)
+        5
+    """
+
+    def __init__(self, hooks: Sequence[Hook], writers: Loggers) -> None:
+        for hook in hooks:
+            if not isinstance(hook, Hook):
+                raise ValueError(
+                    "hooks must be objects of subclasses of sequel_flax.hooks.Hook, got a "
+                    f"{type(hook).__name__}"
+                )
+        self._hooks = tuple(hooks)
+        self._writer: Any = EveryWriter(writers)
+        self.of_steps = [hook for hook in hooks if hook.watches_steps]
+        self.show_progress = any(hook.shows_progress for hook in hooks)
+
+    def __len__(self) -> int:
+        return len(self._hooks)
+
+    def call(
+        self,
+        name: str,
+        ts: TrainState,
+        state: State,
+        batch: Batch | None,
+        metrics: Metrics,
+        hooks: Sequence[Hook] | None = None,
+    ) -> None:
+        """Call a method of some hooks.
+
+        Args:
+            name: The name of the method.
+            ts: Passed to the hooks, as the three that follow.
+            state: The state of the algorithm.
+            batch: The batch of a step, or None.
+            metrics: See the method.
+            hooks: The hooks to call; None for all.
+        """
+        for hook in self._hooks if hooks is None else hooks:
+            getattr(hook, name)(ts, state, batch, metrics, self._writer)
+
+    def due(self, step: int) -> list[Hook]:
+        """Return the hooks that are called before and after a step; the first step of the stream is 1."""
+        return [hook for hook in self.of_steps if hook.due(step)]
+
+    def steps_until_due(self, step: int, most: int) -> int:
+        """Return how many steps one call may take, from this one on: a step with a hook has its own call."""
+        if not self.of_steps:
+            return most
+        return max(next((n for n in range(most) if self.due(step + n)), most), 1)
+
+    def close(self) -> None:
+        """Close all hooks."""
+        for hook in self._hooks:
+            hook.close()

@@ -1,12 +1,20 @@
-"""The built-in optimizers and gradient clipping, with the arithmetic of PyTorch."""
+"""The built-in optimizers and gradient clipping, with the arithmetic of PyTorch, and their learning rates."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from sequel_core.hparams import OptimizerHParams
+
+INJECTED = ("hyperparams", "learning_rate")
+SCHEDULED = ("hyperparams_states", "learning_rate")
+"""The paths at which `optax.inject_hyperparams` keeps a learning rate, and the state of its schedule."""
 
 
 def build_optimizer(hparams: OptimizerHParams) -> optax.GradientTransformation:
@@ -68,3 +76,66 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def get_learning_rates(opt_state: optax.OptState) -> tuple[jax.Array, ...]:
+    """Return the learning rates that `optax.inject_hyperparams` keeps.
+
+    Args:
+        opt_state: The state of an optimizer.
+
+    Returns:
+        The learning rates; () if there is none, or if one has a schedule.
+
+    Example:
+        >>> tx = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
+        >>> [float(rate) for rate in get_learning_rates(tx.init({"w": jnp.zeros(2)}))]
+        [0.5]
+    """
+    leaves = _leaves_with_path(opt_state)
+    if any(SCHEDULED in itertools.pairwise(path) for path, _ in leaves):
+        return ()
+    return tuple(leaf for path, leaf in leaves if path[-2:] == INJECTED)
+
+
+def get_learning_rate(opt_state: optax.OptState) -> jax.Array | None:
+    """Return the learning rate of an optimizer.
+
+    Args:
+        opt_state: The state of an optimizer.
+
+    Returns:
+        The only one of `get_learning_rates`; None if there is not exactly one.
+
+    Example:
+        >>> get_learning_rate(optax.sgd(0.5).init({"w": jnp.zeros(2)})) is None
+        True
+    """
+    rates = get_learning_rates(opt_state)
+    return rates[0] if len(rates) == 1 else None
+
+
+def with_learning_rates(opt_state: optax.OptState, rates: Iterable[jax.Array]) -> optax.OptState:
+    """Return the state of an optimizer with other learning rates.
+
+    Args:
+        opt_state: The state of an optimizer.
+        rates: The learning rates, in the order of `get_learning_rates`.
+
+    Returns:
+        A state of the same structure.
+
+    Example:
+        >>> tx = optax.inject_hyperparams(optax.sgd)(learning_rate=0.5)
+        >>> opt_state = with_learning_rates(tx.init({"w": jnp.zeros(2)}), [jnp.array(0.25)])
+        >>> float(get_learning_rate(opt_state))
+        0.25
+    """
+    new = iter(rates)
+    leaves = [next(new) if path[-2:] == INJECTED else leaf for path, leaf in _leaves_with_path(opt_state)]
+    return jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
+
+
+def _leaves_with_path(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(tuple(jax.tree_util.keystr((key,), simple=True) for key in path), leaf) for path, leaf in leaves]

@@ -22,7 +22,7 @@ from sequel_lightning.algorithms import (
     StableSGD,
 )
 from sequel_lightning.backbones import CNN, MLP, ResNet18, ResNet18Thin, TorchvisionModel, initialise
-from sequel_lightning.build import build_learner, build_optimizer, make_learner
+from sequel_lightning.build import build_learner, build_optimizer, make_learner, process_settings
 from sequel_lightning.data import TaskDataModule
 from sequel_lightning.learner import LightningLearner
 from sequel_lightning.module import ContinualModule
@@ -56,4 +56,5 @@ __all__ = [
     "build_optimizer",
     "initialise",
     "make_learner",
+    "process_settings",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -87,27 +88,40 @@ def make_learner(
     return LightningLearner(module, training, loggers=loggers, **options)
 
 
-def use_one_thread() -> None:
-    """Run on one thread unless OMP_NUM_THREADS says otherwise.
+@contextmanager
+def process_settings(config: ExperimentConfig) -> Iterator[None]:
+    """Apply the process-wide settings of an experiment, and restore the previous ones at the end.
 
-    On a CPU the operators of a multi-layer perceptron are too small to share, and waiting threads cost a busy
-    machine nine tenths of the rate.
+    A built-in multi-layer perceptron runs on one thread unless OMP_NUM_THREADS is set. On a CPU its operators
+    are too small to share, and waiting threads cost a busy machine nine tenths of the rate.
+
+    Args:
+        config: The configuration of the experiment.
+
+    Example:
+        >>> from sequel_core.experiment.compose import compose
+        >>> with process_settings(compose(["backbone=mlp"]).config):
+        ...     num_threads = torch.get_num_threads()
     """
-    if "OMP_NUM_THREADS" not in os.environ:
+    num_threads = torch.get_num_threads()
+    built_in = "backbone" not in config.user_code
+    if built_in and config.backbone.type == "mlp" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def build_learner(
     config: ExperimentConfig, benchmark: Benchmark, run_dir: Path, *, callbacks: Sequence[Any] = ()
 ) -> LightningLearner:
-    """Return the learner of an experiment's configuration; for a multi-layer perceptron, on one thread."""
+    """Return the learner of an experiment's configuration; call it within `process_settings(config)`."""
     user_code = config.user_code
     sizes = {"num_classes": benchmark.num_classes, "image_shape": benchmark.image_shape}
     if "backbone" in user_code:
         model = user_backbone(user_code["backbone"], config.training.seed, **sizes)
     else:
-        if config.backbone.type == "mlp":
-            use_one_thread()
         model = BACKBONES[config.backbone.type](**vars(config.backbone), **sizes)
     if "optimizer" in user_code:
         optimizer = user_optimizer(user_code["optimizer"])

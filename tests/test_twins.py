@@ -137,7 +137,7 @@ def test_an_algorithm_fits_on_a_screen_or_two(folder: str, name: str, plugin: in
     assert len(FOLDERS[folder][plugin][name].read_text().splitlines()) <= limit
 
 
-@pytest.mark.parametrize("name", ["make_learner", "build_learner", "build_optimizer"])
+@pytest.mark.parametrize("name", ["make_learner", "build_learner", "build_optimizer", "process_settings"])
 def test_learners_are_built_alike(name: str) -> None:
     builds = (sequel_flax.build, sequel_lightning.build)
     ours, theirs = (inspect.signature(getattr(build, name)).parameters for build in builds)

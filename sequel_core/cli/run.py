@@ -160,7 +160,7 @@ def check(config: ExperimentConfig, console: Console) -> None:
         ValueError: a setting does not fit the stream, the network or the loggers.
     """
     benchmark = build_benchmark(config)
-    with TemporaryDirectory() as folder:
+    with learner.plugin(config.mode).process_settings(config), TemporaryDirectory() as folder:
         made = build(config, benchmark, Path(folder))[0]
         parameters = made.describe()["parameters"]
         made.close()
@@ -236,20 +236,21 @@ def execute(
         DivergenceError: the loss became nan or infinite. The records up to then are kept.
     """
     benchmark = build_benchmark(config)
-    model, stream_callbacks = build(config, benchmark, run_dir)
-    result: Result = import_module("sequel_core.runs.orchestrator").run(
-        model,
-        benchmark,
-        run_dir=run_dir,
-        evaluate_every=config.evaluate_every,
-        evaluate_on=config.evaluate_on,
-        evaluate_future=config.evaluate_future,
-        config=config.plain(),
-        progress=progress,
-        callbacks=stream_callbacks,
-        resume=resume,
-        checkpoint=config.checkpoint,
-    )
+    with learner.plugin(config.mode).process_settings(config):
+        model, stream_callbacks = build(config, benchmark, run_dir)
+        result: Result = import_module("sequel_core.runs.orchestrator").run(
+            model,
+            benchmark,
+            run_dir=run_dir,
+            evaluate_every=config.evaluate_every,
+            evaluate_on=config.evaluate_on,
+            evaluate_future=config.evaluate_future,
+            config=config.plain(),
+            progress=progress,
+            callbacks=stream_callbacks,
+            resume=resume,
+            checkpoint=config.checkpoint,
+        )
     if progress is True:
         _print_expected(Console(), config, result)
     return result

@@ -1,6 +1,7 @@
 """A NumPy learner, with which the command is tested without a framework."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,9 @@ class Plugin:
 
     def __init__(self) -> None:
         self.built: list[ExperimentConfig] = []
+
+    def process_settings(self, config: ExperimentConfig) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def build_learner(
         self, config: ExperimentConfig, benchmark: Benchmark, run_dir: Path, callbacks: Any = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -82,6 +83,9 @@ class ScriptedPlugin:
 
     def __init__(self) -> None:
         self.built: list[ExperimentConfig] = []
+
+    def process_settings(self, config: ExperimentConfig) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def build_learner(
         self, config: ExperimentConfig, benchmark: Benchmark, run_dir: Path, **_: Any

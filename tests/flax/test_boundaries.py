@@ -25,7 +25,7 @@ from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.task import Batch, Task
 from sequel_flax import ALGORITHMS, Algorithm, State
 from sequel_flax.boundaries import collected, stack_plans
-from sequel_flax.learner import strong_types
+from sequel_flax.steps import strong_types
 from tests.flax.parts import EVERY, EWC, MCSGD, SILENT, Layered, learner, own_stream, settings, sgd
 
 SEEDS, STEPS, SIZE = 3, 50, 4

@@ -258,13 +258,13 @@ def test_only_step_hooks_split_compiled_calls(monkeypatch: pytest.MonkeyPatch) -
     def lengths(*hooks: Hook) -> list[int]:
         model = learner(NaiveHParams(), hooks=hooks, steps_per_call=50)
         taken: list[int] = []
-        loop = model._loop
+        loop = model._steps._loop
 
         def counting(*args: Any) -> Any:
             taken.append(args[-1])
             return loop(*args)
 
-        monkeypatch.setattr(model, "_loop", counting)
+        monkeypatch.setattr(model._steps, "_loop", counting)
         model.fit_task(rotated().tasks[0], SILENT)
         return taken
 
@@ -366,7 +366,7 @@ def test_periodic_evaluation_equals_the_learners_evaluation_at_that_step(tmp_pat
         def after_step(self, ts: Any, state: Any, batch: Batch, metrics: Any, writer: Any) -> None:
             expected.append([model.evaluate(stream.tasks[j], "validation") for j in (0, 2)])
 
-    model._step_hooks.append(Compare(3))
+    model.hooks.of_steps.append(Compare(3))
     for task in stream.tasks:
         model.fit_task(task, SILENT)
     assert [step for step, _ in writer.scalars] == list(range(3, model.step + 1, 3))

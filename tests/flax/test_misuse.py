@@ -16,7 +16,7 @@ from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.task import Batch, Task
 from sequel_flax import ALGORITHMS, State
-from sequel_flax.bundle import get_learning_rates
+from sequel_flax.optimizers import get_learning_rates
 from tests.flax.parts import (
     BATCH,
     EVERY,

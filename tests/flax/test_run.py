@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,11 @@ from sequel_core import load_result, load_weights, run
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.naive import NaiveHParams
+from sequel_core.cli.run import execute
+from sequel_core.experiment.compose import compose
 from sequel_core.runs.learner import DivergenceError
 from sequel_core.runs.results import Result
-from sequel_flax.build import use_one_thread
+from sequel_flax import process_settings
 from tests.flax.parts import STEPS, divided, learner, rotated, same, settings
 
 EWC = EWCHParams(ewc_lambda=30, fisher_samples=20)
@@ -278,16 +283,28 @@ def test_an_interrupted_run_keeps_what_was_recorded(
     assert not (tmp_path / "weights.npz").exists()
 
 
-def test_lapack_runs_on_one_thread_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lapack_has_one_thread_unless_a_variable_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     def threads() -> set[int]:
         return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
 
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         monkeypatch.delenv(variable, raising=False)
     with threadpool_limits(2, "blas"):
-        use_one_thread()
-        assert threads() == {1}
-    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
-    with threadpool_limits(2, "blas"):
-        use_one_thread()
+        with process_settings(compose(["mode=jax"]).config):
+            assert threads() == {1}
         assert threads() == {2}
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+        with process_settings(compose(["mode=jax"]).config):
+            assert threads() == {2}
+
+
+def test_process_settings_end_with_the_run(tmp_path: Path) -> None:
+    def settings_of_process() -> list[Any]:
+        filters = [logging.getLogger(name).filters[:] for name in ("absl", "asyncio")]
+        return [sys.unraisablehook, threading.excepthook, jax.config.read("jax_enable_x64"), filters]
+
+    before = settings_of_process()
+    line = ["mode=jax", "training.dtype=float64", "benchmark=rotateddigits", "benchmark.subset=40"]
+    execute(compose([*line, "backbone.widths=[4]"]).config, tmp_path, progress=False)
+    assert load_weights(tmp_path)["head/kernel"].dtype == np.float64
+    assert settings_of_process() == before

@@ -21,7 +21,7 @@ from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.runs.learner import FitMonitor, Progress
 from sequel_flax import ALGORITHMS, ewc
-from sequel_flax.bundle import get_learning_rate
+from sequel_flax.optimizers import get_learning_rate
 from tests.flax.parts import (
     BATCH,
     EVERY,

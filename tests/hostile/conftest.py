@@ -1,5 +1,6 @@
 """Fixtures: a sandbox without a framework or a network."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ class Untrained(Learner):
 
 class Plugin:
     """A stand-in for the module that `sequel_core.runs.learner.plugin` returns."""
+
+    def process_settings(self, config: ExperimentConfig) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def build_learner(
         self, config: ExperimentConfig, benchmark: Benchmark, run_dir: Path, callbacks: object

@@ -16,13 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from sequel_core.backbones import BACKBONES as BACKBONE_HPARAMS
 from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.images import Normalisation
 from sequel_core.stream.task import Samples
 from sequel_flax.backbones import BACKBONES, MLP
-from sequel_flax.build import make_learner, use_one_thread
+from sequel_flax.build import make_learner
 from sequel_flax.bundle import batch_stats
 from sequel_flax.learner import FlaxLearner
 from sequel_flax.optimizers import build_optimizer
@@ -43,7 +44,7 @@ Step = Callable[[Any, Any, Any, Any], tuple[Any, Any, jax.Array]]
 
 def make_network(benchmark: Benchmark, backbone: str) -> Any:
     """Return the network that is measured."""
-    use_one_thread()
+    threadpool_limits(1, "blas")  # as in a run
     if backbone == "mlp":
         return MLP(WIDTHS, benchmark.num_classes)
     return BACKBONES[backbone](**vars(BACKBONE_HPARAMS[backbone]()), num_classes=benchmark.num_classes)

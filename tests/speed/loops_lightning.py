@@ -24,7 +24,7 @@ from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.images import Normalisation
 from sequel_core.stream.task import Samples
 from sequel_lightning.backbones import BACKBONES, MLP, initialise
-from sequel_lightning.build import build_optimizer, make_learner, use_one_thread
+from sequel_lightning.build import build_optimizer, make_learner
 from sequel_lightning.data import as_batch
 from sequel_lightning.learner import LightningLearner, quiet
 from sequel_lightning.loggers import LOGGERS
@@ -45,7 +45,7 @@ def make_network(benchmark: Benchmark, backbone: str) -> nn.Module:
     """Return the network that is measured; the MLP runs on one thread."""
     sizes: Any = {"num_classes": benchmark.num_classes, "image_shape": benchmark.image_shape}
     if backbone == "mlp":
-        use_one_thread()
+        torch.set_num_threads(1)  # as in a run
         return initialise(MLP(WIDTHS, **sizes), seed=0)
     return initialise(BACKBONES[backbone](**vars(BACKBONE_HPARAMS[backbone]()), **sizes), seed=0)
 

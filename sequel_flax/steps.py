@@ -1,0 +1,193 @@
+"""Compiled training steps, one or several per call, and the metrics that they accumulate on the device."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import clu.metrics
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.training.train_state import TrainState
+
+from sequel_core.stream.task import Batch
+from sequel_flax.bundle import Algorithm, State
+
+NEVER = np.iinfo(np.int32).max
+STEPS_PER_LOOP = 50
+
+TrainMetrics = clu.metrics.Collection.create(
+    accuracy=clu.metrics.Accuracy, loss=clu.metrics.Average.from_output("loss")
+)
+"""Default metrics of the training batches."""
+
+
+class RunningMetrics(NamedTuple):
+    """Metrics that are accumulated on the device between two reports.
+
+    Args:
+        metrics: The metrics of the training batches.
+        first_bad_step: The first step whose loss was not finite, int32 (); `NEVER` if there is none.
+
+    Example:
+        >>> RunningMetrics(TrainMetrics.empty(), np.int32(NEVER)).first_bad_step == NEVER
+        True
+    """
+
+    metrics: clu.metrics.Collection
+    first_bad_step: jax.Array
+
+
+Carry = tuple[TrainState, State, RunningMetrics]
+
+
+class CompiledSteps:
+    """Takes training steps in compiled calls.
+
+    Args:
+        algorithm: The algorithm.
+        metrics: The class of the metrics.
+        steps_per_call: The maximum number of steps in one call, >= 1. None chooses 1 for a network with
+            convolutions on a CPU, where XLA runs them slowly in loops, and 50 otherwise.
+
+    Raises:
+        ValueError: `steps_per_call` is below 1.
+
+    Example:
+        >>> from sequel_core.algorithms.naive import NaiveHParams
+        >>> from sequel_flax import naive
+        >>> CompiledSteps(naive(NaiveHParams()), TrainMetrics, steps_per_call=10).steps_per_call
+        10
+    """
+
+    def __init__(
+        self, algorithm: Algorithm, metrics: type[clu.metrics.Collection], steps_per_call: int | None = None
+    ) -> None:
+        if steps_per_call is not None and steps_per_call < 1:
+            raise ValueError(f"steps_per_call must be >= 1, got {steps_per_call}")
+        self.steps_per_call = steps_per_call
+        self.no_metrics = jax.device_get(
+            RunningMetrics(strong_types(metrics.empty()), jnp.asarray(NEVER, jnp.int32))
+        )
+        self._algorithm = algorithm
+        self._metrics = metrics
+        self._step = jax.jit(self._traced_step, donate_argnums=(0, 1, 2))
+        self._loop = jax.jit(self._traced_loop, donate_argnums=(0, 1, 2))
+
+    def choose(self, ts: TrainState, state: State, batch: Batch) -> int:
+        """Return the maximum number of steps in one call, chosen for a batch if it was None."""
+        if self.steps_per_call is None:
+            self.steps_per_call = STEPS_PER_LOOP
+            if jax.default_backend() == "cpu":
+                traced = jax.make_jaxpr(self._algorithm.train_step)(ts, state, batch)
+                self.steps_per_call = 1 if "conv_general_dilated" in str(traced) else STEPS_PER_LOOP
+        return self.steps_per_call
+
+    def arranged(self, batches: Batch) -> Batch:
+        """Return batches `[n, B, ...]` as one call takes them: padded, or the single batch `[B, ...]`."""
+        if self.steps_per_call == 1:
+            return rows(batches, 0)
+        arranged: Batch = jax.tree.map(partial(padded, count=self.steps_per_call), batches)
+        return arranged
+
+    def __call__(self, carry: Carry, batches: Batch, steps: int) -> Carry:
+        """Take steps in one call.
+
+        Args:
+            carry: The train state, the state and the running metrics. Their buffers are donated.
+            batches: The result of `arranged`.
+            steps: The number of steps.
+
+        Returns:
+            The carry after the steps.
+        """
+        single = self.steps_per_call == 1
+        after: Carry = self._step(*carry, batches) if single else self._loop(*carry, batches, steps)
+        return after
+
+    def _traced_step(self, ts: TrainState, state: State, running: RunningMetrics, batch: Batch) -> Carry:
+        step = ts.step
+        ts, state, outputs = self._algorithm.train_step(ts, state, batch)
+        merged = running.metrics.merge(self._metrics.single_from_model_output(**outputs))
+        metrics = jax.tree.map(lambda old, new: new.astype(old.dtype), running.metrics, merged)
+        bad_step = jnp.where(jnp.isfinite(outputs["loss"]), NEVER, step).astype(jnp.int32)
+        return ts, state, RunningMetrics(metrics, jnp.minimum(running.first_bad_step, bad_step))
+
+    def _traced_loop(
+        self, ts: TrainState, state: State, running: RunningMetrics, batches: Batch, steps: int
+    ) -> Carry:
+        """Take the first `steps` of the batches. Another number of steps does not compile again."""
+
+        def body(k: int, carry: Carry) -> Carry:
+            return self._traced_step(*carry, rows(batches, k))
+
+        end: Carry = jax.lax.fori_loop(0, steps, body, (ts, state, running))
+        return end
+
+
+def rows(batch: Batch, index: int | slice) -> Batch:
+    """Return rows of every array of a batch.
+
+    Args:
+        batch: Arrays `[n, ...]`.
+        index: The index of a row, or a slice.
+
+    Example:
+        >>> rows(Batch(np.arange(6).reshape(3, 2), np.arange(3), np.zeros(3, int)), 1).x.tolist()
+        [2, 3]
+    """
+    part: Batch = jax.tree.map(lambda a: a[index], batch)
+    return part
+
+
+def padded(array: np.ndarray, count: int) -> np.ndarray:
+    """Return an array with rows of zeros at the end.
+
+    Args:
+        array: Rows `[n, ...]`.
+        count: The number of rows of the result, >= n.
+
+    Returns:
+        An array `[count, ...]`, the given one if n is `count`.
+
+    Example:
+        >>> padded(np.array([1, 2]), 3).tolist()
+        [1, 2, 0]
+    """
+    if len(array) == count:
+        return array
+    return np.concatenate([array, np.zeros((count - len(array), *array.shape[1:]), array.dtype)])
+
+
+def merge_on_host(running: RunningMetrics, more: RunningMetrics) -> RunningMetrics:
+    """Return the metrics of all steps of both, as NumPy arrays with the dtypes of the first.
+
+    Args:
+        running: The metrics of some steps.
+        more: The metrics of later steps.
+
+    Example:
+        >>> empty = RunningMetrics(TrainMetrics.empty(), np.int32(NEVER))
+        >>> int(merge_on_host(empty, empty._replace(first_bad_step=np.int32(3))).first_bad_step)
+        3
+    """
+    (metrics, bad_step), (others, other_bad_step) = jax.device_get((running, more))
+    merged = jax.tree.map(lambda old, new: np.asarray(new, old.dtype), metrics, metrics.merge(others))
+    return RunningMetrics(merged, np.minimum(bad_step, other_bad_step))
+
+
+def strong_types(tree: Any) -> Any:
+    """Return a tree without weakly typed leaves, so that a step that takes it is compiled once.
+
+    Args:
+        tree: A tree of numbers and arrays.
+
+    Returns:
+        A tree of JAX arrays.
+
+    Example:
+        >>> strong_types(1.0).weak_type
+        False
+    """
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), tree)
