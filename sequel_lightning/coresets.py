@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torch import Tensor
 
 from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_lightning.data import as_batch
-from sequel_lightning.module import TRAINING, ContinualModule, OptimizerFactory
+from sequel_lightning.module import TRAINING, ContinualModule
 from sequel_lightning.replay import Memory, empty_memory
 from sequel_lightning.trees import StateTree
 
@@ -44,18 +43,11 @@ class CoresetModule(ContinualModule):
     algorithm_hparams: KCLHParams
     spec: StreamSpec
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerFactory,
-        hparams: KCLHParams,
-        spec: StreamSpec | None = None,
-        metrics: MetricCollection | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(net, optimizer, hparams, spec, metrics, seed)
+    def init_memory(self) -> None:
+        """Make the empty coresets."""
+        super().init_memory()
         spec = self.needed_spec()
-        x, y, t, _ = empty_memory(spec, spec.num_tasks * hparams.core_size, None)
+        x, y, t, _ = empty_memory(spec, spec.num_tasks * self.algorithm_hparams.core_size, None)
         self.coreset = StateTree({"x": x, "y": y, "t": t})
 
     @property

@@ -15,17 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torch import Tensor
 
 from sequel_core.hparams import ExemplarHParams
 from sequel_core.stream.arrays import FloatArray
-from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.exemplars import exemplar_means, joined_with_samples, renewed_exemplars
 from sequel_core.stream.task import AnySplit, Batch, Samples
 from sequel_lightning.module import (
     ContinualModule,
-    OptimizerFactory,
     blank_image,
     check_features,
     evaluating,
@@ -99,25 +96,21 @@ class ExemplarModule(ContinualModule):
     learned: Tensor
     classes: Tensor
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerFactory,
-        hparams: ExemplarHParams,
-        spec: StreamSpec | None = None,
-        metrics: MetricCollection | None = None,
-        seed: int = 0,
-    ) -> None:
-        check_features(net, hparams.name)
-        super().__init__(net, optimizer, hparams, spec, metrics, seed)
+    def check_net(self, net: nn.Module) -> None:
+        """Raise ValueError if the network lacks `features` or `head`."""
+        check_features(net, self.hparams_class.name)
+
+    def init_memory(self) -> None:
+        """Make the empty memory of exemplars, and no means."""
+        super().init_memory()
+        net: Any = self.net
         spec = self.needed_spec()
-        memory = empty_memory(spec, hparams.slots(int(spec.mask.sum())), None)
+        memory = empty_memory(spec, self.algorithm_hparams.slots(int(spec.mask.sum())), None)
         self.exemplars = StateTree({"x": memory.x, "y": memory.y, "t": memory.t})
         like = next(net.parameters())
         image = blank_image(spec, like)
-        features: Any = net.features
         with evaluating(net), torch.no_grad():
-            width = features(image).shape[-1]
+            width = net.features(image).shape[-1]
         self.register_buffer("means", like.new_zeros(spec.num_classes, width).detach())
         self.register_buffer("has_mean", torch.zeros(spec.num_classes, dtype=torch.bool))
         self.register_buffer("learned", torch.tensor(-1, dtype=torch.int32))

@@ -116,15 +116,17 @@ class ContinualModule(pl.LightningModule):
         self,
         net: nn.Module,
         optimizer: OptimizerFactory,
-        hparams: AlgorithmHParams,
+        hparams: AlgorithmHParams | None = None,
         spec: StreamSpec | None = None,
         metrics: MetricCollection | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        hparams = self.hparams_class() if hparams is None else hparams
         check_factory(optimizer)
         check_metrics(metrics)
         check_arguments(net, spec)
+        self.check_net(net)
         if spec is not None:
             check_network(net, spec)
         if not isinstance(hparams, self.hparams_class):
@@ -161,6 +163,7 @@ class ContinualModule(pl.LightningModule):
         self.register_buffer("known", known, persistent=False)
         mask = known if spec is not None and spec.masks_logits else None
         self.register_buffer("mask", mask, persistent=False)
+        self.init_memory()
         self.planner = NoPlanner() if spec is None else augmenting(self.make_planner(spec), spec, seed)
         self._carried_optimizer: dict[str, Any] | None = None
         self._generators: list[Tensor] = []  # their states in the checkpoint that a fit resumes
@@ -171,6 +174,15 @@ class ContinualModule(pl.LightningModule):
         self._scores = TaskScores("val", None)
 
     # -- the algorithm: subclasses override these, in the order of the Flax bundle
+
+    def check_net(self, net: nn.Module) -> None:
+        """Raise ValueError if the method cannot train this network; the constructor calls it first."""
+
+    def init_memory(self) -> None:
+        """Build what the method keeps: buffers, parameter trees, copies of the network.
+
+        The constructor calls it once. `net`, `algorithm_hparams`, `spec` and `seed` are set by then.
+        """
 
     def start_task(self) -> None:
         """Begin task `self.task_index`."""

@@ -13,14 +13,11 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torch import Tensor
 
-from sequel_core.hparams import AlgorithmHParams
-from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_lightning.gradients import Contribution, GradientSums, Objective
-from sequel_lightning.module import ContinualModule, OptimizerFactory, Params, evaluating
+from sequel_lightning.module import ContinualModule, Params, evaluating
 from sequel_lightning.trees import ParameterTree, SumTree, restricted
 
 Model = ContinualModule
@@ -125,16 +122,9 @@ class QuadraticModule(ContinualModule):
     separate = False  # see `consolidate`
     gamma = 1.0  # see `consolidate`
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerFactory,
-        hparams: AlgorithmHParams,
-        spec: StreamSpec | None = None,
-        metrics: MetricCollection | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(net, optimizer, hparams, spec, metrics, seed)
+    def init_memory(self) -> None:
+        """Start with the anchor at the initial weights and zero importances."""
+        super().init_memory()
         self.anchor = ParameterTree(self.params(), torch.clone)
         self.importance = SumTree(self.params())
         self._checked = False  # whether the network has importances; tried with the first batch

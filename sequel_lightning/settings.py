@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 import numpy as np
@@ -96,9 +96,10 @@ def spec_from(plain: Mapping[str, Any]) -> StreamSpec:
 
 
 def accept_plain_values(cls: Any) -> None:
-    """Let the constructor of a class of algorithms take plain values, and annotate which settings it takes.
+    """Let the constructor of a class of algorithms take plain values, and describe its arguments exactly.
 
-    `load_from_checkpoint` passes plain values. LightningCLI reads the types of arguments from annotations.
+    `load_from_checkpoint` passes plain values. LightningCLI and `help()` read the signature: the type of
+    `hparams` is the class's own settings, and its default are their defaults.
     """
     construct = cls.__init__
     signature = inspect.signature(construct)
@@ -108,7 +109,7 @@ def accept_plain_values(cls: Any) -> None:
     @functools.wraps(construct)
     def init(*args: Any, **options: Any) -> None:
         bound = signature.bind(*args, **options)
-        hparams, spec = bound.arguments["hparams"], bound.arguments.get("spec")
+        hparams, spec = bound.arguments.get("hparams"), bound.arguments.get("spec")
         if isinstance(hparams, Mapping):
             bound.arguments["hparams"] = hparams_from(hparams, cls.hparams_class)
         if isinstance(spec, Mapping):
@@ -116,8 +117,19 @@ def accept_plain_values(cls: Any) -> None:
         construct(*bound.args, **bound.kwargs)
 
     types: dict[str, Any] = {"hparams": cls.hparams_class, "spec": StreamSpec | dict[str, Any] | None}
-    init.__annotations__ = {k: types.get(k, kind) for k, kind in construct.__annotations__.items()}
-    init.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[p.replace(annotation=types.get(k, p.annotation)) for k, p in signature.parameters.items()]
-    )
+    init.__annotations__ = {k: types.get(k, t) for k, t in construct.__annotations__.items()}
+    parameters = {
+        name: parameter.replace(annotation=types.get(name, parameter.annotation))
+        for name, parameter in signature.parameters.items()
+    }
+    if signature.parameters["hparams"].default is not inspect.Parameter.empty:
+        parameters["hparams"] = parameters["hparams"].replace(default=default_hparams(cls.hparams_class))
+    init.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
     cls.__init__ = init
+
+
+def default_hparams(hparams_class: type[AlgorithmHParams]) -> Any:
+    """Return the default settings of an algorithm; `Parameter.empty` if a setting has no default."""
+    settings = fields(hparams_class)
+    complete = all(f.default is not MISSING or f.default_factory is not MISSING for f in settings)
+    return hparams_class() if complete else inspect.Parameter.empty

@@ -23,17 +23,16 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
 
 from sequel_core.algorithms.lamaml import LaMAMLHParams, MetaPlan, MetaPlanner
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_lightning.augmentation import cropped
 from sequel_lightning.gradients import check_functional_call
-from sequel_lightning.module import OptimizerFactory, Params, check_no_batch_stats
+from sequel_lightning.module import Params, check_no_batch_stats
 from sequel_lightning.replay import (
     Memory,
     Outputs,
@@ -86,18 +85,15 @@ class LaMAML(ReplayModule):
     clipping_setting = "grad_clip_norm"
     moving_trees = ("rates",)
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerFactory,
-        hparams: LaMAMLHParams,
-        spec: StreamSpec | None = None,
-        metrics: MetricCollection | None = None,
-        seed: int = 0,
-    ) -> None:
+    def check_net(self, net: nn.Module) -> None:
+        """Raise ValueError if the network has batch normalisation."""
         check_no_batch_stats(net, "lamaml", "its inner steps see too few samples for batch statistics")
-        super().__init__(net, optimizer, hparams, spec, metrics, seed)
-        self.rates = ParameterTree(self.params(), partial(torch.full_like, fill_value=hparams.alpha_init))
+
+    def init_memory(self) -> None:
+        """Start with an empty memory, and every rate at `alpha_init`."""
+        super().init_memory()
+        fresh = partial(torch.full_like, fill_value=self.algorithm_hparams.alpha_init)
+        self.rates = ParameterTree(self.params(), fresh)
         self._checked = False  # whether functional_call follows the network; tried with the first batch
 
     def make_planner(self, spec: StreamSpec) -> MetaPlanner:

@@ -19,14 +19,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import MetricCollection
 
 from sequel_core.algorithms.si import SIHParams
-from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
-from sequel_lightning.module import ContinualModule, OptimizerFactory, Params
+from sequel_lightning.module import ContinualModule, Params
 from sequel_lightning.quadratic import penalty
 from sequel_lightning.trees import ParameterTree, SumTree, restricted
 
@@ -66,17 +64,10 @@ class SI(ContinualModule):
     path_integrals = ("path",)
     algorithm_hparams: SIHParams
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerFactory,
-        hparams: SIHParams,
-        spec: StreamSpec | None = None,
-        metrics: MetricCollection | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(net, optimizer, hparams, spec, metrics, seed)
-        self.strength = 2 * hparams.si_lambda
+    def init_memory(self) -> None:
+        """Start with the anchor at the initial weights and zero importances."""
+        super().init_memory()
+        self.strength = 2 * self.algorithm_hparams.si_lambda
         self.anchor = ParameterTree(self.params(), torch.clone)
         self.importance, self.path = (SumTree(self.params()) for _ in range(2))
         self._gradient: Params = {}  # of the cross-entropy, at the current step

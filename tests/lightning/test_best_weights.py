@@ -283,9 +283,7 @@ def test_the_next_fit_is_refused(
 
 
 @left_open
-def test_consolidate_task_ends_a_task_at_the_weights_of_the_moment(
-    leave: Leave, tmp_path: Path
-) -> None:
+def test_consolidate_task_ends_a_task_at_the_weights_of_the_moment(leave: Leave, tmp_path: Path) -> None:
     benchmark = stream()
     model = leave(LAST, benchmark, tmp_path)
     assert isinstance(model, EWC)

@@ -1,5 +1,6 @@
 """Settings and specs as plain values: in checkpoints, in hparams.yaml, and back in a module."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,21 @@ def test_wrong_settings_raise() -> None:
     with pytest.raises(ValueError, match=r"ewc_lambda must be .*>= 0"):
         EWC(net, MOMENTUM, {"ewc_lambda": -1.0})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="EWC needs EWCHParams, got MASHParams"):
-        EWC(net, MOMENTUM, MASHParams())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="hparams"):
-        EWC(net, MOMENTUM)  # type: ignore[call-arg]
+        EWC(net, MOMENTUM, MASHParams())
+
+
+@every_algorithm
+def test_the_signature_has_the_settings_and_their_defaults(hparams: AlgorithmHParams) -> None:
+    """`help()` and LightningCLI read it; no constructor is written out again in a method's file."""
+    cls = ALGORITHMS[hparams.name]
+    assert inspect.get_annotations(cls.__init__)["hparams"] is type(hparams)
+    parameter = inspect.signature(cls).parameters["hparams"]
+    assert parameter.annotation is type(hparams)
+    assert parameter.default == type(hparams)()
+
+
+def test_settings_left_out_have_their_defaults() -> None:
+    assert EWC(network(stream()), MOMENTUM).algorithm_hparams == EWCHParams()
 
 
 def test_an_own_method_takes_plain_values_too(tmp_path: Path) -> None:

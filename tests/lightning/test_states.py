@@ -316,7 +316,7 @@ def test_lr_decay_beside_a_scheduler_is_refused(hparams: AlgorithmHParams) -> No
 
 def test_hparams_of_another_algorithm_are_refused() -> None:
     with pytest.raises(ValueError, match="EWC needs EWCHParams, got NaiveHParams"):
-        EWC(nn.Linear(2, 2), MOMENTUM, NaiveHParams())  # type: ignore[arg-type]
+        EWC(nn.Linear(2, 2), MOMENTUM, NaiveHParams())
 
 
 def test_a_batch_larger_than_the_task_is_refused() -> None:
