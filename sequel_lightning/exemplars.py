@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sequel_core.hparams import ExemplarHParams
 from sequel_core.stream.arrays import FloatArray
