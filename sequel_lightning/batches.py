@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,32 @@ def are_task_indices(t: Any, y: Any) -> bool:
 def widened(y: Any) -> Any:
     """Return labels as int64 if they are narrower integers, which the cross-entropy does not take."""
     return y.long() if isinstance(y, Tensor) and y.dtype in NARROW else y
+
+
+def to_batch(batch: Any, task_indices: Callable[[int], Tensor]) -> Batch:
+    """Return a loader's batch, `(x, y)`, `(x, y, t)` or a Batch, as a Batch.
+
+    Args:
+        batch: as the loader yields it.
+        task_indices: returns the task index of each of so many samples, for a batch without them.
+
+    Raises:
+        ValueError: any other batch, or a t that is not an integer tensor `[B]`.
+    """
+    planned = type(batch) is Batch
+    if planned or (isinstance(batch, (tuple, list)) and len(batch) == 3):
+        x, y, t = batch[:3]
+        if not are_task_indices(t, y):
+            raise unknown_batch(batch[:3])
+        if t.dtype == torch.uint8:  # torch would take it for a mask
+            t = t.long()
+        y = widened(y)
+        return batch._replace(y=y, t=t) if planned else Batch(x, y, t)
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise unknown_batch(batch)
+    x, y = batch
+    y = widened(y)
+    return Batch(x, y, task_indices(len(y)))
 
 
 def description(value: Any) -> str:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.stream.benchmark import StreamSpec
+from sequel_lightning.consolidation import TRAINING
 from sequel_lightning.data import as_batch
-from sequel_lightning.module import TRAINING, ContinualModule
+from sequel_lightning.module import ContinualModule
 from sequel_lightning.replay import Memory, empty_memory
 from sequel_lightning.trees import StateTree
 
@@ -91,7 +92,11 @@ class CoresetModule(ContinualModule):
         Raises:
             ValueError: it has no coreset.
         """
-        task, k, size = self.next_task(), self._next_task(), self.algorithm_hparams.core_size
+        task, k, size = (
+            self.lifecycle.next_task(),
+            self.lifecycle.next_index(),
+            self.algorithm_hparams.core_size,
+        )
         memory = self.kept
         if int((memory.t == k).sum()) == size and (task is None or task.coreset is None):
             return k, *held(memory, k, size)
@@ -100,12 +105,12 @@ class CoresetModule(ContinualModule):
                 f"kcl needs a coreset of task {k}; call module.keep_coreset({k}, x, y) before fit, or give "
                 "TaskDataModule a task of hparams.training_tasks(benchmark, seed)"
             )
-        batch = self._prepared(as_batch(self.algorithm_hparams.coreset(task)))
+        batch = self.lifecycle.prepared(as_batch(self.algorithm_hparams.coreset(task)))
         return k, batch.x, batch.y
 
     def current_coreset(self) -> tuple[int, Tensor, Tensor]:
         """Return the same of the task that is trained on; before it has begun, in a search, of the coming."""
-        if not self._fitting and self.phase != TRAINING:
+        if not self.lifecycle.fitting and self.phase != TRAINING:
             return self.coming_coreset()
         k = int(self.task_index)
         return k, *held(self.kept, k, self.algorithm_hparams.core_size)
@@ -118,6 +123,6 @@ class CoresetModule(ContinualModule):
 
     def start_task(self) -> None:
         """Keep the task's coreset; the user's own is there already."""
-        task = self.next_task()
+        task = self.lifecycle.next_task()
         if task is not None and task.coreset is not None:
             self.keep_coreset(*self.coming_coreset())

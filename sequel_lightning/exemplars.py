@@ -21,12 +21,8 @@ from sequel_core.hparams import ExemplarHParams
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.exemplars import exemplar_means, joined_with_samples, renewed_exemplars
 from sequel_core.stream.task import AnySplit, Batch, Samples
-from sequel_lightning.module import (
-    ContinualModule,
-    blank_image,
-    check_features,
-    evaluating,
-)
+from sequel_lightning.module import ContinualModule
+from sequel_lightning.networks import blank_image, check_features, evaluating
 from sequel_lightning.replay import Memory, empty_memory, stored_samples
 from sequel_lightning.trees import StateTree
 
@@ -115,7 +111,8 @@ class ExemplarModule(ContinualModule):
         self.register_buffer("has_mean", torch.zeros(spec.num_classes, dtype=torch.bool))
         self.register_buffer("learned", torch.tensor(-1, dtype=torch.int32))
         self.register_buffer("classes", torch.from_numpy(spec.mask.copy()), persistent=False)
-        self.known = self.classes.cumsum(0) > 0  # a user's loader may yield exemplars as the task's own
+        # a user's loader may yield exemplars together with the task's samples
+        self.preprocessing.allowed_labels = self.classes.cumsum(0) > 0
 
     @property
     def held(self) -> Memory:
@@ -135,7 +132,7 @@ class ExemplarModule(ContinualModule):
         if self.learned < 0 or self.learned != self.task_index:
             return self.forward(x, t)
         near = self.masked(nearest_mean(embed(self, x), self.means, self.has_mean), t)
-        mask = self._buffers["mask"]
+        mask = self.preprocessing.mask
         known = (self.has_mean[None] if mask is None else self.has_mean & mask[t]).any(1, keepdim=True)
         return near if known.all() else near.where(known, self.forward(x, t))
 

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from sequel_core.stream.task import Batch
-from sequel_lightning.module import ContinualModule, Params, evaluating
-from sequel_lightning.trees import zero_sum
+from sequel_lightning._compat import buffers_of, foreach_copy_, tensor_version
+from sequel_lightning.module import ContinualModule
+from sequel_lightning.networks import evaluating
+from sequel_lightning.trees import Params, zero_sum
 
 Objective = Callable[[Params, ContinualModule, Batch], Tensor]
 Contribution = Callable[[Tensor], Tensor]
@@ -108,7 +110,7 @@ class Traces:
         self._buffers = [
             (module, name, buffer, buffer.clone())
             for module in net.modules()
-            for name, buffer in module._buffers.items()
+            for name, buffer in buffers_of(module).items()
             if buffer is not None
         ]
         self._device = next(net.parameters()).device
@@ -129,13 +131,13 @@ class Traces:
     @contextmanager
     def buffers(self) -> Iterator[None]:
         """Restore the buffers after a pass."""
-        versions = [_version(buffer) for _, _, buffer, _ in self._buffers]
+        versions = [tensor_version(buffer) for _, _, buffer, _ in self._buffers]
         try:
             yield
         finally:
             for (module, name, buffer, value), version in zip(self._buffers, versions, strict=True):
-                module._buffers[name] = buffer
-                if _version(buffer) != version:
+                buffers_of(module)[name] = buffer
+                if tensor_version(buffer) != version:
                     with torch.no_grad():
                         buffer.copy_(value)
 
@@ -147,10 +149,6 @@ class Traces:
         torch.set_rng_state(states[0])
         for state in states[1:]:
             torch.cuda.set_rng_state(state, self._device)
-
-
-def _version(buffer: Tensor) -> int | None:
-    return None if buffer.is_inference() else buffer._version  # nothing writes to an inference tensor
 
 
 @contextmanager
@@ -168,7 +166,7 @@ def holding(model: ContinualModule, params: Params) -> Iterator[Params]:
 @torch.no_grad()
 def _fill(params: Params, values: list[Tensor]) -> None:
     if values:
-        torch._foreach_copy_(list(params.values()), values)
+        foreach_copy_(list(params.values()), values)
     torch.clear_autocast_cache()  # of the weights in half precision
 
 

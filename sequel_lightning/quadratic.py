@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from sequel_core.stream.task import Batch
+from sequel_lightning._compat import foreach_mul, foreach_sub
 from sequel_lightning.gradients import Contribution, GradientSums, Objective
-from sequel_lightning.module import ContinualModule, Params, evaluating
-from sequel_lightning.trees import ParameterTree, SumTree, restricted
+from sequel_lightning.module import ContinualModule
+from sequel_lightning.networks import evaluating
+from sequel_lightning.trees import ParameterTree, Params, SumTree, restricted
 
 Model = ContinualModule
 
@@ -43,15 +45,15 @@ class QuadraticPenalty(torch.autograd.Function):
         """Return the penalty, shape ()."""
         importances = tensors[2 * n :]
         params = [p.to(f.dtype) for p, f in zip(tensors[:n], importances, strict=True)]
-        distance = torch._foreach_sub(params, tensors[n : 2 * n])
-        ctx.gradient = torch._foreach_mul(importances, distance)
+        distance = foreach_sub(params, tensors[n : 2 * n])
+        ctx.gradient = foreach_mul(importances, distance)
         terms = [torch.dot(g.flatten(), d.flatten()) for g, d in zip(ctx.gradient, distance, strict=True)]
         return 0.5 * torch.stack(terms).sum()
 
     @staticmethod
     def backward(ctx: Any, *factors: Tensor) -> Any:
         """Return the gradient of the parameters; anchors and importances get none."""
-        gradient = torch._foreach_mul(ctx.gradient, factors[0])
+        gradient = foreach_mul(ctx.gradient, factors[0])
         return None, *gradient, *[None] * (2 * len(gradient))
 
 

@@ -217,5 +217,5 @@ class ReplayModule(ContinualModule):
 
     def remember(self, batch: Batch, seen: Outputs) -> None:
         """Write the batch to the memory."""
-        if self._fitting:
+        if self.lifecycle.fitting:
             write(self.held, method_plan(batch).write, batch, seen.logits)

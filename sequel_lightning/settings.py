@@ -25,6 +25,21 @@ def plain_hparams(hparams: AlgorithmHParams) -> dict[str, Any]:
     return {"name": hparams.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
 
 
+def check_hparams(cls: Any, hparams: AlgorithmHParams | None, spec: StreamSpec | None) -> AlgorithmHParams:
+    """Return the settings of a class of algorithms, by default those of its `hparams_class`.
+
+    Raises:
+        ValueError: settings of another algorithm, or that do not fit the stream.
+    """
+    hparams_class: type[AlgorithmHParams] = cls.hparams_class
+    settings = hparams_class() if hparams is None else hparams
+    if not isinstance(settings, hparams_class):
+        raise ValueError(f"{cls.__name__} needs {hparams_class.__name__}, got {type(settings).__name__}")
+    if spec is not None:
+        settings.check_stream(spec)
+    return settings
+
+
 def plain_spec(spec: StreamSpec) -> dict[str, Any]:
     """Return the spec; in place of the mask, the classes of each task."""
     normalisation, augmentation = spec.normalisation, spec.augmentation

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.stream.task import Batch
 from sequel_lightning.gradients import call_with
-from sequel_lightning.module import Params
 from sequel_lightning.quadratic import Model, QuadraticModule, mean_gradients
+from sequel_lightning.trees import Params
 
 
 def negative_log_likelihood(params: Params, model: Model, batch: Batch) -> Tensor:

@@ -33,8 +33,9 @@ from torch.nn import functional as F
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.stream.task import Batch
 from sequel_lightning.exemplars import ExemplarModule
-from sequel_lightning.module import TRAINING, Params, evaluating, frozen_network
+from sequel_lightning.networks import evaluating, frozen_network
 from sequel_lightning.replay import Memory, planned
+from sequel_lightning.trees import Params
 
 
 class ICaRLState(NamedTuple):
@@ -92,7 +93,7 @@ class ICaRL(ExemplarModule):
         """Return the binary cross-entropy with labels and the old network's outputs, and the logits."""
         planned(self.held, batch, tuple)  # any plan will do; refuses images of another dtype
         batch = self.trained_on(batch)
-        task = int(self.task_index) if self.phase == TRAINING else self._next_task()
+        task = self.lifecycle.current_index()
         seen, past = seen_and_past(self.classes, task)
         outputs = seen if self.algorithm_hparams.outputs == "seen" else torch.ones_like(seen)
         logits = self.network(batch.x)

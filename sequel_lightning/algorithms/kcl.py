@@ -31,7 +31,7 @@ from sequel_core.stream.planner import NoPlanner
 from sequel_core.stream.task import Batch
 from sequel_lightning import kernels
 from sequel_lightning.coresets import CoresetModule, held
-from sequel_lightning.module import blank_image, check_features, evaluating
+from sequel_lightning.networks import blank_image, check_features, evaluating
 from sequel_lightning.replay import Memory
 
 
@@ -120,7 +120,7 @@ class KCL(CoresetModule):
 
     def predict(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Return the logits by the coreset of each sample's task, 0 where it has none yet."""
-        t = self.needed_tasks(t)
+        t = self.preprocessing.needed_tasks(t)
         hparams, kept, h = self.algorithm_hparams, self.kept, self.features(x)
         logits = h.new_zeros(len(x), self.spec.num_classes)
         for j in t.unique().tolist():

@@ -32,7 +32,7 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_lightning.augmentation import cropped
 from sequel_lightning.gradients import check_functional_call
-from sequel_lightning.module import Params, check_no_batch_stats
+from sequel_lightning.networks import check_no_batch_stats
 from sequel_lightning.replay import (
     Memory,
     Outputs,
@@ -42,7 +42,7 @@ from sequel_lightning.replay import (
     mean_cross_entropy,
     planned,
 )
-from sequel_lightning.trees import ParameterTree, restricted
+from sequel_lightning.trees import ParameterTree, Params, restricted
 
 
 class LaMAMLState(NamedTuple):
@@ -153,7 +153,7 @@ class LaMAML(ReplayModule):
             with torch.no_grad():
                 if hparams.learn_lr:
                     rates = {k: a - hparams.lr_alpha * rates_slope[k] for k, a in rates.items()}
-                    self.rates.set(rates if self._fitting else {})
+                    self.rates.set(rates if self.lifecycle.fitting else {})
                 for k, after in inner_sgd_step(params, rates, slope).items():
                     if hparams.sync_update:
                         params[k].grad = slope[k]

@@ -23,14 +23,9 @@ from torch.optim import Optimizer
 
 from sequel_core.algorithms.lfl import LFLHParams
 from sequel_core.stream.task import Batch
-from sequel_lightning.module import (
-    ContinualModule,
-    Params,
-    apply_head,
-    check_features,
-    evaluating,
-    frozen_network,
-)
+from sequel_lightning.module import ContinualModule
+from sequel_lightning.networks import apply_head, check_features, evaluating, frozen_network
+from sequel_lightning.trees import Params
 
 
 class LFLState(NamedTuple):

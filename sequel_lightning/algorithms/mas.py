@@ -20,8 +20,8 @@ from torch import Tensor
 from sequel_core.algorithms.mas import MASHParams
 from sequel_core.stream.task import Batch
 from sequel_lightning.gradients import call_with
-from sequel_lightning.module import Params
 from sequel_lightning.quadratic import Model, QuadraticModule, mean_gradients
+from sequel_lightning.trees import Params
 
 
 def squared_norm(params: Params, model: Model, batch: Batch) -> Tensor:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from sequel_core.algorithms.mcsgd import MCSGDHParams, connection_batches
 from sequel_core.stream.task import Batch
 from sequel_lightning.gradients import backward, holding, native_rnn
-from sequel_lightning.module import Params, check_no_batch_stats, evaluating
+from sequel_lightning.networks import check_no_batch_stats, evaluating
 from sequel_lightning.replay import (
     Memory,
     ReplayBatch,
@@ -35,7 +35,7 @@ from sequel_lightning.replay import (
     mean_cross_entropy,
     read,
 )
-from sequel_lightning.trees import ParameterTree, restricted
+from sequel_lightning.trees import ParameterTree, Params, restricted
 
 Lines = Sequence[tuple[Params, Sequence[ReplayBatch]]]  # where each begins, and the samples that it is for
 
@@ -110,7 +110,7 @@ class MCSGD(ReplayModule):
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         """Take the optimizer's step; online, let w_bar follow."""
         super().optimizer_step(*args, **options)
-        if self.online and self._fitting and self.learned >= 0:
+        if self.online and self.lifecycle.fitting and self.learned >= 0:
             kept, (own, *past), w_hat = self.state, self._samples, self.frozen_params()
             moving = [restricted(tree, w_hat) for tree in kept.moving]
             with evaluating(self):

@@ -35,7 +35,7 @@ from sequel_core.stream.benchmark import Benchmark, Scenario, StreamSpec
 from sequel_core.stream.images import Normalisation
 from sequel_core.stream.task import Split, Task
 from sequel_lightning import ALGORITHMS, MLP, ContinualModule, TaskDataModule, initialise
-from sequel_lightning.module import OptimizerFactory
+from sequel_lightning.optimizers import OptimizerFactory
 
 BATCH, STEPS, SIDE, CLASSES = 4, 5, 3, 4
 MOMENTUM = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -174,7 +174,7 @@ def learn(
 
 def everything(model: ContinualModule) -> dict[str, Any]:
     """Return copies of all that a module carries from step to step and from task to task."""
-    carried = model._carried_optimizer or {"state": {}, "param_groups": []}
+    carried = model.lifecycle.carried_optimizer or {"state": {}, "param_groups": []}
     momenta = {f"{i}/{k}": torch.as_tensor(v) for i, s in carried["state"].items() for k, v in s.items()}
     tensors = {k: v.detach().clone() for k, v in {**model.state_dict(), **momenta}.items()}
     groups = [{k: v for k, v in g.items() if k != "params"} for g in carried["param_groups"]]

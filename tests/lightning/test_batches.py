@@ -15,7 +15,7 @@ from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.benchmark import Scenario
 from sequel_lightning import ContinualModule, algorithms
-from sequel_lightning.module import CONSOLIDATED, IDLE
+from sequel_lightning.consolidation import CONSOLIDATED, IDLE
 from tests.lightning.parts import (
     BATCH,
     CLASSES,

@@ -24,7 +24,7 @@ from sequel_core.algorithms.si import SIHParams
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
 from sequel_core.stream.benchmark import Benchmark
 from sequel_lightning import ALGORITHMS, EWC, MLP, ContinualModule, algorithms, initialise, make_learner
-from sequel_lightning.module import CONSOLIDATED, TRAINING
+from sequel_lightning.consolidation import CONSOLIDATED, TRAINING
 from tests.lightning.parts import (
     CLASSES,
     DERPP,

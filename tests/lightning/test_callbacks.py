@@ -48,7 +48,7 @@ from sequel_core.stream import plan
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import Benchmark
 from sequel_lightning import MLP, LightningLearner, Naive, initialise, make_learner
-from sequel_lightning.module import CONSOLIDATED, IDLE, TRAINING
+from sequel_lightning.consolidation import CONSOLIDATED, IDLE, TRAINING
 from tests.lightning.parts import At, counted, learn, module, position, stream
 
 SILENT = FitMonitor(lambda progress: None, lambda: None)

@@ -224,7 +224,7 @@ def test_the_momentum_of_a_parameter_stays_its_own_if_the_trained_parameters_cha
     benchmark = stream(num_tasks=2)
     module = made(EWCHParams(reset_optimizer=False), benchmark)
     learn(module, benchmark, 0)
-    carried = module._carried_optimizer
+    carried = module.lifecycle.carried_optimizer
     expected = [carried["state"][i]["momentum_buffer"].clone() for i in range(4)]  # dense_1 and the head
     module.net.dense_0.requires_grad_(True)
     found: dict[str, Any] = {}

@@ -20,7 +20,7 @@ from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_lightning import ALGORITHMS, ContinualModule, Naive
-from sequel_lightning.module import blank_image
+from sequel_lightning.networks import blank_image
 from tests.lightning.parts import BATCH, CLASSES, KCL, network, own_stream, stream, trainer
 
 # Lightning's remarks on a user's loader, and on a module that is fitted without validation data.

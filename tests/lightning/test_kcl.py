@@ -18,8 +18,8 @@ from sequel_core.hparams import TrainingHParams
 from sequel_core.runs.learner import FitMonitor
 from sequel_core.stream.benchmark import Benchmark
 from sequel_lightning import KCL, LightningLearner
+from sequel_lightning.consolidation import CONSOLIDATED, IDLE, TRAINING
 from sequel_lightning.kernels import solve
-from sequel_lightning.module import CONSOLIDATED, IDLE, TRAINING
 from tests.lightning.parts import (
     ADAM,
     BATCH,

@@ -24,7 +24,7 @@ from sequel_core.runs.learner import DivergenceError, FitMonitor, Progress
 from sequel_core.stream import plan
 from sequel_core.stream.benchmark import Benchmark, Scenario
 from sequel_lightning import LightningLearner
-from sequel_lightning.module import mask_logits
+from sequel_lightning.preprocessing import mask_logits
 from tests.lightning.parts import (
     ADAM,
     BATCH,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sequel_core.algorithms.lfl import LFLHParams
 from sequel_lightning import MLP, algorithms
-from sequel_lightning.module import OptimizerFactory
+from sequel_lightning.optimizers import OptimizerFactory
 from tests.lightning.parts import (
     CLASSES,
     LFL,

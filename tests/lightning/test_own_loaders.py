@@ -19,7 +19,7 @@ from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams
 from sequel_lightning import ALGORITHMS, EWC, ContinualModule, algorithms
-from sequel_lightning.module import OptimizerFactory
+from sequel_lightning.optimizers import OptimizerFactory
 from tests.lightning.parts import (
     ADAM,
     AGEM,

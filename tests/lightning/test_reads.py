@@ -22,7 +22,7 @@ from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.images import Normalisation
 from sequel_lightning import Naive, reporting
-from sequel_lightning.module import CONSOLIDATED, TRAINING
+from sequel_lightning.consolidation import CONSOLIDATED, TRAINING
 from tests.lightning.parts import (
     BATCH,
     CLASSES,

@@ -17,7 +17,7 @@ from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams
 from sequel_lightning import EWC, TaskDataModule
-from sequel_lightning.module import CONSOLIDATED, IDLE, TRAINING
+from sequel_lightning.consolidation import CONSOLIDATED, IDLE, TRAINING
 from tests.lightning.parts import (
     ADAM,
     AGEM,

@@ -18,7 +18,7 @@ from sequel_core.algorithms.si import SIHParams
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.task import Batch
 from sequel_lightning import ALGORITHMS
-from sequel_lightning.module import CONSOLIDATED
+from sequel_lightning.consolidation import CONSOLIDATED
 from sequel_lightning.quadratic import penalty
 from tests.lightning.parts import CLASSES, ICARL, MOMENTUM, At, learn, module, position, stream
 
