@@ -281,7 +281,7 @@ class LightningLearner:
         callbacks = callbacks_of_task(self.callbacks, first=self.step == 0)
         if callbacks:  # one alone would cost 3% of the rate whatever it does
             callbacks[:0] = watchers
-        loggers = list(self.loggers) or False  # those that still work
+        loggers = self.loggers.for_trainer() or False
         with quiet():
             return pl.Trainer(**self._settings, max_epochs=epochs, callbacks=callbacks, logger=loggers)
 
