@@ -51,8 +51,8 @@ class GuardedLogger:
     def __init__(self, logger: Logger, attempt: Callable[..., None]) -> None:
         self._logger, self._attempt = logger, attempt
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[misc]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         """The class of the user's logger."""
         return type(self._logger)
 
