@@ -64,10 +64,10 @@ def description(value: Any) -> str:
 def unknown_batch(batch: Any) -> ValueError:
     """Return the error for a batch that is none of `(x, y)`, `(x, y, t)` and Batch."""
     several = isinstance(batch, tuple | list)
-    found = f"({', '.join(map(description, batch))})" if several else type(batch).__name__
+    received = f"({', '.join(map(description, batch))})" if several else type(batch).__name__
     return ValueError(
         "a batch must be (x, y) or (x, y, t), t the task index of each sample (integers [B], from 0), got "
-        f"{found}; leave out other values in the loader's collate_fn, or override as_batch"
+        f"{received}; leave out other values in the loader's collate_fn, or override as_batch"
     )
 
 
@@ -114,8 +114,8 @@ def first_wrong(y: Tensor, t: Tensor, known: Tensor) -> Tensor:
     inside = (y >= 0) & (y < classes) & (t >= 0) & (t < tasks)
     wrong = ~(inside & known[t.long().clamp(0, tasks - 1), y.long().clamp(0, classes - 1)])
     first = wrong.int().argmax()
-    found = torch.stack([wrong[first], y[first], t[first]])
-    return found.long() * wrong[first]
+    values = torch.stack([wrong[first], y[first], t[first]])
+    return values.long() * wrong[first]
 
 
 def wrong_label(label: int, task: int, known: Tensor) -> ValueError:

@@ -65,8 +65,8 @@ def check_callbacks(callbacks: Sequence[Any], training: TrainingHParams) -> None
                 "callbacks must be objects of subclasses of pytorch_lightning.Callback, got a "
                 f"{type(callback).__module__}.{name}"
             )
-        for kind, reason in REFUSED.items():
-            if isinstance(callback, kind):
+        for callback_class, reason in REFUSED.items():
+            if isinstance(callback, callback_class):
                 raise ValueError(f"callbacks: {name} {reason}")
         if isinstance(callback, StochasticWeightAveraging) and 1 in epochs:
             raise ValueError(

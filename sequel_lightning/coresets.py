@@ -54,8 +54,8 @@ class CoresetModule(ContinualModule):
     @property
     def kept(self) -> Memory:
         """The coresets."""
-        found = self.coreset.get()
-        return Memory(found["x"], found["y"], found["t"], None)
+        tensors = self.coreset.get()
+        return Memory(tensors["x"], tensors["y"], tensors["t"], None)
 
     def keep_coreset(self, task: int, x: Tensor, y: Tensor) -> None:
         """Keep the coreset of a task; call it before `fit` where the loaders are of one's own.
@@ -79,10 +79,10 @@ class CoresetModule(ContinualModule):
         if not 0 <= task < len(memory.t) // size:
             raise ValueError(f"task must be >= 0 and < {len(memory.t) // size}, got {task}")
         if x.dtype != memory.x.dtype:
-            found = str(x.dtype).removeprefix("torch.")
+            dtype = str(x.dtype).removeprefix("torch.")
             raise ValueError(
-                f"the coresets hold {str(memory.x.dtype).removeprefix('torch.')} images, got {found}; "
-                f"give spec._replace(image_dtype='{found}')"
+                f"the coresets hold {str(memory.x.dtype).removeprefix('torch.')} images, got {dtype}; "
+                f"give spec._replace(image_dtype='{dtype}')"
             )
         keep(memory, task, x, y)
 

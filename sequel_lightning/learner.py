@@ -195,10 +195,10 @@ class LightningLearner:
             ValueError: the algorithm keeps no samples.
         """
         kept: Any = getattr(self.module, "state", ())
-        found = [part for part in (kept, *kept) if isinstance(part, Memory)]
-        if not found:
+        memories = [part for part in (kept, *kept) if isinstance(part, Memory)]
+        if not memories:
             raise ValueError(f"{self.hparams.name} keeps no samples; methods with a memory do")
-        return stored_samples(found[0])
+        return stored_samples(memories[0])
 
     def memory_bytes(self) -> int:
         """Return the bytes of all that the algorithm keeps of past tasks."""
@@ -209,11 +209,11 @@ class LightningLearner:
         strategy = self.trainer.strategy
         if self.trainer.model is None:  # nothing was fitted since the start, or since `restore`
             strategy.connect(self.module)
-        own, strategy.checkpoint_io = strategy.checkpoint_io, StraightToFile()
+        previous_io, strategy.checkpoint_io = strategy.checkpoint_io, StraightToFile()
         try:
             self.trainer.save_checkpoint(directory / CHECKPOINT, weights_only=False)
         finally:
-            strategy.checkpoint_io = own
+            strategy.checkpoint_io = previous_io
         return lambda: None
 
     def restore(self, directory: Path) -> None:
@@ -361,8 +361,8 @@ class _Watcher(Callback):
         if report is not None:
             optimizers = trainer.optimizers
             if report.first_bad_step is not None:
-                where = divmod(done - report.first_bad_step, steps_per_epoch)
-                raise DivergenceError(self.task.index, *where)
+                place = divmod(done - report.first_bad_step, steps_per_epoch)
+                raise DivergenceError(self.task.index, *place)
             self._monitor.on_progress(
                 Progress(
                     step=self._running_metrics.steps_done,
@@ -380,9 +380,9 @@ class _Watcher(Callback):
         monitor.after_step(done, steps_per_epoch * self._epochs, epoch_end)
 
 
-def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def check_tensors(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise ValueError at the first tensor, by name, whose shape and dtype are not the wanted ones."""
-    there, here = ({name: f"{t.dtype} {list(t.shape)}" for name, t in d.items()} for d in (found, wanted))
+    there, here = ({name: f"{t.dtype} {list(t.shape)}" for name, t in d.items()} for d in (stored, expected))
     for name in sorted(there.keys() | here.keys()):
         if there.get(name) != here.get(name):
             raise ValueError(

@@ -175,8 +175,8 @@ class QuadraticModule(ContinualModule):
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Add the task's importances and move the anchor."""
         params = self.frozen_params()
-        found = self.importances(params, batches)
+        importance = self.importances(params, batches)
         past = QuadraticState(*(restricted(tree, params) for tree in self.state))
-        state = consolidate(params, past, found, self.separate, self.gamma)
+        state = consolidate(params, past, importance, self.separate, self.gamma)
         self.anchor.set(state.anchor)
         self.importance.set(state.importance)

@@ -55,23 +55,25 @@ def plain_spec(spec: StreamSpec) -> dict[str, Any]:
     }
 
 
-def hparams_from(plain: Mapping[str, Any], kind: type[AlgorithmHParams]) -> AlgorithmHParams:
+def hparams_from(plain: Mapping[str, Any], hparams_class: type[AlgorithmHParams]) -> AlgorithmHParams:
     """Return the settings that `plain_hparams` wrote down; what is left out has its default.
 
     Raises:
         ValueError: settings of another algorithm, an unknown setting, or a value out of its range.
     """
     values = dict(plain)
-    name = values.pop("name", kind.name)
-    if name != kind.name:
-        raise ValueError(f"hparams are settings of {name}, and {kind.name} is what they are given to")
-    known = [field.name for field in fields(kind)]
+    name = values.pop("name", hparams_class.name)
+    if name != hparams_class.name:
+        raise ValueError(
+            f"hparams are settings of {name}, and {hparams_class.name} is what they are given to"
+        )
+    known = [field.name for field in fields(hparams_class)]
     unknown = sorted(values.keys() - set(known))
     if unknown:
         raise ValueError(
-            f"{kind.name} has no setting {', '.join(unknown)}; its settings are {', '.join(known)}"
+            f"{hparams_class.name} has no setting {', '.join(unknown)}; its settings are {', '.join(known)}"
         )
-    return kind(**values)
+    return hparams_class(**values)
 
 
 def spec_from(plain: Mapping[str, Any]) -> StreamSpec:

@@ -181,18 +181,18 @@ def everything(model: ContinualModule) -> dict[str, Any]:
     return {"tensors": tensors, "groups": groups, "steps_done": model.running_metrics.steps_done}
 
 
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found["tensors"].keys() == expected["tensors"].keys()
-    differ = [k for k, v in expected["tensors"].items() if not torch.equal(found["tensors"][k], v)]
+def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert actual["tensors"].keys() == expected["tensors"].keys()
+    differ = [k for k, v in expected["tensors"].items() if not torch.equal(actual["tensors"][k], v)]
     assert differ == []
-    assert found["groups"] == expected["groups"]
-    assert found["steps_done"] == expected["steps_done"]
+    assert actual["groups"] == expected["groups"]
+    assert actual["steps_done"] == expected["steps_done"]
 
 
-def assert_close(found: ContinualModule, expected: ContinualModule | nn.Module) -> None:
+def assert_close(actual: ContinualModule, expected: ContinualModule | nn.Module) -> None:
     """Compare the weights with those of another module or of a network that was trained by hand."""
     net = expected.net if isinstance(expected, ContinualModule) else expected
-    for (name, p), q in zip(found.net.named_parameters(), net.parameters(), strict=True):
+    for (name, p), q in zip(actual.net.named_parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=f"{name} differs")
 
 

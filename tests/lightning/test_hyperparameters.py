@@ -103,12 +103,12 @@ def test_what_is_given_wins_over_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", [True, False])
-@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
-def test_loggers_write_hparams_yaml(kind: Any, spec: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("logger_class", [CSVLogger, TensorBoardLogger])
+def test_loggers_write_hparams_yaml(logger_class: Any, spec: bool, tmp_path: Path) -> None:
     benchmark = stream(2, "class")
     hparams = MASHParams(mas_lambda=0.5, mas_samples=None)
     model = module(benchmark, hparams, seed=7, spec=benchmark.spec if spec else None)
-    logger = kind(tmp_path, "log")
+    logger = logger_class(tmp_path, "log")
     trainer(logger=logger).fit(model, own_loader(benchmark, 0, with_task=False))
     written = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())
     assert written["seed"] == 7
