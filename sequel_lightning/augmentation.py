@@ -29,8 +29,8 @@ def crop(x: Tensor, crops: Any) -> Tensor:
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
     rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
     sample = torch.arange(n, device=x.device)[:, None, None]
-    found = x.movedim(1, -1)[sample, rows[:, :, None], columns[:, None]]
-    return found.mul_(inside[..., None]).movedim(-1, 1)
+    pixels = x.movedim(1, -1)[sample, rows[:, :, None], columns[:, None]]
+    return pixels.mul_(inside[..., None]).movedim(-1, 1)
 
 
 def cropped(batch: Batch) -> Batch:

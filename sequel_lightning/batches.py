@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,32 @@ def widened(y: Any) -> Any:
     return y.long() if isinstance(y, Tensor) and y.dtype in NARROW else y
 
 
+def to_batch(batch: Any, task_indices: Callable[[int], Tensor]) -> Batch:
+    """Return a loader's batch, `(x, y)`, `(x, y, t)` or a Batch, as a Batch.
+
+    Args:
+        batch: as the loader yields it.
+        task_indices: returns the task index of each of so many samples, for a batch without them.
+
+    Raises:
+        ValueError: any other batch, or a t that is not an integer tensor `[B]`.
+    """
+    planned = type(batch) is Batch
+    if planned or (isinstance(batch, (tuple, list)) and len(batch) == 3):
+        x, y, t = batch[:3]
+        if not are_task_indices(t, y):
+            raise unknown_batch(batch[:3])
+        if t.dtype == torch.uint8:  # torch would take it for a mask
+            t = t.long()
+        y = widened(y)
+        return batch._replace(y=y, t=t) if planned else Batch(x, y, t)
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise unknown_batch(batch)
+    x, y = batch
+    y = widened(y)
+    return Batch(x, y, task_indices(len(y)))
+
+
 def description(value: Any) -> str:
     """Return dtype and shape of a tensor, or the type of anything else."""
     if isinstance(value, Tensor):
@@ -37,10 +64,10 @@ def description(value: Any) -> str:
 def unknown_batch(batch: Any) -> ValueError:
     """Return the error for a batch that is none of `(x, y)`, `(x, y, t)` and Batch."""
     several = isinstance(batch, tuple | list)
-    found = f"({', '.join(map(description, batch))})" if several else type(batch).__name__
+    received = f"({', '.join(map(description, batch))})" if several else type(batch).__name__
     return ValueError(
         "a batch must be (x, y) or (x, y, t), t the task index of each sample (integers [B], from 0), got "
-        f"{found}; leave out other values in the loader's collate_fn, or override as_batch"
+        f"{received}; leave out other values in the loader's collate_fn, or override as_batch"
     )
 
 
@@ -87,8 +114,8 @@ def first_wrong(y: Tensor, t: Tensor, known: Tensor) -> Tensor:
     inside = (y >= 0) & (y < classes) & (t >= 0) & (t < tasks)
     wrong = ~(inside & known[t.long().clamp(0, tasks - 1), y.long().clamp(0, classes - 1)])
     first = wrong.int().argmax()
-    found = torch.stack([wrong[first], y[first], t[first]])
-    return found.long() * wrong[first]
+    values = torch.stack([wrong[first], y[first], t[first]])
+    return values.long() * wrong[first]
 
 
 def wrong_label(label: int, task: int, known: Tensor) -> ValueError:

@@ -22,6 +22,7 @@ from pytorch_lightning.callbacks import (
 from sequel_core.hparams import TrainingHParams
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.stream.task import Task
+from sequel_lightning._compat import checkpoint_directory
 from sequel_lightning.lifecycle import SPOILING
 
 STATELESS = (Callback, Checkpoint, LambdaCallback)
@@ -64,8 +65,8 @@ def check_callbacks(callbacks: Sequence[Any], training: TrainingHParams) -> None
                 "callbacks must be objects of subclasses of pytorch_lightning.Callback, got a "
                 f"{type(callback).__module__}.{name}"
             )
-        for kind, reason in REFUSED.items():
-            if isinstance(callback, kind):
+        for callback_class, reason in REFUSED.items():
+            if isinstance(callback, callback_class):
                 raise ValueError(f"callbacks: {name} {reason}")
         if isinstance(callback, StochasticWeightAveraging) and 1 in epochs:
             raise ValueError(
@@ -103,6 +104,5 @@ def separate_checkpoints(trainer: pl.Trainer, task: Task) -> None:
     """Let the checkpoints of a task go into a directory of its own below the one asked for."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and starts_anew(callback):
-            found: Any = callback
-            asked = found._ModelCheckpoint__resolve_ckpt_dir(trainer)  # where Lightning would put them
-            callback.dirpath = os.path.join(asked, f"task_{task.index}")
+            directory = checkpoint_directory(callback, trainer)
+            callback.dirpath = os.path.join(directory, f"task_{task.index}")

@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torch import Tensor
 
 from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.stream.benchmark import StreamSpec
+from sequel_lightning.consolidation import TRAINING
 from sequel_lightning.data import as_batch
-from sequel_lightning.module import TRAINING, ContinualModule, OptimizerFactory
+from sequel_lightning.module import ContinualModule
 from sequel_lightning.replay import Memory, empty_memory
 from sequel_lightning.trees import StateTree
 
@@ -44,25 +44,18 @@ class CoresetModule(ContinualModule):
     algorithm_hparams: KCLHParams
     spec: StreamSpec
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerFactory,
-        hparams: KCLHParams,
-        spec: StreamSpec | None = None,
-        metrics: MetricCollection | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(net, optimizer, hparams, spec, metrics, seed)
+    def init_memory(self) -> None:
+        """Make the empty coresets."""
+        super().init_memory()
         spec = self.needed_spec()
-        x, y, t, _ = empty_memory(spec, spec.num_tasks * hparams.core_size, None)
+        x, y, t, _ = empty_memory(spec, spec.num_tasks * self.algorithm_hparams.core_size, None)
         self.coreset = StateTree({"x": x, "y": y, "t": t})
 
     @property
     def kept(self) -> Memory:
         """The coresets."""
-        found = self.coreset.get()
-        return Memory(found["x"], found["y"], found["t"], None)
+        tensors = self.coreset.get()
+        return Memory(tensors["x"], tensors["y"], tensors["t"], None)
 
     def keep_coreset(self, task: int, x: Tensor, y: Tensor) -> None:
         """Keep the coreset of a task; call it before `fit` where the loaders are of one's own.
@@ -86,10 +79,10 @@ class CoresetModule(ContinualModule):
         if not 0 <= task < len(memory.t) // size:
             raise ValueError(f"task must be >= 0 and < {len(memory.t) // size}, got {task}")
         if x.dtype != memory.x.dtype:
-            found = str(x.dtype).removeprefix("torch.")
+            dtype = str(x.dtype).removeprefix("torch.")
             raise ValueError(
-                f"the coresets hold {str(memory.x.dtype).removeprefix('torch.')} images, got {found}; "
-                f"give spec._replace(image_dtype='{found}')"
+                f"the coresets hold {str(memory.x.dtype).removeprefix('torch.')} images, got {dtype}; "
+                f"give spec._replace(image_dtype='{dtype}')"
             )
         keep(memory, task, x, y)
 
@@ -99,7 +92,11 @@ class CoresetModule(ContinualModule):
         Raises:
             ValueError: it has no coreset.
         """
-        task, k, size = self.next_task(), self._next_task(), self.algorithm_hparams.core_size
+        task, k, size = (
+            self.lifecycle.next_task(),
+            self.lifecycle.next_index(),
+            self.algorithm_hparams.core_size,
+        )
         memory = self.kept
         if int((memory.t == k).sum()) == size and (task is None or task.coreset is None):
             return k, *held(memory, k, size)
@@ -108,12 +105,12 @@ class CoresetModule(ContinualModule):
                 f"kcl needs a coreset of task {k}; call module.keep_coreset({k}, x, y) before fit, or give "
                 "TaskDataModule a task of hparams.training_tasks(benchmark, seed)"
             )
-        batch = self._prepared(as_batch(self.algorithm_hparams.coreset(task)))
+        batch = self.lifecycle.prepared(as_batch(self.algorithm_hparams.coreset(task)))
         return k, batch.x, batch.y
 
     def current_coreset(self) -> tuple[int, Tensor, Tensor]:
         """Return the same of the task that is trained on; before it has begun, in a search, of the coming."""
-        if not self._fitting and self.phase != TRAINING:
+        if not self.lifecycle.fitting and self.phase != TRAINING:
             return self.coming_coreset()
         k = int(self.task_index)
         return k, *held(self.kept, k, self.algorithm_hparams.core_size)
@@ -126,6 +123,6 @@ class CoresetModule(ContinualModule):
 
     def start_task(self) -> None:
         """Keep the task's coreset; the user's own is there already."""
-        task = self.next_task()
+        task = self.lifecycle.next_task()
         if task is not None and task.coreset is not None:
             self.keep_coreset(*self.coming_coreset())

@@ -30,7 +30,7 @@ class PlannedBatches:
 
     def __init__(self, datamodule: TaskDataModule) -> None:
         self._datamodule = datamodule
-        self._found: AnySplit | None = None
+        self._joined: AnySplit | None = None
         self._epoch = 0
         self._position = 0
         self._resume: dict[str, int] | None = None
@@ -38,13 +38,13 @@ class PlannedBatches:
     @property
     def _split(self) -> AnySplit:
         """What the fitted module trains on: the task's samples, or these and some of its own."""
-        if self._found is None:
+        if self._joined is None:
             trainer, split = self._datamodule.trainer, self._datamodule.task.train
             fitted = getattr(trainer, "lightning_module", None)
             if fitted is None:
                 return split
-            self._found = fitted.training_split(split) if hasattr(fitted, "training_split") else split
-        return self._found
+            self._joined = fitted.training_split(split) if hasattr(fitted, "training_split") else split
+        return self._joined
 
     def __len__(self) -> int:
         return max(1, len(self._split) // self._datamodule.batch_size)

@@ -16,20 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
 
 from sequel_core.hparams import ExemplarHParams
 from sequel_core.stream.arrays import FloatArray
-from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.exemplars import exemplar_means, joined_with_samples, renewed_exemplars
 from sequel_core.stream.task import AnySplit, Batch, Samples
-from sequel_lightning.module import (
-    ContinualModule,
-    OptimizerFactory,
-    blank_image,
-    check_features,
-    evaluating,
-)
+from sequel_lightning.module import ContinualModule
+from sequel_lightning.networks import blank_image, check_features, evaluating
 from sequel_lightning.replay import Memory, empty_memory, stored_samples
 from sequel_lightning.trees import StateTree
 
@@ -99,30 +92,27 @@ class ExemplarModule(ContinualModule):
     learned: Tensor
     classes: Tensor
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerFactory,
-        hparams: ExemplarHParams,
-        spec: StreamSpec | None = None,
-        metrics: MetricCollection | None = None,
-        seed: int = 0,
-    ) -> None:
-        check_features(net, hparams.name)
-        super().__init__(net, optimizer, hparams, spec, metrics, seed)
+    def check_net(self, net: nn.Module) -> None:
+        """Raise ValueError if the network lacks `features` or `head`."""
+        check_features(net, self.hparams_class.name)
+
+    def init_memory(self) -> None:
+        """Make the empty memory of exemplars, and no means."""
+        super().init_memory()
+        net: Any = self.net
         spec = self.needed_spec()
-        memory = empty_memory(spec, hparams.slots(int(spec.mask.sum())), None)
+        memory = empty_memory(spec, self.algorithm_hparams.slots(int(spec.mask.sum())), None)
         self.exemplars = StateTree({"x": memory.x, "y": memory.y, "t": memory.t})
         like = next(net.parameters())
         image = blank_image(spec, like)
-        features: Any = net.features
         with evaluating(net), torch.no_grad():
-            width = features(image).shape[-1]
+            width = net.features(image).shape[-1]
         self.register_buffer("means", like.new_zeros(spec.num_classes, width).detach())
         self.register_buffer("has_mean", torch.zeros(spec.num_classes, dtype=torch.bool))
         self.register_buffer("learned", torch.tensor(-1, dtype=torch.int32))
         self.register_buffer("classes", torch.from_numpy(spec.mask.copy()), persistent=False)
-        self.known = self.classes.cumsum(0) > 0  # a user's loader may yield exemplars as the task's own
+        # a user's loader may yield exemplars together with the task's samples
+        self.preprocessing.allowed_labels = self.classes.cumsum(0) > 0
 
     @property
     def held(self) -> Memory:
@@ -142,7 +132,7 @@ class ExemplarModule(ContinualModule):
         if self.learned < 0 or self.learned != self.task_index:
             return self.forward(x, t)
         near = self.masked(nearest_mean(embed(self, x), self.means, self.has_mean), t)
-        mask = self._buffers["mask"]
+        mask = self.preprocessing.mask
         known = (self.has_mean[None] if mask is None else self.has_mean & mask[t]).any(1, keepdim=True)
         return near if known.all() else near.where(known, self.forward(x, t))
 

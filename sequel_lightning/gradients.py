@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from sequel_core.stream.task import Batch
-from sequel_lightning.module import ContinualModule, Params, evaluating
-from sequel_lightning.trees import zero_sum
+from sequel_lightning._compat import buffers_of, foreach_copy_, tensor_version
+from sequel_lightning.module import ContinualModule
+from sequel_lightning.networks import evaluating
+from sequel_lightning.trees import Params, zero_sum
 
 Objective = Callable[[Params, ContinualModule, Batch], Tensor]
 Contribution = Callable[[Tensor], Tensor]
@@ -86,8 +88,8 @@ class GradientSums:
                 gradients = vmap(grad(self._of_one), in_dims=(None, 0, 0, 0))(self._params, *batch[:3])
             if self._follows is None:
                 first = self._backward(Batch(*(a[:1] for a in batch[:3])))
-                found = {k: g[0] for k, g in gradients.items()}
-                self._follows = close(found, first, tolerance=0.1)  # half precision rounds in another order
+                actual = {k: g[0] for k, g in gradients.items()}
+                self._follows = close(actual, first, tolerance=0.1)  # half precision rounds in another order
         except Exception:  # of any kind: the ordinary backward pass that follows raises its own
             self._follows = False
         return gradients if self._follows else None
@@ -108,7 +110,7 @@ class Traces:
         self._buffers = [
             (module, name, buffer, buffer.clone())
             for module in net.modules()
-            for name, buffer in module._buffers.items()
+            for name, buffer in buffers_of(module).items()
             if buffer is not None
         ]
         self._device = next(net.parameters()).device
@@ -129,13 +131,13 @@ class Traces:
     @contextmanager
     def buffers(self) -> Iterator[None]:
         """Restore the buffers after a pass."""
-        versions = [_version(buffer) for _, _, buffer, _ in self._buffers]
+        versions = [tensor_version(buffer) for _, _, buffer, _ in self._buffers]
         try:
             yield
         finally:
             for (module, name, buffer, value), version in zip(self._buffers, versions, strict=True):
-                module._buffers[name] = buffer
-                if _version(buffer) != version:
+                buffers_of(module)[name] = buffer
+                if tensor_version(buffer) != version:
                     with torch.no_grad():
                         buffer.copy_(value)
 
@@ -149,26 +151,22 @@ class Traces:
             torch.cuda.set_rng_state(state, self._device)
 
 
-def _version(buffer: Tensor) -> int | None:
-    return None if buffer.is_inference() else buffer._version  # nothing writes to an inference tensor
-
-
 @contextmanager
 def holding(model: ContinualModule, params: Params) -> Iterator[Params]:
     """Put values into parameters of a network for a while; yield those parameters, by name."""
-    own: Params = {k: p for k, p in model.net.named_parameters() if k in params}
-    kept = [p.detach().clone() for p in own.values()]
-    _fill(own, [params[k] for k in own])
+    current: Params = {k: p for k, p in model.net.named_parameters() if k in params}
+    kept = [p.detach().clone() for p in current.values()]
+    _fill(current, [params[k] for k in current])
     try:
-        yield own
+        yield current
     finally:
-        _fill(own, kept)
+        _fill(current, kept)
 
 
 @torch.no_grad()
 def _fill(params: Params, values: list[Tensor]) -> None:
     if values:
-        torch._foreach_copy_(list(params.values()), values)
+        foreach_copy_(list(params.values()), values)
     torch.clear_autocast_cache()  # of the weights in half precision
 
 
@@ -200,20 +198,20 @@ def backward(loss: Tensor, params: Params, model: nn.Module) -> Params:
 
 def call_with(module: nn.Module, params: Params, *inputs: Any) -> Tensor:
     """Return what a module computes with these values of its parameters; with its own, by calling it."""
-    own = dict(module.named_parameters())
+    current = dict(module.named_parameters())
     called: Any = module
-    if all(p is own[k] for k, p in params.items()):
+    if all(p is current[k] for k, p in params.items()):
         result: Tensor = called(*inputs)
     else:
         result = functional_call(module, params, inputs)
     return result
 
 
-def close(found: Params, expected: Params, tolerance: float) -> bool:
+def close(actual: Params, expected: Params, tolerance: float) -> bool:
     """Return whether two gradients are equal but for a relative difference in each array."""
     length = torch.stack([g.float().norm() for g in expected.values()]).norm()
     return all(
-        bool((found[k].float() - g.float()).norm() <= tolerance * (g.float().norm() + 0.01 * length))
+        bool((actual[k].float() - g.float()).norm() <= tolerance * (g.float().norm() + 0.01 * length))
         for k, g in expected.items()
     )
 
@@ -237,8 +235,8 @@ def check_functional_call(model: ContinualModule, x: Tensor) -> None:
         try:
             with traces.buffers():
                 loss = functional_call(model.net, other, (image,)).square().sum()
-                found = torch.autograd.grad(loss, list(other.values()), materialize_grads=True)
-            if close(dict(zip(other, found, strict=True)), expected, tolerance=0.01):
+                gradients = torch.autograd.grad(loss, list(other.values()), materialize_grads=True)
+            if close(dict(zip(other, gradients, strict=True)), expected, tolerance=0.01):
                 return
         except Exception as error:
             reason = " ".join(str(error).split())

@@ -29,6 +29,7 @@ from sequel_core.stream import plan
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Samples, Task
+from sequel_lightning._compat import keep_signal_handlers
 from sequel_lightning.backbones import canonical_weights
 from sequel_lightning.callbacks import (
     callbacks_of_task,
@@ -36,19 +37,16 @@ from sequel_lightning.callbacks import (
     check_monitors,
     separate_checkpoints,
 )
+from sequel_lightning.consolidation import TRAINING, best_keeper
 from sequel_lightning.data import EvaluationBatches, TaskDataModule
-from sequel_lightning.lifecycle import best_keeper
+from sequel_lightning.lifecycle import check_single_device
 from sequel_lightning.loggers import TrainersLoggers, log_hparams, log_image, log_table, resume_logger
-from sequel_lightning.module import (
-    TRAINING,
-    ContinualModule,
-    RunningMetrics,
-    check_single_device,
-    evaluating,
-    mask_logits,
-    modes_kept_at_errors,
-)
+from sequel_lightning.module import ContinualModule
+from sequel_lightning.networks import evaluating, modes_kept_at_errors
+from sequel_lightning.preprocessing import mask_logits
 from sequel_lightning.replay import Memory, stored_samples
+from sequel_lightning.reporting import Report, RunningMetrics
+from sequel_lightning.trees import adopt_names
 
 TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SEEDS = 2**63
@@ -121,18 +119,14 @@ class LightningLearner:
         check_monitors(self.callbacks, task)
         data = TaskDataModule(task, training.batch_size, training.eval_batch_size, training.seed)
         torch.manual_seed(int(plan.words(training.seed, "dropout", task.index, count=1)[0]) % SEEDS)
-        watcher = _Watcher(
-            task, training, monitor, self.module.running_metrics, postpones=bool(self.callbacks)
-        )
+        watcher = _Watcher(task, training, monitor, self.module.running_metrics, bool(self.callbacks))
         self.trainer = self._make_trainer(training.epochs(task.index), watcher)
         separate_checkpoints(self.trainer, task)
         data.trainer = self.trainer  # not attached: Lightning looks up its batch hooks at every step
-        running_metrics = self.module.running_metrics
-        running_metrics.next_task, running_metrics.after_step = task, watcher.after_step
+        self.module.reporting.observer = watcher
         loaders = data.train_dataloader(), data.val_dataloader()
         resumed, self._resumed = self._resumed, None
-        signals: Any = self.trainer._signal_connector
-        signals.register_signal_handlers = lambda: None  # the orchestrator's stay
+        keep_signal_handlers(self.trainer)  # the orchestrator's
         on_sigint = signal.getsignal(signal.SIGINT)
         try:
             with quiet(), modes_kept_at_errors(self.module):
@@ -143,7 +137,7 @@ class LightningLearner:
             signal.signal(signal.SIGINT, on_sigint)
             raise KeyboardInterrupt from error
         finally:
-            running_metrics.next_task = running_metrics.after_step = None
+            self.module.reporting.observer = None
 
     def evaluate(self, task: Task, split: str) -> Evaluation:
         """Count correct predictions on a split of a task; see `sequel_core.runs.learner.Learner`."""
@@ -201,10 +195,10 @@ class LightningLearner:
             ValueError: the algorithm keeps no samples.
         """
         kept: Any = getattr(self.module, "state", ())
-        found = [part for part in (kept, *kept) if isinstance(part, Memory)]
-        if not found:
+        memories = [part for part in (kept, *kept) if isinstance(part, Memory)]
+        if not memories:
             raise ValueError(f"{self.hparams.name} keeps no samples; methods with a memory do")
-        return stored_samples(found[0])
+        return stored_samples(memories[0])
 
     def memory_bytes(self) -> int:
         """Return the bytes of all that the algorithm keeps of past tasks."""
@@ -215,18 +209,18 @@ class LightningLearner:
         strategy = self.trainer.strategy
         if self.trainer.model is None:  # nothing was fitted since the start, or since `restore`
             strategy.connect(self.module)
-        own, strategy.checkpoint_io = strategy.checkpoint_io, StraightToFile()
+        previous_io, strategy.checkpoint_io = strategy.checkpoint_io, StraightToFile()
         try:
             self.trainer.save_checkpoint(directory / CHECKPOINT, weights_only=False)
         finally:
-            strategy.checkpoint_io = own
+            strategy.checkpoint_io = previous_io
         return lambda: None
 
     def restore(self, directory: Path) -> None:
         """Read back what `save` wrote; see `sequel_core.runs.learner.Learner`."""
         path = directory / CHECKPOINT
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        self.module.adopt_names(checkpoint["state_dict"])
+        adopt_names(self.module, checkpoint["state_dict"])
         check_tensors(directory, checkpoint["state_dict"], self.module.state_dict())
         self.module.load_state_dict(checkpoint["state_dict"])
         self.module.on_load_checkpoint(checkpoint)
@@ -287,7 +281,7 @@ class LightningLearner:
         callbacks = callbacks_of_task(self.callbacks, first=self.step == 0)
         if callbacks:  # one alone would cost 3% of the rate whatever it does
             callbacks[:0] = watchers
-        loggers = list(self.loggers) or False  # those that still work
+        loggers = self.loggers.for_trainer() or False
         with quiet():
             return pl.Trainer(**self._settings, max_epochs=epochs, callbacks=callbacks, logger=loggers)
 
@@ -333,7 +327,7 @@ class _Watcher(Callback):
         running_metrics: RunningMetrics,
         postpones: bool,
     ) -> None:
-        self._task = task
+        self.task = task
         self._monitor = monitor
         self._noting = monitor._replace(on_evaluate=self._postpone, on_checkpoint=self._checkpoint)
         self._running_metrics = running_metrics
@@ -358,9 +352,8 @@ class _Watcher(Callback):
         """Evaluate where it was due after the last epoch, before other callbacks log the next step."""
         self._evaluate()
 
-    def after_step(self, trainer: pl.Trainer, batch_idx: int) -> None:
-        """Look at what the step left, after the optimizer's step."""
-        report = self._running_metrics.report
+    def after_step(self, trainer: pl.Trainer, batch_idx: int, report: Report | None) -> None:
+        """Report progress if the step made a report, and evaluate or write a checkpoint if due."""
         if report is None and not self._every_step and not self._monitor.checkpoint_due():
             return
         steps_per_epoch = int(trainer.num_training_batches)
@@ -368,8 +361,8 @@ class _Watcher(Callback):
         if report is not None:
             optimizers = trainer.optimizers
             if report.first_bad_step is not None:
-                where = divmod(done - report.first_bad_step, steps_per_epoch)
-                raise DivergenceError(self._task.index, *where)
+                place = divmod(done - report.first_bad_step, steps_per_epoch)
+                raise DivergenceError(self.task.index, *place)
             self._monitor.on_progress(
                 Progress(
                     step=self._running_metrics.steps_done,
@@ -387,9 +380,9 @@ class _Watcher(Callback):
         monitor.after_step(done, steps_per_epoch * self._epochs, epoch_end)
 
 
-def check_tensors(path: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def check_tensors(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise ValueError at the first tensor, by name, whose shape and dtype are not the wanted ones."""
-    there, here = ({name: f"{t.dtype} {list(t.shape)}" for name, t in d.items()} for d in (found, wanted))
+    there, here = ({name: f"{t.dtype} {list(t.shape)}" for name, t in d.items()} for d in (stored, expected))
     for name in sorted(there.keys() | here.keys()):
         if there.get(name) != here.get(name):
             raise ValueError(

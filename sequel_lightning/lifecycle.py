@@ -1,147 +1,367 @@
-"""The life of a task: its phases, which fit may train on what, and the weights that it is consolidated at.
+"""The lifecycle of tasks: which task a fit trains on, when it starts and ends, and what a Trainer must be.
 
-A task is TRAINING until its end-of-task work is done. A checkpoint from before that holds an unfinished task,
-also one that ModelCheckpoint calls the best.
+One `Trainer.fit` is one task. Lightning also calls its hooks on resume, after an error and within a tuner, so
+the module keeps two persistent buffers: `task_index` and `phase`. A task starts in `on_train_start`, unless
+the phase is TRAINING already. It is consolidated once, when the training ended or was stopped on purpose. A
+checkpoint from before that, even the best one, holds an unfinished task. A fit that would leave an unfinished
+task behind raises ValueError.
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ModelPruning, WeightAveraging
-from torch import Tensor
+from pytorch_lightning.callbacks import Callback, LearningRateFinder, ModelPruning, WeightAveraging
+from torch import Tensor, nn
 
-from sequel_core.stream.task import Batch
-from sequel_lightning.batches import check_batch
+from sequel_core.stream.task import Batch, Task
+from sequel_lightning._compat import attached_trainer, before_batch_transfer, set_logging_step
+from sequel_lightning.consolidation import (
+    CONSOLIDATED,
+    IDLE,
+    TRAINING,
+    SavedState,
+    check_best_keeper,
+    checked_batches,
+    consolidation_batches,
+    fingerprint,
+    restore_state,
+    save_state,
+    take_best,
+)
+from sequel_lightning.networks import evaluating
+from sequel_lightning.optimizers import named_state
+from sequel_lightning.trees import ParameterTree
 
 if TYPE_CHECKING:
-    from sequel_lightning.module import ContinualModule
-
-IDLE, TRAINING, CONSOLIDATED = 0, 1, 2
+    from sequel_lightning.algorithm import Algorithm
 
 SPOILING: dict[type[Callback], str] = {
     ModelPruning: "replaces the network's parameters, which methods know by name; prune after the last task",
     WeightAveraging: "replaces buffers, in which methods keep their memory, by earlier ones; use "
     "StochasticWeightAveraging",
 }
-"""Callbacks that spoil what a method keeps, and what to do instead."""
+"""Callbacks that damage what a method keeps, and what to do instead."""
 
 
-class Kept(NamedTuple):
-    """The state of a consolidated module, while an evaluation has put a file's state in its place."""
-
-    state: dict[str, Any]  # the state_dict, copied
-    steps_done: int
-    task_start: int
-    carried_optimizer: dict[str, Any] | None
-    consolidated_at: str | None
-
-
-def weight_names(module: ContinualModule, state: Iterable[str]) -> list[str]:
-    """Return those names of a state_dict that belong to what is trained: parameters and batch statistics."""
-    prefixes = tuple(f"{name or 'net'}." for name in module.trained())
-    return [name for name in state if name.startswith(prefixes)]
-
-
-def fingerprint(module: ContinualModule, state: Mapping[str, Any] | None = None) -> str:
-    """Return a hash of all bits of the weights and batch statistics, of the module or of a state_dict."""
-    state = module.state_dict() if state is None else state
-    found = hashlib.blake2b(digest_size=16)
-    for name in weight_names(module, state):
-        if isinstance(state[name], Tensor):
-            values = state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            found.update(name.encode() + values.numpy().tobytes())
-    return found.hexdigest()
-
-
-def keep(module: ContinualModule) -> Kept:
-    """Return copies, on the CPU, of all that `on_load_checkpoint` and `load_state_dict` are to replace."""
-    return Kept(
-        {name: copied(value) for name, value in module.state_dict().items()},
-        module.running_metrics.steps_done,
-        module.running_metrics.task_start,
-        module._carried_optimizer,
-        module._consolidated_at,
-    )
-
-
-def copied(value: Any) -> Any:
-    """Return a copy of a value of a state_dict; a tensor's is on the CPU."""
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
-
-
-def put_back(module: ContinualModule, kept: Kept, before_fit: bool) -> bool:
-    """Put a kept state back if the file's weights are those that it was consolidated at, bit for bit.
+class TaskLifecycle:
+    """Starts and ends the tasks of a module, called by its Lightning hooks.
 
     Args:
-        module: with the file's state.
-        kept: its own.
-        before_fit: whether weights that the end-of-task work has replaced, as MC-SGD does, count too.
-
-    Returns:
-        Whether it was put back.
+        module: whose `task_index` and `phase` it moves on.
     """
-    found = fingerprint(module)
-    if found != fingerprint(module, kept.state) and not (before_fit and found == kept.consolidated_at):
-        return False
-    module.load_state_dict(kept.state)
-    module.running_metrics.steps_done, module.running_metrics.task_start = kept.steps_done, kept.task_start
-    module._carried_optimizer, module._consolidated_at = kept.carried_optimizer, kept.consolidated_at
-    return True
+
+    def __init__(self, module: Algorithm) -> None:
+        self.module = module
+        self.fitting = False  # whether a fit runs; False for those of a tuner and of fast_dev_run
+        self.resumes = False  # whether the fit was given a checkpoint
+        self.started_at: int | None = None  # steps done when the task started, if in this process
+        self.carried_optimizer: dict[str, Any] | None = None  # its state, for the next task
+        self.consolidated_at: str | None = None  # fingerprint of the weights before the end-of-task work
+        self.saved: SavedState | None = None  # during the evaluation of a checkpoint
+        self.generators: list[
+            Tensor
+        ] = []  # states of the random generators, in the checkpoint that is resumed
+
+    # -- which task
+
+    def next_task(self) -> Task | None:
+        """Return the task of this fit: the observer's or the data module's; None for a user's loaders."""
+        observer = self.module.reporting.observer
+        if observer is not None:
+            return observer.task
+        task = getattr(getattr(self.module.trainer, "datamodule", None), "task", None)
+        return task if isinstance(task, Task) else None
+
+    def next_index(self) -> int:
+        """Return the index of the task that this fit starts.
+
+        Raises:
+            ValueError: the spec has no such task.
+        """
+        task, spec = self.next_task(), self.module.spec
+        index = int(self.module.task_index) + 1 if task is None else task.index
+        if spec is not None and index >= spec.num_tasks:
+            raise ValueError(
+                f"fit would begin task {index}, but the spec has tasks 0 to {spec.num_tasks - 1} only; "
+                "make the module with the spec of the whole stream"
+            )
+        return index
+
+    def current_index(self) -> int:
+        """Return the index of the task that is trained or, before it has started, of the next one."""
+        return int(self.module.task_index) if self.module.phase == TRAINING else self.next_index()
+
+    def task_indices(self, count: int) -> Tensor:
+        """Return the task index of each of `count` samples whose loader does not give it `[count]`."""
+        module = self.module
+        trainer = attached_trainer(module)
+        in_fit = trainer is not None and trainer.state.fn == "fit"
+        if in_fit and (not self.fitting or trainer.sanity_checking) and module.phase != TRAINING:
+            return torch.full((count,), self.next_index(), device=module.device)  # not yet started
+        return module.task_index.clamp(min=0).expand(count)
+
+    # -- the start of a fit
+
+    def setup(self, stage: str) -> None:
+        """Check the Trainer, and continue the x-axis of its loggers where the last Trainer's ended."""
+        check_single_device(self.module.trainer)
+        self.restore_saved(before_fit=stage == "fit")
+        first = int(stage == "fit")  # the number of a fit's first step; Lightning starts every fit at 0
+        set_logging_step(self.module.trainer, self.module.running_metrics.steps_done + first)
+        self.end_fit()
+
+    def check_unfinished(self) -> None:
+        """Raise ValueError if this fit would leave a task unconsolidated.
+
+        A task whose fit failed before its first step has not started.
+        """
+        module = self.module
+        self.resumes = module.trainer.ckpt_path is not None  # read early: a tuner's search sets it later
+        if module.phase != TRAINING:
+            return
+        index, coming = int(module.task_index), self.next_task()
+        if not self.resumes and self.started_at == module.running_metrics.steps_done:
+            module.task_index.fill_(index - 1)
+            module.phase.fill_(CONSOLIDATED if index else IDLE)
+            return
+        if not (self.resumes if coming is None else coming.index == index):
+            raise unfinished_task(
+                module, "another fit" if coming is None else f"a fit on task {coming.index}"
+            )
+
+    def start_fit(self) -> None:
+        """Check the Trainer and the task; hooks that Lightning called earlier may belong to a tuner."""
+        module, trainer = self.module, self.module.trainer
+        check_unspent(trainer)
+        if module.phase != TRAINING:
+            self.next_index()
+        self.fitting = not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.fitting and module.algorithm_hparams.consolidate == "best":
+            check_best_keeper(module, self.resumes)
+
+    def start_task(self) -> None:
+        """Start the next task, unless this fit resumes one."""
+        module, running = self.module, self.module.running_metrics
+        generators, self.generators, self.saved = self.generators, [], None
+        self.follow_trained()
+        if self.fitting and module.phase == TRAINING and self.resumes:
+            running.move(module.device)
+            set_generators(generators)
+            return
+        running.clear()
+        if self.fitting and module.phase != TRAINING:
+            running.task_start = self.started_at = running.steps_done
+            module.task_index.fill_(self.next_index())
+            module.phase.fill_(TRAINING)
+            module.start_task()
+
+    def check_started(self) -> None:
+        """Raise ValueError if a subclass has kept the task from starting."""
+        if self.fitting and self.module.phase != TRAINING:
+            raise ValueError(
+                "on_train_start did not begin the task; if a subclass overrides it, call "
+                "super().on_train_start() there"
+            )
+
+    def follow_trained(self) -> None:
+        """Let each `ParameterTree` hold the parameters that are trained now.
+
+        Newly trained parameters are added. The state of those that are frozen now is kept; before the first
+        task there is no such state, and they are left out.
+
+        Raises:
+            ValueError: a parameter has another shape than in the tasks before.
+        """
+        module = self.module
+        module._trained_params = module.params()
+        for tree in module.modules():
+            if isinstance(tree, ParameterTree):
+                tree.follow(module._trained_params, first=bool(module.phase == IDLE))
+
+    # -- the end of a task
+
+    def end_training(self) -> None:
+        """Consolidate the task whose training has ended."""
+        if self.fitting and self.module.phase == TRAINING:
+            self.module.reporting.check_labels()
+            self.consolidate()
+
+    def end_fit(self) -> None:
+        """Leave the fit."""
+        self.fitting = False
+        self.module._trained_params = {}
+
+    def consolidate(self) -> None:
+        """Do the end-of-task work on the Trainer's data, and keep the optimizer's state if asked for."""
+        module = self.module
+        if module.algorithm_hparams.consolidate == "best":
+            take_best(module)
+        read = module.running_metrics.steps_done - module.running_metrics.task_start
+        self.end_task(consolidation_batches(module.trainer, read))
+        optimizers = module.trainer.optimizers
+        if not module.algorithm_hparams.reset_optimizer and len(optimizers) == 1:
+            self.carried_optimizer = named_state(optimizers[0], self.names_of_trained())
+
+    def end_task(self, batches: Iterable[Any]) -> None:
+        """Do the end-of-task work on batches as a loader yields them."""
+        module, trainer = self.module, attached_trainer(self.module)
+        self.follow_trained()
+        weights = fingerprint(module)
+        context = nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
+        with evaluating(module), torch.enable_grad(), context:
+            prepared = map(self.prepared, batches)
+            labels = module.preprocessing.allowed_labels
+            module.end_task(checked_batches(prepared, int(module.task_index), labels))
+        self.consolidated_at, self.saved = weights, None
+        module.phase.fill_(CONSOLIDATED)
+
+    def prepared(self, batch: Any) -> Batch:
+        """Return a loader's batch as a training step gets it: after the batch hooks, on the device."""
+        module, trainer = self.module, attached_trainer(self.module)
+        if trainer is not None:
+            batch = before_batch_transfer(module, trainer.precision_plugin.convert_input(batch))
+            batch = trainer.strategy.batch_to_device(batch, module.device)
+        else:
+            batch = module.transfer_batch_to_device(
+                module.on_before_batch_transfer(batch, 0), module.device, 0
+            )
+            batch = module.on_after_batch_transfer(batch, 0)
+        return module.as_batch(batch)
+
+    def names_of_trained(self) -> dict[nn.Parameter, str]:
+        """Return the name of each trained parameter, of the network and of other trained modules."""
+        return {
+            p: f"{part}.{name}" if part else name
+            for part, module in self.module.trained().items()
+            for name, p in module.named_parameters()
+            if p.requires_grad
+        }
+
+    # -- checkpoints
+
+    def restore_saved(self, before_fit: bool) -> None:
+        """After the evaluation of a checkpoint, restore the module's state if the weights are the same."""
+        if self.saved is not None and restore_state(self.module, self.saved, before_fit):
+            self.saved = None
+
+    def state(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+        return {
+            "carried_optimizer": self.carried_optimizer,
+            "consolidated_at": self.consolidated_at,
+            "generators": self.generators or [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+        }
+
+    def load(self, checkpoint: Mapping[str, Any]) -> None:
+        """Restore what `state` returned; before an evaluation, save the state of a consolidated module.
+
+        Args:
+            checkpoint: Lightning's, with the state of the module under `sequel`.
+        """
+        module, trainer = self.module, attached_trainer(self.module)
+        stage = None if trainer is None else trainer.state.fn
+        if stage == "fit":
+            check_resumed_file(module, checkpoint)
+        evaluates = stage in ("validate", "test", "predict")
+        if evaluates and self.saved is None and module.phase == CONSOLIDATED:
+            self.saved = save_state(module)
+        state = checkpoint["sequel"]
+        if not evaluates:
+            module.lr = state.get("lr")
+        module.running_metrics.load(state)
+        self.started_at = None
+        self.carried_optimizer = state["carried_optimizer"]
+        self.consolidated_at = state["consolidated_at"]
+        self.generators = state["generators"] if stage == "fit" else []
 
 
-def check_task(module: ContinualModule, resumes: bool) -> None:
-    """Raise ValueError if a fit would leave the task that the module is in the middle of unconsolidated.
+def set_generators(states: list[Tensor]) -> None:
+    """Set the states of the random generators: the CPU's first, then each CUDA device's; none if empty."""
+    if states:
+        torch.set_rng_state(states[0])
+    for device, state in enumerate(states[1:]):
+        torch.cuda.set_rng_state(state, device)
 
-    A task whose fit failed before its first step has not begun.
 
-    Args:
-        module: attached to the Trainer of the fit.
-        resumes: whether the fit was given a checkpoint.
-    """
-    if module.phase != TRAINING:
-        return
-    index, coming = int(module.task_index), module.next_task()
-    if not resumes and module.running_metrics.begun_at == module.running_metrics.steps_done:
-        module.task_index.fill_(index - 1)
-        module.phase.fill_(CONSOLIDATED if index else IDLE)
-        return
-    if resumes if coming is None else coming.index == index:
-        return
-    if module._kept is None:
-        found = (
+def unfinished_task(module: Algorithm, fit: str) -> ValueError:
+    """Return the error for a fit that would leave the current task unconsolidated; `fit` describes it."""
+    index = int(module.task_index)
+    if module.lifecycle.saved is None:
+        reason = (
             f"task {index} was never consolidated: an error ended its fit, or a checkpoint of it was loaded"
         )
     else:
-        found = (
+        reason = (
             f"task {index} was consolidated at other weights than those that were loaded for an evaluation"
         )
-    wanted = "another fit" if coming is None else f"a fit on task {coming.index}"
     call = "call module.consolidate_task(loader) to consolidate it at the weights it has now"
     if module.path_integrals:
         call = f"{module.algorithm_hparams.name} cannot consolidate it at other weights later"
-    raise ValueError(
-        f"{found}; {wanted} would start without what the method remembers of it. Train with "
+    return ValueError(
+        f"{reason}; {fit} would start without what the method remembers of it. Train with "
         f'consolidate="best" to consolidate tasks at the weights of the best checkpoint; {call}; or go on '
         "with it: fit(..., ckpt_path=...), or the TaskDataModule of the same task"
     )
 
 
-def check_resumed_file(module: ContinualModule, checkpoint: Mapping[str, Any]) -> None:
-    """Raise ValueError for a fit with the checkpoint of a task that has ended, unless it is on that task.
+def check_single_device(trainer: pl.Trainer) -> None:
+    """Raise ValueError for a Trainer of more than one process: importances would differ between them."""
+    if trainer.world_size > 1:
+        raise ValueError(
+            f"data-parallel training is not supported yet, got world_size={trainer.world_size}; use devices=1"
+        )
 
-    Lightning would continue to count its epochs, and would train the next task too briefly or not at all.
-    A checkpoint from before the first step of the next task is fine.
+
+def check_trainer(module: Algorithm, trainer: Any) -> None:
+    """Raise ValueError for a setting or a callback of the Trainer that the method cannot work with."""
+    fits = trainer.state.fn == "fit"
+    if fits:
+        check_spoiling(trainer.callbacks)
+    if module.automatic_optimization:
+        return
+    name, scaler = module.algorithm_hparams.name, getattr(trainer.precision_plugin, "scaler", None)
+    clip, accumulate = trainer.gradient_clip_val, trainer.accumulate_grad_batches
+    for setting, value, used in (
+        ("gradient_clip_val", clip, clip),
+        ("accumulate_grad_batches", accumulate, accumulate != 1),
+        ("precision", trainer.precision, scaler is not None),
+    ):
+        if used and fits:
+            raise ValueError(
+                f"{name} takes its steps itself: leave the Trainer's {setting} out, got {value}; "
+                f"{module.clipping_setting} is what clips"
+            )
+    if any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):
+        raise ValueError(
+            f"{name} takes its steps itself, so that Lightning's learning-rate finder would measure a single "
+            "rate; set the rate in the optimizer factory"
+        )
+
+
+def check_unspent(trainer: Any) -> None:
+    """Raise ValueError for a Trainer whose epochs or steps are used up."""
+    spent_epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch >= trainer.max_epochs
+    spent_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    if trainer.ckpt_path is None and (spent_epochs or spent_steps):
+        raise ValueError(
+            f"this Trainer is spent: max_epochs={trainer.max_epochs} or max_steps={trainer.max_steps} is "
+            "reached, so fit would train nothing; make a new Trainer for each task"
+        )
+
+
+def check_resumed_file(module: Algorithm, checkpoint: Mapping[str, Any]) -> None:
+    """Raise ValueError for a fit with a checkpoint from after the end of another task.
+
+    Lightning would continue to count the epochs of the checkpoint, and would train the next task too briefly
+    or not at all. A checkpoint from before the first step of the next task is accepted.
     """
     index, phase = (int(checkpoint["state_dict"][name]) for name in ("task_index", "phase"))
-    coming = module.next_task()
+    coming = module.lifecycle.next_task()
     if phase == CONSOLIDATED and checkpoint["global_step"] and (coming is None or coming.index != index):
         raise ValueError(
             f"ckpt_path is a checkpoint from after the end of task {index}, so nothing is left to resume; to "
@@ -150,15 +370,15 @@ def check_resumed_file(module: ContinualModule, checkpoint: Mapping[str, Any]) -
 
 
 def check_spoiling(callbacks: Iterable[Any]) -> None:
-    """Raise ValueError for a callback that would spoil what a method keeps."""
+    """Raise ValueError for a callback that damages what a method keeps."""
     for callback in callbacks:
-        for kind, reason in SPOILING.items():
-            if isinstance(callback, kind):
+        for callback_class, reason in SPOILING.items():
+            if isinstance(callback, callback_class):
                 raise ValueError(f"callbacks: {type(callback).__name__} {reason}")
 
 
-def check_open_task(module: ContinualModule) -> None:
-    """Raise ValueError if `consolidate_task` has nothing to consolidate, or cannot do it."""
+def check_open_task(module: Algorithm) -> None:
+    """Raise ValueError if `consolidate_task` cannot consolidate the task, or there is none."""
     index, phase = int(module.task_index), int(module.phase)
     if phase != TRAINING:
         state = "no task was trained yet" if phase == IDLE else f"task {index} is consolidated already"
@@ -169,100 +389,3 @@ def check_open_task(module: ContinualModule) -> None:
             "are sums over the steps of the training; go on with the task by fit(..., ckpt_path=...), or "
             'train it anew, with consolidate="best" if the best weights are wanted'
         )
-
-
-def consolidation_batches(trainer: pl.Trainer, read: int) -> Iterable[Any]:
-    """Return what the end-of-task work reads: the training data once, no more than the training has read.
-
-    Args:
-        trainer: of the fit that ends.
-        read: batches that the task was trained on.
-    """
-    loader: Any = trainer.train_dataloader
-    count = int(min(trainer.num_training_batches, read))
-    if not hasattr(loader, "consolidation_batches"):
-        return islice(loader, count)
-    batches: Iterable[Any] = loader.consolidation_batches()
-    return batches if count >= len(loader) else islice(batches, count)
-
-
-def checked_batches(batches: Iterable[Batch], task: int, known: Tensor | None) -> Iterator[Batch]:
-    """Yield the batches of the end-of-task work.
-
-    Raises:
-        ValueError: there is none, or one has a label that the task does not have; see `check_batch`.
-    """
-    empty = True
-    for batch in batches:
-        check_batch(batch, known)
-        empty = False
-        yield batch
-    if empty:
-        raise ValueError(
-            f"the loader gave no batch for the end of task {task} (an iterator can be read only once); the "
-            "trained weights are kept: call module.consolidate_task(loader) with samples of the task"
-        )
-
-
-def best_keeper(callbacks: Iterable[Any]) -> ModelCheckpoint:
-    """Return the callback that says which weights are the best.
-
-    Raises:
-        ValueError: there is none, or more than one.
-    """
-    found = [
-        callback
-        for callback in callbacks
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.save_top_k
-    ]
-    if len(found) != 1:
-        raise ValueError(
-            'consolidate="best" needs exactly one ModelCheckpoint with a monitor and save_top_k != 0, '
-            f"got {len(found)}; give the Trainer "
-            'callbacks=[ModelCheckpoint(monitor="val/accuracy", mode="max")]'
-        )
-    return found[0]
-
-
-def check_best_keeper(module: ContinualModule, resumes: bool) -> None:
-    """Raise ValueError if no callback will keep the best weights of the task that a fit begins."""
-    path = best_keeper(module.trainer.checkpoint_callbacks).best_model_path
-    if path and not resumes and module.phase != TRAINING:
-        raise ValueError(
-            f"the ModelCheckpoint of this fit already has a best file of an earlier one, {path}, which the "
-            "task could be consolidated at; make a new ModelCheckpoint for each task"
-        )
-
-
-def take_best(module: ContinualModule) -> None:
-    """Read the best weights of the task, and all that goes with them, from the file that was kept.
-
-    These are the parameters, batch statistics and what the method sums up along the steps. If there is no
-    such file, warn and leave everything as it is.
-    """
-    trainer, index = module.trainer, int(module.task_index)
-    own = module.state_dict()
-    along = tuple(f"{name}." for name in (*module.path_integrals, *module.moving_trees))
-    path = best_keeper(trainer.checkpoint_callbacks).best_model_path
-    try:
-        if not path:
-            raise ValueError("no checkpoint was written")
-        found = trainer.strategy.load_checkpoint(path, weights_only=True)["state_dict"]
-        if (int(found["task_index"]), int(found["phase"])) != (index, TRAINING):
-            raise ValueError("it is of another task")
-        sums = [name for name in found if name.startswith(along)]  # of what was trained then
-        if {name.split(".")[0] for name in own if name.startswith(along)} - {s.split(".")[0] for s in sums}:
-            raise ValueError("it is of another method")
-        best = {name: found[name] for name in (*weight_names(module, own), *sums)}
-        tensors = {name: value for name, value in best.items() if isinstance(value, Tensor) and name in own}
-        if any(own[name].shape != value.shape for name, value in tensors.items()):
-            raise ValueError("it is of another network")
-    except Exception as error:  # whatever a file that is missing or broken raises: the task is not lost
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        warnings.warn(
-            f'consolidate="best" found no best weights of task {index} ({path or "no file"}: {reason}); the '
-            "task is consolidated at its last weights",
-            stacklevel=2,
-        )
-        return
-    module.load_state_dict(best, strict=False)

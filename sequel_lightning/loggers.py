@@ -1,10 +1,10 @@
-"""Lightning's loggers across the Trainers of a run, and what they lack: pictures, tables, files, an end."""
+"""Lightning's loggers for a run of several Trainers, with images, tables, resuming and closing."""
 
 from __future__ import annotations
 
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,33 +25,54 @@ from sequel_core.runs.loggers import (
     hparams_summaries,
 )
 from sequel_core.runs.services import comet_experiment, wandb_arguments
+from sequel_lightning._compat import (
+    add_summary,
+    has_experiment,
+    purge_after,
+    set_experiment,
+    without_anonymous,
+)
 
 GUARDED = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "after_save_checkpoint")
+"""The methods that Trainers and callbacks call on loggers."""
+
+
+class GuardedLogger:
+    """A logger as the Trainers of a learner get it: its first error ends its part in the run.
+
+    It also leaves out `epoch`, which Lightning adds to what callbacks log and which starts again with every
+    task. In all else it is the user's logger, also for `isinstance`, so that callbacks can use it as such.
+
+    Args:
+        logger: the user's.
+        attempt: calls a function for a logger; see `Loggers.attempt`.
+    """
+
+    def __init__(self, logger: Logger, attempt: Callable[..., None]) -> None:
+        self._logger, self._attempt = logger, attempt
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The class of the user's logger."""
+        return type(self._logger)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._logger, name)
+        if name == "log_metrics":
+            value = partial(_without_epoch, value)
+        return partial(self._attempt, self._logger, value) if name in GUARDED else value
 
 
 class TrainersLoggers(Loggers):
-    """Loggers that a learner and its Trainers share.
+    """Loggers that a learner and its Trainers share."""
 
-    Until `close` each logger's own methods are replaced, on the object, by ones whose first error ends its
-    part in the run, as Trainers and callbacks call them too. They also leave out `epoch`, which Lightning
-    adds to what callbacks log and which begins again with every task.
-    """
-
-    def __init__(self, loggers: Iterable[Logger]) -> None:
-        super().__init__(loggers)
-        self._all = tuple(self)
-        for logger in self._all:
-            for name in GUARDED:
-                own = getattr(logger, name)
-                call = partial(_without_epoch, own) if name == "log_metrics" else own
-                setattr(logger, name, partial(self.attempt, logger, call))
+    def for_trainer(self) -> list[Any]:
+        """Return the loggers that still work, as a Trainer gets them."""
+        return [GuardedLogger(logger, self.attempt) for logger in self]
 
     def close(self, failed: bool) -> None:
-        """Close the loggers and give them back as they were."""
+        """Close the loggers."""
         self.each(lambda logger: close(logger, failed))
-        for logger in self._all:
-            for name in GUARDED:
-                logger.__dict__.pop(name, None)
 
 
 def _without_epoch(
@@ -69,11 +90,11 @@ def log_hparams(logger: Logger, config: Mapping[str, Any]) -> None:
         return
     logger.log_hyperparams(dict(config), metrics={})
     for summary in hparams_summaries(config):
-        logger.experiment._get_file_writer().add_summary(summary)
+        add_summary(logger, summary)
 
 
 def log_image(logger: Logger, name: str, image: NDArray[np.uint8], step: int) -> None:
-    """Send a picture `[H, W, 3]`; to a logger that takes none, nothing."""
+    """Log an image `[H, W, 3]`, if the logger takes images."""
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_image(name, image, step, dataformats="HWC")
     elif isinstance(logger, WandbLogger):
@@ -85,7 +106,7 @@ def log_image(logger: Logger, name: str, image: NDArray[np.uint8], step: int) ->
 def log_table(
     logger: Logger, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
 ) -> None:
-    """Send a table, to TensorBoard as Markdown; to a logger that takes none, nothing."""
+    """Log a table, if the logger takes tables; TensorBoard gets it as Markdown."""
     data = [list(row) for row in rows]
     if isinstance(logger, TensorBoardLogger):
         logger.experiment.add_text(name, markdown_table(columns, rows), step)
@@ -98,12 +119,12 @@ def log_table(
 
 
 def resume_logger(logger: Logger, step: int) -> None:
-    """Let a logger go on after a step, and forget what it wrote after it, where its format allows that."""
-    own = getattr(logger, "resume", None)
-    if own is not None:
-        own(step)
+    """Let a logger continue after a step, and remove what it wrote after that, if its format allows it."""
+    resume = getattr(logger, "resume", None)
+    if resume is not None:
+        resume(step)
     elif isinstance(logger, TensorBoardLogger):
-        logger._kwargs["purge_step"] = step + 1
+        purge_after(logger, step)
     elif isinstance(logger, CSVLogger):
         directory = Path(logger.log_dir)
         table = CsvTable(directory)
@@ -118,16 +139,14 @@ def resume_logger(logger: Logger, step: int) -> None:
 
 
 def close(logger: Logger, failed: bool = False) -> None:
-    """Write what a logger still holds and close it, with the status that the run ended with."""
-    if isinstance(logger, TensorBoardLogger) and logger._experiment is not None:
-        logger.experiment._get_file_writer().add_summary(end_summary(failed))
+    """Flush and close a logger, with the status of the run."""
+    if isinstance(logger, TensorBoardLogger) and has_experiment(logger):
+        add_summary(logger, end_summary(failed))
     logger.save()
     logger.finalize("failed" if failed else "success")
-    if isinstance(logger, WandbLogger) and logger._experiment is not None:
-        logger.experiment.finish(
-            exit_code=int(failed)
-        )  # Lightning leaves it open, and the next run would join
-    elif isinstance(logger, CometLogger) and logger._experiment is not None:
+    if isinstance(logger, WandbLogger) and has_experiment(logger):
+        logger.experiment.finish(exit_code=int(failed))  # else the next run would continue this one
+    elif isinstance(logger, CometLogger) and has_experiment(logger):
         logger.experiment.end()
 
 
@@ -140,27 +159,27 @@ class ConsoleLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The name."""
         return "console"
 
     @property
     def version(self) -> str:
-        """None, as it keeps nothing."""
+        """Empty, as nothing is kept."""
         return ""
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Take numbers in, and print after an evaluation."""
+        """Print the newest values after an evaluation."""
         self._table.write(step or 0, metrics)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Print none."""
+        """Print nothing."""
 
 
 class JsonLinesLogger(Logger):
-    """Writes `metrics.jsonl`: numbers, tables and the settings, one JSON object a line.
+    """Writes `metrics.jsonl`: numbers, tables and the settings, one JSON object per line.
 
     Args:
-        directory: made at the first write.
+        directory: created at the first write.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -171,17 +190,17 @@ class JsonLinesLogger(Logger):
 
     @property
     def name(self) -> str:
-        """The name of its directory."""
+        """The name of the directory."""
         return self._directory.name
 
     @property
     def version(self) -> str:
-        """None, as a directory holds one run."""
+        """Empty, as a directory holds one run."""
         return ""
 
     @property
     def save_dir(self) -> str:
-        """The folder that its directory lies in."""
+        """The parent of the directory."""
         return str(self._directory.parent)
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -194,12 +213,12 @@ class JsonLinesLogger(Logger):
 
 
 class LateCometLogger(CometLogger):
-    """Lightning's, but for two things: the experiment starts at the first write, and offline it is kept.
+    """A CometLogger whose experiment starts at the first write, and which can write an archive offline.
 
     Lightning 2.6 makes an offline experiment with `disabled=True`, which writes nothing.
 
     Args:
-        run_dir: an offline experiment's archive goes to `<run_dir>/comet`.
+        run_dir: the archive of an offline experiment is written to `<run_dir>/comet`.
         settings: workspace, project, name, tags, mode ("online", "offline").
     """
 
@@ -214,11 +233,11 @@ class LateCometLogger(CometLogger):
 
     def _create_experiment(self) -> None:
         if self._start is not None:  # not yet in the constructor
-            self._experiment = self._start()
+            set_experiment(self, self._start())
 
 
 def csv_logger(run_dir: Path, settings: Mapping[str, Any]) -> CSVLogger:
-    """Return Lightning's logger of `<run_dir>/csv`; each row is on the disk at once."""
+    """Return Lightning's logger of `<run_dir>/csv`, which writes each row at once."""
     return CSVLogger(run_dir, name="csv", version="", flush_logs_every_n_steps=1)
 
 
@@ -230,15 +249,13 @@ def tensorboard_logger(run_dir: Path, settings: Mapping[str, Any]) -> TensorBoar
         version="",
         default_hp_metric=False,
         flush_secs=FLUSH_SECONDS,
-        purge_step=0,  # what the directory holds of an earlier run
+        purge_step=0,  # removes the events of an earlier run
     )
 
 
 def wandb_logger(run_dir: Path, settings: Mapping[str, Any]) -> WandbLogger:
     """Return Lightning's Weights & Biases logger; the run starts at the first write."""
-    logger = WandbLogger(save_dir=run_dir, **wandb_arguments(settings, run_dir))
-    logger._wandb_init.pop("anonymous")  # which W&B warns of wherever it is passed
-    return logger
+    return without_anonymous(WandbLogger(save_dir=run_dir, **wandb_arguments(settings, run_dir)))
 
 
 LOGGERS: dict[str, Callable[[Path, Mapping[str, Any]], Logger]] = {
@@ -249,4 +266,4 @@ LOGGERS: dict[str, Callable[[Path, Mapping[str, Any]], Logger]] = {
     "tensorboard": tensorboard_logger,
     "wandb": wandb_logger,
 }
-"""What makes the logger of each name, of a run's directory and its settings."""
+"""Functions that make the logger of each name, from a run's directory and the logger's settings."""

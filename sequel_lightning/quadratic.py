@@ -13,15 +13,14 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torch import Tensor
 
-from sequel_core.hparams import AlgorithmHParams
-from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
+from sequel_lightning._compat import foreach_mul, foreach_sub
 from sequel_lightning.gradients import Contribution, GradientSums, Objective
-from sequel_lightning.module import ContinualModule, OptimizerFactory, Params, evaluating
-from sequel_lightning.trees import ParameterTree, SumTree, restricted
+from sequel_lightning.module import ContinualModule
+from sequel_lightning.networks import evaluating
+from sequel_lightning.trees import ParameterTree, Params, SumTree, restricted
 
 Model = ContinualModule
 
@@ -46,15 +45,15 @@ class QuadraticPenalty(torch.autograd.Function):
         """Return the penalty, shape ()."""
         importances = tensors[2 * n :]
         params = [p.to(f.dtype) for p, f in zip(tensors[:n], importances, strict=True)]
-        distance = torch._foreach_sub(params, tensors[n : 2 * n])
-        ctx.gradient = torch._foreach_mul(importances, distance)
+        distance = foreach_sub(params, tensors[n : 2 * n])
+        ctx.gradient = foreach_mul(importances, distance)
         terms = [torch.dot(g.flatten(), d.flatten()) for g, d in zip(ctx.gradient, distance, strict=True)]
         return 0.5 * torch.stack(terms).sum()
 
     @staticmethod
     def backward(ctx: Any, *factors: Tensor) -> Any:
         """Return the gradient of the parameters; anchors and importances get none."""
-        gradient = torch._foreach_mul(ctx.gradient, factors[0])
+        gradient = foreach_mul(ctx.gradient, factors[0])
         return None, *gradient, *[None] * (2 * len(gradient))
 
 
@@ -125,16 +124,9 @@ class QuadraticModule(ContinualModule):
     separate = False  # see `consolidate`
     gamma = 1.0  # see `consolidate`
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerFactory,
-        hparams: AlgorithmHParams,
-        spec: StreamSpec | None = None,
-        metrics: MetricCollection | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(net, optimizer, hparams, spec, metrics, seed)
+    def init_memory(self) -> None:
+        """Start with the anchor at the initial weights and zero importances."""
+        super().init_memory()
         self.anchor = ParameterTree(self.params(), torch.clone)
         self.importance = SumTree(self.params())
         self._checked = False  # whether the network has importances; tried with the first batch
@@ -183,8 +175,8 @@ class QuadraticModule(ContinualModule):
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Add the task's importances and move the anchor."""
         params = self.frozen_params()
-        found = self.importances(params, batches)
+        importance = self.importances(params, batches)
         past = QuadraticState(*(restricted(tree, params) for tree in self.state))
-        state = consolidate(params, past, found, self.separate, self.gamma)
+        state = consolidate(params, past, importance, self.separate, self.gamma)
         self.anchor.set(state.anchor)
         self.importance.set(state.importance)

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
 
 from sequel_core.hparams import MemoryHParams
 from sequel_core.stream.augmentation import method_plan
@@ -26,7 +25,7 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.memory import MemoryPlanner, StepPlan
 from sequel_core.stream.task import Batch, Samples
 from sequel_lightning.augmentation import cropped, cropped_draw
-from sequel_lightning.module import ContinualModule, OptimizerFactory
+from sequel_lightning.module import ContinualModule
 from sequel_lightning.trees import StateTree
 
 Slots = NDArray[np.integer[Any]]
@@ -178,19 +177,12 @@ class ReplayModule(ContinualModule):
     together = False  # one pass of the network for the batch and the draws, else one for each of the two
     keep_logits = False  # whether the memory holds the logits of its samples
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerFactory,
-        hparams: MemoryHParams,
-        spec: StreamSpec | None = None,
-        metrics: MetricCollection | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(net, optimizer, hparams, spec, metrics, seed)
+    def init_memory(self) -> None:
+        """Make the empty memory."""
+        super().init_memory()
         spec = self.needed_spec()
-        dtype = next(net.parameters()).dtype if self.keep_logits else None
-        memory = empty_memory(spec, hparams.slots(spec.num_tasks), dtype)
+        dtype = next(self.net.parameters()).dtype if self.keep_logits else None
+        memory = empty_memory(spec, self.algorithm_hparams.slots(spec.num_tasks), dtype)
         self.memory = StateTree({k: a for k, a in memory._asdict().items() if a is not None})
 
     def make_planner(self, spec: StreamSpec) -> Any:
@@ -225,5 +217,5 @@ class ReplayModule(ContinualModule):
 
     def remember(self, batch: Batch, seen: Outputs) -> None:
         """Write the batch to the memory."""
-        if self._fitting:
+        if self.lifecycle.fitting:
             write(self.held, method_plan(batch).write, batch, seen.logits)

@@ -1,22 +1,27 @@
-"""Loss and accuracy of the training steps between two reports, counted on the device."""
+"""Reports: loss and accuracy of the training steps, counted on the device, and scores of evaluations."""
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from sequel_core.stream.task import Task
-from sequel_lightning.batches import first_wrong, wrong_label
+from sequel_core.stream.task import Batch, Task
+from sequel_lightning._compat import logging_step
+from sequel_lightning.batches import check_batch, check_tasks, first_wrong, wrong_label
+from sequel_lightning.scores import TaskScores
+
+if TYPE_CHECKING:
+    from sequel_lightning.algorithm import Algorithm
 
 HELD = 1 << 16
-"""Numbers of logits that wait to be counted; more are counted at once, which costs a step some time."""
+"""Numbers of logits that may wait to be counted; counting several steps at once saves time."""
 STEP = 1 << 8
-"""What a waiting step counts as beside its logits."""
+"""Numbers that a waiting step counts as, in addition to its logits."""
 NEVER = 1 << 62
 
 
@@ -42,41 +47,36 @@ class Counts(NamedTuple):
 
 
 class RunningMetrics:
-    """Counts of steps, and of what they gave since the last report.
+    """The number of steps, and the sums of losses and correct predictions since the last report.
 
-    It is a plain object, because a module's attributes are slow. Single steps are cheap because several are
-    counted together; what waits for that is at most `HELD` numbers and one batch.
+    It is a plain object, because a module's attributes are slow. Several steps are counted at once, because
+    counting each would be slow. At most `HELD` numbers and one batch wait for that.
     """
 
     def __init__(self) -> None:
         self.steps_done = 0  # since the start of the stream
         self.task_start = 0  # steps done when the task began
-        self.begun_at: int | None = None  # the same, if the task began in this process
-        self.unchecked = True  # whether the labels of this fit's first batch are still to be looked at
-        self.warned = False  # whether this fit has said that the loss is not finite
         self.waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # loss, logits, labels, tasks
         self.numbers = 0  # that wait
-        self.known: Tensor | None = None  # as in check_batch, for a user's loader
-        self.counts: Counts | None = None  # of what no longer waits
-        self.penalties: list[Tensor] = []  # what methods added to the losses since the last report
-        self.report: Report | None = None  # made by the latest step, if it made one
-        self.next_task: Task | None = None  # the learner's, while it fits; else the data module tells
-        self.after_step: Callable[[pl.Trainer, int], None] | None = None  # the learner's, while it fits
+        self.allowed_labels: Tensor | None = None  # as in check_batch; None if labels are not checked
+        self.counts: Counts | None = None  # of the steps that no longer wait
+        self.penalties: list[Tensor] = []  # that methods added to the losses since the last report
+        self.report: Report | None = None  # of the latest step, if it made one
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RunningMetrics:
-        """Copy the counts of steps: a copy of the module, as weight averaging makes one, is not fitted."""
+        """Copy the numbers of steps only: a copy of the module, made by weight averaging, is not trained."""
         new = RunningMetrics()
         new.steps_done, new.task_start = self.steps_done, self.task_start
         return new
 
     def clear(self) -> None:
-        """Forget what was not reported."""
+        """Forget the steps that were not reported."""
         self.waiting.clear()
         self.penalties.clear()
         self.numbers, self.counts = 0, None
 
     def add(self, loss: Tensor, logits: Tensor, y: Tensor, t: Tensor) -> None:
-        """Note a step: its loss (), logits `[B, num_classes]`, labels and tasks `[B]`."""
+        """Add a step: its loss (), logits `[B, num_classes]`, labels and tasks `[B]`."""
         self.waiting.append((loss, logits, y, t))
         self.steps_done += 1
         self.report = None
@@ -85,7 +85,7 @@ class RunningMetrics:
             self.count()
 
     def count(self) -> Counts:
-        """Count the steps that wait, and return the sums; nothing waits for the device."""
+        """Count the steps that wait, and return the sums, without a synchronisation with the device."""
         counts, waiting = self.counts, self.waiting
         if counts is not None and not waiting:
             return counts
@@ -97,9 +97,9 @@ class RunningMetrics:
             counts = Counts(zero, zero, zero.to(exact), zero, zero + NEVER, zero.repeat(3))
         step = torch.arange(len(losses), device=losses.device) + counts.steps
         wrong = counts.wrong
-        if self.known is not None:
+        if self.allowed_labels is not None:
             t = torch.cat([step[3] for step in waiting])
-            wrong = wrong.where(wrong[0] > 0, first_wrong(y, t, self.known))
+            wrong = wrong.where(wrong[0] > 0, first_wrong(y, t, self.allowed_labels))
         counts = Counts(
             counts.steps + len(losses),
             counts.samples + y.numel(),
@@ -114,15 +114,15 @@ class RunningMetrics:
         return counts
 
     def make_report(self, extra: dict[str, float]) -> Report:
-        """Return the means since the last report, and begin the next.
+        """Return the means since the last report, and start the next.
 
         Raises:
             ValueError: a sample had a label that its task does not have.
         """
         steps, samples, loss, correct, bad_step, wrong = self.count()
         flagged, label, task = wrong.tolist()
-        if flagged and self.known is not None:
-            raise wrong_label(label, task, self.known)
+        if flagged and self.allowed_labels is not None:
+            raise wrong_label(label, task, self.allowed_labels)
         report = Report(
             loss=float(loss) / int(steps),
             accuracy=int(correct) / int(samples),
@@ -134,21 +134,8 @@ class RunningMetrics:
         self.report = report
         return report
 
-    def warn(self, task: int) -> None:
-        """Warn once in a fit of a loss that is not finite, unless a learner looks at the reports."""
-        report = self.report
-        if report is None or report.first_bad_step is None or self.warned or self.after_step is not None:
-            return
-        self.warned = True
-        step = self.steps_done - self.task_start - report.first_bad_step
-        warnings.warn(
-            f"the training loss is no longer finite at task {task}, step {step}; lower the learning rate or "
-            "clip gradients",
-            stacklevel=2,
-        )
-
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold, as plain values and tensors on the CPU."""
+        """Return the state for a checkpoint, as plain values and tensors on the CPU."""
         return {
             "steps_done": self.steps_done,
             "task_start": self.task_start,
@@ -158,17 +145,17 @@ class RunningMetrics:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Read back what `state` gave."""
+        """Restore what `state` returned."""
         self.clear()
-        self.steps_done, self.task_start, self.begun_at = state["steps_done"], state["task_start"], None
-        found = state["waiting"]
-        self.waiting = list(zip(found[::4], found[1::4], found[2::4], found[3::4], strict=True))
+        self.steps_done, self.task_start = state["steps_done"], state["task_start"]
+        tensors = state["waiting"]
+        self.waiting = list(zip(tensors[::4], tensors[1::4], tensors[2::4], tensors[3::4], strict=True))
         self.numbers = sum(step[1].numel() + STEP for step in self.waiting)
         self.penalties = list(state.get("penalties", []))
         self.counts = Counts(*state["counts"]) if state["counts"] else None
 
     def move(self, device: torch.device) -> None:
-        """Move what is not reported to a device."""
+        """Move the steps that were not reported to a device."""
         self.waiting = [
             (a.to(device), b.to(device), c.to(device), d.to(device)) for a, b, c, d in self.waiting
         ]
@@ -177,6 +164,129 @@ class RunningMetrics:
             self.counts = Counts(*(tensor.to(device) for tensor in self.counts))
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the fraction of labels `[B]` that have the greatest logit `[B, num_classes]`, shape ()."""
-    return (logits.argmax(-1) == labels).float().mean()
+class FitObserver(Protocol):
+    """Observes a fit: `LightningLearner` sets one as `module.reporting.observer` for the time of a task.
+
+    An observed module logs no training scores itself, and does not warn if the loss is not finite.
+    """
+
+    @property
+    def task(self) -> Task:
+        """The task of this fit, if the Trainer has loaders instead of a TaskDataModule."""
+
+    def after_step(self, trainer: pl.Trainer, batch_idx: int, report: Report | None) -> None:
+        """Called after each optimizer step, with the report that the step made, if it made one."""
+
+
+class Reporting:
+    """The scores that a module computes and logs during a fit or an evaluation.
+
+    Args:
+        module: whose steps are reported.
+    """
+
+    def __init__(self, module: Algorithm) -> None:
+        self.module = module
+        self.observer: FitObserver | None = None
+        self.unchecked = True  # whether the labels of this fit's first batch are not checked yet
+        self.warned = False  # whether this fit has warned that the loss is not finite
+        self.scores = TaskScores("val", None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reporting:
+        """Return the reporting of a copy of the module, which nobody observes."""
+        return Reporting(copy.deepcopy(self.module, memo))
+
+    # -- training
+
+    def start_fit(self) -> None:
+        """Start with the checks of a fit; labels of a TaskDataModule need none."""
+        module = self.module
+        self.unchecked, self.warned = True, False
+        checked_already = module.lifecycle.next_task() is not None
+        module.running_metrics.allowed_labels = (
+            None if checked_already else module.preprocessing.allowed_labels
+        )
+        if module.metrics is not None:
+            module.metrics.reset()
+
+    def check_first_batch(self, batch: Batch) -> None:
+        """Raise ValueError for labels that the stream does not have, or a task that has not started."""
+        self.module.lifecycle.check_started()
+        check_batch(batch, self.module.running_metrics.allowed_labels)
+        self.unchecked = False
+
+    def add_step(self, loss: Tensor, logits: Tensor, batch: Batch, batch_idx: int) -> None:
+        """Add a step to the running metrics, and make a report at the Trainer's log interval."""
+        module = self.module
+        if module.metrics is not None:
+            module.metrics.update(logits, batch.y)
+        module.running_metrics.add(loss, logits, batch.y, batch.t)
+        trainer: Any = module.trainer
+        done, interval = trainer.fit_loop.total_batch_idx + 1, trainer.log_every_n_steps  # of the whole task
+        if (interval and done % interval == 0) or batch_idx + 1 == trainer.num_training_batches:
+            self.make_report()
+
+    def after_step(self, batch_idx: int) -> None:
+        """Pass the step to the observer, unless it is a tuner's."""
+        if self.observer is not None and self.module.lifecycle.fitting:
+            self.observer.after_step(self.module.trainer, batch_idx, self.module.running_metrics.report)
+
+    def make_report(self) -> None:
+        """Log the means since the last report; an observer logs them itself."""
+        module = self.module
+        metrics = module.metrics
+        extra = {} if metrics is None else {k: float(v) for k, v in metrics.compute().items()}
+        report = module.running_metrics.make_report(extra)
+        if metrics is not None:
+            metrics.reset()
+        scores = {"train/loss": report.loss, "train/accuracy": report.accuracy, **extra}
+        if module.has_penalty:
+            scores["train/penalty"] = report.penalty
+        trainer: Any = module.trainer
+        if trainer.callbacks:  # for the progress bar; Lightning then processes each value at every step
+            module.log_dict(scores, prog_bar=True, logger=False)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scores.items()})
+        if self.observer is None:
+            self.warn(report)
+            for logger in module.loggers:
+                logger.log_metrics(scores, step=logging_step(trainer))
+
+    def warn(self, report: Report) -> None:
+        """Warn once in a fit if the loss is not finite."""
+        module = self.module
+        if report.first_bad_step is None or self.warned or not module.lifecycle.fitting:
+            return
+        self.warned = True
+        running = module.running_metrics
+        step = running.steps_done - running.task_start - report.first_bad_step
+        warnings.warn(
+            f"the training loss is no longer finite at task {int(module.task_index)}, step {step}; lower the "
+            "learning rate or clip gradients",
+            stacklevel=2,
+        )
+
+    def check_labels(self) -> None:
+        """Raise ValueError if a step since the last report had a label that its task does not have."""
+        running = self.module.running_metrics
+        if running.waiting or running.counts is not None:
+            running.make_report({})
+
+    # -- evaluation
+
+    def start_scores(self, stage: str) -> None:
+        """Start the scores of the samples of a stage, `val` or `test`."""
+        self.scores = TaskScores(stage, self.module.metrics)
+
+    def add_scores(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the scores of its tasks, after the first is checked."""
+        preprocessing = self.module.preprocessing
+        if batch_idx == 0:
+            check_tasks(batch.t, preprocessing.allowed_labels)
+            if preprocessing.mask is not None:  # the loss of a masked class would be huge
+                check_batch(batch, preprocessing.allowed_labels)
+        self.scores.update(self.module.predict(batch.x, batch.t), batch.y, batch.t)
+
+    def log_scores(self) -> None:
+        """Log the scores of all tasks; the progress bar shows those over all tasks only."""
+        for name, value in self.scores.compute().items():
+            self.module.log(name, value, prog_bar="/task_" not in name)

@@ -61,8 +61,8 @@ class TaskScores:
         values = torch.stack([loss, (logits.argmax(-1) == y).float(), torch.ones_like(loss)])
         for j in t.unique().tolist():
             here = t == j
-            found = values[:, here].sum(1)
-            self._sums[j] = self._sums[j] + found if j in self._sums else found
+            sums = values[:, here].sum(1)
+            self._sums[j] = self._sums[j] + sums if j in self._sums else sums
             self._update_metrics(f"/task_{j}", logits[here], y[here])
         self._update_metrics("", logits, y)
 
@@ -82,9 +82,9 @@ class TaskScores:
         if self._metrics is None:
             return
         if ending not in self._user_metrics:
-            own = self._metrics.clone(prefix=f"{self._stage}/", postfix=ending or None).to(logits.device)
-            own.reset()
-            self._user_metrics[ending] = own
+            metrics = self._metrics.clone(prefix=f"{self._stage}/", postfix=ending or None).to(logits.device)
+            metrics.reset()
+            self._user_metrics[ending] = metrics
         self._user_metrics[ending].update(logits, y)
 
 

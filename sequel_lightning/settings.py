@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,21 @@ def plain_hparams(hparams: AlgorithmHParams) -> dict[str, Any]:
     """Return the name of the algorithm and its settings."""
     values = {field.name: getattr(hparams, field.name) for field in fields(hparams)}
     return {"name": hparams.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}}
+
+
+def check_hparams(cls: Any, hparams: AlgorithmHParams | None, spec: StreamSpec | None) -> AlgorithmHParams:
+    """Return the settings of a class of algorithms, by default those of its `hparams_class`.
+
+    Raises:
+        ValueError: settings of another algorithm, or that do not fit the stream.
+    """
+    hparams_class: type[AlgorithmHParams] = cls.hparams_class
+    settings = hparams_class() if hparams is None else hparams
+    if not isinstance(settings, hparams_class):
+        raise ValueError(f"{cls.__name__} needs {hparams_class.__name__}, got {type(settings).__name__}")
+    if spec is not None:
+        settings.check_stream(spec)
+    return settings
 
 
 def plain_spec(spec: StreamSpec) -> dict[str, Any]:
@@ -40,23 +55,25 @@ def plain_spec(spec: StreamSpec) -> dict[str, Any]:
     }
 
 
-def hparams_from(plain: Mapping[str, Any], kind: type[AlgorithmHParams]) -> AlgorithmHParams:
+def hparams_from(plain: Mapping[str, Any], hparams_class: type[AlgorithmHParams]) -> AlgorithmHParams:
     """Return the settings that `plain_hparams` wrote down; what is left out has its default.
 
     Raises:
         ValueError: settings of another algorithm, an unknown setting, or a value out of its range.
     """
     values = dict(plain)
-    name = values.pop("name", kind.name)
-    if name != kind.name:
-        raise ValueError(f"hparams are settings of {name}, and {kind.name} is what they are given to")
-    known = [field.name for field in fields(kind)]
+    name = values.pop("name", hparams_class.name)
+    if name != hparams_class.name:
+        raise ValueError(
+            f"hparams are settings of {name}, and {hparams_class.name} is what they are given to"
+        )
+    known = [field.name for field in fields(hparams_class)]
     unknown = sorted(values.keys() - set(known))
     if unknown:
         raise ValueError(
-            f"{kind.name} has no setting {', '.join(unknown)}; its settings are {', '.join(known)}"
+            f"{hparams_class.name} has no setting {', '.join(unknown)}; its settings are {', '.join(known)}"
         )
-    return kind(**values)
+    return hparams_class(**values)
 
 
 def spec_from(plain: Mapping[str, Any]) -> StreamSpec:
@@ -96,9 +113,10 @@ def spec_from(plain: Mapping[str, Any]) -> StreamSpec:
 
 
 def accept_plain_values(cls: Any) -> None:
-    """Let the constructor of a class of algorithms take plain values, and annotate which settings it takes.
+    """Let the constructor of a class of algorithms take plain values, and describe its arguments exactly.
 
-    `load_from_checkpoint` passes plain values. LightningCLI reads the types of arguments from annotations.
+    `load_from_checkpoint` passes plain values. LightningCLI and `help()` read the signature: the type of
+    `hparams` is the class's own settings, and its default are their defaults.
     """
     construct = cls.__init__
     signature = inspect.signature(construct)
@@ -108,7 +126,7 @@ def accept_plain_values(cls: Any) -> None:
     @functools.wraps(construct)
     def init(*args: Any, **options: Any) -> None:
         bound = signature.bind(*args, **options)
-        hparams, spec = bound.arguments["hparams"], bound.arguments.get("spec")
+        hparams, spec = bound.arguments.get("hparams"), bound.arguments.get("spec")
         if isinstance(hparams, Mapping):
             bound.arguments["hparams"] = hparams_from(hparams, cls.hparams_class)
         if isinstance(spec, Mapping):
@@ -116,8 +134,19 @@ def accept_plain_values(cls: Any) -> None:
         construct(*bound.args, **bound.kwargs)
 
     types: dict[str, Any] = {"hparams": cls.hparams_class, "spec": StreamSpec | dict[str, Any] | None}
-    init.__annotations__ = {k: types.get(k, kind) for k, kind in construct.__annotations__.items()}
-    init.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[p.replace(annotation=types.get(k, p.annotation)) for k, p in signature.parameters.items()]
-    )
+    init.__annotations__ = {k: types.get(k, t) for k, t in construct.__annotations__.items()}
+    parameters = {
+        name: parameter.replace(annotation=types.get(name, parameter.annotation))
+        for name, parameter in signature.parameters.items()
+    }
+    if signature.parameters["hparams"].default is not inspect.Parameter.empty:
+        parameters["hparams"] = parameters["hparams"].replace(default=default_hparams(cls.hparams_class))
+    init.__signature__ = signature.replace(parameters=list(parameters.values()))  # type: ignore[attr-defined]
     cls.__init__ = init
+
+
+def default_hparams(hparams_class: type[AlgorithmHParams]) -> Any:
+    """Return the default settings of an algorithm; `Parameter.empty` if a setting has no default."""
+    settings = fields(hparams_class)
+    complete = all(f.default is not MISSING or f.default_factory is not MISSING for f in settings)
+    return hparams_class() if complete else inspect.Parameter.empty

@@ -2,43 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from sequel_lightning._compat import ConvertHook, LoadHook, foreach_copy_
 
 Params = dict[str, Tensor]
 
 
-class StateTree(nn.Module):
+class StateTree(ConvertHook, LoadHook):
     """Tensors by name, as buffers: they move, checkpoint and load into a fresh module."""
 
     def __init__(self, tensors: Params) -> None:
         """Hold these tensors."""
         super().__init__()
-        self._tensors: Params = {}  # the same tensors as in `_buffers`, by their names; made anew if empty
+        self._tensors: Params = {}  # the buffers by their names; made again if empty
         for name, tensor in tensors.items():
             self.register_buffer(name.replace(".", "/"), tensor)
 
     def get(self) -> Params:
         """Return the tensors by name."""
         if not self._tensors:
-            self._tensors = {name.replace("/", "."): t for name, t in self._buffers.items() if t is not None}
+            self._tensors = {name.replace("/", "."): t for name, t in self.named_buffers()}
         return self._tensors
 
     def set(self, tensors: Params) -> None:
         """Copy new values into the tensors of these names."""
         if tensors:
-            torch._foreach_copy_([self.get()[name] for name in tensors], list(tensors.values()))
+            foreach_copy_([self.get()[name] for name in tensors], list(tensors.values()))
 
-    def _apply(self, *args: Any, **options: Any) -> Any:
+    def after_convert(self) -> None:
+        """Forget the tensors that were replaced."""
         self._tensors = {}
-        return super()._apply(*args, **options)  # type: ignore[no-untyped-call]
 
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+    def before_load(self, state_dict: Any, prefix: str) -> None:
+        """Forget the tensors, which may be replaced."""
         self._tensors = {}
-        super()._load_from_state_dict(*args, **options)
 
 
 class ParameterTree(StateTree):
@@ -76,7 +78,7 @@ class ParameterTree(StateTree):
         if params:
             for name, tensor in dict(self.get()).items():
                 if name not in params or tensor.shape != params[name].shape:
-                    del self._buffers[name.replace(".", "/")]
+                    delattr(self, name.replace(".", "/"))
             self._tensors = {}
             self._hold(params)
 
@@ -93,14 +95,25 @@ class SumTree(ParameterTree):
     def __init__(self, params: Params) -> None:
         super().__init__(params, zero_sum)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move the sums, as `to()` does, but keep their dtype where the new one is narrower than float32."""
+    def converted(self, tensor: Tensor, new: Tensor) -> Tensor:
+        """Return the converted sum, with its previous dtype if the new one is narrower than float32."""
+        return new if new.dtype == sum_dtype(new.dtype) else tensor.to(new.device)
 
-        def wide(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            return new if new.dtype == sum_dtype(new.dtype) else tensor.to(new.device)
 
-        return super()._apply(wide, recurse)
+def adopt_names(module: Any, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Let each `ParameterTree` of a module hold the parameters that it holds in a checkpoint.
+
+    Args:
+        module: a ContinualModule.
+        state_dict: of the checkpoint, which is loaded afterwards.
+        prefix: of the module's names in it.
+    """
+    params = dict(module.net.named_parameters())
+    for name, tree in module.named_modules():
+        if isinstance(tree, ParameterTree):
+            start = f"{prefix}{name}."
+            names = {key.removeprefix(start) for key in state_dict if key.startswith(start)}
+            tree.adopt({k: p for k, p in params.items() if k.replace(".", "/") in names})
 
 
 def restricted(tree: Params, names: Iterable[str]) -> Params:

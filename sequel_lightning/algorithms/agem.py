@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 
 from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.stream.task import Batch
-from sequel_lightning.module import Params
 from sequel_lightning.replay import Outputs, ReplayBatch, ReplayModule, draws, forward, mean_cross_entropy
+from sequel_lightning.trees import Params
 
 
 def project(gradient: Params, reference: Params) -> Params:

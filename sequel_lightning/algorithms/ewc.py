@@ -16,16 +16,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
 
 from sequel_core.algorithms.ewc import EWCHParams
-from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_lightning.gradients import call_with
-from sequel_lightning.module import OptimizerFactory, Params
 from sequel_lightning.quadratic import Model, QuadraticModule, mean_gradients
+from sequel_lightning.trees import Params
 
 
 def negative_log_likelihood(params: Params, model: Model, batch: Batch) -> Tensor:
@@ -49,16 +47,10 @@ class EWC(QuadraticModule):
     hparams_class = EWCHParams
     algorithm_hparams: EWCHParams
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerFactory,
-        hparams: EWCHParams,
-        spec: StreamSpec | None = None,
-        metrics: MetricCollection | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(net, optimizer, hparams, spec, metrics, seed)
+    def init_memory(self) -> None:
+        """Start with zero importances."""
+        super().init_memory()
+        hparams = self.algorithm_hparams
         online = hparams.accumulation == "online"
         self.strength = hparams.ewc_lambda
         self.separate = not online

@@ -27,16 +27,15 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
 
 from sequel_core.algorithms.icarl import ICaRLHParams
-from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_lightning.exemplars import ExemplarModule
-from sequel_lightning.module import TRAINING, OptimizerFactory, Params, evaluating, frozen_network
+from sequel_lightning.networks import evaluating, frozen_network
 from sequel_lightning.replay import Memory, planned
+from sequel_lightning.trees import Params
 
 
 class ICaRLState(NamedTuple):
@@ -79,17 +78,10 @@ class ICaRL(ExemplarModule):
     hparams_class = ICaRLHParams
     algorithm_hparams: ICaRLHParams
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerFactory,
-        hparams: ICaRLHParams,
-        spec: StreamSpec | None = None,
-        metrics: MetricCollection | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(net, optimizer, hparams, spec, metrics, seed)
-        self.old: Any = copy.deepcopy(net).requires_grad_(False)
+    def init_memory(self) -> None:
+        """Start with no exemplars, and a copy of the network."""
+        super().init_memory()
+        self.old: Any = copy.deepcopy(self.net).requires_grad_(False)
 
     @property
     def state(self) -> ICaRLState:
@@ -101,7 +93,7 @@ class ICaRL(ExemplarModule):
         """Return the binary cross-entropy with labels and the old network's outputs, and the logits."""
         planned(self.held, batch, tuple)  # any plan will do; refuses images of another dtype
         batch = self.trained_on(batch)
-        task = int(self.task_index) if self.phase == TRAINING else self._next_task()
+        task = self.lifecycle.current_index()
         seen, past = seen_and_past(self.classes, task)
         outputs = seen if self.algorithm_hparams.outputs == "seen" else torch.ones_like(seen)
         logits = self.network(batch.x)

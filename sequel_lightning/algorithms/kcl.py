@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
 
 from sequel_core.algorithms.kcl import BasesPlanner, KCLHParams, basis_constants
 from sequel_core.stream.benchmark import StreamSpec
@@ -32,7 +31,7 @@ from sequel_core.stream.planner import NoPlanner
 from sequel_core.stream.task import Batch
 from sequel_lightning import kernels
 from sequel_lightning.coresets import CoresetModule, held
-from sequel_lightning.module import OptimizerFactory, blank_image, check_features, evaluating
+from sequel_lightning.networks import blank_image, check_features, evaluating
 from sequel_lightning.replay import Memory
 
 
@@ -59,20 +58,17 @@ class KCL(CoresetModule):
     basis_phase: Tensor | None
     fixed: Any
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerFactory,
-        hparams: KCLHParams,
-        spec: StreamSpec | None = None,
-        metrics: MetricCollection | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(net, optimizer, hparams, spec, metrics, seed)
+    def check_net(self, net: nn.Module) -> None:
+        """Raise ValueError if the network lacks `features` or `head`."""
         check_features(net, "kcl")
+
+    def init_memory(self) -> None:
+        """Start with empty coresets, and the parameters of every task."""
+        super().init_memory()
+        hparams, net, seed = self.algorithm_hparams, self.net, self.seed
         like = next(net.parameters())
         with evaluating(net), torch.no_grad():
-            width = int(self.net.features(blank_image(self.spec, like)).shape[1])
+            width = int(net.features(blank_image(self.spec, like)).shape[1])
         self.kcl: Any = kernels.extra_parameters(hparams, seed, self.spec.num_tasks, width, like.dtype)
         self.rff = hparams.kernel_type == "rff"
         noise, phase, fixed = map(torch.from_numpy, basis_constants(seed, hparams.d_rn_f, width))
@@ -124,7 +120,7 @@ class KCL(CoresetModule):
 
     def predict(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Return the logits by the coreset of each sample's task, 0 where it has none yet."""
-        t = self.needed_tasks(t)
+        t = self.preprocessing.needed_tasks(t)
         hparams, kept, h = self.algorithm_hparams, self.kept, self.features(x)
         logits = h.new_zeros(len(x), self.spec.num_classes)
         for j in t.unique().tolist():

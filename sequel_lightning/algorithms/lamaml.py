@@ -26,14 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
 
 from sequel_core.algorithms.lamaml import LaMAMLHParams, MetaPlan, MetaPlanner
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_lightning.augmentation import cropped
 from sequel_lightning.gradients import check_functional_call
-from sequel_lightning.module import OptimizerFactory, Params, check_no_batch_stats
+from sequel_lightning.networks import check_no_batch_stats
 from sequel_lightning.replay import (
     Memory,
     Outputs,
@@ -43,7 +42,7 @@ from sequel_lightning.replay import (
     mean_cross_entropy,
     planned,
 )
-from sequel_lightning.trees import ParameterTree, restricted
+from sequel_lightning.trees import ParameterTree, Params, restricted
 
 
 class LaMAMLState(NamedTuple):
@@ -86,18 +85,15 @@ class LaMAML(ReplayModule):
     clipping_setting = "grad_clip_norm"
     moving_trees = ("rates",)
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerFactory,
-        hparams: LaMAMLHParams,
-        spec: StreamSpec | None = None,
-        metrics: MetricCollection | None = None,
-        seed: int = 0,
-    ) -> None:
+    def check_net(self, net: nn.Module) -> None:
+        """Raise ValueError if the network has batch normalisation."""
         check_no_batch_stats(net, "lamaml", "its inner steps see too few samples for batch statistics")
-        super().__init__(net, optimizer, hparams, spec, metrics, seed)
-        self.rates = ParameterTree(self.params(), partial(torch.full_like, fill_value=hparams.alpha_init))
+
+    def init_memory(self) -> None:
+        """Start with an empty memory, and every rate at `alpha_init`."""
+        super().init_memory()
+        fresh = partial(torch.full_like, fill_value=self.algorithm_hparams.alpha_init)
+        self.rates = ParameterTree(self.params(), fresh)
         self._checked = False  # whether functional_call follows the network; tried with the first batch
 
     def make_planner(self, spec: StreamSpec) -> MetaPlanner:
@@ -157,7 +153,7 @@ class LaMAML(ReplayModule):
             with torch.no_grad():
                 if hparams.learn_lr:
                     rates = {k: a - hparams.lr_alpha * rates_slope[k] for k, a in rates.items()}
-                    self.rates.set(rates if self._fitting else {})
+                    self.rates.set(rates if self.lifecycle.fitting else {})
                 for k, after in inner_sgd_step(params, rates, slope).items():
                     if hparams.sync_update:
                         params[k].grad = slope[k]

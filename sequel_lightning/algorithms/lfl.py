@@ -20,20 +20,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MetricCollection
 
 from sequel_core.algorithms.lfl import LFLHParams
-from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
-from sequel_lightning.module import (
-    ContinualModule,
-    OptimizerFactory,
-    Params,
-    apply_head,
-    check_features,
-    evaluating,
-    frozen_network,
-)
+from sequel_lightning.module import ContinualModule
+from sequel_lightning.networks import apply_head, check_features, evaluating, frozen_network
+from sequel_lightning.trees import Params
 
 
 class LFLState(NamedTuple):
@@ -62,19 +54,15 @@ class LFL(ContinualModule):
     net: Any
     learned: Tensor
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerFactory,
-        hparams: LFLHParams,
-        spec: StreamSpec | None = None,
-        metrics: MetricCollection | None = None,
-        seed: int = 0,
-    ) -> None:
+    def check_net(self, net: nn.Module) -> None:
+        """Raise ValueError if the network lacks `features` or `head`."""
         check_features(net, "lfl")
-        super().__init__(net, optimizer, hparams, spec, metrics, seed)
-        self.old: Any = copy.deepcopy(net).requires_grad_(False)
-        like = next(net.parameters())
+
+    def init_memory(self) -> None:
+        """Start with a copy of the network; no task has been learned."""
+        super().init_memory()
+        self.old: Any = copy.deepcopy(self.net).requires_grad_(False)
+        like = next(self.net.parameters())
         self.register_buffer("learned", torch.zeros((), dtype=like.dtype, device=like.device))
 
     @property

@@ -15,15 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torch import Tensor
 
 from sequel_core.algorithms.mas import MASHParams
-from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_lightning.gradients import call_with
-from sequel_lightning.module import OptimizerFactory, Params
 from sequel_lightning.quadratic import Model, QuadraticModule, mean_gradients
+from sequel_lightning.trees import Params
 
 
 def squared_norm(params: Params, model: Model, batch: Batch) -> Tensor:
@@ -44,17 +42,10 @@ class MAS(QuadraticModule):
     hparams_class = MASHParams
     algorithm_hparams: MASHParams
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerFactory,
-        hparams: MASHParams,
-        spec: StreamSpec | None = None,
-        metrics: MetricCollection | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(net, optimizer, hparams, spec, metrics, seed)
-        self.strength = 2 * hparams.mas_lambda
+    def init_memory(self) -> None:
+        """Start with zero importances."""
+        super().init_memory()
+        self.strength = 2 * self.algorithm_hparams.mas_lambda
 
     def importances(self, params: Params, batches: Iterable[Batch]) -> Params:
         """Return the sensitivity of the outputs to the weights on a task."""

@@ -21,13 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
 
 from sequel_core.algorithms.mcsgd import MCSGDHParams, connection_batches
-from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_lightning.gradients import backward, holding, native_rnn
-from sequel_lightning.module import OptimizerFactory, Params, check_no_batch_stats, evaluating
+from sequel_lightning.networks import check_no_batch_stats, evaluating
 from sequel_lightning.replay import (
     Memory,
     ReplayBatch,
@@ -37,7 +35,7 @@ from sequel_lightning.replay import (
     mean_cross_entropy,
     read,
 )
-from sequel_lightning.trees import ParameterTree, restricted
+from sequel_lightning.trees import ParameterTree, Params, restricted
 
 Lines = Sequence[tuple[Params, Sequence[ReplayBatch]]]  # where each begins, and the samples that it is for
 
@@ -73,19 +71,15 @@ class MCSGD(ReplayModule):
     learned: Tensor
     _samples: Sequence[ReplayBatch] = ()  # the latest batch and, online, its draw
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerFactory,
-        hparams: MCSGDHParams,
-        spec: StreamSpec | None = None,
-        metrics: MetricCollection | None = None,
-        seed: int = 0,
-    ) -> None:
+    def check_net(self, net: nn.Module) -> None:
+        """Raise ValueError if the network has batch normalisation."""
         check_no_batch_stats(net, "mcsgd", "the weights between two solutions have no running statistics")
-        self.online = hparams.lmc_policy == "online"
+
+    def init_memory(self) -> None:
+        """Start with an empty memory, and both solutions at the initial weights."""
+        self.online = self.algorithm_hparams.lmc_policy == "online"
         self.num_draws = int(self.online)
-        super().__init__(net, optimizer, hparams, spec, metrics, seed)
+        super().init_memory()
         self.w_bar, self.w_hat = (ParameterTree(self.params(), torch.clone) for _ in range(2))
         fresh = (torch.clone, torch.zeros_like) if self.online else ()
         self.moving: Any = nn.ModuleList(ParameterTree(self.params(), f) for f in fresh)
@@ -116,7 +110,7 @@ class MCSGD(ReplayModule):
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         """Take the optimizer's step; online, let w_bar follow."""
         super().optimizer_step(*args, **options)
-        if self.online and self._fitting and self.learned >= 0:
+        if self.online and self.lifecycle.fitting and self.learned >= 0:
             kept, (own, *past), w_hat = self.state, self._samples, self.frozen_params()
             moving = [restricted(tree, w_hat) for tree in kept.moving]
             with evaluating(self):

@@ -19,16 +19,15 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import MetricCollection
 
 from sequel_core.algorithms.si import SIHParams
-from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
-from sequel_lightning.module import ContinualModule, OptimizerFactory, Params
+from sequel_lightning._compat import foreach_add_, foreach_mul_, foreach_sub
+from sequel_lightning.module import ContinualModule
 from sequel_lightning.quadratic import penalty
-from sequel_lightning.trees import ParameterTree, SumTree, restricted
+from sequel_lightning.trees import ParameterTree, Params, SumTree, restricted
 
 
 class SIState(NamedTuple):
@@ -42,9 +41,9 @@ class SIState(NamedTuple):
 def accumulate_path_integral(path: Params, gradient: Params, before: Params, after: Params) -> Params:
     """Return omega with one more step in it: omega - g (after - before)."""
     names = list(path)
-    moved = torch._foreach_sub([after[k].to(path[k].dtype) for k in names], [before[k] for k in names])
-    torch._foreach_mul_(moved, [gradient[k] for k in names])
-    return dict(zip(names, torch._foreach_sub([path[k] for k in names], moved), strict=True))
+    moved = foreach_sub([after[k].to(path[k].dtype) for k in names], [before[k] for k in names])
+    foreach_mul_(moved, [gradient[k] for k in names])
+    return dict(zip(names, foreach_sub([path[k] for k in names], moved), strict=True))
 
 
 def consolidate(params: Params, state: SIState, hparams: SIHParams) -> SIState:
@@ -66,17 +65,10 @@ class SI(ContinualModule):
     path_integrals = ("path",)
     algorithm_hparams: SIHParams
 
-    def __init__(
-        self,
-        net: nn.Module,
-        optimizer: OptimizerFactory,
-        hparams: SIHParams,
-        spec: StreamSpec | None = None,
-        metrics: MetricCollection | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(net, optimizer, hparams, spec, metrics, seed)
-        self.strength = 2 * hparams.si_lambda
+    def init_memory(self) -> None:
+        """Start with the anchor at the initial weights and zero importances."""
+        super().init_memory()
+        self.strength = 2 * self.algorithm_hparams.si_lambda
         self.anchor = ParameterTree(self.params(), torch.clone)
         self.importance, self.path = (SumTree(self.params()) for _ in range(2))
         self._gradient: Params = {}  # of the cross-entropy, at the current step
@@ -104,9 +96,9 @@ class SI(ContinualModule):
         gradient = {k: p.grad for k, p in params.items() if p.grad is not None}
         self._gradient = {k: g.clone() for k, g in gradient.items()}
         weights = [params[k].detach().to(importance[k].dtype) for k in gradient]
-        slope = torch._foreach_sub(weights, [anchor[k] for k in gradient])
-        torch._foreach_mul_(slope, [importance[k] for k in gradient])
-        torch._foreach_add_(list(gradient.values()), slope, alpha=self.strength)
+        slope = foreach_sub(weights, [anchor[k] for k in gradient])
+        foreach_mul_(slope, [importance[k] for k in gradient])
+        foreach_add_(list(gradient.values()), slope, alpha=self.strength)
 
     def optimizer_step(
         self,
@@ -118,7 +110,7 @@ class SI(ContinualModule):
         """Take the optimizer's step and add it to the path."""
         before = {k: p.detach().clone() for k, p in self._trained_params.items()}
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self._fitting:
+        if self.lifecycle.fitting:
             path = restricted(self.path.get(), self._gradient)
             after = {k: p.detach() for k, p in self._trained_params.items()}
             self.path.set(accumulate_path_integral(path, self._gradient, before, after))

@@ -35,7 +35,7 @@ from sequel_core.stream.benchmark import Benchmark, Scenario, StreamSpec
 from sequel_core.stream.images import Normalisation
 from sequel_core.stream.task import Split, Task
 from sequel_lightning import ALGORITHMS, MLP, ContinualModule, TaskDataModule, initialise
-from sequel_lightning.module import OptimizerFactory
+from sequel_lightning.optimizers import OptimizerFactory
 
 BATCH, STEPS, SIDE, CLASSES = 4, 5, 3, 4
 MOMENTUM = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -174,25 +174,25 @@ def learn(
 
 def everything(model: ContinualModule) -> dict[str, Any]:
     """Return copies of all that a module carries from step to step and from task to task."""
-    carried = model._carried_optimizer or {"state": {}, "param_groups": []}
+    carried = model.lifecycle.carried_optimizer or {"state": {}, "param_groups": []}
     momenta = {f"{i}/{k}": torch.as_tensor(v) for i, s in carried["state"].items() for k, v in s.items()}
     tensors = {k: v.detach().clone() for k, v in {**model.state_dict(), **momenta}.items()}
     groups = [{k: v for k, v in g.items() if k != "params"} for g in carried["param_groups"]]
     return {"tensors": tensors, "groups": groups, "steps_done": model.running_metrics.steps_done}
 
 
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found["tensors"].keys() == expected["tensors"].keys()
-    differ = [k for k, v in expected["tensors"].items() if not torch.equal(found["tensors"][k], v)]
+def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert actual["tensors"].keys() == expected["tensors"].keys()
+    differ = [k for k, v in expected["tensors"].items() if not torch.equal(actual["tensors"][k], v)]
     assert differ == []
-    assert found["groups"] == expected["groups"]
-    assert found["steps_done"] == expected["steps_done"]
+    assert actual["groups"] == expected["groups"]
+    assert actual["steps_done"] == expected["steps_done"]
 
 
-def assert_close(found: ContinualModule, expected: ContinualModule | nn.Module) -> None:
+def assert_close(actual: ContinualModule, expected: ContinualModule | nn.Module) -> None:
     """Compare the weights with those of another module or of a network that was trained by hand."""
     net = expected.net if isinstance(expected, ContinualModule) else expected
-    for (name, p), q in zip(found.net.named_parameters(), net.parameters(), strict=True):
+    for (name, p), q in zip(actual.net.named_parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=f"{name} differs")
 
 

@@ -15,7 +15,7 @@ from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.benchmark import Scenario
 from sequel_lightning import ContinualModule, algorithms
-from sequel_lightning.module import CONSOLIDATED, IDLE
+from sequel_lightning.consolidation import CONSOLIDATED, IDLE
 from tests.lightning.parts import (
     BATCH,
     CLASSES,
@@ -49,7 +49,7 @@ def fitted(model: ContinualModule, *tensors: Tensor, **options: Any) -> Continua
 
 @pytest.mark.parametrize("with_spec", [True, False])
 @pytest.mark.parametrize(
-    ("rest", "found"),
+    ("rest", "actual"),
     [
         ((Y, torch.ones(len(Y))), r"float32 \[4\]"),
         ((Y, torch.ones(len(Y), dtype=torch.bool)), r"bool \[4\]"),
@@ -59,19 +59,19 @@ def fitted(model: ContinualModule, *tensors: Tensor, **options: Any) -> Continua
     ],
     ids=["weights", "flags", "column", "four", "one"],
 )
-def test_other_batches_are_refused(rest: tuple[Tensor, ...], found: str, with_spec: bool) -> None:
+def test_other_batches_are_refused(rest: tuple[Tensor, ...], actual: str, with_spec: bool) -> None:
     benchmark = stream()
     model = module(benchmark, NaiveHParams(), spec=float_spec(benchmark) if with_spec else None)
     before = everything(model)["tensors"]
-    with pytest.raises(ValueError, match=f"{A_BATCH}.*got .*{found}.*collate_fn"):
+    with pytest.raises(ValueError, match=f"{A_BATCH}.*got .*{actual}.*collate_fn"):
         fitted(model, X, *rest)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k.startswith("net."))
 
 
-@pytest.mark.parametrize("found", ["dict", "Tensor"])
-def test_a_batch_that_is_no_tuple_is_refused(found: str) -> None:
-    samples: list[Any] = [{"x": x, "y": y} if found == "dict" else x for x, y in zip(X, Y, strict=True)]
-    with pytest.raises(ValueError, match=f"{A_BATCH}.*got {found}; leave out"):
+@pytest.mark.parametrize("actual", ["dict", "Tensor"])
+def test_a_batch_that_is_no_tuple_is_refused(actual: str) -> None:
+    samples: list[Any] = [{"x": x, "y": y} if actual == "dict" else x for x, y in zip(X, Y, strict=True)]
+    with pytest.raises(ValueError, match=f"{A_BATCH}.*got {actual}; leave out"):
         trainer().fit(module(stream(), NaiveHParams()), DataLoader(samples, BATCH))  # type: ignore[arg-type]
 
 
@@ -79,9 +79,9 @@ def test_lengths_before_labels_are_refused() -> None:
     """(x, length, y) is not (x, y, t): lengths are no classes, and labels no task indices."""
     benchmark = stream()
     two = stream(num_tasks=5)
-    for spec, told in ((benchmark.spec, "0 to 2, got 3"), (two.spec, "label 20 is not among the classes")):
+    for spec, message in ((benchmark.spec, "0 to 2, got 3"), (two.spec, "label 20 is not among the classes")):
         model = module(benchmark, NaiveHParams(), spec=spec._replace(image_dtype="float32"))
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             fitted(model, X[:BATCH], LENGTHS[:BATCH], torch.arange(BATCH))
 
 
@@ -89,8 +89,8 @@ def test_lengths_before_labels_are_refused() -> None:
 def test_an_evaluation_checks_task_indices_too(evaluate: str) -> None:
     benchmark = stream()
     model = module(benchmark, NaiveHParams(), spec=float_spec(benchmark))
-    for t, told in ((T + 3, "0 to 2, got 3"), (T.float(), A_BATCH)):
-        with pytest.raises(ValueError, match=told):
+    for t, message in ((T + 3, "0 to 2, got 3"), (T.float(), A_BATCH)):
+        with pytest.raises(ValueError, match=message):
             getattr(trainer(), evaluate)(model, DataLoader(TensorDataset(X, Y, t), BATCH), verbose=False)
     getattr(trainer(), evaluate)(model, DataLoader(TensorDataset(X, Y, T), BATCH), verbose=False)
 
@@ -143,8 +143,10 @@ def test_a_label_outside_the_head_is_refused(label: int) -> None:
     model = module(benchmark, NaiveHParams(), spec=float_spec(benchmark))
     y = Y.clone()
     y[0] = label
-    told = rf"label {label} is not among the classes of task 0, \[0, 1, 2, 3\] and outside the head, 0 to 3;"
-    with pytest.raises(ValueError, match=told):
+    message = (
+        rf"label {label} is not among the classes of task 0, \[0, 1, 2, 3\] and outside the head, 0 to 3;"
+    )
+    with pytest.raises(ValueError, match=message):
         fitted(model, X, y)
 
 
@@ -205,10 +207,10 @@ def test_a_loss_that_is_not_finite_is_warned_of_once() -> None:
         loss.backward()
         optimizer.step()
     assert 0 < bad[0] < STEPS
-    told = f"the training loss is no longer finite at task 0, step {bad[0]}; lower the learning rate"
-    with pytest.warns(UserWarning, match=told) as found:
+    message = f"the training loss is no longer finite at task 0, step {bad[0]}; lower the learning rate"
+    with pytest.warns(UserWarning, match=message) as actual:
         trainer(2).fit(model, own_loader(benchmark, 0, with_task=False))
-    assert len([w for w in found if "no longer finite" in str(w.message)]) == 1
+    assert len([w for w in actual if "no longer finite" in str(w.message)]) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
@@ -218,8 +220,8 @@ def test_narrow_integers_are_labels_too(dtype: torch.dtype) -> None:
     for rest in ((), (T,)):
         options: dict[str, Any] = {"spec": float_spec(benchmark)}
         expected = fitted(module(benchmark, EWCHParams(), **options), X, Y, *rest)
-        found = fitted(module(benchmark, EWCHParams(), **options), X, Y.to(dtype), *rest)
-        assert_same(everything(found), everything(expected))
+        actual = fitted(module(benchmark, EWCHParams(), **options), X, Y.to(dtype), *rest)
+        assert_same(everything(actual), everything(expected))
 
 
 @pytest.mark.parametrize("y", [Y.float(), torch.eye(CLASSES)[Y], Y[:, None], Y > 1])

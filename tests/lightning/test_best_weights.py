@@ -24,7 +24,7 @@ from sequel_core.algorithms.si import SIHParams
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
 from sequel_core.stream.benchmark import Benchmark
 from sequel_lightning import ALGORITHMS, EWC, MLP, ContinualModule, algorithms, initialise, make_learner
-from sequel_lightning.module import CONSOLIDATED, TRAINING
+from sequel_lightning.consolidation import CONSOLIDATED, TRAINING
 from tests.lightning.parts import (
     CLASSES,
     DERPP,
@@ -103,11 +103,11 @@ def test_anchor_and_fisher_are_those_of_the_best_weights(tmp_path: Path) -> None
     note = At(lambda t, _: last.update(everything(model)["tensors"]), "on_train_end")
     fit(model, benchmark, 0, kept, note)
     file = state_of(kept.best_model_path)
-    own = model.state_dict()
+    current = model.state_dict()
     names = [name for name in file if name.startswith("net.")]
-    assert all(torch.equal(own[name], file[name]) for name in names)
-    moved = {name for name in names if not torch.equal(last[name], file[name])}
-    assert {"net.1.weight", "net.2.running_mean", "net.2.running_var"} <= moved
+    assert all(torch.equal(current[name], file[name]) for name in names)
+    changed = {name for name in names if not torch.equal(last[name], file[name])}
+    assert {"net.1.weight", "net.2.running_mean", "net.2.running_var"} <= changed
 
     by_hand = with_batch_norm().double()
     by_hand.load_state_dict({name.removeprefix("net."): file[name] for name in names})
@@ -160,10 +160,10 @@ def test_the_path_integral_is_that_of_the_best_weights(tmp_path: Path) -> None:
     kept, last = keeper(tmp_path), dict[str, Tensor]()
     fit(model, benchmark, 0, kept, kept_at_the_end(model, last))
     file = state_of(kept.best_model_path)
-    for name, found in model.importance.get().items():
+    for name, actual in model.importance.get().items():
         path, end = file[f"path.{name.replace('.', '/')}"], file[f"net.{name}"]
         assert not torch.equal(path, last[f"path.{name.replace('.', '/')}"])
-        torch.testing.assert_close(found, path / ((end - start[name]) ** 2 + SI.xi), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(actual, path / ((end - start[name]) ** 2 + SI.xi), rtol=1e-6, atol=1e-9)
         assert torch.equal(model.anchor.get()[name], end)
 
 
@@ -172,12 +172,12 @@ def test_the_memory_stays_as_training_left_it(tmp_path: Path) -> None:
     model = module(benchmark, replace(DERPP, consolidate="best"))
     kept, last = keeper(tmp_path), dict[str, Tensor]()
     fit(model, benchmark, 0, kept, kept_at_the_end(model, last))
-    own, file = model.state_dict(), state_of(kept.best_model_path)
-    stays = [name for name in own if name == "_extra_state" or name.startswith("memory.")]
+    current, file = model.state_dict(), state_of(kept.best_model_path)
+    stays = [name for name in current if name == "_extra_state" or name.startswith("memory.")]
     assert len(stays) == 5
-    assert all(torch.equal(own[name], last[name]) for name in stays)
-    assert not torch.equal(own["_extra_state"], file["_extra_state"])
-    assert not torch.equal(own["memory.logits"], file["memory.logits"])
+    assert all(torch.equal(current[name], last[name]) for name in stays)
+    assert not torch.equal(current["_extra_state"], file["_extra_state"])
+    assert not torch.equal(current["memory.logits"], file["memory.logits"])
 
 
 def test_what_moves_with_the_weights_is_that_of_the_best_weights(tmp_path: Path) -> None:
@@ -188,17 +188,17 @@ def test_what_moves_with_the_weights_is_that_of_the_best_weights(tmp_path: Path)
         fit(model, benchmark, task, kept)
     assert isinstance(model, algorithms.MCSGD)
     file = state_of(kept.best_model_path)
-    for name, found in model.w_bar.get().items():
-        assert torch.equal(found, file[f"moving.0.{name.replace('.', '/')}"])
+    for name, actual in model.w_bar.get().items():
+        assert torch.equal(actual, file[f"moving.0.{name.replace('.', '/')}"])
         assert torch.equal(model.w_hat.get()[name], file[f"net.{name}"])
-        assert not torch.equal(found, file[f"net.{name}"])
+        assert not torch.equal(actual, file[f"net.{name}"])
 
     rates = module(benchmark, replace(LAMAML, consolidate="best"))
     kept = keeper(tmp_path / "rates")
     last: dict[str, Tensor] = {}
     fit(rates, benchmark, 0, kept, kept_at_the_end(rates, last))
-    file, own = state_of(kept.best_model_path), rates.state_dict()
-    assert all(torch.equal(own[name], file[name]) for name in own if name.startswith("rates."))
+    file, current = state_of(kept.best_model_path), rates.state_dict()
+    assert all(torch.equal(current[name], file[name]) for name in current if name.startswith("rates."))
     assert not torch.equal(last["rates.head/weight"], file["rates.head/weight"])
 
 
@@ -206,12 +206,12 @@ def test_what_moves_with_the_weights_is_that_of_the_best_weights(tmp_path: Path)
 def test_best_weights_and_an_evaluation_of_them_on_digits(hparams: AlgorithmHParams, tmp_path: Path) -> None:
     """The numbers of all tasks are those without the evaluation, and importances and memories are there."""
     benchmark = RotatedDigits(num_tasks=3, subset=120, validation=0.2)
-    found = []
+    actual = []
     for evaluates in (False, True):
         net = initialise(MLP((16,), 10, image_shape=(8, 8, 1)), seed=0)
         optimizer = partial(torch.optim.SGD, lr=0.1)
-        own = replace(hparams, consolidate="best")
-        model = ALGORITHMS[own.name](net, optimizer, own, benchmark.spec)
+        last = replace(hparams, consolidate="best")
+        model = ALGORITHMS[last.name](net, optimizer, last, benchmark.spec)
         for task in range(3):
             kept = ModelCheckpoint(tmp_path / f"{evaluates} {task}", monitor="val/accuracy", mode="max")
             done = learn(model, benchmark, task, 3, callbacks=[kept], enable_checkpointing=True)
@@ -220,10 +220,10 @@ def test_best_weights_and_an_evaluation_of_them_on_digits(hparams: AlgorithmHPar
         assert sum(float(a.abs().sum()) for k, a in model.state_dict().items() if "importance." in k) > 0
         done = trainer()
         scores = [done.test(model, datamodule=data(benchmark, i), verbose=False)[0] for i in range(3)]
-        found.append((everything(model), [score["test/accuracy"] for score in scores]))
-    assert_same(found[1][0], found[0][0])
-    assert found[1][1] == found[0][1]
-    assert np.mean(found[0][1]) > 0.3
+        actual.append((everything(model), [score["test/accuracy"] for score in scores]))
+    assert_same(actual[1][0], actual[0][0])
+    assert actual[1][1] == actual[0][1]
+    assert np.mean(actual[0][1]) > 0.3
 
 
 # -- fits that would leave a task behind
@@ -269,12 +269,14 @@ def test_the_next_fit_is_refused(
     benchmark = stream()
     model = leave(hparams, benchmark, tmp_path)
     before = everything(model)
-    told = "was consolidated at other weights" if leave is after_an_evaluation else "was never consolidated"
+    message = (
+        "was consolidated at other weights" if leave is after_an_evaluation else "was never consolidated"
+    )
     call = "si cannot consolidate it at other" if hparams is SI else r"call module.consolidate_task\(loader\)"
     next_task: dict[str, Any] = {"datamodule": data(benchmark, 1)}
     if not known:
         next_task = {"train_dataloaders": own_loader(benchmark, 1, with_task=True)}
-    with pytest.raises(ValueError, match=rf'task 0 {told}.*consolidate="best".*{call}'):
+    with pytest.raises(ValueError, match=rf'task 0 {message}.*consolidate="best".*{call}'):
         trainer().fit(model, **next_task)
     assert_same(everything(model), before)
     assert position(model) == (0, TRAINING)
@@ -283,9 +285,7 @@ def test_the_next_fit_is_refused(
 
 
 @left_open
-def test_consolidate_task_ends_a_task_at_the_weights_of_the_moment(
-    leave: Leave, tmp_path: Path
-) -> None:
+def test_consolidate_task_ends_a_task_at_the_weights_of_the_moment(leave: Leave, tmp_path: Path) -> None:
     benchmark = stream()
     model = leave(LAST, benchmark, tmp_path)
     assert isinstance(model, EWC)
@@ -297,14 +297,14 @@ def test_consolidate_task_ends_a_task_at_the_weights_of_the_moment(
     assert position(model) == (0, CONSOLIDATED)
     assert calls == [0]
     images, labels = normalised(benchmark, 0)
-    for name, found in model.importance.get().items():
+    for name, actual in model.importance.get().items():
         grads = []
         for x, y in zip(images.float(), labels, strict=True):
             model.zero_grad()
             F.cross_entropy(model.net(x[None]), y[None]).backward()
             grads.append(dict(model.net.named_parameters())[name].grad)
         expected = torch.stack([g**2 for g in grads if g is not None]).mean(0)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-7)
         assert torch.equal(model.anchor.get()[name], weights[name])
     model.zero_grad()
     learn(model, benchmark, 1)
@@ -356,13 +356,15 @@ def test_an_evaluation_sees_the_state_of_the_file(tmp_path: Path) -> None:
     done = fit(model, benchmark, 0, kept)
     images, labels = benchmark.tasks[0].test, benchmark.tasks[0].test.targets
     x = model.normalise(torch.from_numpy(images.take(np.arange(len(images))).x).movedim(-1, 1))
-    own = float((model.predict(x, torch.zeros(len(x), dtype=torch.int64)).argmax(1).numpy() == labels).mean())
+    last = float(
+        (model.predict(x, torch.zeros(len(x), dtype=torch.int64)).argmax(1).numpy() == labels).mean()
+    )
     head = float((model.net(x).argmax(1).numpy() == labels).mean())
-    assert own != head
+    assert last != head
     scores = done.test(model, datamodule=data(benchmark, 0), ckpt_path="best", verbose=False)[0]
     assert scores["test/accuracy"] == pytest.approx(head)
     scores = done.test(model, datamodule=data(benchmark, 0), verbose=False)[0]
-    assert scores["test/accuracy"] == pytest.approx(own)
+    assert scores["test/accuracy"] == pytest.approx(last)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -432,8 +434,10 @@ def test_the_learner_consolidates_each_task_at_its_best_weights(tmp_path: Path) 
     kept = keeper(tmp_path / "kept", filename="best")
     hparams = EWCHParams(ewc_lambda=10, accumulation="online", consolidate="best")
     optimizer = partial(torch.optim.SGD, lr=0.1)
-    own = {"accelerator": "cpu"}
-    made = make_learner(hparams, net, optimizer, benchmark, training, callbacks=[Scores(), kept], trainer=own)
+    last = {"accelerator": "cpu"}
+    made = make_learner(
+        hparams, net, optimizer, benchmark, training, callbacks=[Scores(), kept], trainer=last
+    )
     run(made, benchmark, run_dir=tmp_path / "run", progress=False)
     assert isinstance(made.module, EWC)
     file = state_of(str(tmp_path / "kept" / "task_1" / "best.ckpt"))
@@ -442,7 +446,7 @@ def test_the_learner_consolidates_each_task_at_its_best_weights(tmp_path: Path) 
         assert torch.equal(anchor, file[f"net.{name}"])
         assert torch.equal(made.module.params()[name], file[f"net.{name}"])
     with pytest.raises(ValueError, match='consolidate="best" needs exactly one ModelCheckpoint'):
-        make_learner(hparams, net, optimizer, benchmark, training, trainer=own)
+        make_learner(hparams, net, optimizer, benchmark, training, trainer=last)
 
 
 def test_naive_finetuning_goes_on_from_the_best_weights(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ from sequel_core.stream import plan
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import Benchmark
 from sequel_lightning import MLP, LightningLearner, Naive, initialise, make_learner
-from sequel_lightning.module import CONSOLIDATED, IDLE, TRAINING
+from sequel_lightning.consolidation import CONSOLIDATED, IDLE, TRAINING
 from tests.lightning.parts import At, counted, learn, module, position, stream
 
 SILENT = FitMonitor(lambda progress: None, lambda: None)
@@ -112,9 +112,9 @@ class Notes(Callback):
         return {"tasks": list(self.tasks)}
 
 
-def records(directory: Path, kind: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in found if record["kind"] == kind]
+def records(directory: Path, event: str) -> list[dict[str, Any]]:
+    actual = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in actual if record["kind"] == event]
 
 
 def columns(logger: CSVLogger) -> dict[str, list[tuple[int, float]]]:
@@ -122,11 +122,11 @@ def columns(logger: CSVLogger) -> dict[str, list[tuple[int, float]]]:
     with open(Path(logger.log_dir) / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     names = rows[0].keys() - {"step", "epoch"}
-    found = {name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in names}
-    for name, points in found.items():
+    actual = {name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in names}
+    for name, points in actual.items():
         steps = [step for step, _ in points]
         assert steps == sorted(set(steps)), name
-    return found
+    return actual
 
 
 # -- early stopping
@@ -175,9 +175,9 @@ def test_early_stopping_ends_each_task_when_it_should(tmp_path: Path) -> None:
     assert made.step == STEPS * sum(expected)
     assert calls == [0, 1, 2]
     assert position(made.module) == (2, CONSOLIDATED)
-    found = [(r["step"], r["task"]) for r in records(tmp_path, "evaluation") if r["split"] == "test"]
-    assert len(found) == len(set(found))  # none at the end of a task beside the task's own
-    assert {step for step, _ in found} == set(range(STEPS, made.step + 1, STEPS))
+    actual = [(r["step"], r["task"]) for r in records(tmp_path, "evaluation") if r["split"] == "test"]
+    assert len(actual) == len(set(actual))  # none at the end of a task beside the task's own
+    assert {step for step, _ in actual} == set(range(STEPS, made.step + 1, STEPS))
     assert stopping.wait_count == 0
     assert stopping.best_score == -math.inf
     used = made.trainer.early_stopping_callback
@@ -189,13 +189,13 @@ def test_early_stopping_ends_each_task_when_it_should(tmp_path: Path) -> None:
 def test_callbacks_do_not_change_when_evaluations_are_due(every: Any, at: list[int]) -> None:
     for callbacks in ((), (Callback(),)):
         made = learner(*callbacks, epochs=2)
-        found: list[int] = []
+        actual: list[int] = []
         monitor = FitMonitor(
-            lambda p: None, partial(lambda made, found: found.append(made.step), made, found), every
+            lambda p: None, partial(lambda made, actual: actual.append(made.step), made, actual), every
         )
         for task in digits().tasks[:2]:
             made.fit_task(task, monitor)
-        assert found == at
+        assert actual == at
 
 
 def test_a_monitor_without_validation_samples_is_refused_before_the_task() -> None:
@@ -272,13 +272,13 @@ def test_the_learning_rate_monitors_axis_goes_on(tmp_path: Path) -> None:
         loggers=[logger],
     )
     run(made, digits(), run_dir=tmp_path / "run", evaluate_every="epoch", progress=False)
-    found = columns(logger)
-    rates = found["lr-SGD"]
+    actual = columns(logger)
+    rates = actual["lr-SGD"]
     assert len(rates) == TASKS * 2 * STEPS // 3
     for step, rate in rates:
         assert rate == pytest.approx(0.1 * 0.5 ** ((step - 1) // (2 * STEPS)))
-    assert found["val/loss"][-1][0] == made.step == TASKS * 2 * STEPS
-    measured = [points for name, points in found.items() if name.startswith("DeviceStatsMonitor")]
+    assert actual["val/loss"][-1][0] == made.step == TASKS * 2 * STEPS
+    measured = [points for name, points in actual.items() if name.startswith("DeviceStatsMonitor")]
     assert len(measured) >= 2
     assert {len(points) for points in measured} == {len(rates)}
 
@@ -345,11 +345,11 @@ def test_a_timer_runs_anew_for_each_task(tmp_path: Path) -> None:
 
 def test_a_tuners_search_is_no_part_of_the_task() -> None:
     def reports(*callbacks: Callback) -> list[Progress]:
-        found: list[Progress] = []
+        actual: list[Progress] = []
         made = learner(*callbacks)
         for task in digits().tasks[:2]:
-            made.fit_task(task, FitMonitor(found.append, lambda: None))
-        return found
+            made.fit_task(task, FitMonitor(actual.append, lambda: None))
+        return actual
 
     finder = LearningRateFinder(num_training_steps=6, update_attr=False)
     assert reports(finder) == reports()

@@ -26,10 +26,10 @@ def tensors(arrays: Tree) -> dict[str, Tensor]:
     return {k: torch.from_numpy(a) for k, a in arrays.items()}
 
 
-def assert_tree(found: dict[str, Tensor], expected: Tree) -> None:
-    assert found.keys() == expected.keys()
+def assert_tree(actual: dict[str, Tensor], expected: Tree) -> None:
+    assert actual.keys() == expected.keys()
     for k, a in expected.items():
-        np.testing.assert_allclose(found[k].numpy(), a, rtol=1e-12, atol=1e-14, err_msg=k)
+        np.testing.assert_allclose(actual[k].numpy(), a, rtol=1e-12, atol=1e-14, err_msg=k)
 
 
 def dot(a: Tree, b: Tree) -> float:
@@ -40,10 +40,10 @@ def test_a_projected_gradient_is_orthogonal_to_the_reference(rng: np.random.Gene
     g, r = tree(rng), tree(rng)
     if dot(g, r) > 0:
         r = {k: -a for k, a in r.items()}
-    found = {k: a.numpy() for k, a in agem.project(tensors(g), tensors(r)).items()}
+    actual = {k: a.numpy() for k, a in agem.project(tensors(g), tensors(r)).items()}
     assert dot(g, r) < -0.1
-    assert dot(found, r) == pytest.approx(0, abs=1e-12)
-    assert dot(found, found) == pytest.approx(dot(g, g) - dot(g, r) ** 2 / dot(r, r))
+    assert dot(actual, r) == pytest.approx(0, abs=1e-12)
+    assert dot(actual, actual) == pytest.approx(dot(g, g) - dot(g, r) ** 2 / dot(r, r))
 
 
 @pytest.mark.parametrize("reference", ["along", "orthogonal", "zero"])
@@ -54,8 +54,8 @@ def test_a_gradient_that_agrees_is_left_alone(reference: str, rng: np.random.Gen
         r = {k: 3 * a for k, a in g.items()}
     elif reference == "orthogonal":
         g["dense.bias"][:], r["dense.bias"][:] = 0, 1
-    found = agem.project(tensors(g), tensors(r))
-    assert all(np.array_equal(found[k].numpy(), a) for k, a in g.items())
+    actual = agem.project(tensors(g), tensors(r))
+    assert all(np.array_equal(actual[k].numpy(), a) for k, a in g.items())
 
 
 @pytest.mark.parametrize("count", [0, 3, 5])
@@ -87,16 +87,16 @@ def test_mean_cross_entropy_is_of_all_samples_that_count(rng: np.random.Generato
 
 def test_feature_distance(rng: np.random.Generator) -> None:
     h, old = rng.normal(size=(2, 6, 5))
-    found = lfl.feature_distance(torch.from_numpy(h), torch.from_numpy(old))
-    assert float(found) == pytest.approx(
+    actual = lfl.feature_distance(torch.from_numpy(h), torch.from_numpy(old))
+    assert float(actual) == pytest.approx(
         np.sum([(a - b) @ (a - b) for a, b in zip(h, old, strict=True)]) / 12
     )
 
 
 def test_walk_adds_minus_the_gradient_times_the_step(rng: np.random.Generator) -> None:
     path, g, before, after = (tree(rng) for _ in range(4))
-    found = si.accumulate_path_integral(*map(tensors, (path, g, before, after)))
-    assert_tree(found, {k: path[k] - g[k] * after[k] + g[k] * before[k] for k in path})
+    actual = si.accumulate_path_integral(*map(tensors, (path, g, before, after)))
+    assert_tree(actual, {k: path[k] - g[k] * after[k] + g[k] * before[k] for k in path})
 
 
 @pytest.mark.parametrize("clamp", [False, True])
@@ -108,19 +108,19 @@ def test_si_consolidates_the_path(clamp: bool, rng: np.random.Generator) -> None
     if clamp:
         expected = {k: np.where(a < 0, 0, a) for k, a in expected.items()}
     state = si.SIState(tensors(anchor), tensors(omega), tensors(path))
-    found = si.consolidate(tensors(theta), state, SIHParams(xi=0.2, clamp=clamp))
-    assert_tree(found.importance, expected)
-    assert_tree(found.anchor, theta)
-    assert_tree(found.path, {k: np.zeros_like(a) for k, a in path.items()})
+    actual = si.consolidate(tensors(theta), state, SIHParams(xi=0.2, clamp=clamp))
+    assert_tree(actual.importance, expected)
+    assert_tree(actual.anchor, theta)
+    assert_tree(actual.path, {k: np.zeros_like(a) for k, a in path.items()})
 
 
 def test_the_quadratic_penalty_and_its_gradient(rng: np.random.Generator) -> None:
     theta, anchor, importance = (tree(rng) for _ in range(3))
     weights = {k: p.requires_grad_() for k, p in tensors(theta).items()}
-    found = quadratic.penalty(weights, tensors(anchor), tensors(importance))
+    actual = quadratic.penalty(weights, tensors(anchor), tensors(importance))
     away = {k: theta[k] - anchor[k] for k in theta}
-    assert found.item() == pytest.approx(dot(importance, {k: a**2 for k, a in away.items()}) / 2)
-    (3 * found).backward()
+    assert actual.item() == pytest.approx(dot(importance, {k: a**2 for k, a in away.items()}) / 2)
+    (3 * actual).backward()
     slopes = {k: p.grad for k, p in weights.items() if p.grad is not None}
     assert_tree(slopes, {k: 3 * importance[k] * a for k, a in away.items()})
 
@@ -131,9 +131,9 @@ def test_the_past_decays_and_is_anchored_at_the_end_of_the_task(
 ) -> None:
     theta, anchor, old, new = (tree(rng) for _ in range(4))
     state = quadratic.QuadraticState(tensors(anchor), tensors(old))
-    found = quadratic.consolidate(tensors(theta), state, tensors(new), gamma=gamma)
-    assert_tree(found.importance, {k: gamma * old[k] + new[k] for k in old})
-    assert_tree(found.anchor, theta)
+    actual = quadratic.consolidate(tensors(theta), state, tensors(new), gamma=gamma)
+    assert_tree(actual.importance, {k: gamma * old[k] + new[k] for k in old})
+    assert_tree(actual.anchor, theta)
 
 
 def test_separate_anchors_collapse_into_one_up_to_a_constant(rng: np.random.Generator) -> None:

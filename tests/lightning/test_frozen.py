@@ -86,7 +86,7 @@ def copies(net: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in net.named_parameters()}
 
 
-def moved(net: nn.Module, before: dict[str, Tensor]) -> set[str]:
+def changed_parameters(net: nn.Module, before: dict[str, Tensor]) -> set[str]:
     """Return the layers that changed."""
     return {k.split(".")[0] for k, p in net.named_parameters() if not torch.equal(p, before[k])}
 
@@ -99,7 +99,7 @@ def test_frozen_parameters_stay_and_cost_nothing(hparams: AlgorithmHParams) -> N
     for task in range(2):
         learn(module, benchmark, task)
     trained = {"dense_1"} if hparams.name == "kcl" else {"dense_1", "head"}
-    assert moved(module.net, before) == trained
+    assert changed_parameters(module.net, before) == trained
     for tree in trees(module).values():
         assert tree.get().keys() == before.keys() - set(FIRST)
     if hparams.name not in ("lfl", "icarl"):  # those two keep a whole network
@@ -113,10 +113,10 @@ def test_a_layer_that_is_unfrozen_before_the_second_task(hparams: AlgorithmHPara
     module = made(replace(hparams, reset_optimizer=False), benchmark)
     before = copies(module.net)
     learn(module, benchmark, 0)
-    assert "dense_0" not in moved(module.net, before)
+    assert "dense_0" not in changed_parameters(module.net, before)
     module.net.dense_0.requires_grad_(True)
     learn(module, benchmark, 1)
-    assert "dense_0" in moved(module.net, before)
+    assert "dense_0" in changed_parameters(module.net, before)
     assert all(tree.get().keys() == before.keys() for tree in trees(module).values())
     assert all(p.isfinite().all() for p in module.net.parameters())
 
@@ -131,7 +131,7 @@ def test_a_layer_that_is_frozen_before_the_second_task(hparams: AlgorithmHParams
     before = copies(module.net)
     remembered = {(name, k): tree.get()[k].clone() for name, tree in trees(module).items() for k in FIRST}
     learn(module, benchmark, 1)
-    assert "dense_0" not in moved(module.net, before)
+    assert "dense_0" not in changed_parameters(module.net, before)
     for (name, k), tensor in remembered.items():
         kept = trees(module)[name].get()[k]
         if hparams.name == "mcsgd" and name == "w_hat":  # the network at the end of the last task
@@ -140,7 +140,7 @@ def test_a_layer_that_is_frozen_before_the_second_task(hparams: AlgorithmHParams
             assert torch.equal(kept, tensor), (name, k)
     module.net.dense_0.requires_grad_(True)
     learn(module, benchmark, 2)
-    assert "dense_0" in moved(module.net, before)
+    assert "dense_0" in changed_parameters(module.net, before)
 
 
 @every_algorithm
@@ -150,9 +150,9 @@ def test_layers_frozen_after_the_module_was_made(hparams: AlgorithmHParams) -> N
     late.net.dense_0.requires_grad_(False)
     for module in (late, early):
         learn(module, benchmark, 0)
-    found, expected = late.state_dict(), early.state_dict()
-    assert found.keys() == expected.keys()
-    assert [k for k, v in expected.items() if not torch.equal(found[k], v)] == []
+    actual, expected = late.state_dict(), early.state_dict()
+    assert actual.keys() == expected.keys()
+    assert [k for k, v in expected.items() if not torch.equal(actual[k], v)] == []
     assert late.memory_bytes() == early.memory_bytes()
 
 
@@ -183,8 +183,8 @@ def train_head(
             slopes = torch.autograd.grad(F.cross_entropy(net(x[rows]), y[rows]), head)
             with torch.no_grad():
                 for n, p in enumerate(head):
-                    slope = slopes[n] + strength * importance[n] * (p - anchor[n]) + 0.1 * p
-                    velocity[n] = 0.9 * velocity[n] + slope
+                    gradient = slopes[n] + strength * importance[n] * (p - anchor[n]) + 0.1 * p
+                    velocity[n] = 0.9 * velocity[n] + gradient
                     p -= 0.1 * velocity[n]
         fisher = [torch.zeros_like(p) for p in head]
         for image, label in zip(x, y, strict=True):
@@ -217,27 +217,27 @@ def test_ewc_on_a_frozen_network_is_ewc_of_the_head_alone() -> None:
         torch.testing.assert_close(module.params()[name], head[n], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(module.importance.get()[name], importance[n], rtol=1e-10, atol=1e-14)
         torch.testing.assert_close(module.anchor.get()[name], anchor[n], rtol=1e-8, atol=1e-10)
-    assert moved(net, copies(Net().double())) == {"head"}
+    assert changed_parameters(net, copies(Net().double())) == {"head"}
 
 
 def test_the_momentum_of_a_parameter_stays_its_own_if_the_trained_parameters_change() -> None:
     benchmark = stream(num_tasks=2)
     module = made(EWCHParams(reset_optimizer=False), benchmark)
     learn(module, benchmark, 0)
-    carried = module._carried_optimizer
+    carried = module.lifecycle.carried_optimizer
     expected = [carried["state"][i]["momentum_buffer"].clone() for i in range(4)]  # dense_1 and the head
     module.net.dense_0.requires_grad_(True)
-    found: dict[str, Any] = {}
+    actual: dict[str, Any] = {}
 
     def note(trainer: pl.Trainer, hook: str) -> None:
         for name, p in module.params().items():
-            found[name] = trainer.optimizers[0].state[p].get("momentum_buffer", None)
-            found[name] = None if found[name] is None else found[name].clone()
+            actual[name] = trainer.optimizers[0].state[p].get("momentum_buffer", None)
+            actual[name] = None if actual[name] is None else actual[name].clone()
 
     learn(module, benchmark, 1, callbacks=[At(note, "on_train_start")])
-    assert found["dense_0.weight"] is None
+    assert actual["dense_0.weight"] is None
     for tensor, name in zip(expected, ("dense_1.weight", "dense_1.bias", *HEAD), strict=True):
-        assert torch.equal(found[name], tensor)
+        assert torch.equal(actual[name], tensor)
 
 
 class Unfreeze(BaseFinetuning):
@@ -258,7 +258,7 @@ def test_a_callback_unfreezes_within_a_task(hparams: AlgorithmHParams) -> None:
     for task in range(2):
         before = copies(module.net)
         learn(module, benchmark, task, epochs=2, callbacks=[Unfreeze()])
-        assert moved(module.net, before) == {"dense_0", "dense_1", "head"}
+        assert changed_parameters(module.net, before) == {"dense_0", "dense_1", "head"}
         assert all(tree.get().keys() == before.keys() for tree in trees(module).values())
     if hparams.name in ("ewc", "si"):
         assert float(module.importance.get()["dense_0.weight"].abs().sum()) > 0
@@ -284,7 +284,7 @@ def test_the_best_weights_are_older_than_the_trained_parameters(
         keeper = ModelCheckpoint(tmp_path / str(task), monitor="epochs", save_on_train_epoch_end=True)
         callbacks = [Unfreeze(), FirstIsBest(), keeper]
         learn(module, benchmark, task, epochs=2, callbacks=callbacks, enable_checkpointing=True)
-        assert moved(module.net, start) == {"dense_1", "head"}
+        assert changed_parameters(module.net, start) == {"dense_1", "head"}
         assert all(tree.get().keys() == start.keys() for tree in trees(module).values())
         importance = module.importance.get()
         assert float(importance["dense_1.weight"].abs().sum()) > 0
@@ -321,9 +321,9 @@ def test_a_checkpoint_of_a_grown_set_loads(hparams: AlgorithmHParams, way: str, 
     fresh.net.dense_0.requires_grad_(True)
     for one in (module, fresh):
         learn(one, benchmark, 2)
-    found, expected = fresh.state_dict(), module.state_dict()
-    assert found.keys() == expected.keys()
-    assert [k for k, v in expected.items() if not torch.equal(found[k], v)] == []
+    actual, expected = fresh.state_dict(), module.state_dict()
+    assert actual.keys() == expected.keys()
+    assert [k for k, v in expected.items() if not torch.equal(actual[k], v)] == []
 
 
 @pytest.mark.parametrize("hparams", [EWCHParams(), SI, LAMAML, ONLINE], ids=lambda hparams: hparams.name)
@@ -363,17 +363,17 @@ class Stop(pl.Callback):
 def test_a_checkpoint_with_another_shape_names_it() -> None:
     benchmark = stream()
     module, wide = made(EWCHParams(), benchmark), made(EWCHParams(), benchmark)
-    found = wide.state_dict()
-    found["importance.head/weight"] = torch.zeros(CLASSES, 6)
+    actual = wide.state_dict()
+    actual["importance.head/weight"] = torch.zeros(CLASSES, 6)
     with pytest.raises(RuntimeError, match=r"size mismatch for importance.head/weight.*\[4, 6\]"):
-        module.load_state_dict(found)
-    found = wide.state_dict()
-    found["importance.unknown/weight"] = torch.zeros(2)
+        module.load_state_dict(actual)
+    actual = wide.state_dict()
+    actual["importance.unknown/weight"] = torch.zeros(2)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*importance.unknown/weight"):
-        module.load_state_dict(found)
-    found = {k: v for k, v in wide.state_dict().items() if not k.startswith("importance.")}
+        module.load_state_dict(actual)
+    actual = {k: v for k, v in wide.state_dict().items() if not k.startswith("importance.")}
     with pytest.raises(RuntimeError, match=r"Missing key.*importance.head/weight"):
-        module.load_state_dict(found)
+        module.load_state_dict(actual)
 
 
 def test_a_trained_parameter_that_changes_its_shape_raises_before_training() -> None:
@@ -413,7 +413,7 @@ def test_a_trained_parameter_without_a_gradient(hparams: AlgorithmHParams) -> No
     before = copies(module.net)
     for task in range(2):
         learn(module, benchmark, task)
-    assert {"dense_1", "head"} <= moved(module.net, before)
+    assert {"dense_1", "head"} <= changed_parameters(module.net, before)
     for name in ("other.weight", "other.bias"):  # MC-SGD rounds on a line of no length
         torch.testing.assert_close(module.params()[name], before[name], rtol=1e-5, atol=0)
 

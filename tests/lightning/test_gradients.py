@@ -60,17 +60,17 @@ class Dense(nn.Module):
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.between(torch.tanh(self.first(x.flatten(1)))))
+        logits: Tensor = self.head(self.hidden(torch.tanh(self.first(x.flatten(1)))))
         return logits
 
-    def between(self, h: Tensor) -> Tensor:
+    def hidden(self, h: Tensor) -> Tensor:
         return h
 
 
 class Branching(Dense):
     """Control flow that depends on the data."""
 
-    def between(self, h: Tensor) -> Tensor:
+    def hidden(self, h: Tensor) -> Tensor:
         return h if h.sum() > 0 else 2 * h
 
 
@@ -83,7 +83,7 @@ class Checkpointed(Dense):
         super().__init__()
         self.inner = nn.Linear(6, 6)
 
-    def between(self, h: Tensor) -> Tensor:
+    def hidden(self, h: Tensor) -> Tensor:
         hidden: Tensor = checkpoint(lambda a: torch.tanh(self.inner(a)), h, use_reentrant=self.reentrant)
         return hidden
 
@@ -99,7 +99,7 @@ class Counting(Dense):
 
     seen: Tensor
 
-    def between(self, h: Tensor) -> Tensor:
+    def hidden(self, h: Tensor) -> Tensor:
         self.seen += 1
         return h
 
@@ -109,7 +109,7 @@ class Averaging(Dense):
 
     seen: Tensor
 
-    def between(self, h: Tensor) -> Tensor:
+    def hidden(self, h: Tensor) -> Tensor:
         self.seen = (0.9 * self.seen + 0.1 * h.mean()).detach()
         return h - self.seen
 
@@ -117,7 +117,7 @@ class Averaging(Dense):
 class Drawing(Dense):
     """Dropout in evaluation mode too."""
 
-    def between(self, h: Tensor) -> Tensor:
+    def hidden(self, h: Tensor) -> Tensor:
         return F.dropout(h, 0.5, training=True)
 
 
@@ -178,8 +178,8 @@ def by_hand(
 
 def task_batches(module: ContinualModule) -> list[Batch]:
     """Return the first task's samples as its end reads them, normalised."""
-    found = data(digits(), 0).train_dataloader().consolidation_batches()
-    return [batch._replace(x=module.normalise(batch.x)) for batch in found]
+    actual = data(digits(), 0).train_dataloader().consolidation_batches()
+    return [batch._replace(x=module.normalise(batch.x)) for batch in actual]
 
 
 @each_network
@@ -206,11 +206,11 @@ def test_importances_are_those_of_a_loop_over_samples(
     for name, buffer in module.net.named_buffers():
         assert torch.equal(buffer, before["buffers"][name])
     expected = by_hand(copy.deepcopy(module.net), task_batches(module), loss, of)
-    found = module.importance.get()
-    assert found.keys() == expected.keys()
-    assert max(float(f.max()) for f in found.values()) > 1e-3
+    actual = module.importance.get()
+    assert actual.keys() == expected.keys()
+    assert max(float(f.max()) for f in actual.values()) > 1e-3
     for name, f in expected.items():
-        torch.testing.assert_close(found[name], f, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(actual[name], f, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("network", [Rows, Reentrant, Counting], ids=lambda network: network.__name__)
@@ -246,8 +246,8 @@ def test_a_network_that_changes_after_the_first_batch_is_consolidated() -> None:
     class Changing(Branching):
         branches = False
 
-        def between(self, h: Tensor) -> Tensor:
-            return super().between(h) if self.branches else h
+        def hidden(self, h: Tensor) -> Tensor:
+            return super().hidden(h) if self.branches else h
 
     module = made(Changing, EWCHParams(fisher_samples=None))
     assert isinstance(module, EWC)
@@ -266,7 +266,7 @@ def test_gradients_are_those_at_the_weights_given_and_leave_those_of_the_network
     for k, p in module.params().items():
         p.grad = before[k][1]
     with torch.enable_grad():
-        found = diagonal_fisher(other, module.eval(), batches, None)
+        actual = diagonal_fisher(other, module.eval(), batches, None)
     for k, p in module.params().items():
         assert torch.equal(p, before[k][0])
         assert p.grad is before[k][1]
@@ -275,7 +275,7 @@ def test_gradients_are_those_at_the_weights_given_and_leave_those_of_the_network
     net.load_state_dict(other)
     expected = by_hand(net, task_batches(module), F.cross_entropy, torch.square)
     for name, f in expected.items():
-        torch.testing.assert_close(found[name], f, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(actual[name], f, rtol=1e-10, atol=1e-13)
 
 
 class Pairs(nn.Module):
@@ -325,7 +325,7 @@ def test_mcsgd_takes_its_gradients_on_the_lines_with_activation_checkpointing(hp
 class Plain(Checkpointed):
     """The same without checkpointing."""
 
-    def between(self, h: Tensor) -> Tensor:
+    def hidden(self, h: Tensor) -> Tensor:
         return torch.tanh(self.inner(h))
 
 

@@ -1,5 +1,6 @@
 """Settings and specs as plain values: in checkpoints, in hparams.yaml, and back in a module."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,12 @@ def test_what_is_given_wins_over_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", [True, False])
-@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
-def test_loggers_write_hparams_yaml(kind: Any, spec: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("logger_class", [CSVLogger, TensorBoardLogger])
+def test_loggers_write_hparams_yaml(logger_class: Any, spec: bool, tmp_path: Path) -> None:
     benchmark = stream(2, "class")
     hparams = MASHParams(mas_lambda=0.5, mas_samples=None)
     model = module(benchmark, hparams, seed=7, spec=benchmark.spec if spec else None)
-    logger = kind(tmp_path, "log")
+    logger = logger_class(tmp_path, "log")
     trainer(logger=logger).fit(model, own_loader(benchmark, 0, with_task=False))
     written = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())
     assert written["seed"] == 7
@@ -144,9 +145,21 @@ def test_wrong_settings_raise() -> None:
     with pytest.raises(ValueError, match=r"ewc_lambda must be .*>= 0"):
         EWC(net, MOMENTUM, {"ewc_lambda": -1.0})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="EWC needs EWCHParams, got MASHParams"):
-        EWC(net, MOMENTUM, MASHParams())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="hparams"):
-        EWC(net, MOMENTUM)  # type: ignore[call-arg]
+        EWC(net, MOMENTUM, MASHParams())
+
+
+@every_algorithm
+def test_the_signature_has_the_settings_and_their_defaults(hparams: AlgorithmHParams) -> None:
+    """`help()` and LightningCLI read it; no constructor is written out again in a method's file."""
+    cls = ALGORITHMS[hparams.name]
+    assert inspect.get_annotations(cls.__init__)["hparams"] is type(hparams)
+    parameter = inspect.signature(cls).parameters["hparams"]
+    assert parameter.annotation is type(hparams)
+    assert parameter.default == type(hparams)()
+
+
+def test_settings_left_out_have_their_defaults() -> None:
+    assert EWC(network(stream()), MOMENTUM).algorithm_hparams == EWCHParams()
 
 
 def test_an_own_method_takes_plain_values_too(tmp_path: Path) -> None:

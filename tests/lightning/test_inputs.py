@@ -20,7 +20,7 @@ from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_lightning import ALGORITHMS, ContinualModule, Naive
-from sequel_lightning.module import blank_image
+from sequel_lightning.networks import blank_image
 from tests.lightning.parts import BATCH, CLASSES, KCL, network, own_stream, stream, trainer
 
 # Lightning's remarks on a user's loader, and on a module that is fitted without validation data.
@@ -80,8 +80,8 @@ def test_tokens_in_bfloat16_train_as_in_a_loop_by_hand(
     hparams: AlgorithmHParams, spec: StreamSpec | None
 ) -> None:
     module, net = fitted(hparams, spec)
-    moved, optimizer = rows_that_moved(module, net), SGD(net.parameters())
-    np.testing.assert_array_equal(moved, np.sort(TOKENS))
+    changed, optimizer = rows_that_moved(module, net), SGD(net.parameters())
+    np.testing.assert_array_equal(changed, np.sort(TOKENS))
     x, y = tokens((LENGTH,))
     for rows in torch.arange(len(y)).split(BATCH):
         optimizer.zero_grad()
@@ -106,9 +106,9 @@ def test_a_memory_gives_tokens_back_as_they_came() -> None:
 def test_integers_and_booleans_are_not_cast(dtype: str) -> None:
     module = Naive(Words(), SGD, NaiveHParams(), spec_of_tokens())
     x = torch.tensor([[1, 0, 99]]).to(getattr(torch, dtype))
-    found = module.normalise(x)
-    assert found.dtype == x.dtype
-    assert torch.equal(found, x)
+    actual = module.normalise(x)
+    assert actual.dtype == x.dtype
+    assert torch.equal(actual, x)
     for other in (torch.uint8, torch.float32, torch.bfloat16):
         assert module.normalise(torch.ones(1, 1, 2, 2, dtype=other)).dtype == torch.bfloat16
     assert blank_image(spec_of_tokens(dtype), torch.zeros(1)).dtype == x.dtype
@@ -135,8 +135,8 @@ class Spread(nn.Module):
         self.last, self.every = nn.Linear(9, outputs), nn.Linear(1, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.last(x.flatten(1)) if len(x) == 1 else self.every(x.flatten(1)[:, :4, None])
-        return found
+        actual: Tensor = self.last(x.flatten(1)) if len(x) == 1 else self.every(x.flatten(1)[:, :4, None])
+        return actual
 
 
 @pytest.mark.parametrize("scenario", ["task", "domain"])

@@ -18,8 +18,8 @@ from sequel_core.hparams import TrainingHParams
 from sequel_core.runs.learner import FitMonitor
 from sequel_core.stream.benchmark import Benchmark
 from sequel_lightning import KCL, LightningLearner
+from sequel_lightning.consolidation import CONSOLIDATED, IDLE, TRAINING
 from sequel_lightning.kernels import solve
-from sequel_lightning.module import CONSOLIDATED, IDLE, TRAINING
 from tests.lightning.parts import (
     ADAM,
     BATCH,
@@ -47,9 +47,9 @@ HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_train_end")
 
 
 def made(benchmark: Benchmark, hparams: KCLHParams = RFF, optimizer: Any = MOMENTUM, **options: Any) -> KCL:
-    found = module(benchmark, hparams, optimizer, **options)
-    assert isinstance(found, KCL)
-    return found
+    actual = module(benchmark, hparams, optimizer, **options)
+    assert isinstance(actual, KCL)
+    return actual
 
 
 def fail(trainer: pl.Trainer, hook: str) -> None:
@@ -205,8 +205,8 @@ def test_own_parameters_move_with_the_module_and_are_no_memory() -> None:
 def test_weights_of_16_bits_have_a_solution() -> None:
     rows = np.random.default_rng(0).normal(size=(6, 4))
     kernel, targets = (torch.tensor(a, dtype=torch.bfloat16) for a in (rows @ rows.T / 4, np.eye(6)[:, :3]))
-    found = solve(kernel, torch.tensor(0.5, dtype=torch.bfloat16), targets)
-    assert found.dtype == torch.bfloat16
+    actual = solve(kernel, torch.tensor(0.5, dtype=torch.bfloat16), targets)
+    assert actual.dtype == torch.bfloat16
     matrix = kernel.double().numpy() + 0.5 * np.eye(6)
     expected = np.linalg.solve(matrix, targets.double().numpy())
-    np.testing.assert_allclose(found.double().numpy(), expected, atol=0.04)
+    np.testing.assert_allclose(actual.double().numpy(), expected, atol=0.04)

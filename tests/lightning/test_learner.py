@@ -24,7 +24,7 @@ from sequel_core.runs.learner import DivergenceError, FitMonitor, Progress
 from sequel_core.stream import plan
 from sequel_core.stream.benchmark import Benchmark, Scenario
 from sequel_lightning import LightningLearner
-from sequel_lightning.module import mask_logits
+from sequel_lightning.preprocessing import mask_logits
 from tests.lightning.parts import (
     ADAM,
     BATCH,
@@ -68,10 +68,10 @@ def test_own_trainers_end_with_the_weights_of_run(
     benchmark = stream(validation=6)
     orchestrated = learner(benchmark, hparams, optimizer, training={"epochs_per_task": 2})
     run(orchestrated, benchmark, run_dir=tmp_path / "run", evaluate_every=3, progress=False)
-    own = module(benchmark, hparams, optimizer)
+    expected = module(benchmark, hparams, optimizer)
     for task in range(len(benchmark)):
-        learn(own, benchmark, task, epochs=2)
-    assert_same(everything(orchestrated.module), everything(own))
+        learn(expected, benchmark, task, epochs=2)
+    assert_same(everything(orchestrated.module), everything(expected))
 
 
 def test_testing_with_a_trainer_finds_the_learners_accuracy() -> None:
@@ -96,8 +96,8 @@ def x_axis(logger: CSVLogger) -> list[int]:
     steps = [int(row["step"]) for row in rows]
     assert steps == sorted(steps)
     for name in rows[0].keys() - {"step", "epoch"}:
-        own = [step for step, row in zip(steps, rows, strict=True) if row[name]]
-        assert own == sorted(set(own)), name
+        expected = [step for step, row in zip(steps, rows, strict=True) if row[name]]
+        assert expected == sorted(set(expected)), name
     return steps
 
 
@@ -266,12 +266,12 @@ def test_evaluations_count_as_numpy_does(scenario: Scenario) -> None:
         seen = masked if scenario == "task" else raw
         shifted = seen - seen.max(1, keepdims=True)
         losses = np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(y)), y]
-        found = made.evaluate(task, "test")
-        assert found.total == len(y) == 23
-        assert found.correct == int((seen.argmax(1) == y).sum())
-        assert found.masked_correct == int((masked.argmax(1) == y).sum())
-        assert found.loss == pytest.approx(losses.mean(), rel=1e-5)
-        assert found.masked_accuracy >= found.accuracy
+        actual = made.evaluate(task, "test")
+        assert actual.total == len(y) == 23
+        assert actual.correct == int((seen.argmax(1) == y).sum())
+        assert actual.masked_correct == int((masked.argmax(1) == y).sum())
+        assert actual.loss == pytest.approx(losses.mean(), rel=1e-5)
+        assert actual.masked_accuracy >= actual.accuracy
     if scenario == "class":
         first = made.evaluate(benchmark.tasks[0], "test")
         assert first.masked_accuracy > first.accuracy
@@ -328,13 +328,13 @@ def test_gradients_are_clipped_to_the_training_setting() -> None:
     benchmark = stream()
     clipped = learner(benchmark, training={"grad_clip": 0.1})
     clipped.fit_task(benchmark.tasks[0], SILENT)
-    own = module(benchmark)
-    learn(own, benchmark, 0, gradient_clip_val=0.1)
+    expected = module(benchmark)
+    learn(expected, benchmark, 0, gradient_clip_val=0.1)
     free = module(benchmark)
     learn(free, benchmark, 0)
-    assert_same(everything(clipped.module), everything(own))
+    assert_same(everything(clipped.module), everything(expected))
     assert not torch.equal(
-        everything(free)["tensors"]["net.head.weight"], own.net.get_parameter("head.weight")
+        everything(free)["tensors"]["net.head.weight"], expected.net.get_parameter("head.weight")
     )
 
 

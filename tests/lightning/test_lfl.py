@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sequel_core.algorithms.lfl import LFLHParams
 from sequel_lightning import MLP, algorithms
-from sequel_lightning.module import OptimizerFactory
+from sequel_lightning.optimizers import OptimizerFactory
 from tests.lightning.parts import (
     CLASSES,
     LFL,
@@ -72,7 +72,7 @@ def copies(net: nn.Module) -> dict[str, Tensor]:
     return {k: p.detach().clone() for k, p in net.named_parameters()}
 
 
-def moved(net: nn.Module, before: dict[str, Tensor]) -> set[str]:
+def changed_parameters(net: nn.Module, before: dict[str, Tensor]) -> set[str]:
     """Return the layers of which any number has changed."""
     return {k.partition(".")[0] for k, p in net.named_parameters() if not torch.equal(p, before[k])}
 
@@ -83,11 +83,11 @@ def test_the_head_stays_as_the_first_task_left_it(optimizer: OptimizerFactory, c
     model = lfl(mlp(), LFLHParams(lfl_lambda=0.5, reset_optimizer=not carry), optimizer)
     start = copies(model.net)
     learn(model, stream(), 0)
-    assert moved(model.net, start) == {"dense_0", "head"}
+    assert changed_parameters(model.net, start) == {"dense_0", "head"}
     first = copies(model.net)
     for task in (1, 2):
         learn(model, stream(), task, gradient_clip_val=0.5)
-    assert moved(model.net, first) == {"dense_0"}
+    assert changed_parameters(model.net, first) == {"dense_0"}
 
 
 def test_the_head_moves_where_it_is_not_frozen() -> None:
@@ -95,7 +95,7 @@ def test_the_head_moves_where_it_is_not_frozen() -> None:
     learn(model, stream(), 0)
     first = copies(model.net)
     learn(model, stream(), 1)
-    assert moved(model.net, first) == {"dense_0", "head"}
+    assert changed_parameters(model.net, first) == {"dense_0", "head"}
 
 
 def test_the_old_network_evaluates_and_never_trains() -> None:
@@ -108,13 +108,13 @@ def test_the_old_network_evaluates_and_never_trains() -> None:
     kept, steps = copies(model.net), []
 
     def compare(trainer: Any, hook: str) -> None:
-        steps.append((moved(model.old, kept), moved(model.net, kept)))
+        steps.append((changed_parameters(model.old, kept), changed_parameters(model.net, kept)))
 
     learn(model, stream(), 1, callbacks=[At(compare, "on_train_batch_end")])
     assert (modes["net"][5:], modes["old"]) == ([True] * 5, [False] * 5)
     assert steps == [(set(), {"dense_0"})] * 5
     assert not any(p.requires_grad or p.grad is not None for p in model.old.parameters())
-    assert moved(model.old, copies(model.net)) == set()
+    assert changed_parameters(model.old, copies(model.net)) == set()
 
 
 def test_a_users_own_network_equals_a_loop_written_by_hand() -> None:

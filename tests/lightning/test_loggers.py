@@ -59,15 +59,15 @@ def read(path: Path) -> EventAccumulator:
 def test_what_callbacks_log_goes_on_across_tasks_and_epochs_are_left_out(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, "own")  # whose default_hp_metric is True
     ran(tmp_path / "run", logger, callbacks=[Scores(), LearningRateMonitor("step")])
-    found = scalars(Path(logger.log_dir))
-    tags = set(found)
+    actual = scalars(Path(logger.log_dir))
+    tags = set(actual)
     assert {"own/score", "lr-SGD", "train/loss", "test/average_accuracy"} <= tags
     assert not tags & {"epoch", "hp_metric"}
     for tag in tags:
-        steps = [step for step, _ in found[tag]]
+        steps = [step for step, _ in actual[tag]]
         assert steps == sorted(set(steps)), tag
         assert steps[-1] <= 3 * STEPS
-    assert found["lr-SGD"][-1][0] > 2 * STEPS
+    assert actual["lr-SGD"][-1][0] > 2 * STEPS
 
 
 class Told(ConsoleLogger):
@@ -122,16 +122,16 @@ def test_a_run_that_fails_closes_its_loggers_as_failed_and_gives_them_back(tmp_p
         def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
             raise RuntimeError("stopped")
 
-    told, events = Told(), TensorBoardLogger(tmp_path, "own", "")
+    recorder, events = Told(), TensorBoardLogger(tmp_path, "own", "")
     with pytest.raises(RuntimeError, match="stopped"):
-        ran(tmp_path / "run", told, events, callbacks=[Stop()])
-    assert told.status == "failed"
+        ran(tmp_path / "run", recorder, events, callbacks=[Stop()])
+    assert recorder.status == "failed"
     content = read(tmp_path / "own").PluginTagToContent("hparams")["_hparams_/session_end_info"]
     assert HParamsPluginData.FromString(content).session_end_info.status == 2  # STATUS_FAILURE
-    assert "log_metrics" not in vars(told)
-    told.failing, told.left = "log_metrics", 1
+    assert "log_metrics" not in vars(recorder)
+    recorder.failing, recorder.left = "log_metrics", 1
     with pytest.raises(OSError, match="No space left"):
-        told.log_metrics({})
+        recorder.log_metrics({})
 
 
 @pytest.fixture
@@ -179,13 +179,13 @@ def test_a_full_disk_under_a_logger_is_told_once(
 def test_an_error_in_the_thread_of_tensorboard_is_told_once(
     good: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    calls, own = [], RecordWriter.write
+    calls, original = [], RecordWriter.write
 
     def write(self: Any, data: bytes) -> None:
         calls.append(1)
         if len(calls) > good:
             raise OSError(28, "No space left on device")
-        own(self, data)
+        original(self, data)
 
     monkeypatch.setattr(RecordWriter, "write", write)
     with pytest.warns(LoggerWarning, match="TensorBoardLogger failed .*No space left") as caught:

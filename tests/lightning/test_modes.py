@@ -51,12 +51,12 @@ class Net(nn.Module):
         self.head = nn.Linear(6, CLASSES)
 
     def features(self, x: Tensor) -> Tensor:
-        found: Tensor = self.other(self.drop(self.norm(self.first(x.flatten(1))).relu()))
-        return found
+        actual: Tensor = self.other(self.drop(self.norm(self.first(x.flatten(1))).relu()))
+        return actual
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.head(self.features(x))
-        return found
+        actual: Tensor = self.head(self.features(x))
+        return actual
 
 
 def modes(module: nn.Module) -> dict[str, bool]:
@@ -116,12 +116,12 @@ def test_a_frozen_batch_norm_trains_as_in_a_plain_lightning_module() -> None:
     for part in (model, bare):
         torch.manual_seed(3)  # of dropout
         trainer(2).fit(part, data(benchmark, 0).train_dataloader())
-    found, expected = (torch.cat([p.detach().flatten() for p in net.parameters()]) for net in nets)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    actual, expected = (torch.cat([p.detach().flatten() for p in net.parameters()]) for net in nets)
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(nets[0].norm.running_mean, np.zeros(6))
     trained = Net()
-    moved = torch.cat([p.detach().flatten() for p in trained.parameters()])
-    assert float((found - moved).norm()) > 0.1
+    weights = torch.cat([p.detach().flatten() for p in trained.parameters()])
+    assert float((actual - weights).norm()) > 0.1
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["ends", "fails in validation"])

@@ -56,8 +56,8 @@ def test_parameter_groups_by_name_equal_a_loop_written_by_hand() -> None:
             for name, p in net.named_parameters():
                 assert p.grad is not None
                 p.sub_(0.02 * p.grad if name.endswith("bias") else 0.1 * (p.grad + 0.5 * p))
-    for found, expected in zip(model.net.parameters(), net.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    for actual, expected in zip(model.net.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_a_partial_factory_gets_names_too_and_every_trained_parameter_has_one() -> None:
@@ -71,10 +71,10 @@ def test_a_partial_factory_gets_names_too_and_every_trained_parameter_has_one() 
     model = module(benchmark, KCL, partial(note, 0.1))
     next(model.net.parameters()).requires_grad_(False)
     learn(model, benchmark, 0)
-    own = {f"kcl.{name}" for name, _ in model.trained()["kcl"].named_parameters()}
+    kcl_names = {f"kcl.{name}" for name, _ in model.trained()["kcl"].named_parameters()}
     first, *others = dict(model.net.named_parameters())
     assert first not in seen[0]
-    assert set(seen[0]) == own | set(others)
+    assert set(seen[0]) == kcl_names | set(others)
 
 
 @pytest.mark.parametrize("factory", [partial(two_groups, momentum=0.9), with_names])
@@ -120,13 +120,13 @@ def test_a_factory_that_returns_nothing_raises_before_training() -> None:
     assert model.running_metrics.steps_done == 0
 
 
-@pytest.mark.parametrize("own", [False, True])
-def test_one_fit_too_many_raises_before_training(own: bool) -> None:
+@pytest.mark.parametrize("user_loader", [False, True])
+def test_one_fit_too_many_raises_before_training(user_loader: bool) -> None:
     """With a user's loaders the module counts the tasks itself."""
     benchmark = stream(num_tasks=2)
     model = module(benchmark, NaiveHParams())
     for task in range(2):
-        if own:
+        if user_loader:
             trainer().fit(model, own_loader(benchmark, task, with_task=False))
         else:
             learn(model, benchmark, task)
@@ -134,4 +134,4 @@ def test_one_fit_too_many_raises_before_training(own: bool) -> None:
     with pytest.raises(ValueError, match="fit would begin task 2, but the spec has tasks 0 to 1 only"):
         trainer().fit(model, own_loader(benchmark, 0, with_task=False))
     assert_same(everything(model), before)
-    assert model.running_metrics.steps_done == 2 * (STEPS + own)
+    assert model.running_metrics.steps_done == 2 * (STEPS + user_loader)

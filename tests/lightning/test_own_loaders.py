@@ -19,7 +19,7 @@ from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams
 from sequel_lightning import ALGORITHMS, EWC, ContinualModule, algorithms
-from sequel_lightning.module import OptimizerFactory
+from sequel_lightning.optimizers import OptimizerFactory
 from tests.lightning.parts import (
     ADAM,
     AGEM,
@@ -114,8 +114,8 @@ def test_own_loader_equals_a_loop_written_by_hand() -> None:
             optimizer.zero_grad()
             F.cross_entropy(net(x), y).backward()
             optimizer.step()
-    for found, expected in zip(model.net.parameters(), net.parameters(), strict=True):
-        assert torch.equal(found, expected)
+    for weights, expected in zip(model.net.parameters(), net.parameters(), strict=True):
+        assert torch.equal(weights, expected)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_si_equals_a_loop_written_by_hand(
     for task in range(3):
         loader = own_loader(benchmark, task, with_task=False)
         trainer(**settings).fit(model, loader)
-        own = optimizer(net.parameters())
+        sgd = optimizer(net.parameters())
         anchor = {k: p.detach().clone() for k, p in params.items()}
         path = {k: torch.zeros_like(p) for k, p in params.items()}
         for i, (x, y) in enumerate(loader, 1):
@@ -149,12 +149,12 @@ def test_si_equals_a_loop_written_by_hand(
                 continue
             gradient = {k: p.grad.clone() for k, p in params.items() if p.grad is not None}
             before = {k: p.detach().clone() for k, p in params.items()}
-            pull = sum((f * (params[k] - anchor[k]) ** 2).sum() for k, f in importance.items())
-            (SI.si_lambda * pull).backward()  # type: ignore[union-attr]
+            penalty = sum((f * (params[k] - anchor[k]) ** 2).sum() for k, f in importance.items())
+            (SI.si_lambda * penalty).backward()  # type: ignore[union-attr]
             if clip is not None:
                 torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
-            own.step()
-            own.zero_grad()
+            sgd.step()
+            sgd.zero_grad()
             for k, g in gradient.items():
                 path[k] -= g * (params[k].detach() - before[k])
         for k, p in params.items():
@@ -185,8 +185,8 @@ def test_a_users_datamodule_hooks_reach_the_end_of_task_work() -> None:
     trainer().fit(model, datamodule=Scaled())
     trainer().fit(plain, own_loader(benchmark, 0, with_task=True))
     assert position(model) == (0, 2)
-    found, expected = everything(model)["tensors"], everything(plain)["tensors"]
-    assert all(torch.equal(found[k], v) for k, v in expected.items())
+    weights, expected = everything(model)["tensors"], everything(plain)["tensors"]
+    assert all(torch.equal(weights[k], v) for k, v in expected.items())
 
 
 def test_resuming_within_an_epoch_of_a_plain_loader_warns(tmp_path: Path) -> None:
@@ -262,8 +262,8 @@ def test_clipping_and_accumulation_are_the_trainers(
                 torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
             optimizer.step()
             optimizer.zero_grad()
-    for found, expected in zip(model.net.parameters(), net.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    for weights, expected in zip(model.net.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(weights, expected, rtol=1e-6, atol=1e-7)
     assert position(model) == (0, 2)
 
 
@@ -280,10 +280,10 @@ def test_double_precision_is_the_trainers(hparams: AlgorithmHParams) -> None:
     for task in range(2):
         learn(model, benchmark, task, precision="64-true")
         learn(twin, benchmark, task, precision="64-true")
-    found, expected = model.state_dict(), twin.state_dict()
-    assert {v.dtype for v in found.values() if v.is_floating_point()} == {torch.float64}
+    weights, expected = model.state_dict(), twin.state_dict()
+    assert {v.dtype for v in weights.values() if v.is_floating_point()} == {torch.float64}
     for k, v in expected.items():
-        torch.testing.assert_close(found[k], v, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(weights[k], v, rtol=1e-5, atol=1e-6)
 
 
 @MANY
@@ -296,8 +296,10 @@ def test_mixed_precision_stays_near_single(hparams: AlgorithmHParams) -> None:
     kept, expected_kept = mixed.state_dict(), single.state_dict()
     assert {v.dtype for v in kept.values() if v.is_floating_point()} == {torch.float32}
     assert all(torch.equal(v, expected_kept[k]) for k, v in kept.items() if not v.is_floating_point())
-    found, expected = (torch.cat([p.detach().flatten() for p in m.net.parameters()]) for m in (mixed, single))
-    difference = float((found - expected).norm() / expected.norm())
+    weights, expected = (
+        torch.cat([p.detach().flatten() for p in m.net.parameters()]) for m in (mixed, single)
+    )
+    difference = float((weights - expected).norm() / expected.norm())
     assert 0 < difference < 0.05
 
 

@@ -137,7 +137,7 @@ def test_tied_weights_count_once(name: str) -> None:
     hparams, benchmark = next(h for h in EVERY if h.name == name), stream(num_tasks=2)
     net, plain = Tied(), Tied(tied=False)
     plain.load_state_dict({k: v for k, v in net.state_dict().items() if not k.startswith("two")})
-    modules = [made(own, hparams, benchmark) for own in (net, plain)]
+    modules = [made(network, hparams, benchmark) for network in (net, plain)]
     for module in modules:
         for task in range(2):
             learn(module, benchmark, task)

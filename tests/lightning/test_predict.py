@@ -33,16 +33,16 @@ def test_predict_returns_the_logits_of_the_test_samples(hparams: AlgorithmHParam
     benchmark = own_stream(hparams)
     model = module(benchmark, hparams)
     learn(model, benchmark, 0)
-    found: Any = trainer().predict(model, data(benchmark, 0, eval_batch_size=10))
-    assert [len(part) for part in found] == [10, 10, 3]
+    actual: Any = trainer().predict(model, data(benchmark, 0, eval_batch_size=10))
+    assert [len(part) for part in actual] == [10, 10, 3]
     split = benchmark.tasks[0].test
     samples = split.take(np.arange(len(split)))
     x, t = torch.from_numpy(samples.x).movedim(-1, 1), torch.from_numpy(samples.t)
     model.eval()
     with torch.no_grad():
-        torch.testing.assert_close(torch.cat(found), model.predict(x, t), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.cat(actual), model.predict(x, t), rtol=1e-5, atol=1e-6)
         if hparams.name not in ("icarl", "kcl"):  # the others predict with the network
-            torch.testing.assert_close(torch.cat(found), model.net(model.normalise(x)), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(torch.cat(actual), model.net(model.normalise(x)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("scenario", ["domain", "class"])
@@ -70,8 +70,8 @@ def test_every_form_of_a_batch_gives_the_same_without_t(hparams: AlgorithmHParam
         DataLoader(TensorDataset(x, y, t), whole, collate_fn=as_named),
     ]
     for loader in loaders:
-        found: Any = trainer().predict(model, loader)
-        assert torch.equal(torch.cat(found), expected)
+        actual: Any = trainer().predict(model, loader)
+        assert torch.equal(torch.cat(actual), expected)
 
 
 @pytest.mark.parametrize(("hparams", "scenario"), [(EWCHParams(), "task"), (KCL, "domain")])

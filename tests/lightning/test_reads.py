@@ -22,7 +22,7 @@ from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.images import Normalisation
 from sequel_lightning import Naive, reporting
-from sequel_lightning.module import CONSOLIDATED, TRAINING
+from sequel_lightning.consolidation import CONSOLIDATED, TRAINING
 from tests.lightning.parts import (
     BATCH,
     CLASSES,
@@ -114,9 +114,9 @@ def test_so_it_does_with_our_own_data(
     end_task = model.end_task
 
     def counting(batches: Any) -> None:
-        found = list(batches)
-        seen.append(sum(len(batch.y) for batch in found))
-        end_task(found)
+        actual = list(batches)
+        seen.append(sum(len(batch.y) for batch in actual))
+        end_task(actual)
 
     object.__setattr__(model, "end_task", counting)
     trainer(2, **limits).fit(model, datamodule=data(benchmark, 0))
@@ -180,8 +180,8 @@ class Records(Logger):
         self.rows: list[tuple[int | None, dict[str, float]]] = []
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        found = {k: float(v) for k, v in metrics.items() if k.startswith("train/")}
-        self.rows += [(step, found)] if found else []
+        actual = {k: float(v) for k, v in metrics.items() if k.startswith("train/")}
+        self.rows += [(step, actual)] if actual else []
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Do nothing."""
@@ -191,12 +191,12 @@ def test_reports_are_the_means_of_their_steps(monkeypatch: pytest.MonkeyPatch) -
     """Two steps at a time, whether they are counted together or one by one."""
     benchmark = stream()
     loader = own_loader(benchmark, 0, with_task=False)
-    found = []
+    actual = []
     for held in (reporting.HELD, 1):
         monkeypatch.setattr(reporting, "HELD", held)
         model, records = module(benchmark, NaiveHParams(), spec=float_spec(benchmark)), Records()
         trainer(logger=records).fit(model, loader)
-        found.append(records.rows)
+        actual.append(records.rows)
     net = module(benchmark, NaiveHParams()).net
     optimizer = MOMENTUM(net.parameters())
     expected, losses, hits = [], [], []
@@ -211,7 +211,7 @@ def test_reports_are_the_means_of_their_steps(monkeypatch: pytest.MonkeyPatch) -
         if step % 2 == 0:
             expected.append({"train/loss": sum(losses) / 2, "train/accuracy": sum(hits) / len(hits)})
             losses, hits = [], []
-    for rows in found:
+    for rows in actual:
         assert [step for step, _ in rows] == [2, 4, 6]
         assert [row for _, row in rows] == [pytest.approx(row) for row in expected]
 
@@ -235,8 +235,8 @@ def test_a_resumed_fit_reports_the_same_bits(
 
     fit(straight, None, At(save, "on_train_batch_end"))
     kept = [torch.load(tmp_path / f"{step}.ckpt", weights_only=True)["sequel"] for step in range(1, 5)]
-    assert any(found["counts"] for found in kept) == (held == 700)
-    assert all(found["waiting"] or found["counts"] for found in kept)
+    assert any(actual["counts"] for actual in kept) == (held == 700)
+    assert all(actual["waiting"] or actual["counts"] for actual in kept)
     for step in range(1, 2 * STEPS):
         resumed = Records()
         fit(resumed, tmp_path / f"{step}.ckpt")

@@ -125,8 +125,8 @@ def test_agem_projects_before_the_trainer_clips(clip: float | None) -> None:
     planner = MemoryPlanner(AGEM, benchmark.spec, seed=0, past_only=True)
 
     def gradient(x: Tensor, y: Tensor) -> Tensor:
-        found = torch.autograd.grad(F.cross_entropy(net(x), y), params)
-        return torch.cat([g.flatten() for g in found])
+        actual = torch.autograd.grad(F.cross_entropy(net(x), y), params)
+        return torch.cat([g.flatten() for g in actual])
 
     held: Held = {}
     violations = 0
@@ -162,17 +162,17 @@ def test_der_costs_nothing_with_the_network_that_stored_the_logits(scenario: Sce
     made = LightningLearner(
         still, TrainingHParams(batch_size=BATCH, log_every_n_steps=1), trainer={"accelerator": "cpu"}
     )
-    found: list[float] = []
+    actual: list[float] = []
     expected = []
     for task in benchmark.tasks[:2]:
-        made.fit_task(task, FitMonitor(lambda progress: found.append(progress.loss), lambda: None))
+        made.fit_task(task, FitMonitor(lambda progress: actual.append(progress.loss), lambda: None))
         for rows in plan.epoch_batches(0, task.index, 0, len(task.train), BATCH):
             x, y, t = task.train.take(rows)
             logits = net(((torch.from_numpy(x).float() / 255 - 0.4) / 0.25).movedim(-1, 1))
             if scenario == "task":
                 logits = logits.masked_fill(~torch.from_numpy(benchmark.mask[t]), -torch.inf)
             expected.append(F.cross_entropy(logits, torch.from_numpy(y)).item())
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert actual == pytest.approx(expected, rel=1e-5)
 
 
 # -- what the memory holds
@@ -209,8 +209,8 @@ def test_the_memory_holds_what_was_trained_on_and_no_more(policy: Any) -> None:
     trained_on = task.train.take(order.ravel())
     assert len(trained_on.y) == BATCH * STEPS < len(task.train)
     held = made.memory_samples()
-    for found, expected in zip(held, trained_on, strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for actual, expected in zip(held, trained_on, strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
 def test_samples_of_the_memory_are_copies() -> None:
@@ -286,9 +286,9 @@ def test_a_fresh_module_goes_on_from_the_state_dict(hparams: AlgorithmHParams) -
     fresh.load_state_dict({k: v.clone() for k, v in model.state_dict().items()})
     for each in (model, fresh):
         learn(each, benchmark, 1)
-    found, expected = everything(fresh)["tensors"], everything(model)["tensors"]
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[k], v) for k, v in expected.items())
+    actual, expected = everything(fresh)["tensors"], everything(model)["tensors"]
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[k], v) for k, v in expected.items())
 
 
 def test_a_state_dict_of_another_memory_is_refused() -> None:

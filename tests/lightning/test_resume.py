@@ -14,7 +14,7 @@ from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams, ReplayHParams
 from sequel_core.stream.images import Augmentation
 from sequel_lightning import ALGORITHMS, CNN, ContinualModule, initialise
-from sequel_lightning.module import OptimizerFactory
+from sequel_lightning.optimizers import OptimizerFactory
 from tests.lightning.parts import (
     ADAM,
     AGEM,

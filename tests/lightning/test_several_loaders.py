@@ -83,10 +83,10 @@ def test_forgetting_is_visible_while_training(with_task: bool, scenario: Any, tm
             val_dataloaders=[held_out(benchmark, j, with_task) for j in range(task + 1)],
         )
         assert len(seen) == 2
-        for found, wanted in seen:
-            assert found == pytest.approx(wanted, rel=1e-5)
-        assert float(best.best_model_score or -1) == max(found["val/accuracy/task_0"] for found, _ in seen)
-        assert float(stop.best_score) == min(found["val/loss/task_0"] for found, _ in seen)
+        for actual, wanted in seen:
+            assert actual == pytest.approx(wanted, rel=1e-5)
+        assert float(best.best_model_score or -1) == max(actual["val/accuracy/task_0"] for actual, _ in seen)
+        assert float(stop.best_score) == min(actual["val/loss/task_0"] for actual, _ in seen)
 
 
 def test_the_tasks_in_one_loader_are_told_apart_by_t() -> None:
@@ -94,8 +94,8 @@ def test_the_tasks_in_one_loader_are_told_apart_by_t() -> None:
     model = module(benchmark, NaiveHParams(), spec=None)
     parts = [[a[: SIZES[j]] for a in arrays(benchmark, j)] for j in range(3)]
     x, y, t = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    found = trainer().validate(model, DataLoader(TensorDataset(x, y, t), 16), verbose=False)
-    assert found == [pytest.approx(by_hand(model, benchmark, range(3)), rel=1e-5)]
+    actual = trainer().validate(model, DataLoader(TensorDataset(x, y, t), 16), verbose=False)
+    assert actual == [pytest.approx(by_hand(model, benchmark, range(3)), rel=1e-5)]
 
 
 def test_a_data_module_validates_on_several_tasks() -> None:
@@ -126,10 +126,10 @@ def test_several_test_loaders() -> None:
     benchmark = stream()
     model = module(benchmark, NaiveHParams(), spec=None)
     loaders = [held_out(benchmark, j, with_task=False) for j in range(3)]
-    found = trainer().test(model, loaders, verbose=False)
+    actual = trainer().test(model, loaders, verbose=False)
     expected = {k.replace("val/", "test/"): v for k, v in by_hand(model, benchmark, range(3)).items()}
-    assert len(found) == 3
-    assert all(scores == pytest.approx(expected, rel=1e-5) for scores in found)
+    assert len(actual) == 3
+    assert all(scores == pytest.approx(expected, rel=1e-5) for scores in actual)
 
 
 def test_a_loader_of_another_task_raises() -> None:
@@ -142,8 +142,8 @@ def test_a_loader_of_another_task_raises() -> None:
     with pytest.raises(ValueError, match="belong to the 2 tasks in order"):
         trainer().validate(model, three)
     swapped = [held_out(benchmark, j, with_task=True) for j in (1, 0)]
-    found, _ = trainer().validate(model, swapped, verbose=False)
-    assert found == pytest.approx(by_hand(model, benchmark, range(2), masked=True), rel=1e-5)
+    actual, _ = trainer().validate(model, swapped, verbose=False)
+    assert actual == pytest.approx(by_hand(model, benchmark, range(2), masked=True), rel=1e-5)
 
 
 def f1_by_hand(logits: Tensor, y: Tensor) -> float:
@@ -158,8 +158,8 @@ def f1_by_hand(logits: Tensor, y: Tensor) -> float:
 
 def test_a_users_metrics_score_validation_and_test_samples_too() -> None:
     benchmark = stream()
-    own = MetricCollection({"f1": MulticlassF1Score(CLASSES, average="macro")}, prefix="train/")
-    model = module(benchmark, NaiveHParams(), spec=None, metrics=own)
+    metrics = MetricCollection({"f1": MulticlassF1Score(CLASSES, average="macro")}, prefix="train/")
+    model = module(benchmark, NaiveHParams(), spec=None, metrics=metrics)
     loaders = [held_out(benchmark, j, with_task=True) for j in range(2)]
     new = trainer(2)
     new.fit(model, own_loader(benchmark, 0, with_task=True), loaders)
@@ -170,11 +170,11 @@ def test_a_users_metrics_score_validation_and_test_samples_too() -> None:
     labels = [y for _, y in parts]
     expected = {f"f1/task_{j}": f1_by_hand(logits[j], labels[j]) for j in range(2)}
     expected["f1"] = f1_by_hand(torch.cat(logits), torch.cat(labels))
-    for stage, found in (("val", validated), ("test", tested)):
-        assert {k: found[f"{stage}/{k}"] for k in expected} == pytest.approx(expected, rel=1e-5)
+    for stage, actual in (("val", validated), ("test", tested)):
+        assert {k: actual[f"{stage}/{k}"] for k in expected} == pytest.approx(expected, rel=1e-5)
     assert "train/f1" in validated
     assert not [name for name in model.state_dict() if "f1" in name]
-    assert own["f1"].update_count == 0  # of training alone, and reset with the last report
+    assert metrics["f1"].update_count == 0  # of training alone, and reset with the last report
 
 
 @pytest.mark.parametrize(

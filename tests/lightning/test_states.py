@@ -17,7 +17,7 @@ from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams
 from sequel_lightning import EWC, TaskDataModule
-from sequel_lightning.module import CONSOLIDATED, IDLE, TRAINING
+from sequel_lightning.consolidation import CONSOLIDATED, IDLE, TRAINING
 from tests.lightning.parts import (
     ADAM,
     AGEM,
@@ -146,12 +146,12 @@ def test_the_batch_size_finder_is_outside_the_task(tmp_path: Path) -> None:
     model, twin = module(benchmark, CARRY), module(benchmark, CARRY)
     calls = counted(model)
     finder = BatchSizeFinder(steps_per_trial=1, init_val=2, max_trials=2)
-    found = data(benchmark, 0)
-    trainer(callbacks=[finder], default_root_dir=tmp_path).fit(model, datamodule=found)
+    actual = data(benchmark, 0)
+    trainer(callbacks=[finder], default_root_dir=tmp_path).fit(model, datamodule=actual)
     assert calls == [0]
-    assert found.batch_size == finder.optimal_batch_size
+    assert actual.batch_size == finder.optimal_batch_size
     same = data(benchmark, 0)
-    same.batch_size = found.batch_size
+    same.batch_size = actual.batch_size
     trainer().fit(twin, datamodule=same)
     assert_same(everything(model), everything(twin))
 
@@ -216,9 +216,9 @@ def test_a_search_before_a_later_task_takes_batches_without_a_task(
     loader = partial(own_loader, benchmark, with_task=False)
     trainer().fit(model, loader(0))
     search = trainer(default_root_dir=tmp_path)
-    found = Tuner(search).lr_find(model, loader(1), update_attr=False, num_training=4)
-    assert found is not None
-    assert max(found.results["loss"]) < 10
+    actual = Tuner(search).lr_find(model, loader(1), update_attr=False, num_training=4)
+    assert actual is not None
+    assert max(actual.results["loss"]) < 10
 
 
 def test_early_stopping_ends_the_task() -> None:
@@ -316,7 +316,7 @@ def test_lr_decay_beside_a_scheduler_is_refused(hparams: AlgorithmHParams) -> No
 
 def test_hparams_of_another_algorithm_are_refused() -> None:
     with pytest.raises(ValueError, match="EWC needs EWCHParams, got NaiveHParams"):
-        EWC(nn.Linear(2, 2), MOMENTUM, NaiveHParams())  # type: ignore[arg-type]
+        EWC(nn.Linear(2, 2), MOMENTUM, NaiveHParams())
 
 
 def test_a_batch_larger_than_the_task_is_refused() -> None:

@@ -18,7 +18,7 @@ from sequel_core.algorithms.si import SIHParams
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.task import Batch
 from sequel_lightning import ALGORITHMS
-from sequel_lightning.module import CONSOLIDATED
+from sequel_lightning.consolidation import CONSOLIDATED
 from sequel_lightning.quadratic import penalty
 from tests.lightning.parts import CLASSES, ICARL, MOMENTUM, At, learn, module, position, stream
 
@@ -58,7 +58,7 @@ def test_the_importance_of_a_network_in_bfloat16_loses_nothing(
     y = torch.from_numpy(rng.integers(0, CLASSES, count))
     batches = [Batch(*part) for part in zip(x.split(4), y.split(4), (0 * y).split(4), strict=True)]
     with torch.enable_grad():
-        found = module.eval().importances(module.frozen_params(), batches)
+        actual = module.eval().importances(module.frozen_params(), batches)
     expected = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in net.named_parameters()}
     for image, label in zip(x, y, strict=True):
         logits = net(image[None])
@@ -66,9 +66,9 @@ def test_the_importance_of_a_network_in_bfloat16_loses_nothing(
         for k, g in zip(expected, torch.autograd.grad(loss, list(net.parameters())), strict=True):
             expected[k] += (g.double().square() if hparams.name == "ewc" else g.double().abs()) / count
     for k, f in expected.items():
-        assert found[k].dtype == torch.float32
+        assert actual[k].dtype == torch.float32
         # Single gradients in bfloat16 differ by how they are rounded, 0.4 % each; their sum does by less.
-        assert float(found[k].sum()) == pytest.approx(float(f.sum()), rel=2e-3 if not branching else 1e-5)
+        assert float(actual[k].sum()) == pytest.approx(float(f.sum()), rel=2e-3 if not branching else 1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "32-true"])
@@ -126,14 +126,14 @@ def test_the_penalty_of_weights_in_bfloat16_is_that_of_float64() -> None:
     with torch.no_grad():
         for p in module.net.parameters():
             p.add_(0.25)
-    found = penalty(module.params(), *module.state)
-    found.backward()
+    actual = penalty(module.params(), *module.state)
+    actual.backward()
     expected = 0.0
     for k, p in module.params().items():
         force = module.state.importance[k].double() * (p.detach().double() - module.state.anchor[k].double())
         expected += 0.5 * float((force * (p.detach().double() - module.state.anchor[k].double())).sum())
         torch.testing.assert_close(p.grad, force.to(HALF))
-    assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(actual.detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_exemplars_are_chosen_in_bfloat16() -> None:

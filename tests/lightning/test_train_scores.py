@@ -87,8 +87,8 @@ def test_loss_and_penalty_equal_a_loop_written_by_hand(
         stop = EarlyStopping("train/penalty", patience=3, check_on_train_epoch_end=True)
         new = trainer(callbacks=[stop], logger=CSVLogger(tmp_path))
     new.fit(model, loader)
-    found = {name: float(new.callback_metrics[name]) for name in expected}
-    assert found == pytest.approx(expected, rel=1e-4)
+    actual = {name: float(new.callback_metrics[name]) for name in expected}
+    assert actual == pytest.approx(expected, rel=1e-4)
     assert expected["train/penalty"] > 1e-3
     if watched:
         assert float(stop.best_score) == pytest.approx(expected["train/penalty"], rel=1e-4)
@@ -133,10 +133,10 @@ def test_replay_terms_are_what_is_beside_the_batchs_own_cross_entropy(hparams: A
     rate.lr, loader, new = 0.0, own_loader(benchmark, 1, with_task=False), trainer()
     new.fit(model, loader)
     with torch.no_grad():
-        own = sum(float(F.cross_entropy(model.net(x), y)) for x, y in list(loader)[-2:]) / 2
-    found = {name: float(value) for name, value in new.callback_metrics.items()}
-    assert found["train/penalty"] == pytest.approx(found["train/loss"] - own, rel=1e-4)
-    assert found["train/penalty"] > 1e-3
+        expected = sum(float(F.cross_entropy(model.net(x), y)) for x, y in list(loader)[-2:]) / 2
+    actual = {name: float(value) for name, value in new.callback_metrics.items()}
+    assert actual["train/penalty"] == pytest.approx(actual["train/loss"] - expected, rel=1e-4)
+    assert actual["train/penalty"] > 1e-3
 
 
 def test_kcls_penalty_is_the_divergence_of_the_bases() -> None:

@@ -26,7 +26,7 @@ from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import Benchmark, Scenario
 from sequel_flax import kernels as flax_kernels
 from sequel_lightning import kernels as torch_kernels
-from sequel_lightning.module import evaluating
+from sequel_lightning.networks import evaluating
 from tests.parity.cases import SILENT, difference
 
 BOTH = pytest.mark.parametrize("kernels", [flax_kernels, torch_kernels], ids=["flax", "lightning"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from sequel_flax.bundle import mask_logits as flax_mask
-from sequel_lightning.module import mask_logits as torch_mask
+from sequel_lightning.preprocessing import mask_logits as torch_mask
 
 CLASSES = 6
 FLOATS = st.floats(-1e6, 1e6, width=32)
