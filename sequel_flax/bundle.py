@@ -527,19 +527,29 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
+def objective(
+    ts: TrainState, params: Params, state: State, batch: Batch
+) -> tuple[jax.Array, tuple[jax.Array, Stats]]:
+    """Return the mean cross-entropy, shape (); then the logits `[B, num_classes]` and running statistics."""
+    logits, stats = training_forward(ts, params, state, batch.x)
+    logits = masked(state.stream, logits, batch.t)
+    return cross_entropy(logits, batch.y), (logits, stats)
+
+
 def train_step(
-    ts: TrainState, state: State, batch: Batch, penalty: Callable[[Params, Any], jax.Array] | None = None
+    ts: TrainState, state: State, batch: Batch, objective: Callable[..., Any] = objective
 ) -> tuple[TrainState, State, StepOutputs]:
-    """Take one optimizer step on the mean cross-entropy, plus `penalty(params, state.memory)` if given."""
+    """Take one optimizer step on `objective(ts, params, state, batch)`, which returns what `objective` does.
+
+    Args:
+        ts: before the step.
+        state: of the algorithm; it stays as it is.
+        batch: of the stream.
+        objective: the loss; by default the mean cross-entropy.
+    """
     batch = trained_on(state, batch)
-
-    def loss_fn(params: Params) -> tuple[jax.Array, Any]:
-        logits, stats = training_forward(ts, params, state, batch.x)
-        logits = masked(state.stream, logits, batch.t)
-        loss = cross_entropy(logits, batch.y)
-        return (loss if penalty is None else loss + penalty(params, state.memory)), (logits, stats)
-
-    (loss, (logits, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
+    loss_fn = jax.value_and_grad(lambda params: objective(ts, params, state, batch), has_aux=True)
+    (loss, (logits, stats)), gradient = loss_fn(ts.params)
     return advance(ts, gradient, stats), state, {"loss": loss, "logits": logits, "labels": batch.y}
 
 
@@ -584,3 +594,14 @@ def head_logits(ts: TrainState, params: Params, stats: Stats, features: jax.Arra
     variables = {"params": params, **_collections(stats)}
     logits: jax.Array = as_called(ts.apply_fn)(variables, features, method=apply_head)
     return logits
+
+
+def without_head_gradient(params: Params, frozen: Any) -> Params:
+    """Return the parameters; where the flag `frozen` is True, no gradient reaches the last layer."""
+    return {**params, "head": select(frozen, jax.lax.stop_gradient(params["head"]), params["head"])}
+
+
+def with_head_of(before: TrainState, after: TrainState, frozen: Any) -> TrainState:
+    """Return the train state after a step; where `frozen` is True, with the last layer of before it."""
+    head = select(frozen, before.params["head"], after.params["head"])
+    return after.replace(params={**after.params, "head": head})

@@ -1,4 +1,4 @@
-"""Samples that a task sets aside before it is trained on: slots k * N to k * N + N - 1 hold those of task k.
+"""Coresets, samples that are set aside before training: task k has the slots k * N to k * N + N - 1.
 
 They come with the task (`Task.coreset`, from `hparams.training_tasks`) and never change.
 
@@ -22,13 +22,13 @@ from sequel_flax.bundle import State
 from sequel_flax.replay import Memory, write
 
 
-def held(memory: Memory, k: Any, size: int) -> tuple[jax.Array, jax.Array]:
+def coreset_of(memory: Memory, k: Any, size: int) -> tuple[jax.Array, jax.Array]:
     """Return images `[N, ...]` and labels `[N]` of the coreset of task k."""
     x, y = (jax.lax.dynamic_slice_in_dim(a, k * size, size) for a in (memory.x, memory.y))
     return x, y
 
 
-def keep(memory: Memory, k: Any, x: Any, y: Any) -> Memory:
+def with_coreset(memory: Memory, k: Any, x: Any, y: Any) -> Memory:
     """Return the memory with the coreset of task k, images `[N, ...]` and labels `[N]`."""
     slots = k * len(y) + jnp.arange(len(y))
     return write(memory, slots, Batch(x, y, jnp.full(len(y), k)), memory.y)
@@ -47,10 +47,10 @@ def plan_start(state: State, task: Task, hparams: KCLHParams) -> StartPlan:
 def apply_start(
     ts: TrainState, state: State, plan: StartPlan, hparams: KCLHParams
 ) -> tuple[TrainState, State]:
-    """Begin a task and keep its coreset in `state.memory.coreset`.
+    """Begin a task and store its coreset in `state.memory.coreset`.
 
     Raises:
-        ValueError: a coreset of images of another kind than the spec says.
+        ValueError: the images of the coreset have another dtype than the spec says.
     """
     x, y = plan.samples
     ts, state = bundle.apply_start(ts, state, plan, hparams)
@@ -63,5 +63,7 @@ def apply_start(
             f"the coresets hold {memory.x.dtype} images, got {x.dtype}; "
             f"give spec._replace(image_dtype='{x.dtype}')"
         )
-    memory = state.memory._replace(coreset=keep(memory, plan.task, jnp.asarray(images), jnp.asarray(y)))
+    memory = state.memory._replace(
+        coreset=with_coreset(memory, plan.task, jnp.asarray(images), jnp.asarray(y))
+    )
     return ts, state._replace(memory=memory)

@@ -2,8 +2,9 @@
 
     y*(x) = argmin_c ||h(x) - mu_c||, mu_c the mean of h over the exemplars of class c
 
-h is the network's last hidden layer; h(x), that of each exemplar, and mu_c have unit length. At the end of a
-task the room is shared out anew (`sequel_core.stream.exemplars.renewed_exemplars`). iCaRL is built on it.
+h is the network's last hidden layer; h(x), h of each exemplar and mu_c are scaled to unit length. At the end
+of a task the memory is divided among the classes again (`sequel_core.stream.exemplars.renewed_exemplars`).
+iCaRL uses these functions.
 
 Mirror: sequel_lightning/exemplars.py
 """
@@ -23,17 +24,17 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.exemplars import EMBEDDED, class_means, renewed_exemplars
 from sequel_core.stream.task import Batch, Samples
 from sequel_flax.boundaries import is_traced, on_host
-from sequel_flax.bundle import Params, State, feature_width, network
+from sequel_flax.bundle import Params, State, feature_width, masked, network
 from sequel_flax.replay import Memory, empty_memory
 
 
 def init_exemplars(
     ts: TrainState, spec: StreamSpec, hparams: ExemplarHParams
 ) -> tuple[Memory, jax.Array, jax.Array]:
-    """Return room for the exemplars, and the means of classes `[num_classes, D]`, of which there are none.
+    """Return an empty memory of exemplars, means of classes 0 `[num_classes, D]`, and that none has a mean.
 
     Raises:
-        ValueError: a network without `features` or `head`, or less room than classes.
+        ValueError: the network has no `features` or `head`, or `mem_size` is less than the number of classes.
     """
     memory = empty_memory(spec, hparams.slots(int(spec.mask.sum())), None)
     shape = spec.num_classes, feature_width(ts, spec, hparams.name)
@@ -41,15 +42,15 @@ def init_exemplars(
 
 
 def embed(ts: TrainState, params: Params, state: State, x: jax.Array) -> jax.Array:
-    """Return h of images `[B, D]`, of unit length where it is not 0, in evaluation mode."""
+    """Return h of images `[B, D]` in evaluation mode, scaled to unit length unless it is 0."""
     features = network(ts, params, state, x, method="features")
     norm = jnp.linalg.norm(features, axis=1, keepdims=True)
     return features / jnp.where(norm > 0, norm, 1)
 
 
 def nearest_mean(features: jax.Array, means: jax.Array, has_mean: jax.Array) -> jax.Array:
-    """Return -||h - mu||^2 `[B, num_classes]`, the least number of the dtype for a class without a mean."""
-    squares = jnp.sum(features**2, axis=1, keepdims=True) + jnp.sum(means**2, axis=1)[None]
+    """Return -||h - mu||^2 `[B, num_classes]`; for a class without a mean, the least number of the dtype."""
+    squares = (features**2).sum(1, keepdims=True) + (means**2).sum(1)[None]
     distance = squares - 2 * features @ means.T
     return jnp.where(has_mean[None], -distance, jnp.finfo(features.dtype).min)
 
@@ -57,36 +58,48 @@ def nearest_mean(features: jax.Array, means: jax.Array, has_mean: jax.Array) -> 
 def renew(
     ts: TrainState, params: Params, state: State, batches: Batch, hparams: ExemplarHParams
 ) -> tuple[Memory, jax.Array, jax.Array]:
-    """Return the exemplars at the end of a task, the means of classes, and which classes have one.
+    """Return the exemplars after a task, the means of classes, and which classes have a mean.
 
-    Args: the network with its weights at the end of the task, what was kept before, batches of the task's
-    samples, each sample once, and the settings.
+    The network has the weights at the end of the task, and the exemplars of past tasks. `batches` are those
+    of the task, with each sample once.
     """
-    kept = state.memory
+    memory = state.memory
 
     def embed_batch(blocks: jax.Array) -> jax.Array:
         """Return h of images `[n, B, H, W, C]`, a block at a time, shape `[n, B, D]`."""
         if is_traced((ts, blocks)):
-            found: jax.Array = jax.lax.map(lambda x: embed(ts, params, state, x), blocks)
-            return found
+            embedded: jax.Array = jax.lax.map(lambda x: embed(ts, params, state, x), blocks)
+            return embedded
         return jnp.stack([_embed(ts, params, state, x) for x in blocks])
 
-    def choose(mask: Any, task: Any, held: Any, found: Any, features: Any) -> Any:
-        samples = (Samples(*row) for row in zip(*found, strict=True))
+    def choose(mask: Any, task: Any, stored: Any, new: Any, features: Any) -> Any:
+        samples = (Samples(*row) for row in zip(*new, strict=True))
         pairs = zip(samples, features, strict=True)
-        before = Samples(*(a[held[2] >= 0] for a in held))
+        before = Samples(*(a[stored[2] >= 0] for a in stored))
         return tuple(renewed_exemplars(hparams, mask, int(task), before, pairs))
 
-    held, found = tuple(kept.exemplars[:3]), tuple(jnp.asarray(a) for a in batches[:3])
-    x, y, t = on_host(choose, held, kept.classes, state.stream.task, held, found, embed_batch(found[0]))
-    memory = kept.exemplars._replace(x=x, y=y, t=t)
-    slots, rows = len(memory.y), -(-len(memory.y) // EMBEDDED)
+    stored, new = tuple(memory.exemplars[:3]), tuple(jnp.asarray(a) for a in batches[:3])
+    x, y, t = on_host(choose, stored, memory.classes, state.stream.task, stored, new, embed_batch(new[0]))
+    exemplars = memory.exemplars._replace(x=x, y=y, t=t)
+    slots, rows = len(exemplars.y), -(-len(exemplars.y) // EMBEDDED)
     order = np.minimum(np.arange(rows * -(-slots // rows)), slots - 1).reshape(rows, -1)
-    views = (memory.x, memory.x[:, :, ::-1]) if hparams.flip else (memory.x,)
-    seen = [(f := embed_batch(view[order])).reshape(-1, f.shape[-1])[:slots] for view in views]
-    count = partial(class_means, num_classes=len(kept.means))
-    means, has_mean = on_host(count, (kept.means, kept.has_mean), seen, memory.y, memory.t)
-    return memory, means, has_mean
+    views = (exemplars.x, exemplars.x[:, :, ::-1]) if hparams.flip else (exemplars.x,)
+    embedded = [(f := embed_batch(view[order])).reshape(-1, f.shape[-1])[:slots] for view in views]
+    count = partial(class_means, num_classes=len(memory.means))
+    means, has_mean = on_host(count, (memory.means, memory.has_mean), embedded, exemplars.y, exemplars.t)
+    return exemplars, means, has_mean
 
 
 _embed = jax.jit(embed)
+
+
+def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> jax.Array:
+    """Return the nearest-mean scores, or the logits of the head for a task without means.
+
+    The head also predicts during a task, because the means belong to the weights at its end.
+    """
+    memory, mask = state.memory, state.stream.mask
+    near = nearest_mean(embed(ts, ts.params, state, x), memory.means, memory.has_mean)
+    known = (memory.has_mean[None] if mask is None else memory.has_mean & mask[t]).any(1, keepdims=True)
+    ready = known & (memory.learned >= 0) & (memory.learned == state.stream.task)
+    return masked(state.stream, jnp.where(ready, near, network(ts, ts.params, state, x)), t)

@@ -1,8 +1,8 @@
-"""Kernel ridge classifiers, and normal distributions of their bases that networks infer: the parts of KCL.
+"""The parts of KCL: kernel ridge classifiers, and networks that infer distributions of random bases.
 
     f(h) = gamma * K(h, C) (K(C, C) + (|lambda| + 0.01) I)^-1 Y + beta, of features h; Y labels of a coreset C
     N(mu, diag exp(v)), (mu, v) = net(mean of features), net: H units, H, H, 2H, with ELU after the first two
-    omega_d = mu + exp(v / 2) * eps_d, eps_d a stretch of H numbers of one table of noise
+    omega_d = mu + exp(v / 2) * eps_d, eps_d H consecutive numbers of one table of noise
 
 Mirror: sequel_lightning/kernels.py
 """
@@ -30,7 +30,7 @@ class Gaussian(NamedTuple):
 
 
 def normalised(features: jax.Array, how: str) -> jax.Array:
-    """Return features `[n, H]` of unit length (l2), or scaled to [0, 1] by their extremes (minmax)."""
+    """Return features `[n, H]` scaled to unit length (l2), or to [0, 1] by their extremes (minmax)."""
     if how == "l2":
         squares = jnp.sum(features**2, axis=1, keepdims=True)
         return features / jnp.sqrt(jnp.maximum(squares, 1e-24))
@@ -50,46 +50,48 @@ def gaussian_kernel(a: jax.Array, b: jax.Array, bandwidth: float) -> jax.Array:
 
 
 def solve(kernel: jax.Array, ridge: jax.Array, targets: jax.Array) -> jax.Array:
-    """Return (K + ridge I)^-1 Y of a kernel `[N, N]` and targets `[N, num_classes]`, by Cholesky's factor."""
+    """Return (K + ridge I)^-1 Y of a kernel `[N, N]` and targets `[N, num_classes]`, by Cholesky."""
     matrix = kernel + ridge * jnp.eye(len(kernel), dtype=kernel.dtype)
     wide = jnp.promote_types(matrix.dtype, jnp.float32)  # there is no solver for 16 bits
-    found: jax.Array = jax.scipy.linalg.solve(matrix.astype(wide), targets.astype(wide), assume_a="pos")
-    return found.astype(targets.dtype)
+    solution: jax.Array = jax.scipy.linalg.solve(matrix.astype(wide), targets.astype(wide), assume_a="pos")
+    return solution.astype(targets.dtype)
 
 
 def compare(
-    own: Any, hparams: KCLHParams, core: jax.Array, h: jax.Array, noise: Any, phase: Any, positions: Any
+    extra: Any, hparams: KCLHParams, core: jax.Array, h: jax.Array, noise: Any, phase: Any, positions: Any
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Return K(C, C), K(h, C) and, for a kernel with bases, what they are drawn from: a Gaussian.
+    """Return K(C, C), K(h, C) and the Gaussian from which the bases are drawn, None for the kernel rbf.
 
     Args:
-        own: parameters, see `extra_parameters`.
+        extra: parameters, see `extra_parameters`.
         hparams: settings.
         core: normalised features of a coreset `[N, H]`.
         h: normalised features `[n, H]`.
-        noise: see `sequel_core.stream.memory.basis_constants`; of a kernel with bases, as what follows.
-        phase: of each basis `[D]`.
-        positions: where in the noise each basis begins `[D]`.
+        noise: see `sequel_core.algorithms.kcl.basis_constants`; None for the kernel rbf.
+        phase: of each basis `[D]`; None for the kernel rbf.
+        positions: where in the noise each basis begins `[D]`; None for the kernel rbf.
     """
     if hparams.kernel_type == "rbf":
         core_kernel, kernel = (gaussian_kernel(a, core, hparams.bandwidth) for a in (core, h))
         return core_kernel, kernel, None
-    source = infer(own["posterior"], core)
+    source = infer(extra["posterior"], core)
     bases = draw_bases(source, noise, positions)
     psi, others = (random_features(a, bases, phase) for a in (core, h))
     return psi @ psi.T, others @ psi.T, source
 
 
-def classify(own: Any, k: Any, kernel: jax.Array, cross: jax.Array, targets: jax.Array) -> jax.Array:
-    """Return the logits `[n, num_classes]` that the parameters of task k make of K(C, C) and K(h, C)."""
-    coefficients = solve(kernel, jnp.abs(own["lmd"][k]) + RIDGE, targets)
-    offset = jax.lax.stop_gradient(own["offset"][k])  # of all classes alike: its slope is 0, but for rounding
-    logits: jax.Array = own["gain"][k] * (cross @ coefficients) + offset
+def classify(extra: Any, k: Any, kernel: jax.Array, cross: jax.Array, targets: jax.Array) -> jax.Array:
+    """Return the logits `[n, num_classes]` from K(C, C), K(h, C), one-hot labels and task k's parameters."""
+    coefficients = solve(kernel, jnp.abs(extra["lmd"][k]) + RIDGE, targets)
+    offset = jax.lax.stop_gradient(
+        extra["offset"][k]
+    )  # the same for all classes: its gradient is 0 up to rounding
+    logits: jax.Array = extra["gain"][k] * (cross @ coefficients) + offset
     return logits
 
 
 def extra_parameters(hparams: KCLHParams, seed: int, num_tasks: int, width: int, dtype: Any) -> Params:
-    """Return lambda, gamma and beta of every task as they begin, and the networks of a kernel with bases.
+    """Return the initial lambda, gamma and beta of every task, and for rff the networks that infer bases.
 
     Args:
         hparams: settings.
@@ -98,8 +100,8 @@ def extra_parameters(hparams: KCLHParams, seed: int, num_tasks: int, width: int,
         width: number of features, H.
         dtype: of the weights.
     """
-    own = {"lmd": hparams.lmd, "gain": 1.0, "offset": 0.0}
-    params: Params = {name: jnp.full(num_tasks, value, dtype) for name, value in own.items()}
+    initial = {"lmd": hparams.lmd, "gain": 1.0, "offset": 0.0}
+    params: Params = {name: jnp.full(num_tasks, value, dtype) for name, value in initial.items()}
     if hparams.kernel_type == "rff":
         for name in ("posterior", "prior"):
             params[name] = inference_net(seed, f"kcl/{name}", width, dtype)
@@ -128,7 +130,7 @@ def inference_net(seed: int, path: str, width: int, dtype: Any) -> Params:
 
 
 def infer(net: Params, features: jax.Array) -> Gaussian:
-    """Return what a network infers from the mean of features `[n, H]`."""
+    """Return the Gaussian that a network infers from the mean of features `[n, H]`."""
     h = features.mean(axis=0)
     for name in ("dense_0", "dense_1"):
         h = jax.nn.elu(h @ net[name]["kernel"] + net[name]["bias"])
@@ -136,7 +138,7 @@ def infer(net: Params, features: jax.Array) -> Gaussian:
 
 
 def draw_bases(source: Gaussian, noise: jax.Array, positions: jax.Array) -> jax.Array:
-    """Return a basis for each position `[D]` where its stretch of the noise begins, `[D, H]`."""
+    """Return one basis for each position `[D]` at which its noise begins, `[D, H]`."""
     width = len(source.mean)
     eps = jax.vmap(lambda start: jax.lax.dynamic_slice(noise, (start,), (width,)))(positions)
     scale = jnp.exp(source.log_variance / 2)

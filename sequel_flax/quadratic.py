@@ -1,8 +1,8 @@
-"""A quadratic pull towards the weights of past tasks: what EWC, MAS and SI share.
+"""A quadratic penalty on leaving the weights of past tasks: the shared part of EWC, MAS and SI.
 
     L = CE(f(x), y) + strength * 1/2 * sum_i F_i (theta_i - theta*_i)^2
 
-A new method of this kind needs only its importances F, most often a mean over samples: `mean_gradients`.
+A new method of this type defines only its importances F, often a mean over samples: `mean_gradients`.
 
 Mirror: sequel_lightning/quadratic.py
 """
@@ -20,15 +20,9 @@ from flax.training.train_state import TrainState
 
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.task import Batch
+from sequel_flax import bundle
 from sequel_flax.boundaries import collected, select
-from sequel_flax.bundle import (
-    Algorithm,
-    Params,
-    State,
-    empty_sum,
-    make_algorithm,
-    train_step,
-)
+from sequel_flax.bundle import Algorithm, Params, State, empty_sum, make_algorithm, train_step
 from sequel_flax.trainable import Selection
 
 Model = tuple[TrainState, State]
@@ -54,14 +48,14 @@ def penalty(params: Params, anchor: Params, importance: Params) -> jax.Array:
 def consolidate(
     params: Params, state: QuadraticState, importance: Params, separate: bool = False, gamma: float = 1.0
 ) -> QuadraticState:
-    """Return the state with one more task in it, whose importances were taken at `params`.
+    """Return the state after one more task.
 
     Args:
         params: weights at the end of the task.
-        state: of the tasks before.
-        importance: of the task.
-        separate: keep every task's own term (theta - theta*_k)^2; else the past is anchored at `params` too.
-        gamma: decay of past importances, where they are not separate.
+        state: of past tasks.
+        importance: of the task, taken at `params`.
+        separate: whether each task keeps its term (theta - theta*_k)^2; if not, all have the anchor `params`.
+        gamma: decay of past importances in [0, 1], if they are not separate.
     """
     if not separate:
         total = jax.tree.map(lambda f, new: gamma * f + new, state.importance, importance)
@@ -87,12 +81,12 @@ def mean_gradients(
 
     Args:
         params: weights at which gradients are taken.
-        model: what the objective needs beside them.
+        model: passed to the objective.
         batches: of samples, each sample once.
-        objective: of a batch, shape (); given batches of one sample, unless `per_batch`.
-        contribution: of a gradient array to the sum, elementwise: its square, its absolute value, ...
-        samples: N, the first so many; None for all.
-        per_batch: one gradient for each whole batch instead.
+        objective: returns the value of a batch, shape (). Unless `per_batch`, a batch has one sample.
+        contribution: of a gradient array to the sum, elementwise, for example its square.
+        samples: N, the first so many samples; None for all.
+        per_batch: whether to take one gradient for each batch instead of each sample.
     """
     total = jax.tree.map(empty_sum, params)
     if isinstance(batches, Batch):
@@ -138,7 +132,7 @@ def _mean_in_loop(
 
 
 def _summed(total: Params, gradient: Params, contribution: Contribution) -> Params:
-    """Return the sum with one more gradient in it, computed in the dtype of the sum."""
+    """Return the sum after one more gradient, in the dtype of the sum."""
     return jax.tree.map(lambda f, g: f + contribution(g.astype(f.dtype)), total, gradient)
 
 
@@ -153,7 +147,7 @@ def _add_gradient(
     objective: Objective,
     contribution: Contribution,
 ) -> Params:
-    """Dispatched sample by sample: on a CPU ten times as fast as vmap(grad)."""
+    """Add the gradient of one sample: on a CPU, separate calls are ten times as fast as vmap(grad)."""
     part = Batch(*(jax.lax.dynamic_slice_in_dim(a, start, width) for a in batch[:3]))
     gradient = jax.grad(objective)(params, model, part)
     return _summed(total, gradient, contribution)
@@ -165,7 +159,7 @@ def _scale(tree: Params, factor: float) -> Params:
 
 
 FILLS = {"anchor": jnp.copy, "importance": empty_sum}
-"""How the trees of `QuadraticState` begin."""
+"""Initial values of the trees of `QuadraticState`."""
 
 
 def init_quadratic(ts: TrainState) -> QuadraticState:
@@ -183,28 +177,32 @@ def quadratic(
     samples: int | None = None,
     trainable: Selection = None,
 ) -> Algorithm:
-    """Return the algorithm with a quadratic penalty on importances that are taken at the end of a task.
+    """Return an algorithm with a quadratic penalty, whose importances are computed at the end of a task.
 
     Args:
         hparams: settings.
         seed: of dropout.
-        strength: factor of the penalty.
+        strength: factor of the penalty, >= 0.
         importances: of a task, from the weights at its end and batches of its samples, most often
             `mean_gradients` of these; from `apply_end` they come as one `Batch` of arrays `[n, B, ...]`.
         separate: see `consolidate`.
         gamma: see `consolidate`.
-        samples: the importances need the first so many samples; None for all.
+        samples: number of samples that the importances need, the first ones; None for all.
         trainable: which parameters are trained; see `make_algorithm`.
     """
 
+    def objective(ts: TrainState, params: Params, state: State, batch: Batch) -> tuple[jax.Array, Any]:
+        loss, outputs = bundle.objective(ts, params, state, batch)
+        return loss + strength * penalty(params, *state.memory), outputs
+
     def end_task(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
-        found = importances(ts.params, (ts, state), batches)
-        return ts, state._replace(memory=consolidate(ts.params, state.memory, found, separate, gamma))
+        importance = importances(ts.params, (ts, state), batches)
+        return ts, state._replace(memory=consolidate(ts.params, state.memory, importance, separate, gamma))
 
     return make_algorithm(
         hparams,
         seed,
-        partial(train_step, penalty=lambda p, memory: strength * penalty(p, *memory)),
+        partial(train_step, objective=objective),
         trainable=trainable,
         init_memory=lambda ts, spec: init_quadratic(ts),
         fills=FILLS,

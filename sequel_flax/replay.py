@@ -1,8 +1,8 @@
-"""A memory of samples beside the batch: what A-GEM, ER, DER and DER++ share.
+"""Replay of samples from a memory: the shared part of A-GEM, ER, DER and DER++.
 
-    L = loss(batch, draws), draws of the memory as it was before the step; then the batch is written to it
+    L = loss(batch, draws), with draws from the memory before the step; then the batch is written to it
 
-Which sample is in which slot, and which slots a step reads, comes with the batch (`Batch.plan`, from
+The plan of a batch says to which slots it is written and which slots the step reads (`Batch.plan`, from
 `sequel_core.stream.memory`). A new replay method defines only its loss.
 
 Mirror: sequel_lightning/replay.py
@@ -48,35 +48,35 @@ class Memory(NamedTuple):
 
     x: jax.Array  # images [M, H, W, C], in the dtype that they come in
     y: jax.Array  # labels, int32 [M]
-    t: jax.Array  # task indices, int32 [M]; -1 where a slot is empty
+    t: jax.Array  # task indices, int32 [M]; -1 for an empty slot
     logits: jax.Array | None  # [M, num_classes], as the network gave them when it was trained on the sample
 
 
 class ReplayBatch(NamedTuple):
-    """Samples as a step takes them: its batch, or a draw from the memory."""
+    """Samples of a step: its batch, or a draw from the memory."""
 
     x: jax.Array  # images [N, H, W, C]
     y: jax.Array  # labels [N]
     t: jax.Array  # task indices [N]
     stored: Any  # logits that the memory holds [N, num_classes]; None where it holds none
-    count: Any  # samples that count, the first of them; what follows only fills up a draw
+    count: Any  # number of samples that count; the samples after them are padding
 
 
 class Outputs(NamedTuple):
-    """What the network says of samples."""
+    """The outputs of the network for samples."""
 
     logits: jax.Array  # of all classes [N, num_classes]
-    masked: jax.Array  # the same, masked to the task of each sample where the scenario says so
+    masked: jax.Array  # the same, masked to the task of each sample in the task scenario
     y: jax.Array  # labels [N]
     stored: Any  # logits that the memory holds [N, num_classes]; None where it holds none
-    count: Any  # samples that count, the first of them
+    count: Any  # number of samples that count, the first ones
 
 
 Loss = Callable[[Outputs, Sequence[Outputs]], jax.Array]
 
 
 def empty_memory(spec: StreamSpec, slots: int, dtype: jnp.dtype | None) -> Memory:
-    """Return a memory of so many empty slots; `dtype` of the logits, None for none."""
+    """Return a memory of empty slots; `dtype` is that of the logits, None for a memory without logits."""
     slots = max(slots, 1)  # no array of a state is empty: orbax does not store such arrays
     return Memory(
         x=jnp.zeros((slots, *spec.image_shape), spec.image_dtype),
@@ -87,13 +87,13 @@ def empty_memory(spec: StreamSpec, slots: int, dtype: jnp.dtype | None) -> Memor
 
 
 def read(memory: Memory, slots: jax.Array) -> ReplayBatch:
-    """Return the samples in these slots `[N]`; what lies beyond the last slot does not count."""
+    """Return the samples in these slots `[N]`; a slot beyond the last one is padding and does not count."""
     x, y, t, stored = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), memory)
     return ReplayBatch(x, y, jnp.maximum(t, 0), stored, jnp.sum(slots < len(memory.y)))
 
 
 def write(memory: Memory, slots: jax.Array, batch: Batch, logits: jax.Array) -> Memory:
-    """Return the memory with the batch in these slots `[B]`; nothing is kept beyond the last slot."""
+    """Return the memory with the batch in these slots `[B]`, without samples for slots beyond the last."""
     new = Memory(batch.x, batch.y, batch.t, None if memory.logits is None else logits)
     stored: Memory = jax.tree.map(lambda a, b: a.at[slots].set(b.astype(a.dtype), mode="drop"), memory, new)
     return stored
@@ -102,17 +102,17 @@ def write(memory: Memory, slots: jax.Array, batch: Batch, logits: jax.Array) -> 
 def stored_samples(memory: Memory) -> Samples:
     """Return copies of the samples that the memory holds, in the order of slots, images `[n, H, W, C]`."""
     x, y, t = (np.asarray(a) for a in jax.device_get(memory[:3]))
-    held = t >= 0
-    return Samples(x[held], y[held].astype(np.int64), t[held].astype(np.int64))
+    filled_slots = t >= 0
+    return Samples(x[filled_slots], y[filled_slots].astype(np.int64), t[filled_slots].astype(np.int64))
 
 
-def mean_cross_entropy(*seen: Outputs) -> jax.Array:
+def mean_cross_entropy(*outputs: Outputs) -> jax.Array:
     """Return the mean cross-entropy of all samples that count, 0 without any, shape ()."""
-    losses = [optax.softmax_cross_entropy_with_integer_labels(s.masked, s.y) for s in seen]
-    total = sum_of_first(losses[0], seen[0].count)
-    for values, s in zip(losses[1:], seen[1:], strict=True):
+    losses = [optax.softmax_cross_entropy_with_integer_labels(s.masked, s.y) for s in outputs]
+    total = sum_of_first(losses[0], outputs[0].count)
+    for values, s in zip(losses[1:], outputs[1:], strict=True):
         total = total + sum_of_first(values, s.count)
-    return total / jnp.maximum(sum(s.count for s in seen), 1)
+    return total / jnp.maximum(sum(s.count for s in outputs), 1)
 
 
 def sum_of_first(values: jax.Array, count: Any) -> jax.Array:
@@ -123,9 +123,10 @@ def sum_of_first(values: jax.Array, count: Any) -> jax.Array:
 def forward(
     ts: TrainState, params: Params, state: State, samples: Sequence[ReplayBatch], together: bool
 ) -> tuple[list[Outputs], Stats]:
-    """Return what the network says of samples, in training mode; running statistics move on.
+    """Return the outputs of the network for samples in training mode, which updates running statistics.
 
-    One pass is for all of them together, or one for the first and one for the others.
+    With `together`, all samples go through the network in one pass; otherwise the first batch has a pass, and
+    the others together have another.
     """
     logits: list[jax.Array] = []
     stats = batch_stats(ts)
@@ -140,21 +141,21 @@ def forward(
             logits += jnp.split(out, np.cumsum(sizes)[:-1])
         else:
             logits += [logits[0][:0] for _ in part]
-    seen = [
+    outputs = [
         Outputs(out, masked(state.stream, out, s.t), s.y, s.stored, s.count)
         for out, s in zip(logits, samples, strict=True)
     ]
-    return seen, stats
+    return outputs, stats
 
 
-def planned(memory: Memory, batch: Batch, kind: type[Any] = StepPlan) -> Any:
+def planned(memory: Memory, batch: Batch, plan_type: type[Any] = StepPlan) -> Any:
     """Return the plan of a batch.
 
     Raises:
-        ValueError: the batch has no plan, or its images have not the memory's dtype.
+        ValueError: the batch has no plan, or its images have another dtype than the memory.
     """
     plan = method_plan(batch)
-    if not isinstance(plan, kind):
+    if not isinstance(plan, plan_type):
         raise ValueError(
             "the batch has no plan, which says what to write to the memory and what to read; make one "
             "planner with algorithm.planner(spec, state) and give Batch(x, y, t, planner.next(y, t))"
@@ -168,16 +169,16 @@ def planned(memory: Memory, batch: Batch, kind: type[Any] = StepPlan) -> Any:
 
 
 def draws(memory: Memory, batch: Batch) -> list[ReplayBatch]:
-    """Return the batch, then each of its plan's draws from the memory, augmented; see `planned`."""
+    """Return the batch, then each draw of its plan from the memory, augmented; see `planned`."""
     reads = planned(memory, batch).reads
-    own = ReplayBatch(cropped(batch).x, batch.y, batch.t, None, len(batch.y))
-    return [own, *(drawn(memory, batch, reads[k], k) for k in range(len(reads)))]
+    current = ReplayBatch(cropped(batch).x, batch.y, batch.t, None, len(batch.y))
+    return [current, *(drawn(memory, batch, reads[k], k) for k in range(len(reads)))]
 
 
 def drawn(memory: Memory, batch: Batch, slots: jax.Array, k: Any) -> ReplayBatch:
     """Return draw k of a batch's plan, the samples in these slots `[R]`, augmented."""
-    found = read(memory, slots)
-    return found._replace(x=cropped_draw(found.x, batch, k))
+    samples = read(memory, slots)
+    return samples._replace(x=cropped_draw(samples.x, batch, k))
 
 
 def replay(
@@ -194,15 +195,15 @@ def replay(
     """Return the algorithm that trains on `loss(batch, draws)`.
 
     Args:
-        hparams: settings, the memory's among them.
-        seed: of dropout and of the memory.
-        loss: of what the network says of the batch and of each draw.
-        num_draws: independent draws of a step.
-        past_only: read past tasks alone.
-        together: one pass of the network for the batch and the draws, else one for each of the two.
+        hparams: settings of the method and of its memory.
+        seed: of dropout and of the memory, >= 0.
+        loss: of the outputs for the batch and for each draw, shape ().
+        num_draws: independent draws of a step, >= 0.
+        past_only: whether draws are from past tasks only.
+        together: whether the batch and the draws have one pass; see `forward`.
         keep_logits: whether the memory holds the logits of its samples.
         trainable: which parameters are trained; see `make_algorithm`.
-        parts: of `make_algorithm`, in place of the usual ones.
+        parts: arguments of `make_algorithm` that replace those of this function.
     """
 
     def init_memory(ts: TrainState, spec: StreamSpec) -> Memory:
@@ -214,12 +215,12 @@ def replay(
         samples = draws(state.memory, batch)
 
         def loss_fn(params: Params) -> tuple[jax.Array, tuple[Outputs, Stats]]:
-            (own, *others), stats = forward(ts, params, state, samples, together)
-            return loss(own, others), (own, stats)
+            (current, *others), stats = forward(ts, params, state, samples, together)
+            return loss(current, others), (current, stats)
 
-        (value, (own, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
-        memory = write(state.memory, method_plan(batch).write, batch, own.logits)
-        outputs = {"loss": value, "logits": own.masked, "labels": batch.y}
+        (value, (current, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
+        memory = write(state.memory, method_plan(batch).write, batch, current.logits)
+        outputs = {"loss": value, "logits": current.masked, "labels": batch.y}
         return advance(ts, gradient, stats), state._replace(memory=memory), outputs
 
     def make_planner(spec: StreamSpec) -> Planner:

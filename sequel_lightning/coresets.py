@@ -1,4 +1,4 @@
-"""Samples that a task sets aside before it is trained on: slots k * N to k * N + N - 1 hold those of task k.
+"""Coresets, samples that are set aside before training: task k has the slots k * N to k * N + N - 1.
 
 They come with the task (`Task.coreset`, from `hparams.training_tasks`) and never change.
 
@@ -21,13 +21,13 @@ from sequel_lightning.replay import Memory, empty_memory
 from sequel_lightning.trees import StateTree
 
 
-def held(memory: Memory, k: Any, size: int) -> tuple[Tensor, Tensor]:
+def coreset_of(memory: Memory, k: Any, size: int) -> tuple[Tensor, Tensor]:
     """Return images `[N, ...]` and labels `[N]` of the coreset of task k."""
     rows = slice(k * size, (k + 1) * size)
     return memory.x[rows], memory.y[rows]
 
 
-def keep(memory: Memory, k: int, x: Any, y: Any) -> Memory:
+def with_coreset(memory: Memory, k: int, x: Any, y: Any) -> Memory:
     """Return the memory with the coreset of task k, images `[N, ...]` and labels `[N]`."""
     for a, b in zip(memory[:3], (x, y, k), strict=True):
         a[k * len(y) : (k + 1) * len(y)] = b  # in place
@@ -35,10 +35,10 @@ def keep(memory: Memory, k: int, x: Any, y: Any) -> Memory:
 
 
 class CoresetModule(ContinualModule):
-    """A module that keeps the coreset of every task that it has begun, in `coreset`.
+    """A module that keeps the coresets of all tasks that have begun.
 
     Raises:
-        ValueError: without a spec; in `fit`, for a task without a coreset.
+        ValueError: no spec; in `fit`, for a task without a coreset.
     """
 
     algorithm_hparams: KCLHParams
@@ -52,13 +52,12 @@ class CoresetModule(ContinualModule):
         self.coreset = StateTree({"x": x, "y": y, "t": t})
 
     @property
-    def kept(self) -> Memory:
+    def contents(self) -> Memory:
         """The coresets."""
-        tensors = self.coreset.get()
-        return Memory(tensors["x"], tensors["y"], tensors["t"], None)
+        return Memory(**self.coreset.get(), logits=None)
 
     def keep_coreset(self, task: int, x: Tensor, y: Tensor) -> None:
-        """Keep the coreset of a task; call it before `fit` where the loaders are of one's own.
+        """Store the coreset of a task. Call this before `fit` if the loaders are user-defined.
 
         Args:
             task: index.
@@ -66,10 +65,10 @@ class CoresetModule(ContinualModule):
             y: labels `[core_size]`.
 
         Raises:
-            ValueError: another number of samples, a task outside the stream, or images of another kind than
+            ValueError: another number of samples, a task outside the stream, or images of another dtype than
                 the spec says.
         """
-        memory, size = self.kept, self.algorithm_hparams.core_size
+        memory, size = self.contents, self.algorithm_hparams.core_size
         if x.dtype == torch.uint8 and memory.x.is_floating_point():
             x = self.normalise(x).to(memory.x.dtype)
         if len(x) != size or len(y) != size:
@@ -79,27 +78,26 @@ class CoresetModule(ContinualModule):
         if not 0 <= task < len(memory.t) // size:
             raise ValueError(f"task must be >= 0 and < {len(memory.t) // size}, got {task}")
         if x.dtype != memory.x.dtype:
-            dtype = str(x.dtype).removeprefix("torch.")
+            name, expected = (str(a.dtype).removeprefix("torch.") for a in (x, memory.x))
             raise ValueError(
-                f"the coresets hold {str(memory.x.dtype).removeprefix('torch.')} images, got {dtype}; "
-                f"give spec._replace(image_dtype='{dtype}')"
+                f"the coresets hold {expected} images, got {name}; give spec._replace(image_dtype='{name}')"
             )
-        keep(memory, task, x, y)
+        with_coreset(memory, task, x, y)
 
     def coming_coreset(self) -> tuple[int, Tensor, Tensor]:
-        """Return index, images and labels of the task that a fit would begin.
+        """Return index, images and labels of the coreset of the task that a fit would begin.
 
         Raises:
-            ValueError: it has no coreset.
+            ValueError: the task has no coreset.
         """
         task, k, size = (
             self.lifecycle.next_task(),
             self.lifecycle.next_index(),
             self.algorithm_hparams.core_size,
         )
-        memory = self.kept
+        memory = self.contents
         if int((memory.t == k).sum()) == size and (task is None or task.coreset is None):
-            return k, *held(memory, k, size)
+            return k, *coreset_of(memory, k, size)
         if task is None:
             raise ValueError(
                 f"kcl needs a coreset of task {k}; call module.keep_coreset({k}, x, y) before fit, or give "
@@ -109,20 +107,20 @@ class CoresetModule(ContinualModule):
         return k, batch.x, batch.y
 
     def current_coreset(self) -> tuple[int, Tensor, Tensor]:
-        """Return the same of the task that is trained on; before it has begun, in a search, of the coming."""
+        """Return index, images and labels of the current task; before it begins, of the coming task."""
         if not self.lifecycle.fitting and self.phase != TRAINING:
             return self.coming_coreset()
         k = int(self.task_index)
-        return k, *held(self.kept, k, self.algorithm_hparams.core_size)
+        return k, *coreset_of(self.contents, k, self.algorithm_hparams.core_size)
 
     def on_fit_start(self) -> None:
-        """Refuse a task without a coreset."""
+        """Check that the task has a coreset."""
         super().on_fit_start()
         if self.phase != TRAINING:
             self.coming_coreset()
 
     def start_task(self) -> None:
-        """Keep the task's coreset; the user's own is there already."""
+        """Store the coreset of the task, unless `keep_coreset` has stored one."""
         task = self.lifecycle.next_task()
         if task is not None and task.coreset is not None:
             self.keep_coreset(*self.coming_coreset())

@@ -2,8 +2,9 @@
 
     y*(x) = argmin_c ||h(x) - mu_c||, mu_c the mean of h over the exemplars of class c
 
-h is the network's last hidden layer; h(x), that of each exemplar, and mu_c have unit length. At the end of a
-task the room is shared out anew (`sequel_core.stream.exemplars.renewed_exemplars`). iCaRL is built on it.
+h is the network's last hidden layer; h(x), h of each exemplar and mu_c are scaled to unit length. At the end
+of a task the memory is divided among the classes again (`sequel_core.stream.exemplars.renewed_exemplars`).
+iCaRL uses these functions.
 
 Mirror: sequel_flax/exemplars.py
 """
@@ -28,7 +29,7 @@ from sequel_lightning.trees import StateTree
 
 
 def embed(module: Any, x: Tensor) -> Tensor:
-    """Return h of images `[B, D]`, of unit length where it is not 0, in evaluation mode."""
+    """Return h of images `[B, D]` in evaluation mode, scaled to unit length unless it is 0."""
     with evaluating(module.net):
         features = module.net.features(module.normalise(x)).to(module.means.dtype)
     norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
@@ -37,8 +38,8 @@ def embed(module: Any, x: Tensor) -> Tensor:
 
 
 def nearest_mean(features: Tensor, means: Tensor, has_mean: Tensor) -> Tensor:
-    """Return -||h - mu||^2 `[B, num_classes]`, the least number of the dtype for a class without a mean."""
-    squares = features.square().sum(1, keepdim=True) + means.square().sum(1)
+    """Return -||h - mu||^2 `[B, num_classes]`; for a class without a mean, the least number of the dtype."""
+    squares = (features**2).sum(1, keepdim=True) + (means**2).sum(1)
     distance = squares - 2 * features @ means.T
     return (-distance).where(has_mean, torch.finfo(features.dtype).min)
 
@@ -46,10 +47,10 @@ def nearest_mean(features: Tensor, means: Tensor, has_mean: Tensor) -> Tensor:
 def renew(
     module: ExemplarModule, batches: Iterable[Batch], hparams: ExemplarHParams
 ) -> tuple[Memory, Tensor, Tensor]:
-    """Return the exemplars at the end of a task, the means of classes, and which classes have one.
+    """Return the exemplars after a task, the means of classes, and which classes have a mean.
 
-    Args: the network with its weights at the end of the task, what was kept before, batches of the task's
-    samples, each sample once, and the settings.
+    The network has the weights at the end of the task, and the exemplars of past tasks. `batches` are those
+    of the task, with each sample once.
     """
 
     def embed_batch(x: Tensor) -> FloatArray:
@@ -71,7 +72,7 @@ def renew(
         hparams,
         mask=module.classes.cpu().numpy(),
         task=int(module.task_index),
-        held=stored_samples(module.held),
+        held=stored_samples(module.contents),
         candidates=((samples_of(batch), embed_batch(batch.x)) for batch in batches),
     )
     means, has_mean = exemplar_means(embed_array, samples, len(module.means), hparams.flip)
@@ -79,11 +80,25 @@ def renew(
     return Memory(x.movedim(-1, 1), y, t, None), torch.from_numpy(means), torch.from_numpy(has_mean)
 
 
+def predict(module: ExemplarModule, x: Tensor, t: Tensor | None) -> Tensor:
+    """Return the nearest-mean scores, or the logits of the head for a task without means.
+
+    The head also predicts during a task, because the means belong to the weights at its end.
+    """
+    if module.learned < 0 or module.learned != module.task_index:
+        return module.forward(x, t)
+    near = module.masked(nearest_mean(embed(module, x), module.means, module.has_mean), t)
+    mask = module.preprocessing.mask
+    known = (module.has_mean[None] if mask is None else module.has_mean & mask[t]).any(1, keepdim=True)
+    return near if known.all() else near.where(known, module.forward(x, t))
+
+
 class ExemplarModule(ContinualModule):
-    """A module that keeps exemplars, trains on them beside each task, and classifies by their means.
+    """A module that keeps exemplars, trains on them together with each task, and classifies by their means.
 
     Raises:
-        ValueError: without a spec, a network without `features` or `head`, or less room than classes.
+        ValueError: no spec; the network has no `features` or `head`; `mem_size` is less than the number of
+            classes.
     """
 
     algorithm_hparams: ExemplarHParams
@@ -115,12 +130,12 @@ class ExemplarModule(ContinualModule):
         self.preprocessing.allowed_labels = self.classes.cumsum(0) > 0
 
     @property
-    def held(self) -> Memory:
+    def contents(self) -> Memory:
         """The exemplars, set after set from the first slot on, each in herding order."""
         return Memory(**self.exemplars.get(), logits=None)
 
     def end_task(self, batches: Iterable[Batch]) -> None:
-        """Share out the room anew, and take the means with the new network."""
+        """Divide the memory among the classes again, and take the means with the new network."""
         memory, means, has_mean = renew(self, batches, self.algorithm_hparams)
         self.exemplars.set({"x": memory.x, "y": memory.y, "t": memory.t})
         self.means.copy_(means)
@@ -128,13 +143,8 @@ class ExemplarModule(ContinualModule):
         self.learned.copy_(self.task_index)
 
     def predict(self, x: Tensor, t: Tensor | None = None) -> Tensor:
-        """Return minus the squared distances from the means; the head's logits where there are none."""
-        if self.learned < 0 or self.learned != self.task_index:
-            return self.forward(x, t)
-        near = self.masked(nearest_mean(embed(self, x), self.means, self.has_mean), t)
-        mask = self.preprocessing.mask
-        known = (self.has_mean[None] if mask is None else self.has_mean & mask[t]).any(1, keepdim=True)
-        return near if known.all() else near.where(known, self.forward(x, t))
+        """Return the nearest-mean scores, or the logits of the head for a task without means."""
+        return predict(self, x, t)
 
     def alternatives(self, x: Tensor, t: Tensor | None = None) -> dict[str, Tensor]:
         """Return the logits of the head."""
@@ -142,4 +152,4 @@ class ExemplarModule(ContinualModule):
 
     def training_split(self, split: AnySplit) -> AnySplit:
         """Return the task's training samples and, after them, the exemplars."""
-        return joined_with_samples(split, stored_samples(self.held))
+        return joined_with_samples(split, stored_samples(self.contents))

@@ -1,8 +1,8 @@
 """Gradients of single samples, and gradients at weights that are not the network's current ones.
 
-`torch.func` computes them fast, but it cannot follow every network: not `nn.GRU`, control flow that depends
-on data, activation checkpointing, or a buffer that is updated in `forward`. An ordinary backward pass of the
-network can, with the other weights copied into it for a while.
+`torch.func` computes them fast, but not for every network. It fails for `nn.GRU`, control flow that depends
+on data, activation checkpointing, and buffers that `forward` updates. An ordinary backward pass works for
+these: the other weights are copied into the network for the time of the pass.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ Objective = Callable[[Params, ContinualModule, Batch], Tensor]
 Contribution = Callable[[Tensor], Tensor]
 
 GRADIENTS = 1 << 24
-"""Numbers in the gradients of single samples that are held at a time."""
+"""Greatest count of numbers in the gradients of single samples that are in memory at a time."""
 
 
 class GradientSums:
-    """Sums of gradients over samples, of which a network keeps no trace.
+    """Sums of gradients over samples. The network stays as it is.
 
-    Buffers are at every sample what they were at first. Random numbers that the network draws continue from
-    sample to sample, and the generators are afterwards what they were.
+    Buffers have the same values at every sample. Random numbers that the network draws continue from sample
+    to sample; afterwards the generators are restored.
 
     Args:
         params: weights at which gradients are taken.
-        model: what the objective needs beside them.
-        objective: of a batch, shape (); given batches of one sample, unless `per_batch`.
-        contribution: of a gradient array to the sum, elementwise.
-        per_batch: one gradient for each whole batch instead of each sample.
+        model: passed to the objective.
+        objective: returns the value of a batch, shape (). Unless `per_batch`, a batch has one sample.
+        contribution: maps a gradient array to what is added to the sum, elementwise.
+        per_batch: whether to take one gradient for each batch instead of each sample.
     """
 
     def __init__(
@@ -88,9 +88,11 @@ class GradientSums:
                 gradients = vmap(grad(self._of_one), in_dims=(None, 0, 0, 0))(self._params, *batch[:3])
             if self._follows is None:
                 first = self._backward(Batch(*(a[:1] for a in batch[:3])))
-                actual = {k: g[0] for k, g in gradients.items()}
-                self._follows = close(actual, first, tolerance=0.1)  # half precision rounds in another order
-        except Exception:  # of any kind: the ordinary backward pass that follows raises its own
+                vectorized = {k: g[0] for k, g in gradients.items()}
+                self._follows = close(
+                    vectorized, first, tolerance=0.1
+                )  # half precision rounds in another order
+        except Exception:  # the ordinary backward pass, which follows, raises an error of the network
             self._follows = False
         return gradients if self._follows else None
 
@@ -99,12 +101,12 @@ class GradientSums:
 
     def _backward(self, batch: Batch) -> Params:
         model = self._model
-        with self._traces.buffers(), holding(model, self._params) as params, native_rnn(model.net):
-            return backward(self._objective(params, model, batch), params, model)
+        with self._traces.buffers():
+            return gradient_at(self._params, model, lambda params: self._objective(params, model, batch))
 
 
 class Traces:
-    """What passes through a network could change beside its weights, and how it was: buffers, generators."""
+    """The buffers and random generators that passes through a network may change, and their values before."""
 
     def __init__(self, net: nn.Module) -> None:
         self._buffers = [
@@ -118,7 +120,7 @@ class Traces:
 
     @contextmanager
     def generators(self) -> Iterator[None]:
-        """Let passes draw random numbers from where the latest ones stopped; restore the generators."""
+        """Continue with the random numbers after the latest pass; restore the generators at the end."""
         outside = self._states()
         if self._inside is not None:
             self._set_states(self._inside)
@@ -153,14 +155,14 @@ class Traces:
 
 @contextmanager
 def holding(model: ContinualModule, params: Params) -> Iterator[Params]:
-    """Put values into parameters of a network for a while; yield those parameters, by name."""
-    current: Params = {k: p for k, p in model.net.named_parameters() if k in params}
-    kept = [p.detach().clone() for p in current.values()]
-    _fill(current, [params[k] for k in current])
+    """Replace the values of parameters of a network within the context; yield these parameters, by name."""
+    replaced: Params = {k: p for k, p in model.net.named_parameters() if k in params}
+    before = [p.detach().clone() for p in replaced.values()]
+    _fill(replaced, [params[k] for k in replaced])
     try:
-        yield current
+        yield replaced
     finally:
-        _fill(current, kept)
+        _fill(replaced, before)
 
 
 @torch.no_grad()
@@ -172,7 +174,7 @@ def _fill(params: Params, values: list[Tensor]) -> None:
 
 @contextmanager
 def native_rnn(net: nn.Module) -> Iterator[None]:
-    """Run recurrent layers without cuDNN for a while, which has no gradient for them in evaluation mode."""
+    """Run recurrent layers without cuDNN, which has no gradient for them in evaluation mode."""
     if any(isinstance(module, nn.RNNBase) for module in net.modules()):
         with torch.backends.cudnn.flags(enabled=False):
             yield
@@ -180,24 +182,46 @@ def native_rnn(net: nn.Module) -> Iterator[None]:
         yield
 
 
+def gradient_at(params: Params, model: ContinualModule, loss: Callable[[Params], Tensor]) -> Params:
+    """Return the gradient of a loss at the weights given.
+
+    Args:
+        params: values of trained parameters, by name.
+        model: whose network holds these values while the loss is computed.
+        loss: of the network's parameters, shape ().
+    """
+    with torch.enable_grad(), holding(model, params) as replaced, native_rnn(model.net):
+        return backward(loss(replaced), replaced, model.net)
+
+
+def gradients(loss: Tensor, *trees: Params, create_graph: bool = False) -> list[Params]:
+    """Return the gradient of a loss by the tensors of each tree, 0 for those that it does not depend on."""
+    tensors = [p for tree in trees for p in tree.values()]
+    values = iter(torch.autograd.grad(loss, tensors, create_graph=create_graph, materialize_grads=True))
+    return [{k: next(values) for k in tree} for tree in trees]
+
+
 def backward(loss: Tensor, params: Params, model: nn.Module) -> Params:
     """Return the gradient of a loss by parameters of a model, 0 for one that it does not depend on.
 
-    It comes from `loss.backward()`, which every network that can be trained has; `.grad` stays what it was.
+    It uses `loss.backward()`, which works for every network that can be trained. `.grad` is restored.
     """
-    kept = [(p, p.grad) for p in model.parameters()]
-    for p, _ in kept:
+    before = [(p, p.grad) for p in model.parameters()]
+    for p, _ in before:
         p.grad = None
     try:
         loss.backward()
         return {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in params.items()}
     finally:
-        for p, gradient in kept:
+        for p, gradient in before:
             p.grad = gradient
 
 
 def call_with(module: nn.Module, params: Params, *inputs: Any) -> Tensor:
-    """Return what a module computes with these values of its parameters; with its own, by calling it."""
+    """Return what a module computes with these values of its parameters.
+
+    If they are the parameters themselves, the module is called, with its hooks.
+    """
     current = dict(module.named_parameters())
     called: Any = module
     if all(p is current[k] for k, p in params.items()):
@@ -208,7 +232,7 @@ def call_with(module: nn.Module, params: Params, *inputs: Any) -> Tensor:
 
 
 def close(actual: Params, expected: Params, tolerance: float) -> bool:
-    """Return whether two gradients are equal but for a relative difference in each array."""
+    """Return whether two gradients are equal up to a relative difference in each array."""
     length = torch.stack([g.float().norm() for g in expected.values()]).norm()
     return all(
         bool((actual[k].float() - g.float()).norm() <= tolerance * (g.float().norm() + 0.01 * length))
@@ -217,14 +241,14 @@ def close(actual: Params, expected: Params, tolerance: float) -> bool:
 
 
 def check_functional_call(model: ContinualModule, x: Tensor) -> None:
-    """Check that `functional_call` computes what the network computes if it holds other weights.
+    """Check that `functional_call` and the network with other weights have the same gradients.
 
     Args:
-        model: whose network is checked, in evaluation mode; no trace of it stays.
+        model: its network is checked in evaluation mode, and stays as it is.
         x: images `[B, C, H, W]`.
 
     Raises:
-        ValueError: it does not, as with activation checkpointing, or it fails.
+        ValueError: the gradients differ, as with activation checkpointing, or `functional_call` fails.
     """
     other = {k: (1.2 * p.detach() + 0.05).requires_grad_() for k, p in model.params().items()}
     traces, image = Traces(model.net), model.normalise(x[:1])
@@ -235,8 +259,8 @@ def check_functional_call(model: ContinualModule, x: Tensor) -> None:
         try:
             with traces.buffers():
                 loss = functional_call(model.net, other, (image,)).square().sum()
-                gradients = torch.autograd.grad(loss, list(other.values()), materialize_grads=True)
-            if close(dict(zip(other, gradients, strict=True)), expected, tolerance=0.01):
+                (actual,) = gradients(loss, other)
+            if close(actual, expected, tolerance=0.01):
                 return
         except Exception as error:
             reason = " ".join(str(error).split())

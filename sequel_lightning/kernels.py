@@ -1,8 +1,8 @@
-"""Kernel ridge classifiers, and normal distributions of their bases that networks infer: the parts of KCL.
+"""The parts of KCL: kernel ridge classifiers, and networks that infer distributions of random bases.
 
     f(h) = gamma * K(h, C) (K(C, C) + (|lambda| + 0.01) I)^-1 Y + beta, of features h; Y labels of a coreset C
     N(mu, diag exp(v)), (mu, v) = net(mean of features), net: H units, H, H, 2H, with ELU after the first two
-    omega_d = mu + exp(v / 2) * eps_d, eps_d a stretch of H numbers of one table of noise
+    omega_d = mu + exp(v / 2) * eps_d, eps_d H consecutive numbers of one table of noise
 
 Mirror: sequel_flax/kernels.py
 """
@@ -30,7 +30,7 @@ class Gaussian(NamedTuple):
 
 
 def normalised(features: Tensor, how: str) -> Tensor:
-    """Return features `[n, H]` of unit length (l2), or scaled to [0, 1] by their extremes (minmax)."""
+    """Return features `[n, H]` scaled to unit length (l2), or to [0, 1] by their extremes (minmax)."""
     if how == "l2":
         squares = features.square().sum(1, keepdim=True)
         return features / squares.clamp(min=1e-24).sqrt()
@@ -50,50 +50,50 @@ def gaussian_kernel(a: Tensor, b: Tensor, bandwidth: float) -> Tensor:
 
 
 def solve(kernel: Tensor, ridge: Tensor, targets: Tensor) -> Tensor:
-    """Return (K + ridge I)^-1 Y of a kernel `[N, N]` and targets `[N, num_classes]`, by Cholesky's factor."""
+    """Return (K + ridge I)^-1 Y of a kernel `[N, N]` and targets `[N, num_classes]`, by Cholesky."""
     matrix = kernel + ridge * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
     wide = torch.promote_types(matrix.dtype, torch.float32)  # there is no solver for 16 bits
     matrix, right = matrix.to(wide), targets.to(wide)
     factor, failed = torch.linalg.cholesky_ex(matrix.detach())
-    factor = factor.masked_fill(failed > 0, math.nan)  # as in JAX: no exception, a loss that is not finite
-    found = torch.cholesky_solve(right, factor)
+    factor = factor.masked_fill(failed > 0, math.nan)  # as in JAX: a loss that is not finite, no exception
+    solution = torch.cholesky_solve(right, factor)
     # d(M^-1 Y) = -M^-1 dM M^-1 Y: a third of the time of a gradient through the factor
-    return torch.cholesky_solve(right - (matrix - matrix.detach()) @ found, factor).to(targets.dtype)
+    return torch.cholesky_solve(right - (matrix - matrix.detach()) @ solution, factor).to(targets.dtype)
 
 
 def compare(
-    own: Any, hparams: KCLHParams, core: Tensor, h: Tensor, noise: Any, phase: Any, positions: Any
+    extra: Any, hparams: KCLHParams, core: Tensor, h: Tensor, noise: Any, phase: Any, positions: Any
 ) -> tuple[Tensor, Tensor, Any]:
-    """Return K(C, C), K(h, C) and, for a kernel with bases, what they are drawn from: a Gaussian.
+    """Return K(C, C), K(h, C) and the Gaussian from which the bases are drawn, None for the kernel rbf.
 
     Args:
-        own: parameters, see `extra_parameters`.
+        extra: parameters, see `extra_parameters`.
         hparams: settings.
         core: normalised features of a coreset `[N, H]`.
         h: normalised features `[n, H]`.
-        noise: see `sequel_core.stream.memory.basis_constants`; of a kernel with bases, as what follows.
-        phase: of each basis `[D]`.
-        positions: where in the noise each basis begins `[D]`.
+        noise: see `sequel_core.algorithms.kcl.basis_constants`; None for the kernel rbf.
+        phase: of each basis `[D]`; None for the kernel rbf.
+        positions: where in the noise each basis begins `[D]`; None for the kernel rbf.
     """
     if hparams.kernel_type == "rbf":
         core_kernel, kernel = (gaussian_kernel(a, core, hparams.bandwidth) for a in (core, h))
         return core_kernel, kernel, None
-    source = infer(own.posterior, core)
+    source = infer(extra.posterior, core)
     bases = draw_bases(source, noise, positions)
     psi, others = (random_features(a, bases, phase) for a in (core, h))
     return psi @ psi.T, others @ psi.T, source
 
 
-def classify(own: Any, k: Any, kernel: Tensor, cross: Tensor, targets: Tensor) -> Tensor:
-    """Return the logits `[n, num_classes]` that the parameters of task k make of K(C, C) and K(h, C)."""
-    coefficients = solve(kernel, own.lmd[k].abs() + RIDGE, targets)
-    offset = own.offset[k].detach()  # of all classes alike: its slope is 0, but for rounding
-    logits: Tensor = own.gain[k] * (cross @ coefficients) + offset
+def classify(extra: Any, k: Any, kernel: Tensor, cross: Tensor, targets: Tensor) -> Tensor:
+    """Return the logits `[n, num_classes]` from K(C, C), K(h, C), one-hot labels and task k's parameters."""
+    coefficients = solve(kernel, extra.lmd[k].abs() + RIDGE, targets)
+    offset = extra.offset[k].detach()  # the same for all classes: its gradient is 0 up to rounding
+    logits: Tensor = extra.gain[k] * (cross @ coefficients) + offset
     return logits
 
 
 def extra_parameters(hparams: KCLHParams, seed: int, num_tasks: int, width: int, dtype: Any) -> nn.Module:
-    """Return lambda, gamma and beta of every task as they begin, and the networks of a kernel with bases.
+    """Return the initial lambda, gamma and beta of every task, and for rff the networks that infer bases.
 
     Args:
         hparams: settings.
@@ -102,9 +102,9 @@ def extra_parameters(hparams: KCLHParams, seed: int, num_tasks: int, width: int,
         width: number of features, H.
         dtype: of the weights.
     """
-    own = {"lmd": hparams.lmd, "gain": 1.0, "offset": 0.0}
+    initial = {"lmd": hparams.lmd, "gain": 1.0, "offset": 0.0}
     module = nn.Module()
-    for name, value in own.items():
+    for name, value in initial.items():
         module.register_parameter(name, nn.Parameter(torch.full((num_tasks,), value, dtype=dtype)))
     if hparams.kernel_type == "rff":
         for name in ("posterior", "prior"):
@@ -135,7 +135,7 @@ def inference_net(seed: int, path: str, width: int, dtype: Any) -> nn.Module:
 
 
 def infer(net: Any, features: Tensor) -> Gaussian:
-    """Return what a network infers from the mean of features `[n, H]`."""
+    """Return the Gaussian that a network infers from the mean of features `[n, H]`."""
     h = features.mean(0)
     for name in ("dense_0", "dense_1"):
         h = F.elu(net[name](h))
@@ -143,7 +143,7 @@ def infer(net: Any, features: Tensor) -> Gaussian:
 
 
 def draw_bases(source: Gaussian, noise: Tensor, positions: Tensor) -> Tensor:
-    """Return a basis for each position `[D]` where its stretch of the noise begins, `[D, H]`."""
+    """Return one basis for each position `[D]` at which its noise begins, `[D, H]`."""
     width = len(source.mean)
     eps = noise.unfold(0, width, 1)[positions]  # a view of overlapping rows, then a copy of some
     scale = (source.log_variance / 2).exp()

@@ -1,8 +1,8 @@
-"""A quadratic pull towards the weights of past tasks: what EWC, MAS and SI share.
+"""A quadratic penalty on leaving the weights of past tasks: the shared part of EWC, MAS and SI.
 
     L = CE(f(x), y) + strength * 1/2 * sum_i F_i (theta_i - theta*_i)^2
 
-A new method of this kind needs only its importances F, most often a mean over samples: `mean_gradients`.
+A new method of this type defines only its importances F, often a mean over samples: `mean_gradients`.
 
 Mirror: sequel_flax/quadratic.py
 """
@@ -33,9 +33,9 @@ class QuadraticState(NamedTuple):
 
 
 class QuadraticPenalty(torch.autograd.Function):
-    """1/2 * sum_i F_i (theta_i - theta*_i)^2, its gradient F (theta - theta*) written out.
+    """1/2 * sum_i F_i (theta_i - theta*_i)^2 with an explicit gradient, F (theta - theta*).
 
-    That takes half of autograd's time.
+    It takes half of the time of autograd.
 
     Arguments of `apply`: the number n of parameters, then n parameters, n anchors and n importances.
     """
@@ -69,14 +69,14 @@ def penalty(params: Params, anchor: Params, importance: Params) -> Tensor:
 def consolidate(
     params: Params, state: QuadraticState, importance: Params, separate: bool = False, gamma: float = 1.0
 ) -> QuadraticState:
-    """Return the state with one more task in it, whose importances were taken at `params`.
+    """Return the state after one more task.
 
     Args:
         params: weights at the end of the task.
-        state: of the tasks before.
-        importance: of the task.
-        separate: keep every task's own term (theta - theta*_k)^2; else the past is anchored at `params` too.
-        gamma: decay of past importances, where they are not separate.
+        state: of past tasks.
+        importance: of the task, taken at `params`.
+        separate: whether each task keeps its term (theta - theta*_k)^2; if not, all have the anchor `params`.
+        gamma: decay of past importances in [0, 1], if they are not separate.
     """
     if not separate:
         return QuadraticState(params, {k: gamma * f + importance[k] for k, f in state.importance.items()})
@@ -99,12 +99,12 @@ def mean_gradients(
 
     Args:
         params: weights at which gradients are taken.
-        model: what the objective needs beside them.
+        model: passed to the objective.
         batches: of samples, each sample once.
-        objective: of a batch, shape (); given batches of one sample, unless `per_batch`.
-        contribution: of a gradient array to the sum, elementwise: its square, its absolute value, ...
-        samples: N, the first so many; None for all.
-        per_batch: one gradient for each whole batch instead.
+        objective: returns the value of a batch, shape (). Unless `per_batch`, a batch has one sample.
+        contribution: of a gradient array to the sum, elementwise, for example its square.
+        samples: N, the first so many samples; None for all.
+        per_batch: whether to take one gradient for each batch instead of each sample.
     """
     sums, count = GradientSums(params, model, objective, contribution, per_batch), 0
     for batch in batches:
@@ -117,7 +117,7 @@ def mean_gradients(
 
 
 class QuadraticModule(ContinualModule):
-    """A quadratic penalty on importances that are taken at the end of a task; subclasses say which."""
+    """A quadratic penalty with importances that are computed at the end of a task; subclasses define them."""
 
     has_penalty = True
     strength = 1.0  # factor of the penalty
@@ -149,17 +149,17 @@ class QuadraticModule(ContinualModule):
         """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`.
 
         Raises:
-            ValueError: the network has no gradients of single samples, which a task would end with.
+            ValueError: gradients of single samples, which the end of a task needs, fail for the network.
         """
         if not self._checked:
             self.check_importances(batch)
         return super().objective(batch)
 
     def check_importances(self, batch: Batch) -> None:
-        """Take the importances of two samples, as at the end of a task.
+        """Compute the importances of two samples, as at the end of a task.
 
         Raises:
-            ValueError: that fails.
+            ValueError: this fails.
         """
         try:
             with evaluating(self):
@@ -173,7 +173,7 @@ class QuadraticModule(ContinualModule):
         self._checked = True
 
     def end_task(self, batches: Iterable[Batch]) -> None:
-        """Add the task's importances and move the anchor."""
+        """Add the importances of the task and update the anchor."""
         params = self.frozen_params()
         importance = self.importances(params, batches)
         past = QuadraticState(*(restricted(tree, params) for tree in self.state))

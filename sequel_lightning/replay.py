@@ -1,8 +1,8 @@
-"""A memory of samples beside the batch: what A-GEM, ER, DER and DER++ share.
+"""Replay of samples from a memory: the shared part of A-GEM, ER, DER and DER++.
 
-    L = loss(batch, draws), draws of the memory as it was before the step; then the batch is written to it
+    L = loss(batch, draws), with draws from the memory before the step; then the batch is written to it
 
-Which sample is in which slot, and which slots a step reads, comes with the batch (`Batch.plan`, from
+The plan of a batch says to which slots it is written and which slots the step reads (`Batch.plan`, from
 `sequel_core.stream.memory`). A new replay method defines only its loss.
 
 Mirror: sequel_flax/replay.py
@@ -36,32 +36,32 @@ class Memory(NamedTuple):
 
     x: Tensor  # images [M, C, H, W], in the dtype that they come in
     y: Tensor  # labels, int32 [M]
-    t: Tensor  # task indices, int32 [M]; -1 where a slot is empty
+    t: Tensor  # task indices, int32 [M]; -1 for an empty slot
     logits: Tensor | None  # [M, num_classes], as the network gave them when it was trained on the sample
 
 
 class ReplayBatch(NamedTuple):
-    """Samples as a step takes them: its batch, or a draw from the memory."""
+    """Samples of a step: its batch, or a draw from the memory."""
 
     x: Tensor  # images [N, C, H, W]
     y: Tensor  # labels [N]
     t: Tensor  # task indices [N]
     stored: Any  # logits that the memory holds [N, num_classes]; None where it holds none
-    count: Any  # samples that count, the first of them; what follows only fills up a draw
+    count: Any  # number of samples that count; the samples after them are padding
 
 
 class Outputs(NamedTuple):
-    """What the network says of samples."""
+    """The outputs of the network for samples."""
 
     logits: Tensor  # of all classes [N, num_classes]
-    masked: Tensor  # the same, masked to the task of each sample where the scenario says so
+    masked: Tensor  # the same, masked to the task of each sample in the task scenario
     y: Tensor  # labels [N]
     stored: Any  # logits that the memory holds [N, num_classes]; None where it holds none
-    count: Any  # samples that count, the first of them
+    count: Any  # number of samples that count, the first ones
 
 
 def empty_memory(spec: StreamSpec, slots: int, dtype: torch.dtype | None) -> Memory:
-    """Return a memory of so many empty slots; `dtype` of the logits, None for none."""
+    """Return a memory of empty slots; `dtype` is that of the logits, None for a memory without logits."""
     images = torch.zeros((slots, *spec.image_shape), dtype=getattr(torch, spec.image_dtype))
     return Memory(
         x=images.movedim(-1, 1),  # in memory as they come, colours last
@@ -72,7 +72,7 @@ def empty_memory(spec: StreamSpec, slots: int, dtype: torch.dtype | None) -> Mem
 
 
 def read(memory: Memory, slots: Slots) -> ReplayBatch:
-    """Return the samples in these slots `[N]`; what lies beyond the last slot does not count."""
+    """Return the samples in these slots `[N]`; a slot beyond the last one is padding and does not count."""
     index = torch.from_numpy(slots[slots < len(memory.y)]).to(memory.y.device, torch.int64)
     x, y, t = (a[index] for a in memory[:3])
     stored = None if memory.logits is None else memory.logits[index]
@@ -80,9 +80,9 @@ def read(memory: Memory, slots: Slots) -> ReplayBatch:
 
 
 def write(memory: Memory, slots: Slots, batch: Batch, logits: Tensor) -> Memory:
-    """Return the memory with the batch in these slots `[B]`; nothing is kept beyond the last slot."""
-    kept = np.flatnonzero(slots < len(memory.y))
-    source, index = (torch.from_numpy(a).to(memory.y.device, torch.int64) for a in (kept, slots[kept]))
+    """Return the memory with the batch in these slots `[B]`, without samples for slots beyond the last."""
+    rows = np.flatnonzero(slots < len(memory.y))
+    source, index = (torch.from_numpy(a).to(memory.y.device, torch.int64) for a in (rows, slots[rows]))
     for a, b in zip(memory, (batch.x, batch.y, batch.t, logits.detach()), strict=True):
         if a is not None:
             a[index] = b[source].to(a.dtype)  # in place
@@ -91,18 +91,18 @@ def write(memory: Memory, slots: Slots, batch: Batch, logits: Tensor) -> Memory:
 
 def stored_samples(memory: Memory) -> Samples:
     """Return copies of the samples that the memory holds, in the order of slots, images `[n, H, W, C]`."""
-    held = memory.t >= 0
-    x, y, t = (a[held].cpu().numpy() for a in memory[:3])
+    filled_slots = memory.t >= 0
+    x, y, t = (a[filled_slots].cpu().numpy() for a in memory[:3])
     return Samples(np.moveaxis(x, 1, -1).copy(), y.astype(np.int64), t.astype(np.int64))
 
 
-def mean_cross_entropy(*seen: Outputs) -> Tensor:
+def mean_cross_entropy(*outputs: Outputs) -> Tensor:
     """Return the mean cross-entropy of all samples that count, 0 without any, shape ()."""
-    losses = [F.cross_entropy(s.masked, s.y, reduction="none") for s in seen]
-    total = sum_of_first(losses[0], seen[0].count)
-    for values, s in zip(losses[1:], seen[1:], strict=True):
+    losses = [F.cross_entropy(s.masked, s.y, reduction="none") for s in outputs]
+    total = sum_of_first(losses[0], outputs[0].count)
+    for values, s in zip(losses[1:], outputs[1:], strict=True):
         total = total + sum_of_first(values, s.count)
-    mean: Tensor = total / max(sum(s.count for s in seen), 1)
+    mean: Tensor = total / max(sum(s.count for s in outputs), 1)
     return mean
 
 
@@ -112,9 +112,10 @@ def sum_of_first(values: Tensor, count: Any) -> Tensor:
 
 
 def forward(module: ContinualModule, samples: Sequence[ReplayBatch], together: bool) -> list[Outputs]:
-    """Return what the network says of samples, in training mode; running statistics move on.
+    """Return the outputs of the network for samples in training mode, which updates running statistics.
 
-    One pass is for all of them together, or one for the first and one for the others.
+    With `together`, all samples go through the network in one pass; otherwise the first batch has a pass, and
+    the others together have another.
     """
     logits: list[Tensor] = []
     for part in [samples] if together else [samples[:1], samples[1:]]:
@@ -130,52 +131,54 @@ def forward(module: ContinualModule, samples: Sequence[ReplayBatch], together: b
     ]
 
 
-def planned(memory: Memory, batch: Batch, kind: type[Any] = StepPlan) -> Any:
+def planned(memory: Memory, batch: Batch, plan_type: type[Any] = StepPlan) -> Any:
     """Return the plan of a batch.
 
     Raises:
-        ValueError: the batch has no plan, or its images have not the memory's dtype.
+        ValueError: the batch has no plan, or its images have another dtype than the memory.
     """
     plan = method_plan(batch)
-    if not isinstance(plan, kind):
+    if not isinstance(plan, plan_type):
         raise ValueError(
             "the batch has no plan, which says what to write to the memory and what to read; give "
             "Batch(x, y, t, planner.next(y, t))"
         )
     if batch.x.dtype != memory.x.dtype:
-        found = str(batch.x.dtype).removeprefix("torch.")
+        name, expected = (str(a.dtype).removeprefix("torch.") for a in (batch.x, memory.x))
         raise ValueError(
-            f"the memory holds {str(memory.x.dtype).removeprefix('torch.')} images, the batch has {found}; "
-            f"give spec._replace(image_dtype='{found}')"
+            f"the memory holds {expected} images, the batch has {name}; "
+            f"give spec._replace(image_dtype='{name}')"
         )
     return plan
 
 
 def draws(memory: Memory, batch: Batch) -> list[ReplayBatch]:
-    """Return the batch, then each of its plan's draws from the memory, augmented; see `planned`."""
+    """Return the batch, then each draw of its plan from the memory, augmented; see `planned`."""
     reads = planned(memory, batch).reads
-    own = ReplayBatch(cropped(batch).x, batch.y, batch.t, None, len(batch.y))
-    return [own, *(drawn(memory, batch, reads[k], k) for k in range(len(reads)))]
+    current = ReplayBatch(cropped(batch).x, batch.y, batch.t, None, len(batch.y))
+    return [current, *(drawn(memory, batch, reads[k], k) for k in range(len(reads)))]
 
 
 def drawn(memory: Memory, batch: Batch, slots: Slots, k: Any) -> ReplayBatch:
     """Return draw k of a batch's plan, the samples in these slots `[R]`, augmented."""
-    found = read(memory, slots)
-    return found._replace(x=cropped_draw(found.x, batch, k))
+    samples = read(memory, slots)
+    return samples._replace(x=cropped_draw(samples.x, batch, k))
 
 
 class ReplayModule(ContinualModule):
-    """A module that trains on `replay_loss(batch, draws)`; subclasses say which.
+    """A module that trains on `replay_loss(batch, draws)`, which subclasses define.
 
     Raises:
-        ValueError: without a spec, or a memory that does not fit the stream.
+        ValueError: no spec, or a memory that does not fit the stream.
     """
 
     algorithm_hparams: MemoryHParams
     num_draws = 1  # independent draws of a step
-    past_only = False  # read past tasks alone
-    together = False  # one pass of the network for the batch and the draws, else one for each of the two
+    past_only = False  # whether draws are from past tasks only
+    together = False  # whether the batch and the draws have one pass; see `forward`
     keep_logits = False  # whether the memory holds the logits of its samples
+    draws_in_loss = True  # whether `replay_loss` gets the draws
+    samples: Sequence[ReplayBatch] = ()  # the latest batch, then its draws
 
     def init_memory(self) -> None:
         """Make the empty memory."""
@@ -196,26 +199,29 @@ class ReplayModule(ContinualModule):
     @property
     def state(self) -> Any:
         """What the method keeps: the memory, for most."""
-        return self.held
+        return self.contents
 
     @property
-    def held(self) -> Memory:
+    def contents(self) -> Memory:
         """The memory."""
-        found = self.memory.get()
-        return Memory(found["x"], found["y"], found["t"], found.get("logits"))
+        tensors = self.memory.get()
+        return Memory(tensors["x"], tensors["y"], tensors["t"], tensors.get("logits"))
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the loss of the batch and the draws, and the batch's logits; then write the batch."""
         batch = self.planned(batch)
-        own, *drawn = forward(self, draws(self.held, batch), self.together)
-        loss = self.replay_loss(own, drawn)
+        self.samples = draws(self.contents, batch)
+        current, *past = forward(
+            self, self.samples if self.draws_in_loss else self.samples[:1], self.together
+        )
+        loss = self.replay_loss(current, past)
         if self.has_penalty:
             with torch.no_grad():
-                self.added(loss - mean_cross_entropy(own))
-        self.remember(batch, own)
-        return loss, own.masked
+                self.added(loss - mean_cross_entropy(current))
+        self.write_batch(batch, current)
+        return loss, current.masked
 
-    def remember(self, batch: Batch, seen: Outputs) -> None:
+    def write_batch(self, batch: Batch, outputs: Outputs) -> None:
         """Write the batch to the memory."""
         if self.lifecycle.fitting:
-            write(self.held, method_plan(batch).write, batch, seen.logits)
+            write(self.contents, method_plan(batch).write, batch, outputs.logits)

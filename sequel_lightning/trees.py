@@ -116,6 +116,17 @@ def adopt_names(module: Any, state_dict: Mapping[str, Tensor], prefix: str = "")
             tree.adopt({k: p for k, p in params.items() if k.replace(".", "/") in names})
 
 
+def tree_map(function: Callable[..., Tensor], tree: Params, *others: Params) -> Params:
+    """Return `function(a, *b)` by name, of each tensor and of the tensors of that name in the other trees.
+
+    Args:
+        function: of one tensor from each tree.
+        tree: gives the names of the result.
+        others: may have further names, which are left out.
+    """
+    return {k: function(a, *(other[k] for other in others)) for k, a in tree.items()}
+
+
 def restricted(tree: Params, names: Iterable[str]) -> Params:
     """Return the tensors of these names."""
     return {k: tree[k] for k in names}

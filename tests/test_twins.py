@@ -1,9 +1,30 @@
-"""The two plug-ins read as a translation of each other: files, functions, parameters, states, docstrings."""
+"""The two plug-ins read as a translation of each other: files, functions, parameters, states, docstrings.
+
+The share of a pair of files is the share of its code that lies in twin functions. Code is counted in words:
+names, numbers, strings and operators, after `ast.unparse`. These do not count:
+
+- docstrings, comments, imports, annotations and decorators;
+- the names of the frameworks, such as `jnp`, `torch` and `lax`;
+- the names by which a function reaches the network: a module in Lightning; in Flax a train state, its
+  parameters and the state;
+- what only connects a method to its framework: attributes of a class, the statement that a factory returns,
+  and a method or nested function whose body is one call.
+
+Two functions, or a method and a function that is nested in a factory, are twins under three conditions: they
+have the same name, the same parameters, and bodies whose words have a `difflib` ratio of at least `SIMILAR`.
+The ratio is twice the number of words that both have in the same order, divided by the words of both. It is 1
+for the same words, and about 0.2 for functions of the same name that work differently. A NamedTuple is a twin
+if both files have it with the same fields.
+"""
 
 from __future__ import annotations
 
 import ast
+import difflib
 import inspect
+import io
+import re
+import tokenize
 from pathlib import Path
 from types import ModuleType
 
@@ -21,17 +42,17 @@ PLUGINS: list[ModuleType] = [sequel_flax, sequel_lightning]
 
 def files(plugin: ModuleType, folder: str) -> dict[str, Path]:
     assert plugin.__file__ is not None
-    found = (Path(plugin.__file__).parent / folder).glob("*.py")
-    own = OWN.get(folder, ((), ()))[PLUGINS.index(plugin)]
+    paths = (Path(plugin.__file__).parent / folder).glob("*.py")
+    single = SINGLE.get(folder, ((), ()))[PLUGINS.index(plugin)]
     return {
         path.name: path
-        for path in found
-        if path.name not in own and (folder != SHARED or path.name in SHARED_FILES)
+        for path in paths
+        if path.name not in single and (folder != SHARED or path.name in SHARED_FILES)
     }
 
 
-OWN = {"backbones": ({"normalisation.py"}, {"normalisation.py", "torchvision.py"})}
-"""What one plug-in alone needs: torch brings the layers and takes any module, Flax has no torchvision."""
+SINGLE = {"backbones": ({"normalisation.py"}, {"normalisation.py", "torchvision.py"})}
+"""Files of one plug-in only: torch has the layers and takes any module, Flax has no torchvision."""
 FILE_NAMES = {"resnet18": "resnet", "resnet18_thin": "resnet"}
 SHARED = "."
 SHARED_FILES = {"coresets.py", "exemplars.py", "kernels.py", "quadratic.py", "replay.py"}
@@ -41,10 +62,10 @@ CONTAINERS = {
     "quadratic.py": ("quadratic", "init_quadratic"),
     "replay.py": ("replay",),
 }
-"""What the factory of a bundle is in Flax, where a LightningModule stands in its place."""
+"""Functions of the Flax files that are a LightningModule's in the other plug-in."""
 COMMON = [name for name, hparams in BACKBONES.items() if len(hparams.modes) == len(PLUGINS)]
 NETWORKS = {"MLP", "CNN", "Block", "ResNet18"}
-"""Classes whose docstrings differ by what torch has to be told: image_shape, channels of the input."""
+"""Classes whose docstrings differ, because torch needs to know image_shape or the channels of the input."""
 TRANSLATED = {"jax.Array": "Tensor", "jax.Array | None": "Tensor | None"}
 
 FOLDERS = {
@@ -55,22 +76,23 @@ each_twin = pytest.mark.parametrize(("folder", "name"), TWINS)
 
 
 def trees(folder: str, name: str) -> list[ast.Module]:
-    return [ast.parse(found[name].read_text()) for found in FOLDERS[folder]]
+    return [ast.parse(paths[name].read_text()) for paths in FOLDERS[folder]]
 
 
 def functions(tree: ast.Module, containers: tuple[str, ...]) -> dict[str, str]:
-    """Return the public functions, but for the factory that is a class in the twin, with their parameters.
+    """Return the public functions, except for a factory whose twin is a class, with their parameters."""
+    public = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]
+    return {f.name: parameters(f) for f in public if f.name not in containers}
+
+
+def parameters(function: ast.FunctionDef) -> str:
+    """Return the names of the parameters, with `module` for a network.
 
     A network is a module in Lightning; in Flax it is a train state, its parameters and the state.
     """
-    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name[0] != "_"]
-    return {
-        f.name: " ".join(a.arg for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)).replace(
-            "ts params state", "module"
-        )
-        for f in found
-        if f.name not in containers
-    }
+    arguments = function.args
+    names = " ".join(a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs))
+    return re.sub(r"\b(ts params state|ts state|self)\b", "module", names)
 
 
 def states(tree: ast.Module) -> dict[str, list[tuple[str, str]]]:
@@ -107,19 +129,21 @@ def test_the_same_functions_and_states(folder: str, name: str) -> None:
 
 def test_the_states_and_functions_are_found() -> None:
     for tree in trees(SHARED, "quadratic.py"):
-        found = functions(tree, CONTAINERS["quadratic.py"])
-        assert found["consolidate"] == "params state importance separate gamma"
+        assert (
+            functions(tree, CONTAINERS["quadratic.py"])["consolidate"]
+            == "params state importance separate gamma"
+        )
         assert states(tree)["QuadraticState"] == [("anchor", "Params"), ("importance", "Params")]
     for tree in trees(SHARED, "replay.py"):
-        assert functions(tree, ())["look"] == "module samples together"
-        assert states(tree)["Seen"][0] == ("logits", "Tensor")
+        assert functions(tree, ())["forward"] == "module samples together"
+        assert states(tree)["Outputs"][0] == ("logits", "Tensor")
 
 
 @each_twin
 def test_the_same_docstrings(folder: str, name: str) -> None:
     texts = [str(ast.get_docstring(tree)) for tree in trees(folder, name)]
-    where = name if folder == SHARED else f"{folder}/{name}"
-    mirrors = [f"Mirror: {plugin.__name__}/{where}" for plugin in reversed(PLUGINS)]
+    path = name if folder == SHARED else f"{folder}/{name}"
+    mirrors = [f"Mirror: {plugin.__name__}/{path}" for plugin in reversed(PLUGINS)]
     bare = [text.replace(mirror, "") for text, mirror in zip(texts, mirrors, strict=True)]
     assert bare[0] == bare[1] != texts[0]
     mine, twins = (
@@ -130,11 +154,105 @@ def test_the_same_docstrings(folder: str, name: str) -> None:
         assert mine[shared] == twins[shared], shared
 
 
-@pytest.mark.parametrize("plugin", [0, 1], ids=["flax", "lightning"])
-@each_twin
-def test_an_algorithm_fits_on_a_screen_or_two(folder: str, name: str, plugin: int) -> None:
-    limit = 240 if folder == SHARED else 165
-    assert len(FOLDERS[folder][plugin][name].read_text().splitlines()) <= limit
+SIMILAR = 0.5
+"""Least `difflib` ratio of the words of twin bodies."""
+SHARE = 0.6
+"""Least share of code in twin functions."""
+BELOW: dict[str, tuple[float, str]] = {
+    "agem.py": (0.2, "Lightning projects the gradient in a hook of its optimizer step"),
+    "si.py": (0.2, "Lightning spreads the step over three hooks, and calls fused kernels"),
+    "quadratic.py": (0.3, "torch has the gradient of the penalty written out, JAX traces loops over samples"),
+    "coresets.py": (0.0, "only Lightning's module takes coresets from a user's own loop, with its checks"),
+    "exemplars.py": (0.3, "Flax chooses exemplars on the host, from within compiled functions"),
+}
+"""Pairs that cannot reach `SHARE`: the share that they keep, and the reason."""
+FRAMEWORK = {"Array", "F", "Tensor", "jax", "jnp", "lax", "nn", "np", "optax", "torch", "tree_utils"}
+NETWORK = {"model", "module", "net", "params", "self", "state", "stats", "stream", "ts"}
+SAME_WORD = {"axis": "dim", "keepdims": "keepdim", "concatenate": "cat"}
+
+
+class Stripped(ast.NodeTransformer):
+    """Removes docstrings, annotations and decorators."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        self.generic_visit(node)
+        node.body = node.body[ast.get_docstring(node) is not None :] or [ast.Pass()]
+        node.decorator_list, node.returns = [], None
+        for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
+            argument.annotation = None
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        self.generic_visit(node)
+        return node if node.value is None else ast.Assign([node.target], node.value, lineno=node.lineno)
+
+
+def words(*nodes: ast.AST) -> list[str]:
+    text = re.sub(r"\bjax\.tree\.map\b", "tree_map", "\n".join(map(ast.unparse, nodes)))
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    types = (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.OP)
+    code = [t.string for t in tokens if t.type in types and t.string not in set("()[]{}.,:")]
+    return [SAME_WORD.get(w, w) for w in code if w not in FRAMEWORK | NETWORK]
+
+
+def is_call(function: ast.FunctionDef) -> bool:
+    """Return whether the body is one call."""
+    statement = function.body[0]
+    returned = statement.value if isinstance(statement, ast.Return | ast.Expr) else None
+    return len(function.body) == 1 and isinstance(returned, ast.Call)
+
+
+def counted(tree: ast.Module, containers: tuple[str, ...]) -> tuple[dict[str, ast.AST], list[ast.AST]]:
+    """Return the functions and NamedTuples by name, and the other statements that count."""
+    named: dict[str, ast.AST] = {}
+    others: list[ast.AST] = []
+    members: list[ast.stmt] = []
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            if "NamedTuple" in map(ast.unparse, node.bases):
+                named[node.name] = node
+            else:
+                members += [m for m in node.body if isinstance(m, ast.FunctionDef)]
+        elif isinstance(node, ast.FunctionDef):
+            if node.name in containers:
+                members += [m for m in node.body if not isinstance(m, ast.Return)]
+            else:
+                named[node.name] = node
+        elif isinstance(node, ast.Assign):
+            others.append(node)
+    for member in members:
+        if not isinstance(member, ast.FunctionDef) or member.name in named:
+            others.append(member)
+        elif not is_call(member):
+            named[member.name] = member
+    return named, [node for node in others if not isinstance(node, ast.FunctionDef) or not is_call(node)]
+
+
+def are_twins(a: ast.AST, b: ast.AST) -> bool:
+    if not isinstance(a, ast.FunctionDef) or not isinstance(b, ast.FunctionDef):
+        return True  # the fields of a NamedTuple are compared above
+    ratio = difflib.SequenceMatcher(None, words(*a.body), words(*b.body), autojunk=False).ratio()
+    return parameters(a) == parameters(b) and ratio >= SIMILAR
+
+
+def share(folder: str, name: str) -> float:
+    """Return the share of a pair's code that lies in twin functions; 1 for a pair without code."""
+    containers = CONTAINERS.get(name, (name.removesuffix(".py"),))
+    (a, others_a), (b, others_b) = (counted(Stripped().visit(t), containers) for t in trees(folder, name))
+    twins = [n for k in a.keys() & b.keys() if are_twins(a[k], b[k]) for n in (a[k], b[k])]
+    total = len(words(*a.values(), *b.values(), *others_a, *others_b))
+    return len(words(*twins)) / total if total else 1.0
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [pair for pair in TWINS if pair[0] != "backbones"], ids=lambda text: text
+)
+def test_most_code_lies_in_twin_functions(folder: str, name: str) -> None:
+    """Backbones are layers rather than functions; `tests/parity` compares what they compute."""
+    least, _ = BELOW.get(name, (SHARE, ""))
+    assert share(folder, name) >= least
+    if name in BELOW:
+        assert share(folder, name) < SHARE, "it reaches the limit: remove it from BELOW"
 
 
 @pytest.mark.parametrize("name", ["make_learner", "build_learner", "build_optimizer", "process_settings"])
@@ -157,7 +275,7 @@ def test_the_same_names_in_the_tables() -> None:
 def test_backbones_take_the_same_settings(name: str) -> None:
     ours = inspect.signature(sequel_flax.backbones.BACKBONES[name]).parameters
     theirs = inspect.signature(sequel_lightning.backbones.BACKBONES[name]).parameters
-    own = [parameter for parameter in ours if parameter not in ("parent", "name")]  # those two are linen's
-    assert own == [parameter for parameter in theirs if parameter in own]
-    assert {p: ours[p].default for p in own} == {p: theirs[p].default for p in own}
-    assert vars(BACKBONES[name]()).keys() <= set(own)
+    shared = [parameter for parameter in ours if parameter not in ("parent", "name")]  # those two are linen's
+    assert shared == [parameter for parameter in theirs if parameter in shared]
+    assert {p: ours[p].default for p in shared} == {p: theirs[p].default for p in shared}
+    assert vars(BACKBONES[name]()).keys() <= set(shared)

@@ -2,11 +2,11 @@
 
     g <- g - (g . g_ref / g_ref . g_ref) g_ref  if g . g_ref < 0, else g                             (eq. 11)
 
-g is the gradient of the batch's cross-entropy and g_ref that of a draw from the samples of past tasks;
-without any, in the first task, g stays as it is. The projection comes before clipping and the optimizer. The
-ring of the official code is written while a task is trained on and read from the next one on; its sizes are
-25 (MNIST) or 13 (CIFAR) samples of each class and task, 256 a draw. RotatedMNIST (55.3, MC-SGD paper) has one
-sample of each class and task, all of which are drawn.
+g is the gradient of the cross-entropy of the batch. g_ref is that of a draw from samples of past tasks; in
+the first task there are none, and g stays as it is. The projection comes before clipping and the optimizer.
+The memory of the official code is a ring, which is written during a task and read from the next task on. Its
+sizes are 25 (MNIST) or 13 (CIFAR) samples for each class and task, and draws of 256. RotatedMNIST (55.3,
+MC-SGD paper) has one sample for each class and task, and draws all of them.
 
 Mirror: sequel_lightning/algorithms/agem.py
 """
@@ -39,7 +39,7 @@ from sequel_flax.trainable import Selection
 
 
 def project(gradient: Params, reference: Params) -> Params:
-    """Return the gradient without its part against the reference; a zero reference changes nothing."""
+    """Return the gradient without its component against the reference; 0 as a reference changes nothing."""
     along, norm = dot(gradient, reference), dot(reference, reference)
     factor = jnp.where(along < 0, along / jnp.where(norm > 0, norm, 1), 0)
     return jax.tree.map(lambda g, r: g - factor * r, gradient, reference)
@@ -57,34 +57,57 @@ def batch_loss(batch: Outputs, draws: Sequence[Outputs]) -> jax.Array:
 
 
 def agem(hparams: AGEMHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
-    """Return A-GEM.
+    """Return A-GEM as pure functions.
+
+    The calls are those of `help(er)`.
 
     Args:
-        hparams: settings.
-        seed: of dropout and of the memory.
-        trainable: which parameters are trained; see `make_algorithm`.
+        hparams: settings; see `help(AGEMHParams)`.
+        seed: of dropout and of the memory, >= 0.
+        trainable: which parameters are trained; None for all. See `make_algorithm`.
+
+    Raises:
+        ValueError: in `init`, if the classes and tasks do not divide `mem_size`; in `train_step`, if a batch
+            has no plan.
+
+    Example:
+        >>> import optax
+        >>> from flax.training.train_state import TrainState
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import Batch, AGEMHParams
+        >>> from sequel_flax import MLP, agem, initial_params
+        >>> digits, net = RotatedDigits(num_tasks=2, subset=40), MLP(widths=(16,), num_classes=10)
+        >>> params = initial_params(net, digits.spec, seed=0)
+        >>> ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
+        >>> algorithm = agem(AGEMHParams(mem_size=40, mem_batch_size=20))
+        >>> state = algorithm.init(ts, digits.spec)
+        >>> planner, (x, y, t) = algorithm.planner(digits.spec, state), digits.tasks[0].train.take(range(40))
+        >>> ts, state = algorithm.start_task(ts, state, digits.tasks[0])
+        >>> ts, state, outputs = algorithm.train_step(ts, state, Batch(x, y, t, planner.next(y, t)))
+        >>> outputs["logits"].shape
+        (40, 10)
     """
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         check_augmented(state, batch)
-        own, past = draws(state.memory, batch)
+        current, past = draws(state.memory, batch)
 
         def loss_fn(params: Params) -> tuple[jax.Array, tuple[Outputs, Stats]]:
-            (seen,), stats = forward(ts, params, state, [own], together=True)
-            return batch_loss(seen, []), (seen, stats)
+            (outputs,), stats = forward(ts, params, state, [current], together=True)
+            return batch_loss(outputs, []), (outputs, stats)
 
         def reference_fn(params: Params, stats: Stats) -> tuple[jax.Array, Stats]:
             counts = jnp.arange(len(past.y)) < past.count
             logits, stats = training_forward(ts, params, state, past.x, stats=stats, draw=1, counts=counts)
-            own = masked(state.stream, logits, past.t)
-            return mean_cross_entropy(Outputs(logits, own, past.y, None, past.count)), stats
+            masked_logits = masked(state.stream, logits, past.t)
+            return mean_cross_entropy(Outputs(logits, masked_logits, past.y, None, past.count)), stats
 
-        (loss, (seen, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
+        (loss, (outputs, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
         if len(past.y):
             reference, stats = jax.grad(reference_fn, has_aux=True)(ts.params, stats)
             gradient = project(gradient, reference)
-        memory = write(state.memory, method_plan(batch).write, batch, seen.logits)
-        outputs = {"loss": loss, "logits": seen.masked, "labels": batch.y}
-        return advance(ts, gradient, stats), state._replace(memory=memory), outputs
+        memory = write(state.memory, method_plan(batch).write, batch, outputs.logits)
+        step_outputs = {"loss": loss, "logits": outputs.masked, "labels": batch.y}
+        return advance(ts, gradient, stats), state._replace(memory=memory), step_outputs
 
     return replay(hparams, seed, batch_loss, past_only=True, trainable=trainable, train_step=train_step)

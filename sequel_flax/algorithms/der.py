@@ -2,10 +2,10 @@
 
     L = CE(f(x), y) + alpha * E_(x', z) ||z - f(x')||^2                                              (eq. 5)
 
-z are the logits that the network gave for x' when it was trained on it, before the step, in training mode and
-of all classes, unmasked; (x', z) is a draw from the memory, a reservoir that is read as soon as it holds
-anything. `distance="sum"` is the squared norm of the paper; its code, and so its tuned alphas, take the mean
-over classes (`"mean"`), a tenth of it for ten classes.
+(x', z) is a draw from the memory. z are the logits of x' at the step at which it was a training sample:
+before the update, in training mode, of all classes and unmasked. The memory is a reservoir, which is read as
+soon as it has a sample. `distance="sum"` is the squared norm of the paper. The official code, and so its
+tuned alphas, has the mean over classes (`distance="mean"`), a tenth of it for ten classes.
 
 Mirror: sequel_lightning/algorithms/der.py
 """
@@ -37,12 +37,30 @@ def replay_loss(batch: Outputs, draws: Sequence[Outputs], hparams: DERHParams) -
 
 
 def der(hparams: DERHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
-    """Return dark experience replay.
+    """Return dark experience replay as pure functions.
+
+    The calls are those of `help(er)`; the memory also holds logits.
 
     Args:
-        hparams: settings.
-        seed: of dropout and of the memory.
-        trainable: which parameters are trained; see `make_algorithm`.
+        hparams: settings; see `help(DERHParams)`.
+        seed: of dropout and of the memory, >= 0.
+        trainable: which parameters are trained; None for all. See `make_algorithm`.
+
+    Raises:
+        ValueError: as for `er`.
+
+    Example:
+        >>> import optax
+        >>> from flax.training.train_state import TrainState
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import DERHParams
+        >>> from sequel_flax import MLP, der, initial_params
+        >>> digits, net = RotatedDigits(num_tasks=2, subset=40), MLP(widths=(16,), num_classes=10)
+        >>> params = initial_params(net, digits.spec, seed=0)
+        >>> ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
+        >>> algorithm = der(DERHParams(mem_size=50, alpha=0.5))
+        >>> algorithm.init(ts, digits.spec).memory.logits.shape
+        (50, 10)
     """
     loss = partial(replay_loss, hparams=hparams)
     return replay(hparams, seed, loss, keep_logits=True, trainable=trainable)

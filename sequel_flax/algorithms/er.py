@@ -2,10 +2,10 @@
 
     L = mean CE over B_n and B_M together, B_n the batch and B_M a draw from the memory          (algorithm 1)
 
-The memory is read from the first task on, in one pass of the network with the batch, and the batch is then
-written to it. The reservoir holds each sample of the stream with probability M/n exactly; the ring
-holds the latest samples of each class (of each task, where tasks share classes). The published numbers have
-batches of 10 and 10; RotatedMNIST (69.2, MC-SGD paper) has one sample per class and task, `mem_size=200`.
+The network sees the batch and the draw in one pass, from the first task on. The batch is then written to the
+memory. A reservoir holds each sample of the stream with probability M/n exactly. A ring holds the latest
+samples of each class, or of each class of each task if tasks share classes. The published accuracies have
+batches and draws of 10; RotatedMNIST (69.2, MC-SGD paper) has one sample per class and task, `mem_size=200`.
 
 Mirror: sequel_lightning/algorithms/er.py
 """
@@ -28,11 +28,37 @@ def replay_loss(batch: Outputs, draws: Sequence[Outputs]) -> jax.Array:
 
 
 def er(hparams: ERHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
-    """Return experience replay.
+    """Return experience replay as pure functions.
+
+    Each batch needs a plan, which says what to write to the memory and what to read:
+    `Batch(x, y, t, planner.next(y, t))`.
 
     Args:
-        hparams: settings.
-        seed: of dropout and of the memory.
-        trainable: which parameters are trained; see `make_algorithm`.
+        hparams: settings; see `help(ERHParams)`.
+        seed: of dropout and of the memory, >= 0.
+        trainable: which parameters are trained; None for all. See `make_algorithm`.
+
+    Raises:
+        ValueError: in `init`, if the memory does not fit the stream; in `train_step`, if a batch has no plan.
+
+    Example:
+        >>> import optax
+        >>> from flax.training.train_state import TrainState
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import Batch, ERHParams
+        >>> from sequel_flax import MLP, er, initial_params
+        >>> digits, net = RotatedDigits(num_tasks=2, subset=40), MLP(widths=(16,), num_classes=10)
+        >>> params = initial_params(net, digits.spec, seed=0)
+        >>> ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
+        >>> algorithm = er(ERHParams(mem_size=50, mem_batch_size=10))
+        >>> state = algorithm.init(ts, digits.spec)
+        >>> planner = algorithm.planner(digits.spec, state)
+        >>> for task in digits.tasks:
+        ...     x, y, t = task.train.take(range(20))
+        ...     ts, state = algorithm.start_task(ts, state, task)
+        ...     ts, state, outputs = algorithm.train_step(ts, state, Batch(x, y, t, planner.next(y, t)))
+        ...     ts, state = algorithm.end_task(ts, state, [Batch(x, y, t)])
+        >>> int((state.memory.t >= 0).sum())  # samples in the memory
+        40
     """
     return replay(hparams, seed, replay_loss, together=True, trainable=trainable)

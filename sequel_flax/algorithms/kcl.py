@@ -3,16 +3,21 @@
     f_k(x) = gamma_k K(x, C_k) (K(C_k, C_k) + (|lambda_k| + 0.01) I)^-1 Y_k + beta_k
     L = CE(f_k(x), y) + tau * KL(q || p)
 
-C_k are samples that task k sets aside, Y_k their one-hot labels; K is of the normalised last hidden layer h.
-rff: psi(a)^T psi(b), psi(h) = sqrt(2/D) cos(omega h + b), with D bases omega from q, which one network infers
-from the coreset, and another p from the batch; rbf: exp(-||a - b||^2 / (2 bandwidth^2)), without KL.
+C_k is the coreset of task k, samples that are set aside before training. Y_k are their one-hot labels. K
+compares the normalised last hidden layer h of two samples:
 
-The bases are new at every step; those of evaluation are fixed, where the official code draws anew. beta,
-alike for all classes, has no part in a softmax: it stays 0. Quirks of the code are options: an answer
-depends on the rest of its batch by `normalisation=minmax` (its MLP), and `task_parameters=current`. Its
-scripts: CIFAR-100 with rff, D 2048, tau 0.01, 20 samples of each class, SGD 0.3 with momentum 0.8 and
-lr_decay 0.95, batch 10, dropout 0.02; MNIST with rbf, 200 samples, SGD 0.1 with momentum 0.8 and lr_decay
-0.5, dropout 0.5. A network needs `features(x)`, and a `head` that stays as it is.
+- `rff`: K(a, b) = psi(a)^T psi(b) with psi(h) = sqrt(2/D) cos(omega h + b) and D random bases omega. The
+  bases are drawn from q, which a network infers from the coreset. Another network infers p from the batch.
+- `rbf`: K(a, b) = exp(-||a - b||^2 / (2 bandwidth^2)), without the KL term.
+
+Every training step draws new bases. Evaluation always uses the same bases; the official code draws new ones.
+beta adds the same number to all classes, which a softmax ignores, so it stays 0. Two quirks of the official
+code are options: with `normalisation=minmax` (its MLP), the logits of a sample depend on the rest of its
+batch; `task_parameters=current` evaluates every task with the parameters of the latest one.
+
+The official scripts use, for CIFAR-100: rff, D 2048, tau 0.01, 20 samples of each class, SGD 0.3 with
+momentum 0.8 and lr_decay 0.95, batch 10, dropout 0.02. For MNIST: rbf, 200 samples, SGD 0.1 with momentum
+0.8 and lr_decay 0.5, dropout 0.5. The network needs `features(x)`, and a `head`, which is not trained.
 
 Mirror: sequel_lightning/algorithms/kcl.py
 """
@@ -27,36 +32,159 @@ import jax.numpy as jnp
 from flax.training.train_state import TrainState
 
 from sequel_core.algorithms.kcl import BasesPlan, BasesPlanner, KCLHParams, basis_constants
+from sequel_core.stream.augmentation import method_plan
 from sequel_core.stream.benchmark import StreamSpec
-from sequel_core.stream.planner import NoPlanner, Planner
+from sequel_core.stream.planner import NoPlanner
 from sequel_core.stream.task import Batch
 from sequel_flax import bundle, kernels
-from sequel_flax.bundle import Algorithm, Params, State, StepOutputs, make_algorithm
-from sequel_flax.coresets import apply_start, held, plan_start
+from sequel_flax.bundle import Algorithm, Params, State, Stats, StepOutputs, make_algorithm
+from sequel_flax.coresets import apply_start, coreset_of, plan_start
 from sequel_flax.replay import Memory, empty_memory
 from sequel_flax.trainable import Selection
 
 
 class KCLState(NamedTuple):
-    """What KCL keeps; only the kernel rff has more than coresets."""
+    """What KCL keeps; `noise`, `phase` and `fixed` are None for the kernel rbf."""
 
-    coreset: Memory  # core_size slots for each task, filled when it begins
-    noise: jax.Array | None  # normal numbers, float32 [NOISE + H - 1]
+    coreset: Memory  # core_size slots for each task, filled when the task begins
+    noise: jax.Array | None  # standard normal numbers, float32 [NOISE + H - 1]
     phase: jax.Array | None  # b, [D]
-    fixed: jax.Array | None  # where in the noise the bases of evaluation begin, int32 [D]
+    fixed: jax.Array | None  # where in `noise` the bases of evaluation begin, int32 [D]
 
 
-def kcl(hparams: KCLHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
-    """Return kernel continual learning.
+def init_state(hparams: KCLHParams, spec: StreamSpec, seed: int, width: int, dtype: Any) -> KCLState:
+    """Return the state before the first task.
 
     Args:
         hparams: settings.
-        seed: of dropout, of the bases, and of the networks that infer them.
-        trainable: which parameters of the network are trained; see `make_algorithm`.
+        spec: of the stream.
+        seed: of the bases.
+        width: units of the last hidden layer, H.
+        dtype: of the weights.
+    """
+    coreset = empty_memory(spec, spec.num_tasks * hparams.core_size, None)
+    if hparams.kernel_type == "rbf":
+        return KCLState(coreset, None, None, None)
+    noise, phase, fixed = map(jnp.asarray, basis_constants(seed, hparams.d_rn_f, width))
+    return KCLState(coreset, noise, phase.astype(dtype), fixed)
+
+
+def task_logits(
+    extra: Any,
+    state: KCLState,
+    hparams: KCLHParams,
+    core: jax.Array,
+    y: jax.Array,
+    k: Any,
+    h: jax.Array,
+    starts: Any,
+    classes: int,
+) -> tuple[jax.Array, Any]:
+    """Return the logits of task k's classifier `[n, classes]`, and the distribution of its bases.
+
+    Args:
+        extra: see `kernels.extra_parameters`.
+        state: what KCL keeps.
+        hparams: settings.
+        core: normalised features of a coreset `[N, H]`.
+        y: its labels `[N]`.
+        k: task whose lambda, gamma and beta are used.
+        h: normalised features `[n, H]`.
+        starts: where in `state.noise` each basis begins, int `[D]`; None for the kernel rbf.
+        classes: outputs of the classifier.
+    """
+    kernel, cross, source = kernels.compare(extra, hparams, core, h, state.noise, state.phase, starts)
+    targets = jax.nn.one_hot(y, classes, dtype=core.dtype)
+    return kernels.classify(extra, k, kernel, cross, targets), source
+
+
+def divergence(extra: Any, hparams: KCLHParams, source: kernels.Gaussian, h: jax.Array) -> jax.Array:
+    """Return tau * KL(q || p), q inferred from the coreset and p from features `[n, H]`, shape ()."""
+    prior = kernels.infer(extra["prior"], h)
+    return hparams.tau * kernels.gaussian_kl(source, prior)
+
+
+def objective(
+    ts: TrainState, params: Params, state: State, batch: Batch, hparams: KCLHParams
+) -> tuple[jax.Array, tuple[jax.Array, Stats]]:
+    """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
+    k, memory, extra, rff = state.stream.task, state.memory, params["kcl"], hparams.kernel_type == "rff"
+    x, y = coreset_of(memory.coreset, k, hparams.core_size)
+    h, stats = bundle.training_forward(ts, params, state, batch.x, method="features")
+    core, stats = bundle.training_forward(ts, params, state, x, method="features", stats=stats, draw=1)
+    h, core = (kernels.normalised(a, hparams.normalisation) for a in (h, core))
+    starts = batch.plan.starts if rff else None
+    classes = jax.eval_shape(bundle.predict, ts, state, batch.x, batch.t).shape[1]
+    logits, source = task_logits(extra, memory, hparams, core, y, k, h, starts, classes)
+    logits = bundle.masked(state.stream, logits, batch.t)
+    loss = bundle.cross_entropy(logits, batch.y)
+    if rff:
+        loss = loss + divergence(extra, hparams, source, h)
+    return loss, (logits, stats)
+
+
+def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array, hparams: KCLHParams) -> jax.Array:
+    """Return the logits `[B, num_classes]` by the coreset of each sample's task, 0 if it has not begun."""
+
+    def features(x: jax.Array) -> jax.Array:
+        return kernels.normalised(
+            bundle.network(ts, ts.params, state, x, method="features"), hparams.normalisation
+        )
+
+    memory, extra, h = state.memory, ts.params["kcl"], features(x)
+    owners = memory.coreset.t[:: hparams.core_size]
+    empty = jnp.zeros_like(jax.eval_shape(bundle.predict, ts, state, x, t))
+
+    def add_task(j: Any, logits: jax.Array) -> Any:
+        def classified() -> jax.Array:
+            images, y = coreset_of(memory.coreset, j, hparams.core_size)
+            k = j if hparams.task_parameters == "own" else state.stream.task
+            core, classes = features(images), empty.shape[1]
+            new, _ = task_logits(extra, memory, hparams, core, y, k, h, memory.fixed, classes)
+            return jnp.where((t == j)[:, None], new, logits)
+
+        return jax.lax.cond(jnp.any(t == j) & (owners[j] == j), classified, lambda: logits)
+
+    return bundle.masked(state.stream, jax.lax.fori_loop(0, len(owners), add_task, empty), t)
+
+
+def kcl(hparams: KCLHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
+    """Return kernel continual learning as pure functions.
+
+    KCL adds parameters to the network's, so call `algorithm.prepare(ts, spec)` before `algorithm.init`. Its
+    tasks have a coreset: iterate over `hparams.training_tasks(benchmark, seed)`. Prediction needs the task of
+    each sample; in the domain scenario set `task_given=True`.
+
+    Args:
+        hparams: settings; see `help(KCLHParams)`.
+        seed: of dropout, of the bases and of the networks that infer them, >= 0.
+        trainable: which parameters of the network are trained; None for all. See `make_algorithm`.
 
     Raises:
-        ValueError: in `prepare`, for a network without `features` or `head`; in `init`, without `prepare`; in
-            `start_task`, for a task without a coreset; in `train_step`, for a batch without a plan.
+        ValueError: in `prepare`, if the network has no method `features` or no last layer `head`; in `init`,
+            if `prepare` was not called; in `start_task`, if the task has no coreset; in `train_step`, if the
+            batch has no plan.
+
+    Example:
+        >>> import optax
+        >>> from sequel_benchmarks import SplitDigits
+        >>> from sequel_core import Batch, KCLHParams
+        >>> from sequel_flax import MLP, initial_params, kcl
+        >>> digits, net = SplitDigits(num_tasks=5), MLP(widths=(16,), num_classes=10)
+        >>> params = initial_params(net, digits.spec, seed=0)
+        >>> ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
+        >>> algorithm = kcl(KCLHParams(core_size=10, d_rn_f=32))
+        >>> ts = algorithm.prepare(ts, digits.spec)
+        >>> state = algorithm.init(ts, digits.spec)
+        >>> planner = algorithm.planner(digits.spec, state)
+        >>> for task in algorithm.hparams.training_tasks(digits):
+        ...     ts, state = algorithm.start_task(ts, state, task)
+        ...     batch = Batch(*task.train.take(range(20)))
+        ...     batch = batch._replace(plan=planner.next(batch.y, batch.t))
+        ...     ts, state, outputs = algorithm.train_step(ts, state, batch)
+        ...     ts, state = algorithm.end_task(ts, state, [batch])
+        >>> algorithm.predict(ts, state, batch.x, batch.t).shape
+        (20, 10)
     """
     rff = hparams.kernel_type == "rff"
 
@@ -68,91 +196,32 @@ def kcl(hparams: KCLHParams, seed: int = 0, trainable: Selection = None) -> Algo
     def init_memory(ts: TrainState, spec: StreamSpec) -> KCLState:
         if "kcl" not in ts.params:
             raise ValueError(
-                "kcl trains parameters of its own, which ts.params lacks; call "
+                "kcl adds parameters to the network's, which ts.params lacks; call "
                 "ts = algorithm.prepare(ts, spec) before algorithm.init(ts, spec)"
             )
-        memory = KCLState(empty_memory(spec, spec.num_tasks * hparams.core_size, None), None, None, None)
-        if rff:
-            width = bundle.feature_width(ts, spec, "kcl")
-            noise, phase, fixed = map(jnp.asarray, basis_constants(seed, hparams.d_rn_f, width))
-            phase = phase.astype(ts.params["kcl"]["lmd"].dtype)
-            memory = memory._replace(noise=noise, phase=phase, fixed=fixed)
-        return memory
+        width = bundle.feature_width(ts, spec, "kcl")
+        return init_state(hparams, spec, seed, width, ts.params["kcl"]["lmd"].dtype)
 
-    def features(ts: TrainState, params: Params, state: State, x: jax.Array) -> jax.Array:
-        h = bundle.network(ts, params, state, x, method="features")
-        return kernels.normalised(h, hparams.normalisation)
-
-    def answer(
-        ts: TrainState, state: State, own: Params, core: jax.Array, y: jax.Array, k: Any, h: Any, at: Any
-    ) -> tuple[jax.Array, Any]:
-        """Return the logits of features by a coreset and task k's parameters, and what was inferred of it."""
-        _, noise, phase, _ = state.memory
-        kernel, cross, source = kernels.compare(own, hparams, core, h, noise, phase, at)
-        num_classes = jax.eval_shape(bundle.predict, ts, state, state.memory.coreset.x[: len(y)], y).shape[1]
-        targets = jax.nn.one_hot(y, num_classes, dtype=core.dtype)
-        return kernels.classify(own, k, kernel, cross, targets), source
-
-    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
-        batch = bundle.trained_on(state, batch)
-        if rff and (not isinstance(batch.plan, BasesPlan) or batch.plan.starts.shape != (hparams.d_rn_f,)):
+    def step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
+        plan = method_plan(batch)
+        if rff and (not isinstance(plan, BasesPlan) or plan.starts.shape != (hparams.d_rn_f,)):
             raise ValueError(
                 "the batch has no plan, which says where in the noise bases begin; make one planner with "
                 "algorithm.planner(spec, state) and give Batch(x, y, t, planner.next(y, t))"
             )
-
-        k, starts = state.stream.task, batch.plan.starts if rff else None
-        x, y = held(state.memory.coreset, k, hparams.core_size)
-
-        def loss_fn(params: Params) -> tuple[jax.Array, Any]:
-            h, stats = bundle.training_forward(ts, params, state, batch.x, method="features")
-            core, stats = bundle.training_forward(
-                ts, params, state, x, method="features", stats=stats, draw=1
-            )
-            h, core = (kernels.normalised(a, hparams.normalisation) for a in (h, core))
-            logits, source = answer(ts, state, params["kcl"], core, y, k, h, starts)
-            logits = bundle.masked(state.stream, logits, batch.t)
-            loss = bundle.cross_entropy(logits, batch.y)
-            if rff:
-                prior = kernels.infer(params["kcl"]["prior"], h)
-                loss = loss + hparams.tau * kernels.gaussian_kl(source, prior)
-            return loss, (logits, stats)
-
-        (loss, (logits, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
-        after = bundle.advance(ts, gradient, stats)
-        after = after.replace(params={**after.params, "head": ts.params["head"]})  # which weight decay moves
-        return after, state, {"loss": loss, "logits": logits, "labels": batch.y}
-
-    def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> jax.Array:
-        h = features(ts, ts.params, state, x)
-        owner = state.memory.coreset.t[:: hparams.core_size]
-        none = jnp.zeros_like(jax.eval_shape(bundle.predict, ts, state, x, t))
-
-        def of_task(j: Any, logits: jax.Array) -> Any:
-            def answered() -> jax.Array:
-                images, y = held(state.memory.coreset, j, hparams.core_size)
-                core = features(ts, ts.params, state, images)
-                k = j if hparams.task_parameters == "own" else state.stream.task
-                found, _ = answer(ts, state, ts.params["kcl"], core, y, k, h, state.memory.fixed)
-                return jnp.where((t == j)[:, None], found, logits)
-
-            return jax.lax.cond(jnp.any(t == j) & (owner[j] == j), answered, lambda: logits)
-
-        return bundle.masked(state.stream, jax.lax.fori_loop(0, len(owner), of_task, none), t)
-
-    def make_planner(spec: StreamSpec) -> Planner:
-        return BasesPlanner(hparams.d_rn_f, seed) if rff else NoPlanner()
+        after, state, outputs = bundle.train_step(ts, state, batch, partial(objective, hparams=hparams))
+        return bundle.with_head_of(ts, after, True), state, outputs  # weight decay has changed the head
 
     return make_algorithm(
         hparams,
         seed,
-        train_step,
+        step,
         trainable=trainable,
         init_memory=init_memory,
         plan_start=partial(plan_start, hparams=hparams),
         apply_start=partial(apply_start, hparams=hparams),
-        predict=predict,
-        make_planner=make_planner,
+        predict=partial(predict, hparams=hparams),
+        make_planner=lambda spec: BasesPlanner(hparams.d_rn_f, seed) if rff else NoPlanner(),
         prepare=prepare,
         extra_parameters=("kcl",),
     )

@@ -3,10 +3,10 @@
     L = CE(f(x), y) + lambda_e/2 * mean_n ||h(x_n; theta) - h(x_n; theta_old)||^2          (eq. 3, lambda_c 1)
 
 h is the last hidden layer, theta_old are the weights at the end of the last task, and x are samples of the
-current task. The old network is in evaluation mode. The last layer, which decides on the features, stays as
-the first task left it (`freeze_head`): no gradient, no weight decay, no part in the norm that clipping sees.
+current task. The old network runs in evaluation mode. With `freeze_head`, the last layer does not change
+after the first task: it gets no gradient and no weight decay, and gradient clipping does not count it.
 
-The network needs `features(x)`, the last hidden layer, and a last layer called `head`.
+The network needs a method `features(x)`, the last hidden layer, and a last layer called `head`.
 
 Mirror: sequel_lightning/algorithms/lfl.py
 """
@@ -27,8 +27,8 @@ from sequel_flax.bundle import (
     Algorithm,
     Params,
     State,
+    Stats,
     StepOutputs,
-    advance,
     cross_entropy,
     feature_width,
     frozen_network,
@@ -36,8 +36,10 @@ from sequel_flax.bundle import (
     make_algorithm,
     masked,
     network,
-    trained_on,
+    train_step,
     training_forward,
+    with_head_of,
+    without_head_gradient,
 )
 from sequel_flax.trainable import Selection
 
@@ -46,53 +48,73 @@ class LFLState(NamedTuple):
     """What LFL remembers of past tasks."""
 
     anchor: Params  # theta_old, weights at the end of the last task
-    statistics: Params  # running statistics of batch normalisation then; empty without
-    learned: jax.Array  # 1 once a task has ended, before that 0, shape ()
+    statistics: Params  # running statistics of batch normalisation then; empty without batch normalisation
+    learned: jax.Array  # 1 after the end of the first task, 0 before, shape ()
 
 
 def feature_distance(features: jax.Array, old: jax.Array) -> jax.Array:
     """Return 1/2 * mean_n ||h(x_n) - h_old(x_n)||^2 of features `[B, D]`, shape ()."""
-    return 0.5 * jnp.mean(jnp.sum((features - old) ** 2, axis=1))
+    return 0.5 * ((features - old) ** 2).sum(1).mean()
+
+
+def head_is_frozen(state: LFLState, hparams: LFLHParams) -> jax.Array:
+    """Return whether the last layer stays as it is, shape ()."""
+    return (state.learned > 0) & hparams.freeze_head
+
+
+def objective(
+    ts: TrainState, params: Params, state: State, batch: Batch, hparams: LFLHParams
+) -> tuple[jax.Array, tuple[jax.Array, Stats]]:
+    """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
+    anchor, statistics, learned = state.memory
+    params = without_head_gradient(params, head_is_frozen(state.memory, hparams))
+    features, stats = training_forward(ts, params, state, batch.x, method="features")
+    logits = masked(state.stream, head_logits(ts, params, stats, features), batch.t)
+    loss = cross_entropy(logits, batch.y)
+    old = network(ts, anchor, state, batch.x, method="features", stats=statistics)
+    loss = loss + learned * hparams.lfl_lambda * feature_distance(features, old)
+    return loss, (logits, stats)
 
 
 def lfl(hparams: LFLHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
-    """Return less-forgetting learning.
+    """Return less-forgetting learning as pure functions.
 
     Args:
-        hparams: settings.
-        seed: of dropout.
-        trainable: which parameters are trained; see `make_algorithm`.
+        hparams: settings; see `help(LFLHParams)`.
+        seed: of dropout, >= 0.
+        trainable: which parameters are trained; None for all. See `make_algorithm`.
 
     Raises:
-        ValueError: in `init`, for a network without `features` or `head`.
+        ValueError: in `init`, if the network has no method `features` or no last layer `head`.
+
+    Example:
+        >>> import optax
+        >>> from flax.training.train_state import TrainState
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import Batch, LFLHParams
+        >>> from sequel_flax import MLP, initial_params, lfl
+        >>> digits = RotatedDigits(num_tasks=2, subset=40)
+        >>> net = MLP(widths=(16,), num_classes=10)
+        >>> params = initial_params(net, digits.spec, seed=0)
+        >>> ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
+        >>> algorithm = lfl(LFLHParams(lfl_lambda=0.01))
+        >>> state = algorithm.init(ts, digits.spec)
+        >>> for task in digits.tasks:
+        ...     batch = Batch(*task.train.take(range(40)))
+        ...     ts, state = algorithm.start_task(ts, state, task)
+        ...     ts, state, outputs = algorithm.train_step(ts, state, batch)
+        ...     ts, state = algorithm.end_task(ts, state, [batch])
+        >>> algorithm.predict(ts, state, batch.x, batch.t).shape
+        (40, 10)
     """
 
     def init_memory(ts: TrainState, spec: StreamSpec) -> LFLState:
         feature_width(ts, spec, "lfl")
-        dtype = jax.tree.leaves(ts.params)[0].dtype
-        return LFLState(*frozen_network(ts), jnp.zeros((), dtype))
+        return LFLState(*frozen_network(ts), jnp.zeros((), jax.tree.leaves(ts.params)[0].dtype))
 
-    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
-        anchor, statistics, learned = state.memory
-        batch = trained_on(state, batch)
-        old = network(ts, anchor, state, batch.x, method="features", stats=statistics)
-
-        def loss_fn(params: Params) -> tuple[jax.Array, Any]:
-            features, stats = training_forward(ts, params, state, batch.x, method="features")
-            logits = masked(state.stream, head_logits(ts, params, stats, features), batch.t)
-            pull = learned * hparams.lfl_lambda * feature_distance(features, old)
-            return cross_entropy(logits, batch.y) + pull, (logits, stats)
-
-        (loss, (logits, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
-        if hparams.freeze_head:
-            gradient = {**gradient, "head": jax.tree.map(lambda g: (1 - learned) * g, gradient["head"])}
-        after = advance(ts, gradient, stats)
-        if hparams.freeze_head:
-            keep = partial(jnp.where, learned > 0)
-            after = after.replace(
-                params={**after.params, "head": jax.tree.map(keep, ts.params["head"], after.params["head"])}
-            )
-        return after, state, {"loss": loss, "logits": logits, "labels": batch.y}
+    def step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
+        after, state, outputs = train_step(ts, state, batch, partial(objective, hparams=hparams))
+        return with_head_of(ts, after, head_is_frozen(state.memory, hparams)), state, outputs
 
     def end(ts: TrainState, state: State, plan: Any) -> tuple[TrainState, State]:
         return ts, state._replace(memory=LFLState(*frozen_network(ts), jnp.ones_like(state.memory.learned)))
@@ -100,7 +122,7 @@ def lfl(hparams: LFLHParams, seed: int = 0, trainable: Selection = None) -> Algo
     return make_algorithm(
         hparams,
         seed,
-        train_step,
+        step,
         trainable=trainable,
         init_memory=init_memory,
         fills={"anchor": jnp.copy},

@@ -3,9 +3,9 @@
     L = CE(f(x), y) + lambda * sum_i Omega_i (theta_i - theta*_i)^2                                  (eq. 4)
     Omega_i <- Omega_i + 1/N sum_n |d ||f(x_n)||^2 / d theta_i| at theta*, one gradient per sample (eq. 2, 3)
 
-f are the logits of all classes, unmasked; labels are not used. theta* are the weights at the end of the last
-task. The official code takes one gradient for each batch, of the sum of its ||f||^2 (`gradients="batch"`);
-then the batch size matters, and strengths are not comparable.
+f are the logits of all classes, unmasked. No labels are used. theta* are the weights at the end of the last
+task. The official code takes one gradient per batch, of the sum of ||f||^2 over it (`gradients="batch"`).
+Importances then depend on the batch size, and strengths are not comparable.
 
 Mirror: sequel_lightning/algorithms/mas.py
 """
@@ -28,8 +28,8 @@ from sequel_flax.trainable import Selection
 def squared_norm(params: Params, model: Model, batch: Batch) -> jax.Array:
     """Return the sum over a batch of ||f(x)||^2, in evaluation mode, shape ()."""
     ts, state = model
-    norms = jnp.sum(network(ts, params, state, batch.x) ** 2, axis=1)
-    return jnp.sum(jnp.where(batch.t >= 0, norms, 0))
+    logits = network(ts, params, state, batch.x)
+    return jnp.where(batch.t >= 0, (logits**2).sum(1), 0).sum()  # t is -1 for padding
 
 
 def sensitivity(params: Params, model: Model, batches: Iterable[Batch], hparams: MASHParams) -> Params:
@@ -40,12 +40,32 @@ def sensitivity(params: Params, model: Model, batches: Iterable[Batch], hparams:
 
 
 def mas(hparams: MASHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
-    """Return memory aware synapses.
+    """Return memory aware synapses as pure functions.
+
+    The order of the calls is that of `help(ewc)`.
 
     Args:
-        hparams: settings.
-        seed: of dropout.
-        trainable: which parameters are trained; see `make_algorithm`.
+        hparams: settings; see `help(MASHParams)`.
+        seed: of dropout, >= 0.
+        trainable: which parameters are trained; None for all. See `make_algorithm`.
+
+    Raises:
+        ValueError: in `end_task`, if there are no batches.
+
+    Example:
+        >>> import optax
+        >>> from flax.training.train_state import TrainState
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import Batch, MASHParams
+        >>> from sequel_flax import MLP, initial_params, mas
+        >>> digits, net = RotatedDigits(num_tasks=2, subset=40), MLP(widths=(16,), num_classes=10)
+        >>> params = initial_params(net, digits.spec, seed=0)
+        >>> ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
+        >>> algorithm = mas(MASHParams(mas_lambda=0.1))
+        >>> ts, state = algorithm.start_task(ts, algorithm.init(ts, digits.spec), digits.tasks[0])
+        >>> ts, state = algorithm.end_task(ts, state, [Batch(*digits.tasks[0].train.take(range(40)))])
+        >>> bool((state.memory.importance["head"]["bias"] > 0).all())
+        True
     """
     return quadratic(
         hparams,

@@ -1,14 +1,16 @@
 """Mode connectivity SGD (Mirzadeh et al. 2021, https://arxiv.org/abs/2010.04495).
 
-Ordinary training on a task ends in w_hat. The solution w_bar is where the loss stays low on straight lines,
-to the last solution for samples of past tasks, and to w_hat for samples of the current one:
+Ordinary training on a task ends at the weights w_hat. A search then finds the solution w_bar, whose loss is
+low on two straight lines: from the last solution w_bar' for samples of past tasks, and from w_hat for
+samples of the current task:
 
     w_bar = argmin_w sum_a L_past(w_bar' + a (w - w_bar')) + L_now(w_hat + a (w - w_hat)),  a = 0, 1/n, ..., 1
 
-found by SGD from w_bar' + p (w_hat - w_bar') on few samples. Between tasks the network holds w_bar, and w_hat
-is reported beside it; within a task it holds w_hat on its way. Quirks of the official code are options:
-`lmc_gradient`, `lmc_loss`, `lmc_steps` and `lmc_start`. RotatedMNIST (82.3, 20 tasks, MLP 256-256): the
-original library comes to it with lmc_gradient=prefix and lmc_steps=epoch; the equation itself goes past it.
+The search is SGD with momentum on a few samples. It starts at w_bar' + p (w_hat - w_bar'). Between tasks the
+network has the weights w_bar; the accuracy of w_hat is reported, too. During a task the network is trained
+towards w_hat. Quirks of the official code are options: `lmc_gradient`, `lmc_loss`, `lmc_steps`, `lmc_start`.
+The original library reaches its RotatedMNIST accuracy (82.3, 20 tasks, MLP 256-256) with lmc_gradient=prefix
+and lmc_steps=epoch. The equation as it is written reaches more.
 
 Mirror: sequel_lightning/algorithms/mcsgd.py
 """
@@ -32,10 +34,12 @@ from sequel_flax import bundle
 from sequel_flax.augmentation import without_draws
 from sequel_flax.boundaries import StartPlan, repeated, select
 from sequel_flax.bundle import Algorithm, Params, State, StepOutputs, apply_start, masked, network
+from sequel_flax.quadratic import Model
 from sequel_flax.replay import Memory, ReplayBatch, draws, mean_cross_entropy, read, replay, sum_of_first
 from sequel_flax.trainable import Selection
 
-Lines = Sequence[tuple[Params, Sequence[ReplayBatch]]]  # where each begins, and the samples that it is for
+Moving = tuple[Params, Params]  # weights w on their way to w_bar, and their velocity
+Lines = Sequence[tuple[Params, Sequence[ReplayBatch]]]  # start of each line, and the samples of its loss
 
 
 class MCSGDState(NamedTuple):
@@ -44,45 +48,125 @@ class MCSGDState(NamedTuple):
     memory: Memory  # samples of all tasks
     w_bar: Params  # the solution at the end of the last task
     w_hat: Params  # where ordinary training ended then
-    moving: Any  # online: the solution on its way, and its velocity; () offline
+    moving: Any  # online: Moving of the current task; offline: ()
     learned: jax.Array  # index of the last task that has ended, -1 before the first, int32 ()
 
 
 def interpolate(start: Params, end: Params, place: float) -> Params:
     """Return the point of a line at a place from 0 (start) to 1 (end)."""
-    return jax.tree.map(lambda a, b: (1 - place) * a + place * b, start, end)
+    return jax.tree.map(lambda b, a: (1 - place) * a + place * b, end, start)
 
 
-def momentum_step(moving: Any, gradient: Params, hparams: MCSGDHParams) -> tuple[Params, Params]:
+def at_rest(w: Params) -> Moving:
+    """Return weights with velocity 0."""
+    return w, jax.tree.map(jnp.zeros_like, w)
+
+
+def momentum_step(moving: Moving, gradient: Params, hparams: MCSGDHParams) -> Moving:
     """Return the weights and their velocity after a step of SGD."""
     velocity = jax.tree.map(lambda v, g: hparams.lmc_momentum * v + g, moving[1], gradient)
     return jax.tree.map(lambda w, v: w - hparams.lmc_lr * v, moving[0], velocity), velocity
 
 
-@jax.jit
-def _add_point(total: Params, ts: TrainState, state: State, point: Any, samples: ReplayBatch) -> Params:
-    """Return `total` plus, times a factor, the gradient of the summed cross-entropy at a point of a line."""
-    start, end, place, factor = point
+def connection_step(moving: Moving, model: Model, lines: Lines, hparams: MCSGDHParams) -> Moving:
+    """Return the weights and their velocity after a step on the losses along lines that end at them."""
+    gradient = jax.tree.map(jnp.zeros_like, moving[0])
+    for start, samples in lines:
+        count = jnp.maximum(sum(s.count for s in samples), 1)
+        for place, factor in hparams.points():
+            for chunk in samples:
+                gradient = add_gradient(gradient, model, start, moving[0], place, factor / count, chunk)
+    return momentum_step(moving, gradient, hparams)
 
-    def loss(params: Params) -> jax.Array:
+
+@jax.jit
+def add_gradient(
+    total: Params, model: Model, start: Params, end: Params, place: float, factor: Any, samples: ReplayBatch
+) -> Params:
+    """Return `total` plus `factor` times the gradient of the summed cross-entropy at a point of a line."""
+    ts, state = model
+
+    def summed_loss(params: Params) -> jax.Array:
         logits = masked(state.stream, network(ts, params, state, samples.x), samples.t)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, samples.y)
         return sum_of_first(losses, samples.count)
 
-    gradient = jax.grad(loss)(interpolate(start, end, place))
+    gradient = jax.grad(summed_loss)(interpolate(start, end, place))
     return jax.tree.map(lambda a, g: a + factor.astype(a.dtype) * g, total, gradient)
 
 
+def plan_connection(state: MCSGDState, task: int, hparams: MCSGDHParams, seed: int) -> ConnectionPlan:
+    """Return the slots of the memory that the search for w_bar reads; none online or after the first task."""
+    tasks, search = np.asarray(state.memory.t), hparams.lmc_policy == "offline" and state.learned >= 0
+    return connection_plan(hparams, tasks if search else np.full_like(tasks, -1), task, seed)
+
+
+def begin(params: Params, state: MCSGDState, hparams: MCSGDHParams) -> tuple[Params, MCSGDState]:
+    """Return the weights that a task starts with, and the state, online with w_bar on its way."""
+    if hparams.lmc_start == "w_hat":
+        params = select(state.learned >= 0, state.w_hat, params)
+    if hparams.lmc_policy == "online":
+        state = state._replace(moving=at_rest(interpolate(state.w_bar, params, hparams.lmc_init_position)))
+    return params, state
+
+
+def finish(
+    params: Params,
+    model: Model,
+    state: MCSGDState,
+    plan: ConnectionPlan,
+    task: jax.Array,
+    hparams: MCSGDHParams,
+) -> MCSGDState:
+    """Return the state at the end of a task, from the weights at its end."""
+    moving = state.moving
+    if hparams.lmc_policy == "offline":
+        moving = at_rest(interpolate(state.w_bar, params, hparams.lmc_init_position))
+        slots = jnp.where(plan.slots < 0, len(state.memory.t), plan.slots)  # padding means "no sample", too
+
+        def inner_step(k: Any, moving: Moving) -> Moving:
+            past, now = ([read(state.memory, pair[part]) for pair in slots[k]] for part in (0, 1))
+            return connection_step(moving, model, [(state.w_bar, past), (params, now)], hparams)
+
+        moving = repeated(plan.count, inner_step, moving)
+    w_bar = select(state.learned >= 0, moving[0], params)
+    return state._replace(w_bar=w_bar, w_hat=jax.tree.map(jnp.copy, params), learned=jnp.copy(task))
+
+
 def mcsgd(hparams: MCSGDHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
-    """Return MC-SGD.
+    """Return mode connectivity SGD as pure functions.
 
     Args:
-        hparams: settings.
-        seed: of dropout, of the memory and of the order in which w_bar sees it.
-        trainable: which parameters are trained; see `make_algorithm`.
+        hparams: settings; see `help(MCSGDHParams)`.
+        seed: of dropout, of the memory and of the order in which the search reads it, >= 0.
+        trainable: which parameters are trained; None for all. See `make_algorithm`.
+
+    Raises:
+        ValueError: in `init`, if the network has batch normalisation or the memory does not fit the stream;
+            in `train_step`, if the batch has no plan.
+
+    Example:
+        >>> import optax
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import Batch, MCSGDHParams
+        >>> from sequel_flax import MLP, initial_params, mcsgd
+        >>> digits, net = RotatedDigits(num_tasks=2, subset=40), MLP(widths=(16,), num_classes=10)
+        >>> params = initial_params(net, digits.spec, seed=0)
+        >>> ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
+        >>> algorithm = mcsgd(MCSGDHParams(mem_size=20, lmc_line_samples=3))
+        >>> state = algorithm.init(ts, digits.spec)
+        >>> planner = algorithm.planner(digits.spec, state)
+        >>> for task in digits.tasks:
+        ...     ts, state = algorithm.start_task(ts, state, task)
+        ...     batch = Batch(*task.train.take(range(40)))
+        ...     batch = batch._replace(plan=planner.next(batch.y, batch.t))
+        ...     ts, state, outputs = algorithm.train_step(ts, state, batch)
+        ...     ts, state = algorithm.end_task(ts, state, [batch])
+        >>> sorted(algorithm.alternatives(ts, state, batch.x, batch.t))
+        ['w_hat']
     """
     online = hparams.lmc_policy == "online"
-    make = partial(replay, hparams, seed, lambda own, _: mean_cross_entropy(own), int(online), True)
+    make = partial(replay, hparams, seed, lambda batch, _: mean_cross_entropy(batch), int(online), True)
     base = make()
 
     def init_memory(ts: TrainState, spec: StreamSpec) -> MCSGDState:
@@ -90,74 +174,42 @@ def mcsgd(hparams: MCSGDHParams, seed: int = 0, trainable: Selection = None) -> 
             ts, "mcsgd", "the weights between two solutions have no running statistics"
         )
         w_bar, w_hat, w = (jax.tree.map(jnp.copy, ts.params) for _ in range(3))
-        moving = (w, jax.tree.map(jnp.zeros_like, w)) if online else ()
-        memory = base.init(ts, spec).memory
-        return MCSGDState(memory, w_bar, w_hat, moving, jnp.asarray(-1, jnp.int32))
+        moving, learned = at_rest(w) if online else (), jnp.asarray(-1, jnp.int32)
+        return MCSGDState(base.init(ts, spec).memory, w_bar, w_hat, moving, learned)
 
     def start(ts: TrainState, state: State, plan: StartPlan) -> tuple[TrainState, State]:
-        kept = state.memory
-        if hparams.lmc_start == "w_hat":
-            ts = ts.replace(params=select(kept.learned >= 0, kept.w_hat, ts.params))
-        if online:
-            w = interpolate(kept.w_bar, ts.params, hparams.lmc_init_position)
-            kept = kept._replace(moving=(w, jax.tree.map(jnp.zeros_like, w)))
-        return apply_start(ts, state._replace(memory=kept), plan, hparams)
-
-    def step(moving: Any, ts: TrainState, state: State, lines: Lines) -> tuple[Params, Params]:
-        """Return w and its velocity after a step on the lines that begin at each of the weights given."""
-        gradient = jax.tree.map(jnp.zeros_like, moving[0])
-        for begin, samples in lines:
-            count = jnp.maximum(sum(s.count for s in samples), 1)
-            for place, factor in hparams.points():
-                for chunk in samples:
-                    point = (begin, moving[0], place, factor / count)
-                    gradient = _add_point(gradient, ts, state, point, chunk)
-        return momentum_step(moving, gradient, hparams)
+        params, memory = begin(ts.params, state.memory, hparams)
+        return apply_start(ts.replace(params=params), state._replace(memory=memory), plan, hparams)
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
-        kept, moving = state.memory, state.memory.moving
-        own, *past = draws(kept.memory, batch)
-        alone = without_draws(batch)
-        after, plain, outputs = base.train_step(ts, state._replace(memory=kept.memory), alone)
+        memory = state.memory
+        current, *past = draws(memory.memory, batch)
+        plain = state._replace(memory=memory.memory)
+        after, plain, outputs = base.train_step(ts, plain, without_draws(batch))
         if online:
-            lines = [(kept.w_bar, past), (after.params, [own])]
-            go = partial(step, ts=after, state=state, lines=lines)
-            moving = jax.lax.cond(kept.learned >= 0, go, lambda still: still, moving)
-        return after, state._replace(memory=kept._replace(memory=plain.memory, moving=moving)), outputs
+            lines = [(memory.w_bar, past), (after.params, [current])]
+            step = partial(connection_step, model=(after, state), lines=lines, hparams=hparams)
+            moving = jax.lax.cond(memory.learned >= 0, step, lambda moving: moving, memory.moving)
+            memory = memory._replace(moving=moving)
+        return after, state._replace(memory=memory._replace(memory=plain.memory)), outputs
 
     def plan_end(state: State, batches: Iterable[Batch]) -> ConnectionPlan:
-        tasks, first = np.asarray(state.memory.memory.t), int(state.memory.learned) < 0
-        past = np.full_like(tasks, -1) if online or first else tasks  # nothing to look for
-        return connection_plan(hparams, past, int(state.stream.task), seed)
+        return plan_connection(state.memory, int(state.stream.task), hparams, seed)
 
     def end(ts: TrainState, state: State, plan: ConnectionPlan) -> tuple[TrainState, State]:
-        kept, w_hat = state.memory, jax.tree.map(jnp.copy, ts.params)
-        slots = jnp.where(plan.slots < 0, len(kept.memory.t), plan.slots)  # padding is "none", too
-
-        def inner_step(k: Any, moving: Any) -> Any:
-            past, now = ([read(kept.memory, pair[kind]) for pair in slots[k]] for kind in (0, 1))
-            return step(moving, ts, state, [(kept.w_bar, past), (w_hat, now)])
-
-        w = interpolate(kept.w_bar, w_hat, hparams.lmc_init_position)
-        start = kept.moving if online else (w, jax.tree.map(jnp.zeros_like, w))
-        w, _ = repeated(plan.count, inner_step, start)
-        w_bar, params = (select(kept.learned >= 0, w, w_hat) for _ in range(2))
-        memory = kept._replace(w_bar=w_bar, w_hat=w_hat, learned=jnp.copy(state.stream.task))
+        memory = finish(ts.params, (ts, state), state.memory, plan, state.stream.task, hparams)
+        params = jax.tree.map(jnp.copy, memory.w_bar)
         return ts.replace(params=params), state._replace(memory=memory)
 
     def alternatives(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> StepOutputs:
-        ended = state.memory.learned == state.stream.task
-        w_hat = jax.tree.map(lambda a, b: jnp.where(ended, a, b), state.memory.w_hat, ts.params)
+        w_hat = select(state.memory.learned == state.stream.task, state.memory.w_hat, ts.params)
         return {"w_hat": base.predict(ts.replace(params=w_hat), state, x, t)}
 
-    fills: dict[str, Any] = {"w_bar": jnp.copy, "w_hat": jnp.copy}
-    if online:
-        fills["moving"] = (jnp.copy, jnp.zeros_like)
     return make(
         trainable=trainable,
         train_step=train_step,
         init_memory=init_memory,
-        fills=fills,
+        fills={"w_bar": jnp.copy, "w_hat": jnp.copy, "moving": (jnp.copy, jnp.zeros_like) if online else ()},
         apply_start=start,
         plan_end=plan_end,
         apply_end=end,

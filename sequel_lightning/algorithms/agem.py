@@ -2,11 +2,11 @@
 
     g <- g - (g . g_ref / g_ref . g_ref) g_ref  if g . g_ref < 0, else g                             (eq. 11)
 
-g is the gradient of the batch's cross-entropy and g_ref that of a draw from the samples of past tasks;
-without any, in the first task, g stays as it is. The projection comes before clipping and the optimizer. The
-ring of the official code is written while a task is trained on and read from the next one on; its sizes are
-25 (MNIST) or 13 (CIFAR) samples of each class and task, 256 a draw. RotatedMNIST (55.3, MC-SGD paper) has one
-sample of each class and task, all of which are drawn.
+g is the gradient of the cross-entropy of the batch. g_ref is that of a draw from samples of past tasks; in
+the first task there are none, and g stays as it is. The projection comes before clipping and the optimizer.
+The memory of the official code is a ring, which is written during a task and read from the next task on. Its
+sizes are 25 (MNIST) or 13 (CIFAR) samples for each class and task, and draws of 256. RotatedMNIST (55.3,
+MC-SGD paper) has one sample for each class and task, and draws all of them.
 
 Mirror: sequel_flax/algorithms/agem.py
 """
@@ -20,18 +20,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sequel_core.algorithms.agem import AGEMHParams
-from sequel_core.stream.task import Batch
-from sequel_lightning.replay import Outputs, ReplayBatch, ReplayModule, draws, forward, mean_cross_entropy
-from sequel_lightning.trees import Params
+from sequel_lightning.gradients import gradients
+from sequel_lightning.replay import Outputs, ReplayModule, forward, mean_cross_entropy
+from sequel_lightning.trees import Params, tree_map
 
 
 def project(gradient: Params, reference: Params) -> Params:
-    """Return the gradient without its part against the reference; a zero reference changes nothing."""
+    """Return the gradient without its component against the reference; 0 as a reference changes nothing."""
     along, norm = dot(gradient, reference), dot(reference, reference)
-    if not (along < 0 and norm > 0):  # a tiny reference's norm rounds to 0
+    if not (along < 0 and norm > 0):  # the norm of a tiny reference rounds to 0
         return gradient
     factor = along / norm
-    return {k: torch.addcmul(g, factor, reference[k], value=-1) for k, g in gradient.items()}
+    return tree_map(lambda g, r: torch.addcmul(g, factor, r, value=-1), gradient, reference)
 
 
 def dot(a: Params, b: Params) -> Tensor:
@@ -45,36 +45,28 @@ def batch_loss(batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
 
 
 class AGEM(ReplayModule):
-    """A-GEM; where the Trainer accumulates gradients, the draw of the last batch is the reference."""
+    """A-GEM. If the Trainer accumulates gradients, the reference is the draw of the last batch."""
 
     hparams_class = AGEMHParams
     algorithm_hparams: AGEMHParams
     past_only = True
-    _past: ReplayBatch | None = None  # the latest draw
-
-    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy of the batch and its logits; then write the batch."""
-        batch = self.planned(batch)
-        own, self._past = draws(self.held, batch)
-        (seen,) = forward(self, [own], together=True)
-        loss = self.replay_loss(seen, [])
-        self.remember(batch, seen)
-        return loss, seen.masked
+    draws_in_loss = False
 
     def replay_loss(self, batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
         """Return the training loss, shape ()."""
         return batch_loss(batch, draws)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Project the gradient, before clipping."""
-        if self._past is None or not len(self._past.y):
+        """Project the gradient before it is clipped."""
+        past = self.samples[1:]
+        if not past or not len(past[0].y):
             return
         params = self._trained_params
         gradient = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in params.items()}
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
-            loss = mean_cross_entropy(*forward(self, [self._past], together=True))
-        found = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
-        projected = project(gradient, dict(zip(params, found, strict=True)))
+            loss = mean_cross_entropy(*forward(self, past, together=True))
+        (reference,) = gradients(loss, params)
+        projected = project(gradient, reference)
         if projected is not gradient:
             for k, p in params.items():
                 p.grad = projected[k]

@@ -2,10 +2,10 @@
 
     L = CE(f(x), y) + alpha * E_(x', z) ||z - f(x')||^2                                              (eq. 5)
 
-z are the logits that the network gave for x' when it was trained on it, before the step, in training mode and
-of all classes, unmasked; (x', z) is a draw from the memory, a reservoir that is read as soon as it holds
-anything. `distance="sum"` is the squared norm of the paper; its code, and so its tuned alphas, take the mean
-over classes (`"mean"`), a tenth of it for ten classes.
+(x', z) is a draw from the memory. z are the logits of x' at the step at which it was a training sample:
+before the update, in training mode, of all classes and unmasked. The memory is a reservoir, which is read as
+soon as it has a sample. `distance="sum"` is the squared norm of the paper. The official code, and so its
+tuned alphas, has the mean over classes (`distance="mean"`), a tenth of it for ten classes.
 
 Mirror: sequel_flax/algorithms/der.py
 """

@@ -2,8 +2,9 @@
 
     L = CE(f(x), y) + alpha * E_(x', z) ||z - f(x')||^2 + beta * E_(x'', y'') CE(f(x''), y'')        (eq. 6)
 
-Dark experience replay, and the labels of a second draw from the same memory, independent of the first. Both
-draws go through the network in one pass (the official code: one each), the batch in another.
+DER++ adds the labels of a second draw to dark experience replay. The second draw is from the same memory and
+independent of the first. The network sees the batch in one pass and both draws in another; the official code
+has one pass for each draw.
 
 Mirror: sequel_flax/algorithms/derpp.py
 """

@@ -2,10 +2,10 @@
 
     L = mean CE over B_n and B_M together, B_n the batch and B_M a draw from the memory          (algorithm 1)
 
-The memory is read from the first task on, in one pass of the network with the batch, and the batch is then
-written to it. The reservoir holds each sample of the stream with probability M/n exactly; the ring
-holds the latest samples of each class (of each task, where tasks share classes). The published numbers have
-batches of 10 and 10; RotatedMNIST (69.2, MC-SGD paper) has one sample per class and task, `mem_size=200`.
+The network sees the batch and the draw in one pass, from the first task on. The batch is then written to the
+memory. A reservoir holds each sample of the stream with probability M/n exactly. A ring holds the latest
+samples of each class, or of each class of each task if tasks share classes. The published accuracies have
+batches and draws of 10; RotatedMNIST (69.2, MC-SGD paper) has one sample per class and task, `mem_size=200`.
 
 Mirror: sequel_flax/algorithms/er.py
 """

@@ -3,10 +3,12 @@
     L = CE(f(x), y) + lambda/2 * sum_k sum_i F_{k,i} (theta_i - theta*_{k,i})^2                      (eq. 3)
     F_{k,i} = 1/N sum_n (d log p(y_n | x_n) / d theta_i)^2 at theta*_k, one gradient per sample, y_n the label
 
-The sum over past tasks k collapses exactly, but for a constant, into one anchor: importance = sum_k F_k and
-anchor = sum_k F_k theta*_k / sum_k F_k, kept as theta* + share (anchor - theta*), so that a weight that never
-moved has exactly no penalty (Adam would turn a rounding error into a step). The online variant (Schwarz et
-al. 2018, https://arxiv.org/abs/1805.06370) decays the importance by gamma and anchors at the latest theta*.
+Up to a constant, the sum over past tasks k equals one term with importance = sum_k F_k and
+anchor = sum_k F_k theta*_k / sum_k F_k. The anchor is computed as theta* + share (anchor - theta*), so the
+penalty of a weight that never changed is exactly 0 (Adam would turn a rounding error into a step). The online
+variant (Schwarz et al. 2018, https://arxiv.org/abs/1805.06370) decays the importance by gamma and has its
+anchor at the latest theta*. The published RotatedMNIST accuracy (48.5, MC-SGD paper) comes from another
+variant, with a min-max normalised Fisher.
 
 Mirror: sequel_flax/algorithms/ewc.py
 """
@@ -38,11 +40,7 @@ def diagonal_fisher(params: Params, model: Model, batches: Iterable[Batch], samp
 
 
 class EWC(QuadraticModule):
-    """Elastic weight consolidation.
-
-    The published RotatedMNIST number (48.5, MC-SGD paper) comes from another variant, with a min-max
-    normalised Fisher.
-    """
+    """Elastic weight consolidation."""
 
     hparams_class = EWCHParams
     algorithm_hparams: EWCHParams

@@ -4,18 +4,22 @@
     q_nc = sigmoid(f_old,c(x_n)) for c of past tasks that the current one lacks, else 1[y_n = c]
     y*(x) = argmin_c ||h(x) - mu_c||, mu_c the mean of the exemplars of class c                 (algorithm 1)
 
-S are the classes seen so far, f_old is the network at the end of the last task, in evaluation mode, and h the
-last hidden layer; h(x), that of each exemplar, and mu_c have unit length. A task trains on its samples and on
-all exemplars; a loop or loader of one's own joins them itself (`training_split`). At its end the mem_size
-exemplars are shared out anew among the classes, or classes of each task where they come back: past sets are
-cut, the task's are chosen by herding (algorithms 4 and 5). Within a task, and of tasks to come, the last
-layer predicts; otherwise its accuracy is reported beside, as `head`.
+S are the classes seen so far. f_old is the network at the end of the last task, in evaluation mode. h is the
+last hidden layer; h(x), h of each exemplar and mu_c are scaled to unit length.
 
-The official code has quota=ceil, outputs=all and flip=True. For CIFAR-100 it keeps mem_size=2000 and trains
-ResNet-32 with batches of 128, 70 epochs a task, SGD with momentum 0.9, weight decay 1e-5 and a learning rate
-of 2.0, a fifth of it from epoch 49 and a 25th from epoch 63 on, anew for each task.
+A task trains on its samples and on all exemplars. A user-defined loop or loader has to join them
+(`training_split`). At the end of the task, the mem_size exemplars are divided among the classes again. If
+classes come back in later tasks, they are divided among the classes of each task. The sets of past classes
+are shortened, and the exemplars of the new classes are chosen by herding (algorithms 4 and 5).
 
-The network needs `features(x)`, the last hidden layer, and a last layer called `head`.
+The nearest mean predicts between tasks. During a task, and for tasks that have not been trained, the last
+layer predicts. Its accuracy between tasks is reported as `head`.
+
+The official code corresponds to quota=ceil, outputs=all and flip=True. For CIFAR-100 it has mem_size=2000
+and trains ResNet-32 with batches of 128, 70 epochs per task, SGD with momentum 0.9 and weight decay 1e-5.
+For each task, the learning rate is 2.0, a fifth of it from epoch 49 on and a 25th of it from epoch 63 on.
+
+The network needs a method `features(x)`, the last hidden layer, and a last layer called `head`.
 
 Mirror: sequel_flax/algorithms/icarl.py
 """
@@ -41,9 +45,9 @@ from sequel_lightning.trees import Params
 class ICaRLState(NamedTuple):
     """What iCaRL remembers of past tasks."""
 
-    exemplars: Memory  # set after set from the first slot on, each in herding order
+    exemplars: Memory  # one set after the other from the first slot on, each in herding order
     old: Params  # theta_old, weights at the end of the last task
-    statistics: Params  # running statistics of batch normalisation then; empty without
+    statistics: Params  # running statistics of batch normalisation then; empty without batch normalisation
     means: Tensor  # mu [num_classes, D], 0 for a class without exemplars
     has_mean: Tensor  # whether a class has exemplars, bool [num_classes]
     learned: Tensor  # index of the last task that has ended, int32 (), -1 before the first
@@ -59,20 +63,35 @@ def seen_and_past(classes: Tensor, task: int) -> tuple[Tensor, Tensor]:
 def targets(old: Tensor, y: Tensor, past: Tensor) -> Tensor:
     """Return q `[B, num_classes]` from the old network's logits, the labels and the past classes."""
     label = F.one_hot(y.long(), old.shape[1]).to(old.dtype)
-    return torch.where(past, old.sigmoid(), label)
+    return torch.where(past, torch.sigmoid(old), label)
 
 
 def sigmoid_loss(logits: Tensor, target: Tensor, outputs: Tensor) -> Tensor:
     """Return the mean binary cross-entropy over samples and the outputs that count `[num_classes]`."""
     losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return losses.where(outputs, 0).sum(1).mean() / outputs.sum()
+    return torch.where(outputs, losses, 0).sum(1).mean() / outputs.sum()
+
+
+def objective(module: ICaRL, batch: Batch, hparams: ICaRLHParams) -> tuple[Tensor, Tensor]:
+    """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
+    task = module.lifecycle.current_index()
+    seen, past = seen_and_past(module.classes, task)
+    outputs = seen if hparams.outputs == "seen" else torch.ones_like(seen)
+    logits = module.network(batch.x)
+    old = logits.detach()  # not used if there are no past classes
+    if past.any():
+        with evaluating(module.old), torch.no_grad():
+            old = module.old(module.normalise(batch.x))
+    loss = sigmoid_loss(logits, targets(old, batch.y, past), outputs)
+    return loss, module.masked(logits, batch.t)
 
 
 class ICaRL(ExemplarModule):
     """iCaRL.
 
     Raises:
-        ValueError: without a spec, a network without `features` or `head`, or fewer exemplars than classes.
+        ValueError: no spec; the network has no method `features` or no last layer `head`; `mem_size` is less
+            than the number of classes.
     """
 
     hparams_class = ICaRLHParams
@@ -87,23 +106,14 @@ class ICaRL(ExemplarModule):
     def state(self) -> ICaRLState:
         """What is remembered of past tasks."""
         old = frozen_network(self.old)
-        return ICaRLState(self.held, *old, self.means, self.has_mean, self.learned, self.classes)
+        return ICaRLState(self.contents, *old, self.means, self.has_mean, self.learned, self.classes)
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the binary cross-entropy with labels and the old network's outputs, and the logits."""
-        planned(self.held, batch, tuple)  # any plan will do; refuses images of another dtype
-        batch = self.trained_on(batch)
-        task = self.lifecycle.current_index()
-        seen, past = seen_and_past(self.classes, task)
-        outputs = seen if self.algorithm_hparams.outputs == "seen" else torch.ones_like(seen)
-        logits = self.network(batch.x)
-        old = logits.detach()
-        if past.any():
-            with evaluating(self.old), torch.no_grad():
-                old = self.old(self.normalise(batch.x))
-        return sigmoid_loss(logits, targets(old, batch.y, past), outputs), self.masked(logits, batch.t)
+        """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
+        planned(self.contents, batch, tuple)  # checks the dtype of the images; needs no plan
+        return objective(self, self.trained_on(batch), self.algorithm_hparams)
 
     def end_task(self, batches: Iterable[Batch]) -> None:
-        """Share out the exemplars anew, take their means, and keep the network."""
+        """Divide the exemplars among the classes again, take their means, and keep the network."""
         super().end_task(batches)
         self.old.load_state_dict(self.net.state_dict())

@@ -1,8 +1,8 @@
-"""Joint training: the steps of naive finetuning on the union of tasks, the usual upper bound.
+"""Joint training: naive finetuning on the union of tasks. The usual upper bound.
 
     L = CE(f(x), y), (x, y) from tasks 0 to i at stage i ("cumulative") or from all tasks ("once")
 
-What is trained on is chosen by `JointHParams.training_tasks`; the step is the same.
+`JointHParams.training_tasks` selects the samples; the step is that of naive finetuning.
 
 Mirror: sequel_flax/algorithms/joint.py
 """

@@ -1,18 +1,23 @@
 """La-MAML, look-ahead meta-learning (Gupta, Yadav & Paull 2020, https://arxiv.org/abs/2007.13904).
 
-Each batch is glanced at several times. A glance looks ahead on the batch alone, in K inner steps from theta,
-and asks how good the weights on the way are for the batch and a draw from the memory together:
+Each batch gets several updates, called glances. A glance first takes K inner steps from theta on the batch
+alone. It then updates theta and the learning rates alpha by the gradient of the loss on the batch and a draw
+from the memory, averaged over the inner steps:
 
     theta'_k = theta'_{k-1} - relu(alpha) * grad CE(part k of the batch; theta'_{k-1})           (algorithm 2)
     M = 1/K sum_k CE(batch and draw; theta'_k)                                                         (eq. 2)
     alpha <- alpha - eta dM/dalpha; then theta <- theta - relu(alpha) * dM/dtheta                      (eq. 7)
 
-alpha holds a rate of every weight, eta is `lr_alpha`. With `second_order=False` the inner gradients are
-constants. `sync_update` moves theta by the optimizer instead, which has no part otherwise; with
-`learn_lr=False` alpha stays (C-MAML). The batch is written to the memory in its first glance only.
-RotatedMNIST (77.42, 20 tasks of 1,000 samples, MLP 100-100, memory 200, batch and draw of 10, 5 glances, eta
-0.3, alpha 0.15 at first, an inner step per sample) is first-order, and its code means to clamp inner
-gradients but does not (`inner_clip`).
+alpha has one learning rate for each weight; eta is `lr_alpha`. Variants:
+
+- `second_order=False`: the inner gradients are constants.
+- `sync_update`: the optimizer moves theta. Otherwise the optimizer is not used.
+- `learn_lr=False`: alpha does not change (C-MAML).
+
+The batch is written to the memory in its first glance only. The published RotatedMNIST accuracy (77.42, 20
+tasks of 1,000 samples, MLP 100-100, memory 200, batch and draw of 10, 5 glances, eta 0.3, alpha 0.15 at
+first, one inner step per sample) is first-order. Its code computes clipped inner gradients but does not use
+them (`inner_clip`).
 
 Mirror: sequel_flax/algorithms/lamaml.py
 """
@@ -31,8 +36,9 @@ from sequel_core.algorithms.lamaml import LaMAMLHParams, MetaPlan, MetaPlanner
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_lightning.augmentation import cropped
-from sequel_lightning.gradients import check_functional_call
+from sequel_lightning.gradients import check_functional_call, gradients
 from sequel_lightning.networks import check_no_batch_stats
+from sequel_lightning.quadratic import Model
 from sequel_lightning.replay import (
     Memory,
     Outputs,
@@ -42,7 +48,7 @@ from sequel_lightning.replay import (
     mean_cross_entropy,
     planned,
 )
-from sequel_lightning.trees import ParameterTree, Params, restricted
+from sequel_lightning.trees import ParameterTree, Params, restricted, tree_map
 
 
 class LaMAMLState(NamedTuple):
@@ -60,25 +66,76 @@ def with_draw(batch: Batch, draw: ReplayBatch) -> ReplayBatch:
 
 def inner_sgd_step(params: Params, rates: Params, gradient: Params) -> Params:
     """Return theta - relu(alpha) * gradient."""
-    return {k: p - F.relu(rates[k]) * gradient[k] for k, p in params.items()}
+    return tree_map(lambda p, a, g: p - F.relu(a) * g, params, rates, gradient)
 
 
 def clip_by_value(gradient: Params, bound: float | None) -> Params:
-    """Return the gradient with all values in [-bound, bound]."""
-    return gradient if bound is None else {k: g.clamp(-bound, bound) for k, g in gradient.items()}
+    """Return the gradient with all values in [-bound, bound]; unchanged if `bound` is None."""
+    return gradient if bound is None else tree_map(lambda g: g.clamp(-bound, bound), gradient)
 
 
 def clip_by_norm(gradient: Params, norm: float | None) -> Params:
-    """Return the gradient, scaled down to a norm where it is longer."""
+    """Return the gradient, scaled down if its norm is above `norm`; unchanged if `norm` is None."""
     if norm is None:
         return gradient
     length = torch.stack([g.norm() for g in gradient.values()]).norm()
     factor = (norm / (length + 1e-6)).clamp(max=1)
-    return {k: factor * g for k, g in gradient.items()}
+    return tree_map(lambda g: factor * g, gradient)
+
+
+def sample_loss(params: Params, model: Model, samples: ReplayBatch) -> Tensor:
+    """Return the mean cross-entropy of samples at the weights given, in training mode, shape ()."""
+    logits = functional_call(model.net, params, (model.normalise(samples.x),))
+    masked_logits = model.masked(logits, samples.t)
+    return mean_cross_entropy(Outputs(logits, masked_logits, samples.y, None, samples.count))
+
+
+def meta_loss(
+    params: Params, rates: Params, model: Model, batch: Batch, draw: ReplayBatch, hparams: LaMAMLHParams
+) -> Tensor:
+    """Return M, shape ().
+
+    Args:
+        params: theta, where the inner steps start.
+        rates: alpha.
+        model: the network; in Flax with the number of the first pass.
+        batch: in the order in which the inner steps read it.
+        draw: from the memory.
+        hparams: settings.
+    """
+    fast, losses, meta = params, [], with_draw(batch, draw)
+    count = hparams.check_parts(len(batch.y))
+    parts = map(Batch, *(a.chunk(count) for a in batch[:3]))
+    for part in parts:
+        current = ReplayBatch(*part[:3], None, len(part.y))
+        (gradient,) = gradients(sample_loss(fast, model, current), fast, create_graph=hparams.second_order)
+        fast = inner_sgd_step(fast, rates, clip_by_value(gradient, hparams.inner_clip))
+        losses.append(sample_loss(fast, model, meta))
+    return torch.stack(losses).mean()
+
+
+def rates_step(rates: Params, gradient: Params, hparams: LaMAMLHParams) -> Params:
+    """Return alpha after a step of gradient descent; unchanged for C-MAML."""
+    if not hparams.learn_lr:
+        return rates
+    gradient = clip_by_norm(gradient, hparams.grad_clip_norm)
+    return tree_map(lambda a, g: a - hparams.lr_alpha * g, rates, gradient)
+
+
+def glance(
+    params: Params, rates: Params, model: Model, batch: Batch, draw: ReplayBatch, hparams: LaMAMLHParams
+) -> tuple[Tensor, Params, Params]:
+    """Return M, its clipped gradient by theta, and alpha after its step; see `meta_loss`."""
+    rates = tree_map(lambda a: a.clone().requires_grad_(), rates)
+    loss = meta_loss(params, rates, model, batch, draw, hparams)
+    gradient, rates_gradient = gradients(loss, params, rates)
+    with torch.no_grad():
+        rates = rates_step(rates, rates_gradient, hparams)
+        return loss.detach(), clip_by_norm(gradient, hparams.grad_clip_norm), rates
 
 
 class LaMAML(ReplayModule):
-    """La-MAML; it takes its steps itself, and a batch counts as one step of the Trainer."""
+    """La-MAML. It takes its steps itself: a batch counts as one step of the Trainer."""
 
     hparams_class = LaMAMLHParams
     algorithm_hparams: LaMAMLHParams
@@ -97,34 +154,13 @@ class LaMAML(ReplayModule):
         self._checked = False  # whether functional_call follows the network; tried with the first batch
 
     def make_planner(self, spec: StreamSpec) -> MetaPlanner:
-        """Return the planner."""
+        """Return the planner: each glance has a draw from the memory and an order of the batch."""
         return MetaPlanner(self.algorithm_hparams, spec, self.seed)
 
     @property
     def state(self) -> LaMAMLState:
         """The memory and the rates."""
-        return LaMAMLState(self.held, self.rates.get())
-
-    def meta_loss(self, batch: Batch, draw: ReplayBatch, rates: Params) -> Tensor:
-        """Return M, shape ()."""
-        hparams, meta, losses = self.algorithm_hparams, with_draw(batch, draw), []
-        fast = self.params()
-        parts = hparams.check_parts(len(batch.y))
-        for x, y, t in zip(*(a.chunk(parts) for a in batch[:3]), strict=True):
-            loss = self.sample_loss(fast, ReplayBatch(x, y, t, None, len(y)))
-            found = torch.autograd.grad(
-                loss, list(fast.values()), create_graph=hparams.second_order, materialize_grads=True
-            )
-            gradient = clip_by_value(dict(zip(fast, found, strict=True)), hparams.inner_clip)
-            fast = inner_sgd_step(fast, rates, gradient)
-            losses.append(self.sample_loss(fast, meta))
-        return torch.stack(losses).mean()
-
-    def sample_loss(self, params: Params, samples: ReplayBatch) -> Tensor:
-        """Return the mean cross-entropy of samples at the weights given, shape ()."""
-        logits = functional_call(self.net, params, (self.normalise(samples.x),))
-        own = self.masked(logits, samples.t)
-        return mean_cross_entropy(Outputs(logits, own, samples.y, None, samples.count))
+        return LaMAMLState(self.contents, self.rates.get())
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Take all glances at a batch; return M of the first, and the batch's logits before it."""
@@ -132,36 +168,29 @@ class LaMAML(ReplayModule):
             check_functional_call(self, batch.x)
             self._checked = True
         hparams, batch = self.algorithm_hparams, self.planned(batch)
-        (_, reads, orders, _), seen_x = planned(self.held, batch, MetaPlan), cropped(batch).x
+        (_, reads, orders, _), x = planned(self.contents, batch, MetaPlan), cropped(batch).x
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         with torch.no_grad():
-            logits = self.network(seen_x)
-        seen = Outputs(logits, self.masked(logits, batch.t), batch.y, None, len(batch.y))
-        params = self.params()
-        losses = []
-        for glance, order in enumerate(torch.from_numpy(orders).to(batch.y.device, torch.int64)):
-            rates = {k: a.clone().requires_grad_() for k, a in restricted(self.rates.get(), params).items()}
-            ordered = Batch(*(a[order] for a in (seen_x, batch.y, batch.t)))
-            loss = self.meta_loss(ordered, drawn(self.held, batch, reads[glance], glance), rates)
-            losses.append(loss.detach())
-            weights = [*params.values(), *rates.values()]
-            found = iter(torch.autograd.grad(loss, weights, materialize_grads=True))
-            slope, rates_slope = (
-                clip_by_norm({k: next(found) for k in params}, hparams.grad_clip_norm) for _ in range(2)
-            )
+            logits = self.network(x)
+        outputs = Outputs(logits, self.masked(logits, batch.t), batch.y, None, len(batch.y))
+        params, losses = self.params(), []
+        for k, order in enumerate(torch.from_numpy(orders).to(batch.y.device, torch.int64)):
+            ordered = Batch(*(a[order] for a in (x, batch.y, batch.t)))
+            draw, rates = drawn(self.contents, batch, reads[k], k), restricted(self.rates.get(), params)
+            loss, gradient, rates = glance(params, rates, self, ordered, draw, hparams)
+            losses.append(loss)
             with torch.no_grad():
-                if hparams.learn_lr:
-                    rates = {k: a - hparams.lr_alpha * rates_slope[k] for k, a in rates.items()}
-                    self.rates.set(rates if self.lifecycle.fitting else {})
-                for k, after in inner_sgd_step(params, rates, slope).items():
+                if hparams.learn_lr and self.lifecycle.fitting:
+                    self.rates.set(rates)
+                for name, after in inner_sgd_step(params, rates, gradient).items():
                     if hparams.sync_update:
-                        params[k].grad = slope[k]
+                        params[name].grad = gradient[name]
                     else:
-                        params[k].copy_(after)
-            if glance == 0:
-                self.remember(batch, seen)
-            if glance < hparams.glances - 1:
-                optimizer.optimizer.step()  # Lightning counts its own as a step each
+                        params[name].copy_(after)
+            if k == 0:
+                self.write_batch(batch, outputs)
+            if k < hparams.glances - 1:
+                optimizer.optimizer.step()  # Lightning counts each of its own as a step
         optimizer.step()
-        return losses[0], seen.masked
+        return losses[0], outputs.masked

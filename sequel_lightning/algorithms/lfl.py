@@ -3,10 +3,10 @@
     L = CE(f(x), y) + lambda_e/2 * mean_n ||h(x_n; theta) - h(x_n; theta_old)||^2          (eq. 3, lambda_c 1)
 
 h is the last hidden layer, theta_old are the weights at the end of the last task, and x are samples of the
-current task. The old network is in evaluation mode. The last layer, which decides on the features, stays as
-the first task left it (`freeze_head`): no gradient, no weight decay, no part in the norm that clipping sees.
+current task. The old network runs in evaluation mode. With `freeze_head`, the last layer does not change
+after the first task: it gets no gradient and no weight decay, and gradient clipping does not count it.
 
-The network needs `features(x)`, the last hidden layer, and a last layer called `head`.
+The network needs a method `features(x)`, the last hidden layer, and a last layer called `head`.
 
 Mirror: sequel_flax/algorithms/lfl.py
 """
@@ -32,20 +32,38 @@ class LFLState(NamedTuple):
     """What LFL remembers of past tasks."""
 
     anchor: Params  # theta_old, weights at the end of the last task
-    statistics: Params  # running statistics of batch normalisation then; empty without
-    learned: Tensor  # 1 once a task has ended, before that 0, shape ()
+    statistics: Params  # running statistics of batch normalisation then; empty without batch normalisation
+    learned: Tensor  # 1 after the end of the first task, 0 before, shape ()
 
 
 def feature_distance(features: Tensor, old: Tensor) -> Tensor:
     """Return 1/2 * mean_n ||h(x_n) - h_old(x_n)||^2 of features `[B, D]`, shape ()."""
-    return 0.5 * (features - old).square().sum(1).mean()
+    return 0.5 * ((features - old) ** 2).sum(1).mean()
+
+
+def head_is_frozen(state: LFLState, hparams: LFLHParams) -> Tensor:
+    """Return whether the last layer stays as it is, shape ()."""
+    return (state.learned > 0) & hparams.freeze_head
+
+
+def objective(module: LFL, batch: Batch, hparams: LFLHParams) -> tuple[Tensor, Tensor]:
+    """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
+    x = module.normalise(batch.x)
+    features = module.net.features(x)
+    logits = module.masked(apply_head(module.net, features), batch.t)
+    loss = module.loss(logits, batch)
+    if module.learned > 0:
+        with evaluating(module.old), torch.no_grad():
+            old = module.old.features(x)
+        loss = loss + module.added(hparams.lfl_lambda * feature_distance(features, old))
+    return loss, logits
 
 
 class LFL(ContinualModule):
     """Less-forgetting learning.
 
     Raises:
-        ValueError: a network without `features` or `head`.
+        ValueError: the network has no method `features` or no last layer `head`.
     """
 
     hparams_class = LFLHParams
@@ -71,25 +89,16 @@ class LFL(ContinualModule):
         return LFLState(*frozen_network(self.old), self.learned)
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return cross-entropy plus lambda_e times the distance of features, and the logits."""
-        batch = self.trained_on(batch)
-        x = self.normalise(batch.x)
-        features = self.net.features(x)
-        logits = self.masked(apply_head(self.net, features), batch.t)
-        loss = self.loss(logits, batch)
-        if self.learned > 0:
-            with evaluating(self.old), torch.no_grad():
-                old = self.old.features(x)
-            loss = loss + self.added(self.algorithm_hparams.lfl_lambda * feature_distance(features, old))
-        return loss, logits
+        """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
+        return objective(self, self.trained_on(batch), self.algorithm_hparams)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Take the gradient from the last layer, which clipping and the optimizer then pass over."""
-        if self.algorithm_hparams.freeze_head and self.learned > 0:
+        """Remove the gradient of a frozen last layer, so that clipping and the optimizer skip it."""
+        if head_is_frozen(self.state, self.algorithm_hparams):
             for p in self.net.head.parameters():
                 p.grad = None
 
     def end_task(self, batches: Iterable[Batch]) -> None:
-        """Keep the network."""
+        """Keep a copy of the network."""
         self.old.load_state_dict(self.net.state_dict())
         self.learned.fill_(1)

@@ -3,9 +3,9 @@
     L = CE(f(x), y) + lambda * sum_i Omega_i (theta_i - theta*_i)^2                                  (eq. 4)
     Omega_i <- Omega_i + 1/N sum_n |d ||f(x_n)||^2 / d theta_i| at theta*, one gradient per sample (eq. 2, 3)
 
-f are the logits of all classes, unmasked; labels are not used. theta* are the weights at the end of the last
-task. The official code takes one gradient for each batch, of the sum of its ||f||^2 (`gradients="batch"`);
-then the batch size matters, and strengths are not comparable.
+f are the logits of all classes, unmasked. No labels are used. theta* are the weights at the end of the last
+task. The official code takes one gradient per batch, of the sum of ||f||^2 over it (`gradients="batch"`).
+Importances then depend on the batch size, and strengths are not comparable.
 
 Mirror: sequel_flax/algorithms/mas.py
 """
@@ -26,7 +26,8 @@ from sequel_lightning.trees import Params
 
 def squared_norm(params: Params, model: Model, batch: Batch) -> Tensor:
     """Return the sum over a batch of ||f(x)||^2, in evaluation mode, shape ()."""
-    return call_with(model.net, params, model.normalise(batch.x)).square().sum()
+    logits = call_with(model.net, params, model.normalise(batch.x))
+    return (logits**2).sum()
 
 
 def sensitivity(params: Params, model: Model, batches: Iterable[Batch], hparams: MASHParams) -> Params:

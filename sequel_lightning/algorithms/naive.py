@@ -1,4 +1,4 @@
-"""Naive finetuning: the tasks one after the other and nothing else, the usual lower bound.
+"""Naive finetuning: trains on one task after the other without any protection. The usual lower bound.
 
     L = CE(f(x), y)
 

@@ -40,10 +40,10 @@ def arrays_of(arrays: Tree) -> dict[str, jax.Array]:
     return {k: jnp.asarray(a) for k, a in arrays.items()}
 
 
-def assert_tree(found: dict[str, jax.Array], expected: Tree) -> None:
-    assert found.keys() == expected.keys()
+def assert_tree(actual: dict[str, jax.Array], expected: Tree) -> None:
+    assert actual.keys() == expected.keys()
     for k, a in expected.items():
-        np.testing.assert_allclose(found[k], a, rtol=1e-12, atol=1e-14, err_msg=k)
+        np.testing.assert_allclose(actual[k], a, rtol=1e-12, atol=1e-14, err_msg=k)
 
 
 def dot(a: Tree, b: Tree) -> float:
@@ -54,10 +54,10 @@ def test_a_projected_gradient_is_orthogonal_to_the_reference(rng: np.random.Gene
     g, r = tree(rng), tree(rng)
     if dot(g, r) > 0:
         r = {k: -a for k, a in r.items()}
-    found = {k: np.asarray(a) for k, a in project(arrays_of(g), arrays_of(r)).items()}
+    actual = {k: np.asarray(a) for k, a in project(arrays_of(g), arrays_of(r)).items()}
     assert dot(g, r) < -0.1
-    assert dot(found, r) == pytest.approx(0, abs=1e-12)
-    assert dot(found, found) == pytest.approx(dot(g, g) - dot(g, r) ** 2 / dot(r, r))
+    assert dot(actual, r) == pytest.approx(0, abs=1e-12)
+    assert dot(actual, actual) == pytest.approx(dot(g, g) - dot(g, r) ** 2 / dot(r, r))
 
 
 @pytest.mark.parametrize("reference", ["along", "orthogonal", "zero"])
@@ -68,22 +68,22 @@ def test_a_gradient_that_agrees_is_left_alone(reference: str, rng: np.random.Gen
         r = {k: 3 * a for k, a in g.items()}
     elif reference == "orthogonal":
         g["dense.bias"][:], r["dense.bias"][:] = 0, 1
-    found = project(arrays_of(g), arrays_of(r))
-    assert all(np.array_equal(found[k], a) for k, a in g.items())
+    actual = project(arrays_of(g), arrays_of(r))
+    assert all(np.array_equal(actual[k], a) for k, a in g.items())
 
 
 @pytest.mark.parametrize("count", [0, 3, 5])
 @pytest.mark.parametrize("distance", ["sum", "mean"])
 def test_logit_distance(distance: str, count: int, rng: np.random.Generator) -> None:
-    """Its first three are taken of a draw of five, of which the others only fill it up."""
+    """The first samples of a draw of five count; the others are padding."""
     stored, logits = rng.normal(size=(2, 5, 4))
     squares = (stored - logits)[:count] ** 2
     expected = squares.sum() / max(count, 1) / (1 if distance == "sum" else 4)
     z, f = jnp.asarray(stored), jnp.asarray(logits)
-    seen = Outputs(f, f, jnp.zeros(5, jnp.int32), z, count)
+    outputs = Outputs(f, f, jnp.zeros(5, jnp.int32), z, count)
     hparams = DERHParams(distance=distance)  # type: ignore[arg-type]
-    assert float(logit_distance(seen, hparams)) == pytest.approx(expected, rel=1e-12)
-    assert float(logit_distance(seen._replace(stored=f), hparams)) == 0
+    assert float(logit_distance(outputs, hparams)) == pytest.approx(expected, rel=1e-12)
+    assert float(logit_distance(outputs._replace(stored=f), hparams)) == 0
 
 
 def test_mean_cross_entropy_is_of_all_samples_that_count(rng: np.random.Generator) -> None:
@@ -101,16 +101,16 @@ def test_mean_cross_entropy_is_of_all_samples_that_count(rng: np.random.Generato
 
 def test_feature_distance(rng: np.random.Generator) -> None:
     h, old = rng.normal(size=(2, 6, 5))
-    found = feature_distance(jnp.asarray(h), jnp.asarray(old))
-    assert float(found) == pytest.approx(
+    actual = feature_distance(jnp.asarray(h), jnp.asarray(old))
+    assert float(actual) == pytest.approx(
         np.sum([(a - b) @ (a - b) for a, b in zip(h, old, strict=True)]) / 12
     )
 
 
-def test_walk_adds_minus_the_gradient_times_the_step(rng: np.random.Generator) -> None:
+def test_path_integral_adds_minus_the_gradient_times_the_step(rng: np.random.Generator) -> None:
     path, g, before, after = (tree(rng) for _ in range(4))
-    found = accumulate_path_integral(*map(arrays_of, (path, g, before, after)))
-    assert_tree(found, {k: path[k] - g[k] * after[k] + g[k] * before[k] for k in path})
+    actual = accumulate_path_integral(*map(arrays_of, (path, g, before, after)))
+    assert_tree(actual, {k: path[k] - g[k] * after[k] + g[k] * before[k] for k in path})
 
 
 @pytest.mark.parametrize("clamp", [False, True])
@@ -122,18 +122,18 @@ def test_si_consolidates_the_path(clamp: bool, rng: np.random.Generator) -> None
     if clamp:
         expected = {k: np.where(a < 0, 0, a) for k, a in expected.items()}
     state = SIState(arrays_of(anchor), arrays_of(omega), arrays_of(path))
-    found = consolidate(arrays_of(theta), state, SIHParams(xi=0.2, clamp=clamp))
-    assert_tree(found.importance, expected)
-    assert_tree(found.anchor, theta)
-    assert_tree(found.path, {k: np.zeros_like(a) for k, a in path.items()})
+    actual = consolidate(arrays_of(theta), state, SIHParams(xi=0.2, clamp=clamp))
+    assert_tree(actual.importance, expected)
+    assert_tree(actual.anchor, theta)
+    assert_tree(actual.path, {k: np.zeros_like(a) for k, a in path.items()})
 
 
 def test_the_quadratic_penalty_and_its_gradient(rng: np.random.Generator) -> None:
     theta, anchor, importance = (tree(rng) for _ in range(3))
-    found, slopes = jax.value_and_grad(penalty)(*map(arrays_of, (theta, anchor, importance)))
+    actual, gradient = jax.value_and_grad(penalty)(*map(arrays_of, (theta, anchor, importance)))
     away = {k: theta[k] - anchor[k] for k in theta}
-    assert float(found) == pytest.approx(dot(importance, {k: a**2 for k, a in away.items()}) / 2)
-    assert_tree(slopes, {k: importance[k] * a for k, a in away.items()})
+    assert float(actual) == pytest.approx(dot(importance, {k: a**2 for k, a in away.items()}) / 2)
+    assert_tree(gradient, {k: importance[k] * a for k, a in away.items()})
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.4])
@@ -142,9 +142,9 @@ def test_the_past_decays_and_is_anchored_at_the_end_of_the_task(
 ) -> None:
     theta, anchor, old, new = (tree(rng) for _ in range(4))
     state = QuadraticState(arrays_of(anchor), arrays_of(old))
-    found = consolidate_quadratic(arrays_of(theta), state, arrays_of(new), gamma=gamma)
-    assert_tree(found.importance, {k: gamma * old[k] + new[k] for k in old})
-    assert_tree(found.anchor, theta)
+    actual = consolidate_quadratic(arrays_of(theta), state, arrays_of(new), gamma=gamma)
+    assert_tree(actual.importance, {k: gamma * old[k] + new[k] for k in old})
+    assert_tree(actual.anchor, theta)
 
 
 def test_separate_anchors_collapse_into_one_up_to_a_constant(rng: np.random.Generator) -> None:

@@ -61,15 +61,15 @@ def test_a_gradient_that_agrees_is_left_alone(reference: str, rng: np.random.Gen
 @pytest.mark.parametrize("count", [0, 3, 5])
 @pytest.mark.parametrize("distance", ["sum", "mean"])
 def test_logit_distance(distance: str, count: int, rng: np.random.Generator) -> None:
-    """Its first three are taken of a draw of five, of which the others only fill it up."""
+    """The first samples of a draw of five count; the others are padding."""
     stored, logits = rng.normal(size=(2, 5, 4))
     squares = (stored - logits)[:count] ** 2
     expected = squares.sum() / max(count, 1) / (1 if distance == "sum" else 4)
     z, f = torch.from_numpy(stored), torch.from_numpy(logits)
-    seen = Outputs(f, f, torch.zeros(5, dtype=torch.int64), z, count)
+    outputs = Outputs(f, f, torch.zeros(5, dtype=torch.int64), z, count)
     hparams = DERHParams(distance=distance)  # type: ignore[arg-type]
-    assert float(der.logit_distance(seen, hparams)) == pytest.approx(expected, rel=1e-12)
-    assert float(der.logit_distance(seen._replace(stored=f), hparams)) == 0
+    assert float(der.logit_distance(outputs, hparams)) == pytest.approx(expected, rel=1e-12)
+    assert float(der.logit_distance(outputs._replace(stored=f), hparams)) == 0
 
 
 def test_mean_cross_entropy_is_of_all_samples_that_count(rng: np.random.Generator) -> None:
@@ -93,7 +93,7 @@ def test_feature_distance(rng: np.random.Generator) -> None:
     )
 
 
-def test_walk_adds_minus_the_gradient_times_the_step(rng: np.random.Generator) -> None:
+def test_path_integral_adds_minus_the_gradient_times_the_step(rng: np.random.Generator) -> None:
     path, g, before, after = (tree(rng) for _ in range(4))
     actual = si.accumulate_path_integral(*map(tensors, (path, g, before, after)))
     assert_tree(actual, {k: path[k] - g[k] * after[k] + g[k] * before[k] for k in path})
@@ -121,8 +121,8 @@ def test_the_quadratic_penalty_and_its_gradient(rng: np.random.Generator) -> Non
     away = {k: theta[k] - anchor[k] for k in theta}
     assert actual.item() == pytest.approx(dot(importance, {k: a**2 for k, a in away.items()}) / 2)
     (3 * actual).backward()
-    slopes = {k: p.grad for k, p in weights.items() if p.grad is not None}
-    assert_tree(slopes, {k: 3 * importance[k] * a for k, a in away.items()})
+    gradient = {k: p.grad for k, p in weights.items() if p.grad is not None}
+    assert_tree(gradient, {k: 3 * importance[k] * a for k, a in away.items()})
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.4])

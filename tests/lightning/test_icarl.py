@@ -46,7 +46,7 @@ def test_a_fresh_module_loads_what_another_learned() -> None:
     x, _, t = arrays(stream(scenario="class"), 1)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh.predict(x, t), model.predict(x, t))
-    for a, b in zip(stored_samples(fresh.held), stored_samples(model.held), strict=True):
+    for a, b in zip(stored_samples(fresh.contents), stored_samples(model.contents), strict=True):
         np.testing.assert_array_equal(a, b)
     assert "classes" not in model.state_dict()
     assert fresh.memory_bytes() == model.memory_bytes()
@@ -66,7 +66,7 @@ def test_own_float_loaders_that_yield_the_exemplars_too_replay_them() -> None:
         model = module(benchmark, ICARL, spec=float_spec(benchmark))
         assert isinstance(model, ICaRL)
         trainer().fit(model, own_loader(benchmark, 0, with_task))
-        first = stored_samples(model.held)
+        first = stored_samples(model.contents)
         assert first.x.dtype == np.float32
         assert len(first.y) == 12
         x, y, t = arrays(benchmark, 1)
@@ -76,7 +76,7 @@ def test_own_float_loaders_that_yield_the_exemplars_too_replay_them() -> None:
             *([torch.cat([t, torch.from_numpy(first.t)])] if with_task else []),
         )
         trainer().fit(model, DataLoader(joined, BATCH))
-        held = stored_samples(model.held)
+        held = stored_samples(model.contents)
         assert np.bincount(held.y).tolist() == [3, 3, 3, 3]
         assert held.t.tolist() == [0] * 6 + [1] * 6
         kept = np.concatenate([first.x[first.y == label][:3] for label in (0, 1)])
@@ -95,9 +95,9 @@ def test_the_exemplars_join_the_task_behind_its_samples() -> None:
     benchmark, model = stream(scenario="class"), learned(1)
     split = model.training_split(benchmark.tasks[1].train)
     x, y, t = split.take(np.arange(len(split)))
-    samples, held = benchmark.tasks[1].train.take(np.arange(BATCH * STEPS + 2)), stored_samples(model.held)
-    for actual, a, b in zip((x, y, t), samples, held, strict=True):
-        np.testing.assert_array_equal(actual, np.concatenate([a, b]))
+    own, held = benchmark.tasks[1].train.take(np.arange(BATCH * STEPS + 2)), stored_samples(model.contents)
+    for found, a, b in zip((x, y, t), own, held, strict=True):
+        np.testing.assert_array_equal(found, np.concatenate([a, b]))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -143,7 +143,7 @@ def test_exemplars_are_chosen_in_bfloat16() -> None:
     learn(model, benchmark, 0, precision="bf16-true")
     assert position(model) == (0, CONSOLIDATED)
     wide: Any = copy.deepcopy(model).double()
-    held = wide.held
+    held = wide.contents
     features = wide.net.features(wide.normalise(held.x[held.t >= 0]))
     unit = features / features.norm(dim=1, keepdim=True)
     for c in held.y[held.t >= 0].unique():

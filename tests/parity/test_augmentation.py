@@ -41,8 +41,8 @@ def test_crops_are_those_of_padding_slicing_and_reversing(dtype: str) -> None:
     expected[crops[:, 2] == 1] = expected[crops[:, 2] == 1, :, ::-1]
     ours: Any
     for ours in ((x, crops.astype(np.int32)), (jnp.asarray(x), jnp.asarray(crops, jnp.int32))):
-        found = np.asarray(flax_crop(*ours))  # NumPy's are those of a step that is not compiled
-        np.testing.assert_array_equal(found, expected)
+        actual = np.asarray(flax_crop(*ours))  # NumPy's are those of a step that is not compiled
+        np.testing.assert_array_equal(actual, expected)
     there = torch_crop(torch.from_numpy(x).movedim(-1, 1), torch.from_numpy(crops))
     assert there.dtype == torch.from_numpy(x).dtype
     np.testing.assert_array_equal(there.movedim(1, -1).numpy(), expected)

@@ -107,11 +107,11 @@ def flax_side(
 ) -> tuple[FloatArray, float, Weights]:
     """Do what `torch_side` does, from weights in the canonical layout."""
     initial = initial_variables(model, spec(x.shape[1]), 0)
-    paths = {kind: list(flatten_dict(tree, sep="/")) for kind, tree in initial.items()}
+    paths = {name: list(flatten_dict(tree, sep="/")) for name, tree in initial.items()}
     assert {path for some in paths.values() for path in some} == weights.keys()
     variables = {
-        kind: unflatten_dict({path: jnp.asarray(weights[path]) for path in some}, sep="/")
-        for kind, some in paths.items()
+        collection: unflatten_dict({path: jnp.asarray(weights[path]) for path in some}, sep="/")
+        for collection, some in paths.items()
     }
     params, stats = variables["params"], {k: v for k, v in variables.items() if k != "params"}
 
@@ -124,8 +124,8 @@ def flax_side(
     step = jax.jit(jax.value_and_grad(loss_fn, has_aux=True)).lower(params)
     (loss, (logits, new)), gradient = step.compile(compiler_options=FAST if fast else None)(params)
     trees = [flatten_dict(tree, sep="/") for tree in (gradient, *new.values())]
-    found = {path: np.asarray(a) for tree in trees for path, a in tree.items()}
-    return np.asarray(logits), float(loss), found
+    actual = {path: np.asarray(a) for tree in trees for path, a in tree.items()}
+    return np.asarray(logits), float(loss), actual
 
 
 def numpy_side(
@@ -198,12 +198,12 @@ def test_the_gradient_is_the_slope_of_the_reference() -> None:
     direction = {path: rng.normal(size=weights[path].shape) for path in trained}
 
     def loss(step: float) -> float:
-        moved = {path: a + step * direction.get(path, 0.0) for path, a in weights.items()}
-        logits, _ = numpy_side("cnn", settings, moved, x, train=True)
+        shifted = {path: a + step * direction.get(path, 0.0) for path, a in weights.items()}
+        logits, _ = numpy_side("cnn", settings, shifted, x, train=True)
         return float(-log_softmax(logits, None)[np.arange(len(y)), y].mean())
 
-    slope = sum(float((gradient[path] * direction[path]).sum()) for path in trained)
-    assert (loss(1e-5) - loss(-1e-5)) / 2e-5 == pytest.approx(slope, rel=1e-6)
+    derivative = sum(float((gradient[path] * direction[path]).sum()) for path in trained)
+    assert (loss(1e-5) - loss(-1e-5)) / 2e-5 == pytest.approx(derivative, rel=1e-6)
 
 
 # -- initial weights and sizes

@@ -41,8 +41,10 @@ BACKBONES: dict[str, tuple[str, dict[str, Any], list[tuple[str, str]]]] = {
 Calls = dict[str, tuple[FloatArray, FloatArray]]  # layer: what it gets, and what it puts out, channels last
 
 
-def calls_in_flax(kind: str, settings: dict[str, Any], dropout: float, train: bool, x: FloatArray) -> Calls:
-    model = getattr(sequel_flax, kind)(dropout=dropout, **settings)
+def calls_in_flax(
+    class_name: str, settings: dict[str, Any], dropout: float, train: bool, x: FloatArray
+) -> Calls:
+    model = getattr(sequel_flax, class_name)(dropout=dropout, **settings)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
     rng = np.random.default_rng(1)
     variables = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), shapes)
@@ -65,8 +67,10 @@ def calls_in_flax(kind: str, settings: dict[str, Any], dropout: float, train: bo
     return {name: (np.asarray(a), np.asarray(b)) for name, (a, b) in run(variables).items()}
 
 
-def calls_in_torch(kind: str, settings: dict[str, Any], dropout: float, train: bool, x: FloatArray) -> Calls:
-    model = getattr(sequel_lightning, kind)(dropout=dropout, image_shape=SHAPE, **settings).train(train)
+def calls_in_torch(
+    class_name: str, settings: dict[str, Any], dropout: float, train: bool, x: FloatArray
+) -> Calls:
+    model = getattr(sequel_lightning, class_name)(dropout=dropout, image_shape=SHAPE, **settings).train(train)
     calls: Calls = {}
 
     def note(name: str, args: Any, out: Any) -> None:
@@ -95,9 +99,9 @@ def units(calls: Calls, layer: str, following: str) -> tuple[FloatArray, FloatAr
 def test_each_hidden_layer_drops_its_share_and_scales_the_rest(
     name: str, calls_of: Callable[..., Calls], rng: np.random.Generator
 ) -> None:
-    kind, settings, layers = BACKBONES[name]
+    class_name, settings, layers = BACKBONES[name]
     x = rng.normal(size=(SAMPLES, *SHAPE)).astype(np.float32)
-    calls = calls_of(kind, settings, RATE, True, x)
+    calls = calls_of(class_name, settings, RATE, True, x)
     dropped = {}
     for layer, following in layers:
         before, after = units(calls, layer, following)
@@ -126,9 +130,9 @@ def test_each_hidden_layer_drops_its_share_and_scales_the_rest(
 def test_nothing_is_dropped_in_evaluation(
     name: str, calls_of: Callable[..., Calls], rng: np.random.Generator
 ) -> None:
-    kind, settings, layers = BACKBONES[name]
+    class_name, settings, layers = BACKBONES[name]
     x = rng.normal(size=(4, *SHAPE)).astype(np.float32)
-    calls = calls_of(kind, settings, RATE, False, x)
+    calls = calls_of(class_name, settings, RATE, False, x)
     for layer, following in layers:
         before, after = units(calls, layer, following)
         np.testing.assert_allclose(after, before, rtol=1e-6, atol=1e-7, err_msg=layer)

@@ -51,10 +51,10 @@ def kept(learner: Learner) -> dict[str, Any]:
 def history(make: Callable[..., Learner], hparams: ICaRLHParams, scenario: Scenario) -> list[dict[str, Any]]:
     """Return, after each of three tasks, what is kept, the weights, the steps and the evaluations."""
     learner = make(hparams, SGD, scenario)
-    found = []
+    ends = []
     for task in benchmark(scenario).tasks[:3]:
         learner.fit_task(task, SILENT)
-        found.append(
+        ends.append(
             {
                 **kept(learner),
                 "exemplars": learner.memory_samples(),  # type: ignore[attr-defined]
@@ -64,7 +64,7 @@ def history(make: Callable[..., Learner], hparams: ICaRLHParams, scenario: Scena
                 "evaluations": [learner.evaluate(t, "test") for t in benchmark(scenario).tasks[:3]],
             }
         )
-    return found
+    return ends
 
 
 def sets(samples: Samples) -> dict[tuple[int, int], FloatArray]:
@@ -98,10 +98,10 @@ def nearest(after: dict[str, Any], hparams: ICaRLHParams, scenario: Scenario, x:
     scores = np.full((len(x), benchmark(scenario).num_classes), -np.inf)
     features = directions(weights, x, scenario)
     for label in np.unique(exemplars.y):
-        own = exemplars.x[exemplars.y == label]
-        mean = directions(weights, own, scenario).mean(axis=0)
+        images = exemplars.x[exemplars.y == label]
+        mean = directions(weights, images, scenario).mean(axis=0)
         if hparams.flip:
-            mean = (mean + directions(weights, own[:, :, ::-1], scenario).mean(axis=0)) / 2
+            mean = (mean + directions(weights, images[:, :, ::-1], scenario).mean(axis=0)) / 2
         scores[:, label] = -np.linalg.norm(features - mean / np.linalg.norm(mean), axis=1)
     return scores
 
@@ -109,9 +109,9 @@ def nearest(after: dict[str, Any], hparams: ICaRLHParams, scenario: Scenario, x:
 def hits(scores: FloatArray, task: Task, scenario: Scenario) -> tuple[int, int]:
     """Return the correct predictions, as the scenario has it and among the task's own classes."""
     y = task.test.targets
-    own = np.where(benchmark(scenario).mask[task.index], scores, -np.inf)
-    plain = own if scenario == "task" else scores
-    return int((plain.argmax(1) == y).sum()), int((own.argmax(1) == y).sum())
+    masked = np.where(benchmark(scenario).mask[task.index], scores, -np.inf)
+    plain = masked if scenario == "task" else scores
+    return int((plain.argmax(1) == y).sum()), int((masked.argmax(1) == y).sum())
 
 
 @each_case
@@ -139,16 +139,16 @@ def test_sets_are_as_large_as_their_quota_and_old_ones_are_cut(
     stream = benchmark(scenario)
     before: dict[tuple[int, int], FloatArray] = {}
     for task, after in enumerate(history(make, hparams, scenario)):
-        found = sets(after["exemplars"])
+        actual = sets(after["exemplars"])
         wanted = [(int(t), int(c)) for t, c in np.argwhere(stream.mask[: task + 1])]
         share = hparams.mem_size / len(wanted)
         quota = int(np.ceil(share) if hparams.quota == "ceil" else np.floor(share))
-        assert list(found) == wanted
-        for (t, label), images in found.items():
+        assert list(actual) == wanted
+        for (t, label), images in actual.items():
             assert len(images) == min(quota, int((stream.tasks[t].train.targets == label).sum()))
         for key, images in before.items():
-            np.testing.assert_array_equal(found[key], images[:quota])
-        before = found
+            np.testing.assert_array_equal(actual[key], images[:quota])
+        before = actual
     if hparams is PLENTY:
         assert all((len(v) == (stream.tasks[t].train.targets == c).sum()) for (t, c), v in before.items())
 
@@ -188,13 +188,13 @@ def test_the_head_predicts_before_and_within_a_task(make: Callable[..., Learner]
     tasks = benchmark("class").tasks
     within: list[Evaluation] = []
 
-    def look() -> None:
+    def record() -> None:
         within.extend(learner.evaluate(task, "test") for task in tasks[:2])
 
-    look()
+    record()
     after = []
     for task in tasks[:2]:
-        learner.fit_task(task, FitMonitor(lambda progress: None, look, evaluate_every=20))
+        learner.fit_task(task, FitMonitor(lambda progress: None, record, evaluate_every=20))
         after.append(learner.evaluate(task, "test"))
     assert len(within) >= 2 * 4
     assert all(e.correct == e.alternatives["head"] and np.isfinite(e.loss) for e in within)
@@ -235,5 +235,5 @@ def test_the_network_that_learned_beats_forgetting(make: Callable[..., Learner])
     learner = make(ICaRLHParams(mem_size=200), SGD, "class", epochs_per_task=3)
     for task in benchmark("class").tasks:
         learner.fit_task(task, SILENT)
-    found = [learner.evaluate(task, "test") for task in benchmark("class").tasks]
-    assert np.mean([e.accuracy for e in found]) > 0.6
+    evaluations = [learner.evaluate(task, "test") for task in benchmark("class").tasks]
+    assert np.mean([e.accuracy for e in evaluations]) > 0.6

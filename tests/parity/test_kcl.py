@@ -46,8 +46,8 @@ def of(kernels: Any, *arrays: Any) -> list[Any]:
 @BOTH
 def test_the_solve_is_numpys(kernels: Any, rng: np.random.Generator) -> None:
     a, y = rng.normal(size=(30, 8)), rng.normal(size=(30, 4))
-    found = np.asarray(kernels.solve(*of(kernels, a @ a.T, 0.13, y)))
-    np.testing.assert_allclose(found, np.linalg.solve(a @ a.T + 0.13 * np.eye(30), y), rtol=1e-9, atol=1e-11)
+    actual = np.asarray(kernels.solve(*of(kernels, a @ a.T, 0.13, y)))
+    np.testing.assert_allclose(actual, np.linalg.solve(a @ a.T + 0.13 * np.eye(30), y), rtol=1e-9, atol=1e-11)
 
 
 def test_the_gradient_of_the_solve_is_that_of_finite_differences(rng: np.random.Generator) -> None:
@@ -79,8 +79,8 @@ def test_a_matrix_that_has_no_factor_gives_no_finite_number() -> None:
 
 
 def array(value: Any) -> FloatArray:
-    found: FloatArray = value.detach().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-    return found
+    actual: FloatArray = value.detach().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+    return actual
 
 
 def own_of(kernels: Any, hparams: KCLHParams, width: int) -> Any:
@@ -93,12 +93,12 @@ def test_the_classifier_is_scikit_learns_kernel_ridge(kernels: Any, rng: np.rand
     core, h = rng.normal(size=(20, 6)), rng.normal(size=(9, 6))
     y = np.eye(4)[np.arange(20) // 5]
     expected = KernelRidge(alpha=0.31, kernel="rbf", gamma=1 / (2 * 0.7**2)).fit(core, y).predict(h)
-    own = own_of(kernels, replace(RBF, lmd=-0.3), 6)
+    extra = own_of(kernels, replace(RBF, lmd=-0.3), 6)
     c, x, targets = of(kernels, core, h, y)
-    kernel, cross, source = kernels.compare(own, RBF, c, x, None, None, None)
+    kernel, cross, source = kernels.compare(extra, RBF, c, x, None, None, None)
     assert source is None
     np.testing.assert_allclose(
-        array(kernels.classify(own, 1, kernel, cross, targets)), expected, rtol=1e-9, atol=1e-12
+        array(kernels.classify(extra, 1, kernel, cross, targets)), expected, rtol=1e-9, atol=1e-12
     )
 
 
@@ -110,10 +110,10 @@ def test_a_tiny_ridge_gives_the_coreset_its_labels(
     core, y = rng.normal(size=(12, 5)), np.eye(3)[np.arange(12) % 3]
     noise, phase, positions = basis_constants(0, 2000, 5)
     for hparams in (replace(RBF, lmd=0), replace(RFF, lmd=0, d_rn_f=2000)):
-        own = own_of(kernels, hparams, 5)
+        extra = own_of(kernels, hparams, 5)
         c, targets, *rest = of(kernels, core, y, noise, phase, positions)
-        kernel, cross, _ = kernels.compare(own, hparams, c, c, *rest)
-        np.testing.assert_allclose(array(kernels.classify(own, 0, kernel, cross, targets)), y, atol=1e-4)
+        kernel, cross, _ = kernels.compare(extra, hparams, c, c, *rest)
+        np.testing.assert_allclose(array(kernels.classify(extra, 0, kernel, cross, targets)), y, atol=1e-4)
 
 
 @BOTH
@@ -165,10 +165,10 @@ def test_the_divergence_of_gaussians(kernels: Any, rng: np.random.Generator) -> 
 def test_normalised_features(kernels: Any, how: str, rng: np.random.Generator) -> None:
     h = np.maximum(rng.normal(size=(6, 4)), 0)
     h[2] = 0
-    found = array(kernels.normalised(*of(kernels, h), how))
+    actual = array(kernels.normalised(*of(kernels, h), how))
     norm = np.linalg.norm(h, axis=1, keepdims=True)
     expected = h / np.maximum(norm, 1e-12) if how == "l2" else h / h.max()
-    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
 def test_inferred_gaussians_and_their_initial_weights() -> None:
@@ -226,10 +226,10 @@ def predict(learner: Any, x: Any, t: Any) -> FloatArray:
             learner.algorithm.predict(learner.ts, learner.state, jnp.asarray(x), jnp.asarray(t))
         )
     with evaluating(learner.module), torch.no_grad():
-        found: FloatArray = learner.module.predict(
+        actual: FloatArray = learner.module.predict(
             torch.from_numpy(x).movedim(-1, 1), torch.from_numpy(t)
         ).numpy()
-    return found
+    return actual
 
 
 def mixed(scenario: Scenario = "domain", each: int = 9) -> Any:
@@ -284,7 +284,7 @@ def test_short_runs_agree_in_weights_predictions_and_accuracy(
         np.testing.assert_allclose(one.loss, other.loss, rtol=1e-7)
     head = make("jax", hparams, scenario).weights()
     for name in ("head/kernel", "head/bias"):
-        assert all(np.array_equal(found[name], head[name]) for found in weights)
+        assert all(np.array_equal(actual[name], head[name]) for actual in weights)
 
 
 @MODES
@@ -297,8 +297,8 @@ def test_the_parameters_of_each_task_move_in_its_turn(mode: str) -> None:
         learner.fit_task(task, SILENT)
         last = learner.weights()
         for name in ("lmd", "gain"):
-            moved = last[f"kcl/{name}"] != before[f"kcl/{name}"]
-            np.testing.assert_array_equal(moved, np.arange(3) == k)
+            changed = last[f"kcl/{name}"] != before[f"kcl/{name}"]
+            np.testing.assert_array_equal(changed, np.arange(3) == k)
         for name in ("posterior/dense_0/kernel", "prior/head/bias"):
             assert np.abs(last[f"kcl/{name}"] - before[f"kcl/{name}"]).max() > 1e-6
     assert not last["kcl/offset"].any()
@@ -321,7 +321,7 @@ def test_a_mixed_batch_is_answered_as_its_tasks_are_alone(mode: str, scenario: S
 
 @MODES
 def test_the_answer_is_the_formula(mode: str) -> None:
-    """Written out in NumPy from the learner's weights: own parameters of each task, or the current ones."""
+    """Written out in NumPy from the learner's weights: the parameters of each task, or the current ones."""
     for hparams in (RFF, replace(RFF, task_parameters="current")):
         learner = trained(mode, hparams)
         w, (x, y, t) = learner.weights(), mixed()
@@ -364,11 +364,11 @@ def test_a_task_not_yet_begun_is_answered_with_zeros(mode: str) -> None:
     hidden = ~benchmark("task").mask[t]
     assert (predict(learner, x, t)[~hidden] == 0).all()
     fit(learner, "task", count=2)
-    found = predict(learner, x, t)
+    actual = predict(learner, x, t)
     later = t[:, None] > 1
-    assert (found[~hidden & later] == 0).all()
-    assert (np.abs(found[~hidden & ~later]) > 1e-6).all()
-    assert (found[hidden] == np.finfo(np.float64).min).all()
+    assert (actual[~hidden & later] == 0).all()
+    assert (np.abs(actual[~hidden & ~later]) > 1e-6).all()
+    assert (actual[hidden] == np.finfo(np.float64).min).all()
 
 
 @pytest.mark.parametrize("scenario", ["domain", "task"])
@@ -382,16 +382,16 @@ def test_coresets_are_stratified_apart_from_training_and_the_same_for_ever(scena
         np.testing.assert_array_equal(classes, sorted(task.classes))
         assert set(each) == {20 // len(task.classes)}
         assert len(rest.y) + 20 == len(both.y)
-        found = sorted(x.tobytes() for x in np.concatenate([core.x, rest.x]))
-        assert found == sorted(x.tobytes() for x in both.x)
+        actual = sorted(x.tobytes() for x in np.concatenate([core.x, rest.x]))
+        assert actual == sorted(x.tobytes() for x in both.x)
     cores = [task.coreset.take(np.arange(20)) for task in tasks if task.coreset is not None]
     expected = [np.concatenate(a) for a in zip(*cores, strict=True)]
     for mode in ("pytorch", "jax"):
         learner = make(mode, RFF, scenario)
         for k, task in enumerate(tasks):
             learner.fit_task(task, SILENT)
-            for found, wanted in zip(learner.memory_samples(), expected, strict=True):
-                np.testing.assert_array_equal(found, wanted[: 20 * (k + 1)])
+            for actual, wanted in zip(learner.memory_samples(), expected, strict=True):
+                np.testing.assert_array_equal(actual, wanted[: 20 * (k + 1)])
 
 
 @MODES

@@ -118,12 +118,12 @@ def test_the_frameworks_part_as_fast_as_runs_that_differ_in_the_last_bits(
     stream = RotatedDigits(num_tasks=5, subset=subset)
     flax, torch_ = (trajectory(mode, hparams, stream, tasks) for mode in ("jax", "pytorch"))
     off = trajectory("jax", hparams, stream, tasks, EPSILON)
-    between = np.array([difference(a, b) for a, b in zip(torch_, flax, strict=True)])
+    across = np.array([difference(a, b) for a, b in zip(torch_, flax, strict=True)])
     within = np.array([difference(a, b) for a, b in zip(off, flax, strict=True)])
-    assert between[0] < 1e-13
+    assert across[0] < 1e-13
     assert within[61] > 1e6 * within[0]
-    assert (between / within).min() > 0.01
-    assert (between / within).max() < 100
+    assert (across / within).min() > 0.01
+    assert (across / within).max() < 100
 
     steps = [learner(mode, hparams, stream, 0.0) for mode in ("jax", "pytorch")]
     points = flax[:: len(flax) // 4]

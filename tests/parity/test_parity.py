@@ -48,13 +48,13 @@ def marked(
     cases: list[tuple[AlgorithmHParams, str]], place: int, names: Container[str] = ALGORITHMS
 ) -> list[Any]:
     """Return cases as parameters; all but the case at this place of each of these methods are slow."""
-    found, seen = [], Counter[str]()
+    marked_cases, seen = [], Counter[str]()
     for case in cases:
         name = case[0].name
         marks = [] if seen[name] == place and name in names else [pytest.mark.slow]
-        found.append(pytest.param(*case, id=name_of(case), marks=marks))
+        marked_cases.append(pytest.param(*case, id=name_of(case), marks=marks))
         seen[name] += 1
-    return found
+    return marked_cases
 
 
 @pytest.mark.parametrize(("hparams", "optimizer"), marked([*CASES, *LONG], 0))
@@ -116,8 +116,8 @@ def test_a_usual_strength_moves_the_weights(hparams: AlgorithmHParams, optimizer
     if hparams.name != "stable_sgd":
         common |= {"lr_decay": hparams.lr_decay, "min_lr": hparams.min_lr}
     naive = trained(flax_learner, NaiveHParams(**common), optimizer)
-    found = trained(flax_learner, hparams, optimizer)
-    assert difference({name: found[name] for name in naive}, naive) > 1e-3
+    weights = trained(flax_learner, hparams, optimizer)
+    assert difference({name: weights[name] for name in naive}, naive) > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -61,16 +61,16 @@ def predictions(learner: Any, x: Any, t: Any) -> dict[str, FloatArray]:
     """Return all logits that the method can predict with, by name."""
     if learner.mode == "jax":
         algorithm, given = learner.algorithm, (learner.ts, learner.state, jnp.asarray(x), jnp.asarray(t))
-        found = {"own": algorithm.predict(*given), **algorithm.alternatives(*given)}
+        predictions = {"own": algorithm.predict(*given), **algorithm.alternatives(*given)}
     else:
         learner.module.eval()
         with torch.no_grad():
             images, tasks = torch.from_numpy(x).movedim(-1, 1), torch.from_numpy(t)
-            found = {
+            predictions = {
                 "own": learner.module.predict(images, tasks),
                 **learner.module.alternatives(images, tasks),
             }
-    return {name: np.asarray(value) for name, value in found.items()}
+    return {name: np.asarray(value) for name, value in predictions.items()}
 
 
 def by_task(mode: str, hparams: AlgorithmHParams, scenario: Scenario) -> list[dict[str, FloatArray]]:
@@ -113,7 +113,7 @@ def test_kcl_with_the_task_given_answers_by_it(mode: str) -> None:
 
 
 def bare(mode: str, hparams: Any, scenario: Scenario) -> Any:
-    """Make a method without a learner, as in a user's own loop or under a user's own Trainer."""
+    """Make a method without a learner, as in a user-defined loop or under a user's Trainer."""
     spec = stream(scenario).spec
     if mode == "jax":
         net: Any = sequel_flax.MLP((8,), spec.num_classes)
@@ -143,19 +143,19 @@ def test_the_results_say_that_the_task_was_given(tmp_path: Path, capsys: pytest.
         "kcl": scripted("jax", GIVEN, stream("domain")),
         "naive": scripted("jax", HPARAMS["naive"], stream("domain")),
     }
-    found = sequel_core.compare(runs, stream("domain"), run_dir=tmp_path / "all")
-    given, other = (item.result for item in found.runs)
+    comparison = sequel_core.compare(runs, stream("domain"), run_dir=tmp_path / "all")
+    given, other = (item.result for item in comparison.runs)
     assert given is not None
     assert other is not None
     assert given.task_given
     assert given.summary["task_given"] is given.config["algo"]["task_given"] is True
     assert not other.task_given
     assert other.summary["task_given"] is False
-    assert [row.task_given for row in found.rows] == [True, False]
+    assert [row.task_given for row in comparison.rows] == [True, False]
     assert "kcl, task given" in capsys.readouterr().out
     labels = [group.label for group in read_study([tmp_path / "all"]).groups]
     assert sorted(labels) == ["kcl, task given", "naive"]
-    page = found.report
+    page = comparison.report
     assert page is not None
     assert "kcl, task given" in page.read_text()
 
