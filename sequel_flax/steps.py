@@ -168,9 +168,9 @@ def merge_on_host(running: RunningMetrics, more: RunningMetrics) -> RunningMetri
         more: The metrics of later steps.
 
     Example:
-        >>> empty = RunningMetrics(TrainMetrics.empty(), np.int32(NEVER))
-        >>> int(merge_on_host(empty, empty._replace(first_bad_step=np.int32(3))).first_bad_step)
-        3
+        >>> none, bad = (RunningMetrics(TrainMetrics.empty(), np.int32(step)) for step in (NEVER, 3))
+        >>> merge_on_host(none, bad).first_bad_step == 3
+        True
     """
     (metrics, bad_step), (others, other_bad_step) = jax.device_get((running, more))
     merged = jax.tree.map(lambda old, new: np.asarray(new, old.dtype), metrics, metrics.merge(others))
