@@ -1,7 +1,7 @@
 """Private names and undocumented behaviour of other packages; nothing else in `sequel_flax` relies on any.
 
-Each function says what it uses and in which version that was seen. `tests/flax/test_compat.py` tests each. The
-packages have upper bounds in `pyproject.toml`.
+Each function says what it uses and in which version that was seen. `tests/flax/test_compat.py` tests each.
+The packages have upper bounds in `pyproject.toml`.
 """
 
 from __future__ import annotations
