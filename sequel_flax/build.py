@@ -22,10 +22,10 @@ from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.experiment.target import TARGET, Target
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
 from sequel_core.stream.benchmark import Benchmark
+from sequel_flax._compat import write_errors_left_to_the_caller
 from sequel_flax.algorithms import ALGORITHMS
 from sequel_flax.backbones import BACKBONES
 from sequel_flax.bundle import Algorithm
-from sequel_flax.checkpoints import write_errors_left_to_the_caller
 from sequel_flax.learner import FlaxLearner
 from sequel_flax.optimizers import build_optimizer
 from sequel_flax.steps import TrainMetrics

@@ -5,11 +5,7 @@ Orbax alone can read it: `StandardCheckpointer().restore(path / "state")["ts"]["
 
 from __future__ import annotations
 
-import logging
 import os
-import re
-import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+
+from sequel_flax._compat import error_number
 
 ITEM = "state"
 
@@ -82,58 +80,12 @@ class Saver:
 
 
 @contextmanager
-def write_errors_left_to_the_caller() -> Iterator[None]:
-    """Stop orbax's threads from logging failed writes, which `Saver` raises as exceptions.
-
-    Orbax logs such a failure with its traceback, partly during garbage collection. Tensorstore then calls
-    closed event loops, which Python reports as ignored exceptions. The log filters and `sys.unraisablehook`
-    are replaced while the context is active and restored at its end.
-
-    Example:
-        >>> with write_errors_left_to_the_caller():
-        ...     pass
-    """
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    previous = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
-            previous(unraisable)
-
-    for logger in loggers:
-        logger.addFilter(_is_unrelated)
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = previous
-        for logger in loggers:
-            logger.removeFilter(_is_unrelated)
-
-
-def _is_unrelated(record: logging.LogRecord) -> bool:
-    """Return whether a log record is about something else than a failed write of orbax."""
-    error = record.exc_info[1] if record.exc_info else None
-    if not isinstance(error, OSError):
-        return error is None or _errno(error) is None
-    return not any("orbax" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
-
-
-def _errno(error: BaseException) -> int | None:
-    """Return the error number of the operating system, for example 28 for a full disk; None without one."""
-    if isinstance(error, OSError):
-        return error.errno
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # in a ValueError of tensorstore
-    return int(code[1]) if code else None
-
-
-@contextmanager
 def _system_errors(path: Path) -> Iterator[None]:
     """Raise an OSError that names the checkpoint in place of the errors of orbax and tensorstore."""
     try:
         yield
     except (OSError, ValueError) as error:
-        code = _errno(error)
+        code = error_number(error)
         if code is None:
             raise
         raise OSError(code, os.strerror(code), str(path)) from error

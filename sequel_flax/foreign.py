@@ -25,6 +25,8 @@ from flax.errors import ScopeCollectionNotFound
 from flax.training.train_state import TrainState
 from flax.traverse_util import unflatten_dict
 
+from sequel_flax._compat import set_class
+
 Path = tuple[Any, ...]  # of a leaf in an NNX module: attribute names, and integers for list elements
 Apply = Callable[..., Any]
 
@@ -252,7 +254,7 @@ class _NNXNetwork:
             self.unmaskable = [path for path, layer in layers if not _takes_mask(layer)]
             for path, layer in layers:
                 if path not in self.unmaskable:
-                    object.__setattr__(layer, "__class__", _masked_class(layer.__class__))
+                    set_class(layer, _masked_class(type(layer)))
             self.graphdefs[train] = nnx.graphdef(copy)
 
     def __repr__(self) -> str:

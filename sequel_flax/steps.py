@@ -31,8 +31,8 @@ class RunningMetrics(NamedTuple):
         first_bad_step: The first step whose loss was not finite, int32 (); `NEVER` if there is none.
 
     Example:
-        >>> RunningMetrics(TrainMetrics.empty(), np.int32(NEVER)).first_bad_step == NEVER
-        True
+        >>> int(RunningMetrics(TrainMetrics.empty(), np.int32(7)).first_bad_step)
+        7
     """
 
     metrics: clu.metrics.Collection
@@ -168,8 +168,8 @@ def merge_on_host(running: RunningMetrics, more: RunningMetrics) -> RunningMetri
         more: The metrics of later steps.
 
     Example:
-        >>> empty = RunningMetrics(TrainMetrics.empty(), np.int32(NEVER))
-        >>> int(merge_on_host(empty, empty._replace(first_bad_step=np.int32(3))).first_bad_step)
+        >>> none, bad = (RunningMetrics(TrainMetrics.empty(), np.int32(step)) for step in (NEVER, 3))
+        >>> int(merge_on_host(none, bad).first_bad_step)
         3
     """
     (metrics, bad_step), (others, other_bad_step) = jax.device_get((running, more))

@@ -60,7 +60,7 @@ FORGOTTEN = r"call ts, state = algorithm\.start_task\(ts, state, task\) before t
 @pytest.mark.parametrize("hparams", [NaiveHParams(), EWC], ids=["naive", "ewc"])
 def test_the_end_of_a_task_that_never_began_raises(hparams: AlgorithmHParams) -> None:
     algorithm, ts, state = begun(hparams)
-    with pytest.raises(ValueError, match=f"no task has begun, .*{FORGOTTEN}"):
+    with pytest.raises(ValueError, match=f"no task was started; .*{FORGOTTEN}"):
         algorithm.end_task(ts, state, batches(task_of(hparams, 0)))
 
 
@@ -84,7 +84,7 @@ def test_a_step_of_a_task_that_has_not_begun_has_a_nan_loss_and_is_recorded(
     if hparams.name != "kcl":  # whose coreset is empty then
         wrong = step(ts, state, batches(task_of(hparams, 0), 1)[0]._replace(plan=_plan(algorithm, hparams)))
         assert np.isnan(wrong[2]["loss"])
-        with pytest.raises(ValueError, match=f"samples of a task that had not begun, .*{FORGOTTEN}"):
+        with pytest.raises(ValueError, match=f"samples of a task that was not started; .*{FORGOTTEN}"):
             algorithm.start_task(*wrong[:2], task_of(hparams, 0))
     ts, state = algorithm.start_task(ts, state, task_of(hparams, 0))
     ts, state, outputs = take(ts, state, 0)
@@ -97,7 +97,7 @@ def test_a_step_of_a_task_that_has_not_begun_has_a_nan_loss_and_is_recorded(
         partial(algorithm.plan_end, state, batches(task_of(hparams, 1))),
         partial(algorithm.start_task, ts, state, task_of(hparams, 2)),
     ):
-        with pytest.raises(ValueError, match=f"samples of a task that had not begun, .*{FORGOTTEN}"):
+        with pytest.raises(ValueError, match=f"samples of a task that was not started; .*{FORGOTTEN}"):
             act()
 
 
