@@ -33,7 +33,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rum"]) == 2
     assert capsys.readouterr().err == (
-        "sequel: command must be one of run, compare, reproduce, report, data, list, demo, got 'rum'; "
+        "sequel: command must be one of run, compare, reproduce, report, data, list, schema, demo, got 'rum'; "
         "did you mean run?\n"
     )
 
