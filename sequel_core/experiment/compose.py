@@ -132,8 +132,8 @@ def merge(*layers: Layer) -> Layer:
             merged = OmegaConf.unsafe_merge(merged, values)
         except TypeError as error:  # a mapping and a list
             raise ValueError(f"a group of settings and a list cannot be merged: {one_line(error)}") from error
-    values: Any = OmegaConf.to_container(merged)
-    return flatten(values)
+    container: Any = OmegaConf.to_container(merged)
+    return flatten(container)
 
 
 def resolved(flat: Layer) -> Layer:
