@@ -1,68 +1,71 @@
-"""`sequel list`: what there is, with its settings."""
+"""`sequel list`: the algorithms, benchmarks, backbones, ... with their settings."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from importlib import import_module, resources
+from importlib import resources
 from importlib.resources.abc import Traversable
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sequel_core.algorithms import ALGORITHMS
-from sequel_core.backbones import BACKBONES
 from sequel_core.cli.arguments import Parser
-from sequel_core.experiment.schema import Setting, choices, settings
-from sequel_core.settings import check_name
+from sequel_core.experiment.schema import (
+    CLASSES,
+    TABLES,
+    Setting,
+    benchmarks,
+    choices,
+    logger_files,
+    settings,
+)
+from sequel_core.settings import as_text, check_name
 
-KINDS = ("algo", "benchmark", "backbone", "optimizer", "logger", "training", "checkpoint", "experiment")
+SECTIONS = ("algo", "benchmark", "backbone", "optimizer", "logger", "training", "checkpoint", "experiment")
 
 
 def main(args: Sequence[str]) -> int:
-    """Show tables of algorithms, benchmarks, ... with their settings; all for no argument.
+    """Print tables of algorithms, benchmarks, ... with their settings; all of them if no section is given.
 
     Raises:
-        ValueError: no such kind.
+        ValueError: an unknown section.
     """
-    parser = Parser(prog="sequel list", description="Show what there is, with settings, defaults and ranges.")
-    parser.add_argument("kind", nargs="?", metavar="KIND", help=", ".join(KINDS))
-    kind = parser.parse_args(args).kind
-    if kind is not None:
-        kind = kind.removesuffix("s")
-        check_name("kind", kind, KINDS)
+    parser = Parser(prog="sequel list", description="List what there is, with settings, defaults and ranges.")
+    parser.add_argument("section", nargs="?", metavar="SECTION", help=", ".join(SECTIONS))
+    section = parser.parse_args(args).section
+    if section is not None:
+        section = section.removesuffix("s")
+        check_name("section", section, SECTIONS)
     console = Console()
-    for name in KINDS if kind is None else [kind]:
+    for name in SECTIONS if section is None else [section]:
         for table in _tables(name):
             console.print(table)
     return 0
 
 
-def _tables(kind: str) -> Iterable[Table]:
-    if kind == "experiment":
+def _tables(section: str) -> Iterable[Table]:
+    if section == "experiment":
         yield _experiments()
-    elif kind == "checkpoint":
-        text = "when a run writes checkpoints, beside the one after every task"
-        yield _settings("checkpoint=...", text, settings("checkpoint"), "checkpoint")
-    elif kind == "training":
-        yield _settings(
-            "training=...", "how a learner trains and evaluates", settings("training"), "training"
-        )
+    elif section in CLASSES and section != "optimizer":
+        yield _settings(f"{section}=...", _first_line(CLASSES[section]), settings(section), section)
     else:
-        for name in choices(kind):
-            section = f"logger.{name}" if kind == "logger" else kind
-            yield _settings(f"{kind}={name}", _describe(kind, name), settings(kind, name), section)
+        for name in choices(section):
+            prefix = f"logger.{name}" if section == "logger" else section
+            yield _settings(f"{section}={name}", _describe(section, name), settings(section, name), prefix)
 
 
-def _describe(kind: str, name: str) -> str:
+def _describe(section: str, name: str) -> str:
     """Return the first line of the description of a choice."""
-    if kind == "optimizer":
-        return "the same arithmetic in both frameworks"
-    if kind == "logger":
-        return _remarks(resources.files("sequel_configs").joinpath("logger", f"{name}.yaml"))[0]
-    table = ALGORITHMS if kind == "algo" else BACKBONES
-    owner = import_module("sequel_benchmarks").BENCHMARKS[name] if kind == "benchmark" else table[name]
+    if section == "logger":
+        return _remarks(logger_files().joinpath(f"{name}.yaml"))[0]
+    if section == "benchmark":
+        return _first_line(benchmarks()[name])
+    return _first_line(TABLES[section][name] if section in TABLES else CLASSES[section])
+
+
+def _first_line(owner: type) -> str:
     return (inspect.getdoc(owner) or "").partition("\n")[0]
 
 
@@ -76,14 +79,7 @@ def _settings(title: str, text: str, specs: Iterable[Setting], section: str) -> 
     for column in ("setting", "default", "range", "meaning"):
         table.add_column(column, overflow="fold", no_wrap=column == "setting")
     for spec in specs:
-        default = (
-            "null"
-            if spec.default is None
-            else str(spec.default).lower()
-            if spec.default in (True, False)
-            else ""
-        )
-        table.add_row(f"{section}.{spec.key}", default or str(spec.default), spec.allowed, spec.help)
+        table.add_row(f"{section}.{spec.key}", as_text(spec.default), spec.allowed, spec.help)
     return table
 
 

@@ -97,7 +97,7 @@ def build(flat: Layer) -> ExperimentConfig:
     """
     for path, value in flat.items():
         if value == MASK:
-            raise ValueError(f"{path} is a secret that was masked when the run was recorded; give its value")
+            raise ValueError(f"{path} was masked when the run was recorded, as a secret; give it a value")
     values = nest(flat)
     for section, key in SECTIONS.items():
         if isinstance(values.get(section), Mapping) and TARGET not in values[section]:
@@ -167,7 +167,7 @@ def _check_top(values: Mapping[str, Any]) -> None:
 
 def _check_keys(section: str, group: Mapping[str, Any], name: str | Target) -> None:
     """Raise ValueError for the first key that is not a setting, with the nearest one and its range."""
-    where = f"logger.{name}" if section == "logger" else section
+    prefix = f"logger.{name}" if section == "logger" else section
     known = {spec.key: spec for spec in settings(section, name)}
     for key in (key for key in group if key not in known):
         owner = name.path if isinstance(name, Target) else name or section
@@ -177,11 +177,11 @@ def _check_keys(section: str, group: Mapping[str, Any], name: str | Target) -> N
             if key in {spec.key for spec in settings(section, other)}
         ]
         ranges = {spec.key: f" ({spec.allowed})" if spec.allowed else "" for spec in known.values()}
-        hint = nearest(key, {name: f"{where}.{name}{text}" for name, text in ranges.items()})
+        hint = nearest(key, {name: f"{prefix}.{name}{text}" for name, text in ranges.items()})
         if others:
             hint = f"; it belongs to {', '.join(others)}"
         hint = hint or f"; its settings are {', '.join(known) or 'none'}"
-        raise ValueError(f"{where}.{key} is not a setting of {owner}{hint}")
+        raise ValueError(f"{prefix}.{key} is not a setting of {owner}{hint}")
 
 
 def _check_user_code(section: str, target: Target, mode: Mode) -> None:

@@ -74,18 +74,20 @@ def compose(overrides: Sequence[str]) -> Composed:
     """
     with hydra_context() as loader:
         line: Layer = {}
-        selections: Layer = {}  # `algo=ewc`, beside settings such as `algo.ewc_lambda=1`
+        selections: Layer = {}  # `algo=ewc` or `logger=[csv]`, beside settings such as `algo.ewc_lambda=1`
         for override in parse(with_paths(overrides), loader):
             key = override.key_or_group
             if key != "hydra" and not key.startswith(("hydra.", "hydra/")):
                 value = single(override).value()
-                if key in SECTIONS and not isinstance(value, Mapping):
+                if not isinstance(value, Mapping) and (key in SECTIONS or (key == "logger" and value)):
                     selections[key] = value
-                else:
-                    line = merge(line, flatten({key: value}))
-        file = _file(line)
-        names_loggers = "logger" in line
-        line, file, defaults = canonical(line | selections), canonical(file), _groups()
+                    continue
+                if key == "logger" and not value:
+                    selections.pop(key, None)
+                line = merge(line, flatten({key: value}))
+        file = canonical(_file(line))
+        names_loggers = "logger" in line or "logger" in selections
+        line, defaults = canonical(line | selections), _groups()
         if any(TARGET in f"{path}: {value}" for path, value in (file | line).items()):
             _import_from_here()
         notes = []
@@ -130,8 +132,8 @@ def merge(*layers: Layer) -> Layer:
             merged = OmegaConf.unsafe_merge(merged, values)
         except TypeError as error:  # a mapping and a list
             raise ValueError(f"a group of settings and a list cannot be merged: {one_line(error)}") from error
-    values: Any = OmegaConf.to_container(merged)
-    return flatten(values)
+    container: Any = OmegaConf.to_container(merged)
+    return flatten(container)
 
 
 def resolved(flat: Layer) -> Layer:

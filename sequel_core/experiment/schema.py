@@ -286,7 +286,8 @@ def argument_fields(cls: type[Benchmark]) -> list[TypedField]:
     helps = {argument.arg_name: " ".join((argument.description or "").split()) for argument in parsed.params}
     typed = []
     for parameter in list(inspect.signature(cls).parameters.values()):
-        metadata, text = ranges.get(parameter.name, {}), helps.get(parameter.name, "").rstrip(".")
+        metadata: Mapping[str, Any] = ranges.get(parameter.name, {})
+        text = helps.get(parameter.name, "").rstrip(".")
         if not text.startswith(metadata.get("help", "\n")):  # the docstring has a description of its own
             metadata = {**metadata, "help": text}
         spec: Field[Any] = field(default=parameter.default, metadata=metadata)

@@ -280,7 +280,7 @@ BAD = [
      "'mnist'; did you mean splitmnist?"),
     (["benchmark.num_task=3"], "benchmark.num_task is not a setting of rotateddigits; "
      "did you mean benchmark.num_tasks (>= 1 and <= 10000)?"),
-    (["benchmark.num_tasks=a"], "benchmark.num_tasks must be a whole number, got 'a'"),
+    (["benchmark.num_tasks=a"], "benchmark.num_tasks must be a whole number >= 1 and <= 10000, got 'a'"),
     (["benchmark.rotation=fixd"], "benchmark.rotation must be one of fixed, bins, uniform, got 'fixd'; "
      "did you mean fixed?"),
     (["benchmark.angles=3"], "benchmark.angles must be a list, got 3"),

@@ -390,7 +390,7 @@ def test_a_masked_configuration_runs_if_the_secrets_are_given(
     runs: dict[str, Logged], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(runs["jax"].path.parent)
-    with pytest.raises(ValueError, match=r"logger\.mine\.api_key was masked where the run was recorded"):
+    with pytest.raises(ValueError, match=r"logger\.mine\.api_key was masked when the run was recorded"):
         compose(["jax/config.yaml"])
     line = ["jax/config.yaml", "logger.mine.api_key=a", "logger.mine.password=b"]
     config = compose(line).config

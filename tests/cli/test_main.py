@@ -33,8 +33,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_command_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rum"]) == 2
     assert capsys.readouterr().err == (
-        "sequel: command must be one of run, compare, reproduce, report, data, list, demo, got 'rum'; "
-        "did you mean run?\n"
+        "sequel: command must be one of run, compare, reproduce, report, data, list, schema, demo, got "
+        "'rum'; did you mean run?\n"
     )
 
 
@@ -91,7 +91,7 @@ def test_list_of_one_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert "benchmark" not in capsys.readouterr().out
     assert main(["list", "benchmrk"]) == 2
     assert capsys.readouterr().err == (
-        "sequel: kind must be one of algo, benchmark, backbone, optimizer, logger, training, checkpoint, "
+        "sequel: section must be one of algo, benchmark, backbone, optimizer, logger, training, checkpoint, "
         "experiment, got 'benchmrk'; did you mean benchmark?\n"
     )
 

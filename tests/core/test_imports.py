@@ -39,7 +39,7 @@ def test_the_core_and_the_benchmarks_load_no_framework() -> None:
 
 def test_importing_the_core_loads_no_slow_package() -> None:
     loaded = loaded_by("sequel_core")
-    assert not loaded & {"filelock", "hydra", "jinja2", "matplotlib", "rich", "scipy", "sklearn"}
+    assert not loaded & {"filelock", "hydra", "jinja2", "matplotlib", "pydantic", "rich", "scipy", "sklearn"}
 
 
 def test_the_help_of_the_command_loads_no_framework() -> None:
