@@ -1,4 +1,4 @@
-"""`sequel list`: what there is, with its settings."""
+"""`sequel list`: all choices of a configuration with their settings."""
 
 from __future__ import annotations
 
@@ -17,57 +17,60 @@ from sequel_core.cli.arguments import Parser
 from sequel_core.experiment.schema import Setting, choices, settings
 from sequel_core.settings import check_name
 
-KINDS = ("algo", "benchmark", "backbone", "optimizer", "logger", "training", "checkpoint", "experiment")
+SECTIONS = ("algo", "benchmark", "backbone", "optimizer", "logger", "training", "checkpoint", "experiment")
+WITHOUT_CHOICES = {
+    "training": "how a learner trains and evaluates",
+    "checkpoint": "when a run writes checkpoints, in addition to the one after every task",
+}
 
 
 def main(args: Sequence[str]) -> int:
-    """Show tables of algorithms, benchmarks, ... with their settings; all for no argument.
+    """Run the command line of `sequel list`.
+
+    Returns:
+        0.
 
     Raises:
-        ValueError: no such kind.
+        ValueError: an unknown section.
     """
-    parser = Parser(prog="sequel list", description="Show what there is, with settings, defaults and ranges.")
-    parser.add_argument("kind", nargs="?", metavar="KIND", help=", ".join(KINDS))
-    kind = parser.parse_args(args).kind
-    if kind is not None:
-        kind = kind.removesuffix("s")
-        check_name("kind", kind, KINDS)
+    parser = Parser(prog="sequel list", description="List all choices with settings, defaults and ranges.")
+    names = f"one of {', '.join(SECTIONS)} (default: all)"
+    parser.add_argument("section", nargs="?", metavar="SECTION", help=names)
+    section = parser.parse_args(args).section
+    if section is not None:
+        section = section.removesuffix("s")
+        check_name("section", section, SECTIONS)
     console = Console()
-    for name in KINDS if kind is None else [kind]:
+    for name in SECTIONS if section is None else [section]:
         for table in _tables(name):
             console.print(table)
     return 0
 
 
-def _tables(kind: str) -> Iterable[Table]:
-    if kind == "experiment":
+def _tables(section: str) -> Iterable[Table]:
+    if section == "experiment":
         yield _experiments()
-    elif kind == "checkpoint":
-        text = "when a run writes checkpoints, beside the one after every task"
-        yield _settings("checkpoint=...", text, settings("checkpoint"), "checkpoint")
-    elif kind == "training":
-        yield _settings(
-            "training=...", "how a learner trains and evaluates", settings("training"), "training"
-        )
+    elif section in WITHOUT_CHOICES:
+        yield _settings(f"{section}=...", WITHOUT_CHOICES[section], settings(section), section)
     else:
-        for name in choices(kind):
-            section = f"logger.{name}" if kind == "logger" else kind
-            yield _settings(f"{kind}={name}", _describe(kind, name), settings(kind, name), section)
+        for name in choices(section):
+            prefix = f"logger.{name}" if section == "logger" else section
+            yield _settings(f"{section}={name}", _describe(section, name), settings(section, name), prefix)
 
 
-def _describe(kind: str, name: str) -> str:
+def _describe(section: str, name: str) -> str:
     """Return the first line of the description of a choice."""
-    if kind == "optimizer":
+    if section == "optimizer":
         return "the same arithmetic in both frameworks"
-    if kind == "logger":
+    if section == "logger":
         return _remarks(resources.files("sequel_configs").joinpath("logger", f"{name}.yaml"))[0]
-    table = ALGORITHMS if kind == "algo" else BACKBONES
-    owner = import_module("sequel_benchmarks").BENCHMARKS[name] if kind == "benchmark" else table[name]
-    return (inspect.getdoc(owner) or "").partition("\n")[0]
+    table = ALGORITHMS if section == "algo" else BACKBONES
+    documented = import_module("sequel_benchmarks").BENCHMARKS if section == "benchmark" else table
+    return (inspect.getdoc(documented[name]) or "").partition("\n")[0]
 
 
 def _remarks(path: Traversable) -> list[str]:
-    """Return the comments that begin a line of a YAML file."""
+    """Return the comment lines of a YAML file."""
     return [line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#")]
 
 
@@ -75,15 +78,10 @@ def _settings(title: str, text: str, specs: Iterable[Setting], section: str) -> 
     table = Table(title=f"[bold]{title}[/bold]  {escape(text)}", title_justify="left", title_style="")
     for column in ("setting", "default", "range", "meaning"):
         table.add_column(column, overflow="fold", no_wrap=column == "setting")
+    words = {"None": "null", "True": "true", "False": "false"}
     for spec in specs:
-        default = (
-            "null"
-            if spec.default is None
-            else str(spec.default).lower()
-            if spec.default in (True, False)
-            else ""
-        )
-        table.add_row(f"{section}.{spec.key}", default or str(spec.default), spec.allowed, spec.help)
+        default = str(spec.default)
+        table.add_row(f"{section}.{spec.key}", words.get(default, default), spec.allowed, spec.help)
     return table
 
 

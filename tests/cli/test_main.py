@@ -91,7 +91,7 @@ def test_list_of_one_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert "benchmark" not in capsys.readouterr().out
     assert main(["list", "benchmrk"]) == 2
     assert capsys.readouterr().err == (
-        "sequel: kind must be one of algo, benchmark, backbone, optimizer, logger, training, checkpoint, "
+        "sequel: section must be one of algo, benchmark, backbone, optimizer, logger, training, checkpoint, "
         "experiment, got 'benchmrk'; did you mean benchmark?\n"
     )
 
