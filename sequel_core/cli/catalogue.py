@@ -32,7 +32,7 @@ def main(args: Sequence[str]) -> int:
     Raises:
         ValueError: an unknown section.
     """
-    parser = Parser(prog="sequel list", description="List what there is, with settings, defaults and ranges.")
+    parser = Parser(prog="sequel list", description="List all choices with settings, defaults and ranges.")
     parser.add_argument("section", nargs="?", metavar="SECTION", help=", ".join(SECTIONS))
     section = parser.parse_args(args).section
     if section is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -40,17 +41,21 @@ def main(args: Sequence[str]) -> int:
     for name in options.names or known:
         if not options.names and not backend.available(name, options.data_dir):
             table.add_row(name, "", "", "", "", "", f"not present; run sequel data {name}")
-            continue
-        item = backend.fetch(name, options.data_dir)
-        checksum = {True: "as published", False: f"{item.sha256[:12]}, differs from the published one"}
-        table.add_row(
-            item.name,
-            str(item.folder or "bundled with scikit-learn"),
-            f"{item.train:,}",
-            f"{item.test:,}",
-            " x ".join(map(str, item.image_shape)),
-            str(item.num_classes),
-            checksum.get(item.verified, f"{item.sha256[:12]}, no published checksum"),
-        )
+        else:
+            table.add_row(*_cells(backend.fetch(name, options.data_dir)))
     Console().print(table)
     return 0
+
+
+def _cells(item: Any) -> list[str]:
+    """Return the cells of a data set, a `sequel_benchmarks.Fetched`."""
+    checksum = {True: "as published", False: f"{item.sha256[:12]}, differs from the published one"}
+    return [
+        item.name,
+        str(item.folder or "bundled with scikit-learn"),
+        f"{item.train:,}",
+        f"{item.test:,}",
+        " x ".join(map(str, item.image_shape)),
+        str(item.num_classes),
+        checksum.get(item.verified, f"{item.sha256[:12]}, no published checksum"),
+    ]

@@ -57,18 +57,27 @@ def rank(jobs: Sequence[Job], directory: Path, console: Console) -> int:
 
     rows.sort(key=score)
     keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
-    header = ["run", *keys, VALIDATION, TEST, "seconds", "status"]
-    with (directory / FILE).open("w", newline="", encoding="utf-8") as file:
+    _write_csv(directory / FILE, rows, keys)
+    console.print(_table(f"ranked by {'validation' if validated else 'test'} accuracy", rows, keys))
+    console.print(f"written to {directory / FILE}", highlight=False, markup=False, soft_wrap=True)
+    return 0 if len(finished) == len(rows) else 1
+
+
+def _write_csv(path: Path, rows: Sequence[_Row], keys: Sequence[str]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["rank", *header])
+        writer.writerow(["rank", "run", *keys, VALIDATION, TEST, "seconds", "status"])
         for place, row in enumerate(rows, 1):
             numbers = [repr(value) if math.isfinite(value) else "" for value in row[1:4]]
             values = [row.job.overrides.get(key, "") for key in keys]
             writer.writerow([place, row.job.directory.name, *values, *numbers, row.status])
+
+
+def _table(title: str, rows: Sequence[_Row], keys: Sequence[str]) -> Table:
     shown = [
         name for name in ("validation", "test") if any(math.isfinite(getattr(row, name)) for row in rows)
     ]
-    table = Table(title=f"ranked by {'validation' if validated else 'test'} accuracy", title_justify="left")
+    table = Table(title=title, title_justify="left")
     for column in ("run", *keys):
         table.add_column(column, overflow="fold")
     for column in (*(f"{name} accuracy" for name in shown), "seconds"):
@@ -80,9 +89,7 @@ def rank(jobs: Sequence[Job], directory: Path, console: Console) -> int:
         seconds = f"{row.seconds:.1f}" if math.isfinite(row.seconds) else ""
         values = [escape(row.job.overrides.get(key, "")) for key in keys]
         table.add_row(escape(row.job.directory.name), *values, *percent, seconds, escape(row.status))
-    console.print(table)
-    console.print(f"written to {directory / FILE}", highlight=False, markup=False, soft_wrap=True)
-    return 0 if len(finished) == len(rows) else 1
+    return table
 
 
 def _row(job: Job) -> _Row:

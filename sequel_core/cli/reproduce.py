@@ -101,7 +101,7 @@ def reproduce(
     overrides: Sequence[str] = (),
     quiet: bool = False,
 ) -> int:
-    """Run an experiment with several seeds, reuse finished runs, and print the published number beside them.
+    """Run an experiment with several seeds, reuse finished runs, and compare them with the published number.
 
     Args:
         experiment: a shipped experiment with `expected.avg_acc` and `expected.std`.
@@ -121,25 +121,11 @@ def reproduce(
         raise ValueError(f"seeds must be >= 1, got {seeds}")
     if results.exists() and not results.is_dir():
         raise ValueError(f"results must be a directory, got the file {results}; choose another path")
-    common = [f"+experiment={experiment}", *overrides]
-    runs = {
-        (mode, seed): compose([*common, f"mode={mode}", f"seed={seed}"]).config
-        for mode in modes
-        for seed in range(seeds)
-    }
+    folder = results / experiment
+    runs = _composed(experiment, modes, seeds, overrides)
+    _check([config for config in runs.values() if kept(folder, _stem(config)) is None])
     config = next(iter(runs.values()))
     expected = config.expected
-    if not {"avg_acc", "std"} <= expected.keys():
-        raise ValueError(
-            f"experiment must have expected.avg_acc and expected.std, got {experiment} with "
-            f"{dict(expected)}; use one of {', '.join(published())}"
-        )
-    folder = results / experiment
-    pending = [key for key, given in runs.items() if kept(folder, _stem(given)) is None]
-    for mode in dict.fromkeys(mode for mode, _ in pending):
-        learner.plugin(mode)
-    if pending:
-        build_benchmark(runs[pending[0]])
 
     console = Console(quiet=quiet)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
@@ -156,6 +142,33 @@ def reproduce(
     say(f"the runs are in {folder}")
     failed = "missed" in verdicts.values() or any(row.failures for row in rows)
     return 1 if failed else 0
+
+
+def _composed(
+    experiment: str, modes: Sequence[Mode], seeds: int, overrides: Sequence[str]
+) -> dict[tuple[Mode, int], ExperimentConfig]:
+    """Return the configuration of each mode and seed; raise ValueError without a published number."""
+    common = [f"+experiment={experiment}", *overrides]
+    runs = {
+        (mode, seed): compose([*common, f"mode={mode}", f"seed={seed}"]).config
+        for mode in modes
+        for seed in range(seeds)
+    }
+    expected = next(iter(runs.values())).expected
+    if not {"avg_acc", "std"} <= expected.keys():
+        raise ValueError(
+            f"experiment must have expected.avg_acc and expected.std, got {experiment} with "
+            f"{dict(expected)}; use one of {', '.join(published())}"
+        )
+    return runs
+
+
+def _check(pending: Sequence[ExperimentConfig]) -> None:
+    """Raise ValueError if a framework or the data of the runs to start is missing."""
+    for mode in dict.fromkeys(config.mode for config in pending):
+        learner.plugin(mode)
+    if pending:
+        build_benchmark(pending[0])
 
 
 def fingerprint(config: ExperimentConfig) -> str:

@@ -44,6 +44,10 @@ from sequel_core.runs.versions import PACKAGE
 from sequel_core.stream.benchmark import Benchmark
 
 VALIDATION = 0.1
+HELD_OUT = (
+    f"benchmark.validation={VALIDATION} is set, to rank the sweep on held-out samples; "
+    "set benchmark.validation=0 to rank it on test samples"
+)
 REPEATS = {"mode", "seed", "training.seed", "benchmark.seed"}
 """Settings that only repeat an experiment: a sweep over these needs no validation samples."""
 
@@ -300,19 +304,13 @@ def _sweep(arguments: Sequence[str], console: Console, show: bool, test: bool, r
     if set(varied(jobs)) - REPEATS and not any(_validates(item.config) for item in jobs):
         overrides.append(f"++benchmark.validation={VALIDATION}")
         jobs = combinations(overrides)
-        console.print(
-            f"note: benchmark.validation={VALIDATION} is set, to rank the sweep on held-out samples; "
-            "set benchmark.validation=0 to rank it on test samples",
-            highlight=False,
-            soft_wrap=True,
-        )
+        print_notes(console, [HELD_OUT])
     print_notes(console, [note for item in jobs for note in item.notes])
-    if show:
-        for item in jobs:
+    for item in jobs:
+        if show:
             text = f"# {' '.join(item.overrides)}\n{_yaml(item.config)}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
-    if test:
-        for item in jobs:
+        if test:
             check(item.config, console)
     if show or test:
         return 0

@@ -1,7 +1,6 @@
-"""Reports of runs: one HTML file that stands alone, its figures as PNG, its tables as Markdown.
+"""Reports of runs: a self-contained HTML page, and its figures as PNG and tables as Markdown.
 
-`write_report` writes them; `sequel_core.report.figures` draws them with matplotlib, which nothing else in the
-core loads.
+`write_report` writes a report. This package is the only one in the core that loads matplotlib.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import logging
 
 _logger = logging.getLogger("matplotlib")
 _level = _logger.level
-_logger.setLevel(logging.ERROR)  # while it loads, it warns of a home that it cannot write to; no matter here
+_logger.setLevel(logging.ERROR)  # on import it warns if the home directory is read-only
 try:
     from sequel_core.report.page import write_report
 finally:

@@ -1,4 +1,4 @@
-"""The runs of a report: found, read, grouped by configuration, and what their seeds say together."""
+"""The runs of a report, grouped by configuration, with means and intervals over seeds."""
 
 from __future__ import annotations
 
@@ -25,32 +25,55 @@ from sequel_core.stream.arrays import FloatArray
 
 SEEDS = ("seed", "training.seed", "benchmark.seed")
 UNRELATED = ("wandb", "logger", "checkpoint", "benchmark.data_dir", WRITER, *DOCUMENTATION)
-"""Settings that change nothing in what a run computes."""
+"""Settings that do not change the numbers of a run."""
 
-OF_A_FRAMEWORK = ("model", "trainer")
-"""Settings that one framework alone has, or that each tells in its own words."""
+FRAMEWORK_SETTINGS = ("model", "trainer")
+"""Settings that only one framework has, or that the frameworks write differently."""
 
 MODES = {"pytorch": "PyTorch", "jax": "JAX"}
 
 
 class Estimate(NamedTuple):
-    """The mean over runs and half of its 95 % confidence interval."""
+    """A mean over runs with its 95 % confidence interval."""
 
-    mean: float  # nan for no runs
-    half: float  # nan for fewer than two
+    mean: float  # nan without values
+    half: float  # half-width of the interval; nan with fewer than two values
     values: tuple[float, ...]
 
     def text(self, scale: float = 1.0, digits: int = 2) -> str:
-        """Return `46.97 ± 1.20`, the mean alone for one run or for equal ones, `-` for none."""
+        """Return the mean and the half-width of its interval.
+
+        Args:
+            scale: factor for both numbers, for example 100 for percent.
+            digits: number of decimals, >= 0.
+
+        Returns:
+            Text such as `46.97 ± 1.20`; the mean alone if all values are equal; `-` without values.
+
+        Example:
+            >>> estimate([0.65, 0.75]).text(scale=100), estimate([0.65]).text(), estimate([]).text()
+            ('70.00 ± 63.53', '0.65', '-')
+        """
         if math.isnan(self.mean):
             return "-"
         mean = f"{scale * self.mean:,.{digits}f}"
-        alone = min(self.values) == max(self.values)
-        return mean if alone else f"{mean} ± {scale * self.half:,.{digits}f}"
+        equal = min(self.values) == max(self.values)
+        return mean if equal else f"{mean} ± {scale * self.half:,.{digits}f}"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Return the mean of the finite values with its Student interval."""
+    """Return the mean of the finite values and its 95 % confidence interval (Student's t).
+
+    Args:
+        values: one number per run; nan and infinity are ignored.
+
+    Returns:
+        The mean, the half-width of its interval, and the finite values.
+
+    Example:
+        >>> estimate([1.0, 3.0, float("nan")]).mean
+        2.0
+    """
     finite = tuple(value for value in values if math.isfinite(value))
     bounds = interval(finite)
     half = math.nan if bounds is None else (bounds[1] - bounds[0]) / 2
@@ -58,11 +81,11 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 class Point(NamedTuple):
-    """An accuracy measured at a step, a fraction."""
+    """The accuracy on a task at a training step."""
 
     step: int
     task: int
-    accuracy: float
+    accuracy: float  # in [0, 1]
     within_task: bool
 
 
@@ -71,12 +94,12 @@ class Run:
     """One run directory.
 
     Args:
-        name: its path, as given or found.
-        result: what it holds.
-        settings: the flat configuration as text, without seeds and what has no part in the computation.
-        seeds: the seeds in the configuration, by key.
-        points: what was evaluated, in order; empty unless it was evaluated within its tasks, too.
-        reason: why it did not finish, where `error.txt` says so.
+        name: path of the directory.
+        result: contents of the directory.
+        settings: flat configuration as text, without seeds and `UNRELATED` settings.
+        seeds: seeds of the configuration, by key.
+        points: evaluations in their order; empty if the run was evaluated at the end of tasks only.
+        reason: last line of `error.txt`; empty without that file.
     """
 
     name: str
@@ -93,16 +116,16 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether it counts in a mean."""
+        """Whether means include the run."""
         return self.status == "finished" and self.result.matrix.size > 0
 
     @property
     def trained(self) -> int:
-        """Number of tasks after which it was evaluated."""
+        """Number of tasks after which the run was evaluated."""
         return int(np.isfinite(self.result.matrix).any(axis=1).sum()) if self.result.matrix.size else 0
 
     def number(self, *path: str) -> float:
-        """Return a number of the summary, `("seconds", "train")`; nan where there is none."""
+        """Return a number of the summary by its path, such as `"seconds", "train"`; nan if it has none."""
         value: Any = self.result.summary
         for key in path:
             value = value.get(key) if isinstance(value, dict) else None
@@ -111,13 +134,13 @@ class Run:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs of one configuration, which differ in their seeds alone.
+    """Runs of one configuration, which differ in their seeds only.
 
     Args:
-        method: what tells it from the other groups, the framework aside.
-        mode: `pytorch`, `jax` or what the configuration says; may be empty.
-        label: both; unique in the study.
-        runs: all of them.
+        method: name of the configuration without the framework.
+        mode: `pytorch`, `jax` or another text of the configuration; may be empty.
+        label: name of the configuration, unique in the study.
+        runs: all runs, finished or not.
     """
 
     method: str
@@ -127,35 +150,40 @@ class Group:
 
     @property
     def finished(self) -> list[Run]:
-        """The runs that count in its means."""
+        """The runs that means include."""
         return [run for run in self.runs if run.finished]
 
     @property
     def settings(self) -> Mapping[str, str]:
-        """The configuration that its runs share."""
+        """The configuration of the runs."""
         return self.runs[0].settings
 
     def estimate(self, *path: str) -> Estimate:
-        """Return a number of the summaries over the finished runs."""
+        """Return the mean of a number of the summary over the finished runs."""
         return estimate([run.number(*path) for run in self.finished])
 
     def matrix(self) -> FloatArray:
-        """Return the mean accuracy matrix of the finished runs, `[T, T]`; there must be one."""
+        """Return the mean accuracy matrix `[T, T]` of the finished runs, of which there must be one."""
         mean: FloatArray = np.mean([run.result.matrix for run in self.finished], axis=0)
         return mean
 
     def over_stream(self) -> list[Estimate]:
-        """Return the average accuracy of the tasks seen after each task, over the finished runs."""
+        """Return the average accuracy on the tasks seen so far, after each task, over the finished runs."""
         matrices = [run.result.matrix for run in self.finished]
         return [estimate([r[i, : i + 1].mean() for r in matrices]) for i in range(len(matrices[0]))]
 
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """All that a report is about."""
+    """All runs of a report.
+
+    Args:
+        groups: the runs by configuration.
+        notes: messages about directories that could not be read.
+    """
 
     groups: Sequence[Group]
-    notes: Sequence[str]  # about directories that could not be read
+    notes: Sequence[str]
 
     @property
     def runs(self) -> list[Run]:
@@ -163,51 +191,64 @@ class Study:
         return [run for group in self.groups for run in group.runs]
 
     def differences(self) -> list[str]:
-        """Return the settings in which the groups differ."""
+        """Return the keys of the settings in which the groups differ."""
         return _differing([group.settings for group in self.groups])
 
 
 def read_study(directories: Sequence[str | Path]) -> Study:
-    """Read run directories, and all those in folders that hold some.
+    """Read run directories and group them by configuration.
 
-    A directory that cannot be read becomes a note.
+    A directory that cannot be read adds a note instead of a run.
 
     Args:
-        directories: run directories, or folders with run directories at any depth.
+        directories: run directories, or folders that contain some at any depth.
+
+    Returns:
+        The runs by configuration, and the notes.
 
     Raises:
-        ValueError: no directories, one that is none, or no run that can be read.
+        ValueError: there are no directories, one does not exist, or no run can be read.
+
+    Example:
+        >>> import numpy as np
+        >>> from sequel_core.runs.directory import RunDirectory
+        >>> directory = RunDirectory.create("runs/one")  # `sequel_core.run` writes these files
+        >>> directory.write_config({"algo": {"name": "ewc"}, "mode": "jax"})
+        >>> directory.write_matrix(np.array([[0.9, np.nan], [0.7, 0.8]]))
+        >>> directory.write_summary({"status": "finished", "average_accuracy": 0.75})
+        >>> [group] = read_study(["runs"]).groups
+        >>> group.label, group.estimate("average_accuracy").mean
+        ('ewc', 0.75)
     """
     if not directories:
         raise ValueError("directories must be at least one run directory or folder of them, got none")
     for directory in directories:
         if not Path(directory).is_dir():
             raise ValueError(
-                "directories must be run directories or folders that hold some, got "
-                f"{_printable(directory)}, which is no directory; give what `sequel run` wrote"
+                "directories must be run directories or folders that contain some, got "
+                f"{_printable(directory)}, which is not a directory; use a directory that `sequel run` wrote"
             )
-    runs: list[Run] = []
     notes: list[str] = []
-    seen: set[Path] = set()
+    paths: dict[Path, Path] = {}  # by resolved path, so that each run is read once
     for directory in directories:
-        found = list(_find(Path(directory)))
-        if not found:
-            notes.append(f"{_printable(directory)} holds no run directory")
-        for path in found:
-            if path.resolve() in seen:
-                continue
-            seen.add(path.resolve())
-            try:
-                runs.append(_read(path, notes))
-            except (ValueError, OSError, csv.Error) as error:
-                notes.append(_note(path, error))
+        below = list(_run_directories(Path(directory)))
+        if not below:
+            notes.append(f"{_printable(directory)} contains no run directory")
+        for path in below:
+            paths.setdefault(path.resolve(), path)
+    runs: list[Run] = []
+    for path in paths.values():
+        try:
+            runs.append(_read(path, notes))
+        except (ValueError, OSError, csv.Error) as error:
+            notes.append(_note(path, error))
     if not runs:
-        raise ValueError(f"directories must hold at least one run that can be read; {'; '.join(notes)}")
+        raise ValueError(f"directories must contain at least one readable run; {'; '.join(notes)}")
     return Study(_grouped(runs), notes)
 
 
-def _find(directory: Path) -> Iterator[Path]:
-    """Yield what looks like a run directory, not what lies within one."""
+def _run_directories(directory: Path) -> Iterator[Path]:
+    """Yield the run directories below a directory, without those inside of another one."""
     for folder, below, files in os.walk(directory):
         if CONFIG in files or ERROR in files:
             yield Path(folder)
@@ -216,21 +257,21 @@ def _find(directory: Path) -> Iterator[Path]:
 
 
 def _read(path: Path, notes: list[str]) -> Run:
-    """Read a run; what is wrong with its `metrics.jsonl` alone becomes a note."""
+    """Read a run; if only its `metrics.jsonl` is damaged, add a note."""
     error = path / ERROR
     lines = error.read_text(encoding="utf-8", errors="replace").split("\n") if error.is_file() else []
     reason = next((_printable(line) for line in reversed(lines) if line.strip()), "")
     if reason and not (path / CONFIG).is_file():
-        raise ValueError(f"{path} holds no run, it failed before it began: {reason}")
+        raise ValueError(f"{path} contains no run; it failed before training: {reason}")
     if not any((path / name).is_file() for name in (METRICS, MATRIX, SUMMARY)):
-        raise ValueError(f"{path} holds a {CONFIG} and nothing that a run recorded")
+        raise ValueError(f"{path} contains a {CONFIG} but no records of a run")
     result = load_result(path)
     split = result.summary.get("split") or result.config.get("evaluate_on", "test")
     try:
         points = _points(path, split)
     except ValueError as damage:
         points = []
-        notes.append(f"{_note(path, damage)}; its accuracies within tasks are not shown")
+        notes.append(f"{_note(path, damage)}; accuracies within tasks are not shown")
     flat = {_printable(key): _setting(value) for key, value in flatten(result.config).items()}
     flat.setdefault("mode", _setting(result.summary.get("mode", "")))
     flat.setdefault("evaluate_on", _setting(split))
@@ -240,6 +281,7 @@ def _read(path: Path, notes: list[str]) -> Run:
 
 
 def _points(path: Path, split: str) -> list[Point]:
+    """Return the evaluations on a split; none if the run was evaluated at the end of tasks only."""
     evaluations = [record for record in read_metrics(path) if record.get("kind") == "evaluation"]
     if not any(record.get("within_task") for record in evaluations):
         return []
@@ -261,7 +303,7 @@ def _within(key: str, sections: Sequence[str]) -> bool:
 
 
 def _setting(value: Any) -> str:
-    """Return a value as YAML has it, in one line; 1 and 1.0 are the same."""
+    """Return a value as one line of text; 1 and 1.0 give the same text."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         value = int(value)
     return _printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
@@ -273,59 +315,96 @@ def _printable(text: object) -> str:
 
 
 def _grouped(runs: Sequence[Run]) -> list[Group]:
-    """Group runs by their settings and number of tasks, which one that was never evaluated does not tell."""
+    """Group runs by their settings and number of tasks.
+
+    A run without evaluations has no known number of tasks. It joins a group with equal settings.
+    """
     groups: dict[tuple[str, int], list[Run]] = {}
     for run in sorted(runs, key=lambda run: not run.result.matrix.size):
-        same = json.dumps(run.settings, sort_keys=True)
-        size = len(run.result.matrix) or next((tasks for other, tasks in groups if other == same), 0)
-        groups.setdefault((same, size), []).append(run)
-    settings = [members[0].settings for members in groups.values()]
-    several = len({each["mode"] for each in settings}) > 1
-    found = []
-    for method, each, members in zip(_methods(settings), settings, groups.values(), strict=True):
-        mode = MODES.get(each["mode"], each["mode"])
-        found.append(Group(method, each["mode"], f"{method}, {mode}" if several else method, members))
-    taken = Counter(group.label for group in found)
-    for k, group in enumerate(found):
-        if not group.method or taken[group.label] > 1:
-            found[k] = group = replace(group, method=group.runs[0].name, label=group.runs[0].name)
+        settings = json.dumps(run.settings, sort_keys=True)
+        num_tasks = len(run.result.matrix) or next((n for other, n in groups if other == settings), 0)
+        groups.setdefault((settings, num_tasks), []).append(run)
+    named = _named(list(groups.values()))
+    order = [group.method for group in named]
+    return sorted(named, key=lambda group: (order.index(group.method), group.mode != "pytorch"))
+
+
+def _named(groups: Sequence[Sequence[Run]]) -> list[Group]:
+    """Give each group of runs a unique label: its settings, or the directory of its first run."""
+    settings = [members[0].settings for members in groups]
+    both = len({flat["mode"] for flat in settings}) > 1
+    named = []
+    for method, flat, members in zip(_methods(settings), settings, groups, strict=True):
+        mode = flat["mode"]
+        label = f"{method}, {MODES.get(mode, mode)}" if both else method
+        named.append(Group(method, mode, label, members))
+    labels = Counter(group.label for group in named)
+    for k, group in enumerate(named):
+        if not group.method or labels[group.label] > 1:
+            named[k] = group = replace(group, method=group.runs[0].name, label=group.runs[0].name)
         if any(run.result.task_given for run in group.runs):
             method, label = (f"{name}, {TASK_GIVEN}" for name in (group.method, group.label))
-            found[k] = replace(group, method=method, label=label)
-    order = [group.method for group in found]
-    return sorted(found, key=lambda group: (order.index(group.method), group.mode != "pytorch"))
+            named[k] = replace(group, method=method, label=label)
+    return named
 
 
 def _methods(configurations: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return what tells each configuration from the others, the framework aside: `ewc, ewc_lambda=10`."""
-    names = [tuple(section(settings, name) for name in SECTIONS) for settings in configurations]
-    named = [k for k in range(len(SECTIONS)) if k == 0 or len({each[k] for each in names}) > 1]
+    """Return a name for each configuration without its framework, such as `ewc, ewc_lambda=10`.
+
+    It consists of the algorithm, the other sections that differ between configurations, and the settings that
+    differ between configurations with equal sections.
+    """
+    sections = [tuple(section(settings, name) for name in SECTIONS) for settings in configurations]
+    shown = [k for k in range(len(SECTIONS)) if k == 0 or len({names[k] for names in sections}) > 1]
     methods = []
-    for settings, own in zip(configurations, names, strict=True):
-        siblings = [other for other, theirs in zip(configurations, names, strict=True) if theirs == own]
-        keys = [key for key in _differing(siblings) if key != "mode" and not _within(key, OF_A_FRAMEWORK)]
-        alike = [other for other in siblings if other["mode"] == settings["mode"]]
-        keys += [key for key in _differing(alike) if _within(key, OF_A_FRAMEWORK)]
-        last = Counter(key.rpartition(".")[2] for key in keys)
-        parts = [own[k] for k in named if own[k]]
-        for key in keys:
-            short = key.rpartition(".")[2]
-            name, value = short if last[short] == 1 else key, settings.get(key)
-            if value is not None and len(value) > 40:
-                value = f"{value[:39]}…"
-            parts.append(f"{name} not set" if value is None else f"{name}={value}")
-        told = ", ".join(parts)
-        methods.append(told if len(told) <= 120 else f"{told[:119]}…")
+    for settings, names in zip(configurations, sections, strict=True):
+        siblings = [other for other, theirs in zip(configurations, sections, strict=True) if theirs == names]
+        parts = [names[k] for k in shown if names[k]] + _different_settings(settings, siblings)
+        methods.append(_cut(", ".join(parts), 120))
     return methods
 
 
+def _different_settings(settings: Mapping[str, str], siblings: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return texts such as `lr=0.1` for the settings that differ from those of the siblings.
+
+    Settings of a framework are compared with siblings of the same framework only.
+    """
+    same_mode = [other for other in siblings if other["mode"] == settings["mode"]]
+    keys = [key for key in _differing(siblings) if key != "mode" and not _within(key, FRAMEWORK_SETTINGS)]
+    keys += [key for key in _differing(same_mode) if _within(key, FRAMEWORK_SETTINGS)]
+    short_names = Counter(key.rpartition(".")[2] for key in keys)
+    parts = []
+    for key in keys:
+        short, value = key.rpartition(".")[2], settings.get(key)
+        name = short if short_names[short] == 1 else key
+        parts.append(f"{name} not set" if value is None else f"{name}={_cut(value, 40)}")
+    return parts
+
+
+def _cut(text: str, length: int) -> str:
+    """Cut a text that is longer than `length`, and end it with an ellipsis."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def section(settings: Mapping[str, str], name: str) -> str:
-    """Return what a section says: a name, or that of the user's own code; empty for none."""
+    """Return the choice of a section.
+
+    Args:
+        settings: flat configuration, as in `Run.settings`.
+        name: name of the section, such as `algo`.
+
+    Returns:
+        The name of the choice, or the path of user-defined code; empty if the section is missing.
+
+    Example:
+        >>> section({"algo.name": "ewc", "mode": "jax"}, "algo")
+        'ewc'
+    """
     keys = (f"{name}.{SECTIONS.get(name)}", f"{name}.{TARGET}", name)
     return next((settings[key] for key in keys if key in settings), "")
 
 
 def _differing(configurations: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return the settings that are not the same in all."""
+    """Return the keys of the settings that are not equal in all configurations."""
     keys = dict.fromkeys(key for settings in configurations for key in settings)
     return [key for key in keys if len({settings.get(key) for settings in configurations}) > 1]

@@ -1,4 +1,4 @@
-"""Run directories written by hand, as `sequel run` leaves them."""
+"""Run directories with given contents, in the format of `sequel run`."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,9 +27,18 @@ def write_run(
     evaluations: Iterable[tuple[int, int, float, bool]] = (),
     summary: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a run; no summary where the status is None, as where it was killed.
+    """Write a run directory; if the status is None, it has no summary, like a killed run.
 
-    `settings` are sections of the configuration; `evaluations` are step, task, accuracy, within_task.
+    Args:
+        path: the directory.
+        matrix: accuracy matrix, fractions; None for a run without evaluations.
+        algo: name of the algorithm.
+        mode: the framework.
+        seed: seed of the training.
+        status: status in the summary.
+        settings: sections that change the configuration.
+        evaluations: (step, task, accuracy, within_task) of each evaluation.
+        summary: values that change the summary.
     """
     directory = RunDirectory.create(path)
     config: dict[str, Any] = {
@@ -72,6 +81,6 @@ def write_run(
 
 
 def decay(tasks: int, rate: float = 0.1) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """Return a matrix whose accuracies fall by a constant factor with every later task."""
+    """Return a matrix in which each later task multiplies the accuracies by a constant factor."""
     after, task = np.indices((tasks, tasks))
     return np.where(after >= task, 0.9 * np.exp(-rate * (after - task)), NAN)

@@ -1,4 +1,4 @@
-"""The page in headless Chromium: nothing asked for, nothing complained of, everything drawn."""
+"""The page in headless Chromium: no requests, no errors, and all figures are drawn."""
 
 import shutil
 from collections.abc import Iterator
@@ -39,32 +39,32 @@ def browser() -> Iterator[Browser]:
         chromium.close()
 
 
-def opened(browser: Browser, report: Path, width: int, scheme: str = "light") -> tuple[Page, list[str]]:
-    """Open the page; the list collects what it asks for and what is said of it."""
+def open_page(browser: Browser, report: Path, width: int, scheme: str = "light") -> tuple[Page, list[str]]:
+    """Open the page; the list collects its requests, console messages and errors."""
     context = browser.new_context(
         viewport={"width": width, "height": 844}, color_scheme="dark" if scheme == "dark" else "light"
     )
     page = context.new_page()
-    said: list[str] = []
+    events: list[str] = []
 
-    def request(made: Request) -> None:
-        if not made.url.startswith("data:"):
-            said.append(made.url)
+    def on_request(request: Request) -> None:
+        if not request.url.startswith("data:"):
+            events.append(request.url)
 
-    def console(message: ConsoleMessage) -> None:
-        said.append(message.text)
+    def on_console(message: ConsoleMessage) -> None:
+        events.append(message.text)
 
-    page.on("request", request)
-    page.on("console", console)
-    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", on_request)
+    page.on("console", on_console)
+    page.on("pageerror", lambda error: events.append(str(error)))
     page.goto(report.as_uri())
-    return page, said
+    return page, events
 
 
 @pytest.mark.parametrize(("width", "shown"), [(1280, "desktop"), (390, "phone")])
 def test_every_figure_is_drawn(browser: Browser, report: Path, width: int, shown: str) -> None:
-    page, said = opened(browser, report, width)
-    assert said == [report.as_uri()]
+    page, events = open_page(browser, report, width)
+    assert events == [report.as_uri()]
     figures = page.locator("figure")
     assert figures.count() == 12
     for figure in figures.all():
@@ -86,8 +86,8 @@ def test_every_figure_is_drawn(browser: Browser, report: Path, width: int, shown
     page.context.close()
 
 
-def test_a_hostile_name_is_text(browser: Browser, report: Path) -> None:
-    page, _ = opened(browser, report, 1280)
+def test_a_name_with_html_is_text(browser: Browser, report: Path) -> None:
+    page, _ = open_page(browser, report, 1280)
     assert page.title() == "SequeL report: rotateddigits; PyTorch, JAX"
     assert page.locator("h3", has_text=HOSTILE).count() == 1
     assert page.locator("svg:visible text", has_text=HOSTILE).count() >= 1
@@ -98,13 +98,13 @@ def test_a_hostile_name_is_text(browser: Browser, report: Path) -> None:
 def test_both_themes(browser: Browser, report: Path) -> None:
     colours = {}
     for scheme in ("light", "dark"):
-        page, said = opened(browser, report, 1280, scheme)
+        page, events = open_page(browser, report, 1280, scheme)
         colours[scheme] = page.evaluate(
             "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color,"
             " getComputedStyle([...document.querySelectorAll('svg text')].find("
             "text => text.textContent == 'percent')).fill]"
         )
-        assert len(said) == 1
+        assert len(events) == 1
         page.context.close()
     assert colours == {
         "light": ["rgb(254, 254, 254)", "rgb(31, 36, 48)", "rgb(31, 36, 48)"],
@@ -113,8 +113,8 @@ def test_both_themes(browser: Browser, report: Path) -> None:
 
 
 def test_by_keyboard(browser: Browser, report: Path) -> None:
-    """The first stop skips to the content, wide tables scroll, details open."""
-    page, _ = opened(browser, report, 390)
+    """The first link skips to the content, wide tables scroll, and details open."""
+    page, _ = open_page(browser, report, 390)
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the results"
     assert page.locator(".skip").bounding_box()["x"] >= 0  # type: ignore[index]

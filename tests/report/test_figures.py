@@ -1,4 +1,4 @@
-"""The figures: what they show, and what they leave alone."""
+"""The contents of the figures, and the matplotlib settings that they must not change."""
 
 import re
 import subprocess
@@ -32,28 +32,28 @@ def texts(svg: str, tag: str) -> list[str]:
     return [element.text or "" for element in ElementTree.fromstring(svg).iter(tag)]
 
 
-def test_a_matrix_as_a_picture() -> None:
+def test_matrix_picture() -> None:
     picture = matrix_picture(ONE, "splitdigits: test accuracy")
     assert picture.dtype == np.uint8
     assert picture.ndim == 3
     assert picture.shape[2] == 3
     empty = matrix_picture(np.full((2, 2), NAN), "splitdigits: test accuracy")
-    assert empty.shape == picture.shape  # as loggers ask for over a run
+    assert empty.shape == picture.shape  # loggers need images of one size
     assert (empty != picture).any()
     expected = 255 * np.array(matplotlib.colormaps["cividis"](0.9)[:3])
     close = np.abs(picture.astype(float) - expected).max(axis=2) < 2
     assert close.mean() > 0.1  # the cell of R[1, 1]
-    assert not (np.abs(empty.astype(float) - expected).max(axis=2) < 2).mean() > 0.02  # the scale alone
+    assert not (np.abs(empty.astype(float) - expected).max(axis=2) < 2).mean() > 0.02  # the colour bar only
 
 
 @pytest.mark.parametrize("size", [1, 20, 21, 100])
-def test_a_picture_of_any_number_of_tasks(size: int) -> None:
+def test_matrix_picture_of_any_number_of_tasks(size: int) -> None:
     height, width, _ = matrix_picture(decay(size), HOSTILE * 9).shape
     assert width == 640
     assert height < 700
 
 
-def test_a_matrix_of_percentages_is_refused() -> None:
+def test_a_matrix_of_percentages_raises() -> None:
     with pytest.raises(ValueError, match="matrix must hold fractions"):
         matrix_picture([[50.0]], "")
 
@@ -95,7 +95,7 @@ def test_points_of_curves_have_tooltips() -> None:
     assert "stroke-dasharray" in svg
 
 
-def test_of_long_curves_some_points_have_tooltips() -> None:
+def test_long_curves_have_tooltips_on_some_points() -> None:
     steps = list(range(1000))
     svg = inline_svg(curves([Curve("a", steps, [50.0] * 1000, None, 0)], 9, "step", "accuracy"), "a-")
     assert len(texts(svg, "title")) == 25
@@ -103,12 +103,12 @@ def test_of_long_curves_some_points_have_tooltips() -> None:
 
 
 @pytest.mark.parametrize("label", ["_private", ""])
-def test_any_name_is_in_the_legend(label: str) -> None:
+def test_the_legend_shows_any_name(label: str) -> None:
     figure = curves([Curve(label, [1, 2], [50.0, 60.0], None, 0)], 9, "step", "accuracy")
     assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == [label]
 
 
-def test_bars_have_tooltips_and_a_legend_where_there_are_two_series() -> None:
+def test_two_series_of_bars_have_tooltips_and_a_legend() -> None:
     given = [Bar("PyTorch", 0, 50, 5, [48, 52], "50.00 ± 5.00"), Bar("JAX", 1, -3, NAN, [-3], "-3.00")]
     svg = inline_svg(bars([Row("naive", given)], 9, "percent"), "a-")
     assert texts(svg, "title") == [
@@ -122,8 +122,8 @@ def test_bars_have_tooltips_and_a_legend_where_there_are_two_series() -> None:
     assert "naive: 0.00" in texts(inline_svg(bars([alone], 9, "percent"), "a-"), "title")
 
 
-def test_svg_stands_in_a_page() -> None:
-    """Ids are prefixed and referred to, colours follow the theme, nothing points outside."""
+def test_svg_can_be_inlined_in_a_page() -> None:
+    """Ids have the prefix and references are valid, colours are CSS variables, and there are no URLs."""
     rows = [Row("a", [Bar("x", 0, 1, NAN, [1], "1"), Bar("y", 1, 2, NAN, [2], "2")])]
     svg = inline_svg(bars(rows, 9, "percent"), "here-")
     identities = re.findall(r' id="([^"]*)"', svg)
@@ -141,7 +141,7 @@ def test_svg_stands_in_a_page() -> None:
 
 
 def contrast(one: str, other: str) -> float:
-    """Return the contrast of WCAG 2.2 between two colours."""
+    """Return the contrast between two colours, as defined by WCAG 2.2."""
 
     def luminance(colour: str) -> float:
         parts = [c / 255 for c in bytes.fromhex(colour[1:])]
@@ -153,13 +153,13 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK])
-def test_text_and_lines_stand_out_in_both_themes(theme: dict[str, str]) -> None:
+def test_text_and_lines_have_enough_contrast_in_both_themes(theme: dict[str, str]) -> None:
     for name, colour in theme.items():
         if name.startswith("series") or name == "ink":
             assert contrast(colour, theme["surface"]) >= 4.5
 
 
-def test_numbers_stand_out_on_every_cell() -> None:
+def test_numbers_have_enough_contrast_on_every_cell() -> None:
     svg = inline_svg(heat_map(np.linspace(0, 1, 100).reshape(10, 10), 9), "a-")
     cells = re.findall(r'<path d="[^"]*" clip-path="[^"]*" style="fill: (#[0-9a-f]{6});', svg)
     numbers = re.findall(r'<text style="([^"]*)"[^>]*>[\d.]+</text>', svg)
@@ -169,10 +169,10 @@ def test_numbers_stand_out_on_every_cell() -> None:
         assert contrast(cell, "#ffffff" if "#ffffff" in style else "#000000") >= 4.5
 
 
-def test_the_users_matplotlib_is_left_alone() -> None:
+def test_settings_of_matplotlib_are_restored() -> None:
     with matplotlib.rc_context({"font.size": 31.0, "svg.fonttype": "path", "text.parse_math": True}):
         before = dict(matplotlib.rcParams)
-        figure = heat_map(ONE, 9, "$a_{b")  # no valid formula
+        figure = heat_map(ONE, 9, "$a_{b")  # not a valid formula
         inline_svg(figure, "a-")
         matrix_picture(ONE, "$a_{b")
         assert dict(matplotlib.rcParams) == before
@@ -180,7 +180,7 @@ def test_the_users_matplotlib_is_left_alone() -> None:
     assert tips("a", "b") == '["a", "b"]'
 
 
-def test_letters_that_the_font_lacks_warn_nobody() -> None:
+def test_letters_that_the_font_lacks_do_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         svg = inline_svg(heat_map(ONE, 9, "\N{CJK UNIFIED IDEOGRAPH-5B66} \N{ROCKET}"), "a-")
@@ -189,7 +189,7 @@ def test_letters_that_the_font_lacks_warn_nobody() -> None:
 
 
 def test_matplotlib_loads_late_and_quietly(tmp_path: object) -> None:
-    """The core does not load it, nor anything pyplot; a home that cannot be written to is no matter."""
+    """The core does not load it, nothing loads pyplot, and a read-only home directory gives no warning."""
     code = (
         "import sys, sequel_core, sequel_core.cli\n"
         "assert 'matplotlib' not in sys.modules\n"

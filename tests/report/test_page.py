@@ -1,4 +1,4 @@
-"""The files of a report: what is in them, what they must not do, and which files they replace."""
+"""The files of a report: their contents, their safety, and which files they may replace."""
 
 import re
 from html.parser import HTMLParser
@@ -20,7 +20,7 @@ VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 
 class Page(HTMLParser):
-    """Reads a page: its elements, the texts of its table cells, and whether every element is closed."""
+    """Parses a page: its elements, the texts of its table cells, and the elements that are still open."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A method in two frameworks with two seeds, one with a hostile name, and what goes wrong."""
+    """A method in two frameworks with two seeds, one with HTML in its name, a killed and a damaged run."""
     folder = tmp_path_factory.mktemp("runs")
     for mode in ("pytorch", "jax"):
         for seed, matrix in enumerate((ONE, TWO)):
@@ -73,7 +73,7 @@ def report(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of one task, one that was killed at once, and a damaged one."""
+    """A finished run of one task, a run that was killed before training, and a damaged one."""
     folder = tmp_path_factory.mktemp("short")
     write_run(folder / "whole", [[0.5]])
     write_run(folder / "killed", None, seed=1, status=None)
@@ -91,7 +91,7 @@ def page(text: str) -> Page:
     return Page(text)
 
 
-def test_the_page_holds_the_numbers(page: Page) -> None:
+def test_numbers_of_the_page(page: Page) -> None:
     row = page.cells.index("naive, PyTorch")
     assert page.cells[row + 1 : row + 4] == ["2 of 3", "70.00 ± 63.53", "25.00 ± 190.59"]
     row = page.cells.index("naive, JAX")
@@ -99,7 +99,7 @@ def test_the_page_holds_the_numbers(page: Page) -> None:
     assert page.cells.count("after task 2") >= 4
 
 
-def test_nothing_points_outside(text: str, page: Page) -> None:
+def test_the_page_has_no_external_references(text: str, page: Page) -> None:
     for tag, attributes in page.elements:
         assert tag not in ("script", "link", "img", "iframe", "object", "base", "a") or tag == "a"
         for key in ("src", "href", "xlink:href", "action", "data", "srcset"):
@@ -114,7 +114,7 @@ def test_nothing_points_outside(text: str, page: Page) -> None:
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def test_names_are_text(text: str, page: Page) -> None:
+def test_names_are_escaped(text: str, page: Page) -> None:
     assert not page.open
     for tag in ("script", "b", "i"):
         assert not page.named(tag)
@@ -124,7 +124,7 @@ def test_names_are_text(text: str, page: Page) -> None:
     assert "$a_{b" in text
 
 
-def test_the_page_is_in_order(text: str, page: Page) -> None:
+def test_the_structure_of_the_page(text: str, page: Page) -> None:
     identities = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(set(identities)) == len(identities)
     targets = {attributes["href"] for attributes in page.named("a")}
@@ -144,7 +144,7 @@ def test_the_page_is_in_order(text: str, page: Page) -> None:
     assert text.startswith("<!DOCTYPE html>\n")
 
 
-def test_a_run_that_did_not_finish_is_shown_as_such(text: str, page: Page) -> None:
+def test_an_unfinished_run_is_marked(text: str, page: Page) -> None:
     assert '<span class="badge unfinished">unfinished</span>' in text
     assert "evaluated after 1 of 2 tasks" in text
     assert "accuracy on task 1 after task 1: 30.00 %" in text
@@ -152,12 +152,12 @@ def test_a_run_that_did_not_finish_is_shown_as_such(text: str, page: Page) -> No
     assert "5 finished runs in 3 configurations; 1 unfinished." in text
 
 
-def test_every_metric_shown_is_explained(page: Page, text: str) -> None:
-    explained = re.findall(r"<dt>(.*?)</dt>", text)
+def test_every_metric_on_the_page_is_defined(page: Page, text: str) -> None:
+    defined = re.findall(r"<dt>(.*?)</dt>", text)
     head = page.cells.index("configuration")
     shown = page.cells[head + 2 : head + 9]
     assert [shown[0], shown[-1]] == ["average accuracy", "worst-case accuracy"]
-    assert set(shown) <= set(explained)
+    assert set(shown) <= set(defined)
 
 
 def test_the_same_runs_give_the_same_page(short: Path, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_markdown(report: Path) -> None:
     assert {report / source for source in sources} == set((report / "figures").iterdir())
 
 
-def test_markdown_alone_links_nothing(short: Path, tmp_path: Path) -> None:
+def test_markdown_without_figures_has_no_links(short: Path, tmp_path: Path) -> None:
     write_report([short], tmp_path / "a.html", markdown=tmp_path / "a.md")
     assert "![" not in (tmp_path / "a.md").read_text()
 
@@ -221,7 +221,7 @@ def test_accuracies_within_tasks_are_shown_over_steps(tmp_path: Path) -> None:
 
 
 def test_a_large_study_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 tasks; and more configurations than are drawn."""
+    """100 tasks, and more configurations than the figures show."""
     monkeypatch.setattr(pictures, "MAX_CONFIGURATIONS", 2)
     for k, rate in enumerate((0.001, 0.1, 0.01)):
         write_run(tmp_path / str(k), decay(100, rate), algo=f"method{k}")
@@ -233,13 +233,13 @@ def test_a_large_study_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {"method0", "method1", "method2"} <= set(Page(text).cells)
 
 
-def test_a_file_of_somebody_else_is_kept(short: Path, tmp_path: Path) -> None:
+def test_other_files_are_kept(short: Path, tmp_path: Path) -> None:
     html, notes, folder = tmp_path / "a.html", tmp_path / "a.md", tmp_path / "figures"
     folder.mkdir()
     theirs = {html: "<html>", notes: "# My notes", folder / "seconds_total.png": "picture"}
     for file, content in theirs.items():
         file.write_text(content)
-        with pytest.raises(ValueError, match=r"must not be a file that no report wrote, got .*; choose"):
+        with pytest.raises(ValueError, match="must not be an existing file unless it is a report, got"):
             write_report([short], html, png=folder, markdown=notes)
         assert {path: path.read_text() for path in theirs if path.exists()} == {file: content}
         file.unlink()
@@ -247,22 +247,22 @@ def test_a_file_of_somebody_else_is_kept(short: Path, tmp_path: Path) -> None:
         file.write_text("theirs")
     write_report([short], html, png=folder, markdown=notes, force=True)
     assert all(MARK.encode() in file.read_bytes() for file in theirs)
-    write_report([short], html, png=folder, markdown=notes)  # ours are replaced unasked
+    write_report([short], html, png=folder, markdown=notes)  # reports are replaced without force
     assert all(MARK.encode() in file.read_bytes() for file in theirs)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"path": "."}, "path must be a file in a folder that exists"),
-        ({"path": "nowhere/a.html"}, "path must be a file in a folder that exists, got nowhere/a.html"),
-        ({"markdown": "nowhere/a.md"}, "markdown must be a file in a folder that exists"),
+        ({"path": "."}, "path must be a file in an existing folder"),
+        ({"path": "nowhere/a.html"}, "path must be a file in an existing folder, got nowhere/a.html"),
+        ({"markdown": "nowhere/a.md"}, "markdown must be a file in an existing folder"),
         ({"markdown": "a.html"}, "markdown must not be the HTML file, got a.html for both"),
-        ({"png": "nowhere/figures"}, "png must be a folder, or a new one in a folder that exists"),
-        ({"png": "file"}, "png must be a folder, or a new one in a folder that exists, got file"),
+        ({"png": "nowhere/figures"}, "png must be a folder, or a new one in an existing folder"),
+        ({"png": "file"}, "png must be a folder, or a new one in an existing folder, got file"),
     ],
 )
-def test_a_place_that_cannot_be_written_to(
+def test_paths_that_cannot_be_written(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -285,15 +285,15 @@ def test_the_command(
     assert MARK in (tmp_path / "report.html").read_text()
 
 
-def test_the_command_refuses_in_one_line(
+def test_an_error_of_the_command_is_one_line(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for line, message in (
         ([], "the following arguments are required: DIR; see sequel report --help"),
-        (["nowhere"], "which is no directory; give what `sequel run` wrote"),
-        ([str(tmp_path)], "at least one run that can be read"),
-        ([str(runs), "-o", "no/a.html"], "path must be a file in a folder that exists, got no/a.html"),
+        (["nowhere"], "which is not a directory; use a directory that `sequel run` wrote"),
+        ([str(tmp_path)], "at least one readable run"),
+        ([str(runs), "-o", "no/a.html"], "path must be a file in an existing folder, got no/a.html"),
     ):
         assert main(["report", *line]) == 2
         error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Which runs a report finds, which of them belong together, and what their seeds say."""
+"""Which runs a report reads, how it groups and names them, and their means over seeds."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from sequel_core.runs.results import read_metrics
 from tests.report.directories import NAN, ONE, TWO, decay, write_run
 
 
-def test_runs_that_differ_in_seeds_and_documentation_alone_are_one_configuration(tmp_path: Path) -> None:
+def test_runs_that_differ_in_seeds_and_documentation_are_one_configuration(tmp_path: Path) -> None:
     write_run(tmp_path / "a", seed=0, settings={"comment": "first", "wandb": {"name": "a"}})
     write_run(tmp_path / "b", seed=1, settings={"benchmark": {"data_dir": "elsewhere", "seed": 5}})
     write_run(tmp_path / "c", seed=1, settings={"optimizer": {"lr": 0.1}})
@@ -26,14 +26,15 @@ def test_runs_that_differ_in_seeds_and_documentation_alone_are_one_configuration
     assert not study.notes
 
 
-def test_labels_say_what_differs_and_frameworks_stand_beside_each_other(tmp_path: Path) -> None:
+def test_labels_contain_the_differences_and_frameworks_are_adjacent(tmp_path: Path) -> None:
     for k, (algo, mode, weight) in enumerate(
         [("ewc", "jax", 1), ("naive", "jax", 0), ("ewc", "pytorch", 10.0), ("ewc", "pytorch", 1.0)]
     ):
         settings = {"algo": {"ewc_lambda": weight}} if weight else {}
-        # what a framework says of itself tells no method from another
-        own = {"model": f"{mode} network", "trainer": {"precision": "32-true"} if mode == "pytorch" else {}}
-        write_run(tmp_path / str(k), algo=algo, mode=mode, settings={**settings, **own})
+        # settings of a framework do not distinguish methods
+        trainer = {"precision": "32-true"} if mode == "pytorch" else {}
+        framework = {"model": f"{mode} network", "trainer": trainer}
+        write_run(tmp_path / str(k), algo=algo, mode=mode, settings={**settings, **framework})
     assert [(group.method, group.label) for group in read_study([tmp_path]).groups] == [
         ("ewc, ewc_lambda=1", "ewc, ewc_lambda=1, PyTorch"),
         ("ewc, ewc_lambda=1", "ewc, ewc_lambda=1, JAX"),
@@ -42,7 +43,7 @@ def test_labels_say_what_differs_and_frameworks_stand_beside_each_other(tmp_path
     ]
 
 
-def test_a_label_that_would_be_long_ends_early_or_gives_way_to_the_directory(tmp_path: Path) -> None:
+def test_a_long_label_is_cut_or_replaced_by_the_directory(tmp_path: Path) -> None:
     for k in range(3):
         write_run(tmp_path / str(k), settings={"algo": {f"setting_{i}": i + (k == 0) for i in range(10 + k)}})
     labels = [group.label for group in read_study([tmp_path]).groups]
@@ -51,7 +52,7 @@ def test_a_label_that_would_be_long_ends_early_or_gives_way_to_the_directory(tmp
     assert labels[1:] == [str(tmp_path / "1"), str(tmp_path / "2")]
 
 
-def test_what_differs_in_no_setting_is_told_apart_by_its_directory(tmp_path: Path) -> None:
+def test_groups_with_equal_settings_are_named_by_directory(tmp_path: Path) -> None:
     write_run(tmp_path / "two", decay(2))
     write_run(tmp_path / "three", decay(3))
     bare = RunDirectory.create(tmp_path / "bare")
@@ -62,15 +63,15 @@ def test_what_differs_in_no_setting_is_told_apart_by_its_directory(tmp_path: Pat
 
 
 @pytest.mark.parametrize("values", [[0.65, 0.75], [0.1, 0.4, 0.35, 0.38, 0.9]])
-def test_the_interval_is_scipys(values: list[float]) -> None:
-    found = estimate([*values, NAN])
+def test_the_interval_equals_scipy(values: list[float]) -> None:
+    value = estimate([*values, NAN])
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert found.mean == pytest.approx(np.mean(values))
-    assert found.half == pytest.approx((expected.high - expected.low) / 2, rel=1e-12)
+    assert value.mean == pytest.approx(np.mean(values))
+    assert value.half == pytest.approx((expected.high - expected.low) / 2, rel=1e-12)
 
 
 def test_the_interval_by_hand() -> None:
-    """n = 2: t(0.975, 1) = 12.7062, s / sqrt(2) is half of the difference."""
+    """For n = 2, t(0.975, 1) = 12.7062 and s / sqrt(2) is half of the difference."""
     assert estimate([0.65, 0.75]).text(100) == f"70.00 ± {12.706204736 * 5:.2f}" == "70.00 ± 63.53"
     assert estimate([0.65]).text(100) == "65.00"
     assert math.isnan(estimate([0.65]).half)
@@ -79,7 +80,7 @@ def test_the_interval_by_hand() -> None:
 
 
 @pytest.mark.parametrize("status", ["interrupted", "failed", "diverged", None])
-def test_a_run_that_did_not_finish_counts_in_no_mean(tmp_path: Path, status: str | None) -> None:
+def test_means_do_not_include_unfinished_runs(tmp_path: Path, status: str | None) -> None:
     write_run(tmp_path / "a", ONE, seed=0)
     write_run(tmp_path / "b", TWO, seed=1)
     write_run(tmp_path / "c", [[0.1, NAN], [NAN, NAN]], seed=2, status=status)
@@ -92,17 +93,17 @@ def test_a_run_that_did_not_finish_counts_in_no_mean(tmp_path: Path, status: str
     assert group.runs[2].trained == 1
 
 
-def test_a_run_that_was_never_evaluated_belongs_to_its_settings(tmp_path: Path) -> None:
+def test_a_run_without_evaluations_joins_the_group_of_its_settings(tmp_path: Path) -> None:
     write_run(tmp_path / "a", None, seed=3, status=None)
     write_run(tmp_path / "b", ONE)
     [group] = read_study([tmp_path]).groups
     assert [run.trained for run in group.runs] == [2, 0]
 
 
-def test_run_directories_are_found_at_any_depth_and_once(tmp_path: Path) -> None:
+def test_run_directories_at_any_depth_are_read_once(tmp_path: Path) -> None:
     nested = write_run(tmp_path / "sweep" / "deep" / "10", seed=10)
     write_run(tmp_path / "sweep" / "deep" / "9", seed=9)
-    for inner in ("wandb/files", ".hydra"):  # other programs write a config.yaml, too
+    for inner in ("wandb/files", ".hydra"):  # other programs also write a config.yaml
         (nested / inner).mkdir(parents=True)
         (nested / inner / "config.yaml").write_text("a: 1")
     (tmp_path / "sweep" / ".hydra").mkdir()
@@ -112,7 +113,7 @@ def test_run_directories_are_found_at_any_depth_and_once(tmp_path: Path) -> None
     assert not study.notes
 
 
-def test_what_cannot_be_read_is_a_note(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_read_adds_a_note(tmp_path: Path) -> None:
     write_run(tmp_path / "good")
     for name, content in (
         ("summary.json", "{"),
@@ -135,9 +136,9 @@ def test_what_cannot_be_read_is_a_note(tmp_path: Path) -> None:
         "bad2/config.yaml is damaged",
         "bad3/accuracy_matrix.csv is damaged",
         "bad4",
-        "late holds no run, it failed before it began: ValueError: no such data",
-        "configs holds a config.yaml and nothing that a run recorded",
-        "empty holds no run directory",
+        "late contains no run; it failed before training: ValueError: no such data",
+        "configs contains a config.yaml but no records of a run",
+        "empty contains no run directory",
     ):
         assert text in notes
 
@@ -145,16 +146,16 @@ def test_what_cannot_be_read_is_a_note(tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one run directory or folder of them, got none"):
         read_study([])
-    with pytest.raises(ValueError, match=r"got .*nowhere, which is no directory; give what `sequel run` w"):
+    with pytest.raises(ValueError, match=r"got .*nowhere, which is not a directory; use a directory"):
         read_study([tmp_path / "nowhere"])
-    with pytest.raises(ValueError, match=r"at least one run that can be read; .* holds no run directory"):
+    with pytest.raises(ValueError, match=r"at least one readable run; .* contains no run directory"):
         read_study([tmp_path])
     (write_run(tmp_path / "bad") / "summary.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"at least one run that can be read; .*summary\.json is damaged"):
+    with pytest.raises(ValueError, match=r"at least one readable run; .*summary\.json is damaged"):
         read_study([tmp_path])
 
 
-def test_a_summary_with_other_things_in_it(tmp_path: Path) -> None:
+def test_a_summary_with_values_of_other_types(tmp_path: Path) -> None:
     write_run(tmp_path, summary={"average_accuracy": "high", "seconds": "many", "steps": True})
     [run] = read_study([tmp_path]).runs
     for path in (("average_accuracy",), ("seconds", "total"), ("steps",), ("nothing",)):

@@ -1,4 +1,4 @@
-"""The numbers of the tables, against numbers worked out by hand."""
+"""The numbers of the tables, compared with numbers computed by hand."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tests.report.directories import NAN, ONE, TWO, decay, write_run
 
 
 def test_results_by_hand(tmp_path: Path) -> None:
-    """Means of ONE and TWO; half intervals 12.7062 times half of the difference."""
+    """Means of ONE and TWO; the half-width is 12.7062 times half of the difference."""
     write_run(tmp_path / "a", ONE)
     write_run(tmp_path / "b", TWO, seed=1)
     write_run(tmp_path / "c", [[0.1, NAN], [NAN, NAN]], seed=2, status="failed")
@@ -32,11 +32,11 @@ def test_results_by_hand(tmp_path: Path) -> None:
     }
 
 
-def test_every_metric_of_the_core_is_explained() -> None:
+def test_every_metric_of_the_core_is_defined() -> None:
     assert set(summarise([[1.0]])) <= {metric.key for metric in tables.METRICS}
 
 
-def test_metrics_are_shown_where_some_run_has_them(tmp_path: Path) -> None:
+def test_metrics_that_a_run_has_are_shown(tmp_path: Path) -> None:
     extra = {"test_average_accuracy": 0.65, "validation_average_accuracy": 0.6, "fwt": 0.05}
     head = {"masked_average_accuracy": 0.9, "head_average_accuracy": 0.7, "note": "text"}
     write_run(tmp_path / "a", summary=extra)
@@ -53,8 +53,8 @@ def test_metrics_are_shown_where_some_run_has_them(tmp_path: Path) -> None:
     assert table.rows[1][table.header.index("head average accuracy")] == "70.00"
 
 
-def test_frameworks_beside_each_other(tmp_path: Path) -> None:
-    """Of seeds 0 and 1 the JAX runs lie 10 points above and 1 below; seed 2 has no partner."""
+def test_comparison_of_frameworks(tmp_path: Path) -> None:
+    """The JAX runs are 10 points better for seed 0 and 1 worse for seed 1; seed 2 has no JAX run."""
     near = np.array(ONE) - 0.01
     for name, mode, seed, matrix in (
         ("a", "pytorch", 0, ONE), ("b", "pytorch", 1, ONE), ("c", "pytorch", 2, TWO),
@@ -88,7 +88,7 @@ def test_final_accuracies_and_matrix_numbers(tmp_path: Path) -> None:
     ]
 
 
-def test_of_many_tasks_some_are_shown(tmp_path: Path) -> None:
+def test_a_selection_of_many_tasks_is_shown(tmp_path: Path) -> None:
     assert tables.selected(20) == list(range(20))
     assert tables.selected(100) == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
     write_run(tmp_path, decay(30))
@@ -100,7 +100,7 @@ def test_of_many_tasks_some_are_shown(tmp_path: Path) -> None:
     assert numbers.rows[-1][-1] == "90.00"
 
 
-def test_the_configuration_shows_what_differs_and_what_is_shared(tmp_path: Path) -> None:
+def test_different_and_shared_settings(tmp_path: Path) -> None:
     write_run(tmp_path / "a", settings={"algo": {"ewc_lambda": 1.0}, "expected": {"avg_acc": 5}})
     write_run(tmp_path / "b", settings={"algo": {"ewc_lambda": 10}, "training": {"seed": 1}})
     write_run(tmp_path / "c", algo="er", settings={"algo": {"sizes": [1, 2], "none": None}})
@@ -118,7 +118,7 @@ def test_the_configuration_shows_what_differs_and_what_is_shared(tmp_path: Path)
     assert not {key for key in shared if "seed" in key or "data_dir" in key or key.startswith("expected")}
 
 
-def test_every_run_is_listed_with_its_status(tmp_path: Path) -> None:
+def test_all_runs_are_listed_with_their_status(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", [[0.5, NAN], [NAN, NAN]], seed=1, status="diverged")
     (tmp_path / "b" / "error.txt").write_text("the loss became nan\n")
