@@ -107,10 +107,17 @@ def test_whether_a_logger_has_started(tmp_path: Path) -> None:
     assert other.experiment is csv.experiment
 
 
-def test_tensorboard_purges_and_takes_summaries(tmp_path: Path) -> None:
+def test_tensorboard_purges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments: dict[str, Any] = {}
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda **given: arguments.update(given))
     logger = TensorBoardLogger(tmp_path, "", "")
     _compat.purge_after(logger, 1)
-    assert logger.experiment.purge_step == 2
+    assert logger.experiment is None
+    assert arguments["purge_step"] == 2
+
+
+def test_tensorboard_takes_summaries(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, "", "")
     _compat.add_summary(logger, Summary(value=[Summary.Value(tag="raw", simple_value=3.0)]))
     logger.finalize("success")
     assert [value for _, value in scalars(tmp_path)["raw"]] == [3.0]
