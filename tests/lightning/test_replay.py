@@ -339,7 +339,7 @@ def test_labels_and_tasks_outside_the_spec_are_refused(y: int, t: int) -> None:
     good = TensorDataset(torch.zeros(8, 1, 3, 3), labels.new_zeros(8), tasks.new_zeros(8))
     good.tensors[1][4:], good.tensors[2][4:] = labels, tasks
     with pytest.raises(
-        ValueError, match=f"a sample has label {y} and task {t}, which the stream's spec does"
+        ValueError, match=f"labels and tasks must be in the stream's spec, got label {y} in task {t}"
     ):
         trainer().fit(model, DataLoader(good, BATCH))
     assert (model.state.t >= 0).sum() == BATCH
