@@ -1,4 +1,4 @@
-"""A user-defined regulariser and replay method end with the same weights in both frameworks."""
+"""User-defined methods end with the same weights in both frameworks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import OptimizerHParams, TrainingHParams
 from sequel_core.runs.learner import FitMonitor, Learner
 from sequel_core.stream.arrays import FloatArray
-from tests.examples.user_methods import ConfidentHParams, MagnitudeHParams
-from tests.examples.user_methods_flax import confident, magnitude
-from tests.examples.user_methods_lightning import Confident, Magnitude
+from tests.examples.user_methods import ConfidentHParams, ImitateHParams, MagnitudeHParams
+from tests.examples.user_methods_flax import confident, imitate, magnitude
+from tests.examples.user_methods_lightning import Confident, Imitate, Magnitude
 
 STREAM = RotatedDigits(num_tasks=3, subset=350)
 TRAINING = TrainingHParams(batch_size=7, dtype="float64")
@@ -26,6 +26,7 @@ SGD = OptimizerHParams(lr=0.05)
 USER_METHODS: list[tuple[Any, Any, Any]] = [
     (MagnitudeHParams(strength=5), magnitude, Magnitude),
     (ConfidentHParams(mem_size=50, mem_batch_size=7), confident, Confident),
+    (ImitateHParams(strength=0.5), imitate, Imitate),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Settings of two user-defined methods: a regulariser and a replay method."""
+"""Settings of three user-defined methods: a regulariser, a replay method, and one that is neither."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,3 +23,12 @@ class ConfidentHParams(ReplayHParams):
     name: ClassVar[str] = "confident"
 
     weight: float = setting(0.1, "weight of the entropy of replayed predictions", ge=0)
+
+
+@dataclass(frozen=True)
+class ImitateHParams(AlgorithmHParams):
+    """The logits stay close to those of the network at the end of the last task."""
+
+    name: ClassVar[str] = "imitate"
+
+    strength: float = setting(1.0, "weight of the squared distance between the logits", ge=0)

@@ -1,17 +1,30 @@
-"""A user-defined regulariser and a user-defined replay method in Flax."""
+"""User-defined methods in Flax: a regulariser, a replay method, and one that is neither."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.training.train_state import TrainState
 
+from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_flax import Algorithm
-from sequel_flax.bundle import Params
+from sequel_flax.bundle import (
+    Params,
+    State,
+    StepOutputs,
+    cross_entropy,
+    make_algorithm,
+    masked,
+    network,
+    train_step,
+    training_forward,
+)
 from sequel_flax.quadratic import Model, quadratic
 from sequel_flax.replay import Outputs, mean_cross_entropy, replay, sum_of_first
-from tests.examples.user_methods import ConfidentHParams, MagnitudeHParams
+from tests.examples.user_methods import ConfidentHParams, ImitateHParams, MagnitudeHParams
 
 
 def magnitudes(params: Params, model: Model, batches: Iterable[Batch]) -> Params:
@@ -33,3 +46,40 @@ def replay_loss(batch: Outputs, draws: Sequence[Outputs], hparams: ConfidentHPar
 
 def confident(hparams: ConfidentHParams, seed: int = 0) -> Algorithm:
     return replay(hparams, seed, partial(replay_loss, hparams=hparams))
+
+
+class ImitateState(NamedTuple):
+    """What the method remembers."""
+
+    anchor: Params  # weights at the end of the last task
+    learned: jax.Array  # 1 after the end of the first task, 0 before, shape ()
+
+
+def logit_distance(logits: jax.Array, old: jax.Array) -> jax.Array:
+    """Return the mean squared distance of logits `[B, num_classes]`, shape ()."""
+    return ((logits - old) ** 2).sum(1).mean()
+
+
+def objective(ts: TrainState, params: Params, state: State, batch: Batch, hparams: ImitateHParams) -> Any:
+    """Return the loss of a batch, shape (), and its logits and running statistics."""
+    logits, stats = training_forward(ts, params, state, batch.x)
+    old = network(ts, state.memory.anchor, state, batch.x)
+    masked_logits = masked(state.stream, logits, batch.t)
+    penalty = state.memory.learned * hparams.strength * logit_distance(logits, old)
+    return cross_entropy(masked_logits, batch.y) + penalty, (masked_logits, stats)
+
+
+def imitate(hparams: ImitateHParams, seed: int = 0) -> Algorithm:
+    def init_memory(ts: TrainState, spec: StreamSpec) -> ImitateState:
+        return ImitateState(jax.tree.map(jnp.copy, ts.params), jnp.zeros(()))
+
+    def step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
+        return train_step(ts, state, batch, partial(objective, hparams=hparams))
+
+    def end(ts: TrainState, state: State, plan: Any) -> tuple[TrainState, State]:
+        memory = ImitateState(jax.tree.map(jnp.copy, ts.params), jnp.ones(()))
+        return ts, state._replace(memory=memory)
+
+    return make_algorithm(
+        hparams, seed, step, init_memory=init_memory, fills={"anchor": jnp.copy}, apply_end=end
+    )

@@ -1,15 +1,18 @@
-"""A user-defined regulariser and a user-defined replay method in Lightning."""
+"""User-defined methods in Lightning: a regulariser, a replay method, and one that is neither."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
+import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from sequel_core.stream.task import Batch
-from sequel_lightning.module import Params
+from sequel_lightning.module import ContinualModule, Params
+from sequel_lightning.networks import evaluating
 from sequel_lightning.quadratic import Model, QuadraticModule
 from sequel_lightning.replay import Outputs, ReplayModule, mean_cross_entropy, sum_of_first
-from tests.examples.user_methods import ConfidentHParams, MagnitudeHParams
+from sequel_lightning.trees import ParameterTree
+from tests.examples.user_methods import ConfidentHParams, ImitateHParams, MagnitudeHParams
 
 
 def magnitudes(params: Params, model: Model, batches: Iterable[Batch]) -> Params:
@@ -19,10 +22,11 @@ def magnitudes(params: Params, model: Model, batches: Iterable[Batch]) -> Params
 
 class Magnitude(QuadraticModule):
     hparams_class = MagnitudeHParams
+    algorithm_hparams: MagnitudeHParams
 
-    def __init__(self, net: Any, optimizer: Any, hparams: MagnitudeHParams, *args: Any) -> None:
-        super().__init__(net, optimizer, hparams, *args)
-        self.strength = hparams.strength
+    def init_memory(self) -> None:
+        super().init_memory()
+        self.strength = self.algorithm_hparams.strength
 
     def importances(self, params: Params, batches: Iterable[Batch]) -> Params:
         return magnitudes(params, self, batches)
@@ -42,3 +46,32 @@ class Confident(ReplayModule):
 
     def replay_loss(self, batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
         return replay_loss(batch, draws, self.algorithm_hparams)
+
+
+def logit_distance(logits: Tensor, old: Tensor) -> Tensor:
+    """Return the mean squared distance of logits `[B, num_classes]`, shape ()."""
+    return ((logits - old) ** 2).sum(1).mean()
+
+
+class Imitate(ContinualModule):
+    hparams_class = ImitateHParams
+    algorithm_hparams: ImitateHParams
+    has_penalty = True  # `train/penalty` is logged
+    learned: Tensor
+
+    def init_memory(self) -> None:
+        self.anchor = ParameterTree(self.params(), torch.clone)  # weights at the end of the last task
+        self.register_buffer("learned", torch.zeros(()))  # 1 after the end of the first task, 0 before
+
+    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        batch = self.trained_on(batch)
+        logits = self.network(batch.x)
+        with torch.no_grad(), evaluating(self.net):
+            old = functional_call(self.net, self.anchor.get(), (self.normalise(batch.x),))
+        masked_logits = self.masked(logits, batch.t)
+        penalty = self.learned * self.algorithm_hparams.strength * logit_distance(logits, old)
+        return self.loss(masked_logits, batch) + self.added(penalty), masked_logits
+
+    def end_task(self, batches: Iterable[Batch]) -> None:
+        self.anchor.set(self.frozen_params())
+        self.learned.fill_(1)
