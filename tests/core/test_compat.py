@@ -16,7 +16,7 @@ from sequel_core.cli.sweep import combinations
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("sequel_core", "sequel_lightning", "sequel_flax", "benchmarks", "configs")
-CHECKED = ("sequel_core", "sequel_flax", "configs")
+CHECKED = ("sequel_core", "sequel_lightning", "sequel_flax", "configs")
 PUBLIC = {"_asdict", "_fields", "_make", "_replace"}  # of NamedTuple
 
 
