@@ -7,17 +7,18 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sequel_core.algorithms import ALGORITHMS
-from sequel_core.backbones import BACKBONES, MAX_UNITS, MLPHParams
+from sequel_core.backbones import MAX_UNITS, MLPHParams
 from sequel_core.experiment.aliases import SECTIONS, SHAPE, Layer, nest, spelling
 from sequel_core.experiment.schema import (
     CLASSES,
     DOCUMENTATION,
     EVALUATION,
+    TABLES,
     BenchmarkConfig,
     Expected,
     ExperimentConfig,
@@ -30,7 +31,7 @@ from sequel_core.experiment.schema import (
     user_hparams,
 )
 from sequel_core.experiment.target import TARGET, Target, read
-from sequel_core.hparams import CheckpointHParams, OptimizerHParams, TrainerHParams, TrainingHParams
+from sequel_core.hparams import OptimizerHParams, TrainingHParams
 from sequel_core.runs import learner
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.files import plain
@@ -104,48 +105,56 @@ def build(flat: Layer) -> ExperimentConfig:
             check_name(section, values[section].get(key), choices(section))
     _check_top(values)
     mode = values.get("mode", "pytorch")
-    groups = {section: dict(values.get(section, {})) for section in (*SECTIONS, *CLASSES)}
-    code = {name: user_code(name, groups[name], mode) for name in SECTIONS if TARGET in groups[name]}
-    num_classes = groups["backbone"].get("num_classes")
-    names = {name: groups[name].pop(key) for name, key in SECTIONS.items() if name not in code}
-    if "backbone" in names:
-        groups["backbone"].pop("num_classes", None)
-        _widths(groups["backbone"])
+    selected = {section: _selected(section, dict(values[section]), mode) for section in SECTIONS}
+    groups = {section: dict(values.get(section, {})) for section in CLASSES if section not in SECTIONS}
     for section, group in groups.items():
-        if section in code:
-            _check_user_code(section, code[section], mode)
-        else:
-            _check_keys(section, group, names.get(section, ""))
-    hparams = user_hparams(code["algo"]) if "algo" in code else ALGORITHMS[names["algo"]]
-    optimizer = {"type": names["optimizer"], **groups["optimizer"]} if "optimizer" in names else {}
-    trainer = _settings(TrainerHParams, "trainer", groups["trainer"])
-    expected = values.get("expected") or {}
-    if not isinstance(expected, Mapping):
-        raise ValueError(f"expected must be a group such as `avg_acc: 46.3`, got {expected!r}")
-    known = {spec.name for spec in fields(Expected)}
-    _settings(Expected, "expected", {key: value for key, value in expected.items() if key in known})
-    others: dict[str, Any] = {key: values[key] for key in EVALUATION if key in values}
-    others |= {key: str(values[key]) for key in DOCUMENTATION[1:] if key in values}
+        _check_keys(section, group, "")
+    checked: dict[str, Any] = {name: _settings(CLASSES[name], name, group) for name, group in groups.items()}
+    trainer = checked["trainer"]
+    checked["trainer"] = {key: plain(key, getattr(trainer, key), as_text=True) for key in groups["trainer"]}
+    checked |= {key: values[key] for key in EVALUATION if key in values}
+    checked |= {key: str(values[key]) for key in DOCUMENTATION[1:] if key in values}
     return ExperimentConfig(
         mode=mode,
-        algo=_settings(hparams, "algo", code["algo"].arguments if "algo" in code else groups["algo"]),
-        benchmark=_benchmark(names["benchmark"], groups["benchmark"])
-        if "benchmark" in names
-        else BenchmarkConfig(code["benchmark"].path, code["benchmark"].arguments),
-        backbone=_settings(BACKBONES[names["backbone"]], "backbone", groups["backbone"])
-        if "backbone" in names
-        else MLPHParams(),
-        optimizer=_settings(OptimizerHParams, "optimizer", optimizer),
-        training=_settings(TrainingHParams, "training", groups["training"]),
-        checkpoint=_settings(CheckpointHParams, "checkpoint", groups["checkpoint"]),
-        trainer={key: plain(key, getattr(trainer, key), as_text=True) for key in groups["trainer"]},
+        **{section: choice for section, (choice, _) in selected.items()},
         logger=_loggers(values.get("logger"), mode),
         callbacks=tuple(_targets("callbacks", values.get("callbacks"), mode).values()),
-        user_code=code,
-        num_classes=num_classes,
-        expected=dict(expected),
-        **others,
+        user_code={section: target for section, (_, target) in selected.items() if target},
+        num_classes=values["backbone"].get("num_classes"),
+        expected=_expected(values.get("expected") or {}),
+        **checked,
     )
+
+
+def _selected(section: str, group: dict[str, Any], mode: Mode) -> tuple[Any, Target | None]:
+    """Return the settings of a section that a name selects, and its user code if that replaces the name."""
+    if TARGET in group:
+        target = user_code(section, group, mode)
+        _check_user_code(section, target, mode)
+        if section == "algo":
+            return _settings(user_hparams(target), section, target.arguments), target
+        if section == "benchmark":
+            return BenchmarkConfig(target.path, target.arguments), target
+        return MLPHParams() if section == "backbone" else OptimizerHParams(), target
+    name = group.pop(SECTIONS[section])
+    if section == "backbone":
+        group.pop("num_classes", None)
+        _widths(group)
+    _check_keys(section, group, name)
+    if section == "benchmark":
+        return _benchmark(name, group), None
+    if section == "optimizer":
+        return _settings(OptimizerHParams, section, {"type": name, **group}), None
+    return _settings(TABLES[section][name], section, group), None
+
+
+def _expected(values: Any) -> dict[str, Any]:
+    """Return the expected results; those that `Expected` names are checked."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"expected must be a group such as `avg_acc: 46.3`, got {values!r}")
+    known = {spec.name for spec in fields(Expected)}
+    _settings(Expected, "expected", {key: value for key, value in values.items() if key in known})
+    return dict(values)
 
 
 def _check_top(values: Mapping[str, Any]) -> None:
@@ -217,10 +226,13 @@ def _settings(cls: type[S], section: str, group: Mapping[str, Any]) -> S:
         return cls(**group)
 
 
+_benchmark_validator = cache(lambda name: validator(name, typed_fields("benchmark", name)))
+
+
 def _benchmark(name: str, arguments: Mapping[str, Any]) -> BenchmarkConfig:
     """Return the benchmark with its arguments, whose types are checked; it checks their ranges itself."""
     with _named("benchmark"):
-        validator(name, typed_fields("benchmark", name))(arguments)
+        _benchmark_validator(name)(arguments)
     return BenchmarkConfig(name, {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
 
 

@@ -73,7 +73,7 @@ def compose(overrides: Sequence[str]) -> Composed:
         ('naive', 1)
     """
     with hydra_context() as loader:
-        line: Layer = {}
+        given: list[Layer] = []
         selections: Layer = {}  # `algo=ewc` or `logger=[csv]`, beside settings such as `algo.ewc_lambda=1`
         for override in parse(with_paths(overrides), loader):
             key = override.key_or_group
@@ -84,7 +84,8 @@ def compose(overrides: Sequence[str]) -> Composed:
                     continue
                 if key == "logger" and not value:
                     selections.pop(key, None)
-                line = merge(line, flatten({key: value}))
+                given.append(flatten({key: value}))
+        line = merge(*given)
         file = canonical(_file(line))
         names_loggers = "logger" in line or "logger" in selections
         line, defaults = canonical(line | selections), _groups()
