@@ -185,7 +185,8 @@ def _tasks(name: str, title: str, runs: Sequence[Run]) -> Picture:
         x_label, table, boundaries = "tasks trained", None, []
         matrix = np.mean([run.result.matrix for run in runs], axis=0)
         accuracies = {
-            j: {i + 1: float(matrix[i, j]) for i in np.flatnonzero(np.isfinite(matrix[:, j]))} for j in tasks
+            j: {i + 1: float(value) for i, value in enumerate(matrix[:, j]) if np.isfinite(value)}
+            for j in tasks
         }
     lines = [
         Curve(f"task {j + 1}", list(by_x), [100 * value for value in by_x.values()], None, style)
