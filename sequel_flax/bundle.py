@@ -847,7 +847,17 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def objective(
     ts: TrainState, params: Params, state: State, batch: Batch
 ) -> tuple[jax.Array, tuple[jax.Array, Stats]]:
-    """Return the mean cross-entropy, shape (); then the logits `[B, num_classes]` and running statistics."""
+    """Return the mean cross-entropy of a batch.
+
+    Args:
+        ts: The train state, for the network and the step.
+        params: The parameters.
+        state: The state of the algorithm.
+        batch: The result of `trained_on`.
+
+    Returns:
+        The loss, shape (); then the logits `[B, num_classes]` and the running statistics.
+    """
     logits, stats = training_forward(ts, params, state, batch.x)
     logits = masked(state.stream, logits, batch.t)
     return cross_entropy(logits, batch.y), (logits, stats)
@@ -856,13 +866,17 @@ def objective(
 def train_step(
     ts: TrainState, state: State, batch: Batch, objective: Callable[..., Any] = objective
 ) -> tuple[TrainState, State, StepOutputs]:
-    """Take one optimizer step on `objective(ts, params, state, batch)`, which returns what `objective` does.
+    """Take one optimizer step.
 
     Args:
-        ts: before the step.
-        state: of the algorithm; it stays as it is.
-        batch: of the stream.
-        objective: the loss; by default the mean cross-entropy.
+        ts: The train state.
+        state: The state of the algorithm.
+        batch: A batch of the stream.
+        objective: The loss, a function with the arguments and results of `objective`; by default the mean
+            cross-entropy.
+
+    Returns:
+        The train state after the step, the unchanged state, and the outputs `loss`, `logits` and `labels`.
     """
     batch = trained_on(state, batch)
     loss_fn = jax.value_and_grad(lambda params: objective(ts, params, state, batch), has_aux=True)
@@ -950,11 +964,22 @@ def head_logits(ts: TrainState, params: Params, stats: Stats, features: jax.Arra
 
 
 def without_head_gradient(params: Params, frozen: Any) -> Params:
-    """Return the parameters; where the flag `frozen` is True, no gradient reaches the last layer."""
+    """Return the parameters, without a gradient for the last layer if it is frozen.
+
+    Args:
+        params: The parameters.
+        frozen: Whether the last layer is frozen, a bool that may be traced.
+    """
     return {**params, "head": select(frozen, jax.lax.stop_gradient(params["head"]), params["head"])}
 
 
 def with_head_of(before: TrainState, after: TrainState, frozen: Any) -> TrainState:
-    """Return the train state after a step; where `frozen` is True, with the last layer of before it."""
+    """Return the train state after a step, with the last layer from before the step if it is frozen.
+
+    Args:
+        before: The train state before the step.
+        after: The train state after the step.
+        frozen: Whether the last layer is frozen, a bool that may be traced.
+    """
     head = select(frozen, before.params["head"], after.params["head"])
     return after.replace(params={**after.params, "head": head})

@@ -1,4 +1,4 @@
-"""What the Flax plug-in's tests share: short streams, a user's own module, and a loop with no learner."""
+"""Shared by the tests of the Flax plug-in: short streams, user-defined modules, and a plain loop."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ every_replay = pytest.mark.parametrize("hparams", [AGEM, ER, DER, DERPP], ids=la
 
 
 class Net(nn.Module):
-    """A user's own module: tanh, no names given, nothing of ours."""
+    """A user-defined compact module with tanh."""
 
     width: int = 12
     outputs: int = 10
@@ -89,7 +89,7 @@ class Net(nn.Module):
 
 
 class Layered(nn.Module):
-    """The same written with setup, and its layers named as less-forgetting learning needs them."""
+    """The same module with setup and a layer `head`, which less-forgetting learning needs."""
 
     width: int = 12
     outputs: int = 10
@@ -106,7 +106,7 @@ class Layered(nn.Module):
         return logits
 
 
-def own_model(hparams: AlgorithmHParams) -> nn.Module:
+def user_model(hparams: AlgorithmHParams) -> nn.Module:
     return Layered() if hparams.name in ("lfl", "icarl", "kcl") else Net()
 
 
@@ -116,8 +116,8 @@ def rotated(num_tasks: int = 3, validation: float = 0.0, subset: int = BATCH * S
     return RotatedDigits(num_tasks=num_tasks, subset=subset, validation=validation)
 
 
-def own_stream(hparams: AlgorithmHParams, num_tasks: int = 3) -> Benchmark:
-    """The same; for KCL with enough samples of every class, which is six steps without a coreset of ten."""
+def stream_for(hparams: AlgorithmHParams, num_tasks: int = 3) -> Benchmark:
+    """Return rotated digits; for KCL with enough samples of each class for its coreset, six steps a task."""
     return rotated(num_tasks, subset=63) if hparams.name == "kcl" else rotated(num_tasks)
 
 
@@ -145,10 +145,10 @@ def learner(
     seed: int = 0,
     **options: Any,
 ) -> FlaxLearner:
-    """Return a learner with a user's own module and optimizer; `seed` is that of dropout."""
+    """Return a learner with a user-defined module and optimizer; `seed` is the seed of dropout."""
     return FlaxLearner(
         ALGORITHMS[hparams.name](hparams, seed=seed),
-        model or own_model(hparams),
+        model or user_model(hparams),
         tx or sgd(),
         (benchmark or rotated()).spec,
         training or settings(),
@@ -156,8 +156,25 @@ def learner(
     )
 
 
+def initial_states(
+    algorithm: Algorithm,
+    spec: StreamSpec,
+    *,
+    model: nn.Module | None = None,
+    tx: optax.GradientTransformation | None = None,
+    seed: int = 0,
+    dtype: str = "float32",
+) -> tuple[TrainState, State]:
+    """Return the train state and the state before the first task, as a user-defined loop creates them."""
+    model = model or user_model(algorithm.hparams)
+    image = np.zeros((1, *spec.image_shape), dtype)
+    params = jax.tree.map(lambda p: p.astype(dtype), model.init(jax.random.key(seed), image)["params"])
+    ts = algorithm.prepare(TrainState.create(apply_fn=model.apply, params=params, tx=tx or sgd()), spec)
+    return ts, algorithm.init(ts, spec)
+
+
 def batches(task: Task, training: TrainingHParams, split: AnySplit | None = None) -> Iterable[Batch]:
-    """Yield the batches of a task, or of what a method trains on in its place."""
+    """Yield the batches of a task, or those of another split."""
     split = task.train if split is None else split
     for epoch in range(training.epochs(task.index)):
         for rows in plan.epoch_batches(training.seed, task.index, epoch, len(split), training.batch_size):
@@ -174,17 +191,12 @@ def user_loop(
     images: Callable[[Any], Any] = lambda x: x,
     **jit: Any,
 ) -> tuple[TrainState, State, list[float]]:
-    """Run a bundle in a plain loop and return the loss of every step too.
+    """Train in a plain loop; return the train state, the state and the loss of every step.
 
-    A user may have images of his own kind, and a spec that says so.
+    `images` converts the images of a batch, and `spec` gives their dtype.
     """
-    model, spec = own_model(algorithm.hparams), spec or benchmark.spec
-    image = np.zeros((1, *benchmark.image_shape), training.dtype)
-    params = model.init(jax.random.key(training.seed), image)["params"]
-    params = jax.tree.map(lambda p: p.astype(training.dtype), params)
-    ts = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-    ts = algorithm.prepare(ts, spec)
-    state = algorithm.init(ts, spec)
+    spec = spec or benchmark.spec
+    ts, state = initial_states(algorithm, spec, tx=tx, seed=training.seed, dtype=training.dtype)
     planner = algorithm.planner(spec, state)
     step = jax.jit(algorithm.train_step, **jit)
     losses = []
@@ -204,6 +216,6 @@ def flat(params: Any) -> dict[str, FloatArray]:
 
 
 def same(a: Mapping[str, FloatArray], b: Mapping[str, FloatArray]) -> bool:
-    """Whether two sets of weights are equal bit for bit."""
+    """Return whether two sets of weights are bit-identical."""
     assert a.keys() == b.keys()
     return all(np.array_equal(a[k], b[k]) for k in a)

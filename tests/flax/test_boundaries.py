@@ -26,7 +26,18 @@ from sequel_core.stream.task import Batch, Task
 from sequel_flax import ALGORITHMS, Algorithm, State
 from sequel_flax.boundaries import collected, stack_plans
 from sequel_flax.steps import strong_types
-from tests.flax.parts import EVERY, EWC, MCSGD, SILENT, Layered, learner, own_stream, settings, sgd
+from tests.flax.parts import (
+    EVERY,
+    EWC,
+    MCSGD,
+    SILENT,
+    Layered,
+    initial_states,
+    learner,
+    settings,
+    sgd,
+    stream_for,
+)
 
 SEEDS, STEPS, SIZE = 3, 50, 4
 STREAM = RotatedDigits(num_tasks=2, subset=220)
@@ -37,12 +48,10 @@ METHODS = tuple(replace(h, mem_size=160) if isinstance(h, AGEMHParams) else h fo
 CHEAP = ("agem", "icarl")
 
 
-def begun(algorithm: Algorithm, seed: int) -> tuple[TrainState, State]:
+def initial(algorithm: Algorithm, seed: int) -> tuple[TrainState, State]:
     tx = SMALL_STEPS if algorithm.hparams.name == "kcl" else TX
-    params = NET.init(jax.random.key(seed), np.zeros((1, *STREAM.image_shape)))["params"]
-    ts = TrainState.create(apply_fn=NET.apply, params=jax.tree.map(jnp.float64, params), tx=tx)
-    ts = algorithm.prepare(ts, STREAM.spec)
-    initial: tuple[TrainState, State] = strong_types((ts, algorithm.init(ts, STREAM.spec)))
+    states = initial_states(algorithm, STREAM.spec, model=NET, tx=tx, seed=seed, dtype="float64")
+    initial: tuple[TrainState, State] = strong_types(states)
     return initial
 
 
@@ -78,7 +87,7 @@ def seen_samples() -> tuple[np.ndarray, np.ndarray]:
 
 def alone(algorithm: Algorithm, seed: int, counts: Sequence[int]) -> list[Any]:
     """Train one seed with `start_task` and `end_task`."""
-    ts, state = begun(algorithm, seed)
+    ts, state = initial(algorithm, seed)
     run, predict = jax.jit(partial(steps, algorithm)), jax.jit(algorithm.predict)
     for task in algorithm.hparams.training_tasks(STREAM, seed):
         ts, state = algorithm.start_task(ts, state, task)
@@ -94,7 +103,7 @@ def mapped(algorithms: Sequence[Algorithm], counts: Sequence[int]) -> list[Any]:
         jax.jit(jax.vmap(f)) for f in (first.apply_start, first.apply_end, partial(steps, first))
     )
     predict = jax.jit(jax.vmap(first.predict, in_axes=(0, 0, None, None)))
-    ts, state = jax.tree.map(lambda *a: jnp.stack(a), *(begun(a, k) for k, a in enumerate(algorithms)))
+    ts, state = jax.tree.map(lambda *a: jnp.stack(a), *(initial(a, k) for k, a in enumerate(algorithms)))
 
     def each(function: Callable[..., Any], tasks: Sequence[Task]) -> Any:
         states = [jax.tree.map(lambda a, k=k: a[k], state) for k in range(len(algorithms))]
@@ -185,7 +194,7 @@ def _debug_nans() -> Any:
     ids=lambda h: h.name,
 )
 def test_no_method_computes_a_nan(hparams: AlgorithmHParams) -> None:
-    stream: Benchmark = own_stream(hparams, num_tasks=2)
+    stream: Benchmark = stream_for(hparams, num_tasks=2)
     model = learner(hparams, stream, settings())
     for task in hparams.training_tasks(stream):
         model.fit_task(task, SILENT)

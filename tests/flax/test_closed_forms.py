@@ -61,7 +61,7 @@ def test_a_projected_gradient_is_orthogonal_to_the_reference(rng: np.random.Gene
 
 
 @pytest.mark.parametrize("reference", ["along", "orthogonal", "zero"])
-def test_a_gradient_that_agrees_is_left_alone(reference: str, rng: np.random.Generator) -> None:
+def test_a_gradient_that_agrees_is_not_projected(reference: str, rng: np.random.Generator) -> None:
     g = tree(rng)
     r = {k: np.zeros_like(a) for k, a in g.items()}
     if reference == "along":
@@ -86,7 +86,7 @@ def test_logit_distance(distance: str, count: int, rng: np.random.Generator) -> 
     assert float(logit_distance(outputs._replace(stored=f), hparams)) == 0
 
 
-def test_mean_cross_entropy_is_of_all_samples_that_count(rng: np.random.Generator) -> None:
+def test_mean_cross_entropy_of_the_samples_that_count(rng: np.random.Generator) -> None:
     logits, labels = rng.normal(size=(2, 5, 4)), rng.integers(0, 4, (2, 5))
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     losses = -np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
@@ -131,13 +131,13 @@ def test_si_consolidates_the_path(clamp: bool, rng: np.random.Generator) -> None
 def test_the_quadratic_penalty_and_its_gradient(rng: np.random.Generator) -> None:
     theta, anchor, importance = (tree(rng) for _ in range(3))
     actual, gradient = jax.value_and_grad(penalty)(*map(arrays_of, (theta, anchor, importance)))
-    away = {k: theta[k] - anchor[k] for k in theta}
-    assert float(actual) == pytest.approx(dot(importance, {k: a**2 for k, a in away.items()}) / 2)
-    assert_tree(gradient, {k: importance[k] * a for k, a in away.items()})
+    difference = {k: theta[k] - anchor[k] for k in theta}
+    assert float(actual) == pytest.approx(dot(importance, {k: a**2 for k, a in difference.items()}) / 2)
+    assert_tree(gradient, {k: importance[k] * a for k, a in difference.items()})
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.4])
-def test_the_past_decays_and_is_anchored_at_the_end_of_the_task(
+def test_importance_decays_and_the_anchor_is_replaced(
     gamma: float, rng: np.random.Generator
 ) -> None:
     theta, anchor, old, new = (tree(rng) for _ in range(4))
@@ -147,8 +147,8 @@ def test_the_past_decays_and_is_anchored_at_the_end_of_the_task(
     assert_tree(actual.anchor, theta)
 
 
-def test_separate_anchors_collapse_into_one_up_to_a_constant(rng: np.random.Generator) -> None:
-    """sum_k F_k (theta - theta_k)^2 differs by one number from the collapsed term, at every theta."""
+def test_separate_anchors_equal_one_anchor_up_to_a_constant(rng: np.random.Generator) -> None:
+    """sum_k F_k (theta - theta_k)^2 minus the term of one anchor is the same number at every theta."""
     anchors, fishers = ([tree(rng) for _ in range(3)] for _ in range(2))
     fishers = [{k: np.maximum(a, 0) for k, a in f.items()} for f in fishers]
     state = QuadraticState(arrays_of(anchors[0]), arrays_of({k: 0 * a for k, a in fishers[0].items()}))
@@ -156,7 +156,8 @@ def test_separate_anchors_collapse_into_one_up_to_a_constant(rng: np.random.Gene
         state = consolidate_quadratic(arrays_of(theta), state, arrays_of(fisher), separate=True)
     assert_tree(state.importance, {k: fishers[0][k] + fishers[1][k] + fishers[2][k] for k in SHAPES})
     constants = []
-    for at in (tree(rng) for _ in range(4)):
-        terms = [dot(f, {k: (at[k] - a[k]) ** 2 for k in at}) for a, f in zip(anchors, fishers, strict=True)]
-        constants.append(sum(terms) / 2 - float(penalty(arrays_of(at), *state)))
+    for params in (tree(rng) for _ in range(4)):
+        squares = [{k: (params[k] - anchor[k]) ** 2 for k in params} for anchor in anchors]
+        terms = [dot(fisher, square) for fisher, square in zip(fishers, squares, strict=True)]
+        constants.append(sum(terms) / 2 - float(penalty(arrays_of(params), *state)))
     np.testing.assert_allclose(constants, constants[0], rtol=1e-10)

@@ -36,9 +36,9 @@ def test_a_module_with_another_class_keeps_its_variables() -> None:
 def test_errors_of_tensorstore_have_the_number_of_the_operating_system(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    store = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{file}/directory/"}}
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{file}/directory/"}}
     with pytest.raises(ValueError, match="Not a directory") as caught:
-        tensorstore.open(store, create=True, dtype="float32", shape=[2]).result()
+        tensorstore.open(spec, create=True, dtype="float32", shape=[2]).result()
     assert error_number(caught.value) == errno.ENOTDIR
     assert error_number(OSError(errno.ENOSPC, "full")) == errno.ENOSPC
     assert error_number(ValueError("another")) is None

@@ -36,11 +36,11 @@ from tests.flax.parts import (
     batches,
     flat,
     learner,
-    own_stream,
     rotated,
     same,
     settings,
     sgd,
+    stream_for,
     user_loop,
 )
 
@@ -167,7 +167,7 @@ LONGER = settings(epochs_per_task=(2, 1, 1), log_every_n_steps=4)
 @cache
 def stepwise(hparams: AlgorithmHParams) -> tuple[Recording, list[Batch], list[float]]:
     """Return the records of a hook at every step, the batches, and the losses of a plain loop."""
-    stream, notes = own_stream(hparams), Recording(methods=["before_step", "after_step"])
+    stream, notes = stream_for(hparams), Recording(methods=["before_step", "after_step"])
     expected: list[Batch] = []
     model = learner(hparams, stream, LONGER, hooks=[notes], steps_per_call=1)
     for task in model.hparams.training_tasks(stream):
@@ -191,7 +191,7 @@ def test_a_step_hook_is_called_with_its_step(
         Recording(3, ["before_step"]),
         Recording(10, ["after_step"]),
     ]
-    stream = own_stream(hparams)
+    stream = stream_for(hparams)
     model = learner(hparams, stream, LONGER, hooks=notes, steps_per_call=steps_per_call)
     for task in model.hparams.training_tasks(stream):
         model.fit_task(task, SILENT)

@@ -1,4 +1,4 @@
-"""Inputs that are not images, and outputs of another shape, in a plain loop with no learner."""
+"""Inputs that are not images, and outputs of another shape, in a plain loop without a learner."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sequel_core.stream.benchmark import Scenario, StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_flax import ALGORITHMS, initial_variables
 from sequel_flax.bundle import blank_image, init_stream, masked, normalise
-from tests.flax.parts import BATCH, KCL, Layered, divided, own_stream, rotated
+from tests.flax.parts import BATCH, KCL, divided, initial_states, rotated, stream_for
 
 VOCABULARY, LENGTH, WIDTH = 30_002, 8, 4
 TOKENS = np.array([30_001, 29_953, 257, 3])  # bfloat16 has no such numbers but 3
@@ -73,7 +73,7 @@ def trained(
 
 
 @pytest.mark.parametrize("hparams", [NaiveHParams(), EWCHParams(ewc_lambda=0)], ids=["naive", "ewc"])
-def test_tokens_in_bfloat16_train_as_in_a_loop_by_hand(hparams: AlgorithmHParams) -> None:
+def test_tokens_in_bfloat16_train_like_a_hand_written_loop(hparams: AlgorithmHParams) -> None:
     ts, state, expected = trained(hparams, jnp.bfloat16, batches_of_tokens())
 
     @jax.jit
@@ -89,21 +89,21 @@ def test_tokens_in_bfloat16_train_as_in_a_loop_by_hand(hparams: AlgorithmHParams
         expected = step(expected, batch.x, batch.y)
     for a, b in zip(jax.tree.leaves(ts.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=0.02, atol=1e-4)
-    moved = np.flatnonzero((np.asarray(ts.params["table"], np.float32) != start).any(1))
-    np.testing.assert_array_equal(moved, np.sort(TOKENS))
+    changed = np.flatnonzero((np.asarray(ts.params["table"], np.float32) != start).any(1))
+    np.testing.assert_array_equal(changed, np.sort(TOKENS))
     if hparams.name == "ewc":
         important = np.flatnonzero(np.asarray(state.memory.importance["table"]).any(1))
         np.testing.assert_array_equal(important, np.sort(TOKENS))
 
 
-def test_a_memory_gives_tokens_back_as_they_came() -> None:
+def test_a_memory_stores_tokens_exactly() -> None:
     batches = batches_of_tokens()
     ts, state, start = trained(ERHParams(mem_size=2 * BATCH, mem_batch_size=4), jnp.bfloat16, batches)
     assert state.memory.x.dtype == jnp.int32
-    kept = {x.tobytes() for x in np.asarray(state.memory.x)}
-    assert kept <= {x.tobytes() for batch in batches for x in batch.x}
-    moved = np.asarray(ts.params["table"], np.float32) != np.asarray(start["table"], np.float32)
-    np.testing.assert_array_equal(np.flatnonzero(moved.any(1)), np.sort(TOKENS))
+    stored = {x.tobytes() for x in np.asarray(state.memory.x)}
+    assert stored <= {x.tobytes() for batch in batches for x in batch.x}
+    changed = np.asarray(ts.params["table"], np.float32) != np.asarray(start["table"], np.float32)
+    np.testing.assert_array_equal(np.flatnonzero(changed.any(1)), np.sort(TOKENS))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int16", "uint16", "int32", "uint32", "bool"])
@@ -118,7 +118,7 @@ def test_integers_and_booleans_are_not_cast(dtype: str) -> None:
     assert blank_image(spec_of_tokens(dtype), jnp.bfloat16).dtype == jnp.dtype(dtype)
 
 
-def test_the_initial_weights_of_a_network_of_tokens_are_drawn_with_tokens() -> None:
+def test_a_network_of_tokens_is_initialised_with_tokens() -> None:
     class Strict(Words):
         @nn.compact
         def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -129,16 +129,13 @@ def test_the_initial_weights_of_a_network_of_tokens_are_drawn_with_tokens() -> N
     assert variables["params"]["Words_0"]["table"].shape == (VOCABULARY, WIDTH)
 
 
-def test_a_coreset_of_another_dtype_than_the_spec_is_refused() -> None:
-    benchmark = own_stream(KCL)
+def test_a_coreset_of_another_dtype_than_the_spec_raises() -> None:
+    benchmark = stream_for(KCL)
     task = next(iter(KCL.training_tasks(benchmark, 0)))
     algorithm = ALGORITHMS["kcl"](KCL)
-    net, spec = Layered(), benchmark.spec._replace(image_dtype="int32")
-    params = net.init(jax.random.key(0), jnp.zeros((1, *spec.image_shape)))["params"]
-    ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
-    ts = algorithm.prepare(ts, spec)
+    ts, state = initial_states(algorithm, benchmark.spec._replace(image_dtype="int32"))
     with pytest.raises(ValueError, match=r"the coresets hold int32 images, got uint8; give spec\._replace"):
-        algorithm.start_task(ts, algorithm.init(ts, spec), task)
+        algorithm.start_task(ts, state, task)
 
 
 # -- outputs
@@ -163,7 +160,7 @@ class Pooled(nn.Module):
 
 
 class Narrow(nn.Module):
-    """A head without the stream's last class."""
+    """A head without the last class of the stream."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -175,7 +172,7 @@ class Narrow(nn.Module):
     "hparams", [NaiveHParams(), ERHParams(mem_size=8, mem_batch_size=4)], ids=["naive", "er"]
 )
 @pytest.mark.parametrize(
-    ("net", "scenario", "found"),
+    ("net", "scenario", "shape"),
     [
         (PerPosition(), "task", [8, 8, 10]),
         (PerPosition(), "domain", [8, 8, 10]),
@@ -184,26 +181,24 @@ class Narrow(nn.Module):
         (Narrow(), "task", [8, 9]),
     ],
 )
-def test_logits_that_are_not_one_row_for_each_sample_are_refused(
-    net: nn.Module, scenario: Scenario, found: list[int], hparams: AlgorithmHParams
+def test_logits_that_are_not_one_row_for_each_sample_raise(
+    net: nn.Module, scenario: Scenario, shape: list[int], hparams: AlgorithmHParams
 ) -> None:
     benchmark = divided(scenario)
     task, spec, algorithm = benchmark.tasks[0], benchmark.spec, ALGORITHMS[hparams.name](hparams)
     x, y, t = task.train.take(np.arange(BATCH))
-    params = net.init(jax.random.key(0), jnp.asarray(x))["params"]
-    ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
-    ts, state = algorithm.start_task(ts, algorithm.init(ts, spec), task)
+    ts, state = algorithm.start_task(*initial_states(algorithm, spec, model=net), task)
     batch = Batch(x, y, t, algorithm.planner(spec, state).next(y, t))
-    for act, rows in (
+    for call, rows in (
         (lambda: jax.jit(algorithm.train_step)(ts, state, batch), 8 + 4 * (hparams.name == "er")),
         (lambda: algorithm.predict(ts, state, *map(jnp.asarray, (x, t))), 8),
     ):
-        logits = [{8: rows}.get(size, size) for size in found]
+        logits = [{8: rows}.get(size, size) for size in shape]
         with pytest.raises(ValueError, match=re.escape(f"[B]; got logits {logits} and t [{rows}]; reduce")):
-            act()
+            call()
 
 
-def test_one_task_index_for_a_whole_batch_is_refused() -> None:
+def test_one_task_index_for_a_whole_batch_raises() -> None:
     ts = TrainState.create(apply_fn=None, params={"w": jnp.zeros(1)}, tx=optax.sgd(0.1))
     stream = init_stream(ts, divided("task").spec, NaiveHParams())
     with pytest.raises(ValueError, match=r"\[B, 10\], for task .* got logits \[4, 10\] and t \[\]; reduce"):

@@ -1,4 +1,4 @@
-"""The KCL bundle in a user's loop: what it asks for, and images of the user's own kind."""
+"""KCL in user-defined loops: errors, and float images."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from flax.training.train_state import TrainState
 from sequel_core.stream.task import Batch
 from sequel_flax import kcl
 from sequel_flax.kernels import solve
-from tests.flax.parts import KCL, Layered, Net, learner, own_stream, rotated, settings, sgd, user_loop
+from tests.flax.parts import KCL, Layered, Net, learner, rotated, settings, sgd, stream_for, user_loop
 
 
-def made(model: Layered | Net) -> TrainState:
+def train_state(model: Layered | Net) -> TrainState:
     image = jnp.zeros((1, 8, 8, 1))
     params = model.init(jax.random.key(0), image)["params"]
     ts: TrainState = TrainState.create(apply_fn=model.apply, params=params, tx=sgd())
     return ts
 
 
-def test_init_says_that_parameters_are_to_be_prepared_first() -> None:
-    algorithm, spec = kcl(KCL), own_stream(KCL).spec
+def test_init_without_prepare_raises() -> None:
+    algorithm, spec = kcl(KCL), stream_for(KCL).spec
     with pytest.raises(
         ValueError, match=r"ts = algorithm.prepare\(ts, spec\) before algorithm.init\(ts, spec\)"
     ):
-        algorithm.init(made(Layered()), spec)
-    state = algorithm.init(algorithm.prepare(made(Layered()), spec), spec)
+        algorithm.init(train_state(Layered()), spec)
+    state = algorithm.init(algorithm.prepare(train_state(Layered()), spec), spec)
     assert state.memory.coreset.x.shape == (30, 8, 8, 1)
 
 
-def test_a_network_without_features_is_refused() -> None:
+def test_a_network_without_features_raises() -> None:
     with pytest.raises(ValueError, match=r"kcl needs a network with a method features\(x, train\)"):
-        kcl(KCL).prepare(made(Net()), own_stream(KCL).spec)
+        kcl(KCL).prepare(train_state(Net()), stream_for(KCL).spec)
 
 
-def test_a_task_without_its_coreset_is_refused() -> None:
-    model = learner(KCL, own_stream(KCL))
-    task = own_stream(KCL).tasks[0]
+def test_a_task_without_its_coreset_raises() -> None:
+    model = learner(KCL, stream_for(KCL))
+    task = stream_for(KCL).tasks[0]
     with pytest.raises(
         ValueError, match=r"got task 0 without one; iterate over hparams.training_tasks\(bench"
     ):
@@ -50,39 +50,39 @@ def test_a_task_without_its_coreset_is_refused() -> None:
         model.algorithm.start_task(model.ts, model.state, other)
 
 
-def test_a_batch_without_a_plan_is_refused() -> None:
-    model = learner(KCL, own_stream(KCL))
-    batch = Batch(*own_stream(KCL).tasks[0].train.take(np.arange(8)))
+def test_a_batch_without_a_plan_raises() -> None:
+    model = learner(KCL, stream_for(KCL))
+    batch = Batch(*stream_for(KCL).tasks[0].train.take(np.arange(8)))
     with pytest.raises(ValueError, match=r"no plan, .* give Batch\(x, y, t, planner.next\(y, t\)\)"):
         model.algorithm.train_step(model.ts, model.state, batch)
 
 
-def test_weights_of_16_bits_have_a_solution() -> None:
+def test_weights_of_16_bits_are_solved_for() -> None:
     rows = np.random.default_rng(0).normal(size=(6, 4))
     kernel, targets = (jnp.asarray(a, jnp.bfloat16) for a in (rows @ rows.T / 4, np.eye(6)[:, :3]))
-    found = solve(kernel, jnp.asarray(0.5, jnp.bfloat16), targets)
-    assert found.dtype == jnp.bfloat16
+    weights = solve(kernel, jnp.asarray(0.5, jnp.bfloat16), targets)
+    assert weights.dtype == jnp.bfloat16
     matrix = np.asarray(kernel, float) + 0.5 * np.eye(6)
     expected = np.linalg.solve(matrix, np.asarray(targets, float))
-    np.testing.assert_allclose(np.asarray(found, float), expected, atol=0.04)
+    np.testing.assert_allclose(np.asarray(weights, float), expected, atol=0.04)
 
 
-def test_a_users_float_images_train_as_the_streams_own() -> None:
-    stream = own_stream(KCL)
+def test_float_images_train_like_uint8_images() -> None:
+    stream = stream_for(KCL)
     norm = stream.normalisation
 
     def images(x: np.ndarray) -> np.ndarray:
         return (x * norm.scale + norm.shift).astype(np.float32)
 
     spec = stream.spec._replace(image_dtype="float32")
-    ours = user_loop(kcl(KCL), stream, settings(), sgd(0.01))
-    theirs = user_loop(kcl(KCL), stream, settings(), sgd(0.01), spec=spec, images=images)
-    assert theirs[1].memory.coreset.x.dtype == jnp.float32
-    np.testing.assert_allclose(ours[2], theirs[2], rtol=1e-4)
+    expected = user_loop(kcl(KCL), stream, settings(), sgd(0.01))
+    as_floats = user_loop(kcl(KCL), stream, settings(), sgd(0.01), spec=spec, images=images)
+    assert as_floats[1].memory.coreset.x.dtype == jnp.float32
+    np.testing.assert_allclose(expected[2], as_floats[2], rtol=1e-4)
 
 
-def test_bases_are_new_at_every_step_and_follow_the_seed() -> None:
-    planners = [learner(KCL, own_stream(KCL), settings(seed=seed), seed=seed).planner for seed in (0, 0, 1)]
+def test_bases_differ_between_steps_and_seeds() -> None:
+    planners = [learner(KCL, stream_for(KCL), settings(seed=seed), seed=seed).planner for seed in (0, 0, 1)]
     y = np.zeros((3, 8))
     several, again, other = (planner.next(y, y).starts for planner in planners)
     assert several.shape == (3, 16)

@@ -1,4 +1,4 @@
-"""FlaxLearner: dropout, divergence, evaluation, users' own modules and metrics, writers."""
+"""FlaxLearner: dropout, divergence, evaluation, user-defined modules and metrics, writers."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from tests.flax.parts import (
 
 @flax.struct.dataclass
 class Largest(clu.metrics.Metric):  # type: ignore[misc]  # clu has no types
-    """A user's own metric: the largest loss."""
+    """A user-defined metric: the largest loss."""
 
     value: jax.Array
 
@@ -58,7 +58,7 @@ class Largest(clu.metrics.Metric):  # type: ignore[misc]  # clu has no types
 
 @flax.struct.dataclass
 class UsersMetrics(clu.metrics.Collection):  # type: ignore[misc]
-    """A user's own collection; it has no accuracy."""
+    """A user-defined collection without accuracy."""
 
     loss: clu.metrics.Average.from_output("loss")  # type: ignore[valid-type]
     largest: Largest
@@ -67,7 +67,7 @@ class UsersMetrics(clu.metrics.Collection):  # type: ignore[misc]
 # -- models
 
 
-def test_a_users_module_starts_from_its_own_init() -> None:
+def test_a_user_defined_module_starts_from_its_init() -> None:
     image = np.zeros((1, 8, 8, 1), np.float32)
     expected = flat(Net().init(jax.random.key(4), image)["params"])
     assert same(learner(NaiveHParams(), training=settings(seed=4)).weights(), expected)
@@ -75,19 +75,19 @@ def test_a_users_module_starts_from_its_own_init() -> None:
     assert not np.array_equal(other["Dense_0/kernel"], expected["Dense_0/kernel"])
 
 
-@pytest.mark.parametrize("model", [Net(outputs=7), MLP((5,), num_classes=7)], ids=["own", "built in"])
-def test_a_head_of_another_width_is_refused(model: Any) -> None:
+@pytest.mark.parametrize("model", [Net(outputs=7), MLP((5,), num_classes=7)], ids=["users", "built in"])
+def test_a_head_of_another_width_raises(model: Any) -> None:
     with pytest.raises(ValueError, match=r"must return logits \[B, 10\].*got \[1, 7\].*set num_classes=10"):
         learner(NaiveHParams(), model=model)
 
 
-def test_float64_without_64_bit_jax_is_refused() -> None:
+def test_float64_without_64_bit_jax_raises() -> None:
     with pytest.raises(ValueError, match="dtype=float64 needs 64-bit JAX"):
         learner(NaiveHParams(), training=settings(dtype="float64"))
 
 
 @pytest.mark.parametrize("steps", [0, -3])
-def test_steps_per_call_below_one_is_refused(steps: int) -> None:
+def test_steps_per_call_below_one_raises(steps: int) -> None:
     with pytest.raises(ValueError, match=f"steps_per_call must be >= 1, got {steps}"):
         learner(NaiveHParams(), steps_per_call=steps)
 
@@ -101,11 +101,11 @@ def dropping(dropout: float, seed: int = 0, **options: Any) -> Any:
 
 def trained(model: Any) -> dict[str, FloatArray]:
     model.fit_task(rotated().tasks[0], SILENT)
-    found: dict[str, FloatArray] = model.weights()
-    return found
+    weights: dict[str, FloatArray] = model.weights()
+    return weights
 
 
-def test_dropout_is_repeatable_by_its_seed() -> None:
+def test_dropout_depends_on_its_seed_only() -> None:
     half = trained(dropping(0.5))
     assert same(half, trained(dropping(0.5)))
     assert not same(half, trained(dropping(0.5, seed=1)))
@@ -123,7 +123,7 @@ def test_dropout_is_active_in_training_only() -> None:
         assert bool(np.abs(outputs["logits"] - logits).max() > 1e-2) is dropped
 
 
-def test_no_two_steps_drop_the_same_units() -> None:
+def test_each_step_has_its_own_dropout_mask() -> None:
     model = dropping(0.5, tx=sgd(0.0))
     batch = next(iter(batches(rotated().tasks[0], model.training)))
     ts, state, step = model.ts, model.state, jax.jit(model.algorithm.train_step)
@@ -144,7 +144,7 @@ def test_divergence_names_the_step(steps_per_call: int, interval: int) -> None:
     exploding = optax.sgd(optax.piecewise_constant_schedule(0.1, {4: 1e38}))
     _, _, losses = user_loop(naive(NaiveHParams()), rotated(1), training, exploding)
     bad = int(np.flatnonzero(~np.isfinite(losses))[0])
-    assert STEPS < bad < 3 * STEPS - 2  # neither in the first epoch nor at an end
+    assert STEPS < bad < 3 * STEPS - 2  # neither in the first epoch nor near the end of the task
     model = learner(NaiveHParams(), rotated(1), training, tx=exploding, steps_per_call=steps_per_call)
     with pytest.raises(DivergenceError, match=f"task 0, epoch {bad // STEPS}, step {bad % STEPS};") as caught:
         model.fit_task(rotated(1).tasks[0], SILENT)
@@ -168,30 +168,30 @@ def test_evaluation_counts_every_sample_once(scenario: Scenario) -> None:
         model.algorithm.predict(model.ts, model.state, jnp.asarray(x), jnp.asarray(t)), np.float64
     )
     masked = np.where(stream.mask[t], logits, -np.inf)
-    shown = masked if scenario == "task" else logits
-    log_p = shown - shown.max(1, keepdims=True)
+    scored = masked if scenario == "task" else logits
+    log_p = scored - scored.max(1, keepdims=True)
     log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
-    found = model.evaluate(mixed, "test")
-    assert found.total == len(y) > 200
-    assert found.correct == (shown.argmax(1) == y).sum() > 0
-    assert found.masked_correct == (masked.argmax(1) == y).sum()
-    np.testing.assert_allclose(found.loss, -log_p[np.arange(len(y)), y].mean(), rtol=1e-5)
-    assert (found.masked_correct > found.correct) is (scenario == "class")
+    result = model.evaluate(mixed, "test")
+    assert result.total == len(y) > 200
+    assert result.correct == (scored.argmax(1) == y).sum() > 0
+    assert result.masked_correct == (masked.argmax(1) == y).sum()
+    np.testing.assert_allclose(result.loss, -log_p[np.arange(len(y)), y].mean(), rtol=1e-5)
+    assert (result.masked_correct > result.correct) is (scenario == "class")
 
 
-def test_masked_logits_take_no_gradient() -> None:
+def test_masked_logits_have_no_gradient() -> None:
     stream = divided("task")
     model = learner(NaiveHParams(), stream)
     before = model.weights()
     model.fit_task(stream.tasks[2], SILENT)
-    moved = np.flatnonzero(model.weights()["Dense_1/bias"] != before["Dense_1/bias"])
-    np.testing.assert_array_equal(moved, stream.tasks[2].classes)
+    changed = np.flatnonzero(model.weights()["Dense_1/bias"] != before["Dense_1/bias"])
+    np.testing.assert_array_equal(changed, stream.tasks[2].classes)
 
 
 # -- metrics and writers
 
 
-def test_reports_are_means_of_the_steps_since_the_last() -> None:
+def test_reports_are_means_over_the_steps_since_the_last_report() -> None:
     hparams = EWCHParams(ewc_lambda=30, fisher_samples=20)
     training = settings(log_every_n_steps=3, epochs_per_task=2)
     model = learner(hparams, training=training, metrics=UsersMetrics)
@@ -210,7 +210,7 @@ def test_reports_are_means_of_the_steps_since_the_last() -> None:
         assert np.isnan(report.accuracy)
 
 
-def test_the_reported_accuracy_is_of_the_training_batches() -> None:
+def test_the_reported_accuracy_is_that_of_the_training_batches() -> None:
     model = learner(NaiveHParams(), training=settings(log_every_n_steps=1), tx=sgd(0.0))
     shown: list[Progress] = []
     task = rotated().tasks[0]
@@ -223,7 +223,7 @@ def test_the_reported_accuracy_is_of_the_training_batches() -> None:
 
 
 class Recorder(SilentWriter):
-    """A user's own writer."""
+    """A user-defined writer."""
 
     def __init__(self) -> None:
         self.scalars: list[tuple[int, dict[str, float]]] = []
@@ -247,7 +247,7 @@ class Recorder(SilentWriter):
         self.ends.append("close")
 
 
-def test_a_writer_gets_every_number_with_growing_steps(tmp_path: Path) -> None:
+def test_writers_receive_every_number_with_increasing_steps(tmp_path: Path) -> None:
     writers = [Recorder(), Recorder()]
     training = settings(log_every_n_steps=2)
     model = learner(NaiveHParams(), training=training, writers=writers, metrics=UsersMetrics)
@@ -267,4 +267,4 @@ def test_a_writer_gets_every_number_with_growing_steps(tmp_path: Path) -> None:
     assert last["test/average_accuracy"] == pytest.approx(result.average_accuracy)
     assert [step for step, _ in writers[1].scalars] == [step for step, _ in writers[0].scalars]
     assert [w.hparams for w in writers] == [[result.config]] * 2
-    assert [w.ends for w in writers] == [["flush", "flush", "close"]] * 2  # also as the stream ends
+    assert [w.ends for w in writers] == [["flush", "flush", "close"]] * 2  # at the ends of stream and run

@@ -25,25 +25,22 @@ from tests.flax.parts import (
     MAS,
     Net,
     divided,
+    initial_states,
     learner,
-    own_model,
-    own_stream,
     rotated,
     sgd,
+    stream_for,
 )
 
 
-def begun(hparams: AlgorithmHParams, tx: Any = None) -> tuple[Any, TrainState, State]:
+def initial(hparams: AlgorithmHParams, tx: Any = None) -> tuple[Any, TrainState, State]:
     """Return an algorithm, a train state, and the state before the first task."""
-    algorithm, spec, model = ALGORITHMS[hparams.name](hparams), own_stream(hparams).spec, own_model(hparams)
-    params = model.init(jax.random.key(0), jnp.zeros((1, *spec.image_shape)))["params"]
-    ts = TrainState.create(apply_fn=model.apply, params=params, tx=tx or sgd())
-    ts = algorithm.prepare(ts, spec)
-    return algorithm, ts, algorithm.init(ts, spec)
+    algorithm = ALGORITHMS[hparams.name](hparams)
+    return algorithm, *initial_states(algorithm, stream_for(hparams).spec, tx=tx)
 
 
 def task_of(hparams: AlgorithmHParams, k: int) -> Task:
-    return list(hparams.training_tasks(own_stream(hparams), 0))[k]
+    return list(hparams.training_tasks(stream_for(hparams), 0))[k]
 
 
 def batches(task: Task, count: int = 2) -> list[Batch]:
@@ -54,12 +51,12 @@ def batches(task: Task, count: int = 2) -> list[Batch]:
 FORGOTTEN = r"call ts, state = algorithm\.start_task\(ts, state, task\) before the first step of every task"
 
 
-# -- a task that has not begun
+# -- a task that was not started
 
 
 @pytest.mark.parametrize("hparams", [NaiveHParams(), EWC], ids=["naive", "ewc"])
-def test_the_end_of_a_task_that_never_began_raises(hparams: AlgorithmHParams) -> None:
-    algorithm, ts, state = begun(hparams)
+def test_the_end_of_a_task_that_was_not_started_raises(hparams: AlgorithmHParams) -> None:
+    algorithm, ts, state = initial(hparams)
     with pytest.raises(ValueError, match=f"no task was started; .*{FORGOTTEN}"):
         algorithm.end_task(ts, state, batches(task_of(hparams, 0)))
 
@@ -69,12 +66,12 @@ def test_the_end_of_a_task_that_never_began_raises(hparams: AlgorithmHParams) ->
     [pytest.param(h, marks=[] if h.name in ("naive", "er") else [pytest.mark.slow]) for h in EVERY],
     ids=lambda h: h.name,
 )
-def test_a_step_of_a_task_that_has_not_begun_has_a_nan_loss_and_is_recorded(
+def test_a_step_of_a_task_that_was_not_started_has_a_nan_loss_and_is_recorded(
     hparams: AlgorithmHParams,
 ) -> None:
     """Before the first task, and before the second without its `start_task`; else the loss is finite."""
-    algorithm, ts, state = begun(hparams)
-    planner, step = algorithm.planner(own_stream(hparams).spec, state), jax.jit(algorithm.train_step)
+    algorithm, ts, state = initial(hparams)
+    planner, step = algorithm.planner(stream_for(hparams).spec, state), jax.jit(algorithm.train_step)
 
     def take(ts: TrainState, state: State, k: int) -> Any:
         (batch,) = batches(task_of(hparams, k), 1)
@@ -102,13 +99,13 @@ def test_a_step_of_a_task_that_has_not_begun_has_a_nan_loss_and_is_recorded(
 
 
 def _plan(algorithm: Any, hparams: AlgorithmHParams) -> Any:
-    _, _, state = begun(hparams)
+    _, _, state = initial(hparams)
     (batch,) = batches(task_of(hparams, 0), 1)
-    return algorithm.planner(own_stream(hparams).spec, state).next(batch.y, batch.t)
+    return algorithm.planner(stream_for(hparams).spec, state).next(batch.y, batch.t)
 
 
 def test_samples_of_earlier_tasks_may_be_among_those_of_a_step() -> None:
-    algorithm, ts, state = begun(NaiveHParams())
+    algorithm, ts, state = initial(NaiveHParams())
     step = jax.jit(algorithm.train_step)
     for k in range(2):
         ts, state = algorithm.start_task(ts, state, task_of(NaiveHParams(), k))
@@ -147,7 +144,7 @@ def test_samples_of_earlier_tasks_may_be_among_those_of_a_step() -> None:
 def test_invalid_labels_and_task_indices_raise(
     hparams: AlgorithmHParams, change: dict[str, Any], message: str
 ) -> None:
-    algorithm, ts, state = begun(hparams)
+    algorithm, ts, state = initial(hparams)
     ts, state = algorithm.start_task(ts, state, task_of(hparams, 0))
     (batch,) = batches(task_of(hparams, 0), 1)
     with pytest.raises(ValueError, match=message):
@@ -156,7 +153,7 @@ def test_invalid_labels_and_task_indices_raise(
 
 @pytest.mark.parametrize("hparams", [NaiveHParams(), ICARL], ids=["naive", "icarl"])
 def test_a_label_outside_the_head_gives_a_nan_loss(hparams: AlgorithmHParams) -> None:
-    algorithm, ts, state = begun(hparams)
+    algorithm, ts, state = initial(hparams)
     ts, state = algorithm.start_task(ts, state, task_of(hparams, 0))
     (batch,) = batches(task_of(hparams, 0), 1)
     step = jax.jit(algorithm.train_step)
@@ -185,7 +182,7 @@ def test_a_label_of_another_task_gives_a_nan_loss_if_logits_are_masked(hparams: 
 
 @pytest.mark.parametrize("hparams", [EWC, MAS, ICARL], ids=["ewc", "mas", "icarl"])
 def test_a_generator_that_was_read_before_raises(hparams: AlgorithmHParams) -> None:
-    algorithm, ts, state = begun(hparams)
+    algorithm, ts, state = initial(hparams)
     ts, state = algorithm.start_task(ts, state, task_of(hparams, 0))
     read = iter(batches(task_of(hparams, 0)))
     list(read)
@@ -213,7 +210,7 @@ def two_rates(head: Any = 0.2) -> optax.GradientTransformation:
 def test_each_of_two_learning_rates_decays_from_its_own_value(chained: bool) -> None:
     hparams = NaiveHParams(lr_decay=0.5, min_lr=0.03)
     tx = optax.chain(optax.clip_by_global_norm(1e6), two_rates()) if chained else two_rates()
-    algorithm, ts, state = begun(hparams, tx)
+    algorithm, ts, state = initial(hparams, tx)
     expected = {"Dense_0": 0.1, "Dense_1": 0.2}
     step = jax.jit(algorithm.train_step)
     for k, rates in enumerate([(0.1, 0.2), (0.05, 0.1), (0.03, 0.05)]):
@@ -246,8 +243,8 @@ def loss_gradient(params: Any, batch: Batch) -> Any:
 def test_one_schedule_among_two_learning_rates_raises_with_lr_decay_only() -> None:
     tx = two_rates(optax.constant_schedule(0.1))
     with pytest.raises(ValueError, match=r"lr_decay=0\.5 needs an optimizer whose learning rate can be set"):
-        begun(NaiveHParams(lr_decay=0.5), tx)
-    assert get_learning_rates(begun(NaiveHParams(), tx)[1].opt_state) == ()
+        initial(NaiveHParams(lr_decay=0.5), tx)
+    assert get_learning_rates(initial(NaiveHParams(), tx)[1].opt_state) == ()
 
 
 def test_a_parameter_called_learning_rate_is_not_a_learning_rate() -> None:

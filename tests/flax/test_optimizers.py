@@ -44,7 +44,7 @@ def torch_optimizer(h: OptimizerHParams, params: list[torch.Tensor]) -> torch.op
     ],
     ids=lambda h: f"{h.type} {h.momentum} {h.nesterov} {h.weight_decay} {h.eps}",
 )
-def test_fifty_steps_as_torch_takes_them(hparams: OptimizerHParams, rng: np.random.Generator) -> None:
+def test_fifty_steps_equal_those_of_torch(hparams: OptimizerHParams, rng: np.random.Generator) -> None:
     start = {k: rng.normal(size=shape) for k, shape in SHAPES.items()}
     theirs = {k: torch.tensor(v, requires_grad=True) for k, v in start.items()}
     expected = torch_optimizer(hparams, list(theirs.values()))
@@ -65,7 +65,7 @@ def test_fifty_steps_as_torch_takes_them(hparams: OptimizerHParams, rng: np.rand
 
 
 @pytest.mark.parametrize("norm", [1e-3, 0.4999999, 0.5, 0.5000001, 40.0])
-def test_clipping_as_torch_clips(norm: float, rng: np.random.Generator) -> None:
+def test_clipping_equals_that_of_torch(norm: float, rng: np.random.Generator) -> None:
     gradient = {k: rng.normal(size=shape) for k, shape in SHAPES.items()}
     length = np.sqrt(sum((g**2).sum() for g in gradient.values()))
     gradient = {k: g * norm / length for k, g in gradient.items()}

@@ -1,4 +1,4 @@
-"""The state holds everything: what resumes from it alone ends as the run that was never stopped."""
+"""A loop that resumes from `(ts, state)` alone ends like one that was not interrupted."""
 
 from __future__ import annotations
 
@@ -32,12 +32,11 @@ from tests.flax.parts import (
     ONLINE,
     SILENT,
     batches,
+    initial_states,
     learner,
-    own_model,
-    own_stream,
     rotated,
     settings,
-    sgd,
+    stream_for,
 )
 
 QUOTAS = [
@@ -46,16 +45,7 @@ QUOTAS = [
 POLICIES: list[MemoryHParams] = [replace(ER, memory=memory, mem_size=60) for memory in get_args(MemoryPolicy)]
 PLANNED: list[AlgorithmHParams] = [replace(AGEM, mem_size=60), DERPP, LAMAML, ONLINE, KCL, *QUOTAS, *POLICIES]
 FAST = (DERPP, QUOTAS[1], POLICIES[0])
-STOP = 7  # in the middle of the second task
-
-
-def begun(algorithm: Algorithm, stream: Benchmark) -> tuple[TrainState, State]:
-    """Return the train state and the state before the first step, as a user's own loop makes them."""
-    model = own_model(algorithm.hparams)
-    params = model.init(jax.random.key(0), np.zeros((1, *stream.image_shape), np.float32))["params"]
-    ts = TrainState.create(apply_fn=model.apply, params=params, tx=sgd())
-    ts = algorithm.prepare(ts, stream.spec)
-    return ts, algorithm.init(ts, stream.spec)
+STOP = 7  # within the second task
 
 
 def all_batches(hparams: AlgorithmHParams, stream: Benchmark) -> list[tuple[Any, list[Batch]]]:
@@ -66,7 +56,7 @@ def all_batches(hparams: AlgorithmHParams, stream: Benchmark) -> list[tuple[Any,
 def continued(
     algorithm: Algorithm, stream: Benchmark, ts: TrainState, state: State, first: int, last: int
 ) -> tuple[TrainState, State]:
-    """Take steps `first` to `last - 1` of two tasks, with a planner that is made from the state."""
+    """Take steps `first` to `last - 1` of two tasks, with a planner from the state."""
     planner, step, k = algorithm.planner(stream.spec, state), jax.jit(algorithm.train_step), 0
     for task, parts in all_batches(algorithm.hparams, stream):
         for n, (x, y, t, _) in enumerate(parts):
@@ -89,18 +79,16 @@ def leaves(tree: Any) -> list[np.ndarray]:
     [pytest.param(h, marks=[] if h in FAST else [pytest.mark.slow]) for h in PLANNED],
     ids=lambda h: f"{h.name}-{getattr(h, 'memory', '')}",
 )
-def test_a_bare_loop_resumes_from_what_orbax_stored_of_ts_and_state(
-    hparams: AlgorithmHParams, tmp_path: Path
-) -> None:
-    stream = own_stream(hparams, num_tasks=2)
+def test_a_plain_loop_resumes_from_ts_and_state(hparams: AlgorithmHParams, tmp_path: Path) -> None:
+    stream = stream_for(hparams, num_tasks=2)
     algorithm, restarted = (ALGORITHMS[hparams.name](hparams) for _ in range(2))
-    straight = continued(algorithm, stream, *begun(algorithm, stream), 0, 99)
-    stopped = continued(algorithm, stream, *begun(algorithm, stream), 0, STOP)
+    straight = continued(algorithm, stream, *initial_states(algorithm, stream.spec), 0, 99)
+    stopped = continued(algorithm, stream, *initial_states(algorithm, stream.spec), 0, STOP)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "stopped", stopped)
         checkpointer.wait_until_finished()
-        found = checkpointer.restore(tmp_path / "stopped", begun(restarted, stream))
-    resumed = continued(restarted, stream, found[0], found[1], STOP, 99)
+        ts, state = checkpointer.restore(tmp_path / "stopped", initial_states(restarted, stream.spec))
+    resumed = continued(restarted, stream, ts, state, STOP, 99)
     assert int(straight[0].step) >= 10
     for a, b in zip(leaves(straight), leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -108,19 +96,19 @@ def test_a_bare_loop_resumes_from_what_orbax_stored_of_ts_and_state(
 
 @pytest.mark.parametrize("hparams", [*EVERY, ERHParams(mem_size=0)], ids=lambda h: h.name)
 def test_no_array_of_a_state_is_empty(hparams: AlgorithmHParams) -> None:
-    algorithm, stream = ALGORITHMS[hparams.name](hparams), own_stream(hparams)
-    assert all(leaf.size for leaf in leaves(begun(algorithm, stream)))
+    algorithm, stream = ALGORITHMS[hparams.name](hparams), stream_for(hparams)
+    assert all(leaf.size for leaf in leaves(initial_states(algorithm, stream.spec)))
 
 
 @pytest.mark.parametrize("hparams", [ER, KCL, LAMAML, NaiveHParams()], ids=lambda h: h.name)
 @pytest.mark.parametrize("augmented", [False, True], ids=["plain", "augmented"])
-def test_a_planner_made_from_a_state_plans_what_the_first_one_would(
+def test_a_planner_from_a_state_continues_the_plan(
     hparams: AlgorithmHParams, augmented: bool
 ) -> None:
-    """Planned in one call of several steps, step by step, and by a planner from the state in between."""
+    """One call for six steps equals six calls, each with a planner from the state."""
     stream = RotatedDigits(num_tasks=2, subset=63, crop_padding=2 if augmented else 0)
     algorithm = ALGORITHMS[hparams.name](hparams)
-    _, state = begun(algorithm, stream)
+    _, state = initial_states(algorithm, stream.spec)
     y = np.arange(48).reshape(6, 8) % 10
     t = np.zeros_like(y)
     together, alone = (algorithm.planner(stream.spec, state) for _ in range(2))
@@ -137,29 +125,26 @@ def test_a_planner_made_from_a_state_plans_what_the_first_one_would(
             alone = algorithm.planner(stream.spec, state._replace(position=position))
 
 
-# -- what does not fit
+# -- errors
 
 
-def test_a_checkpoint_of_the_older_layout_is_refused(tmp_path: Path) -> None:
-    """It had the planner's state beside the algorithm's."""
-    made = learner(ER)
-    tree = made._tree()
-    older = {**tree, "state": tree["state"]._replace(position=None), "planner": made.planner.state}
-    made._saver.save(tmp_path / "1", older)()
-    made.close()
+def test_a_checkpoint_of_an_older_layout_raises(tmp_path: Path) -> None:
+    """The older layout had the state of the planner beside that of the algorithm."""
+    model = learner(ER)
+    tree = model._tree()
+    older = {**tree, "state": tree["state"]._replace(position=None), "planner": model.planner.state}
+    model._saver.save(tmp_path / "1", older)()
+    model.close()
     with pytest.raises(
         ValueError, match=r"checkpoint .*1 does not fit: planner is int64 \[3\] there, and unk"
     ):
         learner(ER).restore(tmp_path / "1")
 
 
-def test_a_position_of_other_settings_is_refused() -> None:
-    _, state = begun(ALGORITHMS["er"](ER), rotated())
+def test_a_position_of_other_settings_raises() -> None:
+    _, state = initial_states(ALGORITHMS["er"](ER), rotated().spec)
     other = ALGORITHMS["er"](replace(ER, memory="class_balanced"))
-    wanted = (
-        r"state.position must have shape \[42\] with these settings and this spec, got \[3\]"
-    )
-    with pytest.raises(ValueError, match=wanted):
+    with pytest.raises(ValueError, match=r"must have shape \[42\] with these settings .*, got \[3\]"):
         other.planner(rotated().spec, state)
     with pytest.raises(ValueError, match=r"planner's shape, none with these settings .* got \[3\]; use the"):
         ALGORITHMS["naive"](NaiveHParams()).planner(rotated().spec, state)
@@ -167,7 +152,7 @@ def test_a_position_of_other_settings_is_refused() -> None:
         ALGORITHMS["er"](ER).planner(rotated().spec, state._replace(position=None))
 
 
-def test_a_learner_whose_state_was_assigned_without_its_planner_is_refused() -> None:
+def test_a_learner_whose_state_was_assigned_without_its_planner_raises() -> None:
     first, second = learner(ER), learner(ER)
     first.fit_task(rotated().tasks[0], SILENT)
     second.ts, second.state = first.ts, first.state
@@ -186,10 +171,10 @@ def test_a_learner_whose_state_was_assigned_without_its_planner_is_refused() -> 
 
 
 @pytest.mark.parametrize("hparams", [ER, pytest.param(KCL, marks=pytest.mark.slow)], ids=lambda h: h.name)
-def test_a_plan_of_another_step_is_an_error_at_the_next_boundary(hparams: AlgorithmHParams) -> None:
-    """In a bare loop: a fresh planner after a restored state, which is issue 16's example."""
-    algorithm, stream = ALGORITHMS[hparams.name](hparams), own_stream(hparams, num_tasks=2)
-    ts, state = begun(algorithm, stream)
+def test_a_plan_of_another_step_raises_at_the_next_boundary(hparams: AlgorithmHParams) -> None:
+    """In a plain loop that uses a new planner after it restored a state."""
+    algorithm, stream = ALGORITHMS[hparams.name](hparams), stream_for(hparams, num_tasks=2)
+    ts, state = initial_states(algorithm, stream.spec)
     (first, parts), (second, _) = all_batches(hparams, stream)
     stale = algorithm.planner(stream.spec, state)
     ts, state = continued(algorithm, stream, ts, state, 0, 3)
@@ -198,21 +183,21 @@ def test_a_plan_of_another_step_is_an_error_at_the_next_boundary(hparams: Algori
     check_position(algorithm.planner(stream.spec, state), state.position)
     x, y, t, _ = parts[3]
     ts, state, _ = jax.jit(algorithm.train_step)(ts, state, Batch(x, y, t, stale.next(y, t)))
-    for refused in (
+    for boundary in (
         lambda: algorithm.end_task(ts, state, iter(parts)),
         lambda: algorithm.start_task(ts, state, second),
         lambda: algorithm.plan_end(state, iter(parts)),
         lambda: algorithm.planner(stream.spec, state),
     ):
         with pytest.raises(ValueError, match="a step received the plan of another step"):
-            refused()
+            boundary()
     assert first.index == 0
 
 
-def test_a_count_that_a_position_cannot_hold_is_refused() -> None:
-    _, state = begun(ALGORITHMS["er"](ER), rotated())
-    near = np.array([10, LARGEST - 8, 0], np.int32)
-    planner = ALGORITHMS["er"](ER).planner(rotated().spec, state._replace(position=near))
+def test_a_count_that_does_not_fit_into_a_position_raises() -> None:
+    _, state = initial_states(ALGORITHMS["er"](ER), rotated().spec)
+    almost_full = np.array([10, LARGEST - 8, 0], np.int32)
+    planner = ALGORITHMS["er"](ER).planner(rotated().spec, state._replace(position=almost_full))
     labels = np.zeros(8, int)
     assert planner.next(labels, labels).position.tolist()[:2] == [11, LARGEST]
     before = planner.state

@@ -1,4 +1,4 @@
-"""Replay bundles and less-forgetting learning: what is refused, what the memory holds and costs, dropout."""
+"""Replay methods and less-forgetting learning: errors, contents and size of the memory, and dropout."""
 
 from __future__ import annotations
 
@@ -59,25 +59,25 @@ DROPPING = MLP((12,), dropout=0.5)
 
 
 def normalised(x: UInt8Array) -> FloatArray:
-    """Return images as a user might hold them, float64."""
+    """Return normalised images, float64."""
     stream = rotated().normalisation
     images: FloatArray = (x / 255 - np.array(stream.mean)) / np.array(stream.std)
     return images
 
 
 @cache
-def keeper() -> FlaxLearner:
-    """Return a learner whose memory has more room than a task has samples, after its first task."""
+def with_large_memory() -> FlaxLearner:
+    """Return a learner whose memory is larger than a task, after its first task."""
     made = learner(ERHParams(mem_size=50, mem_batch_size=6))
     made.fit_task(rotated().tasks[0], SILENT)
     return made
 
 
-# -- what is refused, while the step is traced
+# -- errors while the step is traced
 
 
 @every_replay
-def test_a_batch_without_a_plan_is_refused(hparams: ReplayHParams) -> None:
+def test_a_batch_without_a_plan_raises(hparams: ReplayHParams) -> None:
     made = learner(hparams)
     batch = next(iter(batches(rotated().tasks[0], settings())))
     with pytest.raises(
@@ -88,7 +88,7 @@ def test_a_batch_without_a_plan_is_refused(hparams: ReplayHParams) -> None:
 
 
 @every_replay
-def test_float_images_need_a_spec_that_says_so(hparams: ReplayHParams) -> None:
+def test_float_images_need_a_spec_with_their_dtype(hparams: ReplayHParams) -> None:
     made = learner(hparams)
     x, y, t, _ = next(iter(batches(rotated().tasks[0], settings())))
     batch = Batch(normalised(x), y, t, made.planner.next(y, t))
@@ -100,7 +100,7 @@ def test_float_images_need_a_spec_that_says_so(hparams: ReplayHParams) -> None:
 
 
 class Headless(nn.Module):
-    """One whose last layer has another name."""
+    """A module whose last layer has another name."""
 
     def setup(self) -> None:
         self.stem, self.classifier = nn.Dense(5), nn.Dense(10)
@@ -114,7 +114,7 @@ class Headless(nn.Module):
 
 
 class Inline(nn.Module):
-    """One whose head is made within the call, where no other method finds it."""
+    """A module whose head is created in `__call__`, so other methods cannot use it."""
 
     def setup(self) -> None:
         self.stem = nn.Dense(5)
@@ -136,16 +136,16 @@ class Inline(nn.Module):
     ],
     ids=["features", "head", "inline head"],
 )
-def test_lfl_refuses_a_network_without_features_or_head(model: nn.Module, message: str) -> None:
+def test_lfl_raises_for_a_network_without_features_or_head(model: nn.Module, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         learner(LFL, model=model)
 
 
-# -- what the memory holds
+# -- contents of the memory
 
 
 @pytest.mark.parametrize("hparams", [ER, DERPP], ids=lambda hparams: hparams.name)
-def test_a_users_float_images_are_held_as_they_come(hparams: ReplayHParams) -> None:
+def test_float_images_are_stored_exactly(hparams: ReplayHParams) -> None:
     def as_floats(x: UInt8Array) -> Any:
         return normalised(x).astype(np.float32)
 
@@ -161,21 +161,21 @@ def test_a_users_float_images_are_held_as_they_come(hparams: ReplayHParams) -> N
     np.testing.assert_array_equal(held.y, expected.y)
     np.testing.assert_array_equal(held.t, expected.t)
     assert set(held.t.tolist()) == {0, 1, 2}
-    found = flat(ts.params)
+    weights = flat(ts.params)
     for name, array in ours.weights().items():
-        np.testing.assert_allclose(found[name], array, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(weights[name], array, rtol=1e-4, atol=1e-5)
 
 
-def test_the_memory_holds_copies_of_the_batch() -> None:
+def test_the_memory_stores_copies_of_the_batch() -> None:
     made = learner(DERPP)
     step = jax.jit(made.algorithm.train_step)
     ends = []
-    for spoil in (False, True):
+    for overwrite in (False, True):
         planner, ts, state = made.algorithm.planner(made.spec, made.state), made.ts, made.state
         for x, y, t, _ in batches(rotated().tasks[0], settings()):
             batch = Batch(x.copy(), y.copy(), t.copy(), planner.next(y, t))
             ts, state, _ = step(ts, state, batch)
-            if spoil:
+            if overwrite:
                 jax.block_until_ready(state)
                 for array in (*batch[:3], *batch.plan):
                     array[:] = 0
@@ -183,20 +183,20 @@ def test_the_memory_holds_copies_of_the_batch() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(*ends, strict=True))
 
 
-def test_the_memory_holds_what_was_trained_on_and_no_more() -> None:
-    """Of 43 samples, the three that fill no batch never enter."""
+def test_the_memory_stores_the_samples_of_the_training_batches() -> None:
+    """Of 43 samples, the three of the incomplete batch are not stored."""
     task = rotated().tasks[0]
     order = plan.epoch_batches(0, 0, 0, len(task.train), BATCH)
     trained_on = task.train.take(order.ravel())
     assert len(trained_on.y) == BATCH * STEPS < len(task.train)
-    for found, expected in zip(keeper().memory_samples(), trained_on, strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for stored, expected in zip(with_large_memory().memory_samples(), trained_on, strict=True):
+        np.testing.assert_array_equal(stored, expected)
 
 
 def test_samples_of_the_memory_are_copies() -> None:
-    for array in keeper().memory_samples():
+    for array in with_large_memory().memory_samples():
         array[:] = 0
-    held = keeper().memory_samples()
+    held = with_large_memory().memory_samples()
     assert held.x.any()
     assert held.y.any()
 
@@ -208,8 +208,8 @@ def test_a_method_without_a_memory_has_no_samples(hparams: AlgorithmHParams) -> 
 
 
 def test_samples_of_the_memory_train_as_a_task() -> None:
-    """Forty of task 0, alone and after the forty-three of task 1, make five steps of eight and ten."""
-    memory = memory_stream(keeper().memory_samples())
+    """The 43 samples of task 1 and 40 of task 0 make ten steps."""
+    memory = memory_stream(with_large_memory().memory_samples())
     joined = joined_with_memory(rotated().tasks[1], memory)
     assert [part.task for part in joined.train.parts] == [1, 0]
     other = learner(NaiveHParams())
@@ -231,10 +231,10 @@ BYTES = [
     (ERHParams(**SIZES), 60 * 72),
     (DERHParams(**SIZES), 60 * 112),  # and ten logits
     (DERppHParams(**SIZES), 60 * 112),
-    (ERHParams(mem_size=0), 72),  # one slot that stays empty: orbax stores no array without elements
-    (MCSGDHParams(mem_size=60), 60 * 72 + 2 * 910 * 4 + 4),  # w_bar, w_hat, and when
-    (MCSGDHParams(mem_size=60, lmc_policy="online"), 60 * 72 + 4 * 910 * 4 + 4),  # and w_bar on its way
-    (LaMAMLHParams(**SIZES), 60 * 72 + 910 * 4),  # and a rate of each weight
+    (ERHParams(mem_size=0), 72),  # one unused slot, because orbax cannot save an empty array
+    (MCSGDHParams(mem_size=60), 60 * 72 + 2 * 910 * 4 + 4),  # w_bar, w_hat, and a step
+    (MCSGDHParams(mem_size=60, lmc_policy="online"), 60 * 72 + 4 * 910 * 4 + 4),  # and the moving w_bar
+    (LaMAMLHParams(**SIZES), 60 * 72 + 910 * 4),  # and a learning rate per weight
     (ICaRLHParams(mem_size=60), 60 * 72 + 910 * 4 + 10 * 12 * 4 + 10 + 4 + 30),  # means, which, when, classes
     (KCLHParams(core_size=20, kernel_type="rbf", task_given=True), 60 * 72),
     (  # noise; phases, positions
@@ -242,11 +242,11 @@ BYTES = [
         60 * 72 + (2**20 + 11) * 4 + 16 * 8,
     ),
 ]
-"""The same in tests/lightning/test_replay.py, but for the memory of size 0."""
+"""The same numbers are in tests/lightning/test_replay.py, except for the memory of size 0."""
 
 
 @pytest.mark.parametrize(("hparams", "expected"), BYTES)
-def test_memory_bytes_are_the_sizes_of_what_is_kept(hparams: AlgorithmHParams, expected: int) -> None:
+def test_memory_bytes(hparams: AlgorithmHParams, expected: int) -> None:
     assert learner(hparams, model=MLP((12,))).memory_bytes() == expected
 
 
@@ -254,8 +254,8 @@ def test_memory_bytes_are_the_sizes_of_what_is_kept(hparams: AlgorithmHParams, e
 
 
 @pytest.mark.parametrize("scenario", ["domain", "task"])
-def test_der_costs_nothing_with_the_network_that_stored_the_logits(scenario: Scenario) -> None:
-    """Weights that never move give the same logits again, so the loss is the batch's cross-entropy."""
+def test_the_logit_distance_of_der_is_zero_for_constant_weights(scenario: Scenario) -> None:
+    """Constant weights give the stored logits again, so the loss is the cross-entropy of the batch."""
     stream = rotated() if scenario == "domain" else divided(scenario)
     bundle = ALGORITHMS["der"](DERHParams(alpha=1e6, mem_size=20))
     ts, state, losses = user_loop(bundle, stream, settings(), STILL)
@@ -275,8 +275,12 @@ def test_der_costs_nothing_with_the_network_that_stored_the_logits(scenario: Sce
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
-def test_the_batch_is_dropped_as_in_naive_and_the_draw_otherwise() -> None:
-    """The second step draws its own batch, in its own order: one mask for both would give the same logits."""
+def test_batch_and_memory_have_different_dropout_masks() -> None:
+    """The batch has the mask that it has in Naive.
+
+    The second step reads its own batch from the memory, in the same order: with one mask for both, the logits
+    would be equal.
+    """
     hparams = DERHParams(alpha=1.0, mem_size=BATCH, mem_batch_size=BATCH)
     der, naive = (learner(h, model=DROPPING, tx=STILL) for h in (hparams, NaiveHParams()))
     x, y, t, _ = next(iter(batches(rotated().tasks[0], settings())))
@@ -301,8 +305,8 @@ def test_the_batch_is_dropped_as_in_naive_and_the_draw_otherwise() -> None:
     assert abs(losses[1] - same_mask) > 0.05 * same_mask
 
 
-def test_the_reference_of_agem_drops_other_units_than_the_batch() -> None:
-    """The draw has the batch's images with the other label of two, so the two gradients disagree."""
+def test_the_reference_gradient_of_agem_has_its_own_dropout_mask() -> None:
+    """The memory has the images of the batch with another label, so the two gradients disagree."""
     stream = divided("task")
     agem, naive = (learner(h, stream, model=DROPPING, tx=optax.sgd(1.0)) for h in (AGEM, NaiveHParams()))
     x, n = stream.tasks[1].train.take(np.arange(12)).x, 12
@@ -320,15 +324,15 @@ def test_the_reference_of_agem_drops_other_units_than_the_batch() -> None:
         return Batch(x, np.full(n, y), np.full(n, 1), plan)
 
     g, r = (gradient(bare_step(naive.ts, naive.state, batch(y))[0]) for y in (2, 3))
-    found = gradient(step(agem.ts, agem.state._replace(memory=memory), batch(2, step_plan))[0])
+    projected = gradient(step(agem.ts, agem.state._replace(memory=memory), batch(2, step_plan))[0])
     share = (g @ r) / (r @ r)
     assert share < -0.1
-    assert np.abs(found - g).max() > 1e-3  # it was projected
-    assert np.abs(found - (g - share * r)).max() > 1e-3  # but not on the gradient of the batch's mask
+    assert np.abs(projected - g).max() > 1e-3
+    assert np.abs(projected - (g - share * r)).max() > 1e-3  # r has the mask of the batch
 
 
 @pytest.mark.parametrize("hparams", [SI, AGEM], ids=lambda hparams: hparams.name)
-def test_dropout_takes_part_in_every_method(hparams: AlgorithmHParams) -> None:
+def test_dropout_changes_the_weights_of_each_method(hparams: AlgorithmHParams) -> None:
     ends = []
     for model in (DROPPING, MLP((12,))):
         made = learner(hparams, model=model, tx=sgd())

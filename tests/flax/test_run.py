@@ -1,4 +1,4 @@
-"""The orchestrator with a real learner: the run directory, the evaluated steps, and what is refused."""
+"""The orchestrator with a real learner: the run directory, the evaluated steps, and errors."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ from tests.flax.parts import STEPS, divided, learner, rotated, same, settings
 EWC = EWCHParams(ewc_lambda=30, fisher_samples=20)
 
 
-def records(directory: Path, kind: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in found if record["kind"] == kind]
+def records(directory: Path, event: str) -> list[dict[str, Any]]:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == event]
 
 
-def test_the_run_directory_holds_what_was_run(tmp_path: Path) -> None:
+def test_the_contents_of_the_run_directory(tmp_path: Path) -> None:
     model = learner(EWC, training=settings(log_every_n_steps=3))
     result = run(model, rotated(), run_dir=tmp_path / "new" / "run", progress=False)
-    where = tmp_path / "new" / "run"
+    directory = tmp_path / "new" / "run"
     names = {"config.yaml", "metrics.jsonl", "accuracy_matrix.csv", "summary.json", "weights.npz"}
-    assert {path.name for path in where.iterdir()} == {*names, "checkpoints"}
+    assert {path.name for path in directory.iterdir()} == {*names, "checkpoints"}
 
-    config = yaml.safe_load((where / "config.yaml").read_text())
+    config = yaml.safe_load((directory / "config.yaml").read_text())
     assert config["mode"] == "jax"
     assert config["algo"] == {"name": "ewc", **vars(EWC)}
     assert config["training"] == {**vars(model.training)}
     assert config["benchmark"]["num_tasks"] == 3
     assert config["parameters"] == 65 * 12 + 13 * 10
 
-    rows = list(csv.reader((where / "accuracy_matrix.csv").read_text().splitlines()))
+    rows = list(csv.reader((directory / "accuracy_matrix.csv").read_text().splitlines()))
     assert rows[0] == ["task_0", "task_1", "task_2"]
     matrix = np.array([[float(cell or "nan") for cell in row] for row in rows[1:]])
     np.testing.assert_array_equal(np.isnan(matrix), ~np.tri(3, dtype=bool))
@@ -60,7 +60,7 @@ def test_the_run_directory_holds_what_was_run(tmp_path: Path) -> None:
     for j, task in enumerate(rotated().tasks):
         assert matrix[2, j] == model.evaluate(task, "test").accuracy
 
-    summary = json.loads((where / "summary.json").read_text())
+    summary = json.loads((directory / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert summary["mode"] == "jax"
     assert summary["split"] == "test"
@@ -72,7 +72,7 @@ def test_the_run_directory_holds_what_was_run(tmp_path: Path) -> None:
     assert "masked_average_accuracy" not in summary
     assert summary["steps"] == model.step == 3 * STEPS
     seconds = summary["seconds"]
-    parts = [seconds[kind] for kind in ("train", "evaluate", "checkpoint", "other")]
+    parts = [seconds[part] for part in ("train", "evaluate", "checkpoint", "other")]
     assert sum(parts) == pytest.approx(seconds["total"])
     assert min(seconds.values()) > 0
     assert summary["threads"] == model.threads() >= 1
@@ -80,21 +80,22 @@ def test_the_run_directory_holds_what_was_run(tmp_path: Path) -> None:
     assert summary["versions"]["jax"] == jax.__version__
     assert {"python", "numpy", "flax", "optax", "sequel-cl"} <= summary["versions"].keys()
 
-    trained = records(where, "train")
+    trained = records(directory, "train")
     assert [(r["task"], r["step"]) for r in trained] == [(i, STEPS * i + k) for i in range(3) for k in (3, 5)]
     assert all(r["samples_per_second"] > 0 and r["loss"] > 0 and 0 <= r["accuracy"] <= 1 for r in trained)
-    evaluated = [(r["after_task"], r["task"], r["step"], r["accuracy"]) for r in records(where, "evaluation")]
+    evaluations = records(directory, "evaluation")
+    evaluated = [(r["after_task"], r["task"], r["step"], r["accuracy"]) for r in evaluations]
     assert evaluated == [(i, j, STEPS * (i + 1), matrix[i, j]) for i in range(3) for j in range(i + 1)]
-    assert same(load_weights(where), model.weights())
+    assert same(load_weights(directory), model.weights())
 
 
-def test_a_result_is_read_back_as_it_was_returned(tmp_path: Path) -> None:
-    found = run(learner(NaiveHParams()), rotated(), run_dir=tmp_path, evaluate_future=True, progress=False)
+def test_load_result_returns_what_run_returned(tmp_path: Path) -> None:
+    result = run(learner(NaiveHParams()), rotated(), run_dir=tmp_path, evaluate_future=True, progress=False)
     again = load_result(tmp_path)
-    np.testing.assert_array_equal(again.matrix, found.matrix)
-    assert (again.run_dir, again.config, again.summary) == (found.run_dir, found.config, found.summary)
+    np.testing.assert_array_equal(again.matrix, result.matrix)
+    assert (again.run_dir, again.config, again.summary) == (result.run_dir, result.config, result.summary)
     for name in ("average_accuracy", "forgetting", "bwt", "fwt", "learning_accuracy", "worst_case_accuracy"):
-        assert getattr(again, name) == getattr(found, name) == found.summary[name]
+        assert getattr(again, name) == getattr(result, name) == result.summary[name]
 
 
 def test_runs_are_repeatable(tmp_path: Path) -> None:
@@ -113,14 +114,14 @@ def test_runs_are_repeatable(tmp_path: Path) -> None:
 def test_evaluate_every(every: Any, steps_per_call: int, within: list[int], tmp_path: Path) -> None:
     model = learner(NaiveHParams(), training=settings(epochs_per_task=2), steps_per_call=steps_per_call)
     result = run(model, rotated(2), run_dir=tmp_path, evaluate_every=every, progress=False)
-    found = records(tmp_path, "evaluation")
-    seen = [(r["after_task"], r["step"], r["task"]) for r in found if r["within_task"]]
+    evaluations = records(tmp_path, "evaluation")
+    seen = [(r["after_task"], r["step"], r["task"]) for r in evaluations if r["within_task"]]
     assert seen == [(i, 10 * i + k, j) for i in range(2) for k in within for j in range(i + 1)]
-    ends = [(r["after_task"], r["task"], r["accuracy"]) for r in found if not r["within_task"]]
+    ends = [(r["after_task"], r["task"], r["accuracy"]) for r in evaluations if not r["within_task"]]
     assert ends == [(i, j, result.matrix[i, j]) for i in range(2) for j in range(i + 1)]
 
 
-def test_evaluating_within_a_task_changes_no_weight(tmp_path: Path) -> None:
+def test_evaluation_within_a_task_changes_no_weight(tmp_path: Path) -> None:
     plain, watched = learner(EWC), learner(EWC)
     often: dict[str, Any] = {"evaluate_every": 1, "evaluate_future": True}
     run(plain, rotated(), run_dir=tmp_path / "plain", progress=False)
@@ -167,7 +168,7 @@ def test_joint_once_has_only_the_last_row(tmp_path: Path) -> None:
     assert model.step == sum(len(task.train) for task in rotated().tasks) // model.training.batch_size
 
 
-def test_joint_training_follows_the_stream(tmp_path: Path) -> None:
+def test_joint_training_trains_on_all_tasks_so_far(tmp_path: Path) -> None:
     model = learner(JointHParams())
     result = run(model, rotated(), run_dir=tmp_path, progress=False)
     size = STEPS * 8 + 3
@@ -175,7 +176,7 @@ def test_joint_training_follows_the_stream(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.isnan(result.matrix), ~np.tri(3, dtype=bool))
 
 
-def test_the_class_scenario_tells_the_masked_accuracy_too(tmp_path: Path) -> None:
+def test_the_class_scenario_reports_the_masked_accuracy(tmp_path: Path) -> None:
     stream = divided("class")
     model = learner(NaiveHParams(), stream)
     result = run(model, stream, run_dir=tmp_path, progress=False)
@@ -185,10 +186,10 @@ def test_the_class_scenario_tells_the_masked_accuracy_too(tmp_path: Path) -> Non
     assert [r["masked_accuracy"] for r in records(tmp_path, "evaluation")[-5:]] == masked
 
 
-# -- what is refused before training
+# -- errors before training
 
 
-def refused(match: str, model: Any, benchmark: Any, directory: Path, **options: Any) -> None:
+def check_raises(match: str, model: Any, benchmark: Any, directory: Path, **options: Any) -> None:
     before = sorted(path.name for path in directory.iterdir())
     with pytest.raises(ValueError, match=match):
         run(model, benchmark, **{"run_dir": directory / "run", "progress": False, **options})
@@ -196,19 +197,20 @@ def refused(match: str, model: Any, benchmark: Any, directory: Path, **options: 
     assert sorted(path.name for path in directory.iterdir()) == before
 
 
-def test_a_directory_that_holds_something_is_refused(tmp_path: Path) -> None:
+def test_a_directory_that_is_not_empty_raises(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     model = learner(NaiveHParams())
-    holding = r"run_dir must be empty or new, got .*notes\.txt"
-    refused(holding, model, rotated(), tmp_path, run_dir=tmp_path)
+    message = r"run_dir must be empty or new, got .*notes\.txt"
+    check_raises(message, model, rotated(), tmp_path, run_dir=tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    refused("run_dir must be a directory", model, rotated(), tmp_path, run_dir=tmp_path / "notes.txt")
+    check_raises("run_dir must be a directory", model, rotated(), tmp_path, run_dir=tmp_path / "notes.txt")
 
 
-def test_a_batch_larger_than_the_smallest_task_is_refused(tmp_path: Path) -> None:
+def test_a_batch_larger_than_the_smallest_task_raises(tmp_path: Path) -> None:
     stream = sequel_core.Benchmark("two", (rotated(2).tasks[0], small_second()), 10, "domain")
     model = learner(NaiveHParams(), stream)
-    refused("batch_size must be <= the samples of a task, got 8 with 5 .* in task 1", model, stream, tmp_path)
+    message = "batch_size must be <= the samples of a task, got 8 with 5 .* in task 1"
+    check_raises(message, model, stream, tmp_path)
 
 
 def small_second() -> sequel_core.Task:
@@ -226,24 +228,24 @@ def small_second() -> sequel_core.Task:
         ("evaluate_every must be .*got 'step'", {"evaluate_every": "step"}),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(match: str, options: dict[str, Any], tmp_path: Path) -> None:
-    refused(match, learner(NaiveHParams()), rotated(), tmp_path, **options)
+def test_settings_that_do_not_fit_raise(match: str, options: dict[str, Any], tmp_path: Path) -> None:
+    check_raises(match, learner(NaiveHParams()), rotated(), tmp_path, **options)
 
 
-def test_another_benchmarks_learner_is_refused(tmp_path: Path) -> None:
+def test_a_learner_for_another_benchmark_raises(tmp_path: Path) -> None:
     model = learner(NaiveHParams())
-    refused("the learner was made for 10 classes .* has 2 ", model, divided("domain"), tmp_path)
+    check_raises("the learner was made for 10 classes .* has 2 ", model, divided("domain"), tmp_path)
 
 
-def test_too_few_epochs_are_refused(tmp_path: Path) -> None:
+def test_too_few_epochs_raise(tmp_path: Path) -> None:
     model = learner(NaiveHParams(), training=settings(epochs_per_task=(1, 2)))
-    refused("epochs_per_task must .* one entry per task, got 2 entries", model, rotated(), tmp_path)
+    check_raises("epochs_per_task must .* one entry per task, got 2 entries", model, rotated(), tmp_path)
 
 
 # -- runs that end early
 
 
-def test_a_diverged_run_keeps_what_was_recorded(tmp_path: Path) -> None:
+def test_a_diverged_run_keeps_its_records(tmp_path: Path) -> None:
     tx = optax.sgd(optax.piecewise_constant_schedule(0.1, {STEPS: 1e38}))
     model = learner(NaiveHParams(reset_optimizer=False), tx=tx)
     with pytest.raises(DivergenceError) as caught:
@@ -262,7 +264,7 @@ def test_a_diverged_run_keeps_what_was_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, "interrupted"), (OSError, "failed")])
-def test_an_interrupted_run_keeps_what_was_recorded(
+def test_an_interrupted_run_keeps_its_records(
     error: type[BaseException], status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = learner(NaiveHParams())

@@ -1,4 +1,4 @@
-"""A bundle in a user's own loop, its optimizer across tasks, and how often the step is compiled."""
+"""Algorithms in plain loops, their optimizers across tasks, and the number of compilations."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ from tests.flax.parts import (
     STEPS,
     flat,
     learner,
-    own_stream,
     rotated,
     same,
     settings,
     sgd,
+    stream_for,
     user_loop,
 )
 
-LIKE_OTHERS = ("joint", "si", "mas", "lfl", "stable_sgd", "der")  # in what is compiled
+LIKE_OTHERS = ("joint", "si", "mas", "lfl", "stable_sgd", "der")  # compiled like another method
 
 
 @pytest.fixture
 def compiled() -> Iterator[Counter[str]]:
-    """How often XLA compiled each function."""
-    found: Counter[str] = Counter()
+    """The number of times that XLA compiled each function."""
+    counts: Counter[str] = Counter()
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            found[str(kwargs["fun_name"])] += 1
+            counts[str(kwargs["fun_name"])] += 1
 
     monitoring.register_event_duration_secs_listener(listen)
-    yield found
+    yield counts
     monitoring.unregister_event_duration_listener(listen)
 
 
@@ -67,16 +67,16 @@ def compiled() -> Iterator[Counter[str]]:
     ],
     ids=lambda h: h.name,
 )
-def test_a_plain_loop_is_the_run(hparams: AlgorithmHParams, compiled: Counter[str], tmp_path: Path) -> None:
-    """In a plain loop, which may donate, and in the learner's compiled one, compiled once."""
+def test_a_plain_loop_equals_a_run(hparams: AlgorithmHParams, compiled: Counter[str], tmp_path: Path) -> None:
+    """A plain loop, which may donate buffers, and the compiled loop of the learner, which compiles once."""
     donated: Any = {} if isinstance(hparams, NaiveHParams) else {"donate_argnums": (0, 1)}
     with jax.enable_x64(True):
         training = settings(dtype="float64", epochs_per_task=(2, 1, 1))
         ts, state, losses = user_loop(
-            ALGORITHMS[hparams.name](hparams), own_stream(hparams), training, sgd(), **donated
+            ALGORITHMS[hparams.name](hparams), stream_for(hparams), training, sgd(), **donated
         )
         whole = learner(hparams, training=training)
-        run(whole, own_stream(hparams), run_dir=tmp_path, progress=False)
+        run(whole, stream_for(hparams), run_dir=tmp_path, progress=False)
     assert compiled["jit(_traced_loop)"] == 1
     joined = 43 // BATCH * 2 + 86 // BATCH + 129 // BATCH
     with_exemplars = 43 // BATCH * 2 + (43 + 37) // BATCH + (43 + 38) // BATCH  # five, then two of a class
@@ -85,16 +85,16 @@ def test_a_plain_loop_is_the_run(hparams: AlgorithmHParams, compiled: Counter[st
     assert len(losses) == whole.step == steps
     for a, b in zip(jax.tree.leaves(state.memory), jax.tree.leaves(whole.state.memory), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
-    found = whole.weights()
+    weights = whole.weights()
     for name, array in flat(ts.params).items():
         assert array.dtype == np.float64
-        np.testing.assert_allclose(found[name], array, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(weights[name], array, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize(
     "hparams", [EWC, EWCHParams(accumulation="online", reset_optimizer=False)], ids=["separate", "online"]
 )
-def test_a_donating_loop_keeps_the_anchors(hparams: EWCHParams) -> None:
+def test_donated_buffers_do_not_change_the_anchors(hparams: EWCHParams) -> None:
     kept = user_loop(ewc(hparams), rotated(), settings(), sgd())
     donated = user_loop(ewc(hparams), rotated(), settings(), sgd(), donate_argnums=(0, 1))
     assert donated[2] == kept[2]
@@ -120,13 +120,13 @@ def test_a_donating_loop_keeps_the_anchors(hparams: EWCHParams) -> None:
     ],
     ids=lambda value: value.name if isinstance(value, AlgorithmHParams) else str(value),
 )
-def test_one_compilation_of_the_step_per_run(
+def test_the_step_is_compiled_once_per_run(
     hparams: AlgorithmHParams, dtype: str, steps_per_call: int, compiled: Counter[str], tmp_path: Path
 ) -> None:
     with jax.enable_x64(dtype == "float64"):
         clip = None if hparams.name == "lamaml" else 1.0
         training = settings(dtype=dtype, grad_clip=clip, eval_batch_size=100)
-        stream = own_stream(hparams, num_tasks=5)
+        stream = stream_for(hparams, num_tasks=5)
         five = learner(hparams, stream, training, steps_per_call=steps_per_call)
         result = run(five, stream, run_dir=tmp_path, progress=False)
     assert result.summary["steps"] >= 5 * STEPS
@@ -167,7 +167,7 @@ FALLING = optax.piecewise_constant_schedule(0.1, {STEPS: 0.0})
     [optax.sgd(0.1), optax.sgd(FALLING), sgd(FALLING), optax.chain(optax.clip(1.0), optax.adam(0.1))],
     ids=["plain", "schedule", "injected schedule", "chain"],
 )
-def test_a_learning_rate_that_cannot_be_set_is_refused_with_lr_decay_only(tx: Any) -> None:
+def test_a_learning_rate_that_cannot_be_set_raises_with_lr_decay_only(tx: Any) -> None:
     with pytest.raises(
         ValueError, match=r"lr_decay=0\.8 needs an optimizer whose learning rate can be set; build"
     ):
@@ -175,7 +175,7 @@ def test_a_learning_rate_that_cannot_be_set_is_refused_with_lr_decay_only(tx: An
     assert get_learning_rate(learner(NaiveHParams(), tx=tx).ts.opt_state) is None
 
 
-def test_a_chain_around_an_optimizer_with_a_learning_rate_is_taken() -> None:
+def test_the_learning_rate_decays_within_a_chain() -> None:
     chained = learner(NaiveHParams(lr_decay=0.8), tx=optax.chain(optax.clip(1.0), sgd()))
     for task in rotated().tasks:
         chained.fit_task(task, SILENT)
@@ -185,7 +185,7 @@ def test_a_chain_around_an_optimizer_with_a_learning_rate_is_taken() -> None:
 
 @pytest.mark.parametrize("reset", [True, False])
 @pytest.mark.parametrize("injected", [True, False])
-def test_a_users_schedule_runs_on_unless_the_optimizer_is_reset(reset: bool, injected: bool) -> None:
+def test_a_schedule_continues_unless_the_optimizer_is_reset(reset: bool, injected: bool) -> None:
     tx = sgd(FALLING, momentum=None) if injected else optax.sgd(FALLING)
     two = learner(NaiveHParams(reset_optimizer=reset), tx=tx)
     shown: list[Progress] = []

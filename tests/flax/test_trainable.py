@@ -30,10 +30,10 @@ from tests.flax.parts import (
     Layered,
     batches,
     flat,
-    own_stream,
     rotated,
     settings,
     sgd,
+    stream_for,
 )
 
 HEAD = {"stem": {"kernel": False, "bias": False}, "head": {"kernel": True, "bias": True}}
@@ -57,7 +57,7 @@ def bytes_of_trees(state: State) -> int:
 )
 def test_frozen_parameters_do_not_change_and_cost_no_memory(hparams: AlgorithmHParams) -> None:
     """AdamW decays weights. The head is trained from the second task on; the third task freezes the stem."""
-    stream = own_stream(hparams, num_tasks=3)
+    stream = stream_for(hparams, num_tasks=3)
     make, model = ALGORITHMS[hparams.name], Layered()
     tx = optax.inject_hyperparams(optax.adamw)(learning_rate=0.01, weight_decay=0.1)
     partly = FlaxLearner(make(hparams, trainable=stem_only), model, tx, stream.spec, settings())
