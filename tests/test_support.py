@@ -6,6 +6,7 @@ the failure shows the table to paste.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -101,8 +102,8 @@ def answer(hparams: AlgorithmHParams, networks: list[BackboneHParams], scenario:
         if mode in network.modes
     }
     assert len(messages) == 1, messages
-    reason = messages.pop()
-    return f"no: {reason.partition('; ')[0].partition(': ')[2]}" if reason else "yes"
+    message = messages.pop().partition("; ")[0]
+    return f"no: {re.split(', because |: ', message, maxsplit=1)[1]}" if message else "yes"
 
 
 def required_settings(hparams: AlgorithmHParams, scenario: Scenario) -> dict[str, Any]:
