@@ -35,7 +35,7 @@ def test_both_frameworks_agree(algo: str, tmp_path: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     "algo",
     [
-        pytest.param(algo, marks=[pytest.mark.slow] if algo in ("lamaml", "kcl", "mcsgd") else [])
+        pytest.param(algo, marks=[] if algo in ("ewc", "er", "icarl") else [pytest.mark.slow])
         for algo in ALGORITHMS
     ],
 )
@@ -72,7 +72,8 @@ def test_a_sweep_over_frameworks(tmp_path: Path) -> None:
     assert len(rows) == 5
 
 
-@pytest.mark.parametrize("mode", ["pytorch", pytest.param("jax", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["pytorch", "jax"])
 def test_the_papers_file_with_its_wandb_block_runs_offline(mode: str, tmp_path: Path) -> None:
     line = [CODE2, *DIGITS, "benchmark.subset=100", f"mode={mode}", "wandb.mode=offline", "run_dir=run"]
     program = "import sys; from sequel_core.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -44,7 +44,7 @@ QUOTAS = [
 ]
 POLICIES: list[MemoryHParams] = [replace(ER, memory=memory, mem_size=60) for memory in get_args(MemoryPolicy)]
 PLANNED: list[AlgorithmHParams] = [replace(AGEM, mem_size=60), DERPP, LAMAML, ONLINE, KCL, *QUOTAS, *POLICIES]
-FAST = (DERPP, QUOTAS[1], POLICIES[0])
+FAST = (DERPP, QUOTAS[1])
 STOP = 7  # within the second task
 
 

@@ -39,7 +39,7 @@ from tests.flax.parts import (
     user_loop,
 )
 
-LIKE_OTHERS = ("joint", "si", "mas", "lfl", "stable_sgd", "der")  # compiled like another method
+LIKE_OTHERS = ("naive", "joint", "si", "mas", "lfl", "stable_sgd", "agem", "er", "der")  # compiled like another method
 
 
 @pytest.fixture
@@ -56,15 +56,12 @@ def compiled() -> Iterator[Counter[str]]:
     monitoring.unregister_event_duration_listener(listen)
 
 
+SLOW_IN_A_LOOP = {"lamaml", "mcsgd", "kcl", "der", "derpp", "icarl", "mas", "lfl"}
+
+
 @pytest.mark.parametrize(
     "hparams",
-    [
-        pytest.param(
-            h,
-            marks=[pytest.mark.slow] if h.name in ("lamaml", "mcsgd", "kcl", "der", "derpp", "icarl") else [],
-        )
-        for h in EVERY
-    ],
+    [pytest.param(h, marks=[pytest.mark.slow] if h.name in SLOW_IN_A_LOOP else []) for h in EVERY],
     ids=lambda h: h.name,
 )
 def test_a_plain_loop_equals_a_run(hparams: AlgorithmHParams, compiled: Counter[str], tmp_path: Path) -> None:

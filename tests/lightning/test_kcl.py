@@ -58,8 +58,11 @@ def fail(trainer: pl.Trainer, hook: str) -> None:
 
 @pytest.mark.parametrize(
     ("hparams", "optimizer"),
-    [(replace(RFF, reset_optimizer=False), MOMENTUM), (replace(RFF, lr_decay=0.8), ADAM), (RBF, MOMENTUM)],
-    ids=["rff carry", "rff adam", "rbf"],
+    [
+        pytest.param(replace(RFF, reset_optimizer=False), MOMENTUM, id="rff carry"),
+        pytest.param(replace(RFF, lr_decay=0.8), ADAM, id="rff adam", marks=pytest.mark.slow),
+        pytest.param(RBF, MOMENTUM, id="rbf"),
+    ],
 )
 @pytest.mark.parametrize("task", [0, 1])
 def test_resume_at_any_moment_is_bit_identical(
