@@ -39,7 +39,8 @@ from tests.flax.parts import (
     user_loop,
 )
 
-LIKE_OTHERS = ("naive", "joint", "si", "mas", "lfl", "stable_sgd", "agem", "er", "der")  # compiled like another method
+LIKE_OTHERS = ("naive", "joint", "si", "mas", "lfl", "stable_sgd", "agem", "er", "der")
+"""Compiled like another method."""
 
 
 @pytest.fixture
