@@ -184,7 +184,7 @@ def test_a_run_says_which_version_wrote_it(tmp_path: Path, capsys: pytest.Captur
     study = read_study([first, second])
     assert [len(group.runs) for group in study.groups] == [2]
     table = tables.every_run(study)
-    assert sorted(row[table.header.index("written by")] for row in table.rows) == ["1.2.3", HERE]
+    assert sorted(row[table.header.index("SequeL version")] for row in table.rows) == ["1.2.3", HERE]
     assert main(["run", str(second / "config.yaml"), "-q", f"run_dir={third}"]) == 0  # its settings, run anew
     assert load_result(third).version == HERE
     assert load_result(third).config["training"]["seed"] == 1
