@@ -95,9 +95,12 @@ def test_the_exemplars_join_the_task_behind_its_samples() -> None:
     benchmark, model = stream(scenario="class"), learned(1)
     split = model.training_split(benchmark.tasks[1].train)
     x, y, t = split.take(np.arange(len(split)))
-    own, held = benchmark.tasks[1].train.take(np.arange(BATCH * STEPS + 2)), stored_samples(model.contents)
-    for found, a, b in zip((x, y, t), own, held, strict=True):
-        np.testing.assert_array_equal(found, np.concatenate([a, b]))
+    samples, held = (
+        benchmark.tasks[1].train.take(np.arange(BATCH * STEPS + 2)),
+        stored_samples(model.contents),
+    )
+    for actual, a, b in zip((x, y, t), samples, held, strict=True):
+        np.testing.assert_array_equal(actual, np.concatenate([a, b]))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
