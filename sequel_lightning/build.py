@@ -196,7 +196,7 @@ def user_backbone(target: Target, seed: int, **sizes: Any) -> nn.Module:
     """Return a user's own network; its initial weights follow from the seed, the global generator is left.
 
     Raises:
-        ValueError: it is no module, or the code refuses an argument.
+        ValueError: the result is no module, or the code does not take an argument.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(plan.words(seed, "own weights", count=1)[0]) % SEEDS)
@@ -208,7 +208,7 @@ def user_optimizer(target: Target) -> OptimizerFactory:
     """Return the factory that a user's own class or function is, with its arguments.
 
     Raises:
-        ValueError: the code refuses an argument.
+        ValueError: the code does not take an argument.
     """
     factory: OptimizerFactory = replace(target, partial=True).make()
     try:
@@ -227,7 +227,7 @@ def user_logger(target: Target, run_dir: Path) -> Logger:
     """Return a user's own logger; one that asks for a directory gets the run's.
 
     Raises:
-        ValueError: it is no logger of Lightning's, or the code refuses an argument.
+        ValueError: the result is no logger of Lightning, or the code does not take an argument.
     """
     made = target.make(**dict.fromkeys(SUPPLIED["logger"], os.fspath(run_dir)))
     logger: Logger = _checked(made, Logger, target)

@@ -118,7 +118,7 @@ class LightningLearner:
                 f"convert them with net.to({TORCH_DTYPES[self.training.dtype]}) before the module is made"
             )
         self._settings = self._trainer_settings(dict(trainer or {}))
-        self._resumed: str | None = None  # the checkpoint that the next task's fit goes on from
+        self._resumed: str | None = None  # the checkpoint that the next task's fit resumes
         self.trainer = self._make_trainer(0)  # of the latest task
         self.shows_progress = self.trainer.progress_bar_callback is not None
         check_single_device(self.trainer)  # here, before Lightning starts the other processes

@@ -85,7 +85,7 @@ def test_own_float_loaders_that_yield_the_exemplars_too_replay_them() -> None:
     np.testing.assert_array_equal(ends[0], ends[1])
 
 
-def test_images_of_another_dtype_are_refused_at_the_first_step() -> None:
+def test_images_of_another_dtype_raise_at_the_first_step() -> None:
     benchmark = stream()
     with pytest.raises(ValueError, match=r"holds uint8 images, the batch has float32; give spec._replace"):
         trainer().fit(module(benchmark, ICARL), own_loader(benchmark, 0, with_task=True))
