@@ -1,10 +1,9 @@
-"""Makes torchvision importable beside a PyTorch build that its compiled part does not fit.
+"""Makes torchvision importable with a PyTorch build that does not fit its compiled extension.
 
-Import it before torchvision. Where the compiled part cannot be loaded (a CUDA build of torchvision beside a
-CPU build of PyTorch), torchvision goes on without it, then fails at import all the same, because it
-describes two operators that nobody has declared. Declaring them is enough: data sets, transforms, models
-and image grids are plain PyTorch. The detection operators themselves stay unavailable and say so when
-called. Where the compiled part loads, nothing is declared.
+Import this module before torchvision. If the extension cannot be loaded (a CUDA build of torchvision with a
+CPU build of PyTorch), torchvision's import fails, because it describes two operators that are not declared.
+This module declares them. Data sets, transforms, models and image grids then work, because they are plain
+PyTorch; the detection operators raise an error when called. If the extension loads, nothing is declared.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-"""The operators that torchvision describes at import, as its own C++ source declares them."""
+"""The operators that torchvision describes at import, with the schemas of its C++ source."""
 
 
 def _load_compiled_part(folder: str) -> None:
-    """Load torchvision's extension, or go on without it where it does not load, as torchvision does."""
+    """Load torchvision's extension, if it can be loaded."""
     compiled = FileFinder(folder, (ExtensionFileLoader, EXTENSION_SUFFIXES)).find_spec("_C")
     if compiled is not None and compiled.origin is not None:
         try:
@@ -33,11 +32,11 @@ def _load_compiled_part(folder: str) -> None:
 
 
 def declare_missing_operators() -> torch.library.Library | None:
-    """Declare what torchvision needs at import and its compiled part does not bring.
+    """Declare the operators that torchvision needs at import, if its extension does not.
 
     Returns:
-        The library that holds the declarations (they last as long as it does), or None where none is needed:
-        torchvision is not installed, already imported, or complete.
+        The library of the declarations, which last as long as it exists. None if torchvision is not
+        installed, already imported, or complete.
     """
     spec = find_spec("torchvision") if "torchvision" not in sys.modules else None
     if spec is None or not spec.submodule_search_locations:
@@ -53,4 +52,4 @@ def declare_missing_operators() -> torch.library.Library | None:
 
 
 LIBRARY = declare_missing_operators()
-"""Held for the life of the process."""
+"""Kept for the life of the process."""

@@ -57,6 +57,30 @@ class Algorithm(pl.LightningModule):
         metrics: MetricCollection | None = None,
         seed: int = 0,
     ) -> None:
+        """Build the module.
+
+        `hparams` and `spec` may also be dictionaries of plain values, as in checkpoints.
+
+        Args:
+            net: the network. It is called with images `[B, C, H, W]`, or whatever the loaders yield, and
+                returns logits `[B, num_classes]`. Parameters with `requires_grad` are trained.
+            optimizer: factory that is called with the trained parameters at the start of each task, for
+                example `partial(torch.optim.SGD, lr=0.1)`. It returns an optimizer, or whatever
+                `configure_optimizers` may return. If it has a parameter `named_parameters`, it gets pairs of
+                name and parameter.
+            hparams: settings of the method; by default those of its settings class.
+            spec: of the stream, `benchmark.spec`: the shape and normalisation of images, the number of tasks
+                and the classes of each. Without it, logits are not masked, images must be normalised, and
+                methods that keep samples cannot be used.
+            metrics: a torchmetrics.MetricCollection, updated with `(logits, labels)` at every training step.
+                It is logged and reset with the loss. Copies of it score validation and test samples.
+            seed: of the plan, for methods that choose samples; >= 0.
+
+        Raises:
+            ValueError: the network does not take the stream's images or does not return
+                `[B, num_classes]`; the method cannot train the network; the settings are of another method
+                or do not fit the stream; an argument has the wrong type.
+        """
         super().__init__()
         check_factory(optimizer)
         check_metrics(metrics)

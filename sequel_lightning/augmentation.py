@@ -1,4 +1,4 @@
-"""Random crops and mirror images inside the step, as the plan has them.
+"""Random crops and flips within the training step, as planned.
 
 Mirror: sequel_flax/augmentation.py
 """

@@ -1,4 +1,4 @@
-"""What a loader's batch must be: `(x, y)` or `(x, y, t)`, with labels and task indices of the stream."""
+"""Checks of a loader's batches: `(x, y)` or `(x, y, t)`, with labels and task indices of the stream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sequel_core.stream.task import Batch
 INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 NARROW = INTEGERS - {torch.int64}
 SHOWN = 10
-"""Classes of a task that a message lists."""
+"""The number of classes of a task that a message lists."""
 
 
 def are_task_indices(t: Any, y: Any) -> bool:
@@ -24,7 +24,7 @@ def are_task_indices(t: Any, y: Any) -> bool:
 
 
 def widened(y: Any) -> Any:
-    """Return labels as int64 if they are narrower integers, which the cross-entropy does not take."""
+    """Return labels as int64 if they are narrower integers, which cross-entropy does not support."""
     return y.long() if isinstance(y, Tensor) and y.dtype in NARROW else y
 
 
@@ -62,7 +62,7 @@ def description(value: Any) -> str:
 
 
 def unknown_batch(batch: Any) -> ValueError:
-    """Return the error for a batch that is none of `(x, y)`, `(x, y, t)` and Batch."""
+    """Return the error for a batch that is not `(x, y)`, `(x, y, t)` or a Batch."""
     several = isinstance(batch, tuple | list)
     received = f"({', '.join(map(description, batch))})" if several else type(batch).__name__
     return ValueError(
@@ -72,7 +72,7 @@ def unknown_batch(batch: Any) -> ValueError:
 
 
 def check_tasks(t: Tensor, known: Tensor | None) -> None:
-    """Raise ValueError if a task index of a batch `[B]` is none of the stream's; see `check_batch`."""
+    """Raise ValueError if a task index of a batch `[B]` is not in the stream; see `check_batch`."""
     if known is None:
         return
     outside = t[(t < 0) | (t >= len(known))]

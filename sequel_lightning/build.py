@@ -30,7 +30,21 @@ from sequel_lightning.optimizers import OptimizerFactory, make_optimizer
 
 
 def build_optimizer(hparams: OptimizerHParams) -> OptimizerFactory:
-    """Return the factory of the optimizer that the settings name."""
+    """Return an optimizer factory for settings.
+
+    Args:
+        hparams: type, learning rate and other settings of the optimizer.
+
+    Returns:
+        A function from parameters to an optimizer of `torch.optim`.
+
+    Example:
+        >>> from sequel_core import OptimizerHParams
+        >>> from sequel_lightning import MLP
+        >>> factory = build_optimizer(OptimizerHParams(type="adam", lr=0.001))
+        >>> type(factory(MLP().parameters())).__name__
+        'Adam'
+    """
     if hparams.type == "sgd":
         return partial(
             torch.optim.SGD,
@@ -60,22 +74,37 @@ def make_learner(
     implementation: Callable[..., ContinualModule] | None = None,
     **options: Any,
 ) -> LightningLearner:
-    """Return a learner; the algorithm is the one that the settings' class belongs to.
+    """Return a learner for the algorithm that the settings belong to.
 
     Args:
         hparams: settings of the algorithm, for example `EWCHParams(ewc_lambda=1)`.
-        model: a built-in network starts from the weights that the plan has for `training.seed`, any other as
-            it is.
+        model: the network. A built-in one is set to the initial weights of `training.seed`.
         optimizer: factory over parameters, for example `partial(torch.optim.SGD, lr=0.1)`.
-        benchmark: whose tasks will be learned.
-        training: batch size, epochs, clipping, seed, dtype.
-        metrics: of the training batches.
-        loggers: of Lightning.
-        implementation: of an algorithm of one's own, a subclass of ContinualModule.
+        benchmark: the stream of tasks.
+        training: batch size, epochs, clipping, seed, dtype; see `help(TrainingHParams)`.
+        metrics: of the training batches, in addition to loss and accuracy.
+        loggers: loggers of Lightning.
+        implementation: a user-defined subclass of ContinualModule.
         options: further arguments of `LightningLearner`: `trainer`, `callbacks`.
 
+    Returns:
+        A learner, for `sequel_core.run`.
+
     Raises:
-        ValueError: an algorithm that is not built in without an implementation, or one of another type.
+        ValueError: `implementation` is missing for settings that are not built in, or has the wrong type.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import EWCHParams, run
+        >>> from sequel_lightning import MLP
+        >>> digits = RotatedDigits(num_tasks=2, subset=100)
+        >>> net = MLP((16,), num_classes=10, image_shape=digits.image_shape)
+        >>> learner = make_learner(EWCHParams(), net, partial(torch.optim.SGD, lr=0.1), digits)
+        >>> result = run(learner, digits, progress=False)
+        >>> result.matrix.shape
+        (2, 2)
     """
     training = training or TrainingHParams()
     implementation = implementation or ALGORITHMS.get(hparams.name)
@@ -116,7 +145,30 @@ def process_settings(config: ExperimentConfig) -> Iterator[None]:
 def build_learner(
     config: ExperimentConfig, benchmark: Benchmark, run_dir: Path, *, callbacks: Sequence[Any] = ()
 ) -> LightningLearner:
-    """Return the learner of an experiment's configuration; call it within `process_settings(config)`."""
+    """Return the learner of an experiment's configuration; call it within `process_settings(config)`.
+
+    Args:
+        config: the configuration, as `sequel_core.experiment.compose` returns it.
+        benchmark: the stream of tasks.
+        run_dir: directory of the loggers' files.
+        callbacks: callbacks of Lightning.
+
+    Returns:
+        A learner, for `sequel_core.run`.
+
+    Raises:
+        ValueError: a setting does not fit the stream, or user-defined code does not take an argument.
+
+    Example:
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core.experiment.compose import compose
+        >>> digits = RotatedDigits(num_tasks=2)
+        >>> config = compose(["backbone=mlp", "algo=ewc", "logger=[]"]).config
+        >>> with process_settings(config):
+        ...     learner = build_learner(config, digits, Path("run"))
+        >>> type(learner.module).__name__
+        'EWC'
+    """
     user_code = config.user_code
     sizes = {"num_classes": benchmark.num_classes, "image_shape": benchmark.image_shape}
     if "backbone" in user_code:
@@ -144,7 +196,7 @@ def user_backbone(target: Target, seed: int, **sizes: Any) -> nn.Module:
     """Return a user's own network; its initial weights follow from the seed, the global generator is left.
 
     Raises:
-        ValueError: it is no module, or the code refuses an argument.
+        ValueError: the result is no module, or the code does not take an argument.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(plan.words(seed, "own weights", count=1)[0]) % SEEDS)
@@ -156,7 +208,7 @@ def user_optimizer(target: Target) -> OptimizerFactory:
     """Return the factory that a user's own class or function is, with its arguments.
 
     Raises:
-        ValueError: the code refuses an argument.
+        ValueError: the code does not take an argument.
     """
     factory: OptimizerFactory = replace(target, partial=True).make()
     try:
@@ -175,7 +227,7 @@ def user_logger(target: Target, run_dir: Path) -> Logger:
     """Return a user's own logger; one that asks for a directory gets the run's.
 
     Raises:
-        ValueError: it is no logger of Lightning's, or the code refuses an argument.
+        ValueError: the result is no logger of Lightning, or the code does not take an argument.
     """
     made = target.make(**dict.fromkeys(SUPPLIED["logger"], os.fspath(run_dir)))
     logger: Logger = _checked(made, Logger, target)

@@ -1,4 +1,4 @@
-"""Callbacks of Lightning over a stream of tasks: which start anew with each, and where checkpoints go."""
+"""Callbacks of Lightning over a stream of tasks: which are copied for each, and where checkpoints go."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ REFUSED: dict[type[Callback], str] = {
     OnExceptionCheckpoint: "would let the next task start from its file; use sequel_core.run(resume=True)",
     **SPOILING,
 }
-"""Callbacks that spoil what a method keeps, and what to do instead."""
+"""Callbacks that cannot be used with a Trainer for each task, and what to do instead."""
 
 
-def starts_anew(callback: Callback) -> bool:
-    """Whether every task gets a copy of its own: of Lightning's ready callbacks and subclasses of these.
+def is_copied(callback: Callback) -> bool:
+    """Return whether each task gets a copy of a callback: of Lightning's own and their subclasses.
 
-    They keep what belongs to one fit: the best score, the time, averaged weights. A user's own callback is
-    the same object in every task, as it would be with several Trainers, so that what it gathers is there
-    afterwards; so is one that is a StreamCallback, which is told of the tasks.
+    Their state belongs to one fit: the best score, the time, averaged weights. A user-defined callback is the
+    same object in every task, so that it keeps what it has collected. So is a StreamCallback, whose methods
+    are called for each task.
     """
     ready = (
         cls
@@ -51,10 +51,10 @@ def starts_anew(callback: Callback) -> bool:
 
 
 def check_callbacks(callbacks: Sequence[Any], training: TrainingHParams) -> None:
-    """Refuse what cannot be used with a Trainer for each task.
+    """Check that callbacks can be used with a Trainer for each task.
 
     Raises:
-        ValueError: no callback, one that cannot be copied, or one that would spoil what a method keeps.
+        ValueError: an object is no callback, cannot be copied, or would damage what a method keeps.
     """
     given = training.epochs_per_task
     epochs = (given,) if isinstance(given, int) else tuple(given)
@@ -73,7 +73,7 @@ def check_callbacks(callbacks: Sequence[Any], training: TrainingHParams) -> None
                 f"callbacks: {name} averages the weights at the start of each epoch, so that a task of one "
                 f"epoch would end with the weights it started with; set epochs_per_task >= 2, got {given}"
             )
-        if starts_anew(callback):
+        if is_copied(callback):
             try:
                 copy.deepcopy(callback)
             except Exception as error:  # whatever an open file or a connection raises
@@ -84,7 +84,7 @@ def check_callbacks(callbacks: Sequence[Any], training: TrainingHParams) -> None
 
 
 def check_monitors(callbacks: Sequence[Callback], task: Task) -> None:
-    """Raise ValueError where a callback looks at validation scores, and the task has no such samples."""
+    """Raise ValueError if a callback monitors validation scores, and the task has no validation samples."""
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
         if isinstance(monitor, str) and monitor.startswith("val/") and not len(task.validation):
@@ -95,14 +95,14 @@ def check_monitors(callbacks: Sequence[Callback], task: Task) -> None:
 
 
 def callbacks_of_task(callbacks: Sequence[Callback], first: bool) -> list[Callback]:
-    """Return the callbacks for a task's Trainer; a model's summary is for the first task only."""
+    """Return the callbacks for a task's Trainer; ModelSummary is used for the first task only."""
     used = [cb for cb in callbacks if first or not isinstance(cb, ModelSummary)]
-    return [copy.deepcopy(cb) if starts_anew(cb) else cb for cb in used]
+    return [copy.deepcopy(cb) if is_copied(cb) else cb for cb in used]
 
 
 def separate_checkpoints(trainer: pl.Trainer, task: Task) -> None:
-    """Let the checkpoints of a task go into a directory of its own below the one asked for."""
+    """Set the directory of a task's checkpoints to `task_<index>` below the requested one."""
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and starts_anew(callback):
+        if isinstance(callback, ModelCheckpoint) and is_copied(callback):
             directory = checkpoint_directory(callback, trainer)
             callback.dirpath = os.path.join(directory, f"task_{task.index}")

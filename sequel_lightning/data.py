@@ -19,13 +19,13 @@ def as_batch(samples: Samples) -> Batch:
 
 
 class PlannedBatches:
-    """The training batches of a task, epoch after epoch, as the plan has them; resumable at any batch.
+    """The training batches of a task in the order of the plan; resumable at any batch.
 
-    A batch is a plain tuple `(x, y, t)`, which Lightning moves to the device faster than a named one.
+    A batch is a plain tuple `(x, y, t)`, because Lightning moves it to the device faster than a named tuple.
 
-    Iterating gives the batches of the current epoch: the Trainer's, or the first where there is no Trainer.
-    The length is never 0, so that a batch size larger than the task (a tuner may set one) is refused by the
-    plan, where Lightning would train nothing.
+    Iterating yields the batches of the Trainer's current epoch, or of the first epoch without a Trainer. The
+    length is never 0: a tuner may set a batch size larger than the task, which then raises ValueError instead
+    of training nothing.
     """
 
     def __init__(self, datamodule: TaskDataModule) -> None:
@@ -37,7 +37,7 @@ class PlannedBatches:
 
     @property
     def _split(self) -> AnySplit:
-        """What the fitted module trains on: the task's samples, or these and some of its own."""
+        """The samples to train on: the task's, or these and the module's exemplars."""
         if self._joined is None:
             trainer, split = self._datamodule.trainer, self._datamodule.task.train
             fitted = getattr(trainer, "lightning_module", None)
@@ -68,11 +68,11 @@ class PlannedBatches:
             yield as_batch(samples)
 
     def state_dict(self) -> dict[str, int]:
-        """Return where in the plan the iteration stands."""
+        """Return the position of the iteration in the plan."""
         return {"epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there at the next iteration of the same epoch."""
+        """Continue at a position, at the next iteration of the same epoch."""
         self._resume = dict(state)
 
 
@@ -94,19 +94,26 @@ class EvaluationBatches:
 
 
 class TaskDataModule(pl.LightningDataModule):
-    """The data of one task.
+    """The data of one task, in the batches of the plan.
 
     Args:
         task: for example `benchmark.tasks[0]`.
-        batch_size: training samples per step; the incomplete last batch of an epoch is dropped.
-        eval_batch_size: samples per validation or test step.
-        seed: of the order of batches.
-        validate_on: tasks whose validation samples are scored, for example `benchmark.tasks[: i + 1]` to see
-            while task i is trained on what is forgotten; empty for those of the task itself.
+        batch_size: training samples per step, >= 1; the incomplete last batch of an epoch is dropped.
+        eval_batch_size: samples per validation or test step, >= 1.
+        seed: of the order of batches, >= 0.
+        validate_on: tasks whose validation samples are scored, for example `benchmark.tasks[: i + 1]` to
+            measure forgetting during task i; by default those of the task itself.
 
     Raises:
         ValueError: the task has fewer training samples than a batch, or a task of `validate_on` has no
             validation samples.
+
+    Example:
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> digits = RotatedDigits(num_tasks=2)
+        >>> x, y, t = next(iter(TaskDataModule(digits.tasks[1], batch_size=5).train_dataloader()))
+        >>> x.shape, t.tolist()
+        (torch.Size([5, 1, 8, 8]), [1, 1, 1, 1, 1])
     """
 
     def __init__(
@@ -136,7 +143,7 @@ class TaskDataModule(pl.LightningDataModule):
         return PlannedBatches(self)
 
     def val_dataloader(self) -> Any:
-        """Return the validation batches; an iterator if there are none: Lightning warns of length 0."""
+        """Return the validation batches; an iterator if there are none, as Lightning warns about length 0."""
         if self.validate_on:
             return [EvaluationBatches(task.validation, self.eval_batch_size) for task in self.validate_on]
         validation = self.task.validation

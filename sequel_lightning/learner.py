@@ -54,22 +54,37 @@ CHECKPOINT = "lightning.ckpt"
 
 
 class LightningLearner:
-    """Runs a ContinualModule over tasks, with a new Trainer for each.
+    """Trains a ContinualModule on a stream, with a new Trainer for each task.
 
     Args:
         module: for example `EWC(net, optimizer, EWCHParams(), benchmark.spec)`.
-        training: batch size, epochs, clipping, seed, dtype.
+        training: batch size, epochs, clipping, seed, dtype; see `help(TrainingHParams)`.
         trainer: further arguments of `pytorch_lightning.Trainer`: accelerator, devices, precision,
             accumulate_grad_batches, ...
-        callbacks: of Lightning. Every task gets fresh copies of its ready ones (and of subclasses of these):
-            early stopping starts anew, checkpoints go into `task_<index>/`; those in use are in
-            `learner.trainer.callbacks`. Your own subclasses of Callback are the same objects in every task.
-        loggers: kept across tasks; their x-axis is the number of steps since the start of the stream.
+        callbacks: callbacks of Lightning. Lightning's own callbacks and their subclasses are copied for each
+            task, so that early stopping starts again; the copies are in `learner.trainer.callbacks`.
+            Checkpoints go into `task_<index>/`. User-defined subclasses of Callback are not copied.
+        loggers: loggers of Lightning, shared by all tasks. Their x-axis is the number of steps since the
+            start of the stream.
 
     Raises:
-        ValueError: a module without a spec, a dtype that the network has not, a callback that cannot be used
-            for each task, `consolidate="best"` without a ModelCheckpoint that says what is best, or `trainer`
-            sets what the learner sets.
+        ValueError: the module has no spec; `training.dtype` is not that of the network; a callback cannot be
+            used for each task; `consolidate="best"` without a ModelCheckpoint that has a monitor; `trainer`
+            contains an argument that the learner sets.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import EWCHParams, run
+        >>> from sequel_lightning import EWC, MLP
+        >>> digits = RotatedDigits(num_tasks=2, subset=100)
+        >>> net = MLP((16,), num_classes=10, image_shape=digits.image_shape)
+        >>> module = EWC(net, partial(torch.optim.SGD, lr=0.1), EWCHParams(), digits.spec)
+        >>> learner = LightningLearner(module, trainer={"accelerator": "cpu"})
+        >>> result = run(learner, digits, progress=False)
+        >>> learner.step  # 100 samples in batches of 10, for each of two tasks
+        20
     """
 
     mode: Mode = "pytorch"
@@ -103,7 +118,7 @@ class LightningLearner:
                 f"convert them with net.to({TORCH_DTYPES[self.training.dtype]}) before the module is made"
             )
         self._settings = self._trainer_settings(dict(trainer or {}))
-        self._resumed: str | None = None  # the checkpoint that the next task's fit goes on from
+        self._resumed: str | None = None  # the checkpoint that the next task's fit resumes
         self.trainer = self._make_trainer(0)  # of the latest task
         self.shows_progress = self.trainer.progress_bar_callback is not None
         check_single_device(self.trainer)  # here, before Lightning starts the other processes
@@ -166,26 +181,26 @@ class LightningLearner:
         return len(self.loggers) > 0
 
     def start_stream(self, config: Mapping[str, Any], resumed: bool = False) -> None:
-        """Send the run's configuration to every logger; see `sequel_core.runs.learner.Learner`."""
+        """Log the run's configuration; see `sequel_core.runs.learner.Learner`."""
         if resumed:
             self.loggers.each(lambda logger: resume_logger(logger, self.step))
         else:
             self.loggers.each(lambda logger: log_hparams(logger, config))
 
     def end_stream(self) -> None:
-        """Let the loggers write what they still hold."""
+        """Flush the loggers."""
         self.loggers.each(lambda logger: logger.save())
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Send numbers to every logger, at the current step."""
+        """Log numbers at the current step."""
         self.loggers.each(lambda logger: logger.log_metrics(dict(metrics), step=self.step))
 
     def log_image(self, name: str, image: NDArray[np.uint8]) -> None:
-        """Send a picture `[H, W, 3]` to every logger that takes pictures, at the current step."""
+        """Log an image `[H, W, 3]` at the current step, to loggers that take images."""
         self.loggers.each(lambda logger: log_image(logger, name, image, self.step))
 
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Send a table to every logger that takes tables, at the current step."""
+        """Log a table at the current step, to loggers that take tables."""
         self.loggers.each(lambda logger: log_table(logger, name, columns, rows, self.step))
 
     def memory_samples(self) -> Samples:
@@ -201,11 +216,11 @@ class LightningLearner:
         return stored_samples(memories[0])
 
     def memory_bytes(self) -> int:
-        """Return the bytes of all that the algorithm keeps of past tasks."""
+        """Return the bytes of what the algorithm keeps of past tasks."""
         return self.module.memory_bytes()
 
     def save(self, directory: Path) -> Callable[[], None]:
-        """Write a checkpoint of Lightning's own format; see `sequel_core.runs.learner.Learner`."""
+        """Write a checkpoint in Lightning's format; see `sequel_core.runs.learner.Learner`."""
         strategy = self.trainer.strategy
         if self.trainer.model is None:  # nothing was fitted since the start, or since `restore`
             strategy.connect(self.module)
@@ -217,7 +232,7 @@ class LightningLearner:
         return lambda: None
 
     def restore(self, directory: Path) -> None:
-        """Read back what `save` wrote; see `sequel_core.runs.learner.Learner`."""
+        """Restore what `save` wrote; see `sequel_core.runs.learner.Learner`."""
         path = directory / CHECKPOINT
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         adopt_names(self.module, checkpoint["state_dict"])
@@ -287,10 +302,10 @@ class LightningLearner:
 
 
 class StraightToFile(TorchCheckpointIO):
-    """Writes the same file as Lightning's, which first makes a copy of all that it holds in memory."""
+    """Writes checkpoints directly to the file; Lightning's own first makes a copy in memory."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a file; half of one is left where it fails."""
+        """Write a file; an error may leave an incomplete one."""
         file = Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         with errors_naming(file), file.open("wb") as stream:
@@ -303,7 +318,7 @@ class StraightToFile(TorchCheckpointIO):
 
 
 class NoProfiler(PassThroughProfiler):
-    """Profiles nothing, in no time: Lightning asks it 24 times a step, and its own costs 4% of the rate."""
+    """Profiles nothing. Lightning calls it 24 times a step, and Lightning's own costs 4 % of the speed."""
 
     _nothing = nullcontext()
 
@@ -313,10 +328,11 @@ class NoProfiler(PassThroughProfiler):
 
 
 class _Watcher(Callback):
-    """Reports progress and evaluates when due.
+    """Observes the steps of a fit: reports progress, and evaluates or writes a checkpoint when due.
 
-    It is given to a Trainer with callbacks alone, of which one may end the training with an epoch: what is
-    due there waits for the next epoch, as where there is none the task's own evaluation comes.
+    It is also a callback, added only if the Trainer has other callbacks. One of them may stop training at an
+    epoch's end, so an evaluation due there is postponed to the start of the next epoch; if there is none, the
+    end-of-task evaluation replaces it.
     """
 
     def __init__(
@@ -339,7 +355,7 @@ class _Watcher(Callback):
         self._postponed = True
 
     def _checkpoint(self) -> None:
-        """Write a checkpoint, with what was due before it."""
+        """Write a checkpoint, after the evaluation that was postponed."""
         self._evaluate()
         self._monitor.on_checkpoint()
 
@@ -349,7 +365,7 @@ class _Watcher(Callback):
             self._monitor.on_evaluate()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Evaluate where it was due after the last epoch, before other callbacks log the next step."""
+        """Do the evaluation that was postponed, before other callbacks log the next step."""
         self._evaluate()
 
     def after_step(self, trainer: pl.Trainer, batch_idx: int, report: Report | None) -> None:
@@ -381,7 +397,7 @@ class _Watcher(Callback):
 
 
 def check_tensors(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise ValueError at the first tensor, by name, whose shape and dtype are not the wanted ones."""
+    """Raise ValueError at the first tensor, by name, whose shape or dtype is not as expected."""
     there, here = ({name: f"{t.dtype} {list(t.shape)}" for name, t in d.items()} for d in (stored, expected))
     for name in sorted(there.keys() | here.keys()):
         if there.get(name) != here.get(name):
@@ -393,7 +409,7 @@ def check_tensors(path: Path, stored: Mapping[str, Tensor], expected: Mapping[st
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep Lightning from repeating its hardware report, and advice that does not fit, for every task."""
+    """Silence Lightning's hardware report and advice that does not apply, which repeat for every task."""
     log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
     level = log.level
     log.setLevel(logging.WARNING)

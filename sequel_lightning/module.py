@@ -32,30 +32,32 @@ __all__ = ["CONSOLIDATED", "IDLE", "TRAINING", "ContinualModule", "OptimizerFact
 
 
 class ContinualModule(Algorithm, LoadHook):
-    """A network that learns tasks one after another; subclasses are the algorithms.
+    """A network that learns tasks one after another. Methods are subclasses.
 
-    Each `Trainer.fit` trains on one task and consolidates it:
-
-        for task in benchmark.tasks:
-            Trainer(max_epochs=1).fit(module, datamodule=TaskDataModule(task))
-
-    Args:
-        net: called with images `[B, C, H, W]`, returns logits `[B, num_classes]`.
-        optimizer: factory over parameters, for example `partial(torch.optim.SGD, lr=0.1)`; it may return what
-            `configure_optimizers` may, a scheduler included. A factory with a parameter `named_parameters`
-            gets pairs of name and parameter, for parameter groups.
-        hparams: settings of the algorithm.
-        spec: of the stream (`benchmark.spec`): the mask of each task and the normalisation of uint8 images.
-            Without one, logits are not masked and images must come normalised.
-        metrics: updated with `(logits, labels)` at every training step, logged and reset with the loss.
-            Copies score the validation and test samples, see `sequel_lightning.scores`.
-        seed: of the plan, for methods that choose samples.
+    Each `Trainer.fit` trains on one task, and consolidates it when it ends. See `help(EWC)` for the loop over
+    tasks, and `Algorithm` for the hooks that a method overrides. The constructor's docstring lists its
+    arguments.
 
     Raises:
-        ValueError: a network that the stream's images do not fit, or that returns another shape; settings
-            that do not fit the stream; in `fit`, a Trainer that has nothing left to run, more than one
-            process, a learning-rate decay beside a scheduler, a task before it that was never consolidated,
-            batches of another kind, or a label that is not of its task.
+        ValueError: in `fit`, if the Trainer has nothing left to run or has several processes; if a task
+            before it was never consolidated; if both `lr_decay` and a scheduler set the learning rate; if a
+            batch is neither `(x, y)` nor `(x, y, t)`, or a label does not belong to its task.
+
+    Example:
+        A method that adds the norm of the weights to the loss:
+
+        >>> import torch
+        >>> from sequel_core import NaiveHParams
+        >>> from sequel_lightning import MLP, ContinualModule
+        >>> class Ridge(ContinualModule):
+        ...     hparams_class = NaiveHParams
+        ...
+        ...     def loss(self, logits, batch):
+        ...         norm = sum(p.square().sum() for p in self.params().values())
+        ...         return super().loss(logits, batch) + 0.01 * norm
+        >>> module = Ridge(MLP(), torch.optim.SGD)
+        >>> module.algorithm_hparams
+        NaiveHParams(lr_decay=1.0, min_lr=0.0, reset_optimizer=True, consolidate='last')
     """
 
     def memory_bytes(self) -> int:

@@ -1,9 +1,9 @@
-"""Scores of validation and test samples, by task: what a fit or `trainer.test` logs of them.
+"""Scores of validation and test samples, by task: as a fit or `trainer.test` logs them.
 
-    <stage>/accuracy/task_<j>   the mean over the samples of task j; <stage>/loss/task_<j> alike
-    <stage>/accuracy            the mean over the tasks that occur, each of which counts the same
+    <stage>/accuracy/task_<j>   the mean over the samples of task j; <stage>/loss/task_<j> likewise
+    <stage>/accuracy            the mean over the tasks that occur, with equal weights
 
-A metric of the user's own is `<stage>/<name>` over all samples, and `<stage>/<name>/task_<j>` over those of
+A user's metric is `<stage>/<name>` over all samples, and `<stage>/<name>/task_<j>` over the samples of
 task j.
 """
 
@@ -23,7 +23,7 @@ OURS = ("loss", "accuracy", "penalty")
 
 
 def check_metrics(metrics: MetricCollection | None) -> None:
-    """Raise ValueError for another object than a MetricCollection, or a name that is taken."""
+    """Raise ValueError unless metrics are a MetricCollection or None, without a name that the module uses."""
     if metrics is None:
         return
     if not isinstance(metrics, MetricCollection):
@@ -46,7 +46,7 @@ class TaskScores:
 
     Args:
         stage: `val` or `test`, the first part of every name.
-        metrics: copied for each task, and for all of them together; None for none.
+        metrics: copied for each task and for all tasks together, or None.
     """
 
     def __init__(self, stage: str, metrics: MetricCollection | None) -> None:
@@ -67,7 +67,7 @@ class TaskScores:
         self._update_metrics("", logits, y)
 
     def compute(self) -> dict[str, Any]:
-        """Return what is to be logged, by name; nothing if no sample was evaluated."""
+        """Return the scores by name; none if no sample was evaluated."""
         scores: dict[str, Any] = {}
         for k, name in enumerate(("loss", "accuracy")):
             means = {j: self._sums[j][k] / self._sums[j][2] for j in sorted(self._sums)}
@@ -92,7 +92,7 @@ def with_loaders_task(batch: Any, loader: int, spec: StreamSpec | None) -> Any:
     """Return a batch of the loader with that index: `(x, y)` gets the index as its task.
 
     Raises:
-        ValueError: the stream has no such task, or the task has not these labels.
+        ValueError: the stream has no such task, or the task does not have these labels.
     """
     if isinstance(batch, Batch) or len(batch) > 2:
         return batch

@@ -1,4 +1,4 @@
-"""Settings and stream specs as plain values, in checkpoints and in hparams.yaml, and back.
+"""Settings and stream specs as plain values, for checkpoints and hparams.yaml, and back.
 
 Plain values are numbers, texts, lists and dictionaries: `torch.load(weights_only=True)` reads them, and YAML
 is readable. A constructor takes them in place of `hparams` and `spec`.
@@ -41,7 +41,7 @@ def check_hparams(cls: Any, hparams: AlgorithmHParams | None, spec: StreamSpec |
 
 
 def plain_spec(spec: StreamSpec) -> dict[str, Any]:
-    """Return the spec; in place of the mask, the classes of each task."""
+    """Return the spec as plain values; the mask becomes the classes of each task."""
     normalisation, augmentation = spec.normalisation, spec.augmentation
     return {
         "image_shape": [int(n) for n in spec.image_shape],
@@ -56,7 +56,7 @@ def plain_spec(spec: StreamSpec) -> dict[str, Any]:
 
 
 def hparams_from(plain: Mapping[str, Any], hparams_class: type[AlgorithmHParams]) -> AlgorithmHParams:
-    """Return the settings that `plain_hparams` wrote down; what is left out has its default.
+    """Return the settings for the plain values of `plain_hparams`; missing settings have their defaults.
 
     Raises:
         ValueError: settings of another algorithm, an unknown setting, or a value out of its range.
@@ -77,7 +77,7 @@ def hparams_from(plain: Mapping[str, Any], hparams_class: type[AlgorithmHParams]
 
 
 def spec_from(plain: Mapping[str, Any]) -> StreamSpec:
-    """Return the spec that `plain_spec` wrote down.
+    """Return the spec for the plain values of `plain_spec`.
 
     Raises:
         ValueError: a field is missing or unknown, or a class is not below `num_classes`.

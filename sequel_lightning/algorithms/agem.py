@@ -45,7 +45,21 @@ def batch_loss(batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
 
 
 class AGEM(ReplayModule):
-    """A-GEM. If the Trainer accumulates gradients, the reference is the draw of the last batch."""
+    """A-GEM; see `help(AGEMHParams)` for its settings.
+
+    If the Trainer accumulates gradients, the reference is the gradient of the last draw.
+
+    Example:
+        >>> import torch
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import AGEMHParams
+        >>> from sequel_lightning import MLP, AGEM
+        >>> digits = RotatedDigits(num_tasks=2)
+        >>> net = MLP(image_shape=digits.image_shape)
+        >>> module = AGEM(net, torch.optim.SGD, AGEMHParams(mem_size=20, mem_batch_size=10), digits.spec)
+        >>> module.memory_bytes()  # 20 images, labels and task indices
+        1440
+    """
 
     hparams_class = AGEMHParams
     algorithm_hparams: AGEMHParams

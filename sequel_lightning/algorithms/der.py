@@ -34,7 +34,19 @@ def replay_loss(batch: Outputs, draws: Sequence[Outputs], hparams: DERHParams) -
 
 
 class DER(ReplayModule):
-    """Dark experience replay."""
+    """Dark experience replay; see `help(DERHParams)` for its settings.
+
+    Example:
+        >>> import torch
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import DERHParams
+        >>> from sequel_lightning import MLP, DER
+        >>> digits = RotatedDigits(num_tasks=2)
+        >>> net = MLP(image_shape=digits.image_shape)
+        >>> module = DER(net, torch.optim.SGD, DERHParams(mem_size=20), digits.spec)
+        >>> module.memory_bytes()  # 20 images, labels, task indices and logits
+        2240
+    """
 
     hparams_class = DERHParams
     has_penalty = True

@@ -27,7 +27,19 @@ def replay_loss(batch: Outputs, draws: Sequence[Outputs], hparams: DERppHParams)
 
 
 class DERpp(ReplayModule):
-    """DER++."""
+    """DER++; see `help(DERppHParams)` for its settings.
+
+    Example:
+        >>> import torch
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import DERppHParams
+        >>> from sequel_lightning import MLP, DERpp
+        >>> digits = RotatedDigits(num_tasks=2)
+        >>> net = MLP(image_shape=digits.image_shape)
+        >>> module = DERpp(net, torch.optim.SGD, DERppHParams(mem_size=20), digits.spec)
+        >>> module.memory_bytes()  # 20 images, labels, task indices and logits
+        2240
+    """
 
     hparams_class = DERppHParams
     has_penalty = True

@@ -26,7 +26,19 @@ def replay_loss(batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
 
 
 class ER(ReplayModule):
-    """Experience replay."""
+    """Experience replay; see `help(ERHParams)` for its settings.
+
+    Example:
+        >>> import torch
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import ERHParams
+        >>> from sequel_lightning import MLP, ER
+        >>> digits = RotatedDigits(num_tasks=2)
+        >>> net = MLP(image_shape=digits.image_shape)
+        >>> module = ER(net, torch.optim.SGD, ERHParams(mem_size=20), digits.spec)
+        >>> module.memory_bytes()  # 20 images, labels and task indices
+        1440
+    """
 
     hparams_class = ERHParams
     together = True

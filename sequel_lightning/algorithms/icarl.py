@@ -87,11 +87,22 @@ def objective(module: ICaRL, batch: Batch, hparams: ICaRLHParams) -> tuple[Tenso
 
 
 class ICaRL(ExemplarModule):
-    """iCaRL.
+    """iCaRL; see `help(ICaRLHParams)` for its settings.
 
     Raises:
         ValueError: no spec; the network has no method `features` or no last layer `head`; `mem_size` is less
             than the number of classes.
+
+    Example:
+        >>> import torch
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import ICaRLHParams
+        >>> from sequel_lightning import MLP, ICaRL
+        >>> digits = RotatedDigits(num_tasks=2)
+        >>> net = MLP(image_shape=digits.image_shape)
+        >>> module = ICaRL(net, torch.optim.SGD, ICaRLHParams(mem_size=40), digits.spec)
+        >>> int(module.state.has_mean.sum())  # no task has ended yet
+        0
     """
 
     hparams_class = ICaRLHParams

@@ -134,10 +134,21 @@ def predict(module: KCL, x: Tensor, t: Tensor, hparams: KCLHParams) -> Tensor:
 
 
 class KCL(CoresetModule):
-    """Kernel continual learning.
+    """Kernel continual learning; see `help(KCLHParams)` for its settings.
 
     Raises:
         ValueError: no spec, or the network has no `features` or `head`; in `fit`, a task has no coreset.
+
+    Example:
+        >>> import torch
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import KCLHParams
+        >>> from sequel_lightning import MLP, KCL
+        >>> digits = RotatedDigits(num_tasks=2)
+        >>> net = MLP(image_shape=digits.image_shape)
+        >>> module = KCL(net, torch.optim.SGD, KCLHParams(core_size=20, task_given=True), digits.spec)
+        >>> module.state.coreset.y.shape
+        torch.Size([40])
     """
 
     hparams_class = KCLHParams

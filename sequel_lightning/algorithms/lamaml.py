@@ -135,7 +135,21 @@ def glance(
 
 
 class LaMAML(ReplayModule):
-    """La-MAML. It takes its steps itself: a batch counts as one step of the Trainer."""
+    """La-MAML; see `help(LaMAMLHParams)` for its settings.
+
+    It takes its steps itself, and a batch counts as one step of the Trainer.
+
+    Example:
+        >>> import torch
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import LaMAMLHParams
+        >>> from sequel_lightning import MLP, LaMAML
+        >>> digits = RotatedDigits(num_tasks=2)
+        >>> net = MLP(image_shape=digits.image_shape)
+        >>> module = LaMAML(net, torch.optim.SGD, LaMAMLHParams(mem_size=20, alpha_init=0.1), digits.spec)
+        >>> round(float(module.state.rates["head.bias"].mean()), 3)
+        0.1
+    """
 
     hparams_class = LaMAMLHParams
     algorithm_hparams: LaMAMLHParams

@@ -60,10 +60,21 @@ def objective(module: LFL, batch: Batch, hparams: LFLHParams) -> tuple[Tensor, T
 
 
 class LFL(ContinualModule):
-    """Less-forgetting learning.
+    """Less-forgetting learning; see `help(LFLHParams)` for its settings.
 
     Raises:
         ValueError: the network has no method `features` or no last layer `head`.
+
+    Example:
+        >>> import torch
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import LFLHParams
+        >>> from sequel_lightning import MLP, LFL
+        >>> digits = RotatedDigits(num_tasks=2)
+        >>> net = MLP(image_shape=digits.image_shape)
+        >>> module = LFL(net, torch.optim.SGD, LFLHParams(lfl_lambda=0.5), digits.spec)
+        >>> module(torch.zeros(3, 1, 8, 8)).shape
+        torch.Size([3, 10])
     """
 
     hparams_class = LFLHParams

@@ -38,7 +38,19 @@ def sensitivity(params: Params, model: Model, batches: Iterable[Batch], hparams:
 
 
 class MAS(QuadraticModule):
-    """Memory aware synapses."""
+    """Memory aware synapses; see `help(MASHParams)` for its settings.
+
+    Example:
+        >>> import torch
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import MASHParams
+        >>> from sequel_lightning import MLP, MAS
+        >>> digits = RotatedDigits(num_tasks=2)
+        >>> net = MLP(image_shape=digits.image_shape)
+        >>> module = MAS(net, torch.optim.SGD, MASHParams(mas_lambda=0.1), digits.spec)
+        >>> float(module.state.importance["head.bias"].sum())  # no task has ended yet
+        0.0
+    """
 
     hparams_class = MASHParams
     algorithm_hparams: MASHParams

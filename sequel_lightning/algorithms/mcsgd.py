@@ -119,7 +119,19 @@ def finish(
 
 
 class MCSGD(ReplayModule):
-    """Mode connectivity SGD."""
+    """MC-SGD; see `help(MCSGDHParams)` for its settings.
+
+    Example:
+        >>> import torch
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import MCSGDHParams
+        >>> from sequel_lightning import MLP, MCSGD
+        >>> digits = RotatedDigits(num_tasks=2)
+        >>> net = MLP(image_shape=digits.image_shape)
+        >>> module = MCSGD(net, torch.optim.SGD, MCSGDHParams(per_task_memory_samples=20), digits.spec)
+        >>> int(module.state.learned)  # no task has ended yet
+        -1
+    """
 
     hparams_class = MCSGDHParams
     algorithm_hparams: MCSGDHParams

@@ -12,6 +12,18 @@ from sequel_lightning.module import ContinualModule
 
 
 class Naive(ContinualModule):
-    """Naive finetuning."""
+    """Naive finetuning; see `help(NaiveHParams)` for its settings.
+
+    Example:
+        >>> import torch
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import NaiveHParams
+        >>> from sequel_lightning import MLP, Naive
+        >>> digits = RotatedDigits(num_tasks=2)
+        >>> net = MLP(image_shape=digits.image_shape)
+        >>> module = Naive(net, torch.optim.SGD, NaiveHParams(), digits.spec)
+        >>> module(torch.zeros(3, 1, 8, 8)).shape
+        torch.Size([3, 10])
+    """
 
     hparams_class = NaiveHParams

@@ -58,7 +58,19 @@ def consolidate(params: Params, state: SIState, hparams: SIHParams) -> SIState:
 
 
 class SI(ContinualModule):
-    """Synaptic intelligence."""
+    """Synaptic intelligence; see `help(SIHParams)` for its settings.
+
+    Example:
+        >>> import torch
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import SIHParams
+        >>> from sequel_lightning import MLP, SI
+        >>> digits = RotatedDigits(num_tasks=2)
+        >>> net = MLP(image_shape=digits.image_shape)
+        >>> module = SI(net, torch.optim.SGD, SIHParams(si_lambda=0.1), digits.spec)
+        >>> sorted(module.state.importance)
+        ['dense_0.bias', 'dense_0.weight', 'dense_1.bias', 'dense_1.weight', 'head.bias', 'head.weight']
+    """
 
     hparams_class = SIHParams
     has_penalty = True

@@ -19,6 +19,18 @@ from sequel_lightning.module import ContinualModule
 
 
 class StableSGD(ContinualModule):
-    """Stable SGD."""
+    """Stable SGD; see `help(StableSGDHParams)` for its settings.
+
+    Example:
+        >>> import torch
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core import StableSGDHParams
+        >>> from sequel_lightning import MLP, StableSGD
+        >>> digits = RotatedDigits(num_tasks=2)
+        >>> net = MLP(image_shape=digits.image_shape)
+        >>> module = StableSGD(net, torch.optim.SGD, StableSGDHParams(lr_decay=0.5), digits.spec)
+        >>> module.algorithm_hparams.learning_rate_factor(1, 0.1)
+        0.25
+    """
 
     hparams_class = StableSGDHParams

@@ -49,7 +49,20 @@ def canonical_name(net: nn.Module, name: str) -> str:
 def canonical_weights(net: nn.Module) -> dict[str, FloatArray]:
     """Return copies of the parameters and of the running statistics in the canonical layout.
 
-    That is `layer/kernel` `[in, out]` or `[H, W, in, out]`; `layer/bias`, `/scale`, `/mean`, `/var` `[out]`.
+    The layout is Flax's, so that weights of both frameworks can be compared.
+
+    Args:
+        net: a network.
+
+    Returns:
+        Arrays by path: `layer/kernel` `[in, out]` or `[H, W, in, out]`; `layer/bias`, `layer/scale`,
+        `layer/mean` and `layer/var` `[out]`.
+
+    Example:
+        >>> from sequel_lightning import MLP
+        >>> weights = canonical_weights(MLP((16,), num_classes=10, image_shape=(8, 8, 1)))
+        >>> {name: array.shape for name, array in weights.items()}
+        {'dense_0/bias': (16,), 'dense_0/kernel': (64, 16), 'head/bias': (10,), 'head/kernel': (16, 10)}
     """
     weights = {}
     for name, p in sorted(_arrays(net).items()):
@@ -62,13 +75,23 @@ def canonical_weights(net: nn.Module) -> dict[str, FloatArray]:
 
 @torch.no_grad()
 def initialise(net: nn.Module, seed: int) -> nn.Module:
-    """Set a built-in network to its initial weights and return it; any other stays as it is.
+    """Set a built-in network to the initial weights of a seed, which are the same in both frameworks.
 
-    They are the plan's, but torchvision's own, drawn with the seed, for its models.
+    A model of torchvision is initialised as torchvision does it. Any other network stays as it is.
 
     Args:
-        net: changed in place.
-        seed: of the run.
+        net: a network, changed in place.
+        seed: of the run, >= 0.
+
+    Returns:
+        The network.
+
+    Example:
+        >>> import torch
+        >>> from sequel_lightning import MLP
+        >>> a, b = (initialise(MLP((16,)), seed=3) for _ in range(2))
+        >>> torch.equal(a.head.weight, b.head.weight)
+        True
     """
     if isinstance(net, TorchvisionModel):
         net.initialise(seed)

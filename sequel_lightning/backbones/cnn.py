@@ -43,6 +43,13 @@ class CNN(nn.Module):
 
     Raises:
         ValueError: a setting out of range, or images too small for the layers.
+
+    Example:
+        >>> import torch
+        >>> from sequel_lightning import CNN
+        >>> net = CNN(channels=(8, 16), norm="group", image_shape=(32, 32, 3))
+        >>> net(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(

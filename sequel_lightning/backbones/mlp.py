@@ -16,6 +16,13 @@ class MLP(nn.Sequential):
         num_classes: outputs.
         dropout: probability that a hidden unit is dropped, in [0, 1).
         image_shape: (H, W, C) of the images.
+
+    Example:
+        >>> import torch
+        >>> from sequel_lightning import MLP
+        >>> net = MLP((100, 100), num_classes=10, image_shape=(28, 28, 1))
+        >>> net(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
     """
 
     head: nn.Linear

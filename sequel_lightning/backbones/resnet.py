@@ -81,6 +81,13 @@ class ResNet18(nn.Module):
 
     Raises:
         ValueError: a setting out of range.
+
+    Example:
+        >>> import torch
+        >>> from sequel_lightning import ResNet18
+        >>> net = ResNet18(channels=8, num_classes=10, image_shape=(32, 32, 3))
+        >>> net(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -122,7 +129,17 @@ class ResNet18(nn.Module):
 
 
 class ResNet18Thin(ResNet18):
-    """ResNet-18 with 20 channels in its first stage, as in GEM's code (Lopez-Paz & Ranzato 2017)."""
+    """ResNet-18 with 20 channels in its first stage, as in GEM's code (Lopez-Paz & Ranzato 2017).
+
+    Its arguments are those of `ResNet18`.
+
+    Example:
+        >>> import torch
+        >>> from sequel_lightning import ResNet18Thin
+        >>> net = ResNet18Thin(num_classes=10)
+        >>> net(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
 
     def __init__(
         self,

@@ -31,6 +31,13 @@ class TorchvisionModel(nn.Module):
     Raises:
         ValueError: torchvision has no such model or no such weights, the model's last layer is not a dense
             one, or the images do not fit.
+
+    Example:
+        >>> import torch
+        >>> from sequel_lightning import TorchvisionModel
+        >>> net = TorchvisionModel("resnet18", num_classes=10)
+        >>> net(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(

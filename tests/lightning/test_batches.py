@@ -59,7 +59,7 @@ def fitted(model: ContinualModule, *tensors: Tensor, **options: Any) -> Continua
     ],
     ids=["weights", "flags", "column", "four", "one"],
 )
-def test_other_batches_are_refused(rest: tuple[Tensor, ...], actual: str, with_spec: bool) -> None:
+def test_other_batches_raise(rest: tuple[Tensor, ...], actual: str, with_spec: bool) -> None:
     benchmark = stream()
     model = module(benchmark, NaiveHParams(), spec=float_spec(benchmark) if with_spec else None)
     before = everything(model)["tensors"]
@@ -69,13 +69,13 @@ def test_other_batches_are_refused(rest: tuple[Tensor, ...], actual: str, with_s
 
 
 @pytest.mark.parametrize("actual", ["dict", "Tensor"])
-def test_a_batch_that_is_no_tuple_is_refused(actual: str) -> None:
+def test_a_batch_that_is_no_tuple_raises(actual: str) -> None:
     samples: list[Any] = [{"x": x, "y": y} if actual == "dict" else x for x, y in zip(X, Y, strict=True)]
     with pytest.raises(ValueError, match=f"{A_BATCH}.*got {actual}; leave out"):
         trainer().fit(module(stream(), NaiveHParams()), DataLoader(samples, BATCH))  # type: ignore[arg-type]
 
 
-def test_lengths_before_labels_are_refused() -> None:
+def test_lengths_before_labels_raise() -> None:
     """(x, length, y) is not (x, y, t): lengths are no classes, and labels no task indices."""
     benchmark = stream()
     two = stream(num_tasks=5)
@@ -114,7 +114,7 @@ def test_task_indices_may_be_any_integers(dtype: torch.dtype) -> None:
     [(hparams, "task") for hparams in EVERY] + [(hparams, "class") for hparams in EVERY if hparams != KCL],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_a_label_of_another_task_in_the_first_batch_is_refused(
+def test_a_label_of_another_task_in_the_first_batch_raises(
     hparams: AlgorithmHParams, scenario: Scenario
 ) -> None:
     """Nothing was trained then, and the task can begin once the loader is right."""
@@ -138,7 +138,7 @@ def test_a_label_of_another_task_in_the_first_batch_is_refused(
 
 
 @pytest.mark.parametrize("label", [CLASSES, -1, -100])
-def test_a_label_outside_the_head_is_refused(label: int) -> None:
+def test_a_label_outside_the_head_raises(label: int) -> None:
     benchmark = stream()
     model = module(benchmark, NaiveHParams(), spec=float_spec(benchmark))
     y = Y.clone()

@@ -263,9 +263,7 @@ Leave = Callable[[AlgorithmHParams, Benchmark, Path], ContinualModule]
 @pytest.mark.parametrize(
     ("hparams", "known"), [(LAST, False), (SI, True), (ER, True)], ids=["ewc-loader", "si", "er"]
 )
-def test_the_next_fit_is_refused(
-    leave: Leave, hparams: AlgorithmHParams, known: bool, tmp_path: Path
-) -> None:
+def test_the_next_fit_raises(leave: Leave, hparams: AlgorithmHParams, known: bool, tmp_path: Path) -> None:
     benchmark = stream()
     model = leave(hparams, benchmark, tmp_path)
     before = everything(model)
@@ -312,7 +310,7 @@ def test_consolidate_task_ends_a_task_at_the_weights_of_the_moment(leave: Leave,
     assert calls == [0, 1]
 
 
-def test_consolidate_task_is_refused_where_it_cannot_be_right(tmp_path: Path) -> None:
+def test_consolidate_task_raises_if_it_cannot_be_right(tmp_path: Path) -> None:
     benchmark = stream()
     fresh = module(benchmark)
     with pytest.raises(ValueError, match="no task was trained yet"):
@@ -368,7 +366,7 @@ def test_an_evaluation_sees_the_state_of_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_a_checkpoint_of_a_task_is_not_gone_on_with_on_another(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_task_is_not_resumed_on_another(tmp_path: Path) -> None:
     benchmark = stream()
     kept = keeper(tmp_path)
     fit(module(benchmark), benchmark, 0, kept)
@@ -393,7 +391,7 @@ def test_one_callback_must_say_what_is_best(number: int, tmp_path: Path) -> None
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_a_best_file_of_an_earlier_fit_is_refused(tmp_path: Path) -> None:
+def test_a_best_file_of_an_earlier_fit_raises(tmp_path: Path) -> None:
     benchmark = stream()
     model, kept = module(benchmark, BEST), keeper(tmp_path)
     fit(model, benchmark, 0, kept)
@@ -449,7 +447,7 @@ def test_the_learner_consolidates_each_task_at_its_best_weights(tmp_path: Path) 
         make_learner(hparams, net, optimizer, benchmark, training, trainer=last)
 
 
-def test_naive_finetuning_goes_on_from_the_best_weights(tmp_path: Path) -> None:
+def test_naive_finetuning_continues_from_the_best_weights(tmp_path: Path) -> None:
     benchmark = stream()
     model, kept = module(benchmark, NaiveHParams(consolidate="best")), keeper(tmp_path)
     fit(model, benchmark, 0, kept)

@@ -198,7 +198,7 @@ def test_callbacks_do_not_change_when_evaluations_are_due(every: Any, at: list[i
         assert actual == at
 
 
-def test_a_monitor_without_validation_samples_is_refused_before_the_task() -> None:
+def test_a_monitor_without_validation_samples_raises_before_the_task() -> None:
     stream = digits(validation=0)
     made = learner(EarlyStopping("val/loss"), benchmark=stream)
     with pytest.raises(ValueError, match=r"EarlyStopping monitors val/loss, and task 0 has no validation"):
@@ -262,7 +262,7 @@ def test_the_best_checkpoint_loads_into_a_fresh_module(tmp_path: Path) -> None:
 # -- learning rates, averages, accumulation, time
 
 
-def test_the_learning_rate_monitors_axis_goes_on(tmp_path: Path) -> None:
+def test_the_learning_rate_monitors_axis_continues(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path / "csv")
     made = learner(
         LearningRateMonitor("step"),
@@ -307,7 +307,7 @@ def test_stochastic_weight_averaging_averages_within_each_task(tmp_path: Path) -
     assert position(made.module) == (2, CONSOLIDATED)
 
 
-def test_averaging_over_one_epoch_is_refused() -> None:
+def test_averaging_over_one_epoch_raises() -> None:
     with pytest.raises(ValueError, match=r"StochasticWeightAveraging .* set epochs_per_task >= 2, got 1"):
         learner(StochasticWeightAveraging(0.05))
 
@@ -335,7 +335,7 @@ class Ticking(Timer):
         return self.seconds
 
 
-def test_a_timer_runs_anew_for_each_task(tmp_path: Path) -> None:
+def test_a_timer_starts_again_for_each_task(tmp_path: Path) -> None:
     made = learner(Ticking("00:00:00:05"), epochs=2)  # looks once before the first step
     run(made, digits(), run_dir=tmp_path, evaluate_every=2, progress=False)
     assert made.step == 4 * TASKS
@@ -432,7 +432,7 @@ def test_own_callbacks_keep_what_they_gather(tmp_path: Path) -> None:
     assert ended == [1, 1, 1]
 
 
-def test_what_cannot_be_copied_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_copied_raises(tmp_path: Path) -> None:
     stopping = EarlyStopping("val/loss")
     with open(tmp_path / "own", "w") as file:
         stopping.file = file  # type: ignore[attr-defined]
@@ -459,7 +459,7 @@ def test_what_cannot_be_copied_is_refused(tmp_path: Path) -> None:
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )
-def test_what_spoils_a_method_is_refused(callback: Any, match: str) -> None:
+def test_what_damages_a_method_raises(callback: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         learner(callback)
 
@@ -472,7 +472,7 @@ def test_what_spoils_a_method_is_refused(callback: Any, match: str) -> None:
     ],
     ids=["averaging", "pruning"],
 )
-def test_what_spoils_a_method_is_refused_under_any_trainer(callback: Callback, match: str) -> None:
+def test_what_damages_a_method_raises_under_any_trainer(callback: Callback, match: str) -> None:
     """The buffers of the average say that no task has begun; pruned weights had no importances."""
     benchmark = stream()
     model = module(benchmark)
@@ -494,7 +494,7 @@ def interrupt(trainer: Trainer, hook: str) -> None:
 
 @pytest.mark.parametrize(("act", "error"), [(fail, OSError), (interrupt, KeyboardInterrupt)])
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_batch_end", "on_validation_end", "on_train_end"])
-def test_an_error_in_a_callback_leaves_the_task_to_be_gone_on_with(hook: str, act: Any, error: Any) -> None:
+def test_an_error_in_a_callback_leaves_the_task_to_be_resumed(hook: str, act: Any, error: Any) -> None:
     made = learner(At(act, hook, step=3 if "batch" in hook else None), hparams=EWCHParams())
     calls = counted(made.module)
     handler = signal.getsignal(signal.SIGINT)

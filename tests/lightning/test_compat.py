@@ -77,9 +77,9 @@ def test_the_hook_before_a_transfer_is_the_data_modules_or_the_modules() -> None
 
 
 def test_signal_handlers_are_kept() -> None:
-    benchmark, new = stream(), trainer()
     handlers: list[Any] = []
-    new.callbacks.append(At(lambda t, _: handlers.append(signal.getsignal(signal.SIGTERM)), "on_train_start"))
+    note = At(lambda t, _: handlers.append(signal.getsignal(signal.SIGTERM)), "on_train_start")
+    benchmark, new = stream(), trainer(callbacks=[note])
     _compat.keep_signal_handlers(new)
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:

@@ -85,7 +85,7 @@ def test_own_float_loaders_that_yield_the_exemplars_too_replay_them() -> None:
     np.testing.assert_array_equal(ends[0], ends[1])
 
 
-def test_images_of_another_dtype_are_refused_at_the_first_step() -> None:
+def test_images_of_another_dtype_raise_at_the_first_step() -> None:
     benchmark = stream()
     with pytest.raises(ValueError, match=r"holds uint8 images, the batch has float32; give spec._replace"):
         trainer().fit(module(benchmark, ICARL), own_loader(benchmark, 0, with_task=True))
@@ -95,9 +95,12 @@ def test_the_exemplars_join_the_task_behind_its_samples() -> None:
     benchmark, model = stream(scenario="class"), learned(1)
     split = model.training_split(benchmark.tasks[1].train)
     x, y, t = split.take(np.arange(len(split)))
-    own, held = benchmark.tasks[1].train.take(np.arange(BATCH * STEPS + 2)), stored_samples(model.contents)
-    for found, a, b in zip((x, y, t), own, held, strict=True):
-        np.testing.assert_array_equal(found, np.concatenate([a, b]))
+    samples, held = (
+        benchmark.tasks[1].train.take(np.arange(BATCH * STEPS + 2)),
+        stored_samples(model.contents),
+    )
+    for actual, a, b in zip((x, y, t), samples, held, strict=True):
+        np.testing.assert_array_equal(actual, np.concatenate([a, b]))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -114,7 +114,7 @@ def test_integers_and_booleans_are_not_cast(dtype: str) -> None:
     assert blank_image(spec_of_tokens(dtype), torch.zeros(1)).dtype == x.dtype
 
 
-def test_a_coreset_of_another_dtype_than_the_spec_is_refused() -> None:
+def test_a_coreset_of_another_dtype_than_the_spec_raises() -> None:
     benchmark = own_stream(KCL)
     spec = benchmark.spec._replace(image_dtype="float32")
     module: Any = ALGORITHMS["kcl"](network(benchmark), SGD, KCL, spec)
@@ -140,7 +140,7 @@ class Spread(nn.Module):
 
 
 @pytest.mark.parametrize("scenario", ["task", "domain"])
-def test_logits_that_are_not_one_row_for_each_sample_are_refused(scenario: Any) -> None:
+def test_logits_that_are_not_one_row_for_each_sample_raise(scenario: Any) -> None:
     benchmark = stream(scenario=scenario)
     classes = benchmark.num_classes
     module = Naive(Spread(classes), SGD, NaiveHParams(), benchmark.spec)
@@ -153,7 +153,7 @@ def test_logits_that_are_not_one_row_for_each_sample_are_refused(scenario: Any) 
         bare(x, t)
 
 
-def test_one_task_index_for_a_whole_batch_and_a_narrow_head_are_refused() -> None:
+def test_one_task_index_for_a_whole_batch_and_a_narrow_head_raise() -> None:
     module = Naive(network(stream(scenario="task")), SGD, NaiveHParams(), stream(scenario="task").spec)
     for logits, t, message in (
         (torch.zeros(4, 6), torch.tensor(0), "got logits [4, 6] and t Tensor"),

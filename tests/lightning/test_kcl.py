@@ -132,7 +132,7 @@ def test_own_coresets_train_as_those_of_the_tasks_do() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-def test_a_task_without_a_coreset_is_refused_and_leaves_no_trace() -> None:
+def test_a_task_without_a_coreset_raises_and_leaves_no_trace() -> None:
     benchmark = own_stream(RFF)
     plain = stream(steps=STEPS + 3)
     model, twin = made(benchmark), made(benchmark)
@@ -148,7 +148,7 @@ def test_a_task_without_a_coreset_is_refused_and_leaves_no_trace() -> None:
     assert_same(everything(model), everything(twin))
 
 
-def test_coresets_that_do_not_fit_are_refused() -> None:
+def test_coresets_that_do_not_fit_raise() -> None:
     benchmark = own_stream(RFF)
     model = made(benchmark)
     x, y, _ = arrays(benchmark, 0)
@@ -167,7 +167,7 @@ def test_coresets_that_do_not_fit_are_refused() -> None:
     assert (model.state.coreset.t == -1).all()
 
 
-def test_a_network_without_features_is_refused() -> None:
+def test_a_network_without_features_raises() -> None:
     benchmark = own_stream(RFF)
     with pytest.raises(ValueError, match=r"kcl needs a network with a method features\(x\)"):
         KCL(nn.Sequential(nn.Flatten(), nn.Linear(9, 4)), MOMENTUM, RFF, benchmark.spec)

@@ -54,7 +54,7 @@ def test_a_batch_is_one_step_of_the_trainer(hparams: LaMAMLHParams) -> None:
         ({"accumulate_grad_batches": 2}, "leave the Trainer's accumulate_grad_batches out, got 2"),
     ],
 )
-def test_a_trainer_that_would_interfere_is_refused(options: dict[str, Any], message: str) -> None:
+def test_a_trainer_that_would_interfere_raises(options: dict[str, Any], message: str) -> None:
     model = module(stream(), LAMAML)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(ValueError, match=f"lamaml takes its steps itself: {message}"):
@@ -62,7 +62,7 @@ def test_a_trainer_that_would_interfere_is_refused(options: dict[str, Any], mess
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_a_scheduler_is_refused() -> None:
+def test_a_scheduler_raises() -> None:
     def scheduled(params: Iterable[torch.nn.Parameter]) -> dict[str, Any]:
         optimizer = torch.optim.SGD(params, lr=0.2)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}

@@ -303,14 +303,12 @@ def test_mask_logits_has_no_infinite_number() -> None:
         ("callbacks", [], "callbacks"),
     ],
 )
-def test_settings_of_the_learner_are_refused_as_settings_of_the_trainer(
-    name: str, value: Any, remedy: str
-) -> None:
+def test_settings_of_the_learner_raise_as_settings_of_the_trainer(name: str, value: Any, remedy: str) -> None:
     with pytest.raises(ValueError, match=rf"trainer.{name} is set by the learner; use {remedy}"):
         learner(stream(), trainer={name: value})
 
 
-def test_dtypes_that_do_not_fit_are_refused() -> None:
+def test_dtypes_that_do_not_fit_raise() -> None:
     benchmark = stream()
     with pytest.raises(ValueError, match=r"dtype=float64 but the network's weights are torch.float32"):
         learner(benchmark, training={"dtype": "float64"})
@@ -319,7 +317,7 @@ def test_dtypes_that_do_not_fit_are_refused() -> None:
         LightningLearner(model, TrainingHParams(dtype="float64"), trainer={"precision": "16-mixed"})
 
 
-def test_a_module_without_a_spec_is_refused() -> None:
+def test_a_module_without_a_spec_raises() -> None:
     with pytest.raises(ValueError, match=r"no spec; construct it with spec=benchmark.spec"):
         LightningLearner(module(stream(), spec=None))
 
@@ -338,6 +336,6 @@ def test_gradients_are_clipped_to_the_training_setting() -> None:
     )
 
 
-def test_several_processes_are_refused_before_any_is_started() -> None:
+def test_several_processes_raise_before_any_is_started() -> None:
     with pytest.raises(ValueError, match="not supported yet, got world_size=2; use devices=1"):
         learner(stream(), trainer={"accelerator": "cpu", "devices": 2})

@@ -146,7 +146,7 @@ def test_a_users_own_network_equals_a_loop_written_by_hand() -> None:
     ],
     ids=["features", "head"],
 )
-def test_a_network_without_features_or_head_is_refused(net: nn.Module, message: str) -> None:
+def test_a_network_without_features_or_head_raises(net: nn.Module, message: str) -> None:
     missing = "head" if "a head" in message else "features"
     says = rf"lfl needs a network with {message}net.head\(net.features\(x\)\); \w+ has no {missing}"
     with pytest.raises(ValueError, match=says):

@@ -56,7 +56,7 @@ def read(path: Path) -> EventAccumulator:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_what_callbacks_log_goes_on_across_tasks_and_epochs_are_left_out(tmp_path: Path) -> None:
+def test_what_callbacks_log_continues_across_tasks_and_epochs_are_left_out(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, "own")  # whose default_hp_metric is True
     ran(tmp_path / "run", logger, callbacks=[Scores(), LearningRateMonitor("step")])
     actual = scalars(Path(logger.log_dir))
@@ -162,7 +162,7 @@ def _thread_errors_as_in_a_run() -> Iterator[None]:
 @pytest.mark.usefixtures("_thread_errors_as_in_a_run")
 @pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
 @pytest.mark.parametrize("name", ["csv", "jsonl", "tensorboard"])
-def test_a_full_disk_under_a_logger_is_told_once(
+def test_a_full_disk_under_a_logger_is_reported_once(
     name: str, disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     logger = LOGGERS[name](disk, {})
@@ -177,7 +177,7 @@ def test_a_full_disk_under_a_logger_is_told_once(
 
 @pytest.mark.usefixtures("_thread_errors_as_in_a_run")
 @pytest.mark.parametrize("good", [0, 3, 305])
-def test_an_error_in_the_thread_of_tensorboard_is_told_once(
+def test_an_error_in_the_thread_of_tensorboard_is_reported_once(
     good: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     calls, original = [], RecordWriter.write
@@ -201,7 +201,7 @@ def test_local_loggers_write_nothing_before_the_run(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_loggers_go_on_after_an_interruption(tmp_path: Path) -> None:
+def test_loggers_continue_after_an_interruption(tmp_path: Path) -> None:
     def started() -> list[Logger]:
         return [LOGGERS[name](tmp_path, {}) for name in ("csv", "jsonl", "tensorboard")]
 

@@ -279,7 +279,7 @@ def test_memory_bytes_are_the_sizes_of_what_is_kept(hparams: AlgorithmHParams, e
 
 
 @every_algorithm
-def test_a_fresh_module_goes_on_from_the_state_dict(hparams: AlgorithmHParams) -> None:
+def test_a_fresh_module_continues_from_the_state_dict(hparams: AlgorithmHParams) -> None:
     benchmark = own_stream(hparams)
     model, fresh = module(benchmark, hparams), module(benchmark, hparams)
     learn(model, benchmark, 0)
@@ -291,7 +291,7 @@ def test_a_fresh_module_goes_on_from_the_state_dict(hparams: AlgorithmHParams) -
     assert all(torch.equal(actual[k], v) for k, v in expected.items())
 
 
-def test_a_state_dict_of_another_memory_is_refused() -> None:
+def test_a_state_dict_of_another_memory_raises() -> None:
     other = ERHParams(mem_size=9, mem_batch_size=6, memory="class_balanced")
     with pytest.raises(
         ValueError, match="planner's state must have 3 numbers, got 19; it comes from a memory of"
@@ -324,7 +324,7 @@ def test_a_memory_needs_a_spec(hparams: ReplayHParams) -> None:
     [(CLASSES + 5, 0), (-1, 0), (1, 7), (1, -1)],
     ids=["label", "negative label", "task", "negative task"],
 )
-def test_labels_and_tasks_outside_the_spec_are_refused(y: int, t: int) -> None:
+def test_labels_and_tasks_outside_the_spec_raise(y: int, t: int) -> None:
     """In the first batch by the module, later by the planner, in both cases before anything is written."""
     labels, tasks = torch.tensor([0, 1, y, 2]), torch.tensor([0, 0, t, 0])
     model = replay_module(ER, floats=True)
@@ -346,7 +346,7 @@ def test_labels_and_tasks_outside_the_spec_are_refused(y: int, t: int) -> None:
     assert model.running_metrics.steps_done == 1
 
 
-def test_a_label_of_another_task_is_refused() -> None:
+def test_a_label_of_another_task_raises() -> None:
     """Task 0 has classes 0 and 1, task 1 has 2 and 3."""
     model = replay_module(ER, scenario="task", floats=True)
     with pytest.raises(ValueError, match=r"label [23] is not among the classes of task 0, \[0, 1\]; relabel"):

@@ -205,7 +205,7 @@ def test_resume_with_augmentation_and_batch_statistics(hparams: AlgorithmHParams
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-def test_a_plain_loader_that_goes_on_within_an_epoch_is_warned_of(tmp_path: Path) -> None:
+def test_a_plain_loader_that_continues_within_an_epoch_warns(tmp_path: Path) -> None:
     """It begins the epoch anew, which Lightning says; our own data module does not, and nothing is said."""
     benchmark, path = stream(), tmp_path / "within.ckpt"
     save = At(lambda trainer, hook: trainer.save_checkpoint(path), "on_train_batch_end", step=STEPS + 2)

@@ -89,7 +89,7 @@ def test_forgetting_is_visible_while_training(with_task: bool, scenario: Any, tm
         assert float(stop.best_score) == min(actual["val/loss/task_0"] for actual, _ in seen)
 
 
-def test_the_tasks_in_one_loader_are_told_apart_by_t() -> None:
+def test_the_tasks_in_one_loader_are_distinguished_by_t() -> None:
     benchmark = stream()
     model = module(benchmark, NaiveHParams(), spec=None)
     parts = [[a[: SIZES[j]] for a in arrays(benchmark, j)] for j in range(3)]

@@ -66,7 +66,7 @@ def interrupt(trainer: pl.Trainer, hook: str) -> None:
 
 
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_epoch_end", "on_train_end"])
-def test_an_exception_leaves_the_task_open_and_the_next_fit_goes_on_with_it(hook: str) -> None:
+def test_an_exception_leaves_the_task_open_and_the_next_fit_resumes_it(hook: str) -> None:
     benchmark = stream()
     model = module(benchmark)
     assert isinstance(model, EWC)
@@ -267,7 +267,7 @@ def test_an_interrupt_is_not_the_end_of_the_task() -> None:
 
 
 @pytest.mark.parametrize("limits", [{"epochs": 1}, {"epochs": None, "max_steps": 3}])
-def test_a_spent_trainer_is_refused_before_anything_changes(limits: dict[str, Any]) -> None:
+def test_a_spent_trainer_raises_before_anything_changes(limits: dict[str, Any]) -> None:
     benchmark = stream()
     model = module(benchmark)
     spent = trainer(**limits)
@@ -292,7 +292,7 @@ def test_a_trainer_with_raised_max_epochs_learns_the_next_task() -> None:
     assert model.running_metrics.steps_done == 3 * STEPS
 
 
-def test_two_processes_are_refused_before_training() -> None:
+def test_two_processes_raise_before_training() -> None:
     two = SingleDeviceStrategy(device="cpu")
     two.world_size = 2
     benchmark = stream()
@@ -304,7 +304,7 @@ def test_two_processes_are_refused_before_training() -> None:
 
 
 @pytest.mark.parametrize("hparams", [NaiveHParams(lr_decay=0.5), EWCHParams(lr_decay=0.5)])
-def test_lr_decay_beside_a_scheduler_is_refused(hparams: AlgorithmHParams) -> None:
+def test_lr_decay_beside_a_scheduler_raises(hparams: AlgorithmHParams) -> None:
     def scheduled(params: Any) -> dict[str, Any]:
         optimizer = torch.optim.SGD(params, lr=0.1)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}
@@ -314,12 +314,12 @@ def test_lr_decay_beside_a_scheduler_is_refused(hparams: AlgorithmHParams) -> No
         learn(module(benchmark, hparams, scheduled), benchmark, 0)
 
 
-def test_hparams_of_another_algorithm_are_refused() -> None:
+def test_hparams_of_another_algorithm_raise() -> None:
     with pytest.raises(ValueError, match="EWC needs EWCHParams, got NaiveHParams"):
         EWC(nn.Linear(2, 2), MOMENTUM, NaiveHParams())
 
 
-def test_a_batch_larger_than_the_task_is_refused() -> None:
+def test_a_batch_larger_than_the_task_raises() -> None:
     benchmark = stream()
     with pytest.raises(ValueError, match=f"got 99 with {BATCH * STEPS + 2} training samples in task 0"):
         TaskDataModule(benchmark.tasks[0], batch_size=99)
