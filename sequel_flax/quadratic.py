@@ -15,19 +15,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax.training.train_state import TrainState
 
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.task import Batch
 from sequel_flax import bundle
-from sequel_flax.boundaries import collected, select
+from sequel_flax.boundaries import collected
 from sequel_flax.bundle import Algorithm, Params, State, empty_sum, make_algorithm, train_step
+from sequel_flax.gradients import Contribution, Objective, add_gradient, mean_in_loop, scale
+from sequel_flax.gradients import Model as Model  # part of this module, too
 from sequel_flax.trainable import Selection
-
-Model = tuple[TrainState, State]
-Objective = Callable[[Params, Model, Batch], jax.Array]
-Contribution = Callable[[jax.Array], jax.Array]
 
 
 class QuadraticState(NamedTuple):
@@ -90,72 +87,17 @@ def mean_gradients(
     """
     total = jax.tree.map(empty_sum, params)
     if isinstance(batches, Batch):
-        return _mean_in_loop(total, params, model, batches, objective, contribution, samples, per_batch)
+        return mean_in_loop(total, params, model, batches, objective, contribution, samples, per_batch)
     count = 0
     for batch in batches:
         wanted = len(batch.y) if samples is None else min(len(batch.y), samples - count)
         width = wanted if per_batch else 1
         for start in range(0, wanted, width):
-            total = _add_gradient(total, params, model, batch, start, width, objective, contribution)
+            total = add_gradient(total, params, model, batch, start, width, objective, contribution)
         count += wanted
         if count == samples:
             break
-    return _scale(total, 1 / count)
-
-
-def _mean_in_loop(
-    total: Params,
-    params: Params,
-    model: Model,
-    batches: Batch,
-    objective: Objective,
-    contribution: Contribution,
-    samples: int | None,
-    per_batch: bool,
-) -> Params:
-    """Do what `mean_gradients` does with the arrays `[n, B, ...]` of `collected`, while tracing."""
-    x, y, t = (jnp.asarray(a) for a in batches[:3])
-    if samples is not None:
-        t = jnp.where(jnp.cumsum(t.ravel() >= 0).reshape(t.shape) <= samples, t, -1)
-    if not per_batch:
-        x, y, t = (a.reshape(-1, 1, *a.shape[2:]) for a in (x, y, t))
-    counts = jnp.any(t >= 0, axis=1)
-
-    def add(k: Any, total: Params) -> Params:
-        gradient = jax.grad(objective)(params, model, Batch(x[k], y[k], t[k]))
-        new = _summed(total, gradient, contribution)
-        return select(counts[k], new, total)
-
-    last = jnp.max(jnp.where(counts, jnp.arange(len(counts)), -1))
-    total = jax.lax.fori_loop(0, last + 1, add, total)
-    return jax.tree.map(lambda f: f / jnp.sum(t >= 0).astype(f.dtype), total)
-
-
-def _summed(total: Params, gradient: Params, contribution: Contribution) -> Params:
-    """Return the sum after one more gradient, in the dtype of the sum."""
-    return jax.tree.map(lambda f, g: f + contribution(g.astype(f.dtype)), total, gradient)
-
-
-@partial(jax.jit, static_argnames=("width", "objective", "contribution"), donate_argnums=0)
-def _add_gradient(
-    total: Params,
-    params: Params,
-    model: Model,
-    batch: Batch,
-    start: int,
-    width: int,
-    objective: Objective,
-    contribution: Contribution,
-) -> Params:
-    """Add the gradient of one sample: on a CPU, separate calls are ten times as fast as vmap(grad)."""
-    part = Batch(*(jax.lax.dynamic_slice_in_dim(a, start, width) for a in batch[:3]))
-    gradient = jax.grad(objective)(params, model, part)
-    return _summed(total, gradient, contribution)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _scale(tree: Params, factor: float) -> Params:
-    return optax.tree_utils.tree_scale(factor, tree)
+    return scale(total, 1 / count)
 
 
 FILLS = {"anchor": jnp.copy, "importance": empty_sum}
@@ -197,7 +139,8 @@ def quadratic(
 
     def end_task(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
         importance = importances(ts.params, (ts, state), batches)
-        return ts, state._replace(memory=consolidate(ts.params, state.memory, importance, separate, gamma))
+        memory = consolidate(ts.params, state.memory, importance, separate, gamma)
+        return ts, state._replace(memory=memory)
 
     return make_algorithm(
         hparams,

@@ -123,13 +123,13 @@ class QuadraticModule(ContinualModule):
     strength = 1.0  # factor of the penalty
     separate = False  # see `consolidate`
     gamma = 1.0  # see `consolidate`
+    _checked = False  # whether the network has importances; tried with the first batch
 
     def init_memory(self) -> None:
         """Start with the anchor at the initial weights and zero importances."""
         super().init_memory()
         self.anchor = ParameterTree(self.params(), torch.clone)
         self.importance = SumTree(self.params())
-        self._checked = False  # whether the network has importances; tried with the first batch
 
     def importances(self, params: Params, batches: Iterable[Batch]) -> Params:
         """Return the importances of a task, from the weights at its end and batches of its samples."""
@@ -177,6 +177,6 @@ class QuadraticModule(ContinualModule):
         params = self.frozen_params()
         importance = self.importances(params, batches)
         past = QuadraticState(*(restricted(tree, params) for tree in self.state))
-        state = consolidate(params, past, importance, self.separate, self.gamma)
-        self.anchor.set(state.anchor)
-        self.importance.set(state.importance)
+        memory = consolidate(params, past, importance, self.separate, self.gamma)
+        self.anchor.set(memory.anchor)
+        self.importance.set(memory.importance)

@@ -161,7 +161,6 @@ SHARE = 0.6
 BELOW: dict[str, tuple[float, str]] = {
     "agem.py": (0.2, "Lightning projects the gradient in a hook of its optimizer step"),
     "si.py": (0.2, "Lightning spreads the step over three hooks, and calls fused kernels"),
-    "quadratic.py": (0.3, "torch has the gradient of the penalty written out, JAX traces loops over samples"),
     "coresets.py": (0.0, "only Lightning's module takes coresets from a user's own loop, with its checks"),
     "exemplars.py": (0.3, "Flax chooses exemplars on the host, from within compiled functions"),
 }
