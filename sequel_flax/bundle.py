@@ -255,9 +255,8 @@ def apply_start(
     opt_state = ts.opt_state
     if hparams.reset_optimizer:
         fresh = ts.tx.init(ts.params)
-        same_structure = jax.tree.structure(fresh) == jax.tree.structure(opt_state)
-        # The structure differs if the optimizer of this task trains other parameters.
-        opt_state = select(state.stream.task < 0, opt_state, fresh) if same_structure else fresh
+        old, new = (_structure(tree) for tree in (opt_state, fresh))  # differ if other parameters are trained
+        opt_state = select(state.stream.task < 0, opt_state, fresh) if old == new else fresh
     if hparams.lr_decay != 1.0:
         rates = [
             jnp.asarray(base * hparams.learning_rate_factor(plan.task, base), base.dtype)
@@ -266,6 +265,10 @@ def apply_start(
         opt_state = with_learning_rates(opt_state, rates)
     stream = state.stream._replace(task=jnp.asarray(plan.task, jnp.int32))
     return ts.replace(opt_state=opt_state), state._replace(stream=stream)
+
+
+def _structure(tree: Any) -> Any:
+    return jax.tree.structure(tree)
 
 
 def make_algorithm(

@@ -226,7 +226,7 @@ class FlaxLearner:
         self.spec = spec
         self.hparams.check(spec, self.training)
         self.model = adapted(model)
-        self.ts = initial_train_state(algorithm, self.model, tx, spec, self.training)
+        self.ts: Any = initial_train_state(algorithm, self.model, tx, spec, self.training)
         self.state = strong_types(algorithm.init(self.ts, spec))
         self.planner = algorithm.planner(spec, self.state)
         self._position: TaskPosition | None = None  # None between tasks
@@ -258,9 +258,9 @@ class FlaxLearner:
             self.ts, self.state = strong_types(self.algorithm.start_task(self.ts, self.state, task))
             self._position = TaskPosition(task.index, 0, self._steps.no_metrics)
         first, rate = self.step - self._position.done, get_learning_rate(self.ts.opt_state)
-        rate = math.nan if rate is None else float(rate)
+        learning_rate = math.nan if rate is None else float(rate)
         intervals = (training.log_every_n_steps, *monitor.intervals)
-        schedule = TaskSchedule(task.index, split, epochs, steps_per_epoch, first, rate, intervals)
+        schedule = TaskSchedule(task.index, split, epochs, steps_per_epoch, first, learning_rate, intervals)
         for epoch in range(self._position.done // steps_per_epoch, epochs):
             self._fit_epoch(schedule, epoch, self._position, monitor)
         samples = plan.consolidation_batches(training.seed, task, training.batch_size)

@@ -88,7 +88,8 @@ class CompiledSteps:
         """Return batches `[n, B, ...]` as one call takes them: padded, or the single batch `[B, ...]`."""
         if self.steps_per_call == 1:
             return rows(batches, 0)
-        arranged: Batch = jax.tree.map(partial(padded, count=self.steps_per_call), batches)
+        count: Any = self.steps_per_call
+        arranged: Batch = jax.tree.map(partial(padded, count=count), batches)
         return arranged
 
     def __call__(self, carry: Carry, batches: Batch, steps: int) -> Carry:

@@ -21,8 +21,8 @@ from sequel_flax._compat import error_number, set_class, write_errors_left_to_th
 
 def test_a_module_with_another_class_keeps_its_variables() -> None:
     class Doubled(nnx.Linear):
-        def __call__(self, x: Any) -> Any:
-            return 2 * super().__call__(x)
+        def __call__(self, inputs: Any, out_sharding: Any = None) -> Any:
+            return 2 * super().__call__(inputs)
 
     module, x = nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jnp.ones((4, 3))
     before, expected = nnx.state(module), 2 * module(x)
