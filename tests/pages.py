@@ -21,8 +21,8 @@ def code_blocks(page: Path, language: str) -> list[str]:
     Empty lines come before the code, so that line numbers in tracebacks are those of the page.
     """
     text = page.read_text(encoding="utf-8")
-    found = (match for match in FENCE.finditer(text) if match[1] == language)
-    return ["\n" * text.count("\n", 0, match.start(2)) + match[2] for match in found]
+    matches = (match for match in FENCE.finditer(text) if match[1] == language)
+    return ["\n" * text.count("\n", 0, match.start(2)) + match[2] for match in matches]
 
 
 def run_block(page: Path, code: str, names: dict[str, Any] | None = None) -> dict[str, Any]:

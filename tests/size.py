@@ -58,12 +58,12 @@ def code_lines(source: str) -> set[int]:
     return lines
 
 
-def sizes(path: Path, kind: type[Definition]) -> Iterator[Size]:
+def sizes(path: Path, node_type: type[Definition]) -> Iterator[Size]:
     """Yield the functions or the classes of a file."""
     source = path.read_text()
     lines = code_lines(source)
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, kind):
+        if isinstance(node, node_type):
             count = sum(node.lineno <= number <= (node.end_lineno or 0) for number in lines)
             methods = sum(isinstance(child, ast.FunctionDef) for child in node.body)
             yield Size(f"{path}:{node.lineno} {node.name}", count, methods)

@@ -34,9 +34,8 @@ class DERpp(ReplayModule):
         >>> from sequel_benchmarks import RotatedDigits
         >>> from sequel_core import DERppHParams
         >>> from sequel_lightning import MLP, DERpp
-        >>> digits = RotatedDigits(num_tasks=2)
-        >>> net = MLP(image_shape=digits.image_shape)
-        >>> module = DERpp(net, torch.optim.SGD, DERppHParams(mem_size=20), digits.spec)
+        >>> digits, hparams = RotatedDigits(num_tasks=2), DERppHParams(mem_size=20, beta=1.0)
+        >>> module = DERpp(MLP(image_shape=digits.image_shape), torch.optim.SGD, hparams, digits.spec)
         >>> module.memory_bytes()  # 20 images, labels, task indices and logits
         2240
     """

@@ -1,7 +1,7 @@
 """ResNet-18 for small images (He et al. 2016, section 4.2; https://arxiv.org/abs/1512.03385).
 
     block: h <- relu(norm(conv(dropout(relu(norm(conv(h)))))) + shortcut(h))
-    shortcut: h, or norm(1x1 conv(h)) where the block changes its shape
+    shortcut: h, or norm(1x1 conv(h)) if the block changes the shape
 
 Mirror: sequel_flax/backbones/resnet.py.
 """

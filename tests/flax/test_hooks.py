@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax import monitoring
 
 from sequel_core import load_result, run
 from sequel_core.algorithms.naive import NaiveHParams
@@ -87,20 +85,6 @@ class Recorder:
 
     def close(self) -> None:
         """Do nothing."""
-
-
-@pytest.fixture
-def compiled() -> Iterator[Counter[str]]:
-    """Count the compilations of each function by XLA."""
-    counts: Counter[str] = Counter()
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            counts[str(kwargs["fun_name"])] += 1
-
-    monitoring.register_event_duration_secs_listener(listen)
-    yield counts
-    monitoring.unregister_event_duration_listener(listen)
 
 
 # -- order of the calls

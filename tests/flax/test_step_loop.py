@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from jax import monitoring
 
 from sequel_core import run
 from sequel_core.algorithms.ewc import EWCHParams
@@ -41,20 +39,6 @@ from tests.flax.parts import (
 
 LIKE_OTHERS = ("naive", "joint", "si", "mas", "lfl", "stable_sgd", "agem", "er", "der")
 """Compiled like another method."""
-
-
-@pytest.fixture
-def compiled() -> Iterator[Counter[str]]:
-    """The number of times that XLA compiled each function."""
-    counts: Counter[str] = Counter()
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            counts[str(kwargs["fun_name"])] += 1
-
-    monitoring.register_event_duration_secs_listener(listen)
-    yield counts
-    monitoring.unregister_event_duration_listener(listen)
 
 
 SLOW_IN_A_LOOP = {"lamaml", "mcsgd", "kcl", "der", "derpp", "icarl", "mas", "lfl"}

@@ -35,8 +35,6 @@ from tests.lightning.parts import (
     trainer,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-
 X, Y, T, _ = (*arrays(stream(), 0), None)
 LENGTHS = torch.arange(len(Y)) % 30 + 20
 A_BATCH = r"a batch must be \(x, y\) or \(x, y, t\), t the task index of each sample"

@@ -53,8 +53,6 @@ from tests.lightning.parts import (
     trainer,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-
 LAST = EWCHParams(ewc_lambda=10.0, fisher_samples=None)
 BEST = replace(LAST, consolidate="best")
 SCORES = (0.1, 0.9, 0.3)  # the second epoch of three is the best

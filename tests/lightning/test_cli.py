@@ -28,10 +28,9 @@ from tests.lightning.parts import (
 )
 
 # Lightning 2.6 uses older names of jsonargparse 4.53.
-pytestmark = [
-    pytest.mark.filterwarnings(r"ignore:[\s\S]*(JsonargparseDeprecationWarning|was deprecated in v4)"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:[\s\S]*(JsonargparseDeprecationWarning|was deprecated in v4)"
+)
 
 NETWORK = {
     "class_path": "sequel_lightning.MLP",

@@ -17,8 +17,6 @@ from sequel_lightning import _compat
 from tests.events import scalars
 from tests.lightning.parts import At, data, module, own_loader, stream, trainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-
 
 def test_the_trainer_of_a_module() -> None:
     benchmark = stream()

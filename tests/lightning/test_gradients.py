@@ -28,12 +28,8 @@ from sequel_lightning import ALGORITHMS, EWC, MAS, ContinualModule
 from sequel_lightning.algorithms.ewc import diagonal_fisher
 from tests.lightning.parts import MCSGD, ONLINE, At, data, own_loader, stream, trainer
 
-pytestmark = [
-    # Lightning's remark on any module with a validation_step that is fitted without validation data.
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
-    # torch's remark on reentrant checkpointing without gradients, as when the network is shown one image.
-    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True"),
-]
+# torch's remark on reentrant checkpointing without gradients, for example when the network is tried.
+pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 

@@ -31,9 +31,6 @@ from tests.lightning.parts import (
     trainer,
 )
 
-# Lightning's remark on any module with a validation_step that is fitted without validation data.
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-
 SPEC = stream(3, "task").spec._replace(
     normalisation=Normalisation((0.1, 0.2), (0.5, 0.25)), augmentation=Augmentation(2, True)
 )

@@ -26,9 +26,6 @@ from tests.lightning.parts import (
     trainer,
 )
 
-# Lightning's remark on any module with a validation_step that is fitted without validation data.
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-
 
 def learned(tasks: int = 2, scenario: str = "class") -> ICaRL:
     benchmark = stream(scenario=scenario)  # type: ignore[arg-type]

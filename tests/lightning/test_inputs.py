@@ -24,11 +24,6 @@ from sequel_lightning.networks import blank_image
 from tests.lightning.parts import BATCH, CLASSES, KCL, network, own_stream, stream, trainer
 
 # Lightning's remarks on a user's loader, and on a module that is fitted without validation data.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
-]
-
 VOCABULARY, LENGTH, WIDTH = 30_002, 8, 4
 TOKENS = np.array([30_001, 29_953, 257, 3])  # bfloat16 has no such numbers but 3
 SGD = partial(torch.optim.SGD, lr=0.5)

@@ -112,7 +112,6 @@ def test_a_search_and_a_dry_run_leave_no_trace(hparams: KCLHParams, tmp_path: Pa
     assert position(model) == (1, CONSOLIDATED)
 
 
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 def test_own_coresets_train_as_those_of_the_tasks_do() -> None:
     """The user's loaders have float images; so has the memory, as the spec says."""
     benchmark = own_stream(RFF)
@@ -131,7 +130,6 @@ def test_own_coresets_train_as_those_of_the_tasks_do() -> None:
     assert_same(everything(model), everything(twin))
 
 
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 def test_a_task_without_a_coreset_raises_and_leaves_no_trace() -> None:
     benchmark = own_stream(RFF)
     plain = stream(steps=STEPS + 3)

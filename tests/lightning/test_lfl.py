@@ -27,9 +27,6 @@ from tests.lightning.parts import (
     trainer,
 )
 
-# Lightning's remark on any module with a validation_step that is fitted without validation data.
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-
 DECAYING = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
 ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
 

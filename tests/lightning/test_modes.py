@@ -30,10 +30,9 @@ from tests.lightning.parts import (
     trainer,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Found .* module\\(s\\) in eval mode at the start of training"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
-]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Found .* module\\(s\\) in eval mode at the start of training"
+)
 
 REFUSE_BATCH_NORM = ("mcsgd", "lamaml")
 

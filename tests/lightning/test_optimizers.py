@@ -26,8 +26,6 @@ from tests.lightning.parts import (
     trainer,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-
 CARRIED = NaiveHParams(reset_optimizer=False)
 
 

@@ -51,9 +51,6 @@ from tests.lightning.parts import (
     trainer,
 )
 
-# Lightning's remark on any module with a validation_step that is fitted without validation data.
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-
 ALL = EWCHParams(ewc_lambda=10.0, fisher_samples=None)
 
 

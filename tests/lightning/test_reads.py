@@ -43,8 +43,6 @@ from tests.lightning.parts import (
     trainer,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-
 ALL = EWCHParams(ewc_lambda=10.0, fisher_samples=None)
 
 

@@ -57,9 +57,6 @@ from tests.lightning.parts import (
     trainer,
 )
 
-# Lightning's remark on any module with a validation_step that is fitted without validation data.
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-
 SILENT = FitMonitor(lambda progress: None, lambda: None)
 Held = dict[int, tuple[Tensor, Tensor]]  # image and label by slot
 

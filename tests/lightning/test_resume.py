@@ -204,7 +204,6 @@ def test_resume_with_augmentation_and_batch_statistics(hparams: AlgorithmHParams
     assert all(name.startswith("net.") for name in changed)
 
 
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 def test_a_plain_loader_that_continues_within_an_epoch_warns(tmp_path: Path) -> None:
     """It begins the epoch anew, which Lightning says; our own data module does not, and nothing is said."""
     benchmark, path = stream(), tmp_path / "within.ckpt"

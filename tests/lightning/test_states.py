@@ -206,7 +206,6 @@ def test_a_search_and_a_dry_run_leave_no_trace(hparams: AlgorithmHParams, tmp_pa
     assert all(k.startswith("net.") for k in changed)
 
 
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 @pytest.mark.parametrize("hparams", [NaiveHParams(), ER], ids=lambda hparams: hparams.name)
 def test_a_search_before_a_later_task_takes_batches_without_a_task(
     hparams: AlgorithmHParams, tmp_path: Path

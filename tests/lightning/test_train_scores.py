@@ -36,8 +36,6 @@ from tests.lightning.parts import (
     trainer,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-
 EWC = EWCHParams(ewc_lambda=10.0, fisher_samples=None)
 MAS = MASHParams(mas_lambda=0.1)
 DER = DERHParams(mem_size=9, mem_batch_size=6)

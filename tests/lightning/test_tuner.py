@@ -32,8 +32,6 @@ from tests.lightning.parts import (
     trainer,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-
 
 def found_rate(model: pl.LightningModule, tmp_path: Path, loaders: Any) -> Any:
     """Return the finder after a search over as many rates as an epoch has steps."""

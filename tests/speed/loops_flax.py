@@ -310,17 +310,17 @@ def kcl(network: Network, params: Any, hparams: Any, stored: Samples) -> tuple[S
         return jnp.split(h @ net["head"]["kernel"] + net["head"]["bias"], 2)
 
     def loss_fn(params: Any, kept: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
-        own = params["kcl"]
+        learned = params["kcl"]
         h, core = (network.features(params, a) for a in (x, kept["x"]))
         h, core = (a / jnp.linalg.norm(a, axis=1, keepdims=True) for a in (h, core))
-        (m, v), (m0, v0) = infer(own["posterior"], core.mean(0)), infer(own["prior"], h.mean(0))
+        (m, v), (m0, v0) = infer(learned["posterior"], core.mean(0)), infer(learned["prior"], h.mean(0))
         key, noise = jax.random.split(kept["key"])
         bases = m[None] + jnp.exp(v / 2)[None] * jax.random.normal(noise, (d, width))
         psi, psi_core = ((2 / d) ** 0.5 * jnp.cos(a @ bases.T + phase) for a in (h, core))
-        matrix = psi_core @ psi_core.T + (jnp.abs(own["lmd"][1]) + 0.01) * jnp.eye(len(core))
+        matrix = psi_core @ psi_core.T + (jnp.abs(learned["lmd"][1]) + 0.01) * jnp.eye(len(core))
         targets = jax.nn.one_hot(kept["y"], num_classes)
         coefficients = jax.scipy.linalg.solve(matrix, targets, assume_a="pos")
-        logits = own["gain"][1] * (psi @ psi_core.T @ coefficients) + own["offset"][1]
+        logits = learned["gain"][1] * (psi @ psi_core.T @ coefficients) + learned["offset"][1]
         divergence = 0.5 * jnp.sum(v0 - v + (jnp.exp(v) + (m - m0) ** 2) / jnp.exp(v0) - 1)
         return cross_entropy(logits, y) + hparams["tau"] * divergence, {**kept, "key": key}
 

@@ -292,12 +292,12 @@ class KCL(Naive):
             return nn.Sequential(a, nn.ELU(), b, nn.ELU(), c)
 
         self.posterior, self.prior = inference_net(), inference_net()
-        self.own = nn.ParameterList(torch.tensor(a) for a in (settings["lmd"], 1.0, 0.0))
+        self.classifier = nn.ParameterList(torch.tensor(a) for a in (settings["lmd"], 1.0, 0.0))
         self.basis_phase = 2 * math.pi * torch.rand(settings["d_rn_f"])
         self.core = x, F.one_hot(y, num_classes).float()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        (x, y), (core_x, core_y), (lmd, gain, offset) = batch, self.core, self.own
+        (x, y), (core_x, core_y), (lmd, gain, offset) = batch, self.core, self.classifier
         h, core = (F.normalize(self.net.features(self.pixels(a))) for a in (x, core_x))
         (m, v), (m0, v0) = self.posterior(core.mean(0)).chunk(2), self.prior(h.mean(0)).chunk(2)
         d = len(self.basis_phase)
