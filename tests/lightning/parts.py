@@ -69,6 +69,7 @@ EVERY: tuple[AlgorithmHParams, ...] = (
     ONLINE,
     LAMAML,
 )
+STATEFUL = (SI, LFL, AGEM, ER, DERPP, ICARL, MCSGD, ONLINE, LAMAML)  # they keep more than importances
 every_algorithm = pytest.mark.parametrize("hparams", EVERY, ids=lambda hparams: hparams.name)
 
 

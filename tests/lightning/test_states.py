@@ -20,17 +20,10 @@ from sequel_lightning import EWC, TaskDataModule
 from sequel_lightning.consolidation import CONSOLIDATED, IDLE, TRAINING
 from tests.lightning.parts import (
     ADAM,
-    AGEM,
     BATCH,
-    DERPP,
     ER,
-    ICARL,
-    LAMAML,
-    LFL,
-    MCSGD,
     MOMENTUM,
-    ONLINE,
-    SI,
+    STATEFUL,
     STEPS,
     At,
     assert_same,
@@ -182,7 +175,7 @@ def test_fast_dev_run_leaves_the_state_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "hparams", [SI, LFL, AGEM, ER, DERPP, ICARL, MCSGD, ONLINE, LAMAML], ids=lambda hparams: hparams.name
+    "hparams", STATEFUL, ids=lambda hparams: hparams.name
 )
 def test_a_search_and_a_dry_run_leave_no_trace(hparams: AlgorithmHParams, tmp_path: Path) -> None:
     """Nothing moves in memory, planner, path or anchor; a dry run trains the network, and nothing else."""
