@@ -71,7 +71,7 @@ class KCLHParams(AlgorithmHParams):
         """Raise ValueError if predictions do not get the task of each sample, which selects a classifier."""
         if spec.scenario == "class":
             raise ValueError(
-                "kcl cannot run in the class scenario, because each task has its own classifier; use "
+                "kcl cannot run in the class scenario: each task has its own classifier; use "
                 "scenario=task or another method"
             )
         if not self.knows_task(spec):
