@@ -146,9 +146,9 @@ def test_a_position_of_other_settings_raises() -> None:
     other = ALGORITHMS["er"](replace(ER, memory="class_balanced"))
     with pytest.raises(ValueError, match=r"must have shape \[42\] with these settings .*, got \[3\]"):
         other.planner(rotated().spec, state)
-    with pytest.raises(ValueError, match=r"planner's shape, none with these settings .* got \[3\]; use the"):
+    with pytest.raises(ValueError, match=r"must have shape none with these settings .* got \[3\]; use the"):
         ALGORITHMS["naive"](NaiveHParams()).planner(rotated().spec, state)
-    with pytest.raises(ValueError, match=r"planner's shape, \[3\] with these settings .* got none"):
+    with pytest.raises(ValueError, match=r"must have shape \[3\] with these settings .* got none"):
         ALGORITHMS["er"](ER).planner(rotated().spec, state._replace(position=None))
 
 
@@ -157,7 +157,7 @@ def test_a_learner_whose_state_was_assigned_without_its_planner_raises() -> None
     first.fit_task(rotated().tasks[0], SILENT)
     second.ts, second.state = first.ts, first.state
     with pytest.raises(
-        ValueError, match="has planned 0 steps and the state has taken 5; a planner has to be"
+        ValueError, match="has planned 0 steps and the state has taken 5; make the planner"
     ):
         second.fit_task(rotated().tasks[1], SILENT)
     assert second.step == 5
