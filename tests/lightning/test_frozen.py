@@ -449,7 +449,8 @@ def test_agem_projects_over_parameters_that_the_batch_does_not_reach() -> None:
     past = torch.cat([bright, bright, dark])
     labels = torch.tensor([0, 1, 2])
 
-    module._past = ReplayBatch(past, labels, torch.zeros(3, dtype=torch.long), None, 3)
+    draw = ReplayBatch(past, labels, torch.zeros(3, dtype=torch.long), None, 3)
+    module.samples = [draw, draw]  # the batch's, which is not read, and the draw
     module.trainer = trainer()
     loss = F.cross_entropy(net(past), labels)
     names = list(module.params())
