@@ -100,6 +100,6 @@ def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> jax.Arr
     """
     memory, mask = state.memory, state.stream.mask
     near = nearest_mean(embed(ts, ts.params, state, x), memory.means, memory.has_mean)
-    known = (memory.has_mean[None] if mask is None else memory.has_mean & mask[t]).any(1, keepdims=True)
+    known = (memory.has_mean[None] if mask is None else memory.has_mean[None] & mask[t]).any(1, keepdims=True)
     ready = known & (memory.learned >= 0) & (memory.learned == state.stream.task)
     return masked(state.stream, jnp.where(ready, near, network(ts, ts.params, state, x)), t)
