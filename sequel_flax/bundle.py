@@ -75,7 +75,7 @@ class StreamState(NamedTuple):
         scale: The factor that normalises uint8 images, `[1, 1, 1, C]`, in the dtype of the parameters.
         shift: The offset that normalises uint8 images, `[1, 1, 1, C]`.
         dropout_key: A key that is folded with `ts.step` in every step.
-        learning_rates: Those of the first task; () if the optimizer does not tell them.
+        learning_rates: Those of the first task; () if they cannot be read from the optimizer.
         augmented: () if training samples are augmented, else None.
 
     Example:

@@ -37,7 +37,7 @@ MODES = {
     "deterministic": False,
     "use_running_average": False,
 }
-"""Arguments that tell a module its mode, with the value that each has in training."""
+"""Arguments that set the mode of a module, with the value that each has in training."""
 
 _row_mask: ContextVar[jax.Array | None] = ContextVar("row_mask", default=None)
 
@@ -325,7 +325,7 @@ class _NNXNetwork:
 
 
 def _keywords(function: Apply, *others: str) -> tuple[str, ...]:
-    """Return the arguments of a method that tell the mode, and those of `others` that it takes."""
+    """Return the arguments of a method that set the mode, and those of `others` that it takes."""
     signature, accepted = inspect.signature(function), (*MODES, *others)
     named = [p.name for p in signature.parameters.values() if p.kind != p.POSITIONAL_ONLY]
     names = [name for name in named if name in accepted]
@@ -342,7 +342,7 @@ def _keywords(function: Apply, *others: str) -> tuple[str, ...]:
 
 
 def _mode(function: Apply, train: bool, *others: str) -> dict[str, Any]:
-    """Return the keyword arguments that tell a method the mode, and those of `others` as None."""
+    """Return the keyword arguments that set the mode of a method, and those of `others` as None."""
     return {name: train == MODES[name] if name in MODES else None for name in _keywords(function, *others)}
 
 

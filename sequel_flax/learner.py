@@ -117,7 +117,7 @@ class TaskSchedule(NamedTuple):
         epochs: The number of epochs.
         steps_per_epoch: The number of steps per epoch.
         first: The number of steps of the stream before the task.
-        learning_rate: The learning rate; nan if the optimizer does not tell it.
+        learning_rate: The learning rate; nan if it cannot be read from the optimizer.
         intervals: A call takes no step past a multiple of one of these numbers of steps.
 
     Example:

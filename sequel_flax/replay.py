@@ -132,7 +132,7 @@ def forward(
     stats = batch_stats(ts)
     for k, part in enumerate([samples] if together else [samples[:1], samples[1:]]):
         sizes = [len(s.y) for s in part]
-        if sum(sizes):  # an empty draw has no pass of its own
+        if sum(sizes):  # there is no pass for an empty draw
             images = jnp.concatenate([s.x for s in part])
             full = all(isinstance(s.count, int) for s in part)  # a batch, not a draw
             counts = None if full else jnp.concatenate([jnp.arange(len(s.y)) < s.count for s in part])

@@ -134,7 +134,7 @@ class LoadHook(nn.Module):
 
 
 class ConvertHook(nn.Module):
-    """A module with a hook around `to`, `cuda`, `double`, ... of its own tensors: `_apply`."""
+    """A module with a hook that is called when `to`, `cuda`, `double`, ... convert its tensors: `_apply`."""
 
     def converted(self, tensor: Tensor, new: Tensor) -> Tensor:
         """Return what replaces a tensor that was converted to `new`."""

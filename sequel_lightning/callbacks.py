@@ -27,7 +27,7 @@ from sequel_lightning.lifecycle import SPOILING
 
 STATELESS = (Callback, Checkpoint, LambdaCallback)
 
-REFUSED: dict[type[Callback], str] = {
+UNSUPPORTED: dict[type[Callback], str] = {
     BatchSizeFinder: "changes the batch size, which is the plan's; set training.batch_size",
     OnExceptionCheckpoint: "would let the next task start from its file; use sequel_core.run(resume=True)",
     **SPOILING,
@@ -65,7 +65,7 @@ def check_callbacks(callbacks: Sequence[Any], training: TrainingHParams) -> None
                 "callbacks must be objects of subclasses of pytorch_lightning.Callback, got a "
                 f"{type(callback).__module__}.{name}"
             )
-        for callback_class, reason in REFUSED.items():
+        for callback_class, reason in UNSUPPORTED.items():
             if isinstance(callback, callback_class):
                 raise ValueError(f"callbacks: {name} {reason}")
         if isinstance(callback, StochasticWeightAveraging) and 1 in epochs:

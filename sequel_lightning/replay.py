@@ -120,7 +120,7 @@ def forward(module: ContinualModule, samples: Sequence[ReplayBatch], together: b
     logits: list[Tensor] = []
     for part in [samples] if together else [samples[:1], samples[1:]]:
         sizes = [len(s.y) for s in part]
-        if sum(sizes):  # an empty draw has no pass of its own
+        if sum(sizes):  # there is no pass for an empty draw
             out = module.network(torch.cat([s.x for s in part]))
             logits += out.split(sizes)
         else:

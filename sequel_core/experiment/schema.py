@@ -288,7 +288,7 @@ def argument_fields(cls: type[Benchmark]) -> list[TypedField]:
     for parameter in list(inspect.signature(cls).parameters.values()):
         metadata: Mapping[str, Any] = ranges.get(parameter.name, {})
         text = helps.get(parameter.name, "").rstrip(".")
-        if not text.startswith(metadata.get("help", "\n")):  # the docstring has a description of its own
+        if not text.startswith(metadata.get("help", "\n")):  # the docstring has another description
             metadata = {**metadata, "help": text}
         spec: Field[Any] = field(default=parameter.default, metadata=metadata)
         spec.name = parameter.name

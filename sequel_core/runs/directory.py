@@ -92,7 +92,7 @@ class RunDirectory:
             target.mkdir(parents=True, exist_ok=path is not None)
             occupied = next((p for p in target.iterdir() if not re.fullmatch(LEFTOVERS, p.name)), None)
             with tempfile.TemporaryFile(dir=target):
-                pass  # permission bits alone do not tell whether writing works
+                pass  # permission bits alone do not show whether writing works
         except FileExistsError:
             return cls.create(path)  # another run took the name in the meantime
         except OSError as error:

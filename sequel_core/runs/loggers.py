@@ -68,7 +68,7 @@ class Loggers:
                 abandon_wandb()
             reason = " ".join(str(cause).split()) or type(cause).__name__
             warnings.warn(
-                f"{type(logger).__name__} failed ({reason}); the run goes on without it",
+                f"{type(logger).__name__} failed ({reason}); the run continues without it",
                 LoggerWarning,
                 stacklevel=4,
             )

@@ -41,7 +41,7 @@ def loaded_versions() -> dict[str, str]:
 
 
 def version_written_by(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str | None:
-    """Return the version of this package that wrote a run; None if neither file tells.
+    """Return the version of this package that wrote a run; None if neither file has it.
 
     Args:
         config: of the run, from `config.yaml`.

@@ -205,6 +205,6 @@ class LaMAML(ReplayModule):
             if k == 0:
                 self.write_batch(batch, outputs)
             if k < hparams.glances - 1:
-                optimizer.optimizer.step()  # Lightning counts each of its own as a step
+                optimizer.optimizer.step()  # Lightning would count `optimizer.step` as a step
         optimizer.step()
         return losses[0], outputs.masked

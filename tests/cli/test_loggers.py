@@ -628,7 +628,7 @@ def test_a_failing_logger_prints_one_line_and_the_run_continues(
     loggers = f"logger={{a: {{_target_: failing_{mode}.Failing}}, jsonl: {{}}}}"
     assert main(["run", *line, loggers, "run_dir=watched"]) == 0
     assert capsys.readouterr().err == (
-        "sequel: Failing failed ([Errno 28] No space left on device); the run goes on without it\n"
+        "sequel: Failing failed ([Errno 28] No space left on device); the run continues without it\n"
     )
     assert main(["run", *line, "run_dir=unwatched"]) == 0
     watched, unwatched = load_result("watched"), load_result("unwatched")

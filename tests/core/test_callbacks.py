@@ -44,7 +44,7 @@ def learner(mode: Mode) -> Any:
 
 
 class Notes(StreamCallback):
-    """Writes down what it is told, and spoils the matrix that it is given."""
+    """Records its calls, and changes the matrix that it receives."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, int]] = []  # what, step, and the task or the accuracies known

@@ -340,26 +340,28 @@ def test_bad_input_before_anything_is_done(
 
 
 def test_bad_learners_before_anything_is_done(digits: Benchmark, tmp_path: Path) -> None:
-    def refused(message: str, runs: Any, benchmark: Benchmark | None = digits, **settings: Any) -> None:
+    def check_error(message: str, runs: Any, benchmark: Benchmark | None = digits, **settings: Any) -> None:
         with pytest.raises(ValueError, match=f"^{message}"):
             compare(runs, benchmark, run_dir=tmp_path / "new", progress=False, **settings)
         assert not (tmp_path / "new").exists()
 
     new, used = (scripted("jax", NaiveHParams(), digits) for _ in range(2))
     used._step = 5
-    refused("benchmark must be given with learners, got None", [new], None)
-    refused("learners must be new, got one after 5 steps; make another", [new, used])
-    refused("learners must be new, got that of b, jax, seed 0 twice", {"a": new, "b": new})
-    refused("runs must differ in algorithm, framework or seed, got naive, jax, seed 0 twice",
+    check_error("benchmark must be given with learners, got None", [new], None)
+    check_error("learners must be new, got one after 5 steps; make another", [new, used])
+    check_error("learners must be new, got that of b, jax, seed 0 twice", {"a": new, "b": new})
+    check_error("runs must differ in algorithm, framework or seed, got naive, jax, seed 0 twice",
             [new, scripted("jax", NaiveHParams(), digits)])  # fmt: skip
-    refused(
+    check_error(
         "settings must be one of .* got 'evaluate_evry'; did you mean evaluate_every", [new], evaluate_evry=1
     )
-    refused("evaluate_every must be task, epoch or a number of steps >= 1, got 0", [new], evaluate_every=0)
-    refused("evaluate_on=validation needs validation samples", [new], evaluate_on="validation")
+    check_error(
+        "evaluate_every must be task, epoch or a number of steps >= 1, got 0", [new], evaluate_every=0
+    )
+    check_error("evaluate_on=validation needs validation samples", [new], evaluate_on="validation")
     config = compose(SMALL).config
-    refused("benchmark is for learners, a configuration has its own; drop it", [config])
-    refused("batch_size must be ", [scripted("jax", AGEMHParams(), digits, batch_size=61)])
+    check_error("benchmark is for learners, a configuration has its own; drop it", [config])
+    check_error("batch_size must be ", [scripted("jax", AGEMHParams(), digits, batch_size=61)])
 
 
 def test_a_framework_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

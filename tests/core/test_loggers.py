@@ -34,37 +34,37 @@ def test_the_first_error_of_a_logger_ends_its_part_with_one_warning() -> None:
     good, bad = Calls(), Calls()
     loggers = Loggers([bad, good])
 
-    def tell(logger: Calls) -> None:
-        logger.append("told")
+    def call(logger: Calls) -> None:
+        logger.append("called")
         if logger is bad and len(bad) == 2:
             raise OSError(28, "No space left on device")
 
-    loggers.each(tell)
+    loggers.each(call)
     with pytest.warns(LoggerWarning) as caught:
-        loggers.each(tell)
+        loggers.each(call)
     assert [str(one.message) for one in caught] == [
-        "Calls failed ([Errno 28] No space left on device); the run goes on without it"
+        "Calls failed ([Errno 28] No space left on device); the run continues without it"
     ]
-    loggers.each(tell)
-    loggers.each(tell)
+    loggers.each(call)
+    loggers.each(call)
     assert (len(bad), len(good)) == (2, 4)
     assert list(loggers) == [good]
     assert len(loggers) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loggers.attempt(bad, tell, bad)
+        loggers.attempt(bad, call, bad)
     assert len(bad) == 2
 
 
-def test_the_warning_tells_the_error_behind_a_librarys_own() -> None:
-    def tell(logger: Calls) -> None:
+def test_the_warning_has_the_original_error_of_a_library() -> None:
+    def call(logger: Calls) -> None:
         try:
             raise OSError("the disk\nis full")
         except OSError as error:
             raise ValueError("you tried to log something strange") from error
 
-    with pytest.warns(LoggerWarning, match=r"^Calls failed \(the disk is full\); the run goes on"):
-        Loggers([Calls()]).each(tell)
+    with pytest.warns(LoggerWarning, match=r"^Calls failed \(the disk is full\); the run continues"):
+        Loggers([Calls()]).each(call)
 
 
 def test_an_interruption_is_no_failure_of_a_logger() -> None:

@@ -321,7 +321,7 @@ def test_a_hook_writes_to_all_writers_that_have_not_failed() -> None:
 
     first, last = Recorder(), Recorder()
     model = learner(NaiveHParams(), writers=[first, Full(), last], hooks=[Writes()])
-    with pytest.warns(RuntimeWarning, match="Full failed .no space left.; the run goes on without it"):
+    with pytest.warns(RuntimeWarning, match="Full failed .no space left.; the run continues without it"):
         model.fit_task(rotated().tasks[0], SILENT)
     model.fit_task(rotated().tasks[1], SILENT)
     assert first.scalars == last.scalars == [(5, {"value": 2.0}), (10, {"value": 2.0})]

@@ -228,7 +228,7 @@ def test_a_full_disk_gives_one_warning_and_the_run_continues(
     writer.write_scalars(0, {"a": 0.0})
     writer.flush()
     fill(disk)
-    with pytest.warns(LoggerWarning, match="No space left on device.*; the run goes on without it") as caught:
+    with pytest.warns(LoggerWarning, match="No space left on device.*; the run continues") as caught:
         model = log_everything(writer)
     assert len(caught) == 1
     assert not model.logs

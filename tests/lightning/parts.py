@@ -76,7 +76,7 @@ every_algorithm = pytest.mark.parametrize("hparams", EVERY, ids=lambda hparams: 
 def stream(
     num_tasks: int = 3, scenario: Scenario = "domain", validation: int = 0, steps: int = STEPS
 ) -> Benchmark:
-    """Noisy images whose brightest pixel tells the class; the tasks differ in which pixel that is.
+    """Noisy images whose brightest pixel marks the class; the tasks differ in which pixel that is.
 
     In the task and class scenarios every task has two of the classes, else all. Two samples fill no batch.
     """

@@ -161,7 +161,7 @@ def test_settings_left_out_have_their_defaults() -> None:
 
 def test_an_own_method_takes_plain_values_too(tmp_path: Path) -> None:
     class Doubled(EWC):
-        """With a setting beside those of EWC, and a constructor of its own."""
+        """With one more setting than EWC, and another constructor."""
 
         def __init__(self, *args: Any, factor: float = 2.0, **options: Any) -> None:
             super().__init__(*args, **options)

@@ -1,4 +1,4 @@
-"""KCL under a user's own Trainer: coresets, resuming within a task, searches, and what is refused."""
+"""KCL in a Trainer: coresets, resuming within a task, tuners, and errors."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_an_exception_within_a_task_keeps_its_coreset() -> None:
         learn(model, benchmark, 0, callbacks=[At(fail, "on_train_batch_end", step=3)])
     assert position(model) == (0, TRAINING)
     kept = model.state.coreset.x.clone()
-    learn(model, stream(steps=STEPS + 3), 0)  # goes on; the coreset is there
+    learn(model, stream(steps=STEPS + 3), 0)  # continues, because the coreset is there
     assert position(model) == (0, CONSOLIDATED)
     assert torch.equal(model.state.coreset.x, kept)
 

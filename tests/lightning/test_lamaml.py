@@ -1,4 +1,4 @@
-"""La-MAML under a Trainer: steps that it takes itself, what it refuses, and its equations in small."""
+"""La-MAML in a Trainer: its own optimizer steps, its errors, and its equations on small arrays."""
 
 from __future__ import annotations
 

@@ -70,8 +70,8 @@ def test_what_callbacks_log_continues_across_tasks_and_epochs_are_left_out(tmp_p
     assert actual["lr-SGD"][-1][0] > 2 * STEPS
 
 
-class Told(ConsoleLogger):
-    """Keeps the names of the methods that it is told by; one may fail from its nth call on."""
+class Recorder(ConsoleLogger):
+    """Keeps the names of the methods that are called; one may fail from its nth call on."""
 
     def __init__(self, failing: str = "", at: int = 1) -> None:
         super().__init__()
@@ -104,9 +104,9 @@ class Told(ConsoleLogger):
     [("log_metrics", 1), ("log_metrics", 5), ("log_hyperparams", 1), ("save", 1), ("finalize", 1)],
 )
 def test_the_first_error_wherever_it_comes_ends_a_loggers_part(failing: str, at: int, tmp_path: Path) -> None:
-    bad, good = Told(failing, at), Told()
+    bad, good = Recorder(failing, at), Recorder()
     callbacks = [Scores(), LearningRateMonitor("step")]
-    with pytest.warns(LoggerWarning, match="Told failed .*No space left") as caught:
+    with pytest.warns(LoggerWarning, match="Recorder failed .*No space left") as caught:
         watched = ran(tmp_path / "watched", bad, good, callbacks=callbacks)
     assert len([one for one in caught if one.category is LoggerWarning]) == 1
     assert bad.calls[-1] == failing
@@ -122,7 +122,7 @@ def test_a_run_that_fails_closes_its_loggers_as_failed_and_gives_them_back(tmp_p
         def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
             raise RuntimeError("stopped")
 
-    recorder, events = Told(), TensorBoardLogger(tmp_path, "own", "")
+    recorder, events = Recorder(), TensorBoardLogger(tmp_path, "own", "")
     with pytest.raises(RuntimeError, match="stopped"):
         ran(tmp_path / "run", recorder, events, callbacks=[Stop()])
     assert recorder.status == "failed"
@@ -140,8 +140,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         yield path
 
 
-def tell(logger: Logger) -> None:
-    """Let a learner with one logger tell it all that it is told in a run."""
+def run_with(logger: Logger) -> None:
+    """Run a learner with one logger."""
     model = learner(logger)
     with event_errors_left_to_the_caller():
         model.start_stream({"algo": {"name": "naive"}})
@@ -169,8 +169,8 @@ def test_a_full_disk_under_a_logger_is_reported_once(
     logger.log_metrics({"a": 0.0}, 0)
     logger.save()
     fill(disk)
-    with pytest.warns(LoggerWarning, match="No space left on device.*; the run goes on without it") as caught:
-        tell(logger)
+    with pytest.warns(LoggerWarning, match="No space left on device.*; the run continues") as caught:
+        run_with(logger)
     assert len(caught) == 1
     assert capfd.readouterr().err == ""
 
@@ -190,7 +190,7 @@ def test_an_error_in_the_thread_of_tensorboard_is_reported_once(
 
     monkeypatch.setattr(RecordWriter, "write", write)
     with pytest.warns(LoggerWarning, match="TensorBoardLogger failed .*No space left") as caught:
-        tell(LOGGERS["tensorboard"](tmp_path, {}))
+        run_with(LOGGERS["tensorboard"](tmp_path, {}))
     assert len(caught) == 1
     assert capfd.readouterr().err == ""
 

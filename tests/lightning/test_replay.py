@@ -1,4 +1,4 @@
-"""Replay modules: loops written by hand, what the memory holds and costs, and what is refused."""
+"""Replay modules: hand-written loops, the contents and size of the memory, and errors."""
 
 from __future__ import annotations
 
@@ -296,7 +296,7 @@ def test_a_state_dict_of_another_memory_raises() -> None:
         replay_module(ER).load_state_dict(replay_module(other).state_dict())
 
 
-# -- what is refused
+# -- errors
 
 
 @pytest.mark.parametrize("hparams", [AGEM, ER, DERPP], ids=lambda hparams: hparams.name)

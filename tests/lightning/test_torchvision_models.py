@@ -1,4 +1,4 @@
-"""torchvision's models by name: what the network computes, where it starts, and what is refused."""
+"""torchvision's models by name: outputs, initial weights and errors."""
 
 from __future__ import annotations
 

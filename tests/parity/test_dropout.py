@@ -112,14 +112,14 @@ def test_each_hidden_layer_drops_its_share_and_scales_the_rest(
         np.testing.assert_allclose(
             after[active & ~mask], before[active & ~mask] / (1 - RATE), rtol=1e-5, err_msg=layer
         )
-        # A mask of its own for each sample: two agree as often as independent ones do.
+        # Each sample has another mask: two masks agree as often as independent ones.
         known = active[1:] & active[:-1]
         agree = (mask[1:] == mask[:-1])[known].mean()
         chance = RATE**2 + (1 - RATE) ** 2
         assert abs(agree - chance) < 6 * np.sqrt(chance * (1 - chance) / known.sum()), layer
         dropped[layer] = active, mask
     for (one, a), (other, b) in zip(list(dropped.items())[:-1], list(dropped.items())[1:], strict=True):
-        if a[0].shape == b[0].shape:  # and of its own for each layer
+        if a[0].shape == b[0].shape:  # and each layer has another mask
             known = a[0] & b[0]
             agree = (a[1] == b[1])[known].mean()
             assert abs(agree - chance) < 6 * np.sqrt(chance * (1 - chance) / known.sum()), (one, other)

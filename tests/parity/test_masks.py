@@ -1,4 +1,4 @@
-"""Among the classes of its own task alone a prediction is never worse."""
+"""A prediction among the classes of the sample's task is never worse than one among all classes."""
 
 from __future__ import annotations
 

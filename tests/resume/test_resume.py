@@ -1,4 +1,4 @@
-"""Gone on with from a checkpoint in the middle of a task, a run ends bit-identical, whatever the method."""
+"""A run that is resumed from a checkpoint in the middle of a task ends bit-identical, with every method."""
 
 import json
 import shutil
