@@ -153,7 +153,7 @@ def mcsgd(hparams: MCSGDHParams, seed: int = 0, trainable: Selection = None) -> 
         >>> digits, net = RotatedDigits(num_tasks=2, subset=40), MLP(widths=(16,), num_classes=10)
         >>> params = initial_params(net, digits.spec, seed=0)
         >>> ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
-        >>> algorithm = mcsgd(MCSGDHParams(mem_size=20, lmc_line_samples=3))
+        >>> algorithm = mcsgd(MCSGDHParams(mem_size=40, lmc_line_samples=3))
         >>> state = algorithm.init(ts, digits.spec)
         >>> planner = algorithm.planner(digits.spec, state)
         >>> for task in digits.tasks:

@@ -129,9 +129,9 @@ class ResNet18(nn.Module):
 
 
 class ResNet18Thin(ResNet18):
-    """ResNet-18 with 20 channels in its first stage, as in GEM's code (Lopez-Paz & Ranzato 2017).
+    """ResNet-18 with 20 channels in the first stage, as in GEM (Lopez-Paz & Ranzato 2017).
 
-    Its arguments are those of `ResNet18`.
+    The paper is https://arxiv.org/abs/1706.08840. The arguments are those of `ResNet18`.
 
     Example:
         >>> import torch

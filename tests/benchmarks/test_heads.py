@@ -210,7 +210,7 @@ def test_a_benchmark_by_hand_says_how_to_separate_its_tasks() -> None:
     [
         (((0, 1), (0, 1)), {"num_classes": 2}, "num_classes must be >= 4, as every task .*, got 2; leave"),
         (((0, 1), (0, 1)), {"heads": "both"}, "heads must be one of separate, shared, got 'both'"),
-        (((0, 1), (0, 1)), {"scenario": "domain", "heads": "shared"}, "read with scenario=task alone"),
+        (((0, 1), (0, 1)), {"scenario": "domain", "heads": "shared"}, "is only used with scenario=task"),
         (((0, 1), (-1, 1)), {}, r"task 1 \(task 1\): labels must be >= 0, got \[-1\]; number them"),
     ],
 )

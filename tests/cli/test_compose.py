@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sequel_core.algorithms import ALGORITHMS
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.lamaml import LaMAMLHParams
 from sequel_core.algorithms.mcsgd import MCSGDHParams
@@ -216,7 +217,7 @@ def test_a_shipped_experiment_has_a_source(name: str) -> None:
     assert "@" not in text.removeprefix("# @package _global_")
 
 
-ALGOS = "naive, joint, ewc, si, mas, lfl, stable_sgd, agem, er, der, derpp, mcsgd, lamaml, icarl, kcl"
+ALGOS = ", ".join(ALGORITHMS)
 BAD = [
     ([CODE3, "algo.lmc_line_samples=1"], "algo.lmc_line_samples must be >= 2 and <= 1000, got 1"),
     ([CODE3, "algo.lmc_policy=on"], "algo.lmc_policy must be one of offline, online, got 'on'"),

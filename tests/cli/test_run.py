@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sequel_core.algorithms import ALGORITHMS
 from sequel_core.cli import main
 from sequel_core.runs.results import load_result
 from tests.cli.conftest import Plugin
@@ -160,8 +161,7 @@ def test_divergence_is_one_line_and_exit_code_1(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["algo=ewcc"], "algo must be one of naive, joint, ewc, si, mas, lfl, stable_sgd, agem, er, der, "
-         "derpp, mcsgd, lamaml, icarl, kcl, got 'ewcc'; did you mean ewc?"),
+        (["algo=ewcc"], f"algo must be one of {', '.join(ALGORITHMS)}, got 'ewcc'; did you mean ewc?"),
         (["algo=icarl", "algo.mem_size=9"], "algo.mem_size must be >= 50, one exemplar of each class of each "
          "task, got 9; raise it"),
         (["algo=icarl", "algo.mem_size=9", "benchmark=splitdigits"], "algo.mem_size must be >= 10, one "

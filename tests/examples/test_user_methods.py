@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from tests.examples.user_methods_lightning import Confident, Imitate, Magnitude
 STREAM = RotatedDigits(num_tasks=3, subset=350)
 TRAINING = TrainingHParams(batch_size=7, dtype="float64")
 SGD = OptimizerHParams(lr=0.05)
+CONVOLUTIONAL: Any = {"channels": (4,), "linear_widths": (), "norm": "batch"}
 USER_METHODS: list[tuple[Any, Any, Any]] = [
     (MagnitudeHParams(strength=5), magnitude, Magnitude),
     (ConfidentHParams(mem_size=50, mem_batch_size=7), confident, Confident),
@@ -36,13 +38,17 @@ def _double_precision() -> Iterator[None]:
         yield
 
 
-def flax_learner(algorithm: Any) -> Learner:
-    model = sequel_flax.MLP((16,), STREAM.num_classes)
+def flax_learner(algorithm: Any, normalised: bool = False) -> Learner:
+    model: Any = sequel_flax.MLP((16,), STREAM.num_classes)
+    if normalised:
+        model = sequel_flax.CNN(**CONVOLUTIONAL, num_classes=STREAM.num_classes)
     return sequel_flax.FlaxLearner(algorithm, model, sequel_flax.build_optimizer(SGD), STREAM.spec, TRAINING)
 
 
-def torch_learner(module: Any, hparams: Any) -> Learner:
-    net = sequel_lightning.MLP((16,), STREAM.num_classes, image_shape=STREAM.image_shape).double()
+def torch_learner(module: Any, hparams: Any, normalised: bool = False) -> Learner:
+    sizes: Any = {"num_classes": STREAM.num_classes, "image_shape": STREAM.image_shape}
+    cls = sequel_lightning.CNN if normalised else partial(sequel_lightning.MLP, (16,))
+    net = cls(**(CONVOLUTIONAL if normalised else {}), **sizes).double()
     sequel_lightning.initialise(net, TRAINING.seed)
     model = module(net, sequel_lightning.build_optimizer(SGD), hparams, STREAM.spec)
     return sequel_lightning.LightningLearner(model, TRAINING)
@@ -63,3 +69,10 @@ def test_both_frameworks_end_with_the_same_weights(hparams: Any, bundle: Any, mo
     for name, array in b.items():
         assert np.linalg.norm(a[name] - array) < 1e-10 * np.linalg.norm(array)
         assert np.linalg.norm(a[name] - naive[name]) > 1e-3 * np.linalg.norm(array)
+
+
+def test_the_old_network_has_its_running_statistics() -> None:
+    hparams = ImitateHParams(strength=0.5)
+    a, b = train(flax_learner(imitate(hparams), True)), train(torch_learner(Imitate, hparams, True))
+    for name, array in b.items():
+        assert np.linalg.norm(a[name] - array) < 1e-8 * np.linalg.norm(array)

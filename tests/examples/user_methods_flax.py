@@ -14,8 +14,10 @@ from sequel_flax import Algorithm
 from sequel_flax.bundle import (
     Params,
     State,
+    Stats,
     StepOutputs,
     cross_entropy,
+    frozen_network,
     make_algorithm,
     masked,
     network,
@@ -24,6 +26,7 @@ from sequel_flax.bundle import (
 )
 from sequel_flax.quadratic import Model, quadratic
 from sequel_flax.replay import Outputs, mean_cross_entropy, replay, sum_of_first
+from sequel_flax.trainable import Selection
 from tests.examples.user_methods import ConfidentHParams, ImitateHParams, MagnitudeHParams
 
 
@@ -49,9 +52,10 @@ def confident(hparams: ConfidentHParams, seed: int = 0) -> Algorithm:
 
 
 class ImitateState(NamedTuple):
-    """What the method remembers."""
+    """What the method remembers of past tasks."""
 
     anchor: Params  # weights at the end of the last task
+    statistics: Stats  # running statistics of batch normalisation then; empty without batch normalisation
     learned: jax.Array  # 1 after the end of the first task, 0 before, shape ()
 
 
@@ -61,25 +65,32 @@ def logit_distance(logits: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def objective(ts: TrainState, params: Params, state: State, batch: Batch, hparams: ImitateHParams) -> Any:
-    """Return the loss of a batch, shape (), and its logits and running statistics."""
+    """Return the loss of a batch, shape (), and its logits `[B, num_classes]`."""
+    anchor, statistics, learned = state.memory
     logits, stats = training_forward(ts, params, state, batch.x)
-    old = network(ts, state.memory.anchor, state, batch.x)
     masked_logits = masked(state.stream, logits, batch.t)
-    penalty = state.memory.learned * hparams.strength * logit_distance(logits, old)
+    old = network(ts, anchor, state, batch.x, stats=statistics)
+    penalty = learned * hparams.strength * logit_distance(logits, old)
     return cross_entropy(masked_logits, batch.y) + penalty, (masked_logits, stats)
 
 
-def imitate(hparams: ImitateHParams, seed: int = 0) -> Algorithm:
+def imitate(hparams: ImitateHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
     def init_memory(ts: TrainState, spec: StreamSpec) -> ImitateState:
-        return ImitateState(jax.tree.map(jnp.copy, ts.params), jnp.zeros(()))
+        return ImitateState(*frozen_network(ts), jnp.zeros((), jax.tree.leaves(ts.params)[0].dtype))
 
     def step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         return train_step(ts, state, batch, partial(objective, hparams=hparams))
 
     def end(ts: TrainState, state: State, plan: Any) -> tuple[TrainState, State]:
-        memory = ImitateState(jax.tree.map(jnp.copy, ts.params), jnp.ones(()))
+        memory = ImitateState(*frozen_network(ts), jnp.ones_like(state.memory.learned))
         return ts, state._replace(memory=memory)
 
     return make_algorithm(
-        hparams, seed, step, init_memory=init_memory, fills={"anchor": jnp.copy}, apply_end=end
+        hparams,
+        seed,
+        step,
+        trainable=trainable,
+        init_memory=init_memory,
+        fills={"anchor": jnp.copy},
+        apply_end=end,
     )

@@ -1,6 +1,9 @@
 """User-defined methods in Lightning: a regulariser, a replay method, and one that is neither."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +14,7 @@ from sequel_lightning.module import ContinualModule, Params
 from sequel_lightning.networks import evaluating
 from sequel_lightning.quadratic import Model, QuadraticModule
 from sequel_lightning.replay import Outputs, ReplayModule, mean_cross_entropy, sum_of_first
-from sequel_lightning.trees import ParameterTree
+from sequel_lightning.trees import ParameterTree, StateTree
 from tests.examples.user_methods import ConfidentHParams, ImitateHParams, MagnitudeHParams
 
 
@@ -48,9 +51,28 @@ class Confident(ReplayModule):
         return replay_loss(batch, draws, self.algorithm_hparams)
 
 
+class ImitateState(NamedTuple):
+    """What the method remembers of past tasks."""
+
+    anchor: Params  # weights at the end of the last task
+    statistics: Params  # running statistics of batch normalisation then; empty without batch normalisation
+    learned: Tensor  # 1 after the end of the first task, 0 before, shape ()
+
+
 def logit_distance(logits: Tensor, old: Tensor) -> Tensor:
     """Return the mean squared distance of logits `[B, num_classes]`, shape ()."""
     return ((logits - old) ** 2).sum(1).mean()
+
+
+def objective(module: Imitate, batch: Batch, hparams: ImitateHParams) -> tuple[Tensor, Tensor]:
+    """Return the loss of a batch, shape (), and its logits `[B, num_classes]`."""
+    anchor, statistics, learned = module.state
+    logits = module.network(batch.x)
+    masked_logits = module.masked(logits, batch.t)
+    with evaluating(module.net), torch.no_grad():
+        old = functional_call(module.net, {**anchor, **statistics}, (module.normalise(batch.x),))
+    penalty = module.added(learned * hparams.strength * logit_distance(logits, old))
+    return module.loss(masked_logits, batch) + penalty, masked_logits
 
 
 class Imitate(ContinualModule):
@@ -60,18 +82,19 @@ class Imitate(ContinualModule):
     learned: Tensor
 
     def init_memory(self) -> None:
-        self.anchor = ParameterTree(self.params(), torch.clone)  # weights at the end of the last task
-        self.register_buffer("learned", torch.zeros(()))  # 1 after the end of the first task, 0 before
+        like = next(self.net.parameters())
+        self.anchor = ParameterTree(self.params(), torch.clone)
+        self.statistics = StateTree({name: b.clone() for name, b in self.net.named_buffers()})
+        self.register_buffer("learned", torch.zeros((), dtype=like.dtype, device=like.device))
+
+    @property
+    def state(self) -> ImitateState:
+        return ImitateState(self.anchor.get(), self.statistics.get(), self.learned)
 
     def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        batch = self.trained_on(batch)
-        logits = self.network(batch.x)
-        with torch.no_grad(), evaluating(self.net):
-            old = functional_call(self.net, self.anchor.get(), (self.normalise(batch.x),))
-        masked_logits = self.masked(logits, batch.t)
-        penalty = self.learned * self.algorithm_hparams.strength * logit_distance(logits, old)
-        return self.loss(masked_logits, batch) + self.added(penalty), masked_logits
+        return objective(self, self.trained_on(batch), self.algorithm_hparams)
 
     def end_task(self, batches: Iterable[Batch]) -> None:
         self.anchor.set(self.frozen_params())
+        self.statistics.set(dict(self.net.named_buffers()))
         self.learned.fill_(1)

@@ -106,8 +106,11 @@ class Layered(nn.Module):
         return logits
 
 
+NEED_FEATURES = ("lfl", "icarl", "kcl")
+
+
 def user_model(hparams: AlgorithmHParams) -> nn.Module:
-    return Layered() if hparams.name in ("lfl", "icarl", "kcl") else Net()
+    return Layered() if hparams.name in NEED_FEATURES else Net()
 
 
 @cache

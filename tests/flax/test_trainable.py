@@ -49,6 +49,9 @@ def bytes_of_trees(state: State) -> int:
     parts = jax.tree.leaves(state.memory, is_leaf=lambda part: isinstance(part, Memory))
     return sum(part.nbytes for part in parts if not isinstance(part, Memory))
 
+TREES = {"ewc": 2, "mas": 2, "si": 3, "lfl": 1, "icarl": 1, "lamaml": 1, "mcsgd": 2}
+"""Number of trees with the structure of the parameters that a method keeps, if not 0."""
+
 
 @pytest.mark.parametrize(
     "hparams",
@@ -69,9 +72,8 @@ def test_frozen_parameters_do_not_change_and_cost_no_memory(hparams: AlgorithmHP
     full, part = bytes_of_trees(wholly.state), bytes_of_trees(state)
     trees = (full - part) / sum(size[k] for k in frozen)
     assert trees == int(trees)  # no tree of the method has the frozen parameters
-    counts = {"ewc": 2, "mas": 2, "si": 3, "lfl": 1, "icarl": 1, "lamaml": 1, "mcsgd": 2}
     online = getattr(hparams, "lmc_policy", "") == "online"
-    assert trees == counts.get(hparams.name, 0) + 2 * online
+    assert trees == TREES.get(hparams.name, 0) + 2 * online
     moments = [leaf.size for leaf in jax.tree.leaves(optax.tree_utils.tree_get(partly.ts.opt_state, "mu"))]
     assert sum(moments) == sum(leaf.size for k, leaf in initial.items() if k not in frozen)
 
