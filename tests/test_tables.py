@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
@@ -24,11 +26,22 @@ from tests.speed import loops_flax, loops_lightning
 NO_STRENGTH = {"naive", "joint", "lamaml", "icarl", "kcl"}
 """Methods without a setting whose value 0 gives naive finetuning."""
 
+ROOT = Path(__file__).parents[1]
+
+
+def support(page: str) -> set[str]:
+    """Return the names of the methods in the support table of a page."""
+    table = (ROOT / page).read_text(encoding="utf-8").partition("<!-- support")[2].partition("<!-- /support")[0]
+    return set(re.findall(r"`(\w+)`", table))
+
+
 configs = resources.files("sequel_configs").joinpath("algo")
 TABLES: dict[str, Collection[str]] = {
     "ALGORITHMS of sequel_lightning/algorithms/__init__.py": sequel_lightning.ALGORITHMS,
     "ALGORITHMS of sequel_flax/algorithms/__init__.py": sequel_flax.ALGORITHMS,
     "the files of configs/algo": [path.name.removesuffix(".yaml") for path in configs.iterdir()],
+    "the support table of docs/methods.md": support("docs/methods.md"),
+    "the support summary of README.md": support("README.md"),
     "CASES of tests/parity/cases.py": [hparams.name for hparams, _ in PARITY],
     "ZERO of tests/parity/test_parity.py, or NO_STRENGTH here": NO_STRENGTH.union(h.name for h in ZERO),
     "METHODS of tests/parity/test_convolutions.py": [hparams.name for hparams in CONVOLUTIONS],
