@@ -31,8 +31,8 @@ ROOT = Path(__file__).parents[1]
 
 def support(page: str) -> set[str]:
     """Return the names of the methods in the support table of a page."""
-    table = (ROOT / page).read_text(encoding="utf-8").partition("<!-- support")[2].partition("<!-- /support")[0]
-    return set(re.findall(r"`(\w+)`", table))
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return set(re.findall(r"`(\w+)`", text.partition("<!-- support")[2].partition("<!-- /support")[0]))
 
 
 configs = resources.files("sequel_configs").joinpath("algo")
