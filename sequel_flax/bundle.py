@@ -820,7 +820,7 @@ def blank_image(spec: StreamSpec, dtype: Any) -> jax.Array:
 
 
 def mask_logits(logits: jax.Array, mask: jax.Array) -> jax.Array:
-    """Return the logits with the lowest number of their dtype where the mask is False.
+    """Return the logits, with the lowest number of their dtype for the classes outside the mask.
 
     Args:
         logits: Logits `[B, num_classes]`.

@@ -38,18 +38,18 @@ GUARDED = ("log_metrics", "log_hyperparams", "log_graph", "save", "finalize", "a
 
 
 class GuardedLogger:
-    """A logger as the Trainers of a learner get it: its first error ends its part in the run.
+    """Wraps a user's logger for the Trainers of a learner. After its first error, a logger is not used again.
 
-    It also leaves out `epoch`, which Lightning adds to what callbacks log and which starts again with every
-    task. In all else it is the user's logger, also for `isinstance`, so that callbacks can use it as such.
+    The wrapper also drops `epoch`, which Lightning adds to what callbacks log and which restarts with every
+    task. Attributes are those of the user's logger, and `isinstance` sees its class.
 
     Args:
-        logger: the user's.
+        logger: the user's logger.
         attempt: calls a function for a logger; see `Loggers.attempt`.
     """
 
     def __init__(self, logger: Logger, attempt: Callable[..., None]) -> None:
-        self._logger, self._attempt = logger, attempt
+        vars(self).update(_logger=logger, _attempt=attempt)
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
@@ -61,6 +61,12 @@ class GuardedLogger:
         if name == "log_metrics":
             value = partial(_without_epoch, value)
         return partial(self._attempt, self._logger, value) if name in GUARDED else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._logger, name, value)
+
+    def __reduce__(self) -> Any:
+        return GuardedLogger, (self._logger, self._attempt)  # for copy and pickle
 
 
 class TrainersLoggers(Loggers):

@@ -1,5 +1,6 @@
 """Lightning's loggers across the Trainers of a run: steps, names, failures, status, resumption."""
 
+import copy
 import csv
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from sequel_core.runs.loggers import LoggerWarning
 from sequel_core.runs.process import event_errors_left_to_the_caller
 from sequel_core.runs.results import Result
 from sequel_lightning import LightningLearner
-from sequel_lightning.loggers import LOGGERS, ConsoleLogger, JsonLinesLogger, resume_logger
+from sequel_lightning.loggers import LOGGERS, ConsoleLogger, GuardedLogger, JsonLinesLogger, resume_logger
 from tests.disks import fill, small_disk
 from tests.events import scalars
 from tests.lightning.parts import BATCH, STEPS, module, stream
@@ -264,3 +265,19 @@ def test_our_own_loggers_have_names_for_lightnings_paths(tmp_path: Path) -> None
     assert (lines.name, lines.version, lines.save_dir) == ("jsonl", "", str(tmp_path))
     assert (ConsoleLogger().name, ConsoleLogger().version, ConsoleLogger().save_dir) == ("console", "", None)
     assert isinstance(LOGGERS["csv"](tmp_path, {}), CSVLogger)
+
+
+def test_callbacks_can_copy_and_change_the_logger_of_a_trainer(tmp_path: Path) -> None:
+    csv_logger = CSVLogger(tmp_path, "mine")
+    names: list[Any] = []
+
+    class Copies(Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            assert isinstance(trainer.logger, CSVLogger)
+            trainer.logger.LOGGER_JOIN_CHAR = "/"
+            copies = copy.copy(trainer.logger), copy.deepcopy(trainer.logger)
+            names.extend((type(made), made.name) for made in copies)
+
+    run(learner(csv_logger, callbacks=[Copies()]), stream(1), run_dir=tmp_path / "run", progress=False)
+    assert csv_logger.LOGGER_JOIN_CHAR == "/"
+    assert names == [(GuardedLogger, "mine")] * 2
