@@ -23,14 +23,14 @@ from sequel_core.hparams import TrainingHParams
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.stream.task import Task
 from sequel_lightning._compat import checkpoint_directory
-from sequel_lightning.lifecycle import SPOILING
+from sequel_lightning.lifecycle import DAMAGING
 
 STATELESS = (Callback, Checkpoint, LambdaCallback)
 
 UNSUPPORTED: dict[type[Callback], str] = {
     BatchSizeFinder: "changes the batch size, which is the plan's; set training.batch_size",
     OnExceptionCheckpoint: "would let the next task start from its file; use sequel_core.run(resume=True)",
-    **SPOILING,
+    **DAMAGING,
 }
 """Callbacks that cannot be used with a Trainer for each task, and what to do instead."""
 

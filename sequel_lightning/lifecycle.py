@@ -40,7 +40,7 @@ from sequel_lightning.trees import ParameterTree
 if TYPE_CHECKING:
     from sequel_lightning.algorithm import Algorithm
 
-SPOILING: dict[type[Callback], str] = {
+DAMAGING: dict[type[Callback], str] = {
     ModelPruning: "replaces the network's parameters, which methods know by name; prune after the last task",
     WeightAveraging: "replaces buffers, in which methods keep their memory, by earlier ones; use "
     "StochasticWeightAveraging",
@@ -49,10 +49,10 @@ SPOILING: dict[type[Callback], str] = {
 
 
 class TaskLifecycle:
-    """Starts and ends the tasks of a module, called by its Lightning hooks.
+    """Starts and ends the tasks of a module. The module's Lightning hooks call it.
 
     Args:
-        module: whose `task_index` and `phase` it moves on.
+        module: the module. Its `task_index` and `phase` are updated.
     """
 
     def __init__(self, module: Algorithm) -> None:
@@ -63,9 +63,7 @@ class TaskLifecycle:
         self.carried_optimizer: dict[str, Any] | None = None  # its state, for the next task
         self.consolidated_at: str | None = None  # fingerprint of the weights before the end-of-task work
         self.saved: SavedState | None = None  # during the evaluation of a checkpoint
-        self.generators: list[
-            Tensor
-        ] = []  # states of the random generators, in the checkpoint that is resumed
+        self.generators: list[Tensor] = []  # states of the random generators in the resumed checkpoint
 
     # -- which task
 
@@ -372,7 +370,7 @@ def check_resumed_file(module: Algorithm, checkpoint: Mapping[str, Any]) -> None
 def check_spoiling(callbacks: Iterable[Any]) -> None:
     """Raise ValueError for a callback that damages what a method keeps."""
     for callback in callbacks:
-        for callback_class, reason in SPOILING.items():
+        for callback_class, reason in DAMAGING.items():
             if isinstance(callback, callback_class):
                 raise ValueError(f"callbacks: {type(callback).__name__} {reason}")
 
