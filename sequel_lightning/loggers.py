@@ -48,6 +48,9 @@ class GuardedLogger:
         attempt: calls a function for a logger; see `Loggers.attempt`.
     """
 
+    _logger: Logger
+    _attempt: Callable[..., None]
+
     def __init__(self, logger: Logger, attempt: Callable[..., None]) -> None:
         vars(self).update(_logger=logger, _attempt=attempt)
 

@@ -150,8 +150,7 @@ def test_in_a_checkpoint_of_flax(trap: Trap, tmp_path: Path) -> None:
         path.write_bytes(whole)
     made.restore(tmp_path / "checkpoints" / "1")
     made.close()
-    for _ in range(3):  # coroutines keep each other alive
-        gc.collect()  # while the warning is ignored
+    gc.collect()  # while the warning is ignored
 
 
 FORBIDDEN = {
