@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ def used(tree: ast.Module) -> Iterator[tuple[str, int]]:
             yield ast.unparse(node.args[1]).strip("'"), node.lineno
 
 
+@functools.cache
 def trees(package: str) -> dict[Path, ast.Module]:
     return {path: ast.parse(path.read_text()) for path in sorted((ROOT / package).rglob("*.py"))}
 

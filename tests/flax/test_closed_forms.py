@@ -137,9 +137,7 @@ def test_the_quadratic_penalty_and_its_gradient(rng: np.random.Generator) -> Non
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.4])
-def test_importance_decays_and_the_anchor_is_replaced(
-    gamma: float, rng: np.random.Generator
-) -> None:
+def test_importance_decays_and_the_anchor_is_replaced(gamma: float, rng: np.random.Generator) -> None:
     theta, anchor, old, new = (tree(rng) for _ in range(4))
     state = QuadraticState(arrays_of(anchor), arrays_of(old))
     actual = consolidate_quadratic(arrays_of(theta), state, arrays_of(new), gamma=gamma)

@@ -102,9 +102,7 @@ def test_no_array_of_a_state_is_empty(hparams: AlgorithmHParams) -> None:
 
 @pytest.mark.parametrize("hparams", [ER, KCL, LAMAML, NaiveHParams()], ids=lambda h: h.name)
 @pytest.mark.parametrize("augmented", [False, True], ids=["plain", "augmented"])
-def test_a_planner_from_a_state_continues_the_plan(
-    hparams: AlgorithmHParams, augmented: bool
-) -> None:
+def test_a_planner_from_a_state_continues_the_plan(hparams: AlgorithmHParams, augmented: bool) -> None:
     """One call for six steps equals six calls, each with a planner from the state."""
     stream = RotatedDigits(num_tasks=2, subset=63, crop_padding=2 if augmented else 0)
     algorithm = ALGORITHMS[hparams.name](hparams)
@@ -156,9 +154,7 @@ def test_a_learner_whose_state_was_assigned_without_its_planner_raises() -> None
     first, second = learner(ER), learner(ER)
     first.fit_task(rotated().tasks[0], SILENT)
     second.ts, second.state = first.ts, first.state
-    with pytest.raises(
-        ValueError, match="has planned 0 steps and the state has taken 5; make the planner"
-    ):
+    with pytest.raises(ValueError, match="has planned 0 steps and the state has taken 5; make the planner"):
         second.fit_task(rotated().tasks[1], SILENT)
     assert second.step == 5
     second.planner = second.algorithm.planner(second.spec, second.state)

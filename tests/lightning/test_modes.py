@@ -30,9 +30,7 @@ from tests.lightning.parts import (
     trainer,
 )
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Found .* module\\(s\\) in eval mode at the start of training"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:Found .* module\\(s\\) in eval mode at the start of training")
 
 REFUSE_BATCH_NORM = ("mcsgd", "lamaml")
 

@@ -174,9 +174,7 @@ def test_fast_dev_run_leaves_the_state_alone() -> None:
     assert calls == [0]
 
 
-@pytest.mark.parametrize(
-    "hparams", STATEFUL, ids=lambda hparams: hparams.name
-)
+@pytest.mark.parametrize("hparams", STATEFUL, ids=lambda hparams: hparams.name)
 def test_a_search_and_a_dry_run_leave_no_trace(hparams: AlgorithmHParams, tmp_path: Path) -> None:
     """Nothing moves in memory, planner, path or anchor; a dry run trains the network, and nothing else."""
     benchmark = stream()

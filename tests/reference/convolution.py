@@ -1,12 +1,12 @@
 """Convolutional networks, written from the definitions of their layers in float64 NumPy.
 
-    conv    y[n, i, j, o] = b[o] + sum_{u, v, c} x[n, s i + u - p, s j + v - p, c] K[u, v, c, o], 0 outside x
-    pool    y[n, i, j, c] = max_{u, v in 0, 1} x[n, 2 i + u, 2 j + v, c]
-    batch   y = (x - m) / sqrt(v + 1e-5) * scale + bias, m the mean and v the variance of x, per channel
-            running m <- 0.9 m + 0.1 mean, v <- 0.9 v + 0.1 sum (x - m)^2 / (n - 1), used in evaluation
-    group   the same, with the mean over the pixels and channels of one group of one image
-    gelu    x Phi(x), Phi the distribution function of the standard normal
-    block   relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)), shortcut x or norm(conv(x)) with 1x1 kernels
+conv    y[n, i, j, o] = b[o] + sum_{u, v, c} x[n, s i + u - p, s j + v - p, c] K[u, v, c, o], 0 outside x
+pool    y[n, i, j, c] = max_{u, v in 0, 1} x[n, 2 i + u, 2 j + v, c]
+batch   y = (x - m) / sqrt(v + 1e-5) * scale + bias, m the mean and v the variance of x, per channel
+        running m <- 0.9 m + 0.1 mean, v <- 0.9 v + 0.1 sum (x - m)^2 / (n - 1), used in evaluation
+group   the same, with the mean over the pixels and channels of one group of one image
+gelu    x Phi(x), Phi the distribution function of the standard normal
+block   relu(norm(conv(relu(norm(conv(x))))) + shortcut(x)), shortcut x or norm(conv(x)) with 1x1 kernels
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A multi-layer perceptron and its backward pass in float64 NumPy.
 
-    h_0 = x, a_l = h_l W_l + b_l, h_{l+1} = max(a_l, 0), p = softmax(a_L)
-    CE = -mean_n log p_{n, y_n};  dCE/da_L = (p - onehot(y)) / N
-    for any L: dL/dW_l = h_l^T dL/da_l, dL/db_l = sum_n dL/da_l, dL/da_{l-1} = (dL/da_l W_l^T) * [a_{l-1} > 0]
-    Hessian of CE times v: d/ds of the above at theta + s v, s = 0 (Pearlmutter 1994, the R operator)
+h_0 = x, a_l = h_l W_l + b_l, h_{l+1} = max(a_l, 0), p = softmax(a_L)
+CE = -mean_n log p_{n, y_n};  dCE/da_L = (p - onehot(y)) / N
+for any L: dL/dW_l = h_l^T dL/da_l, dL/db_l = sum_n dL/da_l, dL/da_{l-1} = (dL/da_l W_l^T) * [a_{l-1} > 0]
+Hessian of CE times v: d/ds of the above at theta + s v, s = 0 (Pearlmutter 1994, the R operator)
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """SGD, Adam and gradient clipping as in PyTorch, in float64 NumPy.
 
-    both   g <- g + wd theta
-    SGD    v <- mu v + g, v = 0 at first;  theta <- theta - lr v
-    Adam   m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
-           theta <- theta - lr (m / (1 - b1^n)) / (sqrt(v / (1 - b2^n)) + eps), n the step from 1
-    clip   g <- g min(1, c / (|g| + 1e-6)), before the optimizer; |g| is the norm over all arrays
+both   g <- g + wd theta
+SGD    v <- mu v + g, v = 0 at first;  theta <- theta - lr v
+Adam   m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
+       theta <- theta - lr (m / (1 - b1^n)) / (sqrt(v / (1 - b2^n)) + eps), n the step from 1
+clip   g <- g min(1, c / (|g| + 1e-6)), before the optimizer; |g| is the norm over all arrays
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Regularisation methods in float64 NumPy, written from the papers.
 
-    EWC (Kirkpatrick 2017, eq. 3)  L = CE + sum_k lambda/2 sum_i F_{k,i} (theta_i - theta*_{k,i})^2
-    online EWC (Schwarz 2018)      L = CE + lambda/2 sum_i F_i (theta_i - theta*_i)^2, F <- gamma F + F_k
-    SI (Zenke 2017)                L = CE + c sum_i Omega_i (theta_i - theta*_i)^2
-                                   step: omega <- omega - (dCE/dtheta) (theta_new - theta)
-                                   task: Omega <- Omega + omega / ((theta - theta_start)^2 + xi), omega <- 0
-    MAS (Aljundi 2018)             L = CE + lambda sum_i Omega_i (theta_i - theta*_i)^2
-                                   task: Omega <- Omega + 1/N sum_n |d ||f(x_n)||^2 / dtheta|
-    LFL (Jung 2016)                L = CE + lambda/2 mean_n ||h(x_n; theta) - h(x_n; theta_old)||^2
+EWC (Kirkpatrick 2017, eq. 3)  L = CE + sum_k lambda/2 sum_i F_{k,i} (theta_i - theta*_{k,i})^2
+online EWC (Schwarz 2018)      L = CE + lambda/2 sum_i F_i (theta_i - theta*_i)^2, F <- gamma F + F_k
+SI (Zenke 2017)                L = CE + c sum_i Omega_i (theta_i - theta*_i)^2
+                               step: omega <- omega - (dCE/dtheta) (theta_new - theta)
+                               task: Omega <- Omega + omega / ((theta - theta_start)^2 + xi), omega <- 0
+MAS (Aljundi 2018)             L = CE + lambda sum_i Omega_i (theta_i - theta*_i)^2
+                               task: Omega <- Omega + 1/N sum_n |d ||f(x_n)||^2 / dtheta|
+LFL (Jung 2016)                L = CE + lambda/2 mean_n ||h(x_n; theta) - h(x_n; theta_old)||^2
 """
 
 from __future__ import annotations
