@@ -26,6 +26,7 @@ from sequel_core.stream.benchmark import Benchmark, Heads, Scenario, separate_he
 from sequel_core.stream.images import Augmentation, Normalisation
 from sequel_core.stream.items import ItemImages, Items
 from sequel_core.stream.task import Split, Task
+from sequel_core.stream.trees import LeafSpec, shapes_text
 
 Pair = tuple[NDArray[Any], NDArray[Any]]  # images and labels
 PARTS = ("train", "test", "validation")
@@ -437,7 +438,9 @@ def _benchmark(
     original = tasks
     if heads == "separate":
         tasks = list(separate_heads(original, task_heads))
-    offsets = [new.classes[0] - old.classes[0] for new, old in zip(tasks, original, strict=True)]
+    offsets = [
+        new.classes[0] - old.classes[0] for new, old in zip(tasks, original, strict=True) if old.classes
+    ]
     num_classes = _num_classes(tasks, settings.num_classes, separated=any(offsets))
     augmentation = options.get("augmentation") or Augmentation()
     normalisation = options.get("normalisation") or Normalisation()
@@ -476,6 +479,8 @@ def _num_classes(tasks: Sequence[Task], given: int | None, separated: bool) -> i
         ValueError: no width is given and most outputs would have no label, or the given width is too small
             for the separate heads.
     """
+    if not tasks[0].train.labelled:
+        return given or num_outputs(tasks)
     labels = {c for task in tasks for c in task.classes}
     needed = 1 + max(labels)
     if given is None and needed > 2 * len(labels):
@@ -492,7 +497,29 @@ def _num_classes(tasks: Sequence[Task], given: int | None, separated: bool) -> i
     return given or needed
 
 
+def num_outputs(tasks: Sequence[Task]) -> int:
+    """Return the number of values that a network predicts for targets that are not class labels.
+
+    Floats and bools need one for each value of a target; integers, which are tokens, one for each token.
+
+    Raises:
+        ValueError: targets are a dict.
+    """
+    spec = tasks[0].train.y_spec
+    if not isinstance(spec, LeafSpec):
+        raise ValueError(
+            f"num_classes must be given if targets are a dict, got {shapes_text(spec)}; give the width "
+            "of the network's output"
+        )
+    if np.dtype(spec.dtype).kind in "fb":
+        return int(np.prod(spec.shape, dtype=np.int64))
+    splits = [split for task in tasks for split in (task.train, task.validation, task.test) if len(split)]
+    return 1 + max(int(split.targets.max()) for split in splits)
+
+
 def _classes(row: Sequence[Split]) -> tuple[int, ...]:
+    if not all(split.labelled for split in row):
+        return ()
     return tuple(np.unique(np.concatenate([split.targets for split in row])).tolist())
 
 

@@ -24,10 +24,11 @@ from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.learner import DivergenceError, Learner
 from sequel_core.runs.orchestrator import run
 from sequel_core.runs.results import Result, load_result, load_weights
-from sequel_core.stream.benchmark import Benchmark, separate_heads
+from sequel_core.stream.benchmark import Benchmark, StreamSpec, separate_heads
 from sequel_core.stream.images import Augmentation, Normalisation, PixelMap
 from sequel_core.stream.memory import joined_with_memory, memory_stream
 from sequel_core.stream.task import Batch, Split, Task
+from sequel_core.stream.trees import LeafSpec
 
 if TYPE_CHECKING:
     from sequel_core.runs.compare import Comparison, compare
@@ -49,6 +50,7 @@ __all__ = [
     "KCLHParams",
     "LFLHParams",
     "LaMAMLHParams",
+    "LeafSpec",
     "Learner",
     "MASHParams",
     "MCSGDHParams",
@@ -61,6 +63,7 @@ __all__ = [
     "Split",
     "StableSGDHParams",
     "StreamCallback",
+    "StreamSpec",
     "Task",
     "TrainingHParams",
     "compare",

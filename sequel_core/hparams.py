@@ -125,7 +125,7 @@ class MemoryHParams(AlgorithmHParams):
         """Return the number of parts of fixed, equal size that the memory has; 1 if it is not divided."""
         if self.memory == "task_quota":
             return spec.num_tasks
-        return int(spec.mask.sum()) if self.memory in ("ring", "class_quota") else 1
+        return int(spec.groups.sum()) if self.memory in ("ring", "class_quota") else 1
 
     def check(self, spec: StreamSpec, training: TrainingHParams) -> None:
         """Raise ValueError also if a batch does not fit into the memory, or if its parts are not equal."""

@@ -814,7 +814,7 @@ def blank_image(spec: StreamSpec, dtype: Any) -> jax.Array:
         >>> blank_image(RotatedDigits(num_tasks=2, subset=20).spec, jnp.bfloat16).shape
         (1, 8, 8, 1)
     """
-    image_dtype = jnp.dtype(spec.image_dtype)
+    image_dtype = jnp.dtype(spec.x.dtype)
     as_parameters = image_dtype == jnp.uint8 or jnp.issubdtype(image_dtype, jnp.floating)
     return jnp.zeros((1, *spec.image_shape), dtype if as_parameters else image_dtype)
 

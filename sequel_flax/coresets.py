@@ -61,7 +61,7 @@ def apply_start(
     elif x.dtype != memory.x.dtype:
         raise ValueError(
             f"the coresets hold {memory.x.dtype} images, got {x.dtype}; "
-            f"give spec._replace(image_dtype='{x.dtype}')"
+            f"give a spec with LeafSpec(..., '{x.dtype}')"
         )
     memory = state.memory._replace(
         coreset=with_coreset(memory, plan.task, jnp.asarray(images), jnp.asarray(y))

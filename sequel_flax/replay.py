@@ -79,7 +79,7 @@ def empty_memory(spec: StreamSpec, slots: int, dtype: jnp.dtype | None) -> Memor
     """Return a memory of empty slots; `dtype` is that of the logits, None for a memory without logits."""
     slots = max(slots, 1)  # no array of a state is empty: orbax does not store such arrays
     return Memory(
-        x=jnp.zeros((slots, *spec.image_shape), spec.image_dtype),
+        x=jnp.zeros((slots, *spec.image_shape), spec.x.dtype),
         y=jnp.zeros(slots, jnp.int32),
         t=jnp.full(slots, -1, jnp.int32),
         logits=None if dtype is None else jnp.zeros((slots, spec.num_classes), dtype),
@@ -163,7 +163,7 @@ def planned(memory: Memory, batch: Batch, plan_type: type[Any] = StepPlan) -> An
     if batch.x.dtype != memory.x.dtype:
         raise ValueError(
             f"the memory holds {memory.x.dtype} images, the batch has {batch.x.dtype}; "
-            f"give spec._replace(image_dtype='{batch.x.dtype}')"
+            f"give a spec with LeafSpec(..., '{batch.x.dtype}')"
         )
     return plan
 

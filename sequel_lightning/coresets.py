@@ -80,7 +80,7 @@ class CoresetModule(ContinualModule):
         if x.dtype != memory.x.dtype:
             name, expected = (str(a.dtype).removeprefix("torch.") for a in (x, memory.x))
             raise ValueError(
-                f"the coresets hold {expected} images, got {name}; give spec._replace(image_dtype='{name}')"
+                f"the coresets hold {expected} images, got {name}; give a spec with LeafSpec(..., '{name}')"
             )
         with_coreset(memory, task, x, y)
 

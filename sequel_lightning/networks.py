@@ -17,7 +17,7 @@ from sequel_lightning.trees import Params
 def blank_image(spec: StreamSpec, like: Tensor) -> Tensor:
     """Return one input of zeros `[1, C, H, W]`, normalised for weights of the dtype of `like`."""
     height, width, channels = spec.image_shape
-    dtype = getattr(torch, spec.image_dtype)
+    dtype = getattr(torch, spec.x.dtype)
     if dtype == torch.uint8 or dtype.is_floating_point:
         dtype = torch.get_default_dtype() if is_lazy(like) else like.dtype
     return torch.zeros((1, channels, height, width), dtype=dtype, device=like.device)

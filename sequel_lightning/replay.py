@@ -62,7 +62,7 @@ class Outputs(NamedTuple):
 
 def empty_memory(spec: StreamSpec, slots: int, dtype: torch.dtype | None) -> Memory:
     """Return a memory of empty slots; `dtype` is that of the logits, None for a memory without logits."""
-    images = torch.zeros((slots, *spec.image_shape), dtype=getattr(torch, spec.image_dtype))
+    images = torch.zeros((slots, *spec.image_shape), dtype=getattr(torch, spec.x.dtype))
     return Memory(
         x=images.movedim(-1, 1),  # in memory as they come, colours last
         y=torch.zeros(slots, dtype=torch.int32),
@@ -147,7 +147,7 @@ def planned(memory: Memory, batch: Batch, plan_type: type[Any] = StepPlan) -> An
         name, expected = (str(a.dtype).removeprefix("torch.") for a in (batch.x, memory.x))
         raise ValueError(
             f"the memory holds {expected} images, the batch has {name}; "
-            f"give spec._replace(image_dtype='{name}')"
+            f"give a spec with LeafSpec(..., '{name}')"
         )
     return plan
 

@@ -17,6 +17,7 @@ import numpy as np
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.images import Augmentation, Normalisation
+from sequel_core.stream.trees import LeafSpec, Tree, tree_map
 
 
 def plain_hparams(hparams: AlgorithmHParams) -> dict[str, Any]:
@@ -44,13 +45,13 @@ def plain_spec(spec: StreamSpec) -> dict[str, Any]:
     """Return the spec as plain values; the mask becomes the classes of each task."""
     normalisation, augmentation = spec.normalisation, spec.augmentation
     return {
-        "image_shape": [int(n) for n in spec.image_shape],
+        "x": tree_map(_plain_leaf, spec.x),
+        "y": tree_map(_plain_leaf, spec.y),
         "num_classes": int(spec.num_classes),
         "num_tasks": int(spec.num_tasks),
         "scenario": str(spec.scenario),
         "classes": [np.flatnonzero(row).tolist() for row in spec.mask],
         "normalisation": {k: [float(v) for v in vars(normalisation)[k]] for k in ("mean", "std")},
-        "image_dtype": str(spec.image_dtype),
         "augmentation": {"padding": int(augmentation.padding), "flip": bool(augmentation.flip)},
     }
 
@@ -84,7 +85,9 @@ def spec_from(plain: Mapping[str, Any]) -> StreamSpec:
     """
     values = dict(plain)
     classes = values.pop("classes", [])
-    needed = {"image_shape", "num_classes", "num_tasks", "scenario"}
+    if "image_shape" in values:  # of a checkpoint that an earlier version wrote
+        values["x"] = {"shape": values.pop("image_shape"), "dtype": values.pop("image_dtype", "uint8")}
+    needed = {"x", "num_classes", "num_tasks", "scenario"}
     wrong = (needed - values.keys()) | (values.keys() - set(StreamSpec._fields))
     if wrong:
         raise ValueError(
@@ -104,12 +107,24 @@ def spec_from(plain: Mapping[str, Any]) -> StreamSpec:
     return StreamSpec(
         **{
             **values,
-            "image_shape": tuple(values["image_shape"]),
+            "x": _leaves_from(values["x"]),
+            "y": _leaves_from(values.get("y", {"shape": [], "dtype": "int64"})),
             "mask": mask,
             "normalisation": Normalisation(**normalisation),
             "augmentation": Augmentation(**values.get("augmentation", {})),
         }
     )
+
+
+def _plain_leaf(leaf: LeafSpec) -> dict[str, Any]:
+    return {"shape": list(leaf.shape), "dtype": leaf.dtype}
+
+
+def _leaves_from(plain: Mapping[str, Any]) -> Tree:
+    """Return the leaves for the plain values of `plain_spec`."""
+    if plain.keys() == {"shape", "dtype"} and isinstance(plain["dtype"], str):
+        return LeafSpec(tuple(plain["shape"]), plain["dtype"])
+    return {k: _leaves_from(v) for k, v in plain.items()}
 
 
 def accept_plain_values(cls: Any) -> None:

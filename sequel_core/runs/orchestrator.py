@@ -26,6 +26,7 @@ from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.pictures import sample_images
 from sequel_core.stream.task import Task
+from sequel_core.stream.trees import shapes_text
 
 if TYPE_CHECKING:
     from sequel_core.runs.console import Display
@@ -130,10 +131,10 @@ def check_run(
         ValueError: the learner was made for another stream, or an argument does not fit the benchmark.
     """
     spec, made_for = benchmark.spec, learner.spec
-    if (spec.image_shape, spec.num_classes) != (made_for.image_shape, made_for.num_classes):
+    if (spec.x, spec.y, spec.num_classes) != (made_for.x, made_for.y, made_for.num_classes):
         raise ValueError(
-            f"the learner was made for {made_for.num_classes} classes and images {made_for.image_shape}, "
-            f"benchmark {benchmark.name} has {spec.num_classes} and {spec.image_shape}; "
+            f"the learner was made for {made_for.num_classes} outputs and inputs {shapes_text(made_for.x)}, "
+            f"benchmark {benchmark.name} has {spec.num_classes} and {shapes_text(spec.x)}; "
             "make it with this benchmark"
         )
     if evaluate_every not in ("task", "epoch") and not (type(evaluate_every) is int and evaluate_every > 0):

@@ -48,7 +48,7 @@ class AugmentingPlanner:
 
     def next(self, y: Any, t: Any) -> AugmentedPlan:
         """Return the plan of the next step, or of the next steps; see `Planner.next`."""
-        inner, shape = self._planner.next(y, t), np.shape(y)
+        inner, shape = self._planner.next(y, t), np.shape(t)
         drawn = inner.reads.shape if hasattr(inner, "reads") else (*shape[:-1], 0, 0)
         crops = [
             self._crops(name, size, start)

@@ -10,28 +10,63 @@ import numpy as np
 
 from sequel_core.stream.arrays import BoolArray
 from sequel_core.stream.images import Augmentation, Normalisation
-from sequel_core.stream.task import AnySplit, JoinedSplit, Task, join
+from sequel_core.stream.task import AnySplit, JoinedSplit, Task, is_image, is_label, join
+from sequel_core.stream.trees import LeafSpec, Tree, shapes_text
 
 Scenario = Literal["domain", "task", "class"]
 Heads = Literal["separate", "shared"]
 
 
 class StreamSpec(NamedTuple):
-    """What a model is built from: shapes, classes and the scenario of a stream."""
+    """What a model is built from: shapes, dtypes, classes and the scenario of a stream.
 
-    image_shape: tuple[int, int, int]  # (H, W, C)
-    num_classes: int
+    Example:
+        >>> spec = StreamSpec(LeafSpec((28, 28, 1), "uint8"), 10, 1, "domain", np.ones((1, 10), bool))
+        >>> spec.images, spec.labelled, spec.image_shape
+        (True, True, (28, 28, 1))
+    """
+
+    x: Tree  # the LeafSpec of each leaf of the inputs
+    num_classes: int  # width of the output: number of classes, of labels or of values
     num_tasks: int
     scenario: Scenario
-    mask: BoolArray  # [T, num_classes], True if the class belongs to the task
-    normalisation: Normalisation  # of uint8 images, applied in the step
-    image_dtype: str = "uint8"  # dtype of the images in batches and memories: uint8, float32, ...
-    augmentation: Augmentation = Augmentation()  # of training samples, applied in the step
+    mask: BoolArray  # [T, num_classes], True if the class belongs to the task; all True without labels
+    normalisation: Normalisation = Normalisation()  # of uint8 images, applied in the step
+    augmentation: Augmentation = Augmentation()  # of training images, applied in the step
+    y: Tree = LeafSpec((), "int64")  # the LeafSpec of each leaf of the targets
 
     @property
     def masks_logits(self) -> bool:
         """Whether logits outside a sample's task are masked in training and testing."""
         return self.scenario == "task"
+
+    @property
+    def images(self) -> bool:
+        """Whether inputs are images `[H, W, C]`."""
+        return is_image(self.x)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether targets are class labels, one integer per sample."""
+        return is_label(self.y)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C).
+
+        Raises:
+            ValueError: the inputs are not images.
+        """
+        return _image_shape(self.x)
+
+    @property
+    def groups(self) -> BoolArray:
+        """The mask of a stream with labels, else one group per task, bool `[T, groups]`."""
+        return self.mask if self.labelled else np.ones((self.num_tasks, 1), np.bool_)
+
+    def group(self, y: Tree, t: Any) -> Any:
+        """Return the column of `groups` of each sample: its label, or 0 without labels, `[..., B]`."""
+        return np.asarray(y) if self.labelled else np.zeros_like(np.asarray(t))
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +76,10 @@ class Benchmark:
     Args:
         name: shown in tables and recorded with runs, for example `rotatedmnist`.
         tasks: in order, at least one.
-        num_classes: width of the output, larger than every label.
+        num_classes: width of the output: the number of classes, larger than every label; without labels, the
+            number of values that the network predicts for a target.
         scenario: one of
-            `domain`: one head, the same classes in every task;
+            `domain`: one head, the same classes in every task, or targets that are not class labels;
             `task`: logits outside a sample's task are masked in training and testing;
             `class`: no mask; the masked accuracy is reported beside the plain one.
         normalisation: of uint8 images, applied in the step.
@@ -54,7 +90,8 @@ class Benchmark:
 
     Raises:
         ValueError: no tasks, tasks out of order, a label outside the head, a label of two tasks with separate
-            heads, images of different shapes or dtypes, or a normalisation of images that are not uint8.
+            heads, arrays of different shapes or dtypes, a scenario of classes without labels, or a
+            normalisation or augmentation of inputs that are not images.
 
     Example:
         >>> import numpy as np
@@ -94,13 +131,18 @@ class Benchmark:
                     "raise num_classes or relabel"
                 )
             for part in (*task.train.parts, *task.validation.parts, *task.test.parts):
-                if part.image_shape != self.image_shape:
-                    raise ValueError(f"task {i} has images {part.image_shape}, task 0 has {self.image_shape}")
-                if part.image_dtype != self.image_dtype:
-                    raise ValueError(
-                        f"the images of a stream must have one dtype, got {part.image_dtype} in task {i} and "
-                        f"{self.image_dtype} in task 0; convert one of them"
-                    )
+                for name in ("x", "y"):
+                    spec, first = (getattr(split, f"{name}_spec") for split in (part, self.tasks[0].train))
+                    if spec != first:
+                        raise ValueError(
+                            f"the arrays of a stream must have one shape and dtype, got {name} {spec} in "
+                            f"task {i} and {first} in task 0; convert one of them"
+                        )
+        if not self.labelled and self.scenario != "domain":
+            raise ValueError(
+                f"scenario must be domain if targets are not class labels, got {self.scenario!r}; the other "
+                "scenarios are about classes"
+            )
         if self.scenario == "task" and self.heads == "separate":
             owners: dict[int, int] = {}
             for task in self.tasks:
@@ -111,10 +153,15 @@ class Benchmark:
                             "scenario they would share an output; relabel them with separate_heads(tasks), "
                             "or give heads='shared' if that is meant"
                         )
-        if self.image_dtype != "uint8" and self.normalisation != Normalisation():
+        spec = self.tasks[0].train.x_spec
+        if self.augmentation and not is_image(spec):
+            raise ValueError(f"augmentation needs images [N, H, W, C], got {spec}; leave it out")
+        if self.normalisation == Normalisation():
+            return
+        if not is_image(spec) or spec.dtype != "uint8":
             raise ValueError(
-                f"normalisation needs uint8 images, got {self.image_dtype} images; normalise the arrays and "
-                "leave normalisation out"
+                f"normalisation needs uint8 images, got {spec}; normalise the arrays and leave normalisation "
+                "out"
             )
         channels = self.image_shape[-1]
         if len(self.normalisation.mean) not in (1, channels):
@@ -128,17 +175,19 @@ class Benchmark:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C)."""
-        return self.tasks[0].train.image_shape
+        """(H, W, C) of the images; see `StreamSpec.image_shape`."""
+        return _image_shape(self.tasks[0].train.x_spec)
 
     @property
-    def image_dtype(self) -> str:
-        """Dtype of the images: uint8 or float32."""
-        return self.tasks[0].train.image_dtype
+    def labelled(self) -> bool:
+        """Whether targets are class labels, one integer per sample."""
+        return self.tasks[0].train.labelled
 
     @property
     def mask(self) -> BoolArray:
-        """Classes of each task, bool `[T, num_classes]`."""
+        """Classes of each task, bool `[T, num_classes]`; all True without labels."""
+        if not self.labelled:
+            return np.ones((len(self.tasks), self.num_classes), np.bool_)
         mask = np.zeros((len(self.tasks), self.num_classes), np.bool_)
         for task in self.tasks:
             mask[task.index, list(task.classes)] = True
@@ -147,15 +196,16 @@ class Benchmark:
     @property
     def spec(self) -> StreamSpec:
         """The specification that a model is built from."""
+        first = self.tasks[0].train
         return StreamSpec(
-            self.image_shape,
+            first.x_spec,
             self.num_classes,
             len(self),
             self.scenario,
             self.mask,
             self.normalisation,
-            self.image_dtype,
             self.augmentation,
+            first.y_spec,
         )
 
     def joined(self, i: int) -> Task:
@@ -175,6 +225,16 @@ class Benchmark:
             validation=join([task.validation for task in seen]),
             test=join([task.test for task in seen]),
         )
+
+
+def _image_shape(spec: Tree) -> tuple[int, int, int]:
+    if not is_image(spec):
+        raise ValueError(
+            f"the network needs images [H, W, C], the stream has inputs {shapes_text(spec)}; use an mlp or "
+            "a network of your own"
+        )
+    height, width, channels = spec.shape
+    return height, width, channels
 
 
 def separate_heads(tasks: Sequence[Task], heads: Sequence[int] | None = None) -> tuple[Task, ...]:
@@ -209,7 +269,7 @@ def _relabelled(task: Task, offset: int) -> Task:
     def shift(split: AnySplit) -> AnySplit:
         if isinstance(split, JoinedSplit):
             return join([shift(part) for part in split.parts])
-        return replace(split, labels=split.labels.astype(np.int64) + offset)
+        return replace(split, y=split.y.astype(np.int64) + offset)
 
     return replace(
         task,

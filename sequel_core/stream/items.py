@@ -6,10 +6,13 @@ An item is `(image, label, ...)`, as in torch's `Dataset`. Torch is not imported
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sequel_core.stream.trees import Tree, named_leaves
 
 PIL_MODES = ("L", "RGB", "RGBA")
 MOST_CHANNELS = 4  # a second axis of at most this length, before longer ones, is taken for channels
@@ -141,22 +144,35 @@ def as_image(value: Any) -> NDArray[Any]:
     return image
 
 
-def check_images(images: Any, channels_last: bool = False) -> None:
-    """Raise ValueError if images are not uint8 or float32 `[N, H, W, C]`, and name the conversion.
+def check_leaves(x: Tree, y: Tree, channels_last: bool = False) -> None:
+    """Raise ValueError unless inputs and targets are numbers with as many rows in every array.
 
     Args:
-        images: an array, or an object with `shape` and `dtype`.
-        channels_last: the images are `[N, H, W, C]` even if their shape looks like `[N, C, H, W]`.
+        x: arrays `[N, ...]`; one array `[N, H, W, C]` is taken for images.
+        y: arrays `[N, ...]`.
+        channels_last: images are `[N, H, W, C]` even if their shape looks like `[N, C, H, W]`.
     """
+    named = [*named_leaves(x, "x"), *named_leaves(y, "y")]
+    for name, a in named:
+        if not hasattr(a, "dtype") or np.dtype(a.dtype).kind not in "biuf" or not a.shape:
+            got = f"{a.dtype} {list(a.shape)}" if hasattr(a, "dtype") else type(a).__name__
+            text = "number texts with np.unique(values, return_inverse=True)[1], or use np.asarray(values)"
+            raise ValueError(f"{name} must be an array of numbers [N, ...], got {got}; {text}")
+    counts = {name: len(a) for name, a in named}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"all arrays must have one row per sample, got {counts}")
+    if not isinstance(x, Mapping) and x.ndim == 4:
+        check_images(x, channels_last)
+
+
+def check_images(images: Any, channels_last: bool = False) -> None:
+    """Raise ValueError if images are not uint8 or float32 `[N, H, W, C]`, and name the conversion."""
     got, shape = f"got {images.dtype} {list(images.shape)}", images.shape
-    if images.ndim != 4:
-        remedy = {
-            2: "reshape each row to an image, x.reshape(len(x), H, W, C)",
-            3: "add the axis of channels, x[..., None]",
-        }.get(images.ndim, "give them one axis each for samples, height, width and channels")
-        raise ValueError(f"images must be uint8 or float32 [N, H, W, C], {got}; {remedy}")
     if images.dtype not in (np.uint8, np.float32):
-        raise ValueError(f"images must be uint8 or float32 [N, H, W, C], {got}; {conversion(images)}")
+        raise ValueError(
+            f"images must be uint8 or float32 [N, H, W, C], {got}; {conversion(images)}; if they are no "
+            'images, give a dict, {"x": array}'
+        )
     if not channels_last and shape[1] <= MOST_CHANNELS < min(shape[2:]):
         raise ValueError(
             f"images must be [N, H, W, C], {got}, which looks like [N, C, H, W]; use np.moveaxis(x, 1, -1), "
@@ -181,19 +197,6 @@ def conversion(images: Any) -> str:
         return "convert with x.astype(np.uint8)"
     pixels = "np.rint(255 * x).astype(np.uint8)" if high <= 1 else "np.rint(x).astype(np.uint8)"
     return f"convert with {pixels}, or with {to_float}"
-
-
-def check_labels(labels: Any) -> None:
-    """Raise ValueError if labels are not integers `[N]`, and name the conversion."""
-    if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
-        return
-    if labels.ndim == 2:
-        remedy = "use y.ravel()" if labels.shape[1] == 1 else "one-hot labels become integers by y.argmax(1)"
-    elif labels.dtype == np.bool_ or (labels.dtype.kind == "f" and np.array_equal(labels, np.trunc(labels))):
-        remedy = "convert with y.astype(np.int64)"
-    else:
-        remedy = "number them with np.unique(y, return_inverse=True)[1]"
-    raise ValueError(f"labels must be integers [N], got {labels.dtype} {list(labels.shape)}; {remedy}")
 
 
 def known_labels(data: Any) -> NDArray[Any] | None:

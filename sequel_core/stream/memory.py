@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from sequel_core.stream.arrays import IntArray, SlotArray
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.planner import counted
 from sequel_core.stream.task import JoinedSplit, Samples, Split, Task, join
+from sequel_core.stream.trees import tree_map
 
 
 class StepPlan(NamedTuple):
@@ -202,8 +204,8 @@ class MemoryPlanner:
 
     Example:
         >>> import numpy as np
-        >>> from sequel_core import ERHParams, Normalisation
-        >>> spec = StreamSpec((8, 8, 1), 2, 1, "domain", np.ones((1, 2), bool), Normalisation())
+        >>> from sequel_core import ERHParams, LeafSpec
+        >>> spec = StreamSpec(LeafSpec((3,)), 2, 1, "domain", np.ones((1, 2), bool))
         >>> planner = MemoryPlanner(ERHParams(mem_size=6, mem_batch_size=2), spec, seed=0)
         >>> planner.next(y=[0, 1, 0, 1], t=[0, 0, 0, 0]).write.tolist()
         [0, 1, 2, 3]
@@ -225,7 +227,7 @@ class MemoryPlanner:
         self._early, self._draws = draws, draws + later_draws
         self._drawn = hparams.drawn if self.slots else 0
         self._policy = policy(hparams, spec, past_only)
-        self._known = {(int(y), int(t)) for t, y in np.argwhere(spec.mask)}
+        self._known = {(int(y), int(t)) for t, y in np.argwhere(spec.groups)}
         self._keep, self._pick = (plan.Uniforms(seed, f"memory {name}") for name in ("writes", "reads"))
         self._steps = 0
         self._seen = 0
@@ -237,7 +239,7 @@ class MemoryPlanner:
             ValueError: a batch is larger than the memory, a label or task is not in the spec, or there are
                 more samples than can be counted. The planner is unchanged.
         """
-        labels, tasks = np.asarray(y), np.asarray(t)
+        labels, tasks = self._spec.group(y, t), np.asarray(t)
         if labels.shape != tasks.shape or labels.ndim not in (1, 2) or not labels.shape[-1]:
             raise ValueError(
                 "y and t must have the same shape, [B] or [steps, B] with B >= 1, "
@@ -334,12 +336,13 @@ def policy(hparams: MemoryHParams, spec: StreamSpec, past_only: bool) -> Policy:
         return Reservoir(size)
     if hparams.memory in ("class_balanced", "task_balanced"):
         by_task = hparams.memory == "task_balanced"
-        return Balanced(size, spec.num_tasks if by_task else spec.num_classes, by_task)
-    table = np.full(spec.mask.shape, -1, np.int64)
+        return Balanced(size, spec.num_tasks if by_task else spec.groups.shape[1], by_task)
+    groups = spec.groups
+    table = np.full(groups.shape, -1, np.int64)
     if hparams.memory == "task_quota":
-        table[spec.mask] = np.nonzero(spec.mask)[0]
+        table[groups] = np.nonzero(groups)[0]
     else:
-        table[spec.mask] = np.arange(spec.mask.sum())
+        table[groups] = np.arange(groups.sum())
     quota = size // hparams.parts(spec)
     ring = hparams.memory == "ring"
     return Parts(table, quota, ring, past_only or not ring)
@@ -365,7 +368,7 @@ def memory_stream(samples: Samples, tasks: Collection[int] | None = None) -> Joi
     """Return the samples of a memory as a split, sorted by task.
 
     Args:
-        samples: of the memory, images `[n, H, W, C]`; they are copied.
+        samples: of the memory, `[n, ...]`; they are copied.
         tasks: indices of the tasks to include; None for all.
 
     Example:
@@ -377,7 +380,8 @@ def memory_stream(samples: Samples, tasks: Collection[int] | None = None) -> Joi
     parts = []
     for task in included:
         rows = samples.t == task
-        parts.append(Split(samples.x[rows], samples.y[rows].astype(np.int64), int(task)))
+        x, y = (tree_map(itemgetter(rows), part) for part in samples[:2])
+        parts.append(Split(x, y, int(task)))
     return JoinedSplit(tuple(parts))
 
 
@@ -396,5 +400,5 @@ def joined_with_memory(task: Task, memory: JoinedSplit) -> Task:
         >>> len(joined.train), joined.classes
         (10, (0, 1, 2, 3))
     """
-    classes = {*task.classes, *memory.targets.tolist()}
+    classes = {*task.classes, *(memory.targets.tolist() if memory.labelled else ())}
     return replace(task, train=join([task.train, memory]), classes=tuple(sorted(classes)))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from sequel_core.stream.arrays import BoolArray, FloatArray, IntArray
 from sequel_core.stream.task import AnySplit, Samples, Task
+from sequel_core.stream.trees import leaves, tree_map
 
 WORDS_PER_COUNTER = 4
 CHUNK_BYTES = 1 << 22
@@ -135,15 +136,18 @@ def take_in_chunks(split: AnySplit, positions: IntArray) -> Iterator[Samples]:
     Yields:
         Samples whose leading axes are those of the chunk, `[rows, ...]`.
     """
-    shape = split.image_shape
-    image_bytes = int(np.prod(shape)) * np.dtype(split.image_dtype).itemsize
-    per_row = int(np.prod(positions.shape[1:], dtype=np.int64)) * image_bytes
+    sizes = [int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize for leaf in leaves(split.x_spec)]
+    per_row = int(np.prod(positions.shape[1:], dtype=np.int64)) * sum(sizes)
     rows = max(1, CHUNK_BYTES // max(1, per_row))
 
     def take(start: int) -> Samples:
         block = positions[start : start + rows]
-        x, y, t = split.take(block.reshape(-1))
-        return Samples(x.reshape(*block.shape, *shape), y.reshape(block.shape), t.reshape(block.shape))
+        return Samples(
+            *(
+                tree_map(lambda a: a.reshape(*block.shape, *a.shape[1:]), part)
+                for part in split.take(block.reshape(-1))
+            )
+        )
 
     return one_ahead(take, range(0, len(positions), rows))
 

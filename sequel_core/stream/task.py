@@ -1,5 +1,6 @@
 """Tasks and their splits: views of NumPy arrays, without loaders and independent of the frameworks.
 
+Inputs x and targets y are arrays, or (nested) dicts of arrays, with one row per sample.
 A split never copies its data set. It is a view (row indices and a fixed pixel map) of arrays that all tasks
 share, so memory does not grow with the number of tasks.
 """
@@ -13,13 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sequel_core.stream.arrays import ImageArray, IntArray
+from sequel_core.stream.arrays import IntArray
 from sequel_core.stream.images import PixelMap
-from sequel_core.stream.items import ItemImages, check_images, check_labels
+from sequel_core.stream.items import check_leaves
+from sequel_core.stream.trees import LeafSpec, Tree, leaves, read_dtype, specs_of, tree_map
 
 
 class Batch(NamedTuple):
-    """A training batch.
+    """A training batch. Inputs and targets are arrays `[B, ...]`, or (nested) dicts of arrays.
 
     Images are `[B, C, H, W]` in PyTorch and `[B, H, W, C]` everywhere else.
 
@@ -30,8 +32,8 @@ class Batch(NamedTuple):
         ()
     """
 
-    x: Any  # images [B, H, W, C], uint8 in the built-in benchmarks
-    y: Any  # labels [B]
+    x: Any  # inputs; images [B, H, W, C] of uint8 in most built-in benchmarks
+    y: Any  # targets; labels [B] in classification
     t: Any  # task index of each sample [B], from 0
     plan: Any = ()  # what the planner decided for this step; () for methods without a planner
 
@@ -39,8 +41,8 @@ class Batch(NamedTuple):
 class Samples(NamedTuple):
     """Samples of a split, as arrays."""
 
-    x: ImageArray  # [n, H, W, C]
-    y: IntArray  # [n]
+    x: Tree  # [n, ...]
+    y: Tree  # [n, ...]; labels are int64 [n]
     t: IntArray  # [n]
 
 
@@ -48,10 +50,14 @@ class Samples(NamedTuple):
 class Split:
     """Part of a data set: a view of shared arrays.
 
+    An array x of uint8 or float32 `[N, H, W, C]` is taken for images. To give other data with three axes, use
+    a dict, such as `{"x": array}`.
+
     Args:
-        images: `[N, H, W, C]`, uint8, or float32, which is used as it is. An array, a memory map, or a data
-            set that is read item by item.
-        labels: integers `[N]`.
+        x: inputs, arrays `[N, ...]`: an array, a (nested) dict of arrays, a memory map, or a data set of
+            images that is read item by item. Integers and booleans keep their dtype; float64 is read as
+            float32.
+        y: targets, arrays `[N, ...]` as for x. Integers `[N]` are class labels.
         task: index of the task that the samples belong to, >= 0.
         indices: rows that belong to the split, `[n]`; None for all.
         pixel_map: applied to uint8 images when they are read.
@@ -59,34 +65,34 @@ class Split:
             is, if H <= 4 < min(W, C).
 
     Raises:
-        ValueError: the arrays have another dtype or shape, or differ in length.
+        ValueError: the arrays do not hold numbers, or differ in length.
 
     Example:
         >>> import numpy as np
         >>> split = Split(np.zeros((6, 8, 8, 1), np.uint8), np.arange(6) % 2)
-        >>> len(split), split.image_shape, split.take(np.array([1, 5])).y.tolist()
+        >>> len(split), split.x_spec.shape, split.take(np.array([1, 5])).y.tolist()
         (6, (8, 8, 1), [1, 1])
+        >>> table = Split({"age": np.zeros(4), "words": np.zeros((4, 7), np.int64)}, np.zeros(4))
+        >>> table.x_spec["words"], table.labelled
+        (LeafSpec(shape=(7,), dtype='int64'), False)
     """
 
-    images: ImageArray | ItemImages
-    labels: IntArray
+    x: Tree
+    y: Tree
     task: int = 0
     indices: IntArray | None = None
     pixel_map: PixelMap | None = None
     channels_last: bool = False
 
     def __post_init__(self) -> None:
-        check_images(self.images, self.channels_last)
-        if self.pixel_map is not None and self.images.dtype != np.uint8:
+        check_leaves(self.x, self.y, self.channels_last)
+        if self.pixel_map is not None and not (is_image(self.x_spec) and self.x.dtype == np.uint8):
             raise ValueError(
-                f"a pixel map needs uint8 images, got {self.images.dtype}; apply the map to the arrays first"
+                f"a pixel map needs uint8 images, got {self.x_spec}; apply the map to the arrays first"
             )
-        check_labels(self.labels)
-        if len(self.images) != len(self.labels):
-            raise ValueError(f"images and labels differ in number: {len(self.images)} and {len(self.labels)}")
 
     def __len__(self) -> int:
-        return len(self.labels) if self.indices is None else len(self.indices)
+        return len(leaves(self.y)[0]) if self.indices is None else len(self.indices)
 
     @property
     def parts(self) -> tuple[Split, ...]:
@@ -94,30 +100,42 @@ class Split:
         return (self,)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C)."""
-        height, width, channels = self.images.shape[1:]
-        return height, width, channels
+    def x_spec(self) -> Tree:
+        """The `LeafSpec` of each leaf of x."""
+        return specs_of(self.x)
 
     @property
-    def image_dtype(self) -> str:
-        """Dtype of the images: uint8 or float32."""
-        return str(self.images.dtype)
+    def y_spec(self) -> Tree:
+        """The `LeafSpec` of each leaf of y; labels are int64."""
+        spec = specs_of(self.y)
+        return LeafSpec((), "int64") if is_label(spec) else spec
 
     @property
-    def targets(self) -> IntArray:
-        """Labels of the split, int64 `[n]`, computed at each access because splits share their arrays."""
-        labels = self.labels if self.indices is None else self.labels[self.indices]
-        return np.asarray(labels, np.int64)
+    def labelled(self) -> bool:
+        """Whether targets are class labels, one integer per sample."""
+        return is_label(self.y_spec)
+
+    @property
+    def targets(self) -> Tree:
+        """Targets of the split `[n, ...]`, computed at each access because splits share their arrays."""
+        return self._taken(self.y, slice(None) if self.indices is None else self.indices, self.labelled)
 
     def take(self, positions: IntArray) -> Samples:
         """Return the samples at positions `[n]` of the split, with the pixel map applied."""
         rows = positions if self.indices is None else self.indices[positions]
-        images = np.asarray(self.images[rows])
+        x = self._taken(self.x, rows)
         if self.pixel_map is not None:
-            images = self.pixel_map(images)
-        labels = np.asarray(self.labels[rows], np.int64)
-        return Samples(images, labels, np.full(len(positions), self.task, np.int64))
+            x = self.pixel_map(x)
+        return Samples(
+            x, self._taken(self.y, rows, self.labelled), np.full(len(positions), self.task, np.int64)
+        )
+
+    @staticmethod
+    def _taken(tree: Tree, rows: Any, labels: bool = False) -> Tree:
+        def rows_of(a: Any) -> Any:
+            return np.asarray(a[rows], np.int64 if labels else read_dtype(a.dtype))
+
+        return tree_map(rows_of, tree)
 
     def pick(self, positions: IntArray) -> Split:
         """Return the samples at positions `[n]` as a split; no data is copied."""
@@ -145,30 +163,44 @@ class JoinedSplit:
         return int(self._offsets[-1])
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C)."""
-        return self.parts[0].image_shape
+    def x_spec(self) -> Tree:
+        """The `LeafSpec` of each leaf of x."""
+        return self.parts[0].x_spec
 
     @property
-    def image_dtype(self) -> str:
-        """Dtype of the images: uint8 or float32."""
-        return self.parts[0].image_dtype
+    def y_spec(self) -> Tree:
+        """The `LeafSpec` of each leaf of y."""
+        return self.parts[0].y_spec
 
     @property
-    def targets(self) -> IntArray:
-        """Labels of the split, int64 `[n]`, computed at each access."""
-        return np.concatenate([np.empty(0, np.int64), *(part.targets for part in self.parts)])
+    def labelled(self) -> bool:
+        """Whether targets are class labels, one integer per sample."""
+        return not self.parts or self.parts[0].labelled
+
+    @property
+    def targets(self) -> Tree:
+        """Targets of the split `[n, ...]`, computed at each access."""
+        if not self.parts:
+            return np.empty(0, np.int64)
+        return tree_map(lambda *arrays: np.concatenate(arrays), *(part.targets for part in self.parts))
 
     def take(self, positions: IntArray) -> Samples:
         """Return the samples at positions `[n]`, in that order."""
         owner = np.searchsorted(self._offsets, positions, side="right") - 1
-        images = np.empty((len(positions), *self.image_shape), self.image_dtype)
-        labels, tasks = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
+
+        def empty(leaf: LeafSpec) -> Any:
+            return np.empty((len(positions), *leaf.shape), leaf.dtype)
+
+        x, y = tree_map(empty, self.x_spec), tree_map(empty, self.y_spec)
+        tasks = np.empty(len(positions), np.int64)
         for k in np.unique(owner):
             rows = owner == k
             samples = self.parts[k].take(positions[rows] - self._offsets[k])
-            images[rows], labels[rows], tasks[rows] = samples
-        return Samples(images, labels, tasks)
+            for all_rows, some in ((x, samples.x), (y, samples.y)):
+                for target, values in zip(leaves(all_rows), leaves(some), strict=True):
+                    target[rows] = values
+            tasks[rows] = samples.t
+        return Samples(x, y, tasks)
 
     def pick(self, positions: IntArray) -> JoinedSplit:
         """Return the samples at positions `[n]`, in that order, as a split; no data is copied."""
@@ -186,6 +218,16 @@ class JoinedSplit:
 AnySplit = Split | JoinedSplit
 
 
+def is_image(spec: Tree) -> bool:
+    """Return whether inputs with this spec are images: one array of uint8 or float32 `[H, W, C]`."""
+    return isinstance(spec, LeafSpec) and len(spec.shape) == 3 and spec.dtype in ("uint8", "float32")
+
+
+def is_label(spec: Tree) -> bool:
+    """Return whether targets with this spec are class labels, one integer per sample."""
+    return isinstance(spec, LeafSpec) and spec.shape == () and np.dtype(spec.dtype).kind in "iu"
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
     """One task of a stream.
@@ -193,14 +235,15 @@ class Task:
     Args:
         index: position in the stream, from 0.
         name: shown in tables and logs.
-        classes: labels that occur in the task, each >= 0.
+        classes: labels that occur in the task, each >= 0; () if targets are not class labels.
         train: training samples, at least one.
         test: test samples, at least one.
         validation: held-out training samples; may be empty.
         coreset: samples taken out of the training samples, for methods that need a coreset.
 
     Raises:
-        ValueError: no training or no test samples, a label that is not in `classes`, or a label below 0.
+        ValueError: no training or no test samples, a label that is not in `classes`, a label below 0, or
+            classes for targets that are not labels.
 
     Example:
         >>> import numpy as np
@@ -229,6 +272,13 @@ class Task:
                 raise ValueError(
                     f"task {self.index} ({self.name}) has no {name} samples; it needs at least one"
                 )
+        if not self.train.labelled:
+            if self.classes:
+                raise ValueError(
+                    f"task {self.index} ({self.name}): classes must be () for targets that are not integer "
+                    f"labels [N], got {self.classes}; leave them out"
+                )
+            return
         for name in ("train", "validation", "test"):
             targets = getattr(self, name).targets
             unknown = targets[~np.isin(targets, self.classes)]

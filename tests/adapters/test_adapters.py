@@ -112,7 +112,7 @@ def learn(make: Callable[..., Any], benchmark: Benchmark, directory: Path) -> No
 def test_class_incremental_avalanche(make: Callable[..., Any], avalanche: Any, tmp_path: Path) -> None:
     stream = avalanche.nc_benchmark(TRAIN, TEST, n_experiences=3, task_labels=False, seed=4)
     benchmark = from_avalanche(stream)
-    assert (benchmark.scenario, benchmark.num_classes, benchmark.image_dtype) == ("class", 6, "float32")
+    assert (benchmark.scenario, benchmark.num_classes, benchmark.spec.x.dtype) == ("class", 6, "float32")
     assert benchmark.image_shape == (SIDE, SIDE, 3)
     for task, experience in zip(benchmark.tasks, stream.train_stream, strict=True):
         classes = set(experience.classes_in_this_experience)
@@ -189,7 +189,7 @@ def test_class_incremental_continuum(make: Callable[..., Any], continuum: Any, t
         for part, train in ((TRAIN, True), (TEST, False))
     ]
     benchmark = from_continuum(*scenarios)
-    assert (benchmark.scenario, benchmark.num_classes, benchmark.image_dtype) == ("class", 6, "uint8")
+    assert (benchmark.scenario, benchmark.num_classes, benchmark.spec.x.dtype) == ("class", 6, "uint8")
     for t, (task, task_set) in enumerate(zip(benchmark.tasks, scenarios[0], strict=True)):
         assert task.classes == (2 * t, 2 * t + 1)
         samples = task.train.take(np.arange(len(task.train)))
@@ -208,7 +208,7 @@ def test_transformed_continuum(make: Callable[..., Any], continuum: Any, tmp_pat
         for part, train in ((TRAIN, True), (TEST, False))
     ]
     benchmark = from_continuum(*scenarios)
-    assert (benchmark.scenario, benchmark.num_classes, benchmark.image_dtype) == ("domain", 6, "float32")
+    assert (benchmark.scenario, benchmark.num_classes, benchmark.spec.x.dtype) == ("domain", 6, "float32")
     for task, task_set in zip(benchmark.tasks, scenarios[0], strict=True):
         actual = images(task.train)
         for k in (0, 50):

@@ -244,8 +244,8 @@ def test_a_hundred_tasks_share_arrays() -> None:
             (task.test, data.test_images, data.test_labels),
         ):
             assert isinstance(part, Split)
-            assert np.shares_memory(part.images, images)
-            assert np.shares_memory(part.labels, labels)
+            assert np.shares_memory(part.x, images)
+            assert np.shares_memory(part.y, labels)
 
 
 def test_held_out_tasks_share_their_rows() -> None:
@@ -260,7 +260,7 @@ def test_held_out_tasks_share_their_rows() -> None:
 def test_split_tasks_share_arrays() -> None:
     stream = split(big_data(1000))
     parts = [part for task in stream.tasks for part in task.train.parts]
-    assert all(part.images is parts[0].images and part.labels is parts[0].labels for part in parts)
+    assert all(part.x is parts[0].x and part.y is parts[0].y for part in parts)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_tasks_from_arrays(rng: np.random.Generator) -> None:
     )
     assert (benchmark.name, benchmark.scenario, benchmark.num_classes) == ("mine", "class", 5)
     assert benchmark.mask.tolist() == [[True, True, False, False, False], [False, False, True, False, True]]
-    assert (benchmark.spec.image_shape, benchmark.spec.image_dtype) == ((3, 3, 1), "uint8")
+    assert (benchmark.spec.x.shape, benchmark.spec.x.dtype) == ((3, 3, 1), "uint8")
     assert benchmark.spec.augmentation == Augmentation(2, True)
     for t, (task, pairs) in enumerate(zip(benchmark.tasks, tasks, strict=True)):
         for split, (images, labels) in zip((task.train, task.test), pairs, strict=True):
@@ -73,7 +73,7 @@ def test_tasks_from_arrays(rng: np.random.Generator) -> None:
             np.testing.assert_array_equal(x, images[..., None])
             assert (y, tasks_of_samples) == (labels.tolist(), [t] * len(labels))
         assert isinstance(task.train, Split)
-        assert np.shares_memory(np.asarray(task.train.images), pairs[0][0])
+        assert np.shares_memory(np.asarray(task.train.x), pairs[0][0])
         assert len(task.validation) == 0
     assert benchmark.settings == {
         "source": "arrays",
@@ -170,7 +170,7 @@ def test_tasks_from_data_sets_with_a_transform_each(rng: np.random.Generator) ->
     listed = from_datasets([(train[t], test[t]) for t in (1, 2, 3)])
     for benchmark in (listed, from_datasets(train, test), from_prepared(Prepared())):
         assert (benchmark.scenario, benchmark.num_classes, len(benchmark)) == ("domain", 2, 3)
-        assert benchmark.spec.image_dtype == "float32"
+        assert benchmark.spec.x.dtype == "float32"
         for t, task in enumerate(benchmark.tasks):
             for split, (images, labels) in zip((task.train, task.test), pairs, strict=True):
                 x, y, tasks_of_samples = everything(split)
@@ -278,7 +278,7 @@ def test_float_images_train_as_uint8_ones_do(
         weights.append(learner.weights())
         memories.append(learner.memory_samples())
         joined = joined_with_memory(benchmark.tasks[1], memory_stream(memories[-1], [0]))
-        assert everything(joined.train)[0].dtype == benchmark.image_dtype
+        assert everything(joined.train)[0].dtype == benchmark.spec.x.dtype
     for actual, memory in zip(weights[1:], memories[1:], strict=True):
         for name, expected in weights[0].items():
             np.testing.assert_allclose(actual[name], expected, rtol=1e-4, atol=1e-5, err_msg=name)

@@ -13,9 +13,12 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.images import Augmentation, Normalisation
 from sequel_core.stream.memory import MemoryPlanner
 from sequel_core.stream.planner import NoPlanner
+from sequel_core.stream.trees import LeafSpec
 
 MASK = np.ones((2, 3), np.bool_)
-SPEC = StreamSpec((8, 8, 1), 3, 2, "domain", MASK, Normalisation(), augmentation=Augmentation(2, True))
+SPEC = StreamSpec(
+    LeafSpec((8, 8, 1), "uint8"), 3, 2, "domain", MASK, Normalisation(), augmentation=Augmentation(2, True)
+)
 ZEROS = np.zeros((40, 5), np.int64)
 
 

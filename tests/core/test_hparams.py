@@ -20,10 +20,14 @@ from sequel_core.algorithms.stable_sgd import StableSGDHParams
 from sequel_core.hparams import MemoryPolicy, OptimizerHParams, ReplayHParams, TrainingHParams
 from sequel_core.settings import Settings, allowed, setting
 from sequel_core.stream.benchmark import StreamSpec
-from sequel_core.stream.images import Normalisation
+from sequel_core.stream.trees import LeafSpec
 
 SPEC = StreamSpec(  # three tasks with five classes of theirs
-    (2, 2, 1), 4, 3, "class", np.array([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]], np.bool_), Normalisation()
+    LeafSpec((2, 2, 1), "uint8"),
+    4,
+    3,
+    "class",
+    np.array([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]], np.bool_),
 )
 
 

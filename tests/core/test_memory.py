@@ -28,6 +28,7 @@ from sequel_core.stream.memory import (
 )
 from sequel_core.stream.planner import NoPlanner
 from sequel_core.stream.task import Samples, Split, Task
+from sequel_core.stream.trees import LeafSpec
 
 POLICIES: tuple[MemoryPolicy, ...] = get_args(MemoryPolicy)
 QUOTAS: tuple[MemoryPolicy, ...] = ("task_quota", "class_quota")
@@ -41,7 +42,7 @@ def spec_of(*classes: Sequence[int]) -> StreamSpec:
     """Return the spec of a stream from the classes of each of its tasks."""
     num_classes = 1 + max(map(max, classes))
     mask = np.array([[c in task_classes for c in range(num_classes)] for task_classes in classes])
-    return StreamSpec((2, 2, 1), num_classes, len(classes), "class", mask, Normalisation())
+    return StreamSpec(LeafSpec((2, 2, 1), "uint8"), num_classes, len(classes), "class", mask, Normalisation())
 
 
 SPEC = spec_of((0, 1), (2, 3), (1, 4))  # six pairs of task and class; class 1 is in two tasks

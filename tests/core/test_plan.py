@@ -177,7 +177,7 @@ def test_evaluation_reads_every_sample_once_in_order_and_pads() -> None:
     assert [len(samples.y) for samples, _ in batches] == [4, 4, 4]
     assert [valid.tolist() for _, valid in batches] == [[True] * 4, [True] * 4, [True, True, True, False]]
     counted = np.concatenate([samples.x[valid] for samples, valid in batches])
-    np.testing.assert_array_equal(counted, split.images)
+    np.testing.assert_array_equal(counted, split.x)
 
 
 def test_initial_weights_have_the_distribution_of_torch() -> None:

@@ -16,8 +16,9 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.images import Normalisation
 from sequel_core.stream.memory import MemoryPlanner
 from sequel_core.stream.task import JoinedSplit, Split, Task
+from sequel_core.stream.trees import LeafSpec
 
-SPEC = StreamSpec((2, 2, 1), 4, 3, "domain", np.ones((3, 4), np.bool_), Normalisation())
+SPEC = StreamSpec(LeafSpec((2, 2, 1), "uint8"), 4, 3, "domain", np.ones((3, 4), np.bool_), Normalisation())
 META = LaMAMLHParams(mem_size=12, mem_batch_size=4, glances=3)
 
 

@@ -96,7 +96,7 @@ def test_split_is_a_view_of_shared_arrays(rng: np.random.Generator) -> None:
     split = Split(images, labels, task=3, indices=rows, pixel_map=flip)
     assert len(split) == 4
     assert split.targets.tolist() == labels[rows].tolist()
-    assert split.images is images
+    assert split.x is images
     x, y, t = split.take(np.array([2, 0]))
     np.testing.assert_array_equal(x, images[[1, 8]][:, ::-1, ::-1])  # rotated by 180 degrees
     assert y.tolist() == labels[[1, 8]].tolist()
@@ -167,13 +167,13 @@ def test_float_images_are_not_converted(rng: np.random.Generator) -> None:
     images = rng.normal(size=(5, 3, 4, 2)).astype(np.float32)
     split = Split(images, np.arange(5), 1)
     joined = join([split, split.pick(np.array([4, 0]))])
-    assert (split.image_shape, split.image_dtype) == ((3, 4, 2), "float32")
-    assert (joined.image_shape, joined.image_dtype) == ((3, 4, 2), "float32")
+    assert (split.x_spec.shape, split.x_spec.dtype) == ((3, 4, 2), "float32")
+    assert (joined.x_spec.shape, joined.x_spec.dtype) == ((3, 4, 2), "float32")
     taken = joined.take(np.array([6, 2, 5])).x
     assert taken.dtype == np.float32
     np.testing.assert_array_equal(taken, images[[0, 2, 4]])
     benchmark = Benchmark("b", (Task(0, "t", tuple(range(5)), split, split, split.head(0)),), 5, "domain")
-    assert (benchmark.spec.image_shape, benchmark.spec.image_dtype) == ((3, 4, 2), "float32")
+    assert (benchmark.spec.x.shape, benchmark.spec.x.dtype) == ((3, 4, 2), "float32")
     with pytest.raises(ValueError, match="a pixel map needs uint8 images, got float32"):
         replace(split, pixel_map=PixelMap(np.zeros((12, 1), np.int32)))
     with pytest.raises(ValueError, match="normalisation needs uint8 images, got float32 images"):

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.stream.task import Batch
+from sequel_core.stream.trees import LeafSpec
 from sequel_flax import ALGORITHMS, MLP, FlaxLearner
 from sequel_flax.replay import stored_samples
 from tests.flax.parts import ICARL, SILENT, Layered, Net, batches, divided, learner, rotated, settings, sgd
@@ -52,7 +53,9 @@ def test_float_images_in_a_plain_loop() -> None:
 
     ends = []
     for as_floats in (False, True):
-        spec = stream.spec._replace(image_dtype="float32") if as_floats else stream.spec
+        spec = (
+            stream.spec._replace(x=LeafSpec(stream.spec.image_shape, "float32")) if as_floats else stream.spec
+        )
         made = learner(TWENTY, stream)
         ts, state = made.ts, made.algorithm.init(made.ts, spec)
         for task in stream.tasks[:2]:

@@ -19,6 +19,7 @@ from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.benchmark import Scenario, StreamSpec
 from sequel_core.stream.task import Batch
+from sequel_core.stream.trees import LeafSpec
 from sequel_flax import ALGORITHMS, initial_variables
 from sequel_flax.bundle import blank_image, init_stream, masked, normalise
 from tests.flax.parts import BATCH, KCL, divided, initial_states, rotated, stream_for
@@ -42,7 +43,7 @@ class Words(nn.Module):
 
 def spec_of_tokens(dtype: str = "int32") -> StreamSpec:
     """Return a spec of sequences, as images of one channel and one column."""
-    return rotated().spec._replace(image_shape=(LENGTH, 1, 1), image_dtype=dtype)
+    return rotated().spec._replace(x=LeafSpec((LENGTH, 1, 1), dtype))
 
 
 def batches_of_tokens(dtype: Any = np.int32) -> list[Batch]:
@@ -133,8 +134,10 @@ def test_a_coreset_of_another_dtype_than_the_spec_raises() -> None:
     benchmark = stream_for(KCL)
     task = next(iter(KCL.training_tasks(benchmark, 0)))
     algorithm = ALGORITHMS["kcl"](KCL)
-    ts, state = initial_states(algorithm, benchmark.spec._replace(image_dtype="int32"))
-    with pytest.raises(ValueError, match=r"the coresets hold int32 images, got uint8; give spec\._replace"):
+    ts, state = initial_states(
+        algorithm, benchmark.spec._replace(x=LeafSpec(benchmark.spec.image_shape, "int32"))
+    )
+    with pytest.raises(ValueError, match=r"the coresets hold int32 images, got uint8; give a spec with"):
         algorithm.start_task(ts, state, task)
 
 

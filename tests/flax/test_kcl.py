@@ -11,6 +11,7 @@ import pytest
 from flax.training.train_state import TrainState
 
 from sequel_core.stream.task import Batch
+from sequel_core.stream.trees import LeafSpec
 from sequel_flax import kcl
 from sequel_flax.kernels import solve
 from tests.flax.parts import KCL, Layered, Net, learner, rotated, settings, sgd, stream_for, user_loop
@@ -74,7 +75,7 @@ def test_float_images_train_like_uint8_images() -> None:
     def images(x: np.ndarray) -> np.ndarray:
         return (x * norm.scale + norm.shift).astype(np.float32)
 
-    spec = stream.spec._replace(image_dtype="float32")
+    spec = stream.spec._replace(x=LeafSpec(stream.spec.image_shape, "float32"))
     expected = user_loop(kcl(KCL), stream, settings(), sgd(0.01))
     as_floats = user_loop(kcl(KCL), stream, settings(), sgd(0.01), spec=spec, images=images)
     assert as_floats[1].memory.coreset.x.dtype == jnp.float32

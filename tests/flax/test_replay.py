@@ -30,6 +30,7 @@ from sequel_core.stream.arrays import FloatArray, UInt8Array
 from sequel_core.stream.benchmark import Scenario
 from sequel_core.stream.memory import StepPlan, joined_with_memory, memory_stream
 from sequel_core.stream.task import Batch
+from sequel_core.stream.trees import LeafSpec
 from sequel_flax import ALGORITHMS, MLP, FlaxLearner
 from sequel_flax.replay import Memory, stored_samples
 from tests.flax.parts import (
@@ -94,7 +95,7 @@ def test_float_images_need_a_spec_with_their_dtype(hparams: ReplayHParams) -> No
     batch = Batch(normalised(x), y, t, made.planner.next(y, t))
     with pytest.raises(
         ValueError,
-        match=r"holds uint8 images, the batch has float32; give spec._replace\(image_dtype='float32'\)",
+        match=r"holds uint8 images, the batch has float32; give a spec with LeafSpec",
     ):
         jax.eval_shape(made.algorithm.train_step, made.ts, made.state, batch)
 
@@ -149,7 +150,7 @@ def test_float_images_are_stored_exactly(hparams: ReplayHParams) -> None:
     def as_floats(x: UInt8Array) -> Any:
         return normalised(x).astype(np.float32)
 
-    spec = rotated().spec._replace(image_dtype="float32")
+    spec = rotated().spec._replace(x=LeafSpec(rotated().spec.image_shape, "float32"))
     bundle = ALGORITHMS[hparams.name](hparams)
     ts, state, _ = user_loop(bundle, rotated(), settings(), sgd(), spec=spec, images=as_floats)
     ours = learner(hparams)

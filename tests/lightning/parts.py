@@ -34,6 +34,7 @@ from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.benchmark import Benchmark, Scenario, StreamSpec
 from sequel_core.stream.images import Normalisation
 from sequel_core.stream.task import Split, Task
+from sequel_core.stream.trees import LeafSpec
 from sequel_lightning import ALGORITHMS, MLP, ContinualModule, TaskDataModule, initialise
 from sequel_lightning.optimizers import OptimizerFactory
 
@@ -114,7 +115,7 @@ def network(benchmark: Benchmark) -> nn.Module:
 
 def float_spec(benchmark: Benchmark) -> StreamSpec:
     """Return the spec for a user's own loaders, whose images are floats."""
-    return benchmark.spec._replace(image_dtype="float32")
+    return benchmark.spec._replace(x=LeafSpec(benchmark.spec.image_shape, "float32"))
 
 
 def arrays(benchmark: Benchmark, task: int) -> tuple[Tensor, Tensor, Tensor]:

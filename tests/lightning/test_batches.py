@@ -14,6 +14,7 @@ from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.benchmark import Scenario
+from sequel_core.stream.trees import LeafSpec
 from sequel_lightning import ContinualModule, algorithms
 from sequel_lightning.consolidation import CONSOLIDATED, IDLE
 from tests.lightning.parts import (
@@ -78,7 +79,7 @@ def test_lengths_before_labels_raise() -> None:
     benchmark = stream()
     two = stream(num_tasks=5)
     for spec, message in ((benchmark.spec, "0 to 2, got 3"), (two.spec, "label 20 is not among the classes")):
-        model = module(benchmark, NaiveHParams(), spec=spec._replace(image_dtype="float32"))
+        model = module(benchmark, NaiveHParams(), spec=spec._replace(x=LeafSpec(spec.image_shape, "float32")))
         with pytest.raises(ValueError, match=message):
             fitted(model, X[:BATCH], LENGTHS[:BATCH], torch.arange(BATCH))
 

@@ -35,13 +35,13 @@ SPEC = stream(3, "task").spec._replace(
     normalisation=Normalisation((0.1, 0.2), (0.5, 0.25)), augmentation=Augmentation(2, True)
 )
 PLAIN = {
-    "image_shape": [3, 3, 1],
+    "x": {"shape": [3, 3, 1], "dtype": "uint8"},
+    "y": {"shape": [], "dtype": "int64"},
     "num_classes": 6,
     "num_tasks": 3,
     "scenario": "task",
     "classes": [[0, 1], [2, 3], [4, 5]],
     "normalisation": {"mean": [0.1, 0.2], "std": [0.5, 0.25]},
-    "image_dtype": "uint8",
     "augmentation": {"padding": 2, "flip": True},
 }
 

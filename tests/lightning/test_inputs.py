@@ -19,6 +19,7 @@ from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.trees import LeafSpec
 from sequel_lightning import ALGORITHMS, ContinualModule, Naive
 from sequel_lightning.networks import blank_image
 from tests.lightning.parts import BATCH, CLASSES, KCL, network, own_stream, stream, trainer
@@ -44,7 +45,7 @@ class Words(nn.Module):
 
 def spec_of_tokens(dtype: str = "int64") -> StreamSpec:
     """Return a spec of sequences, as images of one channel and one column."""
-    return stream().spec._replace(image_shape=(LENGTH, 1, 1), image_dtype=dtype)
+    return stream().spec._replace(x=LeafSpec((LENGTH, 1, 1), dtype))
 
 
 def tokens(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -111,11 +112,11 @@ def test_integers_and_booleans_are_not_cast(dtype: str) -> None:
 
 def test_a_coreset_of_another_dtype_than_the_spec_raises() -> None:
     benchmark = own_stream(KCL)
-    spec = benchmark.spec._replace(image_dtype="float32")
+    spec = benchmark.spec._replace(x=LeafSpec(benchmark.spec.image_shape, "float32"))
     module: Any = ALGORITHMS["kcl"](network(benchmark), SGD, KCL, spec)
     module.coreset.x = module.coreset.x.to(torch.int32)
     x, y = torch.zeros((4, 1, 3, 3), dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"the coresets hold int32 images, got uint8; give spec\._replace"):
+    with pytest.raises(ValueError, match=r"the coresets hold int32 images, got uint8; give a spec with"):
         module.keep_coreset(0, x, y)
 
 

@@ -155,7 +155,7 @@ def test_coresets_that_do_not_fit_raise() -> None:
     with pytest.raises(ValueError, match=r"task must be >= 0 and < 3, got 3"):
         model.keep_coreset(3, x[:4], y[:4])
     with pytest.raises(
-        ValueError, match=r"hold uint8 images, got float32; give spec._replace\(image_dtype='fl"
+        ValueError, match=r"hold uint8 images, got float32; give a spec with"
     ):
         model.keep_coreset(0, x[:4], y[:4])
     with pytest.raises(ValueError, match=r"must have core_size=4 samples, got 8 in task 0; iterate over"):

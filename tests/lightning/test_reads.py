@@ -20,7 +20,7 @@ from sequel_core.algorithms.mas import MASHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.benchmark import StreamSpec
-from sequel_core.stream.images import Normalisation
+from sequel_core.stream.trees import LeafSpec
 from sequel_lightning import Naive, reporting
 from sequel_lightning.consolidation import CONSOLIDATED, TRAINING
 from tests.lightning.parts import (
@@ -245,7 +245,7 @@ def held_bytes(classes: int, steps: int) -> int:
     """Train that many steps without a report, and return the most bytes that wait for it."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, classes))
     mask = torch.ones(1, classes, dtype=torch.bool).numpy()
-    spec = StreamSpec((SIDE, SIDE, 1), classes, 1, "domain", mask, Normalisation(), "float32")
+    spec = StreamSpec(LeafSpec((SIDE, SIDE, 1), "float32"), classes, 1, "domain", mask)
     model = Naive(net, MOMENTUM, NaiveHParams(), spec)
     most = 0
 

@@ -304,7 +304,7 @@ def test_float_images_need_a_spec_that_says_so(hparams: ReplayHParams) -> None:
     model = replay_module(hparams)
     with pytest.raises(
         ValueError,
-        match=r"holds uint8 images, the batch has float32; give spec._replace\(image_dtype='float32'\)",
+        match=r"holds uint8 images, the batch has float32; give a spec with LeafSpec",
     ):
         trainer().fit(model, own_loader(stream(), 0, with_task=False))
     assert (model.state.t == -1).all()

@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassF1Score
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.trees import LeafSpec
 from sequel_lightning import ContinualModule, TaskDataModule
 from tests.lightning.parts import (
     BATCH,
@@ -64,7 +65,11 @@ def vals(metrics: Any) -> dict[str, float]:
 @pytest.mark.parametrize("scenario", ["domain", "task"])
 def test_forgetting_is_visible_while_training(with_task: bool, scenario: Any, tmp_path: Path) -> None:
     benchmark = stream(3, scenario)
-    model = module(benchmark, EWCHParams(), spec=benchmark.spec._replace(image_dtype="float32"))
+    model = module(
+        benchmark,
+        EWCHParams(),
+        spec=benchmark.spec._replace(x=LeafSpec(benchmark.spec.image_shape, "float32")),
+    )
     for task in range(2):
         seen: list[tuple[dict[str, float], dict[str, float]]] = []
 
@@ -134,7 +139,11 @@ def test_several_test_loaders() -> None:
 
 def test_a_loader_of_another_task_raises() -> None:
     benchmark = stream(2, "task")
-    model = module(benchmark, NaiveHParams(), spec=benchmark.spec._replace(image_dtype="float32"))
+    model = module(
+        benchmark,
+        NaiveHParams(),
+        spec=benchmark.spec._replace(x=LeafSpec(benchmark.spec.image_shape, "float32")),
+    )
     swapped = [held_out(benchmark, j, with_task=False) for j in (1, 0)]
     with pytest.raises(ValueError, match=r"loader 0 has labels \[2, 3\].*not classes of task 0"):
         trainer().validate(model, swapped)

@@ -22,7 +22,7 @@ import sequel_lightning.backbones
 from sequel_core.backbones import BACKBONES, CNNHParams, ResNet18HParams
 from sequel_core.stream.arrays import FloatArray, IntArray
 from sequel_core.stream.benchmark import StreamSpec
-from sequel_core.stream.images import Normalisation
+from sequel_core.stream.trees import LeafSpec
 from sequel_flax.backbones import BatchNorm, initial_variables
 from sequel_lightning.backbones import canonical_weights, initialise
 from tests.reference.convolution import Network
@@ -60,7 +60,7 @@ real = pytest.mark.skipif(not (CIFAR10 / "test_images.npy").exists(), reason="ne
 
 def spec(size: int = SIZE, num_classes: int = CLASSES) -> StreamSpec:
     mask = np.ones((1, num_classes), np.bool_)
-    return StreamSpec((size, size, 3), num_classes, 1, "class", mask, Normalisation())
+    return StreamSpec(LeafSpec((size, size, 3), "uint8"), num_classes, 1, "class", mask)
 
 
 def random_samples() -> tuple[FloatArray, IntArray]:
