@@ -34,7 +34,7 @@ class Evaluator:
         >>> ts = TrainState.create(apply_fn=model.apply, params=params, tx=optax.sgd(0.1))
         >>> state = algorithm.init(ts, benchmark.spec)
         >>> evaluate = Evaluator(algorithm, benchmark.spec)
-        >>> 0 <= evaluate(ts, state, benchmark.tasks[0].test).accuracy <= 1
+        >>> 0 <= evaluate(ts, state, benchmark.tasks[0].test).score <= 1
         True
     """
 
@@ -53,7 +53,7 @@ class Evaluator:
             samples: The samples, such as `task.test`.
 
         Returns:
-            The numbers of correct predictions and the mean cross-entropy.
+            The accuracies and the mean cross-entropy.
         """
         size = self._batch_size
         while size // 2 >= len(samples):  # few shapes to compile, and at most half of a batch is padding
@@ -65,8 +65,9 @@ class Evaluator:
         correct, masked_correct, loss, others = jax.tree.map(
             lambda *parts: float(np.sum(parts, dtype=np.float64)), *jax.device_get(counts)
         )
-        alternatives = {name: int(hits) for name, hits in others.items()}
-        return Evaluation(int(correct), len(samples), loss / len(samples), int(masked_correct), alternatives)
+        total = len(samples)
+        alternatives = {name: hits / total for name, hits in others.items()}
+        return Evaluation(correct / total, total, loss / total, masked_correct / total, alternatives)
 
     def _traced_count(self, ts: TrainState, state: State, batch: Batch, valid: jax.Array) -> tuple[Any, ...]:
         logits = self._algorithm.predict(ts, state, batch.x, batch.t)

@@ -327,7 +327,7 @@ class PeriodicEvaluation(Hook):
         scores: dict[str, float] = {}
         for j, samples in self._samples.items():
             evaluation = self._evaluate(ts, state, samples)
-            scores[f"{self._prefix}/accuracy/task_{j}"] = evaluation.accuracy
+            scores[f"{self._prefix}/accuracy/task_{j}"] = evaluation.score
             scores[f"{self._prefix}/loss/task_{j}"] = evaluation.loss
         writer.write_scalars(int(ts.step), scores)
 

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict
 from numpy.typing import NDArray
 
 from sequel_core.hparams import TrainingHParams
+from sequel_core.objectives import Score
 from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
 from sequel_core.runs.loggers import Loggers
 from sequel_core.stream import plan
@@ -159,7 +160,7 @@ class TaskSchedule(NamedTuple):
             task_step=done,
             task_steps=self.steps,
             loss=values.pop("loss", math.nan),
-            accuracy=values.pop("accuracy", math.nan),
+            score=values.pop("accuracy", math.nan),
             learning_rate=self.learning_rate,
             extra=values,
         )
@@ -202,6 +203,7 @@ class FlaxLearner:
     """
 
     mode: Mode = "jax"
+    score = Score()
 
     def __init__(
         self,
@@ -353,8 +355,9 @@ class FlaxLearner:
         info = {"task": task.index, "split": split}
         self._call("before_evaluation", info)
         result = self._evaluator(self.ts, self.state, task.split(split))
-        scores = {name: getattr(result, name) for name in ("accuracy", "loss", "masked_accuracy")}
-        others = {f"{name}_accuracy": hits / result.total for name, hits in result.alternatives.items()}
+        key = self.score.key
+        scores = {key: result.score, "loss": result.loss, f"masked_{key}": result.masked_score}
+        others = {f"{name}_{key}": score for name, score in result.alternatives.items()}
         self._call("after_evaluation", {**info, **scores, **others})
         return result
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sequel_core.hparams import TrainingHParams
+from sequel_core.objectives import Score
 from sequel_core.runs.files import errors_naming
 from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
 from sequel_core.stream import plan
@@ -88,6 +89,7 @@ class LightningLearner:
     """
 
     mode: Mode = "pytorch"
+    score = Score()
 
     def __init__(
         self,
@@ -173,7 +175,9 @@ class LightningLearner:
                 for name, other in module.alternatives(x, t).items():
                     others[name] = others.get(name, 0) + int((other.argmax(-1) == y).sum())
         correct, masked_correct, loss = counts.tolist()
-        return Evaluation(int(correct), len(samples), loss / len(samples), int(masked_correct), others)
+        total = len(samples)
+        alternatives = {name: hits / total for name, hits in others.items()}
+        return Evaluation(correct / total, total, loss / total, masked_correct / total, alternatives)
 
     @property
     def logs(self) -> bool:
@@ -386,7 +390,7 @@ class _Watcher(Callback):
                     task_step=done,
                     task_steps=steps_per_epoch * self._epochs,
                     loss=report.loss,
-                    accuracy=report.accuracy,
+                    score=report.accuracy,
                     learning_rate=optimizers[0].param_groups[0]["lr"] if optimizers else math.nan,
                     extra=report.extra,
                 )

@@ -151,8 +151,8 @@ class Display:
             parts += [self._epoch(self._last)] if self._epochs > 1 else []
             parts += [] if rate is None else [f"{rate:,.0f} steps/s"]
             parts += [f"loss {self._last.loss:.4f}"]
-            if not math.isnan(self._last.accuracy):
-                parts.append(f"accuracy {percent(self._last.accuracy)} %")
+            if not math.isnan(self._last.score):
+                parts.append(f"accuracy {percent(self._last.score)} %")
         if not math.isnan(self._average):
             parts.append(f"average {percent(self._average)} %")
         return Group(self._bars.make_tasks_table(self._bars.tasks), Text(", ".join(parts)))

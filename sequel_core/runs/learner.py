@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
+from sequel_core.objectives import Score
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Task
@@ -46,23 +48,13 @@ class DivergenceError(RuntimeError):
 
 
 class Evaluation(NamedTuple):
-    """Counts of one evaluation on one task."""
+    """The result of one evaluation on one task."""
 
-    correct: int
-    total: int
-    loss: float  # mean cross-entropy
-    masked_correct: int  # with the logits of classes of other tasks masked
-    alternatives: Mapping[str, int] = {}  # correct predictions of the algorithm's other classifiers, by name
-
-    @property
-    def accuracy(self) -> float:
-        """Fraction of correct predictions."""
-        return self.correct / self.total
-
-    @property
-    def masked_accuracy(self) -> float:
-        """Fraction of correct predictions among the classes of the task."""
-        return self.masked_correct / self.total
+    score: float  # `Learner.score` says which, and its direction
+    total: int  # samples
+    loss: float  # mean over the samples
+    masked_score: float = math.nan  # with the logits of classes of other tasks masked
+    alternatives: Mapping[str, float] = {}  # scores of the algorithm's other predictions, by name
 
 
 class Progress(NamedTuple):
@@ -73,7 +65,7 @@ class Progress(NamedTuple):
     task_step: int  # steps of this task done
     task_steps: int  # steps of this task in total
     loss: float  # mean since the last report
-    accuracy: float  # of the training batches, mean since the last report
+    score: float  # of the training batches, mean since the last report; nan if it is not computed
     learning_rate: float  # nan if the optimizer does not report it
     extra: Mapping[str, float]  # user-defined metrics since the last report
 
@@ -121,6 +113,7 @@ class Learner(Protocol):
         hparams: settings of the algorithm.
         training: batch size, epochs, seed, dtype.
         spec: of the stream that the learner was made for.
+        score: what `evaluate` measures.
         shows_progress: whether a callback or hook of the user shows a progress bar; the orchestrator then
             shows none.
 
@@ -141,6 +134,7 @@ class Learner(Protocol):
     hparams: AlgorithmHParams
     training: TrainingHParams
     spec: StreamSpec
+    score: Score = Score()
     shows_progress: bool
 
     @property
@@ -163,7 +157,7 @@ class Learner(Protocol):
         ...
 
     def evaluate(self, task: Task, split: str) -> Evaluation:
-        """Count correct predictions on a task.
+        """Measure score and loss on a task.
 
         Args:
             task: to evaluate.

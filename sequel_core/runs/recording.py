@@ -23,8 +23,8 @@ from sequel_core.stream.task import Task
 def training_numbers(progress: Progress, samples_per_second: float) -> dict[str, float]:
     """Return what the loggers receive of a learner's progress report, by tag."""
     scores = {"loss": progress.loss}
-    for name in ("accuracy", "learning_rate"):
-        if not math.isnan(value := getattr(progress, name)):
+    for name, value in {"accuracy": progress.score, "learning_rate": progress.learning_rate}.items():
+        if not math.isnan(value):
             scores[name] = value
     scores["samples_per_second"] = samples_per_second
     return {**{f"train/{name}": value for name, value in scores.items()}, **progress.extra}
@@ -62,7 +62,7 @@ class Recorder:
         now, (start, step) = time.perf_counter(), self._rate_start
         self._rate_start = (now, progress.step)
         rate = (progress.step - step) * self._learner.training.batch_size / max(now - start, 1e-9)
-        record = progress._asdict()
+        record = {"accuracy" if k == "score" else k: v for k, v in progress._asdict().items()}
         extra = record.pop("extra")
         self._directory.append_metrics(
             {"kind": "train", "task": task.index, **record, "samples_per_second": rate, **extra}
@@ -84,10 +84,10 @@ class Recorder:
         """
         row = np.full(len(self._benchmark), np.nan)
         for j, evaluation in evaluations.items():
-            row[j] = evaluation.accuracy
+            row[j] = evaluation.score
             self._append(evaluation, after, within_task, j, self._split)
         self._state.extra.update(self._further_averages(list(evaluations.values())))
-        scores = {f"accuracy/task_{j}": evaluation.accuracy for j, evaluation in evaluations.items()}
+        scores = {f"accuracy/task_{j}": evaluation.score for j, evaluation in evaluations.items()}
         scores["average_accuracy"] = float(np.nanmean(row))
         end_of_task = after is not None and not within_task
         if after is not None and end_of_task:
@@ -103,7 +103,7 @@ class Recorder:
         """Record the final evaluation of all tasks on the split that the matrix is not measured on."""
         for j, evaluation in enumerate(evaluations):
             self._append(evaluation, len(self._benchmark) - 1, False, j, split)
-        average = float(np.mean([evaluation.accuracy for evaluation in evaluations]))
+        average = float(np.mean([evaluation.score for evaluation in evaluations]))
         self._state.extra[f"{split}_average_accuracy"] = average
         self._learner.log({f"{split}/average_accuracy": average})
 
@@ -153,10 +153,10 @@ class Recorder:
         """Return mean accuracies of masked and alternative predictions, if there are any."""
         averages = {}
         if self._benchmark.scenario == "class":
-            masked = [evaluation.masked_accuracy for evaluation in evaluations]
+            masked = [evaluation.masked_score for evaluation in evaluations]
             averages["masked_average_accuracy"] = float(np.mean(masked))
         for name in evaluations[0].alternatives:
-            others = [evaluation.alternatives[name] / evaluation.total for evaluation in evaluations]
+            others = [evaluation.alternatives[name] for evaluation in evaluations]
             averages[f"{name}_average_accuracy"] = float(np.mean(others))
         return averages
 
@@ -164,11 +164,11 @@ class Recorder:
         self, evaluation: Evaluation, after: int | None, within_task: bool, task: int, split: EvaluateOn
     ) -> None:
         """Append one evaluation to `metrics.jsonl`."""
-        values: dict[str, Any] = {"accuracy": evaluation.accuracy, "loss": evaluation.loss}
+        values: dict[str, Any] = {"accuracy": evaluation.score, "loss": evaluation.loss}
         if self._benchmark.scenario == "class":
-            values["masked_accuracy"] = evaluation.masked_accuracy
-        for name, correct in evaluation.alternatives.items():
-            values[f"{name}_accuracy"] = correct / evaluation.total
+            values["masked_accuracy"] = evaluation.masked_score
+        for name, score in evaluation.alternatives.items():
+            values[f"{name}_accuracy"] = score
         place = {"after_task": after, "within_task": within_task, "task": task, "split": split}
         self._directory.append_metrics({"kind": "evaluation", "step": self._learner.step, **place, **values})
 

@@ -46,8 +46,8 @@ class NearestMean:
         part = task.split(split)
         x, y, _ = part.take(np.arange(len(part)))
         distance = ((x.reshape(len(x), 1, -1) - self.means) ** 2).sum(-1)
-        correct = int((distance.argmin(1) == y).sum())
-        return Evaluation(correct, len(y), 0.0, correct)
+        accuracy = int((distance.argmin(1) == y).sum()) / len(y)
+        return Evaluation(accuracy, len(y), 0.0, accuracy)
 
     def start_stream(self, config: Mapping[str, Any], resumed: bool = False) -> None:
         """Do nothing."""

@@ -53,7 +53,7 @@ class Scripted(Learner):
     def evaluate(self, task: Task, split: str) -> Evaluation:
         total = len(task.split(split))
         correct = int(self._rng.integers(total + 1))
-        return Evaluation(correct, total, 0.0, correct)
+        return Evaluation(correct / total, total, 0.0, correct / total)
 
     def save(self, directory: Path) -> Callable[[], None]:
         directory.mkdir(parents=True)

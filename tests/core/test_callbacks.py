@@ -56,7 +56,7 @@ class Notes(StreamCallback):
         self.calls.append(("task start", learner.step, task.index))
 
     def on_task_end(self, learner: Learner, task: Task, matrix: FloatArray) -> None:
-        assert matrix[task.index, 0] == learner.evaluate(stream().tasks[0], "test").accuracy
+        assert matrix[task.index, 0] == learner.evaluate(stream().tasks[0], "test").score
         self.calls.append(("task end", learner.step, int(np.isfinite(matrix).sum())))
         matrix[:] = 0
 

@@ -462,7 +462,7 @@ def test_hooks_in_a_user_defined_loop(tmp_path: Path) -> None:
         for hook in due:
             hook.after_step(ts, state, batch, {"task": 0, "loss": float(outputs["loss"])}, writer)
         if number in (2, 4):
-            expected.append((number, evaluate(ts, state, task.test).accuracy))
+            expected.append((number, evaluate(ts, state, task.test).score))
     for hook in hooks:
         hook.close()
     written = [(at, scalars["periodic/test/accuracy/task_0"]) for at, scalars in writer.scalars]

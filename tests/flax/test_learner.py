@@ -173,10 +173,10 @@ def test_evaluation_counts_every_sample_once(scenario: Scenario) -> None:
     log_p -= np.log(np.exp(log_p).sum(1, keepdims=True))
     result = model.evaluate(mixed, "test")
     assert result.total == len(y) > 200
-    assert result.correct == (scored.argmax(1) == y).sum() > 0
-    assert result.masked_correct == (masked.argmax(1) == y).sum()
+    assert result.score == (scored.argmax(1) == y).sum() / len(y) > 0
+    assert result.masked_score == (masked.argmax(1) == y).sum() / len(y)
     np.testing.assert_allclose(result.loss, -log_p[np.arange(len(y)), y].mean(), rtol=1e-5)
-    assert (result.masked_correct > result.correct) is (scenario == "class")
+    assert (result.masked_score > result.score) is (scenario == "class")
 
 
 def test_masked_logits_have_no_gradient() -> None:
@@ -207,7 +207,7 @@ def test_reports_are_means_over_the_steps_since_the_last_report() -> None:
         since = losses[before : report.step]
         np.testing.assert_allclose(report.loss, np.mean(since), rtol=1e-5)
         np.testing.assert_allclose(report.extra["largest"], max(since), rtol=1e-6)
-        assert np.isnan(report.accuracy)
+        assert np.isnan(report.score)
 
 
 def test_the_reported_accuracy_is_that_of_the_training_batches() -> None:
@@ -219,7 +219,7 @@ def test_the_reported_accuracy_is_that_of_the_training_batches() -> None:
     for x, y, t, _ in batches(task, model.training):
         logits = np.asarray(model.algorithm.predict(model.ts, model.state, x, t))
         hits.append((logits.argmax(1) == y).mean())
-    np.testing.assert_allclose([p.accuracy for p in shown], hits, rtol=1e-6)
+    np.testing.assert_allclose([p.score for p in shown], hits, rtol=1e-6)
 
 
 class Recorder(SilentWriter):

@@ -58,7 +58,7 @@ def test_the_contents_of_the_run_directory(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.isnan(matrix), ~np.tri(3, dtype=bool))
     np.testing.assert_array_equal(matrix, result.matrix)
     for j, task in enumerate(rotated().tasks):
-        assert matrix[2, j] == model.evaluate(task, "test").accuracy
+        assert matrix[2, j] == model.evaluate(task, "test").score
 
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["status"] == "finished"
@@ -133,8 +133,8 @@ def test_evaluation_on_validation(tmp_path: Path) -> None:
     stream = rotated(validation=0.2)
     model = learner(NaiveHParams(), stream)
     result = run(model, stream, run_dir=tmp_path, evaluate_on="validation", progress=False)
-    on_validation = [model.evaluate(task, "validation").accuracy for task in stream.tasks]
-    on_test = [model.evaluate(task, "test").accuracy for task in stream.tasks]
+    on_validation = [model.evaluate(task, "validation").score for task in stream.tasks]
+    on_test = [model.evaluate(task, "test").score for task in stream.tasks]
     np.testing.assert_array_equal(result.matrix[2], on_validation)
     assert result.average_accuracy == pytest.approx(np.mean(on_validation))
     assert result.summary["validation_average_accuracy"] == result.average_accuracy
@@ -146,7 +146,7 @@ def test_evaluation_on_validation(tmp_path: Path) -> None:
 
 def test_forward_transfer_is_measured_against_the_untrained_network(tmp_path: Path) -> None:
     model = learner(NaiveHParams())
-    untrained = [model.evaluate(task, "test").accuracy for task in rotated().tasks]
+    untrained = [model.evaluate(task, "test").score for task in rotated().tasks]
     result = run(model, rotated(), run_dir=tmp_path, evaluate_future=True, progress=False)
     assert not np.isnan(result.matrix).any()
     expected = np.mean([result.matrix[j - 1, j] - untrained[j] for j in (1, 2)])
@@ -180,7 +180,7 @@ def test_the_class_scenario_reports_the_masked_accuracy(tmp_path: Path) -> None:
     stream = divided("class")
     model = learner(NaiveHParams(), stream)
     result = run(model, stream, run_dir=tmp_path, progress=False)
-    masked = [model.evaluate(task, "test").masked_accuracy for task in stream.tasks]
+    masked = [model.evaluate(task, "test").masked_score for task in stream.tasks]
     assert result.summary["masked_average_accuracy"] == pytest.approx(np.mean(masked))
     assert np.mean(masked) > result.average_accuracy + 0.1
     assert [r["masked_accuracy"] for r in records(tmp_path, "evaluation")[-5:]] == masked

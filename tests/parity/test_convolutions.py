@@ -138,5 +138,5 @@ def test_same_weights_and_running_statistics(hparams: AlgorithmHParams, network:
     assert all(difference({n: ends[0][n]}, {n: before[n]}) > 1e-3 for n in statistics if n.endswith("/mean"))
     first = stream().tasks[0]
     (one, two) = (learner.evaluate(first, "test") for learner in (torch_, flax_))
-    assert one.correct == two.correct
+    assert one.score == two.score
     np.testing.assert_allclose(one.loss, two.loss, rtol=1e-8)

@@ -143,7 +143,7 @@ def test_same_accuracies_and_losses_in_both_frameworks() -> None:
     for task in benchmark().tasks:
         torch_, flax_ = (learner.evaluate(task, "test") for learner in learners)
         assert torch_[:2] == flax_[:2]
-        assert torch_.masked_correct == flax_.masked_correct
+        assert torch_.masked_score == flax_.masked_score
         np.testing.assert_allclose(torch_.loss, flax_.loss, rtol=1e-10)
 
 
