@@ -20,7 +20,7 @@ from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
-from sequel_core.objectives import Score
+from sequel_core.objectives import ObjectiveHParams, Score
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.learner import DivergenceError, Learner
 from sequel_core.runs.orchestrator import run
@@ -57,6 +57,7 @@ __all__ = [
     "MCSGDHParams",
     "NaiveHParams",
     "Normalisation",
+    "ObjectiveHParams",
     "OptimizerHParams",
     "PixelMap",
     "Result",
