@@ -64,13 +64,13 @@ class ObjectiveHParams(Settings):
         "weight of the uniform distribution in the target",
         ge=0,
         lt=1,
-        only=("type", "cross_entropy", "token_cross_entropy"),
+        only=("type", "auto", "cross_entropy", "token_cross_entropy"),
     )
     class_weights: tuple[float, ...] | None = setting(
-        None, "weight of each class in the loss; null for 1", ge=0, only=("type", "cross_entropy")
+        None, "weight of each class in the loss; null for 1", ge=0, only=("type", "auto", "cross_entropy")
     )
     ignore_index: int = setting(
-        -100, "target of tokens that do not count", only=("type", "token_cross_entropy")
+        -100, "target of tokens that do not count", only=("type", "auto", "token_cross_entropy")
     )
     reduce: Literal["auto", "samples", "weights", "tokens"] = setting(
         "auto",

@@ -107,6 +107,11 @@ def build(flat: Layer) -> ExperimentConfig:
     mode = values.get("mode", "pytorch")
     selected = {section: _selected(section, dict(values[section]), mode) for section in SECTIONS}
     groups = {section: dict(values.get(section, {})) for section in CLASSES if section not in SECTIONS}
+    code = {section: target for section, (_, target) in selected.items() if target}
+    if TARGET in groups["objective"]:
+        code["objective"] = user_code("objective", groups["objective"], mode)
+        code["objective"].check(())
+        groups["objective"] = {}
     for section, group in groups.items():
         _check_keys(section, group, "")
     checked: dict[str, Any] = {name: _settings(CLASSES[name], name, group) for name, group in groups.items()}
@@ -119,7 +124,7 @@ def build(flat: Layer) -> ExperimentConfig:
         **{section: choice for section, (choice, _) in selected.items()},
         logger=_loggers(values.get("logger"), mode),
         callbacks=tuple(_targets("callbacks", values.get("callbacks"), mode).values()),
-        user_code={section: target for section, (_, target) in selected.items() if target},
+        user_code=code,
         num_classes=values["backbone"].get("num_classes"),
         expected=_expected(values.get("expected") or {}),
         **checked,
@@ -335,6 +340,9 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
             f"backbone.num_classes must be the benchmark's {benchmark.num_classes}, "
             f"got {config.num_classes!r}; leave it out"
         )
+    if "objective" not in config.user_code:
+        with _named("objective", {spec.name for spec in fields(config.objective)}.__contains__):
+            config.objective.resolved(benchmark.spec)
     with _named("training"):
         config.training.epochs(len(benchmark) - 1)
     with _named("algo", {spec.name for spec in fields(config.algo)}.__contains__):

@@ -22,6 +22,7 @@ from sequel_core.hparams import (
     TrainerHParams,
     TrainingHParams,
 )
+from sequel_core.objectives import ObjectiveHParams
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.files import plain
 from sequel_core.runs.learner import EvaluateEvery, EvaluateOn, Mode
@@ -31,6 +32,7 @@ from sequel_core.stream.benchmark import Benchmark
 
 TABLES: dict[str, Mapping[str, type[Settings]]] = {"algo": ALGORITHMS, "backbone": BACKBONES}
 CLASSES: dict[str, type[Settings]] = {
+    "objective": ObjectiveHParams,
     "optimizer": OptimizerHParams,
     "training": TrainingHParams,
     "checkpoint": CheckpointHParams,
@@ -72,6 +74,7 @@ class ExperimentConfig(Settings):
         algo: settings of the algorithm.
         benchmark: the stream. Its seed, `benchmark.arguments["seed"]`, is separate from the training seed.
         backbone: settings of the network.
+        objective: settings of the loss and the score.
         optimizer: settings of the optimizer.
         training: batch sizes, epochs, seed, ...
         checkpoint: when checkpoints are written, and how many are kept.
@@ -80,8 +83,8 @@ class ExperimentConfig(Settings):
             a logger of Lightning or, with mode=jax, a metric writer.
         callbacks: user code that makes a StreamCallback, a Lightning callback (mode=pytorch) or a hook
             (mode=jax).
-        user_code: user code by section. It replaces the settings of a backbone or an optimizer; the settings
-            of a user's algorithm have the class that the algorithm names.
+        user_code: user code by section. It replaces the settings of a backbone, an objective or an optimizer;
+            the settings of a user's algorithm have the class that the algorithm names.
         num_classes: number of outputs of the backbone, if a file gives it; must equal the benchmark's.
         expected: published results, which are recorded and printed beside the measured ones; see `Expected`.
         version: version of the library that a file was written for; recorded only.
@@ -102,6 +105,7 @@ class ExperimentConfig(Settings):
     algo: AlgorithmHParams = field(default_factory=NaiveHParams)
     benchmark: BenchmarkConfig = field(default_factory=lambda: BenchmarkConfig("rotateddigits", {}))
     backbone: BackboneHParams = field(default_factory=MLPHParams)
+    objective: ObjectiveHParams = field(default_factory=ObjectiveHParams)
     optimizer: OptimizerHParams = field(default_factory=OptimizerHParams)
     training: TrainingHParams = field(default_factory=TrainingHParams)
     checkpoint: CheckpointHParams = field(default_factory=CheckpointHParams)
@@ -161,6 +165,7 @@ class ExperimentConfig(Settings):
             "algo": {**({TARGET: algo.path} if algo else {"name": self.algo.name}), **asdict(self.algo)},
             "benchmark": {"name": benchmark.name, **stream, **benchmark.arguments},
             "backbone": {"type": self.backbone.type, **asdict(self.backbone)},
+            "objective": asdict(self.objective),
             "optimizer": {"type": self.optimizer.type, **optimizer},
         }
         values |= {key: target.plain() for key, target in self.user_code.items() if key != "algo"}
@@ -227,9 +232,9 @@ def settings(section: str, name: str | Target = "") -> list[Setting]:
     """Return the settings of a section.
 
     Args:
-        section: `algo`, `benchmark`, `backbone`, `optimizer`, `logger`, `training`, `checkpoint` or
-            `trainer`.
-        name: one of `choices(section)`, or user code; not used for the last three.
+        section: `algo`, `benchmark`, `backbone`, `objective`, `optimizer`, `logger`, `training`,
+            `checkpoint` or `trainer`.
+        name: one of `choices(section)`, or user code; not used for the sections without choices.
 
     Example:
         >>> [setting.key for setting in settings("algo", "si")][-3:]
