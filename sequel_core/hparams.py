@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 from sequel_core.settings import Settings, setting
 from sequel_core.stream.benchmark import Benchmark, StreamSpec
 from sequel_core.stream.task import Task
-from sequel_core.stream.trees import shapes_text
 
 Dtype = Literal["float32", "float64"]
 
@@ -80,20 +79,6 @@ class AlgorithmHParams(Settings):
         return spec.scenario == "task"
 
 
-def check_labelled(spec: StreamSpec, name: str, remedy: str) -> None:
-    """Raise ValueError unless the targets of a stream are class labels.
-
-    Args:
-        spec: of the stream.
-        name: what needs the labels.
-        remedy: what to use instead.
-    """
-    if not spec.labelled:
-        raise ValueError(
-            f"{name} needs one class label per sample, got targets {shapes_text(spec.y)}; use {remedy}"
-        )
-
-
 @dataclass(frozen=True)
 class MemoryHParams(AlgorithmHParams):
     """Settings of methods that keep samples of the stream; see `sequel_core.stream.memory`.
@@ -149,8 +134,6 @@ class MemoryHParams(AlgorithmHParams):
 
     def check_memory(self, spec: StreamSpec, batch_size: int) -> None:
         """Do the part of `check` that depends on the number of samples per step."""
-        if self.memory.startswith("class_"):
-            check_labelled(spec, f"memory={self.memory}", "memory=reservoir or task_balanced")
         size, parts = self.slots(spec.num_tasks), self.parts(spec)
         name = "mem_size" if self.per_task_memory_samples is None else "per_task_memory_samples"
         got = f"got {getattr(self, name)}" + (f" ({size} in all)" if name != "mem_size" else "")
@@ -229,8 +212,7 @@ class ExemplarHParams(AlgorithmHParams):
         return -(-self.mem_size // num_sets) if self.quota == "ceil" else self.mem_size // num_sets
 
     def check_stream(self, spec: StreamSpec) -> None:
-        """Raise ValueError if targets are not class labels, or if there are fewer exemplars than classes."""
-        check_labelled(spec, self.name, "another method")
+        """Raise ValueError if there are fewer exemplars than classes."""
         sets = int(spec.mask.sum())
         if self.mem_size < sets:
             each = "class" if sets == spec.num_classes else "class of each task"
