@@ -70,6 +70,14 @@ class AlgorithmHParams(Settings):
     def check_stream(self, spec: StreamSpec) -> None:
         """Raise ValueError if the settings do not fit a stream. Every algorithm's constructor calls this."""
 
+    def check_labels(self, spec: StreamSpec, what: str) -> None:
+        """Raise ValueError if the targets of a stream are not class labels, which `what` needs."""
+        if not spec.labelled:
+            raise ValueError(
+                f"{what} needs targets that are class labels, one integer per sample, got {spec.y}; use "
+                "another method or memory"
+            )
+
     def check(self, spec: StreamSpec, training: TrainingHParams) -> None:
         """Raise ValueError if the settings do not fit a stream or the training settings."""
         self.check_stream(spec)
@@ -126,6 +134,12 @@ class MemoryHParams(AlgorithmHParams):
         if self.memory == "task_quota":
             return spec.num_tasks
         return int(spec.groups.sum()) if self.memory in ("ring", "class_quota") else 1
+
+    def check_stream(self, spec: StreamSpec) -> None:
+        """Raise ValueError if the memory is divided among classes and the stream has none."""
+        super().check_stream(spec)
+        if self.memory in ("class_balanced", "class_quota"):
+            self.check_labels(spec, f"memory={self.memory} of {self.name}")
 
     def check(self, spec: StreamSpec, training: TrainingHParams) -> None:
         """Raise ValueError also if a batch does not fit into the memory, or if its parts are not equal."""
@@ -212,7 +226,8 @@ class ExemplarHParams(AlgorithmHParams):
         return -(-self.mem_size // num_sets) if self.quota == "ceil" else self.mem_size // num_sets
 
     def check_stream(self, spec: StreamSpec) -> None:
-        """Raise ValueError if there are fewer exemplars than classes."""
+        """Raise ValueError if there are fewer exemplars than classes, or no classes."""
+        self.check_labels(spec, self.name)
         sets = int(spec.mask.sum())
         if self.mem_size < sets:
             each = "class" if sets == spec.num_classes else "class of each task"

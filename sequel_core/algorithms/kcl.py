@@ -68,7 +68,8 @@ class KCLHParams(AlgorithmHParams):
     )
 
     def check_stream(self, spec: StreamSpec) -> None:
-        """Raise ValueError if predictions do not get the task of each sample, which selects a classifier."""
+        """Raise ValueError if there are no classes, or predictions do not get the task of each sample."""
+        self.check_labels(spec, self.name)
         if spec.scenario == "class":
             raise ValueError(
                 "kcl cannot run in the class scenario: each task has its own classifier; use "
