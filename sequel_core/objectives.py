@@ -42,6 +42,14 @@ class Score(NamedTuple):
         """The name in files and in the tags of loggers: words separated by underscores."""
         return self.name.replace(" ", "_")
 
+    def of(self, metric: str) -> str:
+        """Return the name of a metric of this score: `average_accuracy` for `average_score`."""
+        return metric.replace("score", self.key)
+
+
+ACCURACY = Score()
+"""The default: the fraction of correct predictions."""
+
 
 @dataclass(frozen=True)
 class ObjectiveHParams(Settings):
