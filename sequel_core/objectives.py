@@ -42,6 +42,11 @@ class Score(NamedTuple):
         """The name in files and in the tags of loggers: words separated by underscores."""
         return self.name.replace(" ", "_")
 
+    @property
+    def title(self) -> str:
+        """The name with a capital letter."""
+        return self.name[:1].upper() + self.name[1:]
+
     def of(self, metric: str) -> str:
         """Return the name of a metric of this score: `average_accuracy` for `average_score`."""
         return metric.replace("score", self.key)

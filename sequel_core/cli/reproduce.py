@@ -26,7 +26,7 @@ from sequel_core.experiment.compose import compose
 from sequel_core.experiment.overrides import CONFIGS, experiments, quoted
 from sequel_core.experiment.schema import DOCUMENTATION, ExperimentConfig
 from sequel_core.runs import learner
-from sequel_core.runs.formatting import percent, two_decimals
+from sequel_core.runs.formatting import number
 from sequel_core.runs.learner import PLUGINS, DivergenceError, Mode
 from sequel_core.runs.results import TASK_GIVEN, Result, load_result
 from sequel_core.runs.signals import InterruptedRunError
@@ -281,9 +281,9 @@ def _table(experiment: str, rows: Sequence[Row], expected: Mapping[str, Any]) ->
         table.add_row(
             row.mode,
             ", ".join(map(str, row.results)) or "-",
-            two_decimals(measured(row)),
+            number(measured(row)),
             "-" if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}",
-            percent(_mean([result.forgetting for result in row.results.values()])),
+            number(_mean([result.forgetting for result in row.results.values()]), 100),
             f"{expected['avg_acc']:g}",
             f"{expected.get('tolerance', 0):g}",
             ", ".join(row.failures) or verdict(measured(row), expected),

@@ -33,6 +33,7 @@ from sequel_core.experiment.build import build_benchmark, build_callbacks
 from sequel_core.experiment.compose import compose, other_version_of
 from sequel_core.experiment.overrides import CONFIGS, one_line, quoted, request
 from sequel_core.experiment.schema import SPREAD, ExperimentConfig, settings
+from sequel_core.objectives import ACCURACY
 from sequel_core.runs import learner
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.directory import CONFIG, ERROR, RunDirectory
@@ -184,7 +185,7 @@ def job(_: DictConfig, quiet: bool, resume: Resume = False) -> float:
         resume: see `sequel_core.run`.
 
     Returns:
-        The accuracy by which a sweep is ranked, a fraction; nan if a run of a sweep failed. Its directory
+        The score by which a sweep is ranked, see `ranked_by`; nan if a run of a sweep failed. Its directory
         then contains the reason.
 
     Raises:
@@ -277,9 +278,13 @@ def stated(expected: Mapping[str, Any]) -> str:
 
 
 def ranked_by(result: Result) -> float:
-    """Return the validation accuracy of a run, or its test accuracy if there is none; a fraction."""
-    value = result.summary.get("validation_average_accuracy")
-    return float(result.average_accuracy if value is None else value)
+    """Return the average score of a run on the validation samples, or on the test samples if it has none.
+
+    A search, such as by Hydra's Optuna sweeper, maximises it, or minimises it if lower is better
+    (`hydra.sweeper.direction`).
+    """
+    value = result.metric("validation_average_score")
+    return result.metric("average_score") if math.isnan(value) else value
 
 
 def _print_expected(console: Console, config: ExperimentConfig, result: Result) -> None:
@@ -289,7 +294,7 @@ def _print_expected(console: Console, config: ExperimentConfig, result: Result) 
         if key in SPREAD:
             continue
         text = f"{key}: measured {result.summary.get(key, 'not')}, expected {value}"
-        if key == "avg_acc":
+        if key == "avg_acc" and result.score == ACCURACY:
             measured = 100 * result.average_accuracy
             text = f"average accuracy: measured {measured:.2f} %, expected {stated(config.expected)}"
         console.print(f"{text}{source}", highlight=False, markup=False, soft_wrap=True)

@@ -38,6 +38,7 @@ from sequel_core.experiment.schema import ExperimentConfig, choices
 from sequel_core.experiment.target import TARGET, Target
 from sequel_core.runs.directory import CONFIG, METRICS, SUMMARY, writer
 from sequel_core.runs.files import read_yaml
+from sequel_core.runs.results import SCORE
 from sequel_core.runs.versions import WRITER, version_note
 from sequel_core.settings import check_name
 
@@ -212,7 +213,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     for key in PLACES:
         if key in values:
             raise ValueError(f"{path} cannot set {key}; give it on the command line")
-    return {str(key): value for key, value in values.items() if key != WRITER}
+    return {str(key): value for key, value in values.items() if key not in (SCORE, WRITER)}
 
 
 def other_version_of(overrides: Sequence[str]) -> str:

@@ -161,7 +161,7 @@ def test_squared_errors_by_hand() -> None:
     assert metrics.summarise(ERRORS, [10, 10, 10], SAMPLES, ERROR) == pytest.approx(
         {
             "average_squared_error": 3.5,
-            "forgetting": 1.75,  # -0.5 for task 0, whose error falls from 1 to 0.5, and 4 for task 1
+            "forgetting": 1.75,  # -0.5 for the first task, whose error falls, and 4 for the second
             "forgetting_with_final": 2.0,  # 0 and 4
             "bwt": -1.75,  # negative, as for accuracies that are forgotten
             "fwt": 2.0,  # the second task's error is 1 below the baseline, the third's 3
