@@ -156,8 +156,10 @@ def check_leaves(x: Tree, y: Tree, channels_last: bool = False) -> None:
     for name, a in named:
         if not hasattr(a, "dtype") or np.dtype(a.dtype).kind not in "biuf" or not a.shape:
             got = f"{a.dtype} {list(a.shape)}" if hasattr(a, "dtype") else type(a).__name__
-            text = "number texts with np.unique(values, return_inverse=True)[1], or use np.asarray(values)"
-            raise ValueError(f"{name} must be an array of numbers [N, ...], got {got}; {text}")
+            raise ValueError(
+                f"{name} must be an array of numbers [N, ...], got {got}; number texts with "
+                f"np.unique({name}, return_inverse=True)[1], or use np.asarray({name})"
+            )
     counts = {name: len(a) for name, a in named}
     if len(set(counts.values())) > 1:
         raise ValueError(f"all arrays must have one row per sample, got {counts}")

@@ -17,7 +17,7 @@ import numpy as np
 from sequel_core.stream.arrays import IntArray
 from sequel_core.stream.images import PixelMap
 from sequel_core.stream.items import check_leaves
-from sequel_core.stream.trees import LeafSpec, Tree, leaves, read_dtype, specs_of, tree_map
+from sequel_core.stream.trees import LeafSpec, Tree, leaves, read_dtype, specs_of, specs_text, tree_map
 
 
 class Batch(NamedTuple):
@@ -88,7 +88,8 @@ class Split:
         check_leaves(self.x, self.y, self.channels_last)
         if self.pixel_map is not None and not (is_image(self.x_spec) and self.x.dtype == np.uint8):
             raise ValueError(
-                f"a pixel map needs uint8 images, got {self.x_spec}; apply the map to the arrays first"
+                f"a pixel map needs uint8 images, got {specs_text(self.x_spec)}; apply the map to the arrays "
+                "first"
             )
 
     def __len__(self) -> int:

@@ -88,6 +88,16 @@ def read_dtype(dtype: Any) -> Any:
     return np.dtype(np.float32) if dtype == np.float64 else dtype
 
 
+def specs_text(specs: Tree) -> str:
+    """Return the dtypes and shapes of a tree of specs for a message.
+
+    Example:
+        >>> specs_text({"a": LeafSpec((3,)), "b": LeafSpec((), "int64")})
+        'a float32 [3], b int64 []'
+    """
+    return ", ".join(f"{name} {leaf.dtype} {list(leaf.shape)}".strip() for name, leaf in named_leaves(specs))
+
+
 def shapes_text(specs: Tree) -> str:
     """Return the shapes of a tree of specs for a message.
 
