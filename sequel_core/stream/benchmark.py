@@ -10,8 +10,8 @@ import numpy as np
 
 from sequel_core.stream.arrays import BoolArray
 from sequel_core.stream.images import Augmentation, Normalisation
-from sequel_core.stream.task import AnySplit, JoinedSplit, Task, is_image, is_label, join
-from sequel_core.stream.trees import LeafSpec, Tree, shapes_text, specs_text
+from sequel_core.stream.task import AnySplit, JoinedSplit, Task, join
+from sequel_core.stream.trees import LeafSpec, Tree, is_image, is_label, shapes_text, specs_text
 
 Scenario = Literal["domain", "task", "class"]
 Heads = Literal["separate", "shared"]
