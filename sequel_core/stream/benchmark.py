@@ -10,8 +10,8 @@ import numpy as np
 
 from sequel_core.stream.arrays import BoolArray
 from sequel_core.stream.images import Augmentation, Normalisation
-from sequel_core.stream.task import AnySplit, JoinedSplit, Task, is_image, is_label, join
-from sequel_core.stream.trees import LeafSpec, Tree, shapes_text
+from sequel_core.stream.task import AnySplit, JoinedSplit, Task, join
+from sequel_core.stream.trees import LeafSpec, Tree, is_image, is_label, shapes_text, specs_text
 
 Scenario = Literal["domain", "task", "class"]
 Heads = Literal["separate", "shared"]
@@ -135,8 +135,9 @@ class Benchmark:
                     spec, first = (getattr(split, f"{name}_spec") for split in (part, self.tasks[0].train))
                     if spec != first:
                         raise ValueError(
-                            f"the arrays of a stream must have one shape and dtype, got {name} {spec} in "
-                            f"task {i} and {first} in task 0; convert one of them"
+                            f"the arrays of a stream must have one shape and dtype, got {name} = "
+                            f"{specs_text(spec)} in task {i} and {specs_text(first)} in task 0; convert one "
+                            "of them"
                         )
         if not self.labelled and self.scenario != "domain":
             raise ValueError(
@@ -155,13 +156,13 @@ class Benchmark:
                         )
         spec = self.tasks[0].train.x_spec
         if self.augmentation and not is_image(spec):
-            raise ValueError(f"augmentation needs images [N, H, W, C], got {spec}; leave it out")
+            raise ValueError(f"augmentation needs images [N, H, W, C], got {specs_text(spec)}; leave it out")
         if self.normalisation == Normalisation():
             return
         if not is_image(spec) or spec.dtype != "uint8":
             raise ValueError(
-                f"normalisation needs uint8 images, got {spec}; normalise the arrays and leave normalisation "
-                "out"
+                f"normalisation needs uint8 images, got {specs_text(spec)}; normalise the arrays and leave "
+                "normalisation out"
             )
         channels = self.image_shape[-1]
         if len(self.normalisation.mean) not in (1, channels):
