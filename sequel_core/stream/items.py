@@ -5,7 +5,7 @@ An item is `(x, y, ...)`, as in torch's `Dataset`, or a dict, as in Hugging Face
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -279,7 +279,7 @@ def as_array(name: str, value: Any) -> NDArray[Any]:
     return array
 
 
-def _check_ragged(name: str, values: Sequence[Any]) -> None:
+def _check_ragged(name: str, values: Any) -> None:
     """Raise ValueError if the rows of a list have different shapes, and name the first that differs."""
     shapes = [np.asarray(value, object).shape for value in values]
     for row, shape in enumerate(shapes):

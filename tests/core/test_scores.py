@@ -46,7 +46,7 @@ BY_HAND = {
 class Regression(Scripted):
     """Has the errors of `ERRORS` on test samples, times a factor, and twice those on validation samples."""
 
-    logs = True  # type: ignore[assignment]
+    logs = True
 
     def __init__(self, benchmark: Benchmark, factor: float = 1.0, seed: int = 0) -> None:
         super().__init__("jax", NaiveHParams(), benchmark, seed, batch_size=2)
@@ -213,7 +213,7 @@ def test_colours_are_brightest_for_the_lowest_error() -> None:
 
 
 def test_compare_tables(tmp_path: Path) -> None:
-    runs = {"good": [learner(1.0, seed) for seed in (0, 1)], "bad": learner(2.0)}
+    runs: dict[str, Any] = {"good": [learner(1.0, seed) for seed in (0, 1)], "bad": learner(2.0)}
     comparison = compare(runs, stream(), run_dir=tmp_path / "all", progress=False)
     assert [row.measures["average_squared_error"].mean for row in comparison.rows] == [3.5, 7.0]
     console = Console(file=io.StringIO(), width=100)

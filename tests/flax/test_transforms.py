@@ -32,6 +32,9 @@ from sequel_flax.transforms import (
     si,
 )
 
+W: Any = {"w": np.ones(2)}
+V: Any = {"v": np.ones(3), "w": np.ones(2)}
+KEY = jax.random.key(0)
 DIGITS = RotatedDigits(num_tasks=3)
 NORM = DIGITS.normalisation
 BATCH, STEPS = 7, 200
@@ -51,7 +54,7 @@ class Net(nnx.Module):
         self.head = nnx.Linear(16, 10, rngs=rngs, param_dtype=jnp.float64)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.head(jnp.tanh(self.stem(x.reshape(len(x), -1))))
+        return jnp.asarray(self.head(jnp.tanh(self.stem(x.reshape(len(x), -1)))))
 
 
 def batches(task: Task, steps: int = STEPS) -> Iterator[Batch]:
@@ -64,7 +67,7 @@ def pixels(x: Any) -> jax.Array:
 
 
 def losses(logits: jax.Array, y: Any) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(y))
+    return jnp.asarray(optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(y)))
 
 
 def bundle_weights(algorithm: Algorithm, tx: optax.GradientTransformation) -> list[jax.Array]:
@@ -81,17 +84,17 @@ def bundle_weights(algorithm: Algorithm, tx: optax.GradientTransformation) -> li
     return jax.tree.leaves(ts.params)
 
 
-Importance = Callable[[Any, nnx.State, Task], Any]
+Importance = Callable[[Any, Any, Task], Any]
 
 
-def fisher(graph: Any, params: nnx.State, task: Task) -> Any:
-    def nll(params: Any, batch: Batch) -> jax.Array:
+def fisher(graph: Any, params: Any, task: Task) -> Any:
+    def nll(params: Any, batch: Any) -> jax.Array:
         return losses(nnx.merge(graph, params)(pixels(batch.x)), batch.y)
 
     return diagonal_fisher(nll, params, batches(task), samples=101)
 
 
-def sensitivity(graph: Any, params: nnx.State, task: Task) -> Any:
+def sensitivity(graph: Any, params: Any, task: Task) -> Any:
     return output_sensitivity(
         lambda params, batch: nnx.merge(graph, params)(pixels(batch.x)), params, batches(task), samples=101
     )
@@ -278,11 +281,6 @@ def test_two_tasks_by_hand() -> None:
 def test_bad_arguments(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
-
-
-W = {"w": np.ones(2)}
-V = {"v": np.ones(3), "w": np.ones(2)}
-KEY = jax.random.key(0)
 
 
 # -- the reservoir
