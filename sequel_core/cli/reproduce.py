@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata, resources
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -26,6 +25,7 @@ from sequel_core.experiment.compose import compose
 from sequel_core.experiment.overrides import CONFIGS, experiments, quoted
 from sequel_core.experiment.schema import DOCUMENTATION, ExperimentConfig
 from sequel_core.runs import learner
+from sequel_core.runs.directory import numbered
 from sequel_core.runs.formatting import number
 from sequel_core.runs.learner import PLUGINS, DivergenceError, Mode
 from sequel_core.runs.results import TASK_GIVEN, Result, load_result
@@ -204,7 +204,7 @@ def new_directory(folder: Path, stem: str) -> Path:
             return False
         return True
 
-    return next(path for path in (folder / (f"{stem}_{k}" if k else stem) for k in count()) if made(path))
+    return next(path for path in numbered(folder / stem) if made(path))
 
 
 def verdict(mean: float, expected: Mapping[str, Any]) -> str:

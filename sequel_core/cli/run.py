@@ -9,9 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from importlib import import_module
-from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,7 +34,7 @@ from sequel_core.experiment.schema import SPREAD, ExperimentConfig, settings
 from sequel_core.objectives import ACCURACY
 from sequel_core.runs import learner
 from sequel_core.runs.callbacks import StreamCallback
-from sequel_core.runs.directory import CONFIG, ERROR, RunDirectory
+from sequel_core.runs.directory import CONFIG, ERROR, RunDirectory, new_path
 from sequel_core.runs.learner import DivergenceError
 from sequel_core.runs.orchestrator import Resume, Shown
 from sequel_core.runs.results import Result
@@ -327,7 +325,7 @@ def _sweep(arguments: Sequence[str], console: Console, show: bool, test: bool, r
     def start(given: DictConfig) -> float:  # launchers pickle it, and a console cannot be pickled
         return job(given, quiet, resume)
 
-    with _reserved(asked.run_dir or _sweep_directory(), resume) as directory:
+    with _reserved(asked.run_dir or str(new_path("_sweep")), resume) as directory:
         _launch(start, [*overrides, *asked.hydra, f"hydra.sweep.dir={quoted(str(directory))}", "--multirun"])
         directory.joinpath("multirun.yaml").unlink(missing_ok=True)
     shown = varied(jobs)
@@ -342,12 +340,6 @@ def _validates(config: ExperimentConfig) -> bool:
     choice = config.user_code.get("benchmark", config.benchmark.name)
     known = {spec.key for spec in settings("benchmark", choice)}
     return "validation" in config.benchmark.arguments or "validation" not in known
-
-
-def _sweep_directory() -> str:
-    stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_sweep"
-    names = (Path("runs") / (f"{stem}_{k}" if k else stem) for k in count())
-    return str(next(name for name in names if not name.exists()))
 
 
 @contextmanager

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +20,7 @@ from rich.table import Column, Table
 from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.objectives import Score
 from sequel_core.runs import learner
-from sequel_core.runs.directory import CONFIG, RunDirectory
+from sequel_core.runs.directory import CONFIG, RunDirectory, numbered
 from sequel_core.runs.formatting import number, scaling, score_text
 from sequel_core.runs.learner import PLUGINS, Learner, Mode
 from sequel_core.runs.orchestrator import Shown, check_run, run
@@ -310,8 +309,7 @@ def _new_directory(parent: Path, trial: _Trial) -> Path:
     """Make a directory named after the label, the framework and the seed."""
     stem = re.sub(r"[^\w.=+-]+", "-", trial.label)[:100]
     stem = f"{stem}_{trial.mode}_seed{trial.seed}"
-    names = (f"{stem}_{k}" if k else stem for k in count())
-    path = next(parent / name for name in names if not (parent / name).exists())
+    path = next(path for path in numbered(parent / stem) if not path.exists())
     path.mkdir()
     return path
 

@@ -86,7 +86,7 @@ class RunDirectory:
         Raises:
             ValueError: the path is a file, is not empty or cannot be written.
         """
-        target = _new_path() if path is None else Path(path)
+        target = new_path() if path is None else Path(path)
         if target.exists() and not target.is_dir():
             raise ValueError(f"run_dir must be a directory, got the file {target}; choose another path")
         try:
@@ -261,11 +261,17 @@ class RunDirectory:
         files.write_bytes(self.path / WEIGHTS, content.getvalue())
 
 
-def _new_path() -> Path:
+def numbered(path: Path) -> Iterator[Path]:
+    """Yield a path, then the same with `_1`, `_2`, ... at its end."""
+    yield path
+    for k in count(1):
+        yield path.with_name(f"{path.name}_{k}")
+
+
+def new_path(suffix: str = "") -> Path:
     """Return a path under `runs/` that is not taken, named after the time."""
-    stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    names = (Path("runs") / (f"{stem}_{k}" if k else stem) for k in count())
-    return next(name for name in names if not name.exists())
+    path = Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}"
+    return next(name for name in numbered(path) if not name.exists())
 
 
 def _process(holder: Path) -> str:
