@@ -253,13 +253,13 @@ def _one_line(errors: Sequence[Any], ranges: Mapping[str, str]) -> str:
 
 def _rule(error: Any, bounds: str) -> str:
     """Return what a value must be, from a pydantic error."""
-    kind = error["type"]
-    if kind in TYPES:
+    error_type = error["type"]
+    if error_type in TYPES:
         details = {"int_type": bounds, "float_type": bounds, "literal_error": ", ".join(_names(error))}
-        return f"{TYPES[kind]} {details.get(kind, '')}".strip()
-    if kind == "finite_number" and "<" not in bounds:
+        return f"{TYPES[error_type]} {details.get(error_type, '')}".strip()
+    if error_type == "finite_number" and "<" not in bounds:
         return f"{bounds} and finite".removeprefix(" and ")
-    if kind == "value_error" and "<" not in bounds:  # of `_as_int`
+    if error_type == "value_error" and "<" not in bounds:  # of `_as_int`
         return f"a whole number of less than 64 bits and {bounds}".removesuffix(" and ")
     return bounds
 
