@@ -1,7 +1,7 @@
 """The benchmarks that a configuration selects by name: one class per data set and kind of stream.
 
 Each constructor names the arguments that differ between data sets. It takes all others as keyword arguments,
-which are the fields of `SplitSettings`, `PermutedSettings` or `RotatedSettings`.
+which are the fields of `SplitSettings`, `PermutedSettings`, `RotatedSettings` or `TabularSettings`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from sequel_benchmarks.streams import (
     split,
     split_published,
 )
+from sequel_benchmarks.tables import load_table
+from sequel_benchmarks.tabular import TableOptions, TabularOptions, TabularSettings, tabular
 from sequel_core.settings import with_arguments
 from sequel_core.stream.benchmark import Benchmark
 
@@ -263,6 +265,66 @@ class SplitImageFolder(Benchmark):
         super().__init__(**vars(stream) | {"settings": {**folder, **stream.settings}})
 
 
+@takes(TabularSettings)
+class Wine(Benchmark):
+    """Cultivars of wine by 13 chemical measurements, its three classes or a feature divided among the tasks.
+
+    Args:
+        num_tasks: number of tasks: 1 or 3 if the classes are divided.
+
+    Example:
+        >>> from sequel_benchmarks import Wine
+        >>> stream = Wine()
+        >>> [task.name for task in stream.tasks], stream.scenario, stream.num_classes
+        (['classes class_0', 'classes class_1', 'classes class_2'], 'class', 3)
+    """
+
+    def __init__(self, *, num_tasks: int = 3, **options: Unpack[TabularOptions]):
+        super().__init__(**vars(tabular(load_table("wine"), TabularSettings(num_tasks, **options))))
+
+
+@takes(TabularSettings)
+class BreastCancer(Benchmark):
+    """Malignant or benign tumours by 30 measurements of cell nuclei; each task has a range of a feature.
+
+    Args:
+        num_tasks: number of tasks, >= 1.
+        feature: feature whose quantiles divide the samples; None to divide the two classes among the tasks.
+
+    Example:
+        >>> from sequel_benchmarks import BreastCancer
+        >>> stream = BreastCancer(num_tasks=2)
+        >>> [task.name for task in stream.tasks], stream.spec.x.shape
+        (['mean_texture < 18.83', 'mean_texture >= 18.83'], (30,))
+    """
+
+    def __init__(
+        self, *, num_tasks: int = 5, feature: str | None = "mean_texture", **options: Unpack[TableOptions]
+    ):
+        settings = TabularSettings(num_tasks, feature=feature, **options)
+        super().__init__(**vars(tabular(load_table("breastcancer"), settings)))
+
+
+@takes(TabularSettings)
+class Diabetes(Benchmark):
+    """Progression of diabetes, a regression on 10 measurements; each task has a range of a feature.
+
+    Args:
+        num_tasks: number of tasks, >= 1.
+        feature: feature whose quantiles divide the samples. Required.
+
+    Example:
+        >>> from sequel_benchmarks import Diabetes
+        >>> stream = Diabetes(num_tasks=2, feature="age")
+        >>> [task.name for task in stream.tasks], stream.spec.y, stream.num_classes
+        (['age < 50', 'age >= 50'], LeafSpec(shape=(), dtype='float32'), 1)
+    """
+
+    def __init__(self, *, num_tasks: int = 5, feature: str | None = "bmi", **options: Unpack[TableOptions]):
+        settings = TabularSettings(num_tasks, feature=feature, **options)
+        super().__init__(**vars(tabular(load_table("diabetes"), settings)))
+
+
 BENCHMARKS: dict[str, type[Benchmark]] = {
     cls.__name__.lower(): cls
     for cls in (
@@ -276,6 +338,9 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
         SplitCIFAR100,
         SplitTinyImageNet,
         SplitImageFolder,
+        Wine,
+        BreastCancer,
+        Diabetes,
     )
 }
 """The benchmarks by the names that configurations give them."""

@@ -279,10 +279,12 @@ class _Stream:
             self._recorder.other_split(evaluations, split)
 
     def _log_samples(self) -> None:
-        """Send training images of each task to the loggers."""
+        """Send training images of each task to the loggers, if the samples are images."""
         if self._learner.logs:
             for task in self._benchmark.tasks:
-                self._learner.log_image(f"samples/task_{task.index}", sample_images(task.train))
+                images = sample_images(task.train)
+                if images is not None:
+                    self._learner.log_image(f"samples/task_{task.index}", images)
 
     @contextmanager
     def _finishing(self) -> Iterator[None]:

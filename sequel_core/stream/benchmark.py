@@ -60,6 +60,15 @@ class StreamSpec(NamedTuple):
         return _image_shape(self.x)
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the only array of the inputs; (H, W, C) for images.
+
+        Raises:
+            ValueError: the inputs are a dict.
+        """
+        return _input_shape(self.x)
+
+    @property
     def groups(self) -> BoolArray:
         """The mask of a stream with labels, else one group per task, bool `[T, groups]`."""
         return self.mask if self.labelled else np.ones((self.num_tasks, 1), np.bool_)
@@ -180,6 +189,11 @@ class Benchmark:
         return _image_shape(self.tasks[0].train.x_spec)
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the only array of the inputs; see `StreamSpec.input_shape`."""
+        return _input_shape(self.tasks[0].train.x_spec)
+
+    @property
     def labelled(self) -> bool:
         """Whether targets are class labels, one integer per sample."""
         return self.tasks[0].train.labelled
@@ -236,6 +250,15 @@ def _image_shape(spec: Tree) -> tuple[int, int, int]:
         )
     height, width, channels = spec.shape
     return height, width, channels
+
+
+def _input_shape(spec: Tree) -> tuple[int, ...]:
+    if not isinstance(spec, LeafSpec):
+        raise ValueError(
+            f"the network needs one input array, the stream has inputs {shapes_text(spec)}; use a network of "
+            "your own"
+        )
+    return spec.shape
 
 
 def separate_heads(tasks: Sequence[Task], heads: Sequence[int] | None = None) -> tuple[Task, ...]:
