@@ -225,7 +225,7 @@ def read_study(directories: Sequence[str | Path]) -> Study:
     Example:
         >>> import numpy as np
         >>> from sequel_core.objectives import Score
-    from sequel_core.runs.directory import RunDirectory
+        >>> from sequel_core.runs.directory import RunDirectory
         >>> directory = RunDirectory.create("runs/one")  # `sequel_core.run` writes these files
         >>> directory.write_config({"algo": {"name": "ewc"}, "mode": "jax"})
         >>> directory.write_matrix(np.array([[0.9, np.nan], [0.7, 0.8]]))
