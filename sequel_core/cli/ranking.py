@@ -115,6 +115,5 @@ def _row(job: Job) -> _Row:
     status = str(result.summary.get("status", "unfinished"))
     if failure and status not in ("finished", "diverged"):
         status = f"failed: {failure[-1]}"
-    seconds = result.summary.get("seconds") or {}
     validation, test = map(result.metric, MEASURED)
-    return _Row(job, result.score, validation, test, float(seconds.get("total", math.nan)), status)
+    return _Row(job, result.score, validation, test, result.number("seconds", "total"), status)

@@ -124,7 +124,7 @@ class _Report:
         points = "percentage points" if score.fraction else f"difference in {score.name}"
         scaled = scaling(score)
         self.results = [
-            *bar_chart(study, ["average_score"], title, label, *scaled),
+            *bar_chart(study, [score.of("average_score")], title, label, *scaled),
             *bar_chart(study, ["forgetting"], "Forgetting", f"{points}, lower is better", *scaled),
         ]
         self.stream = pictures.over_stream(study)
@@ -157,7 +157,7 @@ class _Report:
         finished = sum(run.finished for run in study.runs)
         runs = f"{_count(finished, 'finished run')} in {_count(len(study.groups), 'configuration')}"
         others = Counter(run.status for run in study.runs if not run.finished)
-        averages = {group.label: group.estimate("average_score") for group in study.groups}
+        averages = {group.label: group.estimate(score.of("average_score")) for group in study.groups}
         known = {label: value for label, value in averages.items() if value.values}
 
         def names(key: str) -> list[str]:

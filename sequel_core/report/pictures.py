@@ -37,10 +37,10 @@ class Picture(NamedTuple):
 def drawn(study: Study) -> list[Group]:
     """Return the groups in the figures: the best `MAX_CONFIGURATIONS` of those with finished runs."""
     groups = [group for group in study.groups if group.finished]
-    sign = -1 if study.score.higher_is_better else 1
+    sign, average = -1 if study.score.higher_is_better else 1, study.score.of("average_score")
 
     def cost(group: Group) -> float:
-        return float(np.nan_to_num(sign * group.estimate("average_score").mean, nan=math.inf))
+        return float(np.nan_to_num(sign * group.estimate(average).mean, nan=math.inf))
 
     best = sorted(groups, key=cost)[:MAX_CONFIGURATIONS]
     return [group for group in groups if group in best]
@@ -53,7 +53,7 @@ def bar_chart(
 
     Args:
         study: the runs.
-        key: path of the number in the summary, as in `Run.number`.
+        key: path of the number in the summary, as in `Result.number`.
         title: title of the picture.
         label: label of the axis.
         scale: factor for the numbers.
@@ -79,8 +79,7 @@ def bar_chart(
         [[group.label, *_numbers(value, scale, digits)] for group, value in estimates.items()],
     )
     description = f"Bar chart; {label}. {text}"
-    name = study.score.of("_".join(key))
-    return [Picture(name, title, description, lambda width: bars(rows, width, label), table)]
+    return [Picture("_".join(key), title, description, lambda width: bars(rows, width, label), table)]
 
 
 def _bar(value: Estimate, series: str, scale: float, digits: int | None) -> Bar:

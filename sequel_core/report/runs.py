@@ -124,17 +124,6 @@ class Run:
         """Number of tasks after which the run was evaluated."""
         return int(np.isfinite(self.result.matrix).any(axis=1).sum()) if self.result.matrix.size else 0
 
-    def number(self, *path: str) -> float:
-        """Return a number of the summary by its path; nan if it has none.
-
-        Args:
-            *path: keys such as `"seconds", "train"`; `"average_score"` is that of any score.
-        """
-        value: Any = self.result.summary
-        for key in path:
-            value = value.get(self.result.score.of(key)) if isinstance(value, dict) else None
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -164,7 +153,7 @@ class Group:
 
     def estimate(self, *path: str) -> Estimate:
         """Return the mean of a number of the summary over the finished runs."""
-        return estimate([run.number(*path) for run in self.finished])
+        return estimate([run.result.number(*path) for run in self.finished])
 
     def matrix(self) -> FloatArray:
         """Return the mean matrix `[T, T]` of the finished runs, of which there must be one."""
@@ -224,7 +213,6 @@ def read_study(directories: Sequence[str | Path]) -> Study:
 
     Example:
         >>> import numpy as np
-        >>> from sequel_core.objectives import Score
         >>> from sequel_core.runs.directory import RunDirectory
         >>> directory = RunDirectory.create("runs/one")  # `sequel_core.run` writes these files
         >>> directory.write_config({"algo": {"name": "ewc"}, "mode": "jax"})

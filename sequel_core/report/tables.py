@@ -181,7 +181,7 @@ def shown_metrics(study: Study) -> list[Metric]:
 
     def shown(metric: Metric) -> bool:
         equals_average_score = {f"{split}{suffix}" for split in splits} == {metric.key}
-        measured = any(math.isfinite(run.number(metric.key)) for run in finished)
+        measured = any(math.isfinite(run.result.number(metric.key)) for run in finished)
         return measured and not equals_average_score
 
     return [metric for metric in (*metrics, *added) if shown(metric)]
@@ -236,8 +236,8 @@ def _framework_row(pytorch: Group, jax: Group, score: Score) -> list[str]:
     largest = [float(np.nanmax(np.abs(difference), initial=0)) for difference in differences]
     return [
         pytorch.method,
-        pytorch.estimate("average_score").text(*scaling(score)),
-        jax.estimate("average_score").text(*scaling(score)),
+        pytorch.estimate(score.of("average_score")).text(*scaling(score)),
+        jax.estimate(score.of("average_score")).text(*scaling(score)),
         str(len(differences)),
         estimate([float(difference[-1].mean()) for difference in differences]).text(*scaling(score)),
         number(max(largest, default=math.nan), *scaling(score)),
@@ -283,8 +283,8 @@ def costs(study: Study) -> Table:
 
 
 def _rate(run: Run) -> float:
-    seconds = run.number("seconds", "train")
-    return run.number("steps") / seconds if seconds > 0 else math.nan
+    seconds = run.result.number("seconds", "train")
+    return run.result.number("steps") / seconds if seconds > 0 else math.nan
 
 
 def configuration(study: Study) -> Table:
@@ -310,7 +310,7 @@ def every_run(study: Study) -> Table:
     for group in study.groups:
         for run in group.runs:
             seeds = [run.seeds.get(key, "") for key in keys]
-            average = number(run.number("average_score"), *scaling(score)) if run.finished else NONE
+            average = number(run.result.metric("average_score"), *scaling(score)) if run.finished else NONE
             tasks = f"{run.trained} of {len(run.result.matrix)}" if run.result.matrix.size else NONE
             version = [run.result.version or ""] if versions else []
             values = [run.name, group.label, *seeds, *version, run.status, tasks, average, run.reason]

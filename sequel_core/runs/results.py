@@ -72,53 +72,59 @@ class Result:
         Args:
             name: as in `sequel_core.runs.metrics`, such as `"average_score"`.
         """
-        value = self.summary.get(self.score.of(name))
-        return float(value) if isinstance(value, int | float) else math.nan
+        return self.number(self.score.of(name))
+
+    def number(self, *path: str) -> float:
+        """Return a number of the summary by its path, such as `"seconds", "train"`; nan if it has none."""
+        value: Any = self.summary
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
     @property
     def average_accuracy(self) -> float:
         """Accuracy after the last task, mean over tasks."""
-        return self.metric("average_accuracy")
+        return self.number("average_accuracy")
 
     @property
     def forgetting(self) -> float:
         """Best score before the last task minus the final score, mean over past tasks."""
-        return self.metric("forgetting")
+        return self.number("forgetting")
 
     @property
     def forgetting_with_final(self) -> float:
         """Best score, including the final one, minus the final score, mean over past tasks."""
-        return self.metric("forgetting_with_final")
+        return self.number("forgetting_with_final")
 
     @property
     def bwt(self) -> float:
         """Backward transfer."""
-        return self.metric("bwt")
+        return self.number("bwt")
 
     @property
     def fwt(self) -> float:
         """Forward transfer; nan unless the run had `evaluate_future=True`."""
-        return self.metric("fwt")
+        return self.number("fwt")
 
     @property
     def learning_accuracy(self) -> float:
         """Accuracy on each task directly after training on it, mean over tasks."""
-        return self.metric("learning_accuracy")
+        return self.number("learning_accuracy")
 
     @property
     def average_incremental_accuracy(self) -> float:
         """Accuracy on the tasks seen so far, mean over these tasks, then over the stream."""
-        return self.metric("average_incremental_accuracy")
+        return self.number("average_incremental_accuracy")
 
     @property
     def average_incremental_accuracy_over_samples(self) -> float:
         """Accuracy on all samples of the tasks seen so far, mean over the stream."""
-        return self.metric("average_incremental_accuracy_over_samples")
+        return self.number("average_incremental_accuracy_over_samples")
 
     @property
     def worst_case_accuracy(self) -> float:
         """Lowest accuracy of each past task and the final accuracy of the last one, mean over tasks."""
-        return self.metric("worst_case_accuracy")
+        return self.number("worst_case_accuracy")
 
     @property
     def task_given(self) -> bool:

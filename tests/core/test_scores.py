@@ -258,6 +258,16 @@ def test_the_lowest_error_ranks_first(tmp_path: Path) -> None:
     assert [row["test_average_squared_error"] for row in rows] == ["3.5", "7.0", "10.5"]
 
 
+def test_a_score_may_have_the_word_in_its_name(tmp_path: Path) -> None:
+    model = learner()
+    model.score = Score("f1 score", fraction=False)
+    result = run(model, stream(), run_dir=tmp_path / "run", progress=False)
+    assert result.metric("average_score") == result.summary["average_f1_score"] == 3.5
+    study = write_report([tmp_path / "run"], tmp_path / "report.html", markdown=tmp_path / "report.md")
+    assert study.groups[0].estimate("average_f1_score").mean == 3.5
+    assert "| naive | 1 | 3.5 | -0.75 | 1.25 | 1.75 |" in (tmp_path / "report.md").read_text()
+
+
 def test_runs_that_name_no_score_have_accuracies(tmp_path: Path) -> None:
     run(
         scripted("jax", NaiveHParams(), stream(), batch_size=2),
