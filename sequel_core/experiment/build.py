@@ -97,53 +97,49 @@ def build(flat: Layer) -> ExperimentConfig:
     values = nest(flat)
     _check_top(values)
     mode = values.get("mode", "pytorch")
-    selected = {section: _selected(section, dict(values[section]), mode) for section in SECTIONS}
-    groups = {section: values.get(section, {}) for section in CLASSES if section not in SECTIONS}
-    code = {section: target for section, (_, target) in selected.items() if target}
-    if TARGET in groups["objective"]:
-        code["objective"] = user_code("objective", groups["objective"], mode)
-        code["objective"].check()
-        groups["objective"] = {}
-    for section, group in groups.items():
-        _check_keys(section, group, "")
-    checked = {section: _settings(CLASSES[section], section, group) for section, group in groups.items()}
-    trainer = vars(checked.pop("trainer"))
-    checked |= {key: values[key] for key in EVALUATION if key in values}
-    checked |= {key: str(values[key]) for key in DOCUMENTATION[1:] if key in values}
+    chosen: dict[str, Any] = {}
+    code: dict[str, Target] = {}
+    for section in dict.fromkeys((*SECTIONS, *CLASSES)):
+        group = dict(values.get(section, {}))
+        if TARGET not in group or section not in (*SECTIONS, "objective"):
+            chosen[section] = _chosen(section, group)
+            continue
+        target = code[section] = user_code(section, group, mode)
+        _check_user_code(section, target, mode)
+        if section == "algo":
+            chosen[section] = _settings(user_hparams(target), section, target.arguments)
+        elif section == "benchmark":
+            chosen[section] = BenchmarkConfig(target.path, target.arguments)
+    trainer = vars(chosen.pop("trainer"))
+    chosen |= {key: values[key] for key in EVALUATION if key in values}
+    chosen |= {key: str(values[key]) for key in DOCUMENTATION[1:] if key in values}
     return ExperimentConfig(
         mode=mode,
-        **{section: choice for section, (choice, _) in selected.items()},
-        trainer={key: plain(key, trainer[key], as_text=True) for key in groups["trainer"]},
+        trainer={key: plain(key, trainer[key], as_text=True) for key in values.get("trainer", {})},
         logger=_loggers(values.get("logger"), mode),
         callbacks=tuple(_targets("callbacks", values.get("callbacks"), mode).values()),
         user_code=code,
         num_classes=values["backbone"].get("num_classes"),
         expected=_expected(values.get("expected") or {}),
-        **checked,
+        **chosen,
     )
 
 
-def _selected(section: str, group: dict[str, Any], mode: Mode) -> tuple[Any, Target | None]:
-    """Return the settings of a section that a name selects, and its user code if that replaces the name."""
-    if TARGET in group:
-        target = user_code(section, group, mode)
-        _check_user_code(section, target, mode)
-        if section == "algo":
-            return _settings(user_hparams(target), section, target.arguments), target
-        if section == "benchmark":
-            return BenchmarkConfig(target.path, target.arguments), target
-        return MLPHParams() if section == "backbone" else CLASSES[section](), target
-    name = group.pop(SECTIONS[section], None)
-    check_name(section, name, choices(section))
+def _chosen(section: str, group: dict[str, Any]) -> Any:
+    """Return the settings of a section, whose choice is built in."""
+    name = ""
+    if section in SECTIONS:
+        name = group.pop(SECTIONS[section], None)
+        check_name(section, name, choices(section))
     if section == "backbone":
         group.pop("num_classes", None)
         _widths(group)
     _check_keys(section, group, name)
-    arguments = {"type": name, **group} if section in CLASSES else group
+    arguments = {"type": name, **group} if name and section in CLASSES else group
     chosen = _settings(settings_class(section, name), section, arguments)
     if section != "benchmark":
-        return chosen, None
-    return BenchmarkConfig(name, {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()}), None
+        return chosen
+    return BenchmarkConfig(name, {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()})
 
 
 def _expected(values: Any) -> dict[str, Any]:

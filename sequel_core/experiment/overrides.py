@@ -116,15 +116,16 @@ def _loggers(override: Override) -> str:
     """Return the choice of loggers for Hydra: names as choices of its group, user code as a mapping."""
     parser, texts = OverridesParser.create(), value_texts(override)
     values = [parser.parse_override(f"logger={text}").value() for text in texts]
-    named = [None if isinstance(v, dict) else loggers_by_name([] if v is None else v) for v in values]
-    built_in = [name for group in named for name, item in (group or {}).items() if not item]
-    for name in built_in:
-        check_name("logger", name, choices("logger"))
-    if None not in named and len(built_in) == sum(map(len, filter(None, named))):
+    values = [[] if value is None else value for value in values]
+    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    for item in items:
+        if not isinstance(item, dict):
+            check_name("logger", item, choices("logger"))
+    if not any(isinstance(item, dict) for item in items):
         return f"logger={','.join('[]' if text == 'null' else text for text in texts)}"
-    texts = [
-        t if group is None else override_value_text(group) for t, group in zip(texts, named, strict=True)
-    ]
+    for k, value in enumerate(values):
+        if not isinstance(value, dict):
+            texts[k] = override_value_text(loggers_by_name(value))
     return f"++logger={','.join(texts)}"
 
 
