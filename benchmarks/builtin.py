@@ -40,6 +40,8 @@ Folder = str | os.PathLike[str] | None
 
 DATA_DIR = "folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory"
 
+FEATURE = "in the domain scenario, the feature that divides the samples at its quantiles in the training set"
+
 
 def takes(settings: type[StreamSettings], **named: str) -> Callable[[type[B]], type[B]]:
     """Return a class decorator that lists the fields of `settings` in place of a constructor's `**options`.
@@ -265,17 +267,16 @@ class SplitImageFolder(Benchmark):
         super().__init__(**vars(stream) | {"settings": {**folder, **stream.settings}})
 
 
-@takes(TabularSettings)
+@takes(
+    TabularSettings,
+    num_tasks="number of tasks; 1 or 3 in the scenarios class and task",
+    scenario="`class` or `task`, or `domain`, which needs a feature",
+    feature=FEATURE,
+)
 class Wine(Benchmark):
     """Three cultivars of wine by 13 chemical measurements, divided among the tasks.
 
     With `scenario="domain"`, a feature divides the samples, and every task has all cultivars.
-
-    Args:
-        num_tasks: number of tasks: 1 or 3 in the scenarios class and task.
-        scenario: `class` or `task`, or `domain`, which needs a feature.
-        feature: in the domain scenario, the feature that divides the samples at its quantiles in the training
-            set.
 
     Example:
         >>> from sequel_benchmarks import Wine
@@ -298,15 +299,14 @@ class Wine(Benchmark):
         super().__init__(**vars(tabular(load_table("wine"), settings)))
 
 
-@takes(TabularSettings)
+@takes(
+    TabularSettings,
+    num_tasks="number of tasks; 1 or 2 in the scenarios class and task",
+    scenario="`domain`, or `class` or `task`, which divide the two classes and need feature=None",
+    feature=FEATURE,
+)
 class BreastCancer(Benchmark):
     """Malignant or benign tumours by 30 measurements of cell nuclei; each task has a range of a feature.
-
-    Args:
-        num_tasks: number of tasks, >= 1; 1 or 2 in the scenarios class and task.
-        scenario: `domain`, or `class` or `task`, which divide the two classes and need feature=None.
-        feature: in the domain scenario, the feature that divides the samples at its quantiles in the training
-            set.
 
     Example:
         >>> from sequel_benchmarks import BreastCancer
@@ -327,14 +327,9 @@ class BreastCancer(Benchmark):
         super().__init__(**vars(tabular(load_table("breastcancer"), settings)))
 
 
-@takes(TabularSettings)
+@takes(TabularSettings, num_tasks="number of tasks", scenario="`domain`", feature=FEATURE)
 class Diabetes(Benchmark):
     """Progression of diabetes, a regression on 10 measurements; each task has a range of a feature.
-
-    Args:
-        num_tasks: number of tasks, >= 1.
-        scenario: `domain`.
-        feature: the feature that divides the samples at its quantiles in the training set.
 
     Example:
         >>> from sequel_benchmarks import Diabetes
