@@ -30,15 +30,17 @@ from sequel_benchmarks.streams import (
     split_published,
 )
 from sequel_benchmarks.tables import load_table
-from sequel_benchmarks.tabular import TableOptions, TabularOptions, TabularSettings, tabular
+from sequel_benchmarks.tabular import TabularOptions, TabularSettings, tabular
 from sequel_core.settings import with_arguments
-from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.benchmark import Benchmark, Scenario
 
 B = TypeVar("B", bound=Benchmark)
 Folder = str | os.PathLike[str] | None
 
 
 DATA_DIR = "folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory"
+
+FEATURE = "in the domain scenario, the feature that divides the samples at its quantiles in the training set"
 
 
 def takes(settings: type[StreamSettings], **named: str) -> Callable[[type[B]], type[B]]:
@@ -265,63 +267,86 @@ class SplitImageFolder(Benchmark):
         super().__init__(**vars(stream) | {"settings": {**folder, **stream.settings}})
 
 
-@takes(TabularSettings)
+@takes(
+    TabularSettings,
+    num_tasks="number of tasks; 1 or 3 in the scenarios class and task",
+    scenario="`class` or `task`, or `domain`, which needs a feature",
+    feature=FEATURE,
+)
 class Wine(Benchmark):
-    """Cultivars of wine by 13 chemical measurements, its three classes or a feature divided among the tasks.
+    """Three cultivars of wine by 13 chemical measurements, divided among the tasks.
 
-    Args:
-        num_tasks: number of tasks: 1 or 3 if the classes are divided.
+    With `scenario="domain"`, a feature divides the samples, and every task has all cultivars.
 
     Example:
         >>> from sequel_benchmarks import Wine
-        >>> stream = Wine()
-        >>> [task.name for task in stream.tasks], stream.scenario, stream.num_classes
-        (['classes class_0', 'classes class_1', 'classes class_2'], 'class', 3)
+        >>> [task.name for task in Wine().tasks]
+        ['class_0', 'class_1', 'class_2']
+        >>> stream = Wine(num_tasks=2, scenario="domain", feature="alcohol")
+        >>> [task.name for task in stream.tasks], stream.spec.x.shape
+        (['alcohol < 13.05', 'alcohol >= 13.05'], (13,))
     """
 
-    def __init__(self, *, num_tasks: int = 3, **options: Unpack[TabularOptions]):
-        super().__init__(**vars(tabular(load_table("wine"), TabularSettings(num_tasks, **options))))
+    def __init__(
+        self,
+        *,
+        num_tasks: int = 3,
+        scenario: Scenario = "class",
+        feature: str | None = None,
+        **options: Unpack[TabularOptions],
+    ):
+        settings = TabularSettings(num_tasks, scenario, feature=feature, **options)
+        super().__init__(**vars(tabular(load_table("wine"), settings)))
 
 
-@takes(TabularSettings)
+@takes(
+    TabularSettings,
+    num_tasks="number of tasks; 1 or 2 in the scenarios class and task",
+    scenario="`domain`, or `class` or `task`, which divide the two classes and need feature=None",
+    feature=FEATURE,
+)
 class BreastCancer(Benchmark):
     """Malignant or benign tumours by 30 measurements of cell nuclei; each task has a range of a feature.
-
-    Args:
-        num_tasks: number of tasks, >= 1.
-        feature: feature whose quantiles divide the samples; None to divide the two classes among the tasks.
 
     Example:
         >>> from sequel_benchmarks import BreastCancer
         >>> stream = BreastCancer(num_tasks=2)
-        >>> [task.name for task in stream.tasks], stream.spec.x.shape
-        (['mean_texture < 18.83', 'mean_texture >= 18.83'], (30,))
+        >>> [task.name for task in stream.tasks], stream.num_classes
+        (['mean_texture < 18.83', 'mean_texture >= 18.83'], 2)
     """
 
     def __init__(
-        self, *, num_tasks: int = 5, feature: str | None = "mean_texture", **options: Unpack[TableOptions]
+        self,
+        *,
+        num_tasks: int = 5,
+        scenario: Scenario = "domain",
+        feature: str | None = "mean_texture",
+        **options: Unpack[TabularOptions],
     ):
-        settings = TabularSettings(num_tasks, feature=feature, **options)
+        settings = TabularSettings(num_tasks, scenario, feature=feature, **options)
         super().__init__(**vars(tabular(load_table("breastcancer"), settings)))
 
 
-@takes(TabularSettings)
+@takes(TabularSettings, num_tasks="number of tasks", scenario="`domain`", feature=FEATURE)
 class Diabetes(Benchmark):
     """Progression of diabetes, a regression on 10 measurements; each task has a range of a feature.
-
-    Args:
-        num_tasks: number of tasks, >= 1.
-        feature: feature whose quantiles divide the samples. Required.
 
     Example:
         >>> from sequel_benchmarks import Diabetes
         >>> stream = Diabetes(num_tasks=2, feature="age")
-        >>> [task.name for task in stream.tasks], stream.spec.y, stream.num_classes
-        (['age < 50', 'age >= 50'], LeafSpec(shape=(), dtype='float32'), 1)
+        >>> [task.name for task in stream.tasks], stream.spec.y
+        (['age < 50', 'age >= 50'], LeafSpec(shape=(), dtype='float32'))
     """
 
-    def __init__(self, *, num_tasks: int = 5, feature: str | None = "bmi", **options: Unpack[TableOptions]):
-        settings = TabularSettings(num_tasks, feature=feature, **options)
+    def __init__(
+        self,
+        *,
+        num_tasks: int = 5,
+        scenario: Scenario = "domain",
+        feature: str | None = "bmi",
+        **options: Unpack[TabularOptions],
+    ):
+        settings = TabularSettings(num_tasks, scenario, feature=feature, **options)
         super().__init__(**vars(tabular(load_table("diabetes"), settings)))
 
 

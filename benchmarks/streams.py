@@ -36,6 +36,7 @@ class StreamSettings(Settings):
     """Settings that all streams share."""
 
     num_tasks: int = setting(5, "number of tasks", ge=1, le=MAX_TASKS)
+    scenario: Scenario = setting("domain", "`domain`; all tasks have the same classes")
     subset: int | None = setting(
         None, "number of training samples per task, chosen by the seed; None for all", ge=1
     )
@@ -54,7 +55,7 @@ class StreamSettings(Settings):
 
 
 class StreamOptions(TypedDict, total=False):
-    """The fields of `StreamSettings` as keyword arguments, without num_tasks."""
+    """The fields of `StreamSettings` as keyword arguments, without num_tasks and scenario."""
 
     subset: int | None
     validation: float
@@ -65,7 +66,6 @@ class StreamOptions(TypedDict, total=False):
 class ImageStreamSettings(StreamSettings):
     """Settings that all streams of images share."""
 
-    scenario: Scenario = setting("domain", "`domain`; all tasks have the same classes")
     inputs: Inputs = setting("standardised", "`standardised` (mean 0, deviation 1) or `unit` (in [0, 1])")
     crop_padding: int = setting(
         0,

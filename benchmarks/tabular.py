@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sequel_benchmarks.streams import MAX_TASKS, StreamOptions, StreamSettings, choose, hold_out
+from sequel_benchmarks.streams import StreamOptions, StreamSettings, choose, hold_out
 from sequel_benchmarks.tables import Table
-from sequel_core.settings import check_name, setting
+from sequel_core.settings import as_text, check_name, setting
 from sequel_core.stream.arrays import IntArray
 from sequel_core.stream.benchmark import Benchmark, Scenario
 from sequel_core.stream.task import Split, Task
@@ -27,20 +27,19 @@ class TabularSettings(StreamSettings):
 
     Example:
         >>> from sequel_benchmarks import TabularSettings
-        >>> TabularSettings(num_tasks=3, feature="bmi").resolved_scenario
-        'domain'
+        >>> TabularSettings(num_tasks=3, feature="bmi").plain()["standardise"]
+        True
     """
 
-    num_tasks: int = setting(5, "number of tasks", ge=1, le=MAX_TASKS)
+    scenario: Scenario = setting(
+        "domain",
+        "`domain` (a feature divides the samples; every task has all classes), or `task` or `class` (the "
+        "classes are divided among the tasks)",
+    )
     feature: str | None = setting(
         None,
-        "feature that divides the samples: task t has the samples between its quantiles t / num_tasks and "
-        "(t + 1) / num_tasks in the training set; None to divide the classes equally among the tasks",
-    )
-    scenario: Scenario | None = setting(
-        None,
-        "`domain` if a feature divides the samples, `class` or `task` if the classes are divided; None for "
-        "domain or class",
+        "only in the domain scenario: the feature that divides the samples. Task t has the samples between "
+        "its quantiles t / num_tasks and (t + 1) / num_tasks in the training set",
     )
     standardise: bool = setting(
         True,
@@ -50,31 +49,17 @@ class TabularSettings(StreamSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fitting = ("domain",) if self.feature is not None else ("class", "task")
-        if self.resolved_scenario not in fitting:
-            given = "without feature" if self.feature is None else f"with feature={self.feature}"
+        if (self.scenario == "domain") != (self.feature is not None):
+            rule = "be given" if self.scenario == "domain" else "be null"
             raise ValueError(
-                f"scenario must be {' or '.join(fitting)} {given}, got {self.scenario!r}; leave it out, or "
-                "change feature"
+                f"feature must {rule} with scenario={self.scenario}, got {as_text(self.feature)}"
             )
 
-    @property
-    def resolved_scenario(self) -> Scenario:
-        """The scenario, which feature decides if it is None."""
-        return self.scenario or ("class" if self.feature is None else "domain")
 
+class TabularOptions(StreamOptions, total=False):
+    """The fields of `TabularSettings` as keyword arguments, without num_tasks, scenario and feature."""
 
-class TableOptions(StreamOptions, total=False):
-    """The fields of `TabularSettings` as keyword arguments, without num_tasks and feature."""
-
-    scenario: Scenario | None
     standardise: bool
-
-
-class TabularOptions(TableOptions, total=False):
-    """The fields of `TabularSettings` as keyword arguments, without num_tasks."""
-
-    feature: str | None
 
 
 class _Division(NamedTuple):
@@ -140,7 +125,7 @@ def tabular(table: Table, settings: TabularSettings) -> Benchmark:
         table.name,
         tuple(tasks),
         table.num_classes or 1,
-        settings.resolved_scenario,
+        settings.scenario,
         settings=settings.plain(),
     )
 
@@ -156,20 +141,18 @@ def _by_class(table: Table, settings: TabularSettings) -> _Division:
     """Divide the classes equally, in their order."""
     if table.class_names is None:
         raise ValueError(
-            f"feature must be given for a regression, got None; use one of {', '.join(table.feature_names)}"
+            f"scenario must be domain for a regression, got {settings.scenario!r}; give a feature, one of "
+            f"{', '.join(table.feature_names)}"
         )
     count = len(table.class_names)
     if count % settings.num_tasks:
         divisors = [n for n in range(1, count + 1) if count % n == 0]
         raise ValueError(
             f"num_tasks must divide the {count} classes, got {settings.num_tasks}; use one of "
-            f"{', '.join(map(str, divisors))}, or give a feature"
+            f"{', '.join(map(str, divisors))}"
         )
     size = count // settings.num_tasks
-    names = [
-        f"classes {', '.join(table.class_names[t * size : (t + 1) * size])}"
-        for t in range(settings.num_tasks)
-    ]
+    names = [", ".join(table.class_names[t * size : (t + 1) * size]) for t in range(settings.num_tasks)]
     return _Division(table.train_y // size, table.test_y // size, names)
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from sequel_core.settings import Settings, setting
 from sequel_core.stream.benchmark import Benchmark, StreamSpec
 from sequel_core.stream.task import Task
+from sequel_core.stream.trees import specs_text
 
 Dtype = Literal["float32", "float64"]
 
@@ -74,8 +75,8 @@ class AlgorithmHParams(Settings):
         """Raise ValueError if the targets of a stream are not class labels, which `what` needs."""
         if not spec.labelled:
             raise ValueError(
-                f"{what} needs targets that are class labels, one integer per sample, got {spec.y}; use "
-                "another method or memory"
+                f"{what} needs targets that are class labels, one integer per sample, got "
+                f"{specs_text(spec.y)}; use another method or memory"
             )
 
     def check(self, spec: StreamSpec, training: TrainingHParams) -> None:

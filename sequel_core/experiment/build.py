@@ -38,6 +38,7 @@ from sequel_core.runs.services import MASK
 from sequel_core.settings import Settings, check_name, nearest, setting
 from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.plan import check_batch_size
+from sequel_core.stream.trees import LeafSpec, specs_text
 
 SUPPLIED = {
     "backbone": ("num_classes", "image_shape", "rngs"),
@@ -317,6 +318,8 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
             f"backbone.num_classes must be the benchmark's {benchmark.num_classes}, "
             f"got {config.num_classes!r}; leave it out"
         )
+    if "backbone" not in config.user_code:
+        _check_inputs(config.backbone.type, benchmark)
     if "objective" not in config.user_code:
         with _named("objective", {spec.name for spec in fields(config.objective)}):
             config.objective.resolved(benchmark.spec)
@@ -334,6 +337,19 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
             "set benchmark.validation, for example to 0.1"
         )
     return benchmark
+
+
+def _check_inputs(backbone: str, benchmark: Benchmark) -> None:
+    """Raise ValueError unless a built-in network takes the inputs of the stream."""
+    spec = benchmark.spec
+    if spec.images or (backbone == "mlp" and isinstance(spec.x, LeafSpec)):
+        return
+    needs = "one input array" if backbone == "mlp" else "images [H, W, C]"
+    remedy = " or backbone=mlp" if isinstance(spec.x, LeafSpec) else ""
+    raise ValueError(
+        f"backbone={backbone} needs {needs}, benchmark {benchmark.name} has {specs_text(spec.x)}; use "
+        f"a network of your own{remedy}"
+    )
 
 
 def user_benchmark(target: Target, training: TrainingHParams) -> Benchmark:
