@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,8 @@ def loader(task: int, as_dict: bool = True, steps: int = STEPS, shuffle: bool = 
 
 def fit(module: pl.LightningModule, task: int, callbacks: list[Callback], **options: Any) -> pl.Trainer:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    data = loader(task, isinstance(module, Classifier))
+    data: Any = loader(task, isinstance(module, Classifier))
+    data = Resumable(data) if isinstance(module, Classifier) else data
     trainer = pl.Trainer(
         **{"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False, **quiet, **options},
         callbacks=callbacks,
@@ -147,6 +148,27 @@ def test_strength_zero_is_a_bare_trainer_exactly(make: Callable[[], attach.Attac
     assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
 
 
+class Resumable:
+    """A loader that continues where a checkpoint was written."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches, self.position, self.start = list(batches), 0, 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        start, self.start = self.start, 0
+        for self.position, batch in enumerate(self.batches[start:], start + 1):
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["position"]
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_fit_resumes_in_the_middle_of_a_task(tmp_path: Path) -> None:
     def run(path: Path | None) -> dict[str, Any]:
@@ -159,7 +181,7 @@ def test_a_fit_resumes_in_the_middle_of_a_task(tmp_path: Path) -> None:
             saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=37, save_top_k=-1)
             quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
             trainer = pl.Trainer(max_epochs=1, callbacks=[keep, saver], **quiet)
-            trainer.fit(module, loader(1), ckpt_path=str(path), weights_only=True)
+            trainer.fit(module, Resumable(loader(1)), ckpt_path=str(path), weights_only=True)
         fit(module, 2, [keep])
         return {**module.state_dict(), **{f"importance {k}": v for k, v in keep.importance.items()}}
 
