@@ -159,7 +159,8 @@ class Resumable:
 
     def __iter__(self) -> Iterator[Any]:
         start, self.start = self.start, 0
-        for self.position, batch in enumerate(self.batches[start:], start + 1):
+        for position, batch in enumerate(self.batches[start:], start + 1):
+            self.position = position
             yield batch
 
     def state_dict(self) -> dict[str, int]:
