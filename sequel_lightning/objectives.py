@@ -98,6 +98,63 @@ def from_outputs(
     return Objective(called(loss), None if nll is None else called(nll), **options)
 
 
+# -- how methods use an objective
+
+
+def check_classification(objective: Objective, name: str) -> None:
+    """Raise ValueError unless the objective is about class labels, which the method of that name needs."""
+    if not objective.classification:
+        raise ValueError(
+            f"{name} needs an objective with classification=True, got the objective of the score "
+            f"{objective.score.name!r}; use cross_entropy() or another method"
+        )
+
+
+def given(outputs: Any, x: Any, model: Model) -> Model:
+    """Return a model that returns `outputs` for the inputs `x`, and calls `model` for others."""
+    return lambda inputs: outputs if inputs is x else model(inputs)
+
+
+def sample_losses(objective: Objective, model: Model, batch: Batch) -> Tensor:
+    """Return the loss of each sample, `[B]`.
+
+    Raises:
+        ValueError: the objective returns anything else.
+    """
+    losses = objective.loss(model, batch)
+    if not isinstance(losses, Tensor) or losses.shape != batch.t.shape:
+        got = list(losses.shape) if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        raise ValueError(
+            f"the loss of the objective must return one number for each sample, {list(batch.t.shape)}, got "
+            f"{got}; leave out the mean over the samples, and sum over all other axes"
+        )
+    return losses
+
+
+def mean_of_batch(objective: Objective, model: Model, batch: Batch) -> Tensor:
+    """Return the mean loss of a batch, shape ()."""
+    if objective.mean is not None:
+        return objective.mean(model, batch)
+    losses = sample_losses(objective, model, batch)
+    total = torch.as_tensor(weight_of(objective, batch, len(losses)))
+    return losses.sum() / total.where(total > 0, 1).to(losses)
+
+
+def weight_of(objective: Objective, batch: Batch, count: int) -> Any:
+    """Return the sum of the weights of the losses of the first `count` samples."""
+    return count if objective.weight is None else objective.weight(batch)[:count].sum()
+
+
+def scores_of(objective: Objective, model: Model, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the score of each sample, and the weight of each, `[B]`; see `Objective.values`."""
+    if objective.values is not None:
+        values = objective.values(model(batch.x), batch.y)
+    else:
+        values = objective.loss(model, batch)
+    weight = objective.score_weight
+    return values, torch.ones_like(values) if weight is None else weight(batch)
+
+
 # -- what a network returns
 
 
@@ -180,7 +237,7 @@ def _parts(outputs: Any) -> dict[str, Any]:
     if isinstance(outputs, Mapping):
         return {str(key): part for key, part in outputs.items()}
     if isinstance(outputs, tuple) and hasattr(outputs, "_fields"):
-        return outputs._asdict()  # type: ignore[no-any-return]
+        return dict(zip(outputs._fields, outputs, strict=True))
     if isinstance(outputs, (tuple, list)):
         return {str(k): part for k, part in enumerate(outputs)}
     return dict(vars(outputs)) if hasattr(type(outputs), "__annotations__") else {}
@@ -322,7 +379,8 @@ def squared_error() -> Objective:
         f = _rows(output_leaf(outputs))
         eps = torch.finfo(f.dtype).eps
         inside = u.reshape(f.shape).to(f.dtype).clamp(eps, 1 - eps)  # 0 and 1 would be infinite
-        return f + torch.special.ndtri(inside)
+        normal: Tensor = torch.special.ndtri(inside)
+        return f + normal
 
     def outcomes(outputs: Any) -> tuple[Tensor, Tensor]:
         f = _rows(output_leaf(outputs))
