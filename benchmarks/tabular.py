@@ -174,5 +174,5 @@ def _by_feature(table: Table, settings: TabularSettings) -> _Division:
     texts = [f"{bound:.4g}" for bound in bounds]
     if not texts:
         return _Division(train, test, [f"all {feature}"])
-    between = [f"{low} <= {feature} < {high}" for low, high in pairwise(texts)]
-    return _Division(train, test, [f"{feature} < {texts[0]}", *between, f"{feature} >= {texts[-1]}"])
+    inner = [f"{low} <= {feature} < {high}" for low, high in pairwise(texts)]
+    return _Division(train, test, [f"{feature} < {texts[0]}", *inner, f"{feature} >= {texts[-1]}"])

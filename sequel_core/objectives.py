@@ -108,14 +108,14 @@ class ObjectiveHParams(Settings):
         Raises:
             ValueError: the objective does not fit the targets of the stream.
         """
-        kind = np.dtype(spec.y.dtype).kind if isinstance(spec.y, LeafSpec) else ""
+        dtype_kind = np.dtype(spec.y.dtype).dtype_kind if isinstance(spec.y, LeafSpec) else ""
         if spec.labelled:
             fitting: ObjectiveType | None = "cross_entropy"
-        elif kind == "i" and len(spec.y.shape) == 1:
+        elif dtype_kind == "i" and len(spec.y.shape) == 1:
             fitting = "token_cross_entropy"
         else:
-            found: dict[str, ObjectiveType] = {"f": "squared_error", "b": "binary_cross_entropy"}
-            fitting = found.get(kind)
+            by_kind: dict[str, ObjectiveType] = {"f": "squared_error", "b": "binary_cross_entropy"}
+            fitting = by_kind.get(dtype_kind)
         if self.type == "auto":
             if fitting is None:
                 raise ValueError(
@@ -123,7 +123,7 @@ class ObjectiveHParams(Settings):
                     "loss of your own"
                 )
             return replace(self, type=fitting).resolved(spec)
-        several_labels = not spec.labelled and kind in ("i", "u", "f")
+        several_labels = not spec.labelled and dtype_kind in ("i", "u", "f")
         if self.type != fitting and not (several_labels and self.type == "binary_cross_entropy"):
             raise ValueError(
                 f"objective {self.type} does not fit targets {spec.y}; use "

@@ -113,10 +113,10 @@ def sample(memory: Reservoir, key: jax.Array, count: int) -> tuple[Any, jax.Arra
     size, _ = _sizes(memory, memory.items)
     if not 1 <= count <= size:
         raise ValueError(f"count must be from 1 to the {size} slots, got {count}")
-    filled = jnp.minimum(memory.seen, size)
-    order = jnp.where(jnp.arange(size) < filled, jax.random.uniform(key, (size,)), 2.0)
+    held = jnp.minimum(memory.seen, size)
+    order = jnp.where(jnp.arange(size) < held, jax.random.uniform(key, (size,)), 2.0)
     slots = jnp.argsort(order)[:count]
-    return jax.tree.map(lambda a: a[slots], memory.items), jnp.arange(count) < filled
+    return jax.tree.map(lambda a: a[slots], memory.items), jnp.arange(count) < held
 
 
 def _sizes(memory: Reservoir, batch: Any) -> tuple[int, int]:

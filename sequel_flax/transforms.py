@@ -181,10 +181,10 @@ def l2_init_penalty(strength: float | jax.Array) -> optax.GradientTransformation
 
     def update(updates: Params, state: L2InitState, params: Params | None = None) -> Any:
         params = _given(params)
-        pull = jax.tree.map(
+        gradient = jax.tree.map(
             lambda g, p, a: g + strength * (p - a), updates, params, _like(state.anchor, params)
         )
-        return pull, state
+        return gradient, state
 
     return optax.GradientTransformation(init, update)
 
@@ -268,13 +268,13 @@ def consolidate(opt_state: Any, params: Params, importance: Params | None = None
         >>> opt_state.inner_opt_state[0].importance["w"].tolist()
         [0.5, 0.0]
     """
-    found = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_ours) if _is_ours(s)]
-    if not found:
+    states = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_ours) if _is_ours(s)]
+    if not states:
         raise ValueError(
             "opt_state has no state of ewc_penalty, mas_penalty or si; build the optimizer with one of them, "
             "for example optax.chain(ewc_penalty(10.0), optax.adam(1e-3))"
         )
-    needs = any(isinstance(state, PenaltyState) for state in found)
+    needs = any(isinstance(state, PenaltyState) for state in states)
     if needs != (importance is not None):
         raise ValueError(
             "importance must be given for ewc_penalty and mas_penalty, got None; use diagonal_fisher(...)"

@@ -114,8 +114,8 @@ class Attached(Callback):
     def add_penalty(self, params: Params) -> None:
         """Add strength * F (theta - theta*) to the gradients of the parameters."""
         for name, p in params.items():
-            pull = self.strength * self.importance[name] * (p - self.anchor[name])
-            p.grad = pull.to(p.dtype) if p.grad is None else p.grad + pull.to(p.grad.dtype)
+            penalty = self.strength * self.importance[name] * (p - self.anchor[name])
+            p.grad = penalty.to(p.dtype) if p.grad is None else p.grad + penalty.to(p.grad.dtype)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Consolidate the task, at the weights that the module has now."""
@@ -167,17 +167,17 @@ class Attached(Callback):
         for tree in self.trees:
             held: Params = getattr(self, tree)
             fresh = torch.clone if tree == "anchor" else zero_sum
-            moved = {
+            kept = {
                 name: held[name].to(p.device) if name in held else fresh(p.detach())
                 for name, p in params.items()
             }
             for name, p in params.items():
-                if moved[name].shape != p.shape:
+                if kept[name].shape != p.shape:
                     raise ValueError(
                         f"the trained parameter {name} must keep its shape from task to task, got "
-                        f"{list(p.shape)} after {list(moved[name].shape)}"
+                        f"{list(p.shape)} after {list(kept[name].shape)}"
                     )
-            setattr(self, tree, moved)
+            setattr(self, tree, kept)
 
 
 class EWC(Attached):

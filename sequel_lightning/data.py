@@ -10,8 +10,8 @@ import pytorch_lightning as pl
 import torch
 
 from sequel_core.stream import plan
-from sequel_core.stream.task import AnySplit, Batch, Samples, Task, is_image
-from sequel_core.stream.trees import Tree, leaves, tree_map
+from sequel_core.stream.task import AnySplit, Batch, Samples, Task
+from sequel_core.stream.trees import Tree, is_image, leaves, tree_map
 from sequel_lightning.batches import rows
 
 

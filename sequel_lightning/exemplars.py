@@ -64,8 +64,8 @@ def renew(
         return array
 
     def embed_array(x: Any) -> FloatArray:
-        moved = np.moveaxis(x, -1, 1) if images else x
-        return embed_batch(torch.from_numpy(moved.copy()).to(module.means.device))
+        inputs = np.moveaxis(x, -1, 1) if images else x
+        return embed_batch(torch.from_numpy(inputs.copy()).to(module.means.device))
 
     def samples_of(batch: Batch) -> Samples:
         x, y, t = (a.cpu().numpy() for a in batch[:3])

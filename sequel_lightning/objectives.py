@@ -296,10 +296,10 @@ def cross_entropy(
         logits = output_leaf(outputs)
         scale = logits.new_tensor(weights or [1.0] * logits.shape[1])
         terms = -scale[None] * logits.log_softmax(1)
-        own = terms.gather(1, y[:, None])[:, 0]
+        of_label = terms.gather(1, y[:, None])[:, 0]
         allowed = logits > torch.finfo(logits.dtype).min  # False for masked classes
         uniform = torch.where(allowed, terms, 0).sum(1) / allowed.sum(1)
-        return (1 - smoothing) * own + smoothing * uniform
+        return (1 - smoothing) * of_label + smoothing * uniform
 
     def class_weight(batch: Batch) -> Tensor:
         dtype = torch.float32 if batch.y.device.type == "mps" else torch.float64  # it has no float64
@@ -425,8 +425,8 @@ def token_cross_entropy(
 
     def summed(outputs: Any, y: Tensor, smoothing: float = 0.0) -> Tensor:
         log_p = output_leaf(outputs).log_softmax(-1)
-        own = -log_p.gather(-1, torch.where(counts(y), y, 0).long()[..., None])[..., 0]
-        losses = (1 - smoothing) * own - smoothing * log_p.mean(-1) if smoothing else own
+        of_label = -log_p.gather(-1, torch.where(counts(y), y, 0).long()[..., None])[..., 0]
+        losses = (1 - smoothing) * of_label - smoothing * log_p.mean(-1) if smoothing else of_label
         return torch.where(counts(y), losses, 0).sum(1)
 
     def loss(outputs: Any, y: Tensor) -> Tensor:

@@ -95,12 +95,12 @@ def write(memory: Memory, slots: Slots, batch: Batch, outputs: Any) -> Memory:
     kept = np.flatnonzero(slots < len(memory.t))
     source, index = (torch.from_numpy(a).to(memory.t.device, torch.int64) for a in (kept, slots[kept]))
 
-    def store(a: Tensor, b: Tensor) -> None:
+    def copy_rows(a: Tensor, b: Tensor) -> None:
         a[index] = b.detach()[source].to(a.dtype)  # in place
 
     for tree, new in zip(memory, (batch.x, batch.y, batch.t, outputs), strict=True):
         if tree is not None:
-            tree_map(store, tree, new)
+            tree_map(copy_rows, tree, new)
     return memory
 
 
