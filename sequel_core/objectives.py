@@ -108,7 +108,7 @@ class ObjectiveHParams(Settings):
         Raises:
             ValueError: the objective does not fit the targets of the stream.
         """
-        dtype_kind = np.dtype(spec.y.dtype).dtype_kind if isinstance(spec.y, LeafSpec) else ""
+        dtype_kind = np.dtype(spec.y.dtype).kind if isinstance(spec.y, LeafSpec) else ""
         if spec.labelled:
             fitting: ObjectiveType | None = "cross_entropy"
         elif dtype_kind == "i" and len(spec.y.shape) == 1:

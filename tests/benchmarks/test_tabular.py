@@ -98,8 +98,8 @@ def test_streams_are_standardised_with_the_training_set(name: str) -> None:
 def test_test_samples_do_not_change_training_samples(classes: int | None) -> None:
     table = small_table(classes=classes)
     order = TabularSettings(2, feature="order")
-    moved = np.column_stack([table.test_x[:, :1], 1000 * table.test_x[:, 1:]])
-    other = replace(table, test_x=moved, test_y=table.test_y[::-1])
+    later = np.column_stack([table.test_x[:, :1], 1000 * table.test_x[:, 1:]])
+    other = replace(table, test_x=later, test_y=table.test_y[::-1])
     for first, second in zip(tabular(table, order).tasks, tabular(other, order).tasks, strict=True):
         np.testing.assert_array_equal(everything(first.train).x, everything(second.train).x)
         np.testing.assert_array_equal(first.train.targets, second.train.targets)

@@ -229,8 +229,8 @@ def test_only_a_part_of_the_parameters_has_a_penalty() -> None:
     )
     importance = {"stem": jnp.array([0.0, 2.0]), "head": jnp.array([5.0])}
     opt_state = consolidate(tx.init(params), params, importance)
-    moved = jax.tree.map(lambda p: p + 1, params)
-    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), opt_state, moved)
+    later = jax.tree.map(lambda p: p + 1, params)
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), opt_state, later)
     np.testing.assert_allclose(updates["stem"], [-0.1, -0.1 * (1 + 10 * 2)])
     np.testing.assert_allclose(updates["head"], [-0.1])
 
@@ -239,10 +239,10 @@ def test_the_strength_may_change_between_steps() -> None:
     params = {"w": jnp.array([1.0])}
     tx = optax.inject_hyperparams(ewc_penalty, static_args=("accumulation", "gamma"))(strength=10.0)
     opt_state = consolidate(tx.init(params), params, {"w": jnp.array([1.0])})
-    moved, zero = {"w": jnp.array([2.0])}, {"w": jnp.zeros(1)}
-    assert tx.update(zero, opt_state, moved)[0]["w"] == 10
+    later, zero = {"w": jnp.array([2.0])}, {"w": jnp.zeros(1)}
+    assert tx.update(zero, opt_state, later)[0]["w"] == 10
     opt_state.hyperparams["strength"] = jnp.asarray(3.0)
-    assert tx.update(zero, opt_state, moved)[0]["w"] == 3
+    assert tx.update(zero, opt_state, later)[0]["w"] == 3
 
 
 def test_two_tasks_by_hand() -> None:

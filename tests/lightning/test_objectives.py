@@ -97,8 +97,8 @@ def test_cross_entropy(
         assert objective.weight is not None
         np.testing.assert_allclose(objective.weight(batch(y)).numpy(), w[y])
         denominator = w[y].sum()
-        own = nn.CrossEntropyLoss(torch.tensor(weights).double(), label_smoothing=smoothing)
-        mean = own(torch.from_numpy(f), torch.from_numpy(y))
+        torchs = nn.CrossEntropyLoss(torch.tensor(weights).double(), label_smoothing=smoothing)
+        mean = torchs(torch.from_numpy(f), torch.from_numpy(y))
         assert expected.sum() / denominator == pytest.approx(float(mean), rel=1e-12)
     if weights is None and not smoothing:
         assert objective.mean is not None
@@ -183,10 +183,10 @@ def test_token_cross_entropy(smoothing: float, reduce: str, rng: np.random.Gener
     if objective.weight is not None:
         assert objective.weight(batch(y)).tolist() == counts.tolist()
     if reduce == "tokens" and not smoothing:
-        own = nn.CrossEntropyLoss(ignore_index=-1)(
+        torchs = nn.CrossEntropyLoss(ignore_index=-1)(
             torch.from_numpy(f).flatten(0, 1), torch.from_numpy(y).flatten()
         )
-        assert summed.sum() / counts.sum() == pytest.approx(float(own), rel=1e-12)
+        assert summed.sum() / counts.sum() == pytest.approx(float(torchs), rel=1e-12)
 
 
 @pytest.mark.parametrize(
