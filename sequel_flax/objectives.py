@@ -178,7 +178,8 @@ def cross_entropy(
     by_weight = weights is not None and hparams.reduce != "samples"
 
     def nll(outputs: Any, y: jax.Array) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(output_leaf(outputs), y)
+        losses: jax.Array = optax.softmax_cross_entropy_with_integer_labels(output_leaf(outputs), y)
+        return losses
 
     def loss(outputs: Any, y: jax.Array) -> jax.Array:
         if weights is None and not smoothing:
@@ -189,7 +190,8 @@ def cross_entropy(
         at_label = jnp.take_along_axis(terms, y[:, None], 1)[:, 0]
         allowed = logits > jnp.finfo(logits.dtype).min  # False for masked classes
         uniform = jnp.where(allowed, terms, 0).sum(1) / allowed.sum(1)
-        return (1 - smoothing) * at_label + smoothing * uniform
+        losses: jax.Array = (1 - smoothing) * at_label + smoothing * uniform
+        return losses
 
     def mean(model: Model, batch: Batch) -> jax.Array:
         return jnp.mean(nll(model(batch.x), batch.y))
@@ -228,7 +230,8 @@ def binary_cross_entropy() -> Objective:
 
     def loss(outputs: Any, y: jax.Array) -> jax.Array:
         logits, targets = _same_shape(outputs, y)
-        return optax.sigmoid_binary_cross_entropy(logits, targets.astype(logits.dtype)).sum(1)
+        losses: jax.Array = optax.sigmoid_binary_cross_entropy(logits, targets.astype(logits.dtype))
+        return losses.sum(1)
 
     def values(outputs: Any, y: jax.Array) -> jax.Array:
         logits, targets = _same_shape(outputs, y)
@@ -319,7 +322,7 @@ def token_cross_entropy(
         return total if by_token else total / jnp.maximum(counts(y).sum(1), 1)
 
     def values(outputs: Any, y: jax.Array) -> jax.Array:
-        right = (output_leaf(outputs).argmax(-1) == y) & counts(y)
+        right: jax.Array = (output_leaf(outputs).argmax(-1) == y) & counts(y)
         return right.sum(1) / jnp.maximum(counts(y).sum(1), 1)
 
     def sample(outputs: Any, u: jax.Array) -> jax.Array:
@@ -335,6 +338,79 @@ def token_cross_entropy(
         sample=sample,
         score_weight=num_tokens,
     )
+
+
+# -- what methods use
+
+
+def check_classification(objective: Objective, method: str) -> None:
+    """Check that an objective is for class labels.
+
+    Args:
+        objective: The objective.
+        method: The name of the method that needs class labels.
+
+    Raises:
+        ValueError: It is not.
+
+    Example:
+        >>> check_classification(cross_entropy(), "icarl")
+    """
+    if not objective.classification:
+        raise ValueError(
+            f"{method} needs an objective for class labels, got one with classification=False and the score "
+            f"{objective.score.name!r}; use cross_entropy, or another method"
+        )
+
+
+def losses_of(objective: Objective, model: Model, batch: Batch) -> jax.Array:
+    """Return the loss of each sample, `[B]`.
+
+    Args:
+        objective: The objective.
+        model: The network.
+        batch: The samples.
+
+    Raises:
+        ValueError: The objective's loss has another shape.
+
+    Example:
+        >>> batch = Batch(jnp.zeros((2, 4)), jnp.array([0, 3]), jnp.zeros(2, int))
+        >>> losses_of(cross_entropy(), lambda x: x, batch).shape
+        (2,)
+    """
+    losses = objective.loss(model, batch)
+    if jnp.shape(losses) != jnp.shape(batch.t):
+        raise ValueError(
+            f"the loss of an objective must return one number per sample, {list(jnp.shape(batch.t))}, got "
+            f"{list(jnp.shape(losses))}; do not take the mean over the batch"
+        )
+    return losses
+
+
+def mean_loss(objective: Objective, model: Model, batch: Batch) -> jax.Array:
+    """Return the mean loss of a batch, sum(loss) / sum(weight), shape (); 0 if the weights are 0.
+
+    Args:
+        objective: The objective.
+        model: The network.
+        batch: The samples.
+
+    Raises:
+        ValueError: The objective's loss is not one number per sample.
+
+    Example:
+        >>> batch = Batch(jnp.zeros((2, 4)), jnp.array([0, 3]), jnp.zeros(2, int))
+        >>> mean_loss(cross_entropy(), lambda x: x, batch).round(2)
+        Array(1.39, dtype=float32)
+    """
+    if objective.mean is not None:
+        return objective.mean(model, batch)
+    losses = losses_of(objective, model, batch)
+    if objective.weight is None:
+        return losses.mean()
+    total = objective.weight(batch).sum()
+    return losses.sum() / jnp.where(total > 0, total, 1)
 
 
 def _rows(values: jax.Array) -> jax.Array:
@@ -364,6 +440,7 @@ def build_objective(hparams: ObjectiveHParams, spec: StreamSpec) -> Objective:
         ValueError: The objective does not fit the targets of the stream.
 
     Example:
+        >>> import numpy as np
         >>> from sequel_core.stream.trees import LeafSpec
         >>> spec = StreamSpec(LeafSpec((3,)), 1, 1, "domain", np.ones((1, 1), bool), y=LeafSpec(()))
         >>> build_objective(ObjectiveHParams(), spec).score.name
