@@ -83,7 +83,7 @@ __all__ = [
     "squared_error",
     "stable_sgd",
     "stack_plans",
-    "transforms",
     "token_cross_entropy",
+    "transforms",
     "write_back",
 ]
