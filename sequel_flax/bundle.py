@@ -524,11 +524,11 @@ def check_batch(batch: Batch, stream: StreamState) -> None:
             )
     parts = [("x", batch.x, stream.blank[0])] + ([] if labelled else [("y", batch.y, stream.blank[1])])
     for name, tree, blank in parts:
-        found = dict(named_leaves(tree, name))
+        received = dict(named_leaves(tree, name))
         for leaf, zeros in named_leaves(blank, name):
-            if leaf not in found:
-                raise ValueError(f"a batch must have {leaf} by the stream's spec, got {', '.join(found)}")
-            dtype, shape = jnp.result_type(found[leaf]), jnp.shape(found[leaf])
+            if leaf not in received:
+                raise ValueError(f"a batch must have {leaf} by the stream's spec, got {', '.join(received)}")
+            dtype, shape = jnp.result_type(received[leaf]), jnp.shape(received[leaf])
             if dtype != zeros.dtype or shape != (*count, *zeros.shape[1:]):
                 raise ValueError(
                     f"{leaf} of a batch must be {zeros.dtype} {[*count, *zeros.shape[1:]]} by the stream's "

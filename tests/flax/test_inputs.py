@@ -192,10 +192,11 @@ def test_logits_that_are_not_one_row_for_each_sample_raise(
     x, y, t = task.train.take(np.arange(BATCH))
     ts, state = algorithm.start_task(*initial_states(algorithm, spec, model=net), task)
     batch = Batch(x, y, t, algorithm.planner(spec, state).next(y, t))
-    for call, rows in (
+    calls: Any = (
         (lambda: jax.jit(algorithm.train_step)(ts, state, batch), 8 + 4 * (hparams.name == "er")),
         (lambda: algorithm.predict(ts, state, *map(jnp.asarray, (x, t))), 8),
-    ):
+    )
+    for call, rows in calls:
         logits = [{8: rows}.get(size, size) for size in shape]
         with pytest.raises(ValueError, match=re.escape(f"[B]; got logits {logits} and t [{rows}]; reduce")):
             call()

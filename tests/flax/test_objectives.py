@@ -56,7 +56,8 @@ def mean(objective: Objective, samples: Batch) -> float:
 def _reference_cross_entropy(smoothing: float, weights: tuple[float, ...]) -> FloatArray:
     """Return sum_c q_c w_c (-log p_c) with q the smoothed one-hot label."""
     q = (1 - smoothing) * np.eye(4)[LABELS] + smoothing / 4
-    return -(q * np.asarray(weights) * log_softmax(LOGITS, axis=1)).sum(1)
+    losses: FloatArray = -(q * np.asarray(weights) * log_softmax(LOGITS, axis=1)).sum(1)
+    return losses
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

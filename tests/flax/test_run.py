@@ -234,7 +234,7 @@ def test_settings_that_do_not_fit_raise(match: str, options: dict[str, Any], tmp
 
 def test_a_learner_for_another_benchmark_raises(tmp_path: Path) -> None:
     model = learner(NaiveHParams())
-    check_raises("the learner was made for 10 classes .* has 2 ", model, divided("domain"), tmp_path)
+    check_raises("the learner was made for 10 outputs .* has 2 ", model, divided("domain"), tmp_path)
 
 
 def test_too_few_epochs_raise(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_the_step_is_compiled_once_per_run(
     assert result.summary["steps"] >= 5 * STEPS
     assert compiled["jit(_traced_step)"] == (steps_per_call == 1)
     assert compiled["jit(_traced_loop)"] == (steps_per_call > 1)
-    assert compiled["jit(_traced_count)"] == 1
+    assert compiled["jit(_traced_measure)"] == 1
 
 
 def test_the_learning_rate_decays_to_its_floor() -> None:
