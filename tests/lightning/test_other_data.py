@@ -211,15 +211,15 @@ def test_every_method_uses_the_users_loss(hparams: AlgorithmHParams) -> None:
     """Twice the built-in loss, with twice the weight, is the same mean; without the weight it is not."""
     if hparams == SI:
         hparams = replace(SI, si_lambda=0.1)
-    own = squared_error()
+    builtin = squared_error()
 
     def doubled(model: Any, batch: Batch) -> Tensor:
-        return 2 * own.loss(model, batch)
+        return 2 * builtin.loss(model, batch)
 
-    same = own._replace(loss=doubled, weight=lambda batch: torch.full((len(batch.t),), 2.0))
+    same = builtin._replace(loss=doubled, weight=lambda batch: torch.full((len(batch.t),), 2.0))
     weights = [
         fitted(learner(hparams, "values", objective), "values").weights()
-        for objective in (None, same, own._replace(loss=doubled))
+        for objective in (None, same, builtin._replace(loss=doubled))
     ]
     for k, a in weights[0].items():
         np.testing.assert_allclose(weights[1][k], a, rtol=1e-4, atol=1e-5)
@@ -407,14 +407,20 @@ def dict_loader(target: str, **changes: Any) -> DataLoader[Any]:
     return DataLoader([{k: v[n] for k, v in columns.items()} for n in range(8)], batch_size=4)  # type: ignore[arg-type]
 
 
-def own(hparams: AlgorithmHParams | None = None, objective: Objective | None = None) -> ContinualModule:
+def module_of_dicts(
+    hparams: AlgorithmHParams | None = None, objective: Objective | None = None
+) -> ContinualModule:
     settings = hparams or NaiveHParams()
     return ALGORITHMS[settings.name](network("dict"), SGD, settings, table("dict").spec, objective=objective)
 
 
 @pytest.mark.parametrize("hparams", [NaiveHParams(), EWCHParams(), ERHParams(mem_size=8, mem_batch_size=4)])
 def test_batches_of_dicts_train_as_tuples(hparams: AlgorithmHParams) -> None:
-    modules = [own(hparams), own(hparams), own(hparams, cross_entropy()._replace(target="kind"))]
+    modules = [
+        module_of_dicts(hparams),
+        module_of_dicts(hparams),
+        module_of_dicts(hparams, cross_entropy()._replace(target="kind")),
+    ]
     samples = table("dict").tasks[0].train.take(np.arange(8))
     x, y = {k: torch.from_numpy(v) for k, v in samples.x.items()}, torch.from_numpy(samples.y)
     pairs = [({k: v[n] for k, v in x.items()}, y[n]) for n in range(8)]
@@ -431,7 +437,7 @@ def test_batches_of_dicts_train_as_tuples(hparams: AlgorithmHParams) -> None:
 
 
 def test_task_indices_in_batches_of_dicts() -> None:
-    module = own()
+    module = module_of_dicts()
     batch = next(iter(dict_loader("labels", t=np.array([0, 1] * 4))))
     assert module.as_batch(batch).t.tolist() == [0, 1, 0, 1]
     assert sorted(module.as_batch(batch).x) == ["table", "words"]
@@ -440,7 +446,7 @@ def test_task_indices_in_batches_of_dicts() -> None:
 def test_a_dict_without_the_target_raises() -> None:
     message = "must have the target 'labels' of the objective, got the keys 'table', 'words', 'kind'"
     with pytest.raises(ValueError, match=message):
-        trainer().fit(own(), dict_loader("kind"))
+        trainer().fit(module_of_dicts(), dict_loader("kind"))
 
 
 @pytest.mark.parametrize(
@@ -462,7 +468,7 @@ def test_a_dict_without_the_target_raises() -> None:
 )
 def test_an_array_that_differs_from_the_spec_raises(changes: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        trainer().fit(own(), dict_loader("labels", **changes))
+        trainer().fit(module_of_dicts(), dict_loader("labels", **changes))
 
 
 def test_targets_that_differ_from_the_spec_raise() -> None:
@@ -528,18 +534,18 @@ def test_an_override_of_the_loss_is_used_in_the_training_step(hparams: Algorithm
 
 def test_a_metric_with_state_is_the_score() -> None:
     """F1 over all samples is not the mean of F1 over batches."""
-    own = partial(MultilabelF1Score, num_labels=OUTPUTS)
+    f1 = partial(MultilabelF1Score, num_labels=OUTPUTS)
 
     def loss(outputs: Any, y: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(outputs, y.float(), reduction="none").sum(1)
 
-    objective = from_outputs(loss, metric=lambda: own(), score=Score("F1"))
+    objective = from_outputs(loss, metric=f1, score=Score("F1"))
     made = fitted(learner(NaiveHParams(), "labels", objective, eval_batch_size=7), "labels")
     samples = table("labels").tasks[0].test.take(np.arange(TEST))
     with torch.no_grad():
         f = made.module.eval().predict(torch.from_numpy(samples.x)).numpy()
-    hits, found, true = ((f > 0) & samples.y).sum(0), (f > 0).sum(0), samples.y.sum(0)
-    expected = np.mean(2 * hits / (found + true))
+    hits, positive, true = ((f > 0) & samples.y).sum(0), (f > 0).sum(0), samples.y.sum(0)
+    expected = np.mean(2 * hits / (positive + true))
     assert made.evaluate(table("labels").tasks[0], "test").score == pytest.approx(expected, rel=1e-6)
     assert made.score.name == "F1"
 
