@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -77,6 +77,14 @@ class AlgorithmHParams(Settings):
             raise ValueError(
                 f"{what} needs targets that are class labels, one integer per sample, got "
                 f"{specs_text(spec.y)}; use another method or memory"
+            )
+
+    def check_array(self, spec: StreamSpec) -> None:
+        """Raise ValueError if the inputs of a stream are a dict, which some methods cannot keep."""
+        if isinstance(spec.x, Mapping):
+            raise ValueError(
+                f"{self.name} needs inputs that are one array, got a dict with the keys "
+                f"{', '.join(spec.x)}; concatenate the arrays, or use another method"
             )
 
     def check(self, spec: StreamSpec, training: TrainingHParams) -> None:
@@ -227,8 +235,11 @@ class ExemplarHParams(AlgorithmHParams):
         return -(-self.mem_size // num_sets) if self.quota == "ceil" else self.mem_size // num_sets
 
     def check_stream(self, spec: StreamSpec) -> None:
-        """Raise ValueError if there are fewer exemplars than classes, or no classes."""
+        """Raise ValueError if there are no classes, fewer exemplars than classes, or inputs do not fit."""
         self.check_labels(spec, self.name)
+        self.check_array(spec)
+        if self.flip and not spec.images:
+            raise ValueError(f"flip needs images, got inputs {spec.x}; leave flip out")
         sets = int(spec.mask.sum())
         if self.mem_size < sets:
             each = "class" if sets == spec.num_classes else "class of each task"

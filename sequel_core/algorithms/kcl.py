@@ -70,6 +70,7 @@ class KCLHParams(AlgorithmHParams):
     def check_stream(self, spec: StreamSpec) -> None:
         """Raise ValueError if there are no classes, or predictions do not get the task of each sample."""
         self.check_labels(spec, self.name)
+        self.check_array(spec)
         if spec.scenario == "class":
             raise ValueError(
                 "kcl cannot run in the class scenario: each task has its own classifier; use "

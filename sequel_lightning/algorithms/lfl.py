@@ -37,8 +37,8 @@ class LFLState(NamedTuple):
 
 
 def feature_distance(features: Tensor, old: Tensor) -> Tensor:
-    """Return 1/2 * mean_n ||h(x_n) - h_old(x_n)||^2 of features `[B, D]`, shape ()."""
-    return 0.5 * ((features - old) ** 2).sum(1).mean()
+    """Return 1/2 * mean_n ||h(x_n) - h_old(x_n)||^2 of features `[B, ...]`, shape ()."""
+    return 0.5 * ((features - old) ** 2).flatten(1).sum(1).mean()
 
 
 def head_is_frozen(state: LFLState, hparams: LFLHParams) -> Tensor:
