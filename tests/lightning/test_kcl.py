@@ -154,9 +154,7 @@ def test_coresets_that_do_not_fit_raise() -> None:
         model.keep_coreset(0, x[:3], y[:3])
     with pytest.raises(ValueError, match=r"task must be >= 0 and < 3, got 3"):
         model.keep_coreset(3, x[:4], y[:4])
-    with pytest.raises(
-        ValueError, match=r"hold uint8 images, got float32; give a spec with"
-    ):
+    with pytest.raises(ValueError, match=r"hold uint8 images, got float32; give a spec with"):
         model.keep_coreset(0, x[:4], y[:4])
     with pytest.raises(ValueError, match=r"must have core_size=4 samples, got 8 in task 0; iterate over"):
         learn(model, own_stream(replace(RFF, core_size=8), steps=15), 0)
