@@ -7,6 +7,8 @@ if __name__ != "sequel_benchmarks":
 
 from sequel_benchmarks.builtin import (
     BENCHMARKS,
+    BreastCancer,
+    Diabetes,
     PermutedDigits,
     PermutedMNIST,
     RotatedDigits,
@@ -17,10 +19,13 @@ from sequel_benchmarks.builtin import (
     SplitImageFolder,
     SplitMNIST,
     SplitTinyImageNet,
+    Wine,
 )
 from sequel_benchmarks.data import DATASETS, DataSet, Fetched, available, data_directory, fetch, load
 from sequel_benchmarks.imagefolder import image_folder
 from sequel_benchmarks.streams import PermutedSettings, RotatedSettings, SplitSettings, permute, rotate, split
+from sequel_benchmarks.tables import TABLES, Table, load_table
+from sequel_benchmarks.tabular import TabularSettings, tabular
 from sequel_benchmarks.user_data import (
     UserDataOptions,
     from_arrays,
@@ -35,8 +40,11 @@ from sequel_core.stream.benchmark import Benchmark
 __all__ = [
     "BENCHMARKS",
     "DATASETS",
+    "TABLES",
     "Benchmark",
+    "BreastCancer",
     "DataSet",
+    "Diabetes",
     "Fetched",
     "PermutedDigits",
     "PermutedMNIST",
@@ -51,7 +59,10 @@ __all__ = [
     "SplitMNIST",
     "SplitSettings",
     "SplitTinyImageNet",
+    "Table",
+    "TabularSettings",
     "UserDataOptions",
+    "Wine",
     "available",
     "data_directory",
     "fetch",
@@ -63,7 +74,9 @@ __all__ = [
     "from_prepared",
     "image_folder",
     "load",
+    "load_table",
     "permute",
     "rotate",
     "split",
+    "tabular",
 ]

@@ -1,7 +1,7 @@
 """The benchmarks that a configuration selects by name: one class per data set and kind of stream.
 
 Each constructor names the arguments that differ between data sets. It takes all others as keyword arguments,
-which are the fields of `SplitSettings`, `PermutedSettings` or `RotatedSettings`.
+which are the fields of `SplitSettings`, `PermutedSettings`, `RotatedSettings` or `TabularSettings`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import field, fields, make_dataclass
 from inspect import Parameter
 from typing import Any, TypeVar, Unpack, get_type_hints
 
@@ -29,48 +29,59 @@ from sequel_benchmarks.streams import (
     split,
     split_published,
 )
+from sequel_benchmarks.tables import load_table
+from sequel_benchmarks.tabular import TabularOptions, TabularSettings, tabular
 from sequel_core.settings import with_arguments
-from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.benchmark import Benchmark, Scenario
 
 B = TypeVar("B", bound=Benchmark)
 Folder = str | os.PathLike[str] | None
 
 
-def takes(settings: type[StreamSettings]) -> Callable[[type[B]], type[B]]:
+DATA_DIR = "folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory"
+
+FEATURE = "in the domain scenario, the feature that divides the samples at its quantiles in the training set"
+
+
+def takes(settings: type[StreamSettings], **named: str) -> Callable[[type[B]], type[B]]:
     """Return a class decorator that lists the fields of `settings` in place of a constructor's `**options`.
 
-    The signature, the annotations and the docstring of the class then have every argument by name. A field
-    that the constructor names itself keeps the default and the description that it has there.
+    The signature, the annotations and the docstring of the class then have every argument by name, and
+    `settings_class` has them as fields.
+
+    Args:
+        settings: class of the options.
+        named: the meaning of each argument that the constructor names itself. Its default is the one there.
     """
 
     def decorate(cls: type[B]) -> type[B]:
         init: Any = cls.__init__
         signature = inspect.signature(init, eval_str=True)
-        named = {name: p for name, p in signature.parameters.items() if p.kind is not Parameter.VAR_KEYWORD}
-        hints = get_type_hints(settings)
-        options = [
+        members: list[tuple[str, Any, Any]] = []
+        bounds = {spec.name: spec.metadata for spec in fields(settings)}
+        for name, text in named.items():
+            metadata = {**bounds.get(name, {}), "help": text}
+            parameter = signature.parameters[name]
+            members.append((name, parameter.annotation, field(default=parameter.default, metadata=metadata)))
+        every = make_dataclass(f"{cls.__name__}Settings", members, bases=(settings,), frozen=True)
+        hints = get_type_hints(every)
+        parameters = [
             Parameter(spec.name, Parameter.KEYWORD_ONLY, default=spec.default, annotation=hints[spec.name])
-            for spec in fields(settings)
-            if spec.name not in named
+            for spec in fields(every)
         ]
-        parameters = [*named.values(), *options]
-        init.__signature__ = signature.replace(parameters=parameters)
-        init.__annotations__ = {p.name: p.annotation for p in parameters[1:]} | {"return": None}
+        init.__signature__ = signature.replace(parameters=[signature.parameters["self"], *parameters])
+        init.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
         error = "an argument is out of range, or the data is missing or damaged"
-        cls.__doc__ = with_arguments(cls.__doc__, fields(settings), skip=named, error=error)
-        cls.settings_class = settings  # type: ignore[attr-defined]  # where the configuration finds the ranges
+        cls.__doc__ = with_arguments(cls.__doc__, fields(every), error=error)
+        cls.settings_class = every  # type: ignore[attr-defined]  # for configurations
         return cls
 
     return decorate
 
 
-@takes(SplitSettings)
+@takes(SplitSettings, num_tasks="number of tasks: 1, 2, 5 or 10", data_dir=DATA_DIR)
 class SplitMNIST(Benchmark):
     """MNIST, its ten classes divided among the tasks.
-
-    Args:
-        num_tasks: number of tasks: 1, 2, 5 or 10.
-        data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
 
     Example:
         >>> from sequel_benchmarks import SplitMNIST
@@ -83,13 +94,9 @@ class SplitMNIST(Benchmark):
         super().__init__(**vars(split_published("mnist", settings, data_dir)))
 
 
-@takes(PermutedSettings)
+@takes(PermutedSettings, num_tasks="number of tasks", data_dir=DATA_DIR)
 class PermutedMNIST(Benchmark):
     """MNIST, each task with its own permutation of the pixels.
-
-    Args:
-        num_tasks: number of tasks, >= 1.
-        data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
 
     Example:
         >>> from sequel_benchmarks import PermutedMNIST
@@ -102,13 +109,9 @@ class PermutedMNIST(Benchmark):
         super().__init__(**vars(permute(load("mnist", data_dir), settings)))
 
 
-@takes(RotatedSettings)
+@takes(RotatedSettings, num_tasks="number of tasks", data_dir=DATA_DIR)
 class RotatedMNIST(Benchmark):
     """MNIST, the images of each task rotated counter-clockwise by its own angle.
-
-    Args:
-        num_tasks: number of tasks, >= 1.
-        data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
 
     Example:
         >>> from sequel_benchmarks import RotatedMNIST
@@ -121,12 +124,9 @@ class RotatedMNIST(Benchmark):
         super().__init__(**vars(rotate(load("mnist", data_dir), settings)))
 
 
-@takes(SplitSettings)
+@takes(SplitSettings, num_tasks="number of tasks: 1, 2, 5 or 10")
 class SplitDigits(Benchmark):
     """scikit-learn's digits, the ten classes divided among the tasks.
-
-    Args:
-        num_tasks: number of tasks: 1, 2, 5 or 10.
 
     Example:
         >>> from sequel_benchmarks import SplitDigits
@@ -139,12 +139,9 @@ class SplitDigits(Benchmark):
         super().__init__(**vars(split_published("digits", SplitSettings(num_tasks, **options))))
 
 
-@takes(PermutedSettings)
+@takes(PermutedSettings, num_tasks="number of tasks")
 class PermutedDigits(Benchmark):
     """scikit-learn's digits, each task with its own permutation of the pixels.
-
-    Args:
-        num_tasks: number of tasks, >= 1.
 
     Example:
         >>> from sequel_benchmarks import PermutedDigits
@@ -157,12 +154,9 @@ class PermutedDigits(Benchmark):
         super().__init__(**vars(permute(load("digits"), PermutedSettings(num_tasks, **options))))
 
 
-@takes(RotatedSettings)
+@takes(RotatedSettings, num_tasks="number of tasks")
 class RotatedDigits(Benchmark):
     """scikit-learn's digits, the images of each task rotated counter-clockwise by its own angle.
-
-    Args:
-        num_tasks: number of tasks, >= 1.
 
     Example:
         >>> from sequel_benchmarks import RotatedDigits
@@ -174,13 +168,9 @@ class RotatedDigits(Benchmark):
         super().__init__(**vars(rotate(load("digits"), RotatedSettings(num_tasks, **options))))
 
 
-@takes(SplitSettings)
+@takes(SplitSettings, num_tasks="number of tasks, a divisor of 10", data_dir=DATA_DIR)
 class SplitCIFAR10(Benchmark):
     """CIFAR-10, its ten classes divided among the tasks.
-
-    Args:
-        num_tasks: number of tasks, a divisor of 10.
-        data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
 
     Example:
         >>> from sequel_benchmarks import SplitCIFAR10
@@ -193,15 +183,11 @@ class SplitCIFAR10(Benchmark):
         super().__init__(**vars(split_published("cifar10", settings, data_dir)))
 
 
-@takes(SplitSettings)
+@takes(SplitSettings, num_tasks="number of tasks, a divisor of 100", data_dir=DATA_DIR)
 class SplitCIFAR100(Benchmark):
     """CIFAR-100, its hundred classes divided among the tasks.
 
     With `class_order="superclass"` and 20 tasks, task t has the classes of superclass t.
-
-    Args:
-        num_tasks: number of tasks, a divisor of 100.
-        data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
 
     Example:
         >>> from sequel_benchmarks import SplitCIFAR100
@@ -214,13 +200,9 @@ class SplitCIFAR100(Benchmark):
         super().__init__(**vars(split_published("cifar100", settings, data_dir)))
 
 
-@takes(SplitSettings)
+@takes(SplitSettings, num_tasks="number of tasks, a divisor of 200", data_dir=DATA_DIR)
 class SplitTinyImageNet(Benchmark):
     """TinyImageNet, its two hundred classes divided among the tasks.
-
-    Args:
-        num_tasks: number of tasks, a divisor of 200.
-        data_dir: folder of the data sets; None for `SEQUEL_DATA_DIR`, else the user's cache directory.
 
     Example:
         >>> from sequel_benchmarks import SplitTinyImageNet
@@ -234,18 +216,18 @@ class SplitTinyImageNet(Benchmark):
         super().__init__(**vars(split_published("tinyimagenet", settings, data_dir)))
 
 
-@takes(SplitSettings)
+@takes(
+    SplitSettings,
+    root="the folder, with `train/CLASS/` and `test/CLASS/` (or `val/CLASS/`); required",
+    size="(height, width) in pixels, or one number for both, to resize every image to; None if all images "
+    "have one size",
+    channels="3 for RGB or 1 for grey",
+    num_tasks="number of tasks, a divisor of the number of classes",
+)
 class SplitImageFolder(Benchmark):
     """A folder of image files, its classes divided among the tasks; see `image_folder`.
 
     Class c is the c-th of the folder names in sorted order.
-
-    Args:
-        root: the folder, with `train/CLASS/` and `test/CLASS/` (or `val/CLASS/`). Required.
-        size: (height, width) in pixels, or one number for both, to resize every image to; None if all images
-            have one size.
-        channels: 3 for RGB or 1 for grey.
-        num_tasks: number of tasks, a divisor of the number of classes.
 
     Example:
         >>> import tempfile
@@ -285,6 +267,89 @@ class SplitImageFolder(Benchmark):
         super().__init__(**vars(stream) | {"settings": {**folder, **stream.settings}})
 
 
+@takes(
+    TabularSettings,
+    num_tasks="number of tasks; 1 or 3 in the scenarios class and task",
+    scenario="`class` or `task`, or `domain`, which needs a feature",
+    feature=FEATURE,
+)
+class Wine(Benchmark):
+    """Three cultivars of wine by 13 chemical measurements, divided among the tasks.
+
+    With `scenario="domain"`, a feature divides the samples, and every task has all cultivars.
+
+    Example:
+        >>> from sequel_benchmarks import Wine
+        >>> [task.name for task in Wine().tasks]
+        ['class_0', 'class_1', 'class_2']
+        >>> stream = Wine(num_tasks=2, scenario="domain", feature="alcohol")
+        >>> [task.name for task in stream.tasks], stream.spec.x.shape
+        (['alcohol < 13.05', 'alcohol >= 13.05'], (13,))
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tasks: int = 3,
+        scenario: Scenario = "class",
+        feature: str | None = None,
+        **options: Unpack[TabularOptions],
+    ):
+        settings = TabularSettings(num_tasks, scenario, feature=feature, **options)
+        super().__init__(**vars(tabular(load_table("wine"), settings)))
+
+
+@takes(
+    TabularSettings,
+    num_tasks="number of tasks; 1 or 2 in the scenarios class and task",
+    scenario="`domain`, or `class` or `task`, which divide the two classes and need feature=None",
+    feature=FEATURE,
+)
+class BreastCancer(Benchmark):
+    """Malignant or benign tumours by 30 measurements of cell nuclei; each task has a range of a feature.
+
+    Example:
+        >>> from sequel_benchmarks import BreastCancer
+        >>> stream = BreastCancer(num_tasks=2)
+        >>> [task.name for task in stream.tasks], stream.num_classes
+        (['mean_texture < 18.83', 'mean_texture >= 18.83'], 2)
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tasks: int = 5,
+        scenario: Scenario = "domain",
+        feature: str | None = "mean_texture",
+        **options: Unpack[TabularOptions],
+    ):
+        settings = TabularSettings(num_tasks, scenario, feature=feature, **options)
+        super().__init__(**vars(tabular(load_table("breastcancer"), settings)))
+
+
+@takes(TabularSettings, num_tasks="number of tasks", scenario="`domain`", feature=FEATURE)
+class Diabetes(Benchmark):
+    """Progression of diabetes, a regression on 10 measurements; each task has a range of a feature.
+
+    Example:
+        >>> from sequel_benchmarks import Diabetes
+        >>> stream = Diabetes(num_tasks=2, feature="age")
+        >>> [task.name for task in stream.tasks], stream.spec.y
+        (['age < 50', 'age >= 50'], LeafSpec(shape=(), dtype='float32'))
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tasks: int = 5,
+        scenario: Scenario = "domain",
+        feature: str | None = "bmi",
+        **options: Unpack[TabularOptions],
+    ):
+        settings = TabularSettings(num_tasks, scenario, feature=feature, **options)
+        super().__init__(**vars(tabular(load_table("diabetes"), settings)))
+
+
 BENCHMARKS: dict[str, type[Benchmark]] = {
     cls.__name__.lower(): cls
     for cls in (
@@ -298,6 +363,9 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
         SplitCIFAR100,
         SplitTinyImageNet,
         SplitImageFolder,
+        Wine,
+        BreastCancer,
+        Diabetes,
     )
 }
 """The benchmarks by the names that configurations give them."""

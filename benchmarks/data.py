@@ -8,7 +8,7 @@ MNIST, CIFAR-10, CIFAR-100 and TinyImageNet are searched for in this order:
    not writable.
 3. The public mirrors. Downloads are compared with the published checksums.
 
-Digits are the 1,797 images of 8 x 8 pixels that come with scikit-learn.
+Digits are the 1,797 images of 8 x 8 pixels that come with scikit-learn. Tabular data sets are in `tables`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import platformdirs
+from numpy.typing import NDArray
 
 from sequel_benchmarks.cache import Arrays, Origin, cached, check_arrays, folder_of, prepare
 from sequel_benchmarks.cifar import (
@@ -36,7 +36,9 @@ from sequel_benchmarks.cifar import (
     is_published,
 )
 from sequel_benchmarks.idx import MNIST
+from sequel_benchmarks.tables import TABLES, load_table
 from sequel_benchmarks.tinyimagenet import TINY_IMAGENET
+from sequel_core.settings import check_name
 from sequel_core.stream import plan
 from sequel_core.stream.arrays import IntArray, UInt8Array
 from sequel_core.stream.images import Normalisation
@@ -48,7 +50,7 @@ DATASETS: dict[str, str] = {
     "cifar100": "100 classes in 20 superclasses, 50,000 + 10,000 of 32 x 32 x 3 (downloaded)",
     "tinyimagenet": "200 classes of ImageNet, 100,000 + 10,000 of 64 x 64 x 3 (downloaded)",
 }
-"""The data sets that `load` accepts, each with a description."""
+"""The data sets of images, which `load` accepts, each with a description."""
 
 ORIGINS: dict[str, Origin] = {origin.name: origin for origin in (MNIST, CIFAR10, CIFAR100, TINY_IMAGENET)}
 """The data sets that are stored in the data directory."""
@@ -67,6 +69,9 @@ NORMALISATIONS = {
 
 PUBLISHED = {  # sha256 of the decoded arrays, little-endian, concatenated in the order of `Arrays`
     "digits": "baf28f27679133d98ad47fbbc536d40e7686677b11af67b4d0080dbfd724cac2",
+    "wine": "064649f69d520af9b2f957811d31695cdcd4f1a9f8da2fac65b6066a6edd7cde",
+    "breastcancer": "794ac61cb725aa1d2b2e23728f067114e9a670f4d344e529f7f596e4556590e8",
+    "diabetes": "928e41f8f25de3b0a09421766ba46ea620c3e6f475a0339169be0b036a7545ef",
     "mnist": "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b",
 }
 
@@ -128,17 +133,17 @@ class Fetched(NamedTuple):
     Args:
         name: name of the data set.
         folder: folder of the array cache; None if the data is bundled with a package.
-        train: number of training images.
-        test: number of test images.
-        image_shape: (H, W, C).
-        num_classes: number of classes.
+        train: number of training samples.
+        test: number of test samples.
+        input_shape: shape of a sample's inputs; (H, W, C) for images, (number of features,) for tables.
+        num_classes: number of classes; None for a regression.
         sha256: hex digest of the decoded arrays, concatenated.
         verified: whether this is the published data; None if its checksum is not known.
 
     Example:
         >>> from sequel_benchmarks import fetch
         >>> info = fetch("digits")
-        >>> info.train, info.test, info.image_shape, info.verified
+        >>> info.train, info.test, info.input_shape, info.verified
         (1438, 359, (8, 8, 1), True)
     """
 
@@ -146,8 +151,8 @@ class Fetched(NamedTuple):
     folder: Path | None
     train: int
     test: int
-    image_shape: tuple[int, int, int]
-    num_classes: int
+    input_shape: tuple[int, ...]
+    num_classes: int | None
     sha256: str
     verified: bool | None
 
@@ -191,7 +196,9 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> DataSet:
         >>> load("digits").train_images.shape
         (1438, 8, 8, 1)
     """
-    _check_name(name)
+    if name in TABLES:
+        raise ValueError(f"data set must be images, got {name!r}; use load_table({name!r})")
+    check_name("data set", name, DATASETS)
     arrays = _digits() if name == "digits" else prepare(ORIGINS[name], data_directory(data_dir))
     return DataSet(
         name,
@@ -207,7 +214,7 @@ def available(name: str, data_dir: str | os.PathLike[str] | None = None) -> bool
     """Return whether a data set can be loaded without a download.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `DATASETS` or `TABLES`.
         data_dir: folder of the data sets, see `data_directory`.
 
     Raises:
@@ -218,25 +225,18 @@ def available(name: str, data_dir: str | os.PathLike[str] | None = None) -> bool
         >>> available("digits")
         True
     """
-    _check_name(name)
-    if name == "digits":
+    check_name("data set", name, [*DATASETS, *TABLES])
+    if name == "digits" or name in TABLES:
         return True
     origin, root = ORIGINS[name], data_directory(data_dir)
     return cached(origin, root) or origin.find(root) is not None
-
-
-def _check_name(name: str) -> None:
-    if name not in DATASETS:
-        near = get_close_matches(str(name), DATASETS, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"data set must be one of {', '.join(DATASETS)}, got {name!r}{hint}")
 
 
 def fetch(name: str, data_dir: str | os.PathLike[str] | None = None) -> Fetched:
     """Prepare a data set, read all of it once and return its description; `sequel data` prints it.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `DATASETS` or `TABLES`.
         data_dir: folder of the data sets, see `data_directory`.
 
     Raises:
@@ -247,30 +247,39 @@ def fetch(name: str, data_dir: str | os.PathLike[str] | None = None) -> Fetched:
         >>> fetch("digits").num_classes
         10
     """
+    check_name("data set", name, [*DATASETS, *TABLES])
+    if name in TABLES:
+        table = load_table(name)
+        return _fetched(
+            name, None, table.num_classes, table.train_x, table.train_y, table.test_x, table.test_y
+        )
     data = load(name, data_dir)
+    folder = None if name == "digits" else data_directory(data_dir) / name
     arrays = Arrays(data.train_images, data.train_labels, data.test_images, data.test_labels)
+    fetched = _fetched(name, folder, data.num_classes, *arrays)
+    if name == "cifar10":
+        return fetched._replace(verified=is_published(arrays, CIFAR10_BINARY))
+    if name == "cifar100":
+        return fetched._replace(verified=is_published(arrays, CIFAR100_BINARY, CIFAR100_SUPERCLASSES))
+    return fetched
+
+
+def _fetched(name: str, folder: Path | None, num_classes: int | None, *arrays: NDArray[Any]) -> Fetched:
+    """Return the description of a data set with the arrays train_x, train_y, test_x and test_y."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).data)
-    height, width, channels = data.train_images.shape[1:]
+    train_x, _, test_x, _ = arrays
     return Fetched(
         name=name,
-        folder=None if name == "digits" else data_directory(data_dir) / name,
-        train=len(data.train_labels),
-        test=len(data.test_labels),
-        image_shape=(height, width, channels),
-        num_classes=data.num_classes,
+        folder=folder,
+        train=len(train_x),
+        test=len(test_x),
+        input_shape=train_x.shape[1:],
+        num_classes=num_classes,
         sha256=digest.hexdigest(),
-        verified=_is_published(name, arrays, digest.hexdigest()),
+        verified=digest.hexdigest() == PUBLISHED[name] if name in PUBLISHED else None,
     )
-
-
-def _is_published(name: str, arrays: Arrays, sha256: str) -> bool | None:
-    if name == "cifar10":
-        return is_published(arrays, CIFAR10_BINARY)
-    if name == "cifar100":
-        return is_published(arrays, CIFAR100_BINARY, CIFAR100_SUPERCLASSES)
-    return sha256 == PUBLISHED[name] if name in PUBLISHED else None
 
 
 @cache

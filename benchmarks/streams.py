@@ -1,4 +1,4 @@
-"""Streams of tasks from any data set: split classes, permuted pixels, rotated images.
+"""Streams of tasks from any data set of images: split classes, permuted pixels, rotated images.
 
 Each builder takes a `DataSet` (a published one from `load`, or your own arrays) and a settings dataclass. All
 tasks are views of the data set's arrays. The stream's seed, which is separate from the training seed,
@@ -43,18 +43,9 @@ class StreamSettings(Settings):
     validation: float = setting(
         0.0, "fraction of the training samples to hold out, before `subset` is applied", ge=0, lt=1
     )
-    inputs: Inputs = setting("standardised", "`standardised` (mean 0, deviation 1) or `unit` (in [0, 1])")
     seed: int = setting(
         0, "seed of orders, permutations, angles and subsets; separate from the training seed", ge=0
     )
-    crop_padding: int = setting(
-        0,
-        "black pixels to add on each side before a training image is cropped at random to its size; 0 for "
-        "no crops",
-        ge=0,
-        le=256,
-    )
-    horizontal_flip: bool = setting(False, "mirror each training image with probability 1/2")
 
     def plain(self) -> dict[str, Any]:
         """Return all settings as plain values: numbers, text, lists and None."""
@@ -64,19 +55,39 @@ class StreamSettings(Settings):
 
 
 class StreamOptions(TypedDict, total=False):
-    """The fields of `StreamSettings` as keyword arguments, without num_tasks."""
+    """The fields of `StreamSettings` as keyword arguments, without num_tasks and scenario."""
 
-    scenario: Scenario
     subset: int | None
     validation: float
-    inputs: Inputs
     seed: int
+
+
+@dataclass(frozen=True)
+class ImageStreamSettings(StreamSettings):
+    """Settings that all streams of images share."""
+
+    inputs: Inputs = setting("standardised", "`standardised` (mean 0, deviation 1) or `unit` (in [0, 1])")
+    crop_padding: int = setting(
+        0,
+        "black pixels to add on each side before a training image is cropped at random to its size; 0 for "
+        "no crops",
+        ge=0,
+        le=256,
+    )
+    horizontal_flip: bool = setting(False, "mirror each training image with probability 1/2")
+
+
+class ImageStreamOptions(StreamOptions, total=False):
+    """The fields of `ImageStreamSettings` as keyword arguments, without num_tasks."""
+
+    scenario: Scenario
+    inputs: Inputs
     crop_padding: int
     horizontal_flip: bool
 
 
 @dataclass(frozen=True)
-class SplitSettings(StreamSettings):
+class SplitSettings(ImageStreamSettings):
     """Settings of `split`: the classes are divided among the tasks.
 
     Example:
@@ -131,14 +142,14 @@ class SplitSettings(StreamSettings):
         return np.asarray(self.class_order, np.int64)
 
 
-class SplitOptions(StreamOptions, total=False):
+class SplitOptions(ImageStreamOptions, total=False):
     """The fields of `SplitSettings` as keyword arguments, without num_tasks."""
 
     class_order: ClassOrder
 
 
 @dataclass(frozen=True)
-class _DomainSettings(StreamSettings):
+class _DomainSettings(ImageStreamSettings):
     """Settings of streams in which every task has all classes."""
 
     def __post_init__(self) -> None:
@@ -164,7 +175,7 @@ class PermutedSettings(_DomainSettings):
     first_identity: bool = setting(False, "leave the pixels of the first task unchanged")
 
 
-class PermutedOptions(StreamOptions, total=False):
+class PermutedOptions(ImageStreamOptions, total=False):
     """The fields of `PermutedSettings` as keyword arguments, without num_tasks."""
 
     first_identity: bool
@@ -225,7 +236,7 @@ class RotatedSettings(_DomainSettings):
         return tuple(((np.arange(self.num_tasks) + draws) * step).tolist())
 
 
-class RotatedOptions(StreamOptions, total=False):
+class RotatedOptions(ImageStreamOptions, total=False):
     """The fields of `RotatedSettings` as keyword arguments, without num_tasks."""
 
     rotation: Rotation
@@ -280,7 +291,7 @@ def split(data: DataSet, settings: SplitSettings | None = None) -> Benchmark:
                 index=t,
                 name=f"classes {', '.join(names)}",
                 classes=tuple(range(first, first + size)),
-                train=Split(data.train_images, train_labels, t, _choose(rows, settings, t)),
+                train=Split(data.train_images, train_labels, t, choose(rows, settings, t)),
                 validation=Split(data.train_images, train_labels, t, held_out),
                 test=Split(data.test_images, test_labels, t, np.flatnonzero(test_tasks == t)),
             )
@@ -362,7 +373,7 @@ def rotate(data: DataSet, settings: RotatedSettings | None = None) -> Benchmark:
 
 
 def _mapped_tasks(
-    data: DataSet, settings: StreamSettings, maps: Sequence[PixelMap | None], names: Sequence[str]
+    data: DataSet, settings: ImageStreamSettings, maps: Sequence[PixelMap | None], names: Sequence[str]
 ) -> list[Task]:
     """Return one task of all samples per pixel map. All tasks hold out the same images for validation."""
     all_rows = np.arange(len(data.train_labels), dtype=np.int64)
@@ -370,7 +381,7 @@ def _mapped_tasks(
     tasks = []
     for t, (pixel_map, name) in enumerate(zip(maps, names, strict=True)):
         uses_all = settings.subset is None and len(held_out) == 0
-        train_rows = None if uses_all else _choose(rows, settings, t)
+        train_rows = None if uses_all else choose(rows, settings, t)
         tasks.append(
             Task(
                 index=t,
@@ -396,7 +407,7 @@ def hold_out(rows: IntArray, settings: StreamSettings, task: int) -> tuple[IntAr
     return np.sort(rows[order[count:]]), np.sort(rows[order[:count]])
 
 
-def _choose(rows: IntArray, settings: StreamSettings, task: int) -> IntArray:
+def choose(rows: IntArray, settings: StreamSettings, task: int) -> IntArray:
     """Return the rows of a task's subset in ascending order, or all rows if subset is None."""
     if settings.subset is None:
         return rows
@@ -410,7 +421,7 @@ def _choose(rows: IntArray, settings: StreamSettings, task: int) -> IntArray:
 
 
 def _benchmark(
-    name: str, tasks: Sequence[Task], num_classes: int, data: DataSet, settings: StreamSettings
+    name: str, tasks: Sequence[Task], num_classes: int, data: DataSet, settings: ImageStreamSettings
 ) -> Benchmark:
     normalisation = data.normalisation if settings.inputs == "standardised" else Normalisation()
     return Benchmark(

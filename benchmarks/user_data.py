@@ -6,9 +6,11 @@ The classes of a task are the labels that occur in it. In the task scenario, no 
 default: if the labels of tasks overlap, label y of task k becomes `k * width + y`. `benchmark.settings`
 records this as `heads` and `label_offsets`. With `heads="shared"`, labels are not changed.
 
-The images of a data set are read lazily, with its transforms; see `sequel_core.stream.items`. This module
-does not import torch. With some CPU builds of PyTorch, import `sequel_lightning` before torchvision,
-Avalanche or Continuum, which otherwise fail with "operator torchvision::nms does not exist".
+Inputs x and targets y are arrays of any shape, or (nested) dicts of them. The items of a data set are read
+lazily, with its transforms; see `sequel_core.stream.items`. Targets without class labels (floats, several
+values per sample) need the scenario `domain`. This module does not
+import torch. With some CPU builds of PyTorch, import `sequel_lightning` before torchvision, Avalanche or
+Continuum, which otherwise fail with "operator torchvision::nms does not exist".
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ from sequel_benchmarks.streams import StreamSettings, hold_out
 from sequel_core.settings import Settings, setting
 from sequel_core.stream.benchmark import Benchmark, Heads, Scenario, separate_heads
 from sequel_core.stream.images import Augmentation, Normalisation
-from sequel_core.stream.items import ItemImages, Items
+from sequel_core.stream.items import ItemArrays, Items, as_array, without_target
 from sequel_core.stream.task import Split, Task
-from sequel_core.stream.trees import LeafSpec, shapes_text
+from sequel_core.stream.trees import LeafSpec, named_map, shapes_text
 
-Pair = tuple[NDArray[Any], NDArray[Any]]  # images and labels
+Pair = tuple[Any, Any] | Mapping[str, Any]  # x and y, or a dict of both
 PARTS = ("train", "test", "validation")
 
 
@@ -39,7 +41,8 @@ class UserDataOptions(TypedDict, total=False):
         name: name of the benchmark; `own` by default.
         scenario: `domain`, `task` or `class`; None for class if the tasks differ in their classes, else
             domain.
-        num_classes: width of the output, >= 1; None for the largest label plus one.
+        num_classes: width of the output, >= 1; None for the largest label plus one, or, without class labels,
+            for the number of values of a target.
         normalisation: mean and standard deviation of uint8 images; None to leave them in [0, 1].
         augmentation: random crops and flips of training images; None for none.
         validation: fraction of the training samples to hold out, in [0, 1); 0 by default.
@@ -48,6 +51,8 @@ class UserDataOptions(TypedDict, total=False):
             task, `shared` gives it the same output in all tasks; None for separate.
         channels_last: whether images are `[N, H, W, C]` even if their shape looks like `[N, C, H, W]`; False
             by default.
+        target: the key of y if x and y are in one dict, as in `{"input_ids": ..., "labels": ...}`; the other
+            keys are x. None for pairs `(x, y)`.
 
     Example:
         >>> from sequel_benchmarks import UserDataOptions
@@ -64,6 +69,7 @@ class UserDataOptions(TypedDict, total=False):
     seed: int
     heads: Heads | None
     channels_last: bool
+    target: str | None
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,7 @@ class _UserDataSettings(Settings):
         only=("scenario", "task"),
     )
     channels_last: bool = setting(False, "whether images that look like [N, C, H, W] are [N, H, W, C]")
+    target: str | None = setting(None, "the key of y if x and y are in one dict")
 
 
 def from_arrays(tasks: Sequence[Sequence[Pair]], **options: Unpack[UserDataOptions]) -> Benchmark:
@@ -88,8 +95,10 @@ def from_arrays(tasks: Sequence[Sequence[Pair]], **options: Unpack[UserDataOptio
 
     Args:
         tasks: `((x_train, y_train), (x_test, y_test))` for each task, with a third pair for validation data
-            if there is any. Images are uint8, or float32 if already normalised, `[N, H, W, C]` or `[N, H,
-            W]`. Labels are integers `[N]`.
+            if there is any. x and y are arrays or tensors `[N, ...]`, or (nested) dicts of them. An array x
+            with three or four axes is taken for images `[N, H, W]` or `[N, H, W, C]`, which are uint8, or
+            float32 if already normalised. To give other data with three or four axes, use a dict, such as
+            `{"x": array}`. Integers y `[N]` are class labels.
         options: see `UserDataOptions`.
 
     Raises:
@@ -104,6 +113,10 @@ def from_arrays(tasks: Sequence[Sequence[Pair]], **options: Unpack[UserDataOptio
         >>> benchmark = from_arrays(tasks, scenario="class")
         >>> [task.classes for task in benchmark.tasks], benchmark.num_classes
         ([(0, 1), (2, 3)], 4)
+        >>> table = {"age": np.zeros((6, 1)), "words": np.zeros((6, 9), np.int64)}
+        >>> benchmark = from_arrays([((table, np.zeros(6)), (table, np.zeros(6)))] * 2)
+        >>> benchmark.spec.x["words"], benchmark.num_classes
+        (LeafSpec(shape=(9,), dtype='int64'), 1)
     """
     settings = _checked(options)
     splits = [
@@ -120,7 +133,8 @@ def from_datasets(
 ) -> Benchmark:
     """Return a stream of tasks from map-style data sets, such as torch's.
 
-    A data set has a length, and its items are `(image, label)` or longer tuples that begin so.
+    A data set has a length, and its items are `(x, y)` or longer tuples that begin so, or dicts that contain
+    both; see the option `target`.
 
     Args:
         tasks: `(train, test)` or `(train, test, validation)` for each task, or a dictionary of training sets.
@@ -130,7 +144,7 @@ def from_datasets(
 
     Raises:
         ValueError: an option is out of range, the dictionaries have different keys, or a data set or an item
-            does not satisfy `sequel_core.stream.items.ItemImages`. The message names the task and the
+            does not satisfy `sequel_core.stream.items.ItemArrays`. The message names the task and the
             position of the item.
 
     Example:
@@ -141,6 +155,9 @@ def from_datasets(
         >>> benchmark = from_datasets({1: first, 2: second}, {1: first, 2: second}, scenario="task")
         >>> [task.classes for task in benchmark.tasks]
         [(0, 1), (2, 3)]
+        >>> texts = [{"input_ids": [5, 2, 9], "attention_mask": [1, 1, 0], "labels": k} for k in (0, 1)]
+        >>> from_datasets([(texts, texts)], target="labels").spec.x["input_ids"]
+        LeafSpec(shape=(3,), dtype='int64')
     """
     settings = _checked(options)
     if isinstance(tasks, Mapping):
@@ -364,25 +381,32 @@ def _check_tasks(tasks: Sequence[Sequence[Any]]) -> list[Sequence[Any]]:
 
 
 def _from_pair(pair: Pair, task: int, name: str, settings: _UserDataSettings) -> Split:
-    """Return a split of images `[N, H, W, C]` or `[N, H, W]` and their labels."""
-    if not isinstance(pair, tuple | list) or len(pair) != 2:
-        raise ValueError(f"{name} must be (images, labels), got {type(pair).__name__}")
-    images, labels = (np.asarray(array) for array in pair)
-    return _split(images[..., None] if images.ndim == 3 else images, labels, task, name, settings)
+    """Return a split of inputs and targets; inputs `[N, H, W]` are images with one channel."""
+    if not isinstance(pair, Mapping) and not (isinstance(pair, tuple | list) and len(pair) == 2):
+        raise ValueError(f"{name} must be (x, y), or a dict with both, got {type(pair).__name__}")
+    if not isinstance(pair, Mapping) and settings.target is not None:
+        raise ValueError(f"{name}: target must be left out for a pair (x, y), got {settings.target!r}")
+    try:
+        x, y = without_target(pair, settings.target) if isinstance(pair, Mapping) else pair
+        x, y = named_map(as_array, x, "x"), named_map(as_array, y, "y")
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    is_grey = not isinstance(x, Mapping) and x.ndim == 3
+    return _split(x[..., None] if is_grey else x, y, task, name, settings)
 
 
 def _from_items(
     data: Items, task: int, name: str, settings: _UserDataSettings, labels: NDArray[Any] | None = None
 ) -> Split:
     """Return a split of a data set's items, with the labels of all items if they are known."""
-    images = ItemImages(data, name, labels)
-    return _split(images, images.labels, task, name, settings)
+    arrays = ItemArrays(data, name, labels, settings.target)
+    return _split(arrays.x, arrays.y, task, name, settings)
 
 
-def _split(images: Any, labels: NDArray[Any], task: int, name: str, settings: _UserDataSettings) -> Split:
+def _split(x: Any, y: Any, task: int, name: str, settings: _UserDataSettings) -> Split:
     """Return a split. An error names the task."""
     try:
-        return Split(images, labels, task, channels_last=settings.channels_last)
+        return Split(x, y, task, channels_last=settings.channels_last)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from sequel_core.settings import Settings, setting
 from sequel_core.stream.benchmark import Benchmark, StreamSpec
 from sequel_core.stream.task import Task
-from sequel_core.stream.trees import shapes_text
+from sequel_core.stream.trees import specs_text
 
 Dtype = Literal["float32", "float64"]
 
@@ -71,6 +71,14 @@ class AlgorithmHParams(Settings):
     def check_stream(self, spec: StreamSpec) -> None:
         """Raise ValueError if the settings do not fit a stream. Every algorithm's constructor calls this."""
 
+    def check_labels(self, spec: StreamSpec, what: str) -> None:
+        """Raise ValueError if the targets of a stream are not class labels, which `what` needs."""
+        if not spec.labelled:
+            raise ValueError(
+                f"{what} needs targets that are class labels, one integer per sample, got "
+                f"{specs_text(spec.y)}; use another method or memory"
+            )
+
     def check(self, spec: StreamSpec, training: TrainingHParams) -> None:
         """Raise ValueError if the settings do not fit a stream or the training settings."""
         self.check_stream(spec)
@@ -78,20 +86,6 @@ class AlgorithmHParams(Settings):
     def knows_task(self, spec: StreamSpec) -> bool:
         """Return whether predictions get the task of each sample, as in the task scenario."""
         return spec.scenario == "task"
-
-
-def check_labelled(spec: StreamSpec, name: str, remedy: str) -> None:
-    """Raise ValueError unless the targets of a stream are class labels.
-
-    Args:
-        spec: of the stream.
-        name: what needs the labels.
-        remedy: what to use instead.
-    """
-    if not spec.labelled:
-        raise ValueError(
-            f"{name} needs one class label per sample, got targets {shapes_text(spec.y)}; use {remedy}"
-        )
 
 
 @dataclass(frozen=True)
@@ -142,6 +136,12 @@ class MemoryHParams(AlgorithmHParams):
             return spec.num_tasks
         return int(spec.groups.sum()) if self.memory in ("ring", "class_quota") else 1
 
+    def check_stream(self, spec: StreamSpec) -> None:
+        """Raise ValueError if the memory is divided among classes and the stream has none."""
+        super().check_stream(spec)
+        if self.memory in ("class_balanced", "class_quota"):
+            self.check_labels(spec, f"memory={self.memory} of {self.name}")
+
     def check(self, spec: StreamSpec, training: TrainingHParams) -> None:
         """Raise ValueError also if a batch does not fit into the memory, or if its parts are not equal."""
         super().check(spec, training)
@@ -149,8 +149,6 @@ class MemoryHParams(AlgorithmHParams):
 
     def check_memory(self, spec: StreamSpec, batch_size: int) -> None:
         """Do the part of `check` that depends on the number of samples per step."""
-        if self.memory.startswith("class_"):
-            check_labelled(spec, f"memory={self.memory}", "memory=reservoir or task_balanced")
         size, parts = self.slots(spec.num_tasks), self.parts(spec)
         name = "mem_size" if self.per_task_memory_samples is None else "per_task_memory_samples"
         got = f"got {getattr(self, name)}" + (f" ({size} in all)" if name != "mem_size" else "")
@@ -229,8 +227,8 @@ class ExemplarHParams(AlgorithmHParams):
         return -(-self.mem_size // num_sets) if self.quota == "ceil" else self.mem_size // num_sets
 
     def check_stream(self, spec: StreamSpec) -> None:
-        """Raise ValueError if targets are not class labels, or if there are fewer exemplars than classes."""
-        check_labelled(spec, self.name, "another method")
+        """Raise ValueError if there are fewer exemplars than classes, or no classes."""
+        self.check_labels(spec, self.name)
         sets = int(spec.mask.sum())
         if self.mem_size < sets:
             each = "class" if sets == spec.num_classes else "class of each task"

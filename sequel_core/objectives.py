@@ -42,6 +42,19 @@ class Score(NamedTuple):
         """The name in files and in the tags of loggers: words separated by underscores."""
         return self.name.replace(" ", "_")
 
+    @property
+    def title(self) -> str:
+        """The name with a capital letter."""
+        return self.name[:1].upper() + self.name[1:]
+
+    def of(self, metric: str) -> str:
+        """Return the name of a metric of this score: `average_accuracy` for `average_score`."""
+        return metric.replace("score", self.key)
+
+
+ACCURACY = Score()
+"""The default: the fraction of correct predictions."""
+
 
 @dataclass(frozen=True)
 class ObjectiveHParams(Settings):
@@ -95,14 +108,14 @@ class ObjectiveHParams(Settings):
         Raises:
             ValueError: the objective does not fit the targets of the stream.
         """
-        kind = np.dtype(spec.y.dtype).kind if isinstance(spec.y, LeafSpec) else ""
+        dtype_kind = np.dtype(spec.y.dtype).kind if isinstance(spec.y, LeafSpec) else ""
         if spec.labelled:
             fitting: ObjectiveType | None = "cross_entropy"
-        elif kind == "i" and len(spec.y.shape) == 1:
+        elif dtype_kind == "i" and len(spec.y.shape) == 1:
             fitting = "token_cross_entropy"
         else:
-            found: dict[str, ObjectiveType] = {"f": "squared_error", "b": "binary_cross_entropy"}
-            fitting = found.get(kind)
+            by_kind: dict[str, ObjectiveType] = {"f": "squared_error", "b": "binary_cross_entropy"}
+            fitting = by_kind.get(dtype_kind)
         if self.type == "auto":
             if fitting is None:
                 raise ValueError(
@@ -110,7 +123,7 @@ class ObjectiveHParams(Settings):
                     "loss of your own"
                 )
             return replace(self, type=fitting).resolved(spec)
-        several_labels = not spec.labelled and kind in ("i", "u", "f")
+        several_labels = not spec.labelled and dtype_kind in ("i", "u", "f")
         if self.type != fitting and not (several_labels and self.type == "binary_cross_entropy"):
             raise ValueError(
                 f"objective {self.type} does not fit targets {spec.y}; use "

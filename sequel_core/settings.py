@@ -14,13 +14,12 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Container, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from difflib import get_close_matches
+from functools import cache
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
-
-TypedField = tuple[Any, Field[Any]]  # an annotation and a field
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 TYPES = {  # of pydantic's errors
@@ -29,7 +28,7 @@ TYPES = {  # of pydantic's errors
     "bool_type": "true or false",
     "string_type": "text",
     "tuple_type": "a list",
-    "literal_error": "a name from a list",
+    "literal_error": "one of",
 }
 
 
@@ -89,7 +88,6 @@ def nearest(word: str, candidates: Iterable[str] | Mapping[str, str]) -> str:
 def with_arguments(
     doc: str | None,
     specs: Iterable[Field[Any]],
-    skip: Container[str] = (),
     error: str = "a setting has the wrong type or is out of range",
 ) -> str:
     """Return a docstring whose `Args` section lists fields with their meaning, range and default.
@@ -97,14 +95,13 @@ def with_arguments(
     Args:
         doc: the docstring. Its `Args` section may describe other fields.
         specs: the fields.
-        skip: names of fields to leave out.
         error: description of the ValueError, if the docstring has no `Raises` section.
     """
     text = inspect.cleandoc(doc or "")
     heads = [text.find(f"\n\n{head}:") for head in ("Raises", "Example")]
     end = min((at for at in heads if at >= 0), default=len(text))
     lines = []
-    for spec in (spec for spec in specs if "help" in spec.metadata and spec.name not in skip):
+    for spec in (spec for spec in specs if "help" in spec.metadata):
         default = "" if spec.default is MISSING else f"default {spec.default!r}"
         facts = [spec.metadata["help"], allowed(spec), default]
         if "only" in spec.metadata:
@@ -153,7 +150,15 @@ class Settings:
         cls.__doc__ = with_arguments(vars(cls).get("__doc__"), specs.values())
 
     def __post_init__(self) -> None:
-        for name, value in validator_of(type(self))(vars(self)).items():
+        from pydantic import ValidationError
+
+        cls: Any = type(self)
+        try:
+            valid = vars(model_of(cls)(**vars(self)))
+        except ValidationError as error:
+            ranges = {spec.name: allowed(spec) for spec in fields(self)}
+            raise ValueError(_one_line(error.errors(), ranges)) from None
+        for name, value in valid.items():
             object.__setattr__(self, name, value)
         for spec in (spec for spec in fields(self) if "only" in spec.metadata):
             other, *values = spec.metadata["only"]
@@ -166,56 +171,20 @@ class Settings:
                 )
 
 
-class Validator(NamedTuple):
-    """Validates the values of named fields; see `validator`."""
-
-    model: Any  # a pydantic dataclass with the fields
-    ranges: Mapping[str, str]  # the range of each field, as `allowed` returns it
-
-    def __call__(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return all fields, with the values converted to their types.
-
-        Raises:
-            ValueError: a value has the wrong type or is out of range. The message has one line.
-        """
-        from pydantic import ValidationError
-
-        try:
-            return dict(vars(self.model(**values)))
-        except ValidationError as error:
-            raise ValueError(_one_line(error.errors(), self.ranges)) from None
-
-
-VALIDATORS: dict[type, Validator] = {}
-
-
-def validator_of(cls: type[Any]) -> Validator:
-    """Return the validator of a dataclass; it is made once."""
-    if cls not in VALIDATORS:
-        hints = get_type_hints(cls)
-        VALIDATORS[cls] = validator(cls.__name__, [(hints[spec.name], spec) for spec in fields(cls)])
-    return VALIDATORS[cls]
-
-
-def validator(name: str, typed_fields: Iterable[TypedField]) -> Validator:
-    """Return a validator that accepts what `Settings` accepts.
-
-    Args:
-        name: name of the pydantic dataclass that it makes.
-        typed_fields: annotations and fields, which `setting` made.
-    """
+@cache
+def model_of(cls: type[Any]) -> Any:
+    """Return the pydantic dataclass that validates the fields of a dataclass, which `setting` made."""
     from pydantic import Field as Description
     from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-    typed_fields = list(typed_fields)
+    hints = get_type_hints(cls)
     members = []
-    for hint, spec in typed_fields:
+    for spec in fields(cls):
         description = Description(description=spec.metadata.get("help"))
-        annotation: Any = Annotated[_checked(hint, spec.metadata), description]
+        annotation: Any = Annotated[_checked(hints[spec.name], spec.metadata), description]
         members.append((spec.name, annotation, field(default=spec.default)))
     config: Any = {"strict": True, "allow_inf_nan": False}
-    model = pydantic_dataclass(make_dataclass(name, members, kw_only=True), config=config)
-    return Validator(model, {spec.name: allowed(spec) for _, spec in typed_fields})
+    return pydantic_dataclass(make_dataclass(cls.__name__, members, kw_only=True), config=config)
 
 
 def _checked(hint: Any, metadata: Mapping[str, Any]) -> Any:
@@ -237,8 +206,10 @@ def _checked(hint: Any, metadata: Mapping[str, Any]) -> Any:
     return hint if origin is Literal or hint in (bool, str, type(None)) else Any
 
 
+# Each of these functions converts what it can. It returns anything else unchanged, for pydantic to reject.
+
+
 def _as_float(value: Any) -> Any:
-    """Return a number as a float. Return anything else unchanged; pydantic rejects it."""
     if isinstance(value, bool) or not hasattr(value, "__float__"):
         return value
     try:
@@ -250,7 +221,6 @@ def _as_float(value: Any) -> Any:
 
 
 def _as_int(value: Any) -> Any:
-    """Return a whole number as an int. Return anything else unchanged; pydantic rejects it."""
     number = _as_float(value)
     if not isinstance(number, float) or not number.is_integer():
         return number
@@ -260,7 +230,6 @@ def _as_int(value: Any) -> Any:
 
 
 def _as_tuple(value: Any) -> Any:
-    """Return an iterable as a tuple. Return anything else unchanged; pydantic rejects it."""
     iterable = hasattr(value, "__iter__") and not isinstance(value, str | bytes | Mapping | Set)
     return tuple(value) if iterable else value
 
@@ -277,31 +246,27 @@ def _one_line(errors: Sequence[Any], ranges: Mapping[str, str]) -> str:
     errors = [error for error in errors if len(error["loc"]) == depth]
     errors = [error for error in errors if error["type"] not in TYPES] or errors
     value = errors[0]["input"]
-    rules = dict.fromkeys(_rule(error["type"], error.get("ctx", {}), ranges[name]) for error in errors)
-    names = [name for error in errors for name in _names(error.get("ctx", {}))]
-    return f"{name} must be {' or '.join(rules)}, got {value!r}{nearest(str(value), names)}"
+    names = [name for error in errors for name in _names(error)]
+    rules = " or ".join(dict.fromkeys(_rule(error, ranges[name]) for error in errors))
+    return f"{name} must be {rules}, got {value!r}{nearest(str(value), names)}"
 
 
-def _rule(error: str, context: Mapping[str, Any], bounds: str) -> str:
-    """Return what a value must be, from the type of a pydantic error."""
-    if error == "literal_error":
-        return f"one of {', '.join(_names(context))}"
-    if error == "value_error":  # of `_as_int`
-        return (
-            bounds
-            if "<" in bounds
-            else f"a whole number of less than 64 bits{' and ' * bool(bounds)}{bounds}"
-        )
-    if error == "finite_number":
-        return bounds if "<" in bounds else f"{bounds}{' and ' * bool(bounds)}finite"
-    if error not in TYPES:
-        return bounds
-    return f"{TYPES[error]} {bounds}".strip() if error in ("int_type", "float_type") else TYPES[error]
+def _rule(error: Any, bounds: str) -> str:
+    """Return what a value must be, from a pydantic error."""
+    error_type = error["type"]
+    if error_type in TYPES:
+        details = {"int_type": bounds, "float_type": bounds, "literal_error": ", ".join(_names(error))}
+        return f"{TYPES[error_type]} {details.get(error_type, '')}".strip()
+    if error_type == "finite_number" and "<" not in bounds:
+        return f"{bounds} and finite".removeprefix(" and ")
+    if error_type == "value_error" and "<" not in bounds:  # of `_as_int`
+        return f"a whole number of less than 64 bits and {bounds}".removesuffix(" and ")
+    return bounds
 
 
-def _names(context: Mapping[str, Any]) -> list[str]:
+def _names(error: Any) -> list[str]:
     """Return the names in the context of a `literal_error`."""
-    return re.findall(r"'([^']*)'", context.get("expected", ""))
+    return re.findall(r"'([^']*)'", error.get("ctx", {}).get("expected", ""))
 
 
 def check_name(key: str, value: Any, names: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from sequel_flax import reservoir, transforms
 from sequel_flax.algorithms import (
     ALGORITHMS,
     agem,
@@ -63,8 +64,10 @@ __all__ = [
     "mcsgd",
     "naive",
     "process_settings",
+    "reservoir",
     "si",
     "stable_sgd",
     "stack_plans",
+    "transforms",
     "write_back",
 ]

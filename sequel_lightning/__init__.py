@@ -26,6 +26,15 @@ from sequel_lightning.build import build_learner, build_optimizer, make_learner,
 from sequel_lightning.data import TaskDataModule
 from sequel_lightning.learner import LightningLearner
 from sequel_lightning.module import ContinualModule
+from sequel_lightning.objectives import (
+    Objective,
+    binary_cross_entropy,
+    build_objective,
+    cross_entropy,
+    from_outputs,
+    squared_error,
+    token_cross_entropy,
+)
 
 __all__ = [
     "AGEM",
@@ -47,14 +56,21 @@ __all__ = [
     "LaMAML",
     "LightningLearner",
     "Naive",
+    "Objective",
     "ResNet18",
     "ResNet18Thin",
     "StableSGD",
     "TaskDataModule",
     "TorchvisionModel",
+    "binary_cross_entropy",
     "build_learner",
+    "build_objective",
     "build_optimizer",
+    "cross_entropy",
+    "from_outputs",
     "initialise",
     "make_learner",
     "process_settings",
+    "squared_error",
+    "token_cross_entropy",
 ]

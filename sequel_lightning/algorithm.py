@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchmetrics import MetricCollection
 
 from sequel_core.hparams import AlgorithmHParams
+from sequel_core.objectives import ObjectiveHParams
 from sequel_core.stream.augmentation import augmenting
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.planner import NoPlanner
@@ -24,7 +24,16 @@ from sequel_lightning.augmentation import cropped
 from sequel_lightning.batches import to_batch
 from sequel_lightning.consolidation import IDLE
 from sequel_lightning.lifecycle import TaskLifecycle
-from sequel_lightning.networks import check_arguments, check_network
+from sequel_lightning.networks import blank_input, call_network, check_arguments, check_network, evaluating
+from sequel_lightning.objectives import (
+    Objective,
+    build_objective,
+    cross_entropy,
+    given,
+    mean_of_batch,
+    output_leaf,
+    outputs_text,
+)
 from sequel_lightning.optimizers import OptimizerFactory, check_factory
 from sequel_lightning.preprocessing import Preprocessing
 from sequel_lightning.reporting import Reporting, RunningMetrics
@@ -39,6 +48,7 @@ class Algorithm(pl.LightningModule):
     hparams_class: type[AlgorithmHParams]
     clipping_setting: str = ""  # the method's setting that clips gradients, if it takes its steps itself
     has_penalty = False  # whether the method adds terms to the task's own loss, see `added`
+    objective_elsewhere: str = ""  # what else than the training step takes the loss from the objective
     path_integrals: ClassVar[tuple[str, ...]] = ()  # trees that are summed over all steps of a task
     moving_trees: ClassVar[tuple[str, ...]] = ()  # other trees that change with the weights at every step
     task_index: Tensor
@@ -56,38 +66,44 @@ class Algorithm(pl.LightningModule):
         spec: StreamSpec | None = None,
         metrics: MetricCollection | None = None,
         seed: int = 0,
+        objective: Objective | None = None,
     ) -> None:
         """Build the module.
 
         `hparams` and `spec` may also be dictionaries of plain values, as in checkpoints.
 
         Args:
-            net: the network. It is called with images `[B, C, H, W]`, or whatever the loaders yield, and
-                returns logits `[B, num_classes]`. Parameters with `requires_grad` are trained.
+            net: the network. It is called with images `[B, C, H, W]`, or whatever the loaders yield; the
+                arrays of a dict are keyword arguments. It returns logits `[B, num_classes]`, or what the
+                objective takes. Parameters with `requires_grad` are trained.
             optimizer: factory that is called with the trained parameters at the start of each task, for
                 example `partial(torch.optim.SGD, lr=0.1)`. It returns an optimizer, or whatever
                 `configure_optimizers` may return. If it has a parameter `named_parameters`, it gets pairs of
                 name and parameter.
             hparams: settings of the method; by default those of its settings class.
-            spec: of the stream, `benchmark.spec`: the shape and normalisation of images, the number of tasks
-                and the classes of each. Without it, logits are not masked, images must be normalised, and
-                methods that keep samples cannot be used.
-            metrics: a torchmetrics.MetricCollection, updated with `(logits, labels)` at every training step.
-                It is logged and reset with the loss. Copies of it score validation and test samples.
+            spec: of the stream, `benchmark.spec`: the shapes of inputs and targets, the normalisation of
+                images, the number of tasks and the classes of each. Without it, logits are not masked, images
+                must be normalised, and methods that keep samples cannot be used.
+            metrics: a torchmetrics.MetricCollection, updated with `(outputs, targets)` at every training
+                step. It is logged and reset with the loss. Copies of it score validation and test samples.
             seed: of the plan, for methods that choose samples; >= 0.
+            objective: the loss and the score; None for a built-in one that fits the targets of the stream:
+                cross-entropy for class labels, the squared error for numbers, ...
 
         Raises:
-            ValueError: the network does not take the stream's images or does not return
-                `[B, num_classes]`; the method cannot train the network; the settings are of another method
-                or do not fit the stream; an argument has the wrong type.
+            ValueError: the network does not take the stream's inputs, or its outputs do not fit the
+                objective; the method cannot train the network or use the objective; the settings are of
+                another method or do not fit the stream; an argument has the wrong type.
         """
         super().__init__()
         check_factory(optimizer)
-        check_metrics(metrics)
         check_arguments(net, spec)
         self.check_net(net)
-        check_network(net, spec)
         self.algorithm_hparams = check_hparams(type(self), hparams, spec)
+        self.objective = chosen_objective(objective, spec)
+        check_metrics(metrics, self.objective.score.key)
+        self.check_objective(self.objective)
+        check_network(net, spec, self.objective)
         self.net = net
         self.optimizer_factory = optimizer
         self.spec = spec
@@ -101,9 +117,11 @@ class Algorithm(pl.LightningModule):
         self.automatic_optimization = not self.clipping_setting
         self.register_buffer("task_index", torch.tensor(-1))
         self.register_buffer("phase", torch.tensor(IDLE))
-        self.preprocessing = Preprocessing(spec, next(net.parameters()), self.algorithm_hparams.name)
-        self.running_metrics = RunningMetrics()
-        self.reporting = Reporting(self)
+        self.preprocessing = Preprocessing(
+            spec, next(net.parameters()), self.algorithm_hparams.name, self.objective.classification
+        )
+        self.running_metrics = RunningMetrics(self.objective)
+        self.reporting = Reporting(self, self.objective)
         self.lifecycle = TaskLifecycle(self)
         self._trained_params: Params = {}  # `params()` during a fit, as listing them is slow in deep networks
         self.init_memory()
@@ -114,6 +132,15 @@ class Algorithm(pl.LightningModule):
     def check_net(self, net: nn.Module) -> None:
         """Raise ValueError if the method cannot train this network; the constructor calls it first."""
 
+    def check_objective(self, objective: Objective) -> None:
+        """Raise ValueError if the method cannot use the objective; the settings are set by then."""
+        owner = next(cls for cls in type(self).__mro__ if "loss" in vars(cls))
+        if self.objective_elsewhere and not owner.__module__.startswith("sequel_lightning."):
+            raise ValueError(
+                f"{owner.__name__} must not override loss(), because {self.algorithm_hparams.name} computes "
+                f"the loss for {self.objective_elsewhere} too; pass objective=... instead"
+            )
+
     def init_memory(self) -> None:
         """Build what the method keeps: buffers, parameter trees, copies of the network.
 
@@ -123,25 +150,31 @@ class Algorithm(pl.LightningModule):
     def start_task(self) -> None:
         """Begin task `self.task_index`."""
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the training loss of a batch, shape (): the mean cross-entropy; subclasses add to it."""
-        return F.cross_entropy(logits, batch.y)
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return the training loss of a batch, shape (): the objective's mean loss; subclasses add to it.
 
-    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
+        Args:
+            outputs: what the network returned for `batch.x`.
+            batch: whose loss is computed.
+        """
+        model = given(outputs, batch.x, lambda x: self.forward(x, batch.t))
+        return mean_of_batch(self.objective, model, batch)
+
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Any]:
+        """Return the training loss of a batch, shape (), and what the network returned for it."""
         batch = self.trained_on(batch)
-        logits = self.forward(batch.x, batch.t)
-        return self.loss(logits, batch), logits
+        outputs = self.forward(batch.x, batch.t)
+        return self.loss(outputs, batch), outputs
 
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Consolidate the task, from batches of its training samples, each sample once."""
 
-    def predict(self, x: Tensor, t: Tensor | None = None) -> Tensor:
-        """Return the logits `[B, num_classes]` that are evaluated."""
+    def predict(self, x: Any, t: Tensor | None = None) -> Any:
+        """Return the outputs that are evaluated, such as logits `[B, num_classes]`."""
         return self.forward(x, t)
 
-    def alternatives(self, x: Tensor, t: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the logits `[B, num_classes]` of other ways to predict, by name."""
+    def alternatives(self, x: Any, t: Tensor | None = None) -> dict[str, Any]:
+        """Return the outputs of other ways to predict, by name."""
         return {}
 
     def training_split(self, split: AnySplit) -> AnySplit:
@@ -159,19 +192,23 @@ class Algorithm(pl.LightningModule):
     # -- batches
 
     def as_batch(self, batch: Any) -> Batch:
-        """Return a loader's batch, `(x, y)`, `(x, y, t)` or a Batch, as a Batch.
+        """Return a loader's batch, `(x, y)`, `(x, y, t)`, a dict or a Batch, as a Batch; see `to_batch`.
 
         Raises:
-            ValueError: any other batch, or a t that is not an integer tensor `[B]`.
+            ValueError: any other batch, a t that is not an integer tensor `[B]`, or an array whose shape or
+                dtype is not that of the spec.
         """
-        return to_batch(batch, self.lifecycle.task_indices)
+        result = to_batch(batch, self.lifecycle.task_indices, self.objective.target)
+        self.preprocessing.check_leaves(result)
+        return result
 
     def planned(self, batch: Batch) -> Batch:
         """Return the batch with its plan; a tuner or `fast_dev_run` leaves the planner unchanged."""
         if isinstance(self.planner, NoPlanner):
             return batch
         planner = self.planner if self.lifecycle.fitting else copy.deepcopy(self.planner)
-        return batch._replace(plan=planner.next(batch.y.cpu().numpy(), batch.t.cpu().numpy()))
+        y = batch.y.cpu().numpy() if self.preprocessing.labelled else None
+        return batch._replace(plan=planner.next(y, batch.t.cpu().numpy()))
 
     def trained_on(self, batch: Batch) -> Batch:
         """Return the batch with its plan, augmented if the stream is."""
@@ -184,8 +221,8 @@ class Algorithm(pl.LightningModule):
 
     # -- the network
 
-    def forward(self, x: Tensor, t: Tensor | None = None) -> Tensor:
-        """Return the logits `[B, num_classes]`, masked to the task of each sample in the task scenario.
+    def forward(self, x: Any, t: Tensor | None = None) -> Any:
+        """Return the outputs; logits `[B, num_classes]` are masked to the tasks in the task scenario.
 
         Args:
             x: images `[B, C, H, W]`, or whatever the network takes; see `normalise`.
@@ -196,18 +233,36 @@ class Algorithm(pl.LightningModule):
         """
         return self.masked(self.network(x), t)
 
-    def network(self, x: Tensor) -> Tensor:
-        """Return the logits of all classes `[B, num_classes]`, unmasked."""
-        logits: Tensor = self.net(self.normalise(x))
-        return logits
+    def network(self, x: Any) -> Any:
+        """Return what the network returns, unmasked."""
+        return call_network(self.net, self.normalise(x))
 
-    def normalise(self, x: Tensor) -> Tensor:
+    def normalise(self, x: Any) -> Any:
         """Return inputs as the network takes them; see `Preprocessing.normalise`."""
         return self.preprocessing.normalise(x)
 
-    def masked(self, logits: Tensor, t: Tensor | None) -> Tensor:
-        """Return the logits, masked in the task scenario; see `Preprocessing.masked`."""
-        return self.preprocessing.masked(logits, t)
+    def masked(self, outputs: Any, t: Tensor | None) -> Any:
+        """Return the outputs, with logits masked in the task scenario; see `Preprocessing.masked`."""
+        return self.preprocessing.masked(outputs, t)
+
+    def blank_output(self, name: str | None) -> Tensor:
+        """Return the array that a method uses of what the network returns, for a blank input, `[1, ...]`.
+
+        Args:
+            name: see `output_leaf`.
+
+        Raises:
+            ValueError: there is no such array, or it has no floats `[1, ...]`.
+        """
+        with evaluating(self.net), torch.no_grad():
+            outputs = call_network(self.net, blank_input(self.needed_spec(), next(self.net.parameters())))
+        leaf = output_leaf(outputs, name)
+        if not leaf.is_floating_point() or leaf.shape[:1] != (1,):
+            raise ValueError(
+                f"{self.algorithm_hparams.name} needs outputs that are floats [B, ...], got {leaf.dtype} "
+                f"{list(leaf.shape)} of {outputs_text(outputs)} for B=1; set output to another array"
+            )
+        return leaf
 
     def needed_spec(self) -> StreamSpec:
         """Return the stream's spec, for a method that keeps samples.
@@ -235,3 +290,19 @@ class Algorithm(pl.LightningModule):
         """Copy new values into the trained parameters."""
         for name, p in self.params().items():
             p.copy_(params[name])
+
+
+def chosen_objective(objective: Objective | None, spec: StreamSpec | None) -> Objective:
+    """Return the objective, by default the built-in one for the targets of the stream.
+
+    Raises:
+        ValueError: it is no Objective, or none is built in for these targets.
+    """
+    if objective is None:
+        return cross_entropy() if spec is None else build_objective(ObjectiveHParams(), spec)
+    if not isinstance(objective, Objective):
+        raise ValueError(
+            f"objective must be an Objective or None, got a {type(objective).__name__}; make one with "
+            "from_outputs(loss)"
+        )
+    return objective

@@ -26,6 +26,7 @@ from sequel_lightning.backbones import BACKBONES, initialise
 from sequel_lightning.learner import SEEDS, TORCH_DTYPES, LightningLearner
 from sequel_lightning.loggers import LOGGERS
 from sequel_lightning.module import ContinualModule
+from sequel_lightning.objectives import Objective, build_objective
 from sequel_lightning.optimizers import OptimizerFactory, make_optimizer
 
 
@@ -70,6 +71,7 @@ def make_learner(
     training: TrainingHParams | None = None,
     *,
     metrics: MetricCollection | None = None,
+    objective: Objective | None = None,
     loggers: Sequence[Logger] = (),
     implementation: Callable[..., ContinualModule] | None = None,
     **options: Any,
@@ -82,7 +84,8 @@ def make_learner(
         optimizer: factory over parameters, for example `partial(torch.optim.SGD, lr=0.1)`.
         benchmark: the stream of tasks.
         training: batch size, epochs, clipping, seed, dtype; see `help(TrainingHParams)`.
-        metrics: of the training batches, in addition to loss and accuracy.
+        metrics: of the training batches, in addition to loss and score.
+        objective: the loss and the score; None for a built-in one that fits the targets of the stream.
         loggers: loggers of Lightning.
         implementation: a user-defined subclass of ContinualModule.
         options: further arguments of `LightningLearner`: `trainer`, `callbacks`.
@@ -111,7 +114,8 @@ def make_learner(
     if implementation is None:
         raise ValueError(f"implementation is needed for {hparams.name}, which is not built in; pass it")
     net = initialise(model.to(TORCH_DTYPES[training.dtype]), training.seed)
-    module = implementation(net, optimizer, hparams, benchmark.spec, metrics, training.seed)
+    given = {} if objective is None else {"objective": objective}
+    module = implementation(net, optimizer, hparams, benchmark.spec, metrics, training.seed, **given)
     if not isinstance(module, ContinualModule):
         raise ValueError(f"implementation must give a ContinualModule, got a {type(module).__name__}")
     return LightningLearner(module, training, loggers=loggers, **options)
@@ -170,7 +174,10 @@ def build_learner(
         'EWC'
     """
     user_code = config.user_code
-    sizes = {"num_classes": benchmark.num_classes, "image_shape": benchmark.image_shape}
+    spec, any_inputs = benchmark.spec, "backbone" in user_code or config.backbone.type == "mlp"
+    sizes: dict[str, Any] = {"num_classes": benchmark.num_classes}
+    if not any_inputs or not isinstance(spec.x, Mapping):
+        sizes["image_shape"] = spec.x.shape if any_inputs else spec.image_shape
     if "backbone" in user_code:
         model = user_backbone(user_code["backbone"], config.training.seed, **sizes)
     else:
@@ -179,12 +186,17 @@ def build_learner(
         optimizer = user_optimizer(user_code["optimizer"])
     else:
         optimizer = build_optimizer(config.optimizer)
+    if "objective" in user_code:
+        objective = _checked(user_code["objective"].make(), Objective, user_code["objective"])
+    else:
+        objective = build_objective(config.objective, spec)
     return make_learner(
         config.algo,
         model,
         optimizer,
         benchmark,
         config.training,
+        objective=objective,
         loggers=[build_logger(name, chosen, run_dir) for name, chosen in config.logger.items()],
         implementation=user_code["algo"].function if "algo" in user_code else None,
         callbacks=callbacks,

@@ -111,7 +111,9 @@ def consolidation_batches(trainer: pl.Trainer, read: int) -> Iterable[Any]:
     return batches if count >= len(loader) else islice(batches, count)
 
 
-def checked_batches(batches: Iterable[Batch], task: int, allowed_labels: Tensor | None) -> Iterator[Batch]:
+def checked_batches(
+    batches: Iterable[Batch], task: int, allowed_labels: Tensor | None, labelled: bool
+) -> Iterator[Batch]:
     """Yield the batches of the end-of-task work.
 
     Raises:
@@ -119,7 +121,7 @@ def checked_batches(batches: Iterable[Batch], task: int, allowed_labels: Tensor 
     """
     empty = True
     for batch in batches:
-        check_batch(batch, allowed_labels)
+        check_batch(batch, allowed_labels, labelled)
         empty = False
         yield batch
     if empty:

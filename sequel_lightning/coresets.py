@@ -17,6 +17,7 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_lightning.consolidation import TRAINING
 from sequel_lightning.data import as_batch
 from sequel_lightning.module import ContinualModule
+from sequel_lightning.objectives import Objective, check_classification
 from sequel_lightning.replay import Memory, empty_memory
 from sequel_lightning.trees import StateTree
 
@@ -43,6 +44,12 @@ class CoresetModule(ContinualModule):
 
     algorithm_hparams: KCLHParams
     spec: StreamSpec
+    objective_elsewhere = "coresets"
+
+    def check_objective(self, objective: Objective) -> None:
+        """Raise ValueError if the objective is not about class labels."""
+        super().check_objective(objective)
+        check_classification(objective, self.algorithm_hparams.name)
 
     def init_memory(self) -> None:
         """Make the empty coresets."""
@@ -54,7 +61,7 @@ class CoresetModule(ContinualModule):
     @property
     def contents(self) -> Memory:
         """The coresets."""
-        return Memory(**self.coreset.get(), logits=None)
+        return Memory(**self.coreset.get(), outputs=None)
 
     def keep_coreset(self, task: int, x: Tensor, y: Tensor) -> None:
         """Store the coreset of a task. Call this before `fit` if the loaders are user-defined.
@@ -103,7 +110,8 @@ class CoresetModule(ContinualModule):
                 f"kcl needs a coreset of task {k}; call module.keep_coreset({k}, x, y) before fit, or give "
                 "TaskDataModule a task of hparams.training_tasks(benchmark, seed)"
             )
-        batch = self.lifecycle.prepared(as_batch(self.algorithm_hparams.coreset(task)))
+        coreset = as_batch(self.algorithm_hparams.coreset(task), self.preprocessing.images)
+        batch = self.lifecycle.prepared(coreset)
         return k, batch.x, batch.y
 
     def current_coreset(self) -> tuple[int, Tensor, Tensor]:

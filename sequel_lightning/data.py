@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,12 +11,26 @@ import torch
 
 from sequel_core.stream import plan
 from sequel_core.stream.task import AnySplit, Batch, Samples, Task
+from sequel_core.stream.trees import Tree, is_image, leaves, tree_map
+from sequel_lightning.batches import rows
 
 
-def as_batch(samples: Samples) -> Batch:
-    """Return samples as tensors, images `[..., B, C, H, W]`, without a copy."""
-    x, y, t = (torch.from_numpy(a) for a in samples)
-    return Batch(x.movedim(-1, -3), y, t)
+def as_batch(samples: Samples, images: bool = True) -> Batch:
+    """Return samples as tensors without a copy; images are `[..., B, C, H, W]`."""
+    x, y, t = (tree_map(torch.from_numpy, tree) for tree in samples)
+    return Batch(x.movedim(-1, -3) if images else x, y, t)
+
+
+def are_images(x: Tree) -> bool:
+    """Return whether inputs `[B, ...]` are images `[B, C, H, W]`, as `is_image` decides by their spec."""
+    return isinstance(x, torch.Tensor) and x.ndim == 4 and (x.dtype == torch.uint8 or x.is_floating_point())
+
+
+def steps_of(tree: Tree) -> Iterable[Tree]:
+    """Return the parts of tensors `[steps, B, ...]`, one for each step."""
+    if isinstance(tree, torch.Tensor):
+        return tree
+    return [tree_map(itemgetter(k), tree) for k in range(len(leaves(tree)[0]))]
 
 
 class PlannedBatches:
@@ -49,23 +64,26 @@ class PlannedBatches:
     def __len__(self) -> int:
         return max(1, len(self._split) // self._datamodule.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+    def __iter__(self) -> Iterator[tuple[Tree, Tree, torch.Tensor]]:
         module = self._datamodule
         self._epoch = module.trainer.current_epoch if module.trainer is not None else 0
         resume, self._resume = self._resume, None
         self._position = resume["position"] if resume is not None and resume["epoch"] == self._epoch else 0
         split = self._split
         order = plan.epoch_batches(module.seed, module.task.index, self._epoch, len(split), module.batch_size)
+        images = is_image(split.x_spec)
         for samples in plan.take_in_chunks(split, order[self._position :]):
-            for batch in zip(*as_batch(samples)[:3], strict=True):
+            x, y, t = as_batch(samples, images)[:3]
+            for batch in zip(steps_of(x), steps_of(y), t, strict=True):
                 self._position += 1
                 yield batch
 
     def consolidation_batches(self) -> Iterator[Batch]:
         """Yield the training samples once, in the plan's order for that; the last batch may be incomplete."""
         module = self._datamodule
+        images = is_image(module.task.train.x_spec)
         for samples in plan.consolidation_batches(module.seed, module.task, module.batch_size):
-            yield as_batch(samples)
+            yield as_batch(samples, images)
 
     def state_dict(self) -> dict[str, int]:
         """Return the position of the iteration in the plan."""
@@ -86,11 +104,11 @@ class EvaluationBatches:
     def __len__(self) -> int:
         return -(-len(self._split) // self._batch_size)
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+    def __iter__(self) -> Iterator[tuple[Tree, Tree, torch.Tensor]]:
+        images = is_image(self._split.x_spec)
         for samples, valid in plan.evaluation_batches(self._split, self._batch_size):
-            x, y, t, _ = as_batch(samples)
-            count = int(valid.sum())
-            yield x[:count], y[:count], t[:count]
+            x, y, t = rows(as_batch(samples, images), slice(int(valid.sum())))[:3]
+            yield x, y, t
 
 
 class TaskDataModule(pl.LightningDataModule):

@@ -23,7 +23,8 @@ from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.exemplars import exemplar_means, joined_with_samples, renewed_exemplars
 from sequel_core.stream.task import AnySplit, Batch, Samples
 from sequel_lightning.module import ContinualModule
-from sequel_lightning.networks import blank_image, check_features, evaluating
+from sequel_lightning.networks import blank_input, check_features, evaluating
+from sequel_lightning.objectives import Objective, check_classification
 from sequel_lightning.replay import Memory, empty_memory, stored_samples
 from sequel_lightning.trees import StateTree
 
@@ -52,6 +53,7 @@ def renew(
     The network has the weights at the end of the task, and the exemplars of past tasks. `batches` are those
     of the task, with each sample once.
     """
+    images = module.preprocessing.images
 
     def embed_batch(x: Tensor) -> FloatArray:
         with torch.no_grad():
@@ -62,11 +64,12 @@ def renew(
         return array
 
     def embed_array(x: Any) -> FloatArray:
-        return embed_batch(torch.from_numpy(np.moveaxis(x, -1, 1).copy()).to(module.means.device))
+        inputs = np.moveaxis(x, -1, 1) if images else x
+        return embed_batch(torch.from_numpy(inputs.copy()).to(module.means.device))
 
     def samples_of(batch: Batch) -> Samples:
         x, y, t = (a.cpu().numpy() for a in batch[:3])
-        return Samples(np.moveaxis(x, 1, -1), y, t)
+        return Samples(np.moveaxis(x, 1, -1) if images else x, y, t)
 
     samples = renewed_exemplars(
         hparams,
@@ -77,7 +80,11 @@ def renew(
     )
     means, has_mean = exemplar_means(embed_array, samples, len(module.means), hparams.flip)
     x, y, t = map(torch.from_numpy, samples)
-    return Memory(x.movedim(-1, 1), y, t, None), torch.from_numpy(means), torch.from_numpy(has_mean)
+    return (
+        Memory(x.movedim(-1, 1) if images else x, y, t, None),
+        torch.from_numpy(means),
+        torch.from_numpy(has_mean),
+    )
 
 
 def predict(module: ExemplarModule, x: Tensor, t: Tensor | None) -> Tensor:
@@ -86,8 +93,9 @@ def predict(module: ExemplarModule, x: Tensor, t: Tensor | None) -> Tensor:
     The head also predicts during a task, because the means belong to the weights at its end.
     """
     if module.learned < 0 or module.learned != module.task_index:
-        return module.forward(x, t)
-    near = module.masked(nearest_mean(embed(module, x), module.means, module.has_mean), t)
+        head: Tensor = module.forward(x, t)
+        return head
+    near: Tensor = module.masked(nearest_mean(embed(module, x), module.means, module.has_mean), t)
     mask = module.preprocessing.mask
     known = (module.has_mean[None] if mask is None else module.has_mean & mask[t]).any(1, keepdim=True)
     return near if known.all() else near.where(known, module.forward(x, t))
@@ -106,6 +114,12 @@ class ExemplarModule(ContinualModule):
     has_mean: Tensor
     learned: Tensor
     classes: Tensor
+    objective_elsewhere = "exemplars"
+
+    def check_objective(self, objective: Objective) -> None:
+        """Raise ValueError if the objective is not about class labels."""
+        super().check_objective(objective)
+        check_classification(objective, self.algorithm_hparams.name)
 
     def check_net(self, net: nn.Module) -> None:
         """Raise ValueError if the network lacks `features` or `head`."""
@@ -119,7 +133,7 @@ class ExemplarModule(ContinualModule):
         memory = empty_memory(spec, self.algorithm_hparams.slots(int(spec.mask.sum())), None)
         self.exemplars = StateTree({"x": memory.x, "y": memory.y, "t": memory.t})
         like = next(net.parameters())
-        image = blank_image(spec, like)
+        image = blank_input(spec, like)
         with evaluating(net), torch.no_grad():
             width = net.features(image).shape[-1]
         self.register_buffer("means", like.new_zeros(spec.num_classes, width).detach())
@@ -132,7 +146,7 @@ class ExemplarModule(ContinualModule):
     @property
     def contents(self) -> Memory:
         """The exemplars, set after set from the first slot on, each in herding order."""
-        return Memory(**self.exemplars.get(), logits=None)
+        return Memory(**self.exemplars.get(), outputs=None)
 
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Divide the memory among the classes again, and take the means with the new network."""

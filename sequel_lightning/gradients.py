@@ -8,7 +8,7 @@ these: the other weights are copied into the network for the time of the pass.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from sequel_core.stream.task import Batch
+from sequel_core.stream.trees import Tree, tree_map
 from sequel_lightning._compat import buffers_of, foreach_copy_, tensor_version
+from sequel_lightning.batches import pieces, rows
 from sequel_lightning.module import ContinualModule
 from sequel_lightning.networks import evaluating
+from sequel_lightning.objectives import named_outputs
 from sequel_lightning.trees import Params, zero_sum
 
-Objective = Callable[[Params, ContinualModule, Batch], Tensor]
+Loss = Callable[[Params, ContinualModule, Batch], Tensor]
 Contribution = Callable[[Tensor], Tensor]
 
 GRADIENTS = 1 << 24
@@ -37,8 +40,7 @@ class GradientSums:
 
     Args:
         params: weights at which gradients are taken.
-        model: passed to the objective.
-        objective: returns the value of a batch, shape (). Unless `per_batch`, a batch has one sample.
+        model: passed to the losses.
         contribution: maps a gradient array to what is added to the sum, elementwise.
         per_batch: whether to take one gradient for each batch instead of each sample.
     """
@@ -47,47 +49,56 @@ class GradientSums:
         self,
         params: Params,
         model: ContinualModule,
-        objective: Objective,
         contribution: Contribution,
         per_batch: bool = False,
     ) -> None:
         self.total = {k: zero_sum(p) for k, p in params.items()}  # in float32 or wider
         self._params, self._model = params, model
-        self._objective, self._contribution = objective, contribution
-        self._per_batch = per_batch
+        self._contribution, self._per_batch = contribution, per_batch
         self._follows: bool | None = None  # whether torch.func follows the network; None: not yet known
         self._width = max(1, GRADIENTS // sum(p.numel() for p in params.values()))
         self._traces = Traces(model.net)
 
-    def add(self, batch: Batch) -> None:
-        """Add the gradients of a batch's samples."""
+    def add(self, batch: Batch, loss: Loss) -> None:
+        """Add the gradients of a loss at a batch's samples.
+
+        Args:
+            batch: the samples.
+            loss: returns the value of a batch, shape (). Unless `per_batch`, it gets one sample at a time.
+        """
         with self._traces.generators():
             if self._per_batch:
-                self._add(self._backward(batch))
+                self._add(self._backward(batch, loss))
                 return
-            for piece in zip(*(a.split(self._width) for a in batch[:3]), strict=True):
-                gradients = self._vectorized(Batch(*piece))
+            for piece in pieces(batch, self._width):
+                gradients = self._vectorized(piece, loss)
                 if gradients is not None:
                     self._add(gradients, summed=True)
                     continue
-                for sample in zip(*(a.split(1) for a in piece), strict=True):
-                    self._add(self._backward(Batch(*sample)))
+                for sample in pieces(piece, 1):
+                    self._add(self._backward(sample, loss))
 
     def _add(self, gradients: Params, summed: bool = False) -> None:
         for k, gradient in gradients.items():
             contribution = self._contribution(gradient.to(self.total[k].dtype))
             self.total[k] += contribution.sum(0) if summed else contribution
 
-    def _vectorized(self, batch: Batch) -> Params | None:
+    def _vectorized(self, batch: Batch, loss: Loss) -> Params | None:
         """Return the gradient of each sample `[n, ...]`; None if torch.func does not follow the network."""
         if self._follows is False:
             return None
+
+        def of_one(params: Params, x: Tree, y: Tree, t: Tensor) -> Tensor:
+            return loss(
+                params, self._model, Batch(*(tree_map(lambda a: a[None], tree) for tree in (x, y, t)))
+            )
+
         try:
             with self._traces.buffers(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*performance drop.*")
-                gradients = vmap(grad(self._of_one), in_dims=(None, 0, 0, 0))(self._params, *batch[:3])
+                gradients = vmap(grad(of_one), in_dims=(None, 0, 0, 0))(self._params, *batch[:3])
             if self._follows is None:
-                first = self._backward(Batch(*(a[:1] for a in batch[:3])))
+                first = self._backward(rows(batch, slice(1)), loss)
                 vectorized = {k: g[0] for k, g in gradients.items()}
                 self._follows = close(
                     vectorized, first, tolerance=0.1
@@ -96,13 +107,10 @@ class GradientSums:
             self._follows = False
         return gradients if self._follows else None
 
-    def _of_one(self, params: Params, x: Tensor, y: Tensor, t: Tensor) -> Tensor:
-        return self._objective(params, self._model, Batch(x[None], y[None], t[None]))
-
-    def _backward(self, batch: Batch) -> Params:
+    def _backward(self, batch: Batch, loss: Loss) -> Params:
         model = self._model
         with self._traces.buffers():
-            return gradient_at(self._params, model, lambda params: self._objective(params, model, batch))
+            return gradient_at(self._params, model, lambda params: loss(params, model, batch))
 
 
 class Traces:
@@ -217,18 +225,21 @@ def backward(loss: Tensor, params: Params, model: nn.Module) -> Params:
             p.grad = gradient
 
 
-def call_with(module: nn.Module, params: Params, *inputs: Any) -> Tensor:
+def call_with(module: nn.Module, params: Params, *inputs: Any, **named: Any) -> Any:
     """Return what a module computes with these values of its parameters.
 
     If they are the parameters themselves, the module is called, with its hooks.
     """
     current = dict(module.named_parameters())
-    called: Any = module
     if all(p is current[k] for k, p in params.items()):
-        result: Tensor = called(*inputs)
-    else:
-        result = functional_call(module, params, inputs)
-    return result
+        return module(*inputs, **named)
+    return functional_call(module, params, inputs, named)
+
+
+def functional_network(net: nn.Module, params: Params, x: Tree) -> Any:
+    """Return what a network computes for inputs with these values of its parameters."""
+    named = isinstance(x, Mapping)
+    return functional_call(net, params, () if named else (x,), dict(x) if named else None)
 
 
 def close(actual: Params, expected: Params, tolerance: float) -> bool:
@@ -240,25 +251,26 @@ def close(actual: Params, expected: Params, tolerance: float) -> bool:
     )
 
 
-def check_functional_call(model: ContinualModule, x: Tensor) -> None:
+def check_functional_call(model: ContinualModule, x: Tree) -> None:
     """Check that `functional_call` and the network with other weights have the same gradients.
 
     Args:
         model: its network is checked in evaluation mode, and stays as it is.
-        x: images `[B, C, H, W]`.
+        x: inputs `[B, ...]`.
 
     Raises:
         ValueError: the gradients differ, as with activation checkpointing, or `functional_call` fails.
     """
     other = {k: (1.2 * p.detach() + 0.05).requires_grad_() for k, p in model.params().items()}
-    traces, image = Traces(model.net), model.normalise(x[:1])
+    traces, first = Traces(model.net), tree_map(lambda a: a[:1], x)
     reason = "its gradients are not those of the network with these weights"
     with evaluating(model), traces.generators(), native_rnn(model.net):
         with traces.buffers(), holding(model, other) as params:
-            expected = backward(model.network(x[:1]).square().sum(), params, model)
+            expected = backward(_sum_of_squares(model.network(first)), params, model)
         try:
             with traces.buffers():
-                loss = functional_call(model.net, other, (image,)).square().sum()
+                outputs = functional_network(model.net, other, model.normalise(first))
+                loss = _sum_of_squares(outputs)
                 (actual,) = gradients(loss, other)
             if close(actual, expected, tolerance=0.01):
                 return
@@ -269,3 +281,8 @@ def check_functional_call(model: ContinualModule, x: Tensor) -> None:
         f"torch.func.functional_call, which does not follow {type(model.net).__name__}: {reason}; leave "
         "activation checkpointing out of the network, or use another method"
     )
+
+
+def _sum_of_squares(outputs: Any) -> Tensor:
+    arrays = (a for _, a in named_outputs(outputs) if a.is_floating_point())
+    return torch.stack([a.square().sum() for a in arrays]).sum()

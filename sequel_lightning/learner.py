@@ -8,6 +8,8 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,15 @@ from pytorch_lightning.callbacks import Callback, Checkpoint, ProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.profilers import PassThroughProfiler
 from torch import Tensor
-from torch.nn import functional as F
 
 from sequel_core.hparams import TrainingHParams
-from sequel_core.objectives import Score
 from sequel_core.runs.files import errors_naming
 from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
 from sequel_core.stream import plan
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import StreamSpec
-from sequel_core.stream.task import Samples, Task
+from sequel_core.stream.task import Batch, Samples, Task
+from sequel_core.stream.trees import tree_map
 from sequel_lightning._compat import keep_signal_handlers
 from sequel_lightning.backbones import canonical_weights
 from sequel_lightning.callbacks import (
@@ -44,9 +45,11 @@ from sequel_lightning.lifecycle import check_single_device
 from sequel_lightning.loggers import TrainersLoggers, log_hparams, log_image, log_table, resume_logger
 from sequel_lightning.module import ContinualModule
 from sequel_lightning.networks import evaluating, modes_kept_at_errors
-from sequel_lightning.preprocessing import mask_logits
+from sequel_lightning.objectives import given
+from sequel_lightning.preprocessing import mask_outputs
 from sequel_lightning.replay import Memory, stored_samples
 from sequel_lightning.reporting import Report, RunningMetrics
+from sequel_lightning.scores import ScoreSums, sums_of
 from sequel_lightning.trees import adopt_names
 
 TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -89,7 +92,6 @@ class LightningLearner:
     """
 
     mode: Mode = "pytorch"
-    score = Score()
 
     def __init__(
         self,
@@ -105,6 +107,7 @@ class LightningLearner:
         self.module = module
         module.save_hyperparameters(dict(module.hparams), logger=False)  # the run's configuration is logged
         self.hparams = module.algorithm_hparams
+        self.score = module.objective.score
         self.training = training or TrainingHParams()
         self.spec: StreamSpec = module.spec
         self.hparams.check(self.spec, self.training)
@@ -157,27 +160,33 @@ class LightningLearner:
             self.module.reporting.observer = None
 
     def evaluate(self, task: Task, split: str) -> Evaluation:
-        """Count correct predictions on a split of a task; see `sequel_core.runs.learner.Learner`."""
+        """Measure score and loss on a split of a task; see `sequel_core.runs.learner.Learner`."""
         device = self.trainer.strategy.root_device
         module = self.module.to(device)
+        objective = module.objective
         mask = torch.from_numpy(self.spec.mask).to(device)
-        counts = torch.zeros(3, dtype=torch.float64, device=device)
-        others: dict[str, int] = {}
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        sums: dict[str, ScoreSums] = {}  # of the predictions, of the masked ones, and of alternatives
         samples = task.split(split)
         with evaluating(module), torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            for batch in EvaluationBatches(samples, self.training.eval_batch_size):
-                x, y, t = (tensor.to(device) for tensor in batch)
-                logits = module.predict(x, t)
-                masked = mask_logits(logits, mask[t])
-                counts[0] += (logits.argmax(-1) == y).sum()
-                counts[1] += (masked.argmax(-1) == y).sum()
-                counts[2] += F.cross_entropy(logits, y, reduction="sum")
-                for name, other in module.alternatives(x, t).items():
-                    others[name] = others.get(name, 0) + int((other.argmax(-1) == y).sum())
-        correct, masked_correct, loss = counts.tolist()
-        total = len(samples)
-        alternatives = {name: hits / total for name, hits in others.items()}
-        return Evaluation(correct / total, total, loss / total, masked_correct / total, alternatives)
+            for tensors in EvaluationBatches(samples, self.training.eval_batch_size):
+                batch = Batch(*(tree_map(methodcaller("to", device), tree) for tree in tensors))
+                outputs = module.predict(batch.x, batch.t)
+                predictions = {"": outputs}
+                if objective.classification:
+                    predictions["masked"] = mask_outputs(outputs, mask[batch.t])
+                predictions |= {
+                    f"alternative {k}": v for k, v in module.alternatives(batch.x, batch.t).items()
+                }
+                for name, predicted in predictions.items():
+                    model = given(predicted, batch.x, partial(module.predict, t=batch.t))
+                    added = sums_of(objective, model, batch).to(zero).sum(1)
+                    sums.setdefault(name, ScoreSums(objective, zero)).add(added, predicted, batch.y)
+        results = {name: tuple(map(float, part.compute())) for name, part in sums.items()}
+        loss, score = results.pop("")
+        _, masked_score = results.pop("masked", (math.nan, math.nan))
+        alternatives = {name.removeprefix("alternative "): value for name, (_, value) in results.items()}
+        return Evaluation(score, len(samples), loss, masked_score, alternatives)
 
     @property
     def logs(self) -> bool:
@@ -208,7 +217,7 @@ class LightningLearner:
         self.loggers.each(lambda logger: log_table(logger, name, columns, rows, self.step))
 
     def memory_samples(self) -> Samples:
-        """Return copies of the samples that a replay method holds, images `[n, H, W, C]`.
+        """Return copies of the samples that a replay method holds; images are `[n, H, W, C]`.
 
         Raises:
             ValueError: the algorithm keeps no samples.
@@ -390,7 +399,7 @@ class _Watcher(Callback):
                     task_step=done,
                     task_steps=steps_per_epoch * self._epochs,
                     loss=report.loss,
-                    score=report.accuracy,
+                    score=report.score,
                     learning_rate=optimizers[0].param_groups[0]["lr"] if optimizers else math.nan,
                     extra=report.extra,
                 )

@@ -213,8 +213,8 @@ class TaskLifecycle:
         context = nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
         with evaluating(module), torch.enable_grad(), context:
             prepared = map(self.prepared, batches)
-            labels = module.preprocessing.allowed_labels
-            module.end_task(checked_batches(prepared, int(module.task_index), labels))
+            labels, labelled = module.preprocessing.allowed_labels, module.preprocessing.labelled
+            module.end_task(checked_batches(prepared, int(module.task_index), labels, labelled))
         self.consolidated_at, self.saved = weights, None
         module.phase.fill_(CONSOLIDATED)
 

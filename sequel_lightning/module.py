@@ -11,7 +11,7 @@ The hooks that methods override are in `sequel_lightning.algorithm`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -22,8 +22,10 @@ from torch import Tensor
 from sequel_core.stream.task import Batch, Task
 from sequel_lightning._compat import LoadHook
 from sequel_lightning.algorithm import Algorithm
+from sequel_lightning.batches import inputs_of
 from sequel_lightning.consolidation import CONSOLIDATED, IDLE, TRAINING
 from sequel_lightning.lifecycle import check_open_task, check_trainer
+from sequel_lightning.objectives import map_outputs
 from sequel_lightning.optimizers import OptimizerFactory, configured_optimizer
 from sequel_lightning.scores import with_loaders_task
 from sequel_lightning.trees import Params, adopt_names
@@ -41,7 +43,7 @@ class ContinualModule(Algorithm, LoadHook):
     Raises:
         ValueError: in `fit`, if the Trainer has nothing left to run or has several processes; if a task
             before it was never consolidated; if both `lr_decay` and a scheduler set the learning rate; if a
-            batch is neither `(x, y)` nor `(x, y, t)`, or a label does not belong to its task.
+            batch is neither `(x, y)` nor `(x, y, t)` nor a dict, or a label does not belong to its task.
 
     Example:
         A method that adds the norm of the weights to the loss:
@@ -52,16 +54,16 @@ class ContinualModule(Algorithm, LoadHook):
         >>> class Ridge(ContinualModule):
         ...     hparams_class = NaiveHParams
         ...
-        ...     def loss(self, logits, batch):
+        ...     def loss(self, outputs, batch):
         ...         norm = sum(p.square().sum() for p in self.params().values())
-        ...         return super().loss(logits, batch) + 0.01 * norm
+        ...         return super().loss(outputs, batch) + 0.01 * norm
         >>> module = Ridge(MLP(), torch.optim.SGD)
         >>> module.algorithm_hparams
         NaiveHParams(lr_decay=1.0, min_lr=0.0, reset_optimizer=True, consolidate='last')
     """
 
     def memory_bytes(self) -> int:
-        """Return the bytes of what the algorithm keeps of past tasks: anchors, samples, logits, ..."""
+        """Return the bytes of what the algorithm keeps of past tasks: anchors, samples, outputs, ..."""
         others = ("net.", "metrics.", "preprocessing.", *(f"{name}." for name in self.trained()))
         tensors = chain(self.named_parameters(), self.named_buffers())
         return sum(
@@ -81,7 +83,8 @@ class ContinualModule(Algorithm, LoadHook):
 
         Args:
             batches: of the task's training samples, each sample once, as `fit` takes them: a loader or any
-                iterable that ends, of `(x, y)` or `(x, y, t)`; or a data module such as TaskDataModule.
+                iterable that ends, of `(x, y)`, `(x, y, t)` or dicts; or a data module such as
+                TaskDataModule.
 
         Raises:
             ValueError: no task is open, the data module is of another task, or the method sums up importances
@@ -137,8 +140,8 @@ class ContinualModule(Algorithm, LoadHook):
         batch, reporting = self.as_batch(batch), self.reporting
         if reporting.unchecked:
             reporting.check_first_batch(batch)
-        loss, logits = self.objective(batch)
-        reporting.add_step(loss.detach(), logits.detach(), batch, batch_idx)
+        loss, outputs = self.training_loss(batch)
+        reporting.add_step(loss.detach(), map_outputs(Tensor.detach, outputs), batch, batch_idx)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -174,7 +177,7 @@ class ContinualModule(Algorithm, LoadHook):
         the task with the index of its loader.
         """
         if dataloader_idx is not None:
-            batch = with_loaders_task(batch, dataloader_idx, self.spec)
+            batch = with_loaders_task(batch, dataloader_idx, self.spec, self.objective.target)
         self.reporting.add_scores(self.as_batch(batch), batch_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int | None = None) -> None:
@@ -182,15 +185,17 @@ class ContinualModule(Algorithm, LoadHook):
         self.validation_step(batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
-        """Log `<stage>/accuracy`, `<stage>/accuracy/task_<j>`, the loss and the user's metrics."""
+        """Log the score, such as `<stage>/accuracy` and `<stage>/accuracy/task_<j>`, loss and metrics."""
         self.reporting.log_scores()
 
     on_test_epoch_end = on_validation_epoch_end
 
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Return what `predict` returns for a batch `x`, `(x,)`, `(x, y)`, `(x, y, t)` or a Batch."""
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        """Return what `predict` returns for a batch `x`, `(x,)`, `(x, y)`, `(x, y, t)`, a dict or a Batch."""
         if isinstance(batch, Tensor):
             return self.predict(batch)
+        if isinstance(batch, Mapping):
+            return self.predict(inputs_of(batch, self.objective.target), batch.get("t"))
         if isinstance(batch, Batch) or len(batch) > 2:
             batch = self.as_batch(batch)
             return self.predict(batch.x, batch.t)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,16 +11,29 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.task import Batch
+from sequel_core.stream.trees import LeafSpec, Tree, shapes_text, tree_map
+from sequel_lightning.objectives import Objective, given, output_leaf, outputs_text, sample_losses
 from sequel_lightning.trees import Params
 
 
-def blank_image(spec: StreamSpec, like: Tensor) -> Tensor:
-    """Return one input of zeros `[1, C, H, W]`, normalised for weights of the dtype of `like`."""
-    height, width, channels = spec.image_shape
-    dtype = getattr(torch, spec.x.dtype)
-    if dtype == torch.uint8 or dtype.is_floating_point:
-        dtype = torch.get_default_dtype() if is_lazy(like) else like.dtype
-    return torch.zeros((1, channels, height, width), dtype=dtype, device=like.device)
+def blank_input(spec: StreamSpec, like: Tensor) -> Any:
+    """Return one input of zeros `[1, ...]`, as a network with weights of the dtype of `like` gets it."""
+
+    def blank(leaf: LeafSpec) -> Tensor:
+        dtype, shape = getattr(torch, leaf.dtype), leaf.shape
+        if dtype.is_floating_point or (dtype == torch.uint8 and spec.images):
+            dtype = torch.get_default_dtype() if is_lazy(like) else like.dtype
+        if spec.images:
+            shape = (shape[2], *shape[:2])
+        return torch.zeros((1, *shape), dtype=dtype, device=like.device)
+
+    return tree_map(blank, spec.x)
+
+
+def call_network(net: Any, x: Tree) -> Any:
+    """Return what a network or one of its methods returns; the arrays of a dict are keyword arguments."""
+    return net(**x) if isinstance(x, Mapping) else net(x)
 
 
 def check_arguments(net: Any, spec: Any) -> None:
@@ -34,34 +47,54 @@ def check_arguments(net: Any, spec: Any) -> None:
         )
 
 
-def check_network(net: nn.Module, spec: StreamSpec | None) -> None:
-    """Run the network on a blank image of the stream, which also initialises lazy layers.
+def check_network(net: nn.Module, spec: StreamSpec | None, objective: Objective) -> None:
+    """Run the network and the objective on a blank sample of the stream; this also initialises lazy layers.
 
     Args:
         net: the network.
         spec: of the stream; without one nothing is checked.
+        objective: of the network.
 
     Raises:
-        ValueError: the network does not take the image, or does not return `[B, num_classes]`.
+        ValueError: the network does not take the input, or what it returns does not fit the objective.
     """
     if spec is None:
         return
-    image = blank_image(spec, next(net.parameters()))
-    shape = image.shape
+    x = blank_input(spec, next(net.parameters()))
+    if spec.images:
+        shape, inputs = f"images {list(x.shape)}", "[B, C, H, W]"
+        advice = f"make it for images {list(spec.image_shape)}"
+    else:
+        shape, inputs = f"inputs {shapes_text(spec.x)}", "[B, ...]"
+        inputs += ", the arrays of a dict as keyword arguments" if isinstance(x, Mapping) else ""
+        advice = "make it for inputs of these shapes"
     try:
         with evaluating(net), torch.no_grad():
-            logits = net(image)
+            outputs = call_network(net, x)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ValueError(
-            f"the network must take images {list(shape)}, the stream's, as [B, C, H, W]: "
-            f"{' '.join(str(error).split())}; make it for images {list(spec.image_shape)}"
+            f"the network must take {shape}, the stream's, as {inputs}: "
+            f"{' '.join(str(error).split())}; {advice}"
         ) from error
-    returned = list(getattr(logits, "shape", ()))
-    if returned != [1, spec.num_classes]:
+    if objective.classification:
+        logits = output_leaf(outputs)
+        returned = list(getattr(logits, "shape", ()))
+        if returned != [1, spec.num_classes]:
+            raise ValueError(
+                f"the network must return logits [B, {spec.num_classes}] for {shape}, got "
+                f"{returned} for B=1; set num_classes={spec.num_classes}"
+            )
+    y = tree_map(lambda leaf: torch.zeros((1, *leaf.shape), dtype=getattr(torch, leaf.dtype)), spec.y)
+    like = next(net.parameters())
+    sample = Batch(x, tree_map(lambda a: a.to(like.device), y), like.new_zeros(1, dtype=torch.int64))
+    try:
+        with evaluating(net), torch.no_grad():
+            sample_losses(objective, given(outputs, x, lambda inputs: call_network(net, inputs)), sample)
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"the network must return logits [B, {spec.num_classes}] for images {list(shape)}, got "
-            f"{returned} for B=1; set num_classes={spec.num_classes}"
-        )
+            f"the objective must take what the network returns, {outputs_text(outputs)} for B=1, and targets "
+            f"{spec.y}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def check_features(net: nn.Module, name: str) -> None:
@@ -88,10 +121,9 @@ def frozen_network(net: nn.Module) -> tuple[Params, Params]:
     return dict(net.named_parameters()), dict(net.named_buffers())
 
 
-def apply_head(module: Any, features: Tensor) -> Tensor:
-    """Return the logits `[B, num_classes]` of the network's last layer for features `[B, D]`."""
-    logits: Tensor = module.head(features)
-    return logits
+def apply_head(module: Any, features: Tensor) -> Any:
+    """Return the outputs of the network's last layer, such as logits, for features `[B, D]`."""
+    return module.head(features)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A quadratic penalty on leaving the weights of past tasks: the shared part of EWC, MAS and SI.
 
-    L = CE(f(x), y) + strength * 1/2 * sum_i F_i (theta_i - theta*_i)^2
+    L = loss(f(x), y) + strength * 1/2 * sum_i F_i (theta_i - theta*_i)^2
 
 A new method of this type defines only its importances F, often a mean over samples: `mean_gradients`.
 
@@ -9,7 +9,7 @@ Mirror: sequel_flax/quadratic.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sequel_core.stream.task import Batch
 from sequel_lightning._compat import foreach_mul, foreach_sub
-from sequel_lightning.gradients import Contribution, GradientSums, Objective
+from sequel_lightning.batches import rows
+from sequel_lightning.gradients import Contribution, GradientSums, Loss
 from sequel_lightning.module import ContinualModule
 from sequel_lightning.networks import evaluating
 from sequel_lightning.trees import ParameterTree, Params, SumTree, restricted
@@ -90,26 +91,27 @@ def mean_gradients(
     params: Params,
     model: Model,
     batches: Iterable[Batch],
-    objective: Objective,
+    losses: Sequence[Loss],
     contribution: Contribution,
     samples: int | None = None,
     per_batch: bool = False,
 ) -> Params:
-    """Return 1/N sum_n contribution(d objective(x_n) / d theta), in evaluation mode.
+    """Return 1/N sum_n sum_k contribution(d loss_k(x_n) / d theta), in evaluation mode.
 
     Args:
         params: weights at which gradients are taken.
-        model: passed to the objective.
+        model: passed to the losses.
         batches: of samples, each sample once.
-        objective: returns the value of a batch, shape (). Unless `per_batch`, a batch has one sample.
+        losses: each returns the value of a batch, shape (). Unless `per_batch`, a batch has one sample.
         contribution: of a gradient array to the sum, elementwise, for example its square.
         samples: N, the first so many samples; None for all.
         per_batch: whether to take one gradient for each batch instead of each sample.
     """
-    sums, count = GradientSums(params, model, objective, contribution, per_batch), 0
+    sums, count = GradientSums(params, model, contribution, per_batch), 0
     for batch in batches:
-        wanted = len(batch.y) if samples is None else min(len(batch.y), samples - count)
-        sums.add(Batch(*(a[:wanted] for a in batch[:3])))
+        wanted = len(batch.t) if samples is None else min(len(batch.t), samples - count)
+        for loss in losses:
+            sums.add(rows(batch, slice(wanted)), loss)
         count += wanted
         if count == samples:
             break
@@ -140,20 +142,20 @@ class QuadraticModule(ContinualModule):
         """What is remembered of past tasks."""
         return QuadraticState(self.anchor.get(), self.importance.get())
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return cross-entropy plus the penalty, shape ()."""
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return the mean loss plus the penalty, shape ()."""
         params = self._trained_params or self.params()
-        return super().loss(logits, batch) + self.added(self.strength * penalty(params, *self.state))
+        return super().loss(outputs, batch) + self.added(self.strength * penalty(params, *self.state))
 
-    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`.
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Any]:
+        """Return the training loss of a batch, shape (), and what the network returned for it.
 
         Raises:
             ValueError: gradients of single samples, which the end of a task needs, fail for the network.
         """
         if not self._checked:
             self.check_importances(batch)
-        return super().objective(batch)
+        return super().training_loss(batch)
 
     def check_importances(self, batch: Batch) -> None:
         """Compute the importances of two samples, as at the end of a task.
@@ -163,7 +165,7 @@ class QuadraticModule(ContinualModule):
         """
         try:
             with evaluating(self):
-                self.importances(self.frozen_params(), [Batch(*(a[:2] for a in batch[:3]))])
+                self.importances(self.frozen_params(), [rows(batch, slice(2))])
         except Exception as error:
             raise ValueError(
                 f"{self.algorithm_hparams.name} takes gradients of single samples at the end of a task, in "

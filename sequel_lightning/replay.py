@@ -11,22 +11,28 @@ Mirror: sequel_flax/replay.py
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from sequel_core.hparams import MemoryHParams
 from sequel_core.stream.augmentation import method_plan
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.memory import MemoryPlanner, StepPlan
 from sequel_core.stream.task import Batch, Samples
+from sequel_core.stream.trees import LeafSpec, Tree, leaves, tree_map
 from sequel_lightning.augmentation import cropped, cropped_draw
+from sequel_lightning.batches import joined, widened
+from sequel_lightning.data import are_images
 from sequel_lightning.module import ContinualModule
-from sequel_lightning.trees import StateTree
+from sequel_lightning.objectives import given, map_outputs, output_leaf, sample_losses
+from sequel_lightning.trees import StateTree, named_tensors, tree_of
 
 Slots = NDArray[np.integer[Any]]
 
@@ -34,76 +40,95 @@ Slots = NDArray[np.integer[Any]]
 class Memory(NamedTuple):
     """Copies of samples; M slots."""
 
-    x: Tensor  # images [M, C, H, W], in the dtype that they come in
-    y: Tensor  # labels, int32 [M]
+    x: Tree  # inputs [M, ...], in the dtype that they come in
+    y: Tree  # targets [M, ...]; labels are int32
     t: Tensor  # task indices, int32 [M]; -1 for an empty slot
-    logits: Tensor | None  # [M, num_classes], as the network gave them when it was trained on the sample
+    outputs: Tensor | None  # [M, ...], as the network gave them when it was trained on the sample
 
 
 class ReplayBatch(NamedTuple):
     """Samples of a step: its batch, or a draw from the memory."""
 
-    x: Tensor  # images [N, C, H, W]
-    y: Tensor  # labels [N]
+    x: Tree  # inputs [N, ...]
+    y: Tree  # targets [N, ...]
     t: Tensor  # task indices [N]
-    stored: Any  # logits that the memory holds [N, num_classes]; None where it holds none
+    stored: Any  # outputs that the memory holds [N, ...]; None if it holds none
     count: Any  # number of samples that count; the samples after them are padding
 
 
 class Outputs(NamedTuple):
-    """The outputs of the network for samples."""
+    """The outputs of the network for samples, and their losses."""
 
-    logits: Tensor  # of all classes [N, num_classes]
-    masked: Tensor  # the same, masked to the task of each sample in the task scenario
-    y: Tensor  # labels [N]
-    stored: Any  # logits that the memory holds [N, num_classes]; None where it holds none
+    outputs: Any  # what the network returns [N, ...]; logits are those of all classes
+    masked: Any  # the same; logits are masked to the task of each sample in the task scenario
+    losses: Tensor  # of the objective [N]
+    weights: Any  # of the losses in a mean [N]; None for 1
+    stored: Any  # outputs that the memory holds [N, ...]; None if it holds none
     count: Any  # number of samples that count, the first ones
 
 
-def empty_memory(spec: StreamSpec, slots: int, dtype: torch.dtype | None) -> Memory:
-    """Return a memory of empty slots; `dtype` is that of the logits, None for a memory without logits."""
-    images = torch.zeros((slots, *spec.image_shape), dtype=getattr(torch, spec.x.dtype))
+def empty_memory(spec: StreamSpec, slots: int, output: Tensor | None) -> Memory:
+    """Return a memory of empty slots; `output` `[1, ...]` is like those it keeps, None if it keeps none."""
+
+    def empty(leaf: LeafSpec) -> Tensor:
+        return torch.zeros((slots, *leaf.shape), dtype=getattr(torch, leaf.dtype))
+
+    x = tree_map(empty, spec.x)
     return Memory(
-        x=images.movedim(-1, 1),  # in memory as they come, colours last
-        y=torch.zeros(slots, dtype=torch.int32),
+        x=x.movedim(-1, 1) if spec.images else x,  # images are in memory as they come, colours last
+        y=torch.zeros(slots, dtype=torch.int32) if spec.labelled else tree_map(empty, spec.y),
         t=torch.full((slots,), -1, dtype=torch.int32),
-        logits=None if dtype is None else torch.zeros((slots, spec.num_classes), dtype=dtype),
+        outputs=None if output is None else output.new_zeros((slots, *output.shape[1:])),
     )
 
 
 def read(memory: Memory, slots: Slots) -> ReplayBatch:
     """Return the samples in these slots `[N]`; a slot beyond the last one is padding and does not count."""
-    index = torch.from_numpy(slots[slots < len(memory.y)]).to(memory.y.device, torch.int64)
-    x, y, t = (a[index] for a in memory[:3])
-    stored = None if memory.logits is None else memory.logits[index]
-    return ReplayBatch(x, y.long(), t.long(), stored, len(index))
+    index = torch.from_numpy(slots[slots < len(memory.t)]).to(memory.t.device, torch.int64)
+    x, y, t = (tree_map(itemgetter(index), tree) for tree in memory[:3])
+    stored = None if memory.outputs is None else memory.outputs[index]
+    return ReplayBatch(x, widened(y), t.long(), stored, len(index))
 
 
-def write(memory: Memory, slots: Slots, batch: Batch, logits: Tensor) -> Memory:
+def write(memory: Memory, slots: Slots, batch: Batch, outputs: Any) -> Memory:
     """Return the memory with the batch in these slots `[B]`, without samples for slots beyond the last."""
-    rows = np.flatnonzero(slots < len(memory.y))
-    source, index = (torch.from_numpy(a).to(memory.y.device, torch.int64) for a in (rows, slots[rows]))
-    for a, b in zip(memory, (batch.x, batch.y, batch.t, logits.detach()), strict=True):
-        if a is not None:
-            a[index] = b[source].to(a.dtype)  # in place
+    kept = np.flatnonzero(slots < len(memory.t))
+    source, index = (torch.from_numpy(a).to(memory.t.device, torch.int64) for a in (kept, slots[kept]))
+
+    def copy_rows(a: Tensor, b: Tensor) -> None:
+        a[index] = b.detach()[source].to(a.dtype)  # in place
+
+    for tree, new in zip(memory, (batch.x, batch.y, batch.t, outputs), strict=True):
+        if tree is not None:
+            tree_map(copy_rows, tree, new)
     return memory
 
 
 def stored_samples(memory: Memory) -> Samples:
-    """Return copies of the samples that the memory holds, in the order of slots, images `[n, H, W, C]`."""
+    """Return copies of the samples that the memory holds, in the order of slots; images `[n, H, W, C]`."""
     filled_slots = memory.t >= 0
-    x, y, t = (a[filled_slots].cpu().numpy() for a in memory[:3])
-    return Samples(np.moveaxis(x, 1, -1).copy(), y.astype(np.int64), t.astype(np.int64))
+
+    def stored(a: Tensor) -> NDArray[Any]:
+        array: NDArray[Any] = a[filled_slots].cpu().numpy()
+        return array
+
+    x, y, t = (tree_map(stored, tree) for tree in memory[:3])
+    if are_images(memory.x):
+        x = np.moveaxis(x, 1, -1).copy()
+    labels = y.astype(np.int64) if isinstance(y, np.ndarray) and y.ndim == 1 and y.dtype.kind == "i" else y
+    return Samples(x, labels, t.astype(np.int64))
 
 
-def mean_cross_entropy(*outputs: Outputs) -> Tensor:
-    """Return the mean cross-entropy of all samples that count, 0 without any, shape ()."""
-    losses = [F.cross_entropy(s.masked, s.y, reduction="none") for s in outputs]
-    total = sum_of_first(losses[0], outputs[0].count)
-    for values, s in zip(losses[1:], outputs[1:], strict=True):
-        total = total + sum_of_first(values, s.count)
-    mean: Tensor = total / max(sum(s.count for s in outputs), 1)
-    return mean
+def mean_loss(*outputs: Outputs) -> Tensor:
+    """Return the mean loss of all samples that count, 0 without any, shape ()."""
+    total = sum_of_first(outputs[0].losses, outputs[0].count)
+    for s in outputs[1:]:
+        total = total + sum_of_first(s.losses, s.count)
+    if outputs[0].weights is None:
+        mean: Tensor = total / max(sum(s.count for s in outputs), 1)
+        return mean
+    weight = torch.stack([sum_of_first(s.weights, s.count) for s in outputs]).sum()
+    return total / torch.where(weight > 0, weight, 1).to(total)
 
 
 def sum_of_first(values: Tensor, count: Any) -> Tensor:
@@ -112,30 +137,49 @@ def sum_of_first(values: Tensor, count: Any) -> Tensor:
 
 
 def forward(module: ContinualModule, samples: Sequence[ReplayBatch], together: bool) -> list[Outputs]:
-    """Return the outputs of the network for samples in training mode, which updates running statistics.
+    """Return outputs and losses of samples in training mode, which updates running statistics.
 
     With `together`, all samples go through the network in one pass; otherwise the first batch has a pass, and
     the others together have another.
     """
-    logits: list[Tensor] = []
+    results: list[Outputs] = []
     for part in [samples] if together else [samples[:1], samples[1:]]:
-        sizes = [len(s.y) for s in part]
+        sizes = [len(s.t) for s in part]
         if sum(sizes):  # there is no pass for an empty draw
-            out = module.network(torch.cat([s.x for s in part]))
-            logits += out.split(sizes)
+            results += _pass(module, part, sizes)
         else:
-            logits += [logits[0][:0] for _ in part]
-    return [
-        Outputs(out, module.masked(out, s.t), s.y, s.stored, s.count)
-        for out, s in zip(logits, samples, strict=True)
-    ]
+            empty = map_outputs(itemgetter(slice(0)), results[0])
+            results += [empty._replace(stored=s.stored, count=0) for s in part]
+    return results
+
+
+def _pass(module: ContinualModule, samples: Sequence[ReplayBatch], sizes: list[int]) -> list[Outputs]:
+    """Return outputs and losses of samples that go through the network in one pass."""
+    batch = joined(samples)
+    outputs = module.network(batch.x)
+    masked = module.masked(outputs, batch.t)
+    model = given(masked, batch.x, lambda x: module.forward(x, batch.t))
+    losses = sample_losses(module.objective, model, batch)
+    weights = None if module.objective.weight is None else module.objective.weight(batch)
+    stops = list(accumulate(sizes))
+    results = []
+    for s, stop, size in zip(samples, stops, sizes, strict=True):
+        part = partial(_rows, start=stop - size, stop=stop, count=stops[-1])
+        out, shown, values, scale = (map_outputs(part, a) for a in (outputs, masked, losses, weights))
+        results.append(Outputs(out, shown, values, scale, s.stored, s.count))
+    return results
+
+
+def _rows(a: Tensor, start: int, stop: int, count: int) -> Tensor:
+    """Return rows of an array that has a row for each of `count` samples; others unchanged."""
+    return a[start:stop] if a.shape[:1] == (count,) and stop - start < count else a
 
 
 def planned(memory: Memory, batch: Batch, plan_type: type[Any] = StepPlan) -> Any:
     """Return the plan of a batch.
 
     Raises:
-        ValueError: the batch has no plan, or its images have another dtype than the memory.
+        ValueError: the batch has no plan, or its inputs have another dtype than the memory.
     """
     plan = method_plan(batch)
     if not isinstance(plan, plan_type):
@@ -143,19 +187,21 @@ def planned(memory: Memory, batch: Batch, plan_type: type[Any] = StepPlan) -> An
             "the batch has no plan, which says what to write to the memory and what to read; give "
             "Batch(x, y, t, planner.next(y, t))"
         )
-    if batch.x.dtype != memory.x.dtype:
-        name, expected = (str(a.dtype).removeprefix("torch.") for a in (batch.x, memory.x))
-        raise ValueError(
-            f"the memory holds {expected} images, the batch has {name}; "
-            f"give a spec with LeafSpec(..., '{name}')"
-        )
+    for a, b in zip(leaves(batch.x), leaves(memory.x), strict=True):
+        if a.dtype != b.dtype:
+            name, expected = (str(tensor.dtype).removeprefix("torch.") for tensor in (a, b))
+            what = "images" if are_images(memory.x) else "inputs"
+            raise ValueError(
+                f"the memory holds {expected} {what}, the batch has {name}; "
+                f"give a spec with LeafSpec(..., '{name}')"
+            )
     return plan
 
 
 def draws(memory: Memory, batch: Batch) -> list[ReplayBatch]:
     """Return the batch, then each draw of its plan from the memory, augmented; see `planned`."""
     reads = planned(memory, batch).reads
-    current = ReplayBatch(cropped(batch).x, batch.y, batch.t, None, len(batch.y))
+    current = ReplayBatch(cropped(batch).x, batch.y, batch.t, None, len(batch.t))
     return [current, *(drawn(memory, batch, reads[k], k) for k in range(len(reads)))]
 
 
@@ -173,10 +219,11 @@ class ReplayModule(ContinualModule):
     """
 
     algorithm_hparams: MemoryHParams
+    objective_elsewhere = "samples of the memory"
     num_draws = 1  # independent draws of a step
     past_only = False  # whether draws are from past tasks only
     together = False  # whether the batch and the draws have one pass; see `forward`
-    keep_logits = False  # whether the memory holds the logits of its samples
+    keep_outputs = False  # whether the memory holds the outputs for its samples; see the setting `output`
     draws_in_loss = True  # whether `replay_loss` gets the draws
     samples: Sequence[ReplayBatch] = ()  # the latest batch, then its draws
 
@@ -184,9 +231,15 @@ class ReplayModule(ContinualModule):
         """Make the empty memory."""
         super().init_memory()
         spec = self.needed_spec()
-        dtype = next(self.net.parameters()).dtype if self.keep_logits else None
-        memory = empty_memory(spec, self.algorithm_hparams.slots(spec.num_tasks), dtype)
-        self.memory = StateTree({k: a for k, a in memory._asdict().items() if a is not None})
+        output = self.blank_output(self.output) if self.keep_outputs else None
+        memory = empty_memory(spec, self.algorithm_hparams.slots(spec.num_tasks), output)
+        self.memory = StateTree(named_tensors(memory._asdict()))
+
+    @property
+    def output(self) -> str | None:
+        """The name of the array that the memory keeps of what the network returns; see `output_leaf`."""
+        name: str | None = getattr(self.algorithm_hparams, "output", None)
+        return name
 
     def make_planner(self, spec: StreamSpec) -> Any:
         """Return the planner."""
@@ -204,11 +257,12 @@ class ReplayModule(ContinualModule):
     @property
     def contents(self) -> Memory:
         """The memory."""
-        tensors = self.memory.get()
-        return Memory(tensors["x"], tensors["y"], tensors["t"], tensors.get("logits"))
+        tensors, spec = self.memory.get(), self.needed_spec()
+        x, y = tree_of(tensors, spec.x, "x"), tree_of(tensors, spec.y, "y")
+        return Memory(x, y, tensors["t"], tensors.get("outputs"))
 
-    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss of the batch and the draws, and the batch's logits; then write the batch."""
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Any]:
+        """Return the loss of the batch and the draws, and the batch's outputs; then write the batch."""
         batch = self.planned(batch)
         self.samples = draws(self.contents, batch)
         current, *past = forward(
@@ -217,11 +271,12 @@ class ReplayModule(ContinualModule):
         loss = self.replay_loss(current, past)
         if self.has_penalty:
             with torch.no_grad():
-                self.added(loss - mean_cross_entropy(current))
-        self.write_batch(batch, current)
+                self.added(loss - mean_loss(current))
+        self.write_batch(batch, current.outputs)
         return loss, current.masked
 
-    def write_batch(self, batch: Batch, outputs: Outputs) -> None:
-        """Write the batch to the memory."""
+    def write_batch(self, batch: Batch, outputs: Any) -> None:
+        """Write the batch to the memory, with what the network returned for it."""
         if self.lifecycle.fitting:
-            write(self.contents, method_plan(batch).write, batch, outputs.logits)
+            kept = output_leaf(outputs, self.output) if self.keep_outputs else None
+            write(self.contents, method_plan(batch).write, batch, kept)

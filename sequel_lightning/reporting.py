@@ -1,4 +1,4 @@
-"""Reports: loss and accuracy of the training steps, counted on the device, and scores of evaluations."""
+"""Reports: loss and score of the training steps, counted on the device, and scores of evaluations."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from torch import Tensor
 from sequel_core.stream.task import Batch, Task
 from sequel_lightning._compat import logging_step
 from sequel_lightning.batches import check_batch, check_tasks, first_wrong, wrong_label
+from sequel_lightning.objectives import Objective, given, scores_of
 from sequel_lightning.scores import TaskScores
 
 if TYPE_CHECKING:
     from sequel_lightning.algorithm import Algorithm
 
 HELD = 1 << 16
-"""Numbers of logits that may wait to be counted; counting several steps at once saves time."""
+"""Numbers of outputs that may wait to be counted; counting several steps at once saves time."""
 STEP = 1 << 8
-"""Numbers that a waiting step counts as, in addition to its logits."""
+"""Numbers that a waiting step counts as, in addition to its outputs."""
 NEVER = 1 << 62
 
 
@@ -29,7 +30,7 @@ class Report(NamedTuple):
     """Means of the training batches since the last report."""
 
     loss: float
-    accuracy: float
+    score: float
     penalty: float  # the part of the loss that the method adds to the task's own
     first_bad_step: int | None  # how many steps before the end of the report the loss was first not finite
     extra: dict[str, float]  # the user's own metrics
@@ -39,24 +40,34 @@ class Counts(NamedTuple):
     """Sums over the steps that are counted, on the device."""
 
     steps: Tensor  # int64 ()
-    samples: Tensor  # int64 ()
-    loss: Tensor  # sum of the steps' losses, float64 () if the device has it
-    correct: Tensor  # int64 ()
+    weight: Tensor  # sum of the weights of the scores, float64 () if the device has it
+    loss: Tensor  # sum of the steps' losses, likewise
+    score: Tensor  # weighted sum of the scores, likewise
     bad_step: Tensor  # the first whose loss is not finite, from 0, else NEVER; int64 ()
     wrong: Tensor  # 1, label and task of the first label that is not of its task, else 0s; int64 [3]
 
 
 class RunningMetrics:
-    """The number of steps, and the sums of losses and correct predictions since the last report.
+    """The number of steps, and the sums of losses and scores since the last report.
 
     It is a plain object, because a module's attributes are slow. Several steps are counted at once, because
-    counting each would be slow. At most `HELD` numbers and one batch wait for that.
+    counting each would be slow. At most `HELD` numbers and one batch wait for that: logits and labels or, for
+    other targets, sums of scores.
+
+    Args:
+        objective: gives the score.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        plain = objective.metric is None and objective.score_weight is None and objective.values is not None
+        self.defers = (
+            objective.classification and plain
+        )  # whether scores are computed for several steps at once
         self.steps_done = 0  # since the start of the stream
         self.task_start = 0  # steps done when the task began
-        self.waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # loss, logits, labels, tasks
+        # loss, logits, labels, tasks; sums of the scores and of their weights [2] in place of other outputs
+        self.waiting: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self.numbers = 0  # that wait
         self.allowed_labels: Tensor | None = None  # as in check_batch; None if labels are not checked
         self.counts: Counts | None = None  # of the steps that no longer wait
@@ -65,7 +76,7 @@ class RunningMetrics:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RunningMetrics:
         """Copy the numbers of steps only: a copy of the module, made by weight averaging, is not trained."""
-        new = RunningMetrics()
+        new = RunningMetrics(self.objective)
         new.steps_done, new.task_start = self.steps_done, self.task_start
         return new
 
@@ -75,14 +86,27 @@ class RunningMetrics:
         self.penalties.clear()
         self.numbers, self.counts = 0, None
 
-    def add(self, loss: Tensor, logits: Tensor, y: Tensor, t: Tensor) -> None:
-        """Add a step: its loss (), logits `[B, num_classes]`, labels and tasks `[B]`."""
-        self.waiting.append((loss, logits, y, t))
+    def add(self, loss: Tensor, outputs: Any, batch: Batch) -> None:
+        """Add a step: its loss (), and what the network returned for its batch."""
+        y, scored = batch.y, outputs
+        if not (self.defers and isinstance(outputs, Tensor)):
+            scored = self.score_sums(outputs, batch).to(loss.device)
+            if not isinstance(y, Tensor) or y.ndim != 1:
+                y = batch.t  # no labels, so it is not used
+        self.waiting.append((loss, scored, y, batch.t))
         self.steps_done += 1
         self.report = None
-        self.numbers += logits.numel() + STEP
+        self.numbers += scored.numel() + STEP
         if self.numbers > HELD:
             self.count()
+
+    def score_sums(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return the weighted sum of the scores of a batch, and the sum of the weights, `[2]`."""
+        if self.objective.metric is not None:
+            return torch.zeros(2)
+        with torch.no_grad():
+            values, weights = scores_of(self.objective, lambda x: outputs, batch)
+            return torch.stack([(values * weights).sum(), weights.sum().to(values)])
 
     def count(self) -> Counts:
         """Count the steps that wait, and return the sums, without a synchronisation with the device."""
@@ -90,11 +114,18 @@ class RunningMetrics:
         if counts is not None and not waiting:
             return counts
         losses = torch.stack([step[0] for step in waiting])
-        logits, y = (torch.cat([step[k] for step in waiting]) for k in (1, 2))
+        y = torch.cat([step[2] for step in waiting])
         exact = torch.float32 if losses.device.type == "mps" else torch.float64  # it has no float64
         if counts is None:
             zero = torch.zeros((), dtype=torch.int64, device=losses.device)
-            counts = Counts(zero, zero, zero.to(exact), zero, zero + NEVER, zero.repeat(3))
+            none = zero.to(exact)
+            counts = Counts(zero, none, none, none, zero + NEVER, zero.repeat(3))
+        if waiting[0][1].ndim == 1:
+            score, weight = torch.stack([step[1] for step in waiting]).sum(0, dtype=exact)
+        else:
+            logits = torch.cat([step[1] for step in waiting])
+            values, weights = scores_of(self.objective, lambda x: logits, Batch((), y, y))
+            score, weight = values.sum(dtype=exact), weights.sum(dtype=exact)
         step = torch.arange(len(losses), device=losses.device) + counts.steps
         wrong = counts.wrong
         if self.allowed_labels is not None:
@@ -102,9 +133,9 @@ class RunningMetrics:
             wrong = wrong.where(wrong[0] > 0, first_wrong(y, t, self.allowed_labels))
         counts = Counts(
             counts.steps + len(losses),
-            counts.samples + y.numel(),
+            counts.weight + weight,
             counts.loss + losses.sum(dtype=exact),
-            counts.correct + (logits.argmax(-1) == y).sum(),
+            counts.score + score,
             torch.minimum(counts.bad_step, step.where(~losses.isfinite(), NEVER).min()),
             wrong,
         )
@@ -119,13 +150,13 @@ class RunningMetrics:
         Raises:
             ValueError: a sample had a label that its task does not have.
         """
-        steps, samples, loss, correct, bad_step, wrong = self.count()
+        steps, weight, loss, score, bad_step, wrong = self.count()
         flagged, label, task = wrong.tolist()
         if flagged and self.allowed_labels is not None:
             raise wrong_label(label, task, self.allowed_labels)
         report = Report(
             loss=float(loss) / int(steps),
-            accuracy=int(correct) / int(samples),
+            score=float(score / weight),
             penalty=sum(map(float, self.penalties)) / int(steps),
             first_bad_step=int(steps - bad_step) if bad_step < NEVER else None,
             extra=extra,
@@ -183,18 +214,24 @@ class Reporting:
 
     Args:
         module: whose steps are reported.
+        objective: of the module.
     """
 
-    def __init__(self, module: Algorithm) -> None:
+    def __init__(self, module: Algorithm, objective: Objective) -> None:
         self.module = module
+        self.objective = objective
         self.observer: FitObserver | None = None
+        self.checks_labels = False  # whether the tasks and labels of this fit are checked
         self.unchecked = True  # whether the labels of this fit's first batch are not checked yet
         self.warned = False  # whether this fit has warned that the loss is not finite
-        self.scores = TaskScores("val", None)
+        self.scores = TaskScores("val", objective, None)
+        self.metric = (
+            None if objective.metric is None else objective.metric()
+        )  # of the training samples since the last report
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Reporting:
         """Return the reporting of a copy of the module, which nobody observes."""
-        return Reporting(copy.deepcopy(self.module, memo))
+        return Reporting(copy.deepcopy(self.module, memo), self.objective)
 
     # -- training
 
@@ -202,25 +239,30 @@ class Reporting:
         """Start with the checks of a fit; labels of a TaskDataModule need none."""
         module = self.module
         self.unchecked, self.warned = True, False
-        checked_already = module.lifecycle.next_task() is not None
-        module.running_metrics.allowed_labels = (
-            None if checked_already else module.preprocessing.allowed_labels
-        )
+        self.checks_labels = module.lifecycle.next_task() is None
+        checked = self.checks_labels and module.preprocessing.labelled
+        module.running_metrics.allowed_labels = module.preprocessing.allowed_labels if checked else None
         if module.metrics is not None:
             module.metrics.reset()
+        if self.metric is not None:
+            self.metric.reset()
 
     def check_first_batch(self, batch: Batch) -> None:
         """Raise ValueError for labels that the stream does not have, or a task that has not started."""
         self.module.lifecycle.check_started()
-        check_batch(batch, self.module.running_metrics.allowed_labels)
+        preprocessing = self.module.preprocessing
+        known = preprocessing.allowed_labels if self.checks_labels else None
+        check_batch(batch, known, preprocessing.labelled)
         self.unchecked = False
 
-    def add_step(self, loss: Tensor, logits: Tensor, batch: Batch, batch_idx: int) -> None:
+    def add_step(self, loss: Tensor, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Add a step to the running metrics, and make a report at the Trainer's log interval."""
         module = self.module
         if module.metrics is not None:
-            module.metrics.update(logits, batch.y)
-        module.running_metrics.add(loss, logits, batch.y, batch.t)
+            module.metrics.update(outputs, batch.y)
+        if self.metric is not None:
+            self.metric.to(loss.device).update(outputs, batch.y)
+        module.running_metrics.add(loss, outputs, batch)
         trainer: Any = module.trainer
         done, interval = trainer.fit_loop.total_batch_idx + 1, trainer.log_every_n_steps  # of the whole task
         if (interval and done % interval == 0) or batch_idx + 1 == trainer.num_training_batches:
@@ -239,7 +281,11 @@ class Reporting:
         report = module.running_metrics.make_report(extra)
         if metrics is not None:
             metrics.reset()
-        scores = {"train/loss": report.loss, "train/accuracy": report.accuracy, **extra}
+        if self.metric is not None:
+            report = report._replace(score=float(self.metric.compute()))
+            module.running_metrics.report = report
+            self.metric.reset()
+        scores = {"train/loss": report.loss, f"train/{self.objective.score.key}": report.score, **extra}
         if module.has_penalty:
             scores["train/penalty"] = report.penalty
         trainer: Any = module.trainer
@@ -275,7 +321,7 @@ class Reporting:
 
     def start_scores(self, stage: str) -> None:
         """Start the scores of the samples of a stage, `val` or `test`."""
-        self.scores = TaskScores(stage, self.module.metrics)
+        self.scores = TaskScores(stage, self.objective, self.module.metrics)
 
     def add_scores(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the scores of its tasks, after the first is checked."""
@@ -284,7 +330,10 @@ class Reporting:
             check_tasks(batch.t, preprocessing.allowed_labels)
             if preprocessing.mask is not None:  # the loss of a masked class would be huge
                 check_batch(batch, preprocessing.allowed_labels)
-        self.scores.update(self.module.predict(batch.x, batch.t), batch.y, batch.t)
+        module = self.module
+        outputs = module.predict(batch.x, batch.t)
+        model = given(outputs, batch.x, lambda x: module.predict(x, batch.t))
+        self.scores.update(outputs, model, batch)
 
     def log_scores(self) -> None:
         """Log the scores of all tasks; the progress bar shows those over all tasks only."""

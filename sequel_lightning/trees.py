@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sequel_core.stream.trees import Tree, named_leaves
 from sequel_lightning._compat import ConvertHook, LoadHook, foreach_copy_
 
 Params = dict[str, Tensor]
@@ -125,6 +126,19 @@ def tree_map(function: Callable[..., Tensor], tree: Params, *others: Params) -> 
         others: may have further names, which are left out.
     """
     return {k: function(a, *(other[k] for other in others)) for k, a in tree.items()}
+
+
+def named_tensors(parts: Mapping[str, Tree]) -> Params:
+    """Return the tensors of trees by name, for a `StateTree`; parts that are None have none."""
+    named = (named_leaves(tree, name) for name, tree in parts.items() if tree is not None)
+    return {name: tensor for leaves in named for name, tensor in leaves}
+
+
+def tree_of(tensors: Params, specs: Tree, name: str) -> Tree:
+    """Return the tree with the structure of `specs` whose tensors `named_tensors` has named."""
+    if isinstance(specs, Mapping):
+        return {k: tree_of(tensors, spec, f"{name}.{k}") for k, spec in specs.items()}
+    return tensors[name]
 
 
 def restricted(tree: Params, names: Iterable[str]) -> Params:

@@ -17,19 +17,25 @@ settings.register_profile("sequel", derandomize=True, deadline=None)
 settings.load_profile("sequel")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Reduce compilation, which takes most of the time of the JAX tests.
+# Compilation takes most of the time of the JAX tests. Each worker has its own compilation cache, because
+# JAX's cache does not support two writers. The variables are set here, not in a hook, because JAX reads them
+# when it is imported, and the conftest.py of some folders imports it.
+COMPILED = TemporaryDirectory(prefix="sequel-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-    Each worker has its own compilation cache, because JAX's cache does not support two writers. XLA optimises
-    only in runs with slow tests, which run the same programs as users.
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let XLA compile fast instead of well, except in runs with slow tests, which run the programs of users.
+
+    Its older emitters of fused operations compile in half the time.
     """
-    compiled = TemporaryDirectory(prefix="sequel-compiled-")
-    config.add_cleanup(compiled.cleanup)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    config.add_cleanup(COMPILED.cleanup)
     if config.getoption("markexpr") == "not slow":
-        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+        os.environ.setdefault(
+            "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,8 @@ class DERHParams(ReplayHParams):
 
         L = CE(f(x), y) + alpha * E_(x', z) ||z - f(x')||^2
 
-    (x', z) is a replay batch; z are the logits that the network had for x' when it was trained on x'.
+    (x', z) is a replay batch; z are the outputs (for classes, the logits) that the network had for x' when
+    it was trained on x'.
 
     Example:
         >>> from sequel_core import DERHParams
@@ -25,9 +26,13 @@ class DERHParams(ReplayHParams):
 
     name: ClassVar[str] = "der"
 
-    alpha: float = setting(0.1, "weight of the squared distance to the stored logits", ge=0)
+    alpha: float = setting(0.1, "weight of the squared distance to the stored outputs", ge=0)
     distance: Literal["sum", "mean"] = setting(
         "sum",
-        "reduction of the squared distance over classes: `sum` (the paper's norm) or `mean` (the official "
-        "code and its tuned values of alpha)",
+        "reduction of the squared distance over the outputs of a sample: `sum` (the paper's norm) or `mean` "
+        "(the official code and its tuned values of alpha)",
+    )
+    output: str | None = setting(
+        None,
+        "name, attribute or index of z in what the network returns; null for its only array, or `logits`",
     )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sequel_core.hparams import AlgorithmHParams, check_labelled
+from sequel_core.hparams import AlgorithmHParams
 from sequel_core.settings import setting
 from sequel_core.stream import plan
 from sequel_core.stream.arrays import FloatArray, IntArray, SlotArray
@@ -68,8 +68,8 @@ class KCLHParams(AlgorithmHParams):
     )
 
     def check_stream(self, spec: StreamSpec) -> None:
-        """Raise ValueError if targets are not class labels, or predictions do not get each sample's task."""
-        check_labelled(spec, self.name, "another method")
+        """Raise ValueError if there are no classes, or predictions do not get the task of each sample."""
+        self.check_labels(spec, self.name)
         if spec.scenario == "class":
             raise ValueError(
                 "kcl cannot run in the class scenario: each task has its own classifier; use "

@@ -16,7 +16,8 @@ class MASHParams(AlgorithmHParams):
         L = CE(f(x), y) + lambda * sum_i Omega_i (theta_i - theta*_i)^2
         Omega_i <- Omega_i + 1/N sum_n |d ||f(x_n)||^2 / d theta_i|  at the end of a task
 
-    f(x) are the logits of all classes. Labels are not used for the importances Omega.
+    f(x) are the outputs of the network; for classes, the logits of all classes. Targets are not used for the
+    importances Omega.
 
     Example:
         >>> from sequel_core import MASHParams
@@ -33,6 +34,10 @@ class MASHParams(AlgorithmHParams):
         "sample",
         "whose gradient the importances take the absolute value of: `sample`, each sample's; `batch`, that "
         "of the sum over each batch (the official code)",
+    )
+    output: str | None = setting(
+        None,
+        "name, attribute or index of f(x) in what the network returns; null for its only array, or `logits`",
     )
     mas_samples: int | None = setting(
         None, "number of training samples for the importances of a task; null for all", ge=1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -14,12 +13,10 @@ from rich.table import Table
 from sequel_core.cli.arguments import Parser
 from sequel_core.experiment.schema import (
     CLASSES,
-    TABLES,
     Setting,
-    benchmarks,
     choices,
-    logger_files,
     settings,
+    summary,
 )
 from sequel_core.settings import as_text, check_name
 
@@ -49,24 +46,11 @@ def _tables(section: str) -> Iterable[Table]:
     if section == "experiment":
         yield _experiments()
     elif section in CLASSES and section != "optimizer":
-        yield _settings(f"{section}=...", _first_line(CLASSES[section]), settings(section), section)
+        yield _settings(f"{section}=...", summary(section), settings(section), section)
     else:
         for name in choices(section):
             prefix = f"logger.{name}" if section == "logger" else section
-            yield _settings(f"{section}={name}", _describe(section, name), settings(section, name), prefix)
-
-
-def _describe(section: str, name: str) -> str:
-    """Return the first line of the description of a choice."""
-    if section == "logger":
-        return _remarks(logger_files().joinpath(f"{name}.yaml"))[0]
-    if section == "benchmark":
-        return _first_line(benchmarks()[name])
-    return _first_line(TABLES[section][name] if section in TABLES else CLASSES[section])
-
-
-def _first_line(owner: type) -> str:
-    return (inspect.getdoc(owner) or "").partition("\n")[0]
+            yield _settings(f"{section}={name}", summary(section, name), settings(section, name), prefix)
 
 
 def _remarks(path: Traversable) -> list[str]:

@@ -32,11 +32,11 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--data-dir", help="folder (default: SEQUEL_DATA_DIR, else the user's cache)")
     options = parser.parse_args(args)
     backend = import_module("sequel_benchmarks")
-    known = list(backend.DATASETS)
+    known = [*backend.DATASETS, *backend.TABLES]
     for name in options.names:
         check_name("data set", name, known)
     table = Table(title="data sets", title_justify="left")
-    for column in ("name", "folder", "train", "test", "images", "classes", "checksum"):
+    for column in ("name", "folder", "train", "test", "inputs", "classes", "checksum"):
         table.add_column(column, justify="right" if column in ("train", "test", "classes") else "left")
     for name in options.names or known:
         if not options.names and not backend.available(name, options.data_dir):
@@ -55,7 +55,7 @@ def _cells(item: Any) -> list[str]:
         str(item.folder or "bundled with scikit-learn"),
         f"{item.train:,}",
         f"{item.test:,}",
-        " x ".join(map(str, item.image_shape)),
-        str(item.num_classes),
+        " x ".join(map(str, item.input_shape)),
+        "" if item.num_classes is None else str(item.num_classes),
         checksum.get(item.verified, f"{item.sha256[:12]}, no published checksum"),
     ]

@@ -1,4 +1,4 @@
-"""The table at the end of a sweep: its runs, ranked by accuracy."""
+"""The table at the end of a sweep: its runs, ranked by their average score."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sequel_core.runs.results import Result, load_result
+from sequel_core.objectives import Score
+from sequel_core.runs.formatting import score_text
+from sequel_core.runs.results import Result, common_score, load_result
 
-VALIDATION, TEST = "validation_average_accuracy", "test_average_accuracy"
 FILE = "sweep.csv"
+MEASURED = ("validation_average_score", "test_average_score")
 
 
 class Job(NamedTuple):
@@ -27,7 +29,8 @@ class Job(NamedTuple):
 
 class _Row(NamedTuple):
     job: Job
-    validation: float  # average accuracy, a fraction; nan if not measured
+    score: Score | None  # None if the run has recorded nothing
+    validation: float  # average score; nan if not measured
     test: float
     seconds: float
     status: str
@@ -36,8 +39,8 @@ class _Row(NamedTuple):
 def rank(jobs: Sequence[Job], directory: Path, console: Console) -> int:
     """Print the runs in a table, best first, and write the table to `sweep.csv`.
 
-    Runs are ranked by validation accuracy if every finished run has it, else by test accuracy; the title
-    says which. Failed runs are last.
+    Runs are ranked by the average score on the validation samples if every finished run has it, else by that
+    on the test samples; the title says which. Failed runs are last.
 
     Args:
         jobs: the runs, in the order in which they were started.
@@ -46,49 +49,55 @@ def rank(jobs: Sequence[Job], directory: Path, console: Console) -> int:
 
     Returns:
         The exit code: 1 if a run failed, else 0.
+
+    Raises:
+        ValueError: the runs have different scores.
     """
     rows = [_row(job) for job in jobs]
+    score = common_score(row.score for row in rows if row.score)
     finished = [row for row in rows if row.status == "finished"]
     validated = bool(finished) and not any(math.isnan(row.validation) for row in finished)
 
-    def score(row: _Row) -> tuple[bool, float]:
+    def place(row: _Row) -> tuple[bool, float]:
         value = row.validation if validated else row.test
-        return row.status != "finished", math.inf if math.isnan(value) else -value
+        cost = -value if score.higher_is_better else value
+        return row.status != "finished", math.inf if math.isnan(value) else cost
 
-    rows.sort(key=score)
+    rows.sort(key=place)
     keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
-    _write_csv(directory / FILE, rows, keys)
-    console.print(_table(f"ranked by {'validation' if validated else 'test'} accuracy", rows, keys))
+    _write_csv(directory / FILE, rows, keys, score)
+    title = f"ranked by {'validation' if validated else 'test'} {score.name}"
+    console.print(_table(title, rows, keys, score))
     console.print(f"written to {directory / FILE}", highlight=False, markup=False, soft_wrap=True)
     return 0 if len(finished) == len(rows) else 1
 
 
-def _write_csv(path: Path, rows: Sequence[_Row], keys: Sequence[str]) -> None:
+def _write_csv(path: Path, rows: Sequence[_Row], keys: Sequence[str], score: Score) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["rank", "run", *keys, VALIDATION, TEST, "seconds", "status"])
+        writer.writerow(["rank", "run", *keys, *map(score.of, MEASURED), "seconds", "status"])
         for place, row in enumerate(rows, 1):
-            numbers = [repr(value) if math.isfinite(value) else "" for value in row[1:4]]
+            numbers = [repr(value) if math.isfinite(value) else "" for value in row[2:5]]
             values = [row.job.overrides.get(key, "") for key in keys]
             writer.writerow([place, row.job.directory.name, *values, *numbers, row.status])
 
 
-def _table(title: str, rows: Sequence[_Row], keys: Sequence[str]) -> Table:
+def _table(title: str, rows: Sequence[_Row], keys: Sequence[str], score: Score) -> Table:
     shown = [
         name for name in ("validation", "test") if any(math.isfinite(getattr(row, name)) for row in rows)
     ]
     table = Table(title=title, title_justify="left")
     for column in ("run", *keys):
         table.add_column(column, overflow="fold")
-    for column in (*(f"{name} accuracy" for name in shown), "seconds"):
+    for column in (*(f"{name} {score.name}" for name in shown), "seconds"):
         table.add_column(column, justify="right")
     table.add_column("status", overflow="fold")
     for row in rows:
-        accuracies = [getattr(row, name) for name in shown]
-        percent = [f"{100 * value:.2f} %" if math.isfinite(value) else "" for value in accuracies]
+        values = [getattr(row, name) for name in shown]
+        scores = [score_text(value, score) if math.isfinite(value) else "" for value in values]
         seconds = f"{row.seconds:.1f}" if math.isfinite(row.seconds) else ""
-        values = [escape(row.job.overrides.get(key, "")) for key in keys]
-        table.add_row(escape(row.job.directory.name), *values, *percent, seconds, escape(row.status))
+        settings = [escape(row.job.overrides.get(key, "")) for key in keys]
+        table.add_row(escape(row.job.directory.name), *settings, *scores, seconds, escape(row.status))
     return table
 
 
@@ -101,11 +110,10 @@ def _row(job: Job) -> _Row:
     error = job.directory / "error.txt"
     failure = error.read_text(encoding="utf-8").strip().splitlines() if error.is_file() else []
     if result is None:
-        return _Row(job, math.nan, math.nan, math.nan, f"failed: {failure[-1]}" if failure else "not started")
+        status = f"failed: {failure[-1]}" if failure else "not started"
+        return _Row(job, None, math.nan, math.nan, math.nan, status)
     status = str(result.summary.get("status", "unfinished"))
     if failure and status not in ("finished", "diverged"):
         status = f"failed: {failure[-1]}"
-    seconds = result.summary.get("seconds") or {}
-    accuracies = [result.summary.get(key) for key in (VALIDATION, TEST)]
-    validation, test = (math.nan if value is None else float(value) for value in accuracies)
-    return _Row(job, validation, test, float(seconds.get("total", math.nan)), status)
+    validation, test = map(result.metric, MEASURED)
+    return _Row(job, result.score, validation, test, result.number("seconds", "total"), status)

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata, resources
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -26,7 +25,8 @@ from sequel_core.experiment.compose import compose
 from sequel_core.experiment.overrides import CONFIGS, experiments, quoted
 from sequel_core.experiment.schema import DOCUMENTATION, ExperimentConfig
 from sequel_core.runs import learner
-from sequel_core.runs.formatting import percent, two_decimals
+from sequel_core.runs.directory import numbered
+from sequel_core.runs.formatting import number
 from sequel_core.runs.learner import PLUGINS, DivergenceError, Mode
 from sequel_core.runs.results import TASK_GIVEN, Result, load_result
 from sequel_core.runs.signals import InterruptedRunError
@@ -204,7 +204,7 @@ def new_directory(folder: Path, stem: str) -> Path:
             return False
         return True
 
-    return next(path for path in (folder / (f"{stem}_{k}" if k else stem) for k in count()) if made(path))
+    return next(path for path in numbered(folder / stem) if made(path))
 
 
 def verdict(mean: float, expected: Mapping[str, Any]) -> str:
@@ -281,9 +281,9 @@ def _table(experiment: str, rows: Sequence[Row], expected: Mapping[str, Any]) ->
         table.add_row(
             row.mode,
             ", ".join(map(str, row.results)) or "-",
-            two_decimals(measured(row)),
+            number(measured(row)),
             "-" if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}",
-            percent(_mean([result.forgetting for result in row.results.values()])),
+            number(_mean([result.forgetting for result in row.results.values()]), 100),
             f"{expected['avg_acc']:g}",
             f"{expected.get('tolerance', 0):g}",
             ", ".join(row.failures) or verdict(measured(row), expected),

@@ -9,9 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from importlib import import_module
-from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,9 +31,10 @@ from sequel_core.experiment.build import build_benchmark, build_callbacks
 from sequel_core.experiment.compose import compose, other_version_of
 from sequel_core.experiment.overrides import CONFIGS, one_line, quoted, request
 from sequel_core.experiment.schema import SPREAD, ExperimentConfig, settings
+from sequel_core.objectives import ACCURACY
 from sequel_core.runs import learner
 from sequel_core.runs.callbacks import StreamCallback
-from sequel_core.runs.directory import CONFIG, ERROR, RunDirectory
+from sequel_core.runs.directory import CONFIG, ERROR, RunDirectory, new_path
 from sequel_core.runs.learner import DivergenceError
 from sequel_core.runs.orchestrator import Resume, Shown
 from sequel_core.runs.results import Result
@@ -184,7 +183,7 @@ def job(_: DictConfig, quiet: bool, resume: Resume = False) -> float:
         resume: see `sequel_core.run`.
 
     Returns:
-        The accuracy by which a sweep is ranked, a fraction; nan if a run of a sweep failed. Its directory
+        The score by which a sweep is ranked, see `ranked_by`; nan if a run of a sweep failed. Its directory
         then contains the reason.
 
     Raises:
@@ -277,9 +276,13 @@ def stated(expected: Mapping[str, Any]) -> str:
 
 
 def ranked_by(result: Result) -> float:
-    """Return the validation accuracy of a run, or its test accuracy if there is none; a fraction."""
-    value = result.summary.get("validation_average_accuracy")
-    return float(result.average_accuracy if value is None else value)
+    """Return the average score of a run on the validation samples, or on the test samples if it has none.
+
+    A search, such as by Hydra's Optuna sweeper, maximises it, or minimises it if lower is better
+    (`hydra.sweeper.direction`).
+    """
+    value = result.metric("validation_average_score")
+    return result.metric("average_score") if math.isnan(value) else value
 
 
 def _print_expected(console: Console, config: ExperimentConfig, result: Result) -> None:
@@ -289,7 +292,7 @@ def _print_expected(console: Console, config: ExperimentConfig, result: Result) 
         if key in SPREAD:
             continue
         text = f"{key}: measured {result.summary.get(key, 'not')}, expected {value}"
-        if key == "avg_acc":
+        if key == "avg_acc" and result.score == ACCURACY:
             measured = 100 * result.average_accuracy
             text = f"average accuracy: measured {measured:.2f} %, expected {stated(config.expected)}"
         console.print(f"{text}{source}", highlight=False, markup=False, soft_wrap=True)
@@ -322,7 +325,7 @@ def _sweep(arguments: Sequence[str], console: Console, show: bool, test: bool, r
     def start(given: DictConfig) -> float:  # launchers pickle it, and a console cannot be pickled
         return job(given, quiet, resume)
 
-    with _reserved(asked.run_dir or _sweep_directory(), resume) as directory:
+    with _reserved(asked.run_dir or str(new_path("_sweep")), resume) as directory:
         _launch(start, [*overrides, *asked.hydra, f"hydra.sweep.dir={quoted(str(directory))}", "--multirun"])
         directory.joinpath("multirun.yaml").unlink(missing_ok=True)
     shown = varied(jobs)
@@ -337,12 +340,6 @@ def _validates(config: ExperimentConfig) -> bool:
     choice = config.user_code.get("benchmark", config.benchmark.name)
     known = {spec.key for spec in settings("benchmark", choice)}
     return "validation" in config.benchmark.arguments or "validation" not in known
-
-
-def _sweep_directory() -> str:
-    stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_sweep"
-    names = (Path("runs") / (f"{stem}_{k}" if k else stem) for k in count())
-    return str(next(name for name in names if not name.exists()))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 
 from sequel_core.experiment.build import build_benchmark
 from sequel_core.experiment.compose import compose
-from sequel_core.experiment.overrides import MAX_RUNS, one_line
+from sequel_core.experiment.overrides import MAX_RUNS, one_line, value_texts
 from sequel_core.experiment.schema import ExperimentConfig
 
 
@@ -58,10 +58,8 @@ def _product(overrides: Sequence[Override]) -> Iterator[tuple[str, ...]]:
     """Return the overrides of each combination; if a key is given twice, the last one counts."""
     choices = {}
     for override in overrides:
-        swept = override.is_sweep_override()
-        values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
         key = override.get_key_element()
-        choices[key] = [f"{key}={value}" for value in values]
+        choices[key] = [f"{key}={text}" for text in value_texts(override)]
     return itertools.product(*choices.values())
 
 

@@ -134,31 +134,39 @@ def canonical(values: Mapping[str, Any]) -> Layer:
     return layer
 
 
-def _spell_loggers(layer: Layer) -> None:
-    """Rewrite the choice of loggers as `logger.<name>.<setting>`; an empty mapping selects a logger.
+def loggers_by_name(chosen: Any) -> Layer:
+    """Return a choice of loggers, a name or a list of names and user code, as settings by name.
 
-    A file may give a name, a list of names and of settings with `_target_`, a mapping, or the section `wandb`
-    of the paper.
+    User code is named by its position in the list.
     """
-    chosen = layer.pop("logger", {})
-    items = chosen if isinstance(chosen, list | tuple) else [] if chosen in (None, {}) else [chosen]
-    if items and f"logger.{TARGET}" in layer:
-        raise ValueError(f"logger and logger.{TARGET} are both given: {chosen!r}; give a list with both")
-    for i, item in enumerate(items):
+    named: Layer = {}
+    for i, item in enumerate(chosen if isinstance(chosen, list | tuple) else [chosen]):
         if isinstance(item, Mapping) and TARGET in item:
-            layer |= flatten(item, f"logger.{i}.")
+            named[str(i)] = item
         elif isinstance(item, str):
-            layer.setdefault(f"logger.{item}", {})
+            named[item] = {}
         else:
             raise ValueError(f"logger must be names or settings with `{TARGET}`, got {item!r}")
+    return named
+
+
+def _spell_loggers(layer: Layer) -> None:
+    """Rewrite the choice of loggers, and the section `wandb` of the paper, as `logger.<name>.<setting>`."""
+    chosen = layer.pop("logger", {})
+    named = {} if chosen in (None, {}) else loggers_by_name(chosen)
+    if named and f"logger.{TARGET}" in layer:
+        raise ValueError(f"logger and logger.{TARGET} are both given: {chosen!r}; give a list with both")
+    for path, value in flatten(named, "logger.").items():
+        layer.setdefault(path, value)
     if not isinstance(layer.get("wandb"), Mapping | None):
         raise ValueError(f"wandb must be a group of settings, got {layer['wandb']!r}")
-    for path in [path for path in layer if path == "wandb" or path.startswith("wandb.")]:
+    for path in [path for path in layer if path.partition(".")[0] == "wandb"]:
         _move(layer, path, layer.pop(path), f"logger.{path}")
-    for path in [path for path in layer if path.startswith("logger.") and layer[path] == {}]:
-        if any(other.startswith(f"{path}.") for other in layer):
+    loggers = [path for path in layer if path.startswith("logger.")]
+    for path in loggers:  # an empty mapping selects a logger
+        if layer[path] == {} and any(other.startswith(f"{path}.") for other in loggers):
             del layer[path]
-    if chosen is None and not any(path.startswith("logger.") for path in layer):
+    if chosen is None and not loggers:
         layer["logger"] = None
 
 

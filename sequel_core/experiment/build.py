@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from sequel_core.backbones import MAX_UNITS, MLPHParams
 from sequel_core.experiment.aliases import SECTIONS, SHAPE, Layer, nest, spelling
@@ -18,7 +17,6 @@ from sequel_core.experiment.schema import (
     CLASSES,
     DOCUMENTATION,
     EVALUATION,
-    TABLES,
     BenchmarkConfig,
     Expected,
     ExperimentConfig,
@@ -27,21 +25,20 @@ from sequel_core.experiment.schema import (
     check_callback,
     choices,
     settings,
-    typed_fields,
+    settings_class,
     user_hparams,
 )
 from sequel_core.experiment.target import TARGET, Target, read
-from sequel_core.hparams import OptimizerHParams, TrainingHParams
+from sequel_core.hparams import TrainingHParams
 from sequel_core.runs import learner
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.files import plain
-from sequel_core.runs.learner import PLUGINS, Mode
+from sequel_core.runs.learner import Mode
 from sequel_core.runs.services import MASK
-from sequel_core.settings import Settings, check_name, nearest, setting, validator
+from sequel_core.settings import Settings, check_name, nearest, setting
 from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.plan import check_batch_size
-
-S = TypeVar("S", bound=Settings)
+from sequel_core.stream.trees import LeafSpec, specs_text
 
 SUPPLIED = {
     "backbone": ("num_classes", "image_shape", "rngs"),
@@ -63,13 +60,10 @@ class Shape(Settings):
 def user_code(section: str, values: Mapping[str, Any], mode: Mode) -> Target:
     """Return what the `_target_` of a section names, with its arguments in the spelling of its signature.
 
-    The plug-in is imported first, because it must set up torchvision before any other import of it.
-
     Raises:
         ValueError: the path names nothing, an import fails, or the plug-in is not installed.
     """
-    check_name("mode", mode, PLUGINS)
-    learner.plugin(mode)
+    learner.plugin(mode)  # first, because it must set up torchvision before any other import of it
     target = read(section, values)
     known = {spec.key for spec in settings(section, target)}
     return replace(target, arguments={spelling(section, k, known): v for k, v in target.arguments.items()})
@@ -78,13 +72,15 @@ def user_code(section: str, values: Mapping[str, Any], mode: Mode) -> Target:
 def drop_foreign(layer: Layer, section: str, name: str | Target) -> list[str]:
     """Remove the settings of a section that its choice `name` does not have; return their keys."""
     known = {spec.key for spec in settings(section, name)}
-    kept = known | {TARGET if isinstance(name, Target) else SECTIONS[section]}
-    if section == "backbone" and not isinstance(name, Target):
-        kept |= {"num_classes", *(SHAPE if name == "mlp" else ())}
-    keys = {path: path.split(".")[1] for path in layer if path.startswith(f"{section}.")}
+    paths = {path: path.split(".")[1] for path in layer if path.startswith(f"{section}.")}
     if isinstance(name, Target):
-        keys = {path: spelling(section, key, known) for path, key in keys.items()}
-    foreign = [path for path, key in keys.items() if key not in kept]
+        kept = {TARGET, *known}
+        paths = {path: spelling(section, key, known) for path, key in paths.items()}
+    else:
+        kept = {SECTIONS[section], *known, *(SHAPE if name == "mlp" else ())}
+    if section == "backbone" and not isinstance(name, Target):
+        kept |= {"num_classes"}
+    foreign = [path for path, key in paths.items() if key not in kept]
     for path in foreign:
         del layer[path]
     return [path for path in foreign if path.split(".")[1] not in (TARGET, SECTIONS[section])]
@@ -100,57 +96,51 @@ def build(flat: Layer) -> ExperimentConfig:
         if value == MASK:
             raise ValueError(f"{path} was masked when the run was recorded, as a secret; give it a value")
     values = nest(flat)
-    for section, key in SECTIONS.items():
-        if isinstance(values.get(section), Mapping) and TARGET not in values[section]:
-            check_name(section, values[section].get(key), choices(section))
     _check_top(values)
     mode = values.get("mode", "pytorch")
-    selected = {section: _selected(section, dict(values[section]), mode) for section in SECTIONS}
-    groups = {section: dict(values.get(section, {})) for section in CLASSES if section not in SECTIONS}
-    code = {section: target for section, (_, target) in selected.items() if target}
-    if TARGET in groups["objective"]:
-        code["objective"] = user_code("objective", groups["objective"], mode)
-        code["objective"].check(())
-        groups["objective"] = {}
-    for section, group in groups.items():
-        _check_keys(section, group, "")
-    checked: dict[str, Any] = {name: _settings(CLASSES[name], name, group) for name, group in groups.items()}
-    trainer = checked["trainer"]
-    checked["trainer"] = {key: plain(key, getattr(trainer, key), as_text=True) for key in groups["trainer"]}
-    checked |= {key: values[key] for key in EVALUATION if key in values}
-    checked |= {key: str(values[key]) for key in DOCUMENTATION[1:] if key in values}
+    chosen: dict[str, Any] = {}
+    code: dict[str, Target] = {}
+    for section in dict.fromkeys((*SECTIONS, *CLASSES)):
+        group = dict(values.get(section, {}))
+        if TARGET not in group or section not in (*SECTIONS, "objective"):
+            chosen[section] = _chosen(section, group)
+            continue
+        target = code[section] = user_code(section, group, mode)
+        _check_user_code(section, target, mode)
+        if section == "algo":
+            chosen[section] = _settings(user_hparams(target), section, target.arguments)
+        elif section == "benchmark":
+            chosen[section] = BenchmarkConfig(target.path, target.arguments)
+    trainer = vars(chosen.pop("trainer"))
+    chosen |= {key: values[key] for key in EVALUATION if key in values}
+    chosen |= {key: str(values[key]) for key in DOCUMENTATION[1:] if key in values}
     return ExperimentConfig(
         mode=mode,
-        **{section: choice for section, (choice, _) in selected.items()},
+        trainer={key: plain(key, trainer[key], as_text=True) for key in values.get("trainer", {})},
         logger=_loggers(values.get("logger"), mode),
         callbacks=tuple(_targets("callbacks", values.get("callbacks"), mode).values()),
         user_code=code,
         num_classes=values["backbone"].get("num_classes"),
         expected=_expected(values.get("expected") or {}),
-        **checked,
+        **chosen,
     )
 
 
-def _selected(section: str, group: dict[str, Any], mode: Mode) -> tuple[Any, Target | None]:
-    """Return the settings of a section that a name selects, and its user code if that replaces the name."""
-    if TARGET in group:
-        target = user_code(section, group, mode)
-        _check_user_code(section, target, mode)
-        if section == "algo":
-            return _settings(user_hparams(target), section, target.arguments), target
-        if section == "benchmark":
-            return BenchmarkConfig(target.path, target.arguments), target
-        return MLPHParams() if section == "backbone" else OptimizerHParams(), target
-    name = group.pop(SECTIONS[section])
+def _chosen(section: str, group: dict[str, Any]) -> Any:
+    """Return the settings of a section, whose choice is built in."""
+    name = ""
+    if section in SECTIONS:
+        name = group.pop(SECTIONS[section], None)
+        check_name(section, name, choices(section))
     if section == "backbone":
         group.pop("num_classes", None)
         _widths(group)
     _check_keys(section, group, name)
-    if section == "benchmark":
-        return _benchmark(name, group), None
-    if section == "optimizer":
-        return _settings(OptimizerHParams, section, {"type": name, **group}), None
-    return _settings(TABLES[section][name], section, group), None
+    arguments = {"type": name, **group} if name and section in CLASSES else group
+    chosen = _settings(settings_class(section, name), section, arguments)
+    if section != "benchmark":
+        return chosen
+    return BenchmarkConfig(name, {k: tuple(v) if isinstance(v, list) else v for k, v in group.items()})
 
 
 def _expected(values: Any) -> dict[str, Any]:
@@ -181,31 +171,27 @@ def _check_top(values: Mapping[str, Any]) -> None:
 
 def _check_keys(section: str, group: Mapping[str, Any], name: str | Target) -> None:
     """Raise ValueError for the first key that is not a setting, with the nearest one and its range."""
-    prefix = f"logger.{name}" if section == "logger" else section
-    known = {spec.key: spec for spec in settings(section, name)}
-    for key in (key for key in group if key not in known):
+    ranges = {spec.key: f" ({spec.allowed})".removesuffix(" ()") for spec in settings(section, name)}
+    unknown = [key for key in group if key not in ranges]
+    if unknown:
+        key, prefix = unknown[0], f"logger.{name}" if section == "logger" else section
+        others = choices(section) if isinstance(name, str) and name else []
+        others = [other for other in others if key in {spec.key for spec in settings(section, other)}]
+        hint = f"; it belongs to {', '.join(others)}"
+        if not others:
+            hint = nearest(key, {known: f"{prefix}.{known}{text}" for known, text in ranges.items()})
+        hint = hint or f"; its settings are {', '.join(ranges) or 'none'}"
         owner = name.path if isinstance(name, Target) else name or section
-        others = [
-            other
-            for other in (choices(section) if isinstance(name, str) and name else [])
-            if key in {spec.key for spec in settings(section, other)}
-        ]
-        ranges = {spec.key: f" ({spec.allowed})" if spec.allowed else "" for spec in known.values()}
-        hint = nearest(key, {name: f"{prefix}.{name}{text}" for name, text in ranges.items()})
-        if others:
-            hint = f"; it belongs to {', '.join(others)}"
-        hint = hint or f"; its settings are {', '.join(known) or 'none'}"
         raise ValueError(f"{prefix}.{key} is not a setting of {owner}{hint}")
 
 
 def _check_user_code(section: str, target: Target, mode: Mode) -> None:
     """Raise ValueError if user code cannot be called as its section does, or lacks an argument."""
     if section == "algo":
-        callable_in_mode = (
-            inspect.isclass(target.function) if mode == "pytorch" else "seed" in target.parameters
-        )
-        if not callable_in_mode:
-            wanted = {"pytorch": "a ContinualModule", "jax": "a function (hparams, seed) -> Algorithm"}[mode]
+        wanted, fits = "a ContinualModule", inspect.isclass(target.function)
+        if mode == "jax":
+            wanted, fits = "a function (hparams, seed) -> Algorithm", "seed" in target.parameters
+        if not fits:
             raise ValueError(
                 f"{section}.{TARGET} must be {wanted} with mode={mode}, got {target.path}; a file for both "
                 "modes can write ${mode} within the path"
@@ -218,27 +204,18 @@ def _check_user_code(section: str, target: Target, mode: Mode) -> None:
 
 
 @contextmanager
-def _named(section: str, known: Callable[[str], bool] = lambda name: True) -> Iterator[None]:
+def _named(section: str, known: Collection[str] | None = None) -> Iterator[None]:
     """Put the section before the message of a ValueError whose first word is a known setting."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{section}.{error}" if known(str(error).partition(" ")[0]) else error) from error
+        named = known is None or str(error).partition(" ")[0] in known
+        raise ValueError(f"{section}.{error}" if named else str(error)) from error
 
 
-def _settings(cls: type[S], section: str, group: Mapping[str, Any]) -> S:
+def _settings(cls: type[Settings], section: str, group: Mapping[str, Any]) -> Any:
     with _named(section):
         return cls(**group)
-
-
-_benchmark_validator = cache(lambda name: validator(name, typed_fields("benchmark", name)))
-
-
-def _benchmark(name: str, arguments: Mapping[str, Any]) -> BenchmarkConfig:
-    """Return the benchmark with its arguments, whose types are checked; it checks their ranges itself."""
-    with _named("benchmark"):
-        _benchmark_validator(name)(arguments)
-    return BenchmarkConfig(name, {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()})
 
 
 def _widths(group: dict[str, Any]) -> None:
@@ -264,10 +241,10 @@ def _widths(group: dict[str, Any]) -> None:
 def _targets(key: str, value: Any, mode: Mode) -> dict[str, Target]:
     """Return the targets of `logger` or `callbacks`: None, one, a list of them, or a mapping of names."""
     items: Mapping[str, Any] = {key: value}
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
     if isinstance(value, Mapping) and TARGET not in value:
         items = {f"{key}.{name}": item for name, item in value.items()}
-    elif isinstance(value, list | tuple):
-        items = {f"{key}.{i}": item for i, item in enumerate(value)}
     targets = {}
     for name, item in items.items():
         if item is None:  # `callbacks.early=null` removes the one of a file
@@ -315,10 +292,11 @@ def build_callbacks(config: ExperimentConfig, run_dir: Path) -> tuple[list[Strea
     callbacks = [target.make(directory=os.fspath(run_dir)) for target in config.callbacks]
     for target, callback in zip(config.callbacks, callbacks, strict=True):
         check_callback(target, type(callback), config.mode)
-    for_learner = [
-        callback for callback in callbacks if issubclass(type(callback), callback_class(config.mode))
-    ]
-    return [callback for callback in callbacks if isinstance(callback, StreamCallback)], for_learner
+    for_learner = callback_class(config.mode)
+    return (
+        [callback for callback in callbacks if isinstance(callback, StreamCallback)],
+        [callback for callback in callbacks if isinstance(callback, for_learner)],
+    )
 
 
 def build_benchmark(config: ExperimentConfig) -> Benchmark:
@@ -333,19 +311,21 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
     if "benchmark" in config.user_code:
         benchmark = user_benchmark(config.user_code["benchmark"], config.training)
     else:
-        with _named("benchmark", {spec.key for spec in settings("benchmark", name)}.__contains__):
+        with _named("benchmark", {spec.key for spec in settings("benchmark", name)}):
             benchmark = benchmarks()[name](**arguments)
     if config.num_classes not in (None, benchmark.num_classes):
         raise ValueError(
             f"backbone.num_classes must be the benchmark's {benchmark.num_classes}, "
             f"got {config.num_classes!r}; leave it out"
         )
+    if "backbone" not in config.user_code:
+        _check_inputs(config.backbone.type, benchmark)
     if "objective" not in config.user_code:
-        with _named("objective", {spec.name for spec in fields(config.objective)}.__contains__):
+        with _named("objective", {spec.name for spec in fields(config.objective)}):
             config.objective.resolved(benchmark.spec)
     with _named("training"):
         config.training.epochs(len(benchmark) - 1)
-    with _named("algo", {spec.name for spec in fields(config.algo)}.__contains__):
+    with _named("algo", {spec.name for spec in fields(config.algo)}):
         config.algo.check(benchmark.spec, config.training)
         stages = list(config.algo.training_tasks(benchmark, config.training.seed))
     for task in stages:
@@ -357,6 +337,19 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
             "set benchmark.validation, for example to 0.1"
         )
     return benchmark
+
+
+def _check_inputs(backbone: str, benchmark: Benchmark) -> None:
+    """Raise ValueError unless a built-in network takes the inputs of the stream."""
+    spec = benchmark.spec
+    if spec.images or (backbone == "mlp" and isinstance(spec.x, LeafSpec)):
+        return
+    needs = "one input array" if backbone == "mlp" else "images [H, W, C]"
+    remedy = " or backbone=mlp" if isinstance(spec.x, LeafSpec) else ""
+    raise ValueError(
+        f"backbone={backbone} needs {needs}, benchmark {benchmark.name} has {specs_text(spec.x)}; use "
+        f"a network of your own{remedy}"
+    )
 
 
 def user_benchmark(target: Target, training: TrainingHParams) -> Benchmark:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra import compose as compose_groups
+from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,6 +29,7 @@ from sequel_core.experiment.build import build, drop_foreign, user_code
 from sequel_core.experiment.overrides import (
     CONFIGS,
     experiments,
+    for_hydra,
     hydra_context,
     one_line,
     parse,
@@ -38,6 +40,7 @@ from sequel_core.experiment.schema import ExperimentConfig, choices
 from sequel_core.experiment.target import TARGET, Target
 from sequel_core.runs.directory import CONFIG, METRICS, SUMMARY, writer
 from sequel_core.runs.files import read_yaml
+from sequel_core.runs.results import SCORE
 from sequel_core.runs.versions import WRITER, version_note
 from sequel_core.settings import check_name
 
@@ -72,27 +75,15 @@ def compose(overrides: Sequence[str]) -> Composed:
         >>> config.algo.name, config.training.seed
         ('naive', 1)
     """
+    notes: list[str] = []
+    names: dict[str, str] = {}
     with hydra_context() as loader:
-        given: list[Layer] = []
-        selections: Layer = {}  # `algo=ewc` or `logger=[csv]`, beside settings such as `algo.ewc_lambda=1`
-        for override in parse(with_paths(overrides), loader):
-            key = override.key_or_group
-            if key != "hydra" and not key.startswith(("hydra.", "hydra/")):
-                value = single(override).value()
-                if not isinstance(value, Mapping) and (key in SECTIONS or (key == "logger" and value)):
-                    selections[key] = value
-                    continue
-                if key == "logger" and not value:
-                    selections.pop(key, None)
-                given.append(flatten({key: value}))
-        line = merge(*given)
-        file = canonical(_file(line))
-        names_loggers = "logger" in line or "logger" in selections
-        line, defaults = canonical(line | selections), _groups()
-        if any(TARGET in f"{path}: {value}" for path, value in (file | line).items()):
-            _import_from_here()
-        notes = []
-        names: dict[str, str] = {}
+        line, selected = _command_line(parse(with_paths(overrides), loader))
+        file, named_loggers = canonical(_file(line)), "logger" in line or "logger" in selected
+        line, defaults = canonical(line | selected), _groups()
+        has_user_code = any(TARGET in f"{path}: {value}" for path, value in (file | line).items())
+        if has_user_code and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
         for section, key in SECTIONS.items():
             path, target = f"{section}.{key}", f"{section}.{TARGET}"
             before = file.get(target, file.get(path, defaults[path]))
@@ -111,11 +102,28 @@ def compose(overrides: Sequence[str]) -> Composed:
                 if dropped:
                     text = f"dropped the file's {', '.join(dropped)}"
                     notes.append(f"{section}={chosen} in place of {before}: {text}")
-        loggers = _choice_of_loggers(line, file, notes, names_loggers)
-        groups = _groups(*(f"{key}={name}" for key, name in names.items()), f"logger=[{','.join(loggers)}]")
+        notes += _drop_loggers(line, file, named_loggers)
+        groups = _groups(*(f"{section}={name}" for section, name in names.items()))
         unused = (*PLACES, *(SECTIONS.keys() - names.keys()))  # sections that are user code have no group
         groups = {path: value for path, value in groups.items() if path.partition(".")[0] not in unused}
         return Composed(build(resolved(merge(groups, file, line))), notes)
+
+
+def _command_line(overrides: Sequence[Override]) -> tuple[Layer, Layer]:
+    """Return the settings of a command line, and its selections such as `algo=ewc` or `logger=[csv]`."""
+    given: list[Layer] = []
+    selected: Layer = {}
+    for override in overrides:
+        if for_hydra(override):
+            continue
+        key, value = override.key_or_group, single(override).value()
+        if key == "logger" and not value:
+            selected.pop(key, None)
+        elif not isinstance(value, Mapping) and key in (*SECTIONS, "logger"):
+            selected[key] = value
+            continue
+        given.append(flatten({key: value}))
+    return merge(*given), selected
 
 
 def merge(*layers: Layer) -> Layer:
@@ -149,22 +157,14 @@ def resolved(flat: Layer) -> Layer:
     return {key: values[key] for key in flat if key in values}
 
 
+@cache  # because this takes most of the time
 def _groups(*chosen: str) -> Layer:
-    """Return a copy of the settings in the config groups that a choice names; the default ones for none."""
-    return dict(_composed(chosen))
-
-
-@cache
-def _composed(chosen: tuple[str, ...]) -> Layer:
-    """Compose the config groups, once for each choice, because this takes most of the time."""
+    """Return the settings in the config groups that are chosen; the default ones for none."""
     return canonical(OmegaConf.to_container(compose_groups("config", list(chosen))))  # type: ignore[arg-type]
 
 
-def _choice_of_loggers(line: Layer, file: Layer, notes: list[str], names_loggers: bool) -> list[str]:
-    """Return the built-in loggers that are selected.
-
-    If the command line names loggers, the loggers of the file that it does not name are dropped, with a note.
-    """
+def _drop_loggers(line: Layer, file: Layer, named: bool) -> list[str]:
+    """If the command line names loggers, remove the others of the file; return a note about them."""
     target = f"logger.{TARGET}"  # user code, as the only logger
 
     def selected(layer: Layer) -> list[str]:
@@ -174,15 +174,14 @@ def _choice_of_loggers(line: Layer, file: Layer, notes: list[str], names_loggers
         return [name for name in names if layer.get(f"logger.{name}", "") is not None]
 
     in_line, in_file = selected(line), selected(file)
-    if names_loggers or (target in line and target not in file):
-        for path in [path for path in file if path.startswith("logger.")]:
-            if target in file or path.split(".")[1] not in in_line:
-                del file[path]
-        if set(in_file) - set(in_line):
-            notes.append(f"logger={','.join(in_line) or 'null'} in place of {','.join(in_file)}")
-    both = merge(file, line)
-    built_in = set(choices("logger"))
-    return [name for name in selected(both) if name in built_in and f"logger.{name}.{TARGET}" not in both]
+    if not named and (target not in line or target in file):
+        return []
+    for path in [path for path in file if path.startswith("logger.")]:
+        if target in file or path.split(".")[1] not in in_line:
+            del file[path]
+    if set(in_file) <= set(in_line):
+        return []
+    return [f"logger={','.join(in_line) or 'null'} in place of {','.join(in_file)}"]
 
 
 def _file(line: Layer) -> Mapping[str, Any]:
@@ -212,7 +211,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     for key in PLACES:
         if key in values:
             raise ValueError(f"{path} cannot set {key}; give it on the command line")
-    return {str(key): value for key, value in values.items() if key != WRITER}
+    return {str(key): value for key, value in values.items() if key not in (SCORE, WRITER)}
 
 
 def other_version_of(overrides: Sequence[str]) -> str:
@@ -221,10 +220,3 @@ def other_version_of(overrides: Sequence[str]) -> str:
         if path.name == CONFIG and any(path.with_name(name).is_file() for name in (METRICS, SUMMARY)):
             return version_note(writer(path.parent), "the settings were")
     return ""
-
-
-def _import_from_here() -> None:
-    """Make modules of the current directory importable, before installed ones."""
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -14,17 +12,15 @@ from sequel_core.experiment.schema import (
     CLASSES,
     DOCUMENTATION,
     EVALUATION,
-    TABLES,
     Expected,
     ExperimentConfig,
-    benchmarks,
     choices,
     settings,
-    typed_fields,
+    settings_class,
+    summary,
 )
 from sequel_core.experiment.target import PARTIAL, TARGET
-from sequel_core.hparams import OptimizerHParams
-from sequel_core.settings import Validator, validator, validator_of
+from sequel_core.settings import model_of
 
 Schema = dict[str, Any]
 
@@ -55,15 +51,16 @@ def json_schema() -> Schema:
         >>> schema["properties"]["training"]["properties"]["batch_size"]["description"]
         'number of training samples per step'
     """
-    top = _properties(validator_of(ExperimentConfig))
+    top = _properties(ExperimentConfig)
     sections: Schema = {key: _section(key) for key in SECTIONS}
-    sections |= {key: _object(validator_of(cls), cls) for key, cls in CLASSES.items() if key not in sections}
+    for key in CLASSES.keys() - SECTIONS.keys():
+        sections[key] = _object(_properties(CLASSES[key]), summary(key))
     properties: Schema = {"mode": top["mode"], **sections, "logger": _loggers(), "wandb": _logger("wandb")}
     properties |= {
         "callbacks": {"anyOf": [NULL, USER_CODE, {"type": "array", "items": USER_CODE}, _named(USER_CODE)]},
         **{key: top[key] for key in EVALUATION},
         **{key: {"description": "recorded only"} for key in DOCUMENTATION},
-        "expected": {**_object(validator_of(Expected), Expected), "additionalProperties": True},
+        "expected": {**_object(_properties(Expected), "published results"), "additionalProperties": True},
     }
     for old, new in SPELLINGS.items():
         _add_spelling(properties, old.split("."), new.split("."))
@@ -76,22 +73,22 @@ def json_schema() -> Schema:
     }
 
 
-def _properties(model: Validator) -> Schema:
-    """Return the schema of each setting of a model; a value may also be an interpolation."""
+def _properties(cls: Any) -> Schema:
+    """Return the schema of each setting of a class; a value may also be an interpolation."""
     properties = {}
-    for key, schema in TypeAdapter(model.model).json_schema()["properties"].items():
+    for key, schema in TypeAdapter(model_of(cls)).json_schema()["properties"].items():
         about = {name: schema.pop(name) for name in ("description", "default") if name in schema}
         del schema["title"]
         properties[key] = {**about, "anyOf": [*schema.get("anyOf", [schema]), INTERPOLATION]}
     return properties
 
 
-def _object(model: Validator, owner: object) -> Schema:
-    """Return the schema of a group of settings, with the first line of its owner's docstring."""
+def _object(properties: Schema, description: str) -> Schema:
+    """Return the schema of a group of settings."""
     return {
-        "description": (inspect.getdoc(owner) or "").partition("\n")[0],
+        "description": description,
         "type": "object",
-        "properties": _properties(model),
+        "properties": properties,
         "additionalProperties": False,
     }
 
@@ -100,20 +97,15 @@ def _section(section: str) -> Schema:
     """Return the schema of a section that a name selects: the name, settings with the name, or user code."""
     key = SECTIONS[section]
     other_names = NAMES[f"{section}.{key}"]
-    owners: Mapping[str, object] = (
-        benchmarks()
-        if section == "benchmark"
-        else TABLES.get(section, dict.fromkeys(choices(section), OptimizerHParams))
-    )
     options = []
     for name in choices(section):
-        option = _object(validator(name, typed_fields(section, name)), owners[name])
-        if section == "backbone":
-            option["properties"]["num_classes"] = {"description": "number of classes of the benchmark"}
-            option["properties"] |= _properties(validator_of(Shape)) if name == "mlp" else {}
         names = [name, *(other for other, canonical in other_names.items() if canonical == name)]
-        option["properties"] = {key: {"enum": names}, **option["properties"]}
-        options.append(option)
+        every = _properties(settings_class(section, name))
+        properties = {key: {"enum": names}, **{spec.key: every[spec.key] for spec in settings(section, name)}}
+        if section == "backbone":
+            properties["num_classes"] = {"description": "number of classes of the benchmark"}
+            properties |= _properties(Shape) if name == "mlp" else {}
+        options.append(_object(properties, summary(section, name)))
     return {"anyOf": [{"enum": [*choices(section), *other_names]}, *options, USER_CODE]}
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from sequel_core._compat import override_value_text
-from sequel_core.experiment.aliases import SECTIONS, SPELLINGS, alias
+from sequel_core.experiment.aliases import SECTIONS, SPELLINGS, alias, loggers_by_name
 from sequel_core.experiment.schema import choices
 from sequel_core.settings import check_name, nearest
 
@@ -87,57 +87,53 @@ def request(arguments: Sequence[str], sweep: bool) -> Request:
     overrides, hydra, run_dir = [], [], None
     with hydra_context() as loader:
         for override in parse(with_paths(arguments), loader):
-            key = override.key_or_group
-            if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+            key, text = override.key_or_group, str(override.input_line).partition("=")[2]
+            if for_hydra(override):
                 if key in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir"):
                     raise ValueError(f"{key} is set by the command; use run_dir=DIR")
                 hydra.append(str(override.input_line))
                 continue
             if not sweep:
                 single(override)
+            section, _, inner = SPELLINGS.get(key, key).partition(".")
             if key == "run_dir":
                 value = single(override).value()
                 run_dir = None if value is None else str(value)
-                continue
-            text = str(override.input_line).partition("=")[2]
-            section, _, inner = SPELLINGS.get(key, key).partition(".")
-            if section in SECTIONS and inner in ("", SECTIONS[section]) and not text.startswith("{"):
-                swept = override.is_sweep_override()
-                names = list(override.sweep_string_iterator()) if swept else [str(override.value())]
-                names = [alias(f"{section}.{SECTIONS[section]}", name.strip("'\"")) for name in names]
+            elif section in SECTIONS and inner in ("", SECTIONS[section]) and not text.startswith("{"):
+                names = [name.strip("'\"") for name in value_texts(override)]
+                names = [alias(f"{section}.{SECTIONS[section]}", name) for name in names]
                 for name in names:
                     check_name(section, name, choices(section))
                 overrides.append(f"{section}={','.join(names)}")
-            elif key == "experiment":
-                overrides.append(f"experiment={text}")
             elif key == "logger":
                 overrides.append(_loggers(override))
             else:
-                overrides.append(f"++{key}={text}")
+                overrides.append(f"{'' if key == 'experiment' else '++'}{key}={text}")
     return Request(overrides, hydra, run_dir)
 
 
 def _loggers(override: Override) -> str:
-    """Return the choice of loggers for Hydra: names as choices of its group, user code as a mapping.
-
-    Raises:
-        ValueError: an unknown logger.
-    """
-    parser = OverridesParser.create()
-    swept = override.is_sweep_override()
-    texts = list(override.sweep_string_iterator()) if swept else [override.get_value_element_as_str()]
+    """Return the choice of loggers for Hydra: names as choices of its group, user code as a mapping."""
+    parser, texts = OverridesParser.create(), value_texts(override)
     values = [parser.parse_override(f"logger={text}").value() for text in texts]
-    lists = [value if isinstance(value, list) else [] if value is None else [value] for value in values]
-    for item in chain(*lists):
+    values = [[] if value is None else value for value in values]
+    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    for item in items:
         if not isinstance(item, dict):
             check_name("logger", item, choices("logger"))
-    if not any(isinstance(item, dict) for item in chain(*lists)):
+    if not any(isinstance(item, dict) for item in items):
         return f"logger={','.join('[]' if text == 'null' else text for text in texts)}"
-    for k, items in enumerate(lists):
-        if not isinstance(values[k], dict):
-            keyed = ({str(i): item} if isinstance(item, dict) else {item: {}} for i, item in enumerate(items))
-            texts[k] = override_value_text(dict(ChainMap(*keyed)))
+    for k, value in enumerate(values):
+        if not isinstance(value, dict):
+            texts[k] = override_value_text(loggers_by_name(value))
     return f"++logger={','.join(texts)}"
+
+
+def value_texts(override: Override) -> list[str]:
+    """Return the value of an override, or each value of a sweep, as it is written."""
+    if override.is_sweep_override():
+        return list(override.sweep_string_iterator())
+    return [override.get_value_element_as_str()]
 
 
 @contextmanager
@@ -181,6 +177,11 @@ def parse(arguments: Sequence[str], loader: ConfigLoader) -> list[Override]:
             raise ValueError(f"{text} has more than {MAX_RUNS} values; a sweep has at most {MAX_RUNS} runs")
         parsed.append(override)
     return parsed
+
+
+def for_hydra(override: Override) -> bool:
+    """Return whether an override is a setting of Hydra itself."""
+    return re.split("[./]", override.key_or_group)[0] == "hydra"
 
 
 def single(override: Override) -> Override:

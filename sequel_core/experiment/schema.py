@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
 from importlib import import_module, resources
 from importlib.resources.abc import Traversable
+from inspect import Parameter
 from typing import Any, NamedTuple, cast, get_type_hints
 
 import yaml
@@ -14,6 +15,7 @@ import yaml
 from sequel_core.algorithms import ALGORITHMS
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.backbones import BACKBONES, BackboneHParams, MLPHParams
+from sequel_core.experiment.aliases import SECTIONS
 from sequel_core.experiment.target import TARGET, Target, hints_of
 from sequel_core.hparams import (
     AlgorithmHParams,
@@ -27,8 +29,7 @@ from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.files import plain
 from sequel_core.runs.learner import EvaluateEvery, EvaluateOn, Mode
 from sequel_core.runs.services import PACKAGES, check_service, masked
-from sequel_core.settings import Settings, TypedField, allowed, choices_of, setting
-from sequel_core.stream.benchmark import Benchmark
+from sequel_core.settings import Settings, allowed, choices_of, setting
 
 TABLES: dict[str, Mapping[str, type[Settings]]] = {"algo": ALGORITHMS, "backbone": BACKBONES}
 CLASSES: dict[str, type[Settings]] = {
@@ -38,7 +39,7 @@ CLASSES: dict[str, type[Settings]] = {
     "checkpoint": CheckpointHParams,
     "trainer": TrainerHParams,
 }
-"""The settings of the sections that have one class, whatever is selected."""
+"""The settings of the sections that have one class, whatever is selected by `type`."""
 
 EVALUATION = ("evaluate_every", "evaluate_on", "evaluate_future")
 DOCUMENTATION = ("expected", "version", "source", "comment")
@@ -151,24 +152,20 @@ class ExperimentConfig(Settings):
 
         Values that may be secrets are masked, see `sequel_core.runs.services.masked`.
         """
-        algo, benchmark = self.user_code.get("algo"), self.benchmark
-        stream = (
-            {spec.key: spec.default for spec in settings("benchmark", benchmark.name)}
-            if ("benchmark" not in self.user_code)
-            else {}
-        )
-        optimizer = {
-            s.key: getattr(self.optimizer, s.key) for s in settings("optimizer", self.optimizer.type)
-        }
-        values: dict[str, Any] = {
-            "mode": self.mode,
-            "algo": {**({TARGET: algo.path} if algo else {"name": self.algo.name}), **asdict(self.algo)},
-            "benchmark": {"name": benchmark.name, **stream, **benchmark.arguments},
-            "backbone": {"type": self.backbone.type, **asdict(self.backbone)},
-            "objective": asdict(self.objective),
-            "optimizer": {"type": self.optimizer.type, **optimizer},
-        }
-        values |= {key: target.plain() for key, target in self.user_code.items() if key != "algo"}
+        algo = self.user_code.get("algo")
+        values: dict[str, Any] = {"mode": self.mode}
+        values["algo"] = {**({TARGET: algo.path} if algo else {"name": self.algo.name}), **asdict(self.algo)}
+        for section in ("benchmark", "backbone", "objective", "optimizer"):
+            chosen = getattr(self, section)
+            if section in self.user_code:
+                values[section] = self.user_code[section].plain()
+            elif section == "objective":
+                values[section] = asdict(chosen)
+            else:
+                key, given = SECTIONS[section], chosen.arguments if section == "benchmark" else vars(chosen)
+                name = getattr(chosen, key)
+                defaults = {spec.key: spec.default for spec in settings(section, name)}
+                values[section] = {key: name, **{k: given.get(k, value) for k, value in defaults.items()}}
         values |= {
             "training": asdict(self.training),
             "checkpoint": asdict(self.checkpoint),
@@ -208,9 +205,9 @@ class Setting(NamedTuple):
     help: str
 
 
-def benchmarks() -> Mapping[str, type[Benchmark]]:
-    """Return the built-in benchmarks by name."""
-    table: Mapping[str, type[Benchmark]] = import_module("sequel_benchmarks").BENCHMARKS
+def benchmarks() -> Mapping[str, Any]:
+    """Return the classes of the built-in benchmarks by name."""
+    table: Mapping[str, Any] = import_module("sequel_benchmarks").BENCHMARKS
     return table
 
 
@@ -223,8 +220,8 @@ def choices(section: str) -> list[str]:
     """
     if section == "logger":
         return sorted(path.name.removesuffix(".yaml") for path in logger_files().iterdir())
-    if section == "optimizer":
-        return list(map(str, choices_of(get_type_hints(OptimizerHParams)["type"])))
+    if section in CLASSES:
+        return list(map(str, choices_of(get_type_hints(CLASSES[section])["type"])))
     return list(TABLES.get(section) or benchmarks())
 
 
@@ -245,60 +242,32 @@ def settings(section: str, name: str | Target = "") -> list[Setting]:
         remarks = {line.partition(":")[0].strip(): line.partition(" # ")[2] for line in text.splitlines()}
         return [Setting(k, v, "", remarks.get(k, "")) for k, v in yaml.safe_load(text)[name].items()]
     if isinstance(name, Target) and section != "algo":
-        return [
-            Setting(k, None if p.default is p.empty else p.default, "", "") for k, p in name.named.items()
-        ]
-    return [
-        Setting(
-            spec.name,
-            spec.default,
-            allowed(spec) or ", ".join(map(str, choices_of(hint))),
-            spec.metadata.get("help", ""),
-        )
-        for hint, spec in typed_fields(section, name)
-    ]
-
-
-def typed_fields(section: str, name: str | Target) -> list[TypedField]:
-    """Return the settings of a section as fields with their annotations; see `settings`."""
-    if section == "benchmark":
-        return argument_fields(benchmarks()[cast(str, name)])
-    if isinstance(name, Target):
-        cls: type[Settings] = user_hparams(name)
-    else:
-        cls = TABLES[section][name] if section in TABLES else CLASSES[section]
+        defaults = {key: parameter.default for key, parameter in name.named.items()}
+        return [Setting(k, None if v is Parameter.empty else v, "", "") for k, v in defaults.items()]
+    cls = settings_class(section, name)
     hints = get_type_hints(cls)
-    typed = [(hints[spec.name], spec) for spec in fields(cls)]
-    if section != "optimizer":
-        return typed
-    return [
-        (hint, spec)
-        for hint, spec in typed
-        if spec.name != "type" and name in spec.metadata.get("only", ("type", name))
-    ]
+    specs: Iterable[Field[Any]] = fields(cls)
+    if section in CLASSES and section in SECTIONS:
+        specs = [spec for spec in specs if spec.name != "type" and name in spec.metadata.get("only", (name,))]
+    ranges = {spec.name: allowed(spec) or ", ".join(map(str, choices_of(hints[spec.name]))) for spec in specs}
+    return [Setting(s.name, s.default, ranges[s.name], s.metadata.get("help", "")) for s in specs]
 
 
-def argument_fields(cls: type[Benchmark]) -> list[TypedField]:
-    """Return the arguments of a benchmark as fields with their annotations.
+def settings_class(section: str, name: str | Target = "") -> type[Settings]:
+    """Return the class of the settings of a section, or of its choice `name`; see `settings`."""
+    if isinstance(name, Target):
+        return user_hparams(name)
+    if section == "benchmark":
+        return cast(type[Settings], benchmarks()[name].settings_class)
+    return TABLES[section][name] if section in TABLES else CLASSES[section]
 
-    Ranges are those of its `settings_class`; descriptions are those of its docstring.
-    """
-    from docstring_parser import DocstringStyle, parse
 
-    hints = hints_of(cls)
-    ranges = {spec.name: spec.metadata for spec in fields(getattr(cls, "settings_class", Settings))}
-    parsed = parse(inspect.getdoc(cls) or "", DocstringStyle.GOOGLE)
-    helps = {argument.arg_name: " ".join((argument.description or "").split()) for argument in parsed.params}
-    typed = []
-    for parameter in list(inspect.signature(cls).parameters.values()):
-        metadata: Mapping[str, Any] = ranges.get(parameter.name, {})
-        text = helps.get(parameter.name, "").rstrip(".")
-        if not text.startswith(metadata.get("help", "\n")):  # the docstring has another description
-            metadata = {**metadata, "help": text}
-        spec: Field[Any] = field(default=parameter.default, metadata=metadata)
-        spec.name = parameter.name
-        typed.append((hints.get(parameter.name, Any), spec))
-    return typed
+def summary(section: str, name: str = "") -> str:
+    """Return the first line of the documentation of a section, or of its choice `name`."""
+    if section == "logger":
+        return logger_files().joinpath(f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0][2:]
+    documented = benchmarks()[name] if section == "benchmark" else settings_class(section, name)
+    return (inspect.getdoc(documented) or "").partition("\n")[0]
 
 
 def user_hparams(target: Target) -> type[AlgorithmHParams]:

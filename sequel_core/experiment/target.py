@@ -55,17 +55,17 @@ class Target:
     @cached_property
     def parameters(self) -> Mapping[str, Parameter]:
         """The parameters of the signature by name; the options of an `Unpack[...]` are listed singly."""
+        variadic = Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
         try:
             parameters = dict(inspect.signature(self.function).parameters)
-            variadic = Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD
             if inspect.isclass(self.function) and all(p.kind in variadic for p in parameters.values()):
                 # The metaclass of NNX hides the constructor's signature.
-                constructor = inspect.signature(self.function.__init__).parameters
-                parameters = dict(list(constructor.items())[1:])
+                parameters = dict(inspect.signature(self.function.__init__).parameters)
+                del parameters[next(iter(parameters))]  # self
         except (TypeError, ValueError):  # written in C, without a signature
             return {"arguments": Parameter("arguments", Parameter.VAR_KEYWORD)}
-        for name, parameter in list(parameters.items()):
-            hint = hints_of(self.function).get(name) if parameter.kind is Parameter.VAR_KEYWORD else None
+        for name in [name for name, p in parameters.items() if p.kind is Parameter.VAR_KEYWORD]:
+            hint = hints_of(self.function).get(name)
             if get_origin(hint) is Unpack:
                 del parameters[name]
                 options = get_type_hints(get_args(hint)[0])
@@ -95,10 +95,12 @@ class Target:
                 hint = hint or f"; its arguments are {', '.join(named) or 'none'}"
                 raise ValueError(f"{self.key}.{name} is not an argument of {self.path}{hint}")
             _check_nested(f"{self.key}.{name}", value)
-        for name, parameter in named.items():
-            given = name in self.arguments or name in supplied or parameter.default is not parameter.empty
-            if not given and not self.partial:
-                raise ValueError(f"{self.key}.{name} is an argument that {self.path} needs; give it a value")
+        required = [name for name, parameter in named.items() if parameter.default is Parameter.empty]
+        missing = [name for name in required if name not in (*self.arguments, *supplied)]
+        if missing and not self.partial:
+            raise ValueError(
+                f"{self.key}.{missing[0]} is an argument that {self.path} needs; give it a value"
+            )
 
     def argument(self, name: str) -> Any:
         """Return the value of an argument, or the default in the signature; None if there is neither."""
@@ -169,20 +171,18 @@ def _located(key: str, path: Any) -> Any:
     """Return what a dotted path names; raise ValueError with the nearest name if it names nothing."""
     if not isinstance(path, str) or not all(part.isidentifier() for part in path.split(".")):
         raise ValueError(f"{key} must be a dotted path such as package.module.Name, got {path!r}")
-    parts = path.split(".")
-    owner: Any = None
-    try:
-        for k in range(1, len(parts) + 1):
-            value = pydoc.locate(".".join(parts[:k]))
-            if value is None:
-                break
-            owner = value
-        else:
-            return owner
-    except pydoc.ErrorDuringImport as error:
-        text = " ".join(f"{type(error.value).__name__}: {error.value}".split())
-        raise ValueError(f"{key}={path}: importing {'.'.join(parts[:k])} failed with {text}") from error
-    modules = pkgutil.iter_modules(getattr(owner, "__path__", [])) if k > 1 else pkgutil.iter_modules()
-    hint = nearest(parts[k - 1], [*(dir(owner) if k > 1 else ()), *(module.name for module in modules)])
-    what = f"{'.'.join(parts[: k - 1])} has no {parts[k - 1]}" if k > 1 else f"there is no module {parts[0]}"
-    raise ValueError(f"{key}={path}: {what}{hint}")
+    owner, owner_path = None, ""
+    for part in path.split("."):
+        inner_path = f"{owner_path}.{part}".lstrip(".")
+        try:
+            inner = pydoc.locate(inner_path)
+        except pydoc.ErrorDuringImport as error:
+            text = " ".join(f"{type(error.value).__name__}: {error.value}".split())
+            raise ValueError(f"{key}={path}: importing {inner_path} failed with {text}") from error
+        if inner is None:
+            modules = pkgutil.iter_modules(getattr(owner, "__path__", []) if owner_path else None)
+            hint = nearest(part, [*(dir(owner) if owner_path else ()), *(module.name for module in modules)])
+            what = f"{owner_path} has no {part}" if owner_path else f"there is no module {part}"
+            raise ValueError(f"{key}={path}: {what}{hint}")
+        owner, owner_path = inner, inner_path
+    return owner

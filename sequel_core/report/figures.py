@@ -18,12 +18,14 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_hex
+from matplotlib.colors import Colormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
+from sequel_core.objectives import ACCURACY, Score
+from sequel_core.runs.formatting import number, scaling, score_text
 from sequel_core.runs.metrics import check_matrix
 from sequel_core.stream.arrays import FloatArray
 
@@ -89,11 +91,11 @@ INCHES_PER_LETTER = 0.078  # average width in the font above
 
 
 class Curve(NamedTuple):
-    """A line of percentages over x."""
+    """A line of scores over x, in percent if they are fractions."""
 
     label: str
     x: Sequence[float]
-    y: Sequence[float]  # percent
+    y: Sequence[float]
     half: Sequence[float] | None  # half-width of the interval around each y, nan for none; None draws no band
     style: int  # index of the colour and the marker
     dashed: bool = False
@@ -108,6 +110,7 @@ class Bar(NamedTuple):
     half: float  # half-width of the interval, nan for none
     values: Sequence[float]
     text: str  # written at the end of the bar
+    digits: int | None = 2  # decimals in the tooltips of the values; None for four significant digits
 
 
 class Row(NamedTuple):
@@ -128,28 +131,31 @@ def figure_style() -> Iterator[None]:
         yield
 
 
-def heat_map(matrix: ArrayLike, width: float, title: str = "") -> Figure:
-    """Draw an accuracy matrix as a heat map, with colours from 0 to 100 %.
+def heat_map(matrix: ArrayLike, width: float, title: str = "", score: Score = ACCURACY) -> Figure:
+    """Draw a matrix of scores as a heat map; the better a score, the brighter its colour.
 
+    The colours of fractions go from 0 to 100 %, those of other scores from the lowest to the highest entry.
     Entries without an evaluation stay empty.
 
     Args:
-        matrix: `[T, T]`, accuracies in [0, 1], nan if not evaluated.
+        matrix: `[T, T]`, scores, nan if not evaluated.
         width: width of the figure in inches, > 2.
         title: text above the figure; empty for none.
+        score: what the entries are.
 
     Returns:
         The figure; its height depends on T.
 
     Raises:
-        ValueError: the matrix is not square, or an entry is outside [0, 1].
+        ValueError: the matrix is not square, or an entry is not such a score.
 
     Example:
         >>> figure = heat_map([[0.9, float("nan")], [0.5, 0.8]], width=6)
         >>> [text.get_text() for text in figure.axes[0].texts]
         ['90.0', '50.0', '80.0']
     """
-    r = check_matrix(matrix)
+    r = check_matrix(matrix, score)
+    colours = _colours(r, score)
     size = len(r)
     cell = (width - 1.3) / size
     row = 0.36 if size <= 10 else min(0.28, max(0.17, cell))
@@ -160,38 +166,53 @@ def heat_map(matrix: ArrayLike, width: float, title: str = "") -> Figure:
         if title:
             figure.suptitle(_truncated(title, width))
         if size <= MAX_TASKS:
-            _cells(axes, r, cell)
+            _cells(axes, r, cell, score, colours)
         else:
-            axes.imshow(r, cmap=COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="none")
+            axes.imshow(r, cmap=colours[0], norm=colours[1], aspect="auto", interpolation="none")
         step = math.ceil(size / max(1, int((width - 1.3) / 0.26)))
         ticks = range(step - 1 if step > 1 else 0, size, step)
         axes.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
-        axes.set(xlabel="accuracy on task", ylabel="after task")
+        axes.set(xlabel=f"{score.name} on task", ylabel="after task")
         axes.set_xticks(ticks, [str(j + 1) for j in ticks])
         axes.set_yticks(ticks, [str(i + 1) for i in ticks])
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-        _colour_bar(colour_bar)
+        _colour_bar(colour_bar, score, colours)
     return figure
 
 
-def _colour_bar(axes: Axes) -> None:
-    """Draw the colours of the accuracies from 0 to 100 %."""
-    axes.imshow(np.linspace(1, 0, 128)[:, None], cmap=COLOURS, aspect="auto", extent=(0, 1, 0, 100))
+Colours = tuple[Colormap, Normalize]
+
+
+def _colours(r: FloatArray, score: Score) -> Colours:
+    """Return the colours of the scores in a matrix."""
+    finite = r[np.isfinite(r)]
+    low, high = (0.0, 1.0) if score.fraction or not finite.size else (finite.min(), finite.max())
+    return COLOURS if score.higher_is_better else COLOURS.reversed(), Normalize(low, high)
+
+
+def _colour_bar(axes: Axes, score: Score, colours: Colours) -> None:
+    """Draw the colours of the scores with the lowest, the middle and the highest."""
+    colour_map, norm = colours
+    ends: FloatArray = np.asarray(norm.inverse([0, 0.5, 1]))
+    axes.imshow(np.linspace(1, 0, 128)[:, None], cmap=colour_map, aspect="auto", extent=(0, 1, 0, 100))
     axes.set_xticks([])
-    axes.set_yticks([0, 50, 100], ["0 %", "50 %", "100 %"])
+    labels = [f"{100 * v:.0f} %" if score.fraction else f"{v:.3g}" for v in ends]
+    axes.set_yticks([0, 50, 100], labels)
     axes.yaxis.tick_right()
     axes.spines[:].set_visible(False)
 
 
-def _cells(axes: Axes, r: FloatArray, width: float) -> None:
+def _cells(axes: Axes, r: FloatArray, width: float, score: Score, colours: Colours) -> None:
     """Draw each entry as a rectangle with a tooltip, and its number if the cell is wide enough."""
+    colour_map, norm = colours
     digits, points = (1, 8.5) if width >= 0.42 else (1, 7.0) if width >= 0.34 else (0, 7.5)
     for (i, j), value in np.ndenumerate(r):
         if math.isnan(value):
             continue
-        colour = to_hex(COLOURS(value))
-        tip = f"accuracy on task {j + 1} after task {i + 1}: {100 * value:.2f} %"
+        colour = to_hex(colour_map(float(norm(value))))
+        tip = f"{score.name} on task {j + 1} after task {i + 1}: {score_text(value, score)}"
+        text = f"{100 * value:.{digits}f}" if score.fraction else f"{value:.{digits + 2}g}"
         axes.add_patch(
             Rectangle(
                 (j - 0.5, i - 0.5), 1, 1, facecolor=colour, edgecolor=LIGHT["surface"], gid=tips(tip),
@@ -200,7 +221,7 @@ def _cells(axes: Axes, r: FloatArray, width: float) -> None:
         )  # fmt: skip
         if width >= 0.2:
             axes.text(
-                j, i, f"{100 * value:.{digits}f}", ha="center", va="center", size=points, in_layout=False,
+                j, i, text, ha="center", va="center", size=points, in_layout=False,
                 color="#ffffff" if _luminance(colour) < 0.18 else "#000000",
             )  # fmt: skip
 
@@ -210,11 +231,12 @@ def curves(
     width: float,
     x_label: str,
     y_label: str,
+    score: Score = ACCURACY,
     *,
     limits: tuple[float, float] | None = None,
     boundaries: Sequence[float] = (),
 ) -> Figure:
-    """Draw percentages over the stream, with intervals as bands.
+    """Draw scores over the stream, with intervals as bands.
 
     Lines differ by colour, marker and dashes.
 
@@ -223,6 +245,7 @@ def curves(
         width: width of the figure in inches, > 2.
         x_label: label of the horizontal axis.
         y_label: label of the vertical axis.
+        score: what the lines show.
         limits: lower and upper end of the vertical axis; None fits it to the lines.
         boundaries: x values at which a task ends, drawn as thin vertical lines.
 
@@ -244,7 +267,7 @@ def curves(
         for end in boundaries:
             axes.axvline(end, color=LIGHT["faint"], linewidth=0.8)
         for label, line in zip(labels, lines, strict=True):
-            _curve(axes, line, label, x_label)
+            _curve(axes, line, label, x_label, score)
         axes.set(xlabel=x_label, ylabel=y_label)
         if limits is not None:
             axes.set_ylim(*limits)
@@ -254,7 +277,12 @@ def curves(
     return figure
 
 
-def _curve(axes: Axes, line: Curve, label: str, x_label: str) -> None:
+def curve_text(y: float, score: Score) -> str:
+    """Return a y of a curve with its unit."""
+    return score_text(y / scaling(score)[0], score)
+
+
+def _curve(axes: Axes, line: Curve, label: str, x_label: str, score: Score) -> None:
     """Draw one line with its tooltips and its band."""
     colour, every = SERIES[line.style % len(SERIES)], max(1, len(line.x) // MARKERS_PER_CURVE)
     points = zip(line.x[::every], line.y[::every], strict=True)
@@ -262,7 +290,7 @@ def _curve(axes: Axes, line: Curve, label: str, x_label: str) -> None:
         line.x, line.y, label=label, color=colour, linestyle=DASHES[line.dashed],
         marker=MARKERS[line.style % len(MARKERS)], markevery=every,
         markerfacecolor=LIGHT["surface"] if line.dashed else colour,
-        gid=tips(*(f"{line.label}, {x_label} {x:g}: {y:.2f} %" for x, y in points)),
+        gid=tips(*(f"{line.label}, {x_label} {x:g}: {curve_text(y, score)}" for x, y in points)),
     )  # fmt: skip
     if line.half is not None and np.isfinite(line.half).any():
         low, high = np.subtract(line.y, line.half), np.add(line.y, line.half)
@@ -337,7 +365,7 @@ def _bar(axes: Axes, label: str, bar: Bar, y: float) -> None:
         axes.plot(
             bar.values, [y] * len(bar.values), "o", markersize=3.5, color=LIGHT["surface"],
             markeredgecolor=LIGHT["ink"], markeredgewidth=0.8,
-            gid=tips(*(f"{label}, one run: {value:.2f}" for value in bar.values)),
+            gid=tips(*(f"{label}, one run: {number(value, digits=bar.digits)}" for value in bar.values)),
         )  # fmt: skip
     end = max([0.0, high, *bar.values])
     axes.annotate(bar.text, (end, y), xytext=(5, 0), textcoords="offset points", va="center", size=8.5)
@@ -354,24 +382,25 @@ def _fill(style: int) -> dict[str, Any]:
     return {"facecolor": colour, "edgecolor": LIGHT["surface"], "hatch": "////" if style % 2 else None}
 
 
-def matrix_picture(matrix: ArrayLike, title: str) -> NDArray[np.uint8]:
-    """Draw an accuracy matrix as an image for image loggers.
+def matrix_picture(matrix: ArrayLike, title: str, score: Score = ACCURACY) -> NDArray[np.uint8]:
+    """Draw a matrix of scores as an image for image loggers.
 
     Args:
-        matrix: `[T, T]`, accuracies in [0, 1], nan if not evaluated.
+        matrix: `[T, T]`, scores, nan if not evaluated.
         title: text above the heat map.
+        score: what the entries are.
 
     Returns:
         RGB image, uint8 `[H, W, 3]`. Its size depends on T only, so all images of a run have the same size.
 
     Raises:
-        ValueError: the matrix is not square, or an entry is outside [0, 1].
+        ValueError: the matrix is not square, or an entry is not such a score.
 
     Example:
         >>> matrix_picture([[0.9, float("nan")], [0.5, 0.8]], "test accuracy").shape
         (172, 640, 3)
     """
-    figure = heat_map(matrix, 6.4, title)
+    figure = heat_map(matrix, 6.4, title, score)
     with figure_style():
         canvas = FigureCanvasAgg(figure)
         canvas.draw()

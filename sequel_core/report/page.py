@@ -21,7 +21,7 @@ from sequel_core.report.pictures import Picture
 from sequel_core.report.runs import MODES, Study, read_study, section
 from sequel_core.report.svg import inline_svg
 from sequel_core.report.tables import Table
-from sequel_core.runs.formatting import markdown_table
+from sequel_core.runs.formatting import markdown_table, scaling
 
 DESKTOP, PHONE = 9.0, 4.2  # widths of figures in inches
 DPI = 150
@@ -117,10 +117,15 @@ class _Report:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        bar_chart = pictures.bar_chart
+        bar_chart, score = pictures.bar_chart, study.score
+        title = f"Average {score.name} after the last task"
+        label = "percent" if score.fraction else score.name
+        label += "" if score.higher_is_better else ", lower is better"
+        points = "percentage points" if score.fraction else f"difference in {score.name}"
+        scaled = scaling(score)
         self.results = [
-            *bar_chart(study, ["average_accuracy"], "Average accuracy after the last task", "percent", 100),
-            *bar_chart(study, ["forgetting"], "Forgetting", "percentage points, lower is better", 100),
+            *bar_chart(study, [score.of("average_score")], title, label, *scaled),
+            *bar_chart(study, ["forgetting"], "Forgetting", f"{points}, lower is better", *scaled),
         ]
         self.stream = pictures.over_stream(study)
         self.matrices = pictures.matrices(study)
@@ -132,7 +137,7 @@ class _Report:
         self.tables = {
             "results": tables.results(study),
             "frameworks": tables.frameworks(study),
-            "final": tables.final_accuracies(study),
+            "final": tables.final_scores(study),
             "costs": tables.costs(study),
             "configuration": tables.configuration(study),
             "shared": tables.shared(study),
@@ -148,24 +153,29 @@ class _Report:
 
     def summary(self) -> dict[str, str]:
         """Return the texts of the header."""
-        study = self.study
+        study, score = self.study, self.study.score
         finished = sum(run.finished for run in study.runs)
         runs = f"{_count(finished, 'finished run')} in {_count(len(study.groups), 'configuration')}"
         others = Counter(run.status for run in study.runs if not run.finished)
-        accuracy = {group.label: group.estimate("average_accuracy") for group in study.groups}
-        known = {label: value for label, value in accuracy.items() if value.values}
+        averages = {group.label: group.estimate(score.of("average_score")) for group in study.groups}
+        known = {label: value for label, value in averages.items() if value.values}
 
         def names(key: str) -> list[str]:
             choices = dict.fromkeys(section(group.settings, key) for group in study.groups)
             return [MODES.get(name, name) for name in choices if name]
 
         comparable = len(known) > 1 and len(names("benchmark")) == 1
-        best = max(known, key=lambda label: known[label].mean) if comparable else None
+        first = max if score.higher_is_better else min
+        best = first(known, key=lambda label: known[label].mean) if comparable else None
+        unit = " %" if score.fraction else ""
+        text = f"{best}, {known[best].text(*scaling(score))}{unit}" if best else ""
+        which = "highest" if score.higher_is_better else "lowest"
         subject = [", ".join(choices) for choices in (names("benchmark"), names("mode")) if choices]
         return {
             "subject": "; ".join(subject) or "runs",
             "runs": "; ".join([runs, *(f"{count} {status}" for status, count in others.items())]) + ".",
-            "best": "" if best is None else f"{best}, {known[best].text(100)} %",
+            "best": f"{which.title()} average {score.name}: {text}." if text else "",
+            "which": which,
             "splits": " and ".join(dict.fromkeys(group.settings["evaluate_on"] for group in study.groups)),
             "date": f"{datetime.now():%Y-%m-%d %H:%M}",
             "version": metadata.version("sequel-cl"),
@@ -182,6 +192,7 @@ class _Report:
         )
         return environment.get_template("page.html").render(
             **self.summary(),
+            score=self.study.score,
             mark=MARK,
             sections=self.sections(),
             study=self.study,
@@ -227,7 +238,7 @@ class _Report:
             return [f"![{_escaped(picture.title)}]({url}/{picture.name}.png)" for picture in pictures]
 
         summary = self.summary()
-        best = f" Highest average accuracy: {summary['best']}." if summary["best"] else ""
+        best = f" {summary['best']}" if summary["best"] else ""
         parts = [
             f"<!-- {MARK} -->\n# SequeL report",
             _escaped(f"{summary['subject']}. {summary['runs']}{best}"),
@@ -242,7 +253,7 @@ class _Report:
             "## Task by task",
         ]
         for group, of_group in self.matrices:
-            numbers = _markdown_table(tables.matrix_numbers(group.matrix()))
+            numbers = _markdown_table(tables.matrix_numbers(group.matrix(), self.study.score))
             parts += [f"### {_escaped(group.label)}", numbers, *images(of_group)]
         for _, run, of_run in self.partial:
             parts += [f"### {_escaped(f'{run.name}: {run.status}')}", *images(of_run)]

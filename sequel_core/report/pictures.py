@@ -10,13 +10,15 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
-from sequel_core.report.figures import Bar, Curve, Row, bars, curves, heat_map
+from sequel_core.objectives import Score
+from sequel_core.report.figures import Bar, Curve, Row, bars, curve_text, curves, heat_map
 from sequel_core.report.runs import MODES, Estimate, Group, Run, Study
-from sequel_core.report.tables import Table, matrix_numbers, part, selected
+from sequel_core.report.tables import Table, caption_of, matrix_numbers, part, selected
+from sequel_core.runs.formatting import number, scaling, score_text
 from sequel_core.stream.arrays import FloatArray
 
 MAX_CONFIGURATIONS = 16
-"""Number of configurations in the figures; a larger study shows those with the highest average accuracy."""
+"""Number of configurations in the figures; a larger study shows those with the best average score."""
 
 MAX_ROWS = 40
 """Number of rows in the table of evaluations within tasks; more are sampled evenly."""
@@ -35,20 +37,27 @@ class Picture(NamedTuple):
 def drawn(study: Study) -> list[Group]:
     """Return the groups in the figures: the best `MAX_CONFIGURATIONS` of those with finished runs."""
     groups = [group for group in study.groups if group.finished]
-    accuracy = {group: np.nan_to_num(group.estimate("average_accuracy").mean, nan=-1.0) for group in groups}
-    best = sorted(groups, key=lambda group: -accuracy[group])[:MAX_CONFIGURATIONS]
+    sign, average = -1 if study.score.higher_is_better else 1, study.score.of("average_score")
+
+    def cost(group: Group) -> float:
+        return float(np.nan_to_num(sign * group.estimate(average).mean, nan=math.inf))
+
+    best = sorted(groups, key=cost)[:MAX_CONFIGURATIONS]
     return [group for group in groups if group in best]
 
 
-def bar_chart(study: Study, key: Sequence[str], title: str, label: str, scale: float = 1.0) -> list[Picture]:
+def bar_chart(
+    study: Study, key: Sequence[str], title: str, label: str, scale: float = 1.0, digits: int | None = 2
+) -> list[Picture]:
     """Draw a number of the summaries as bars, the two frameworks of a method under one heading.
 
     Args:
         study: the runs.
-        key: path of the number in `summary.json`.
+        key: path of the number in the summary, as in `Result.number`.
         title: title of the picture.
         label: label of the axis.
         scale: factor for the numbers.
+        digits: number of decimals; None for four significant digits.
 
     Returns:
         One picture; none if no run has the number.
@@ -61,61 +70,64 @@ def bar_chart(study: Study, key: Sequence[str], title: str, label: str, scale: f
     bars_by_method: dict[str, list[Bar]] = {}
     for group, value in estimates.items():
         series = MODES.get(group.mode, group.mode) if both else ""
-        bars_by_method.setdefault(group.method, []).append(_bar(value, series, scale))
+        bars_by_method.setdefault(group.method, []).append(_bar(value, series, scale, digits))
     rows = [Row(method, its_bars) for method, its_bars in bars_by_method.items()]
-    text = ", ".join(f"{group.label}: {value.text(scale)}" for group, value in estimates.items())
+    text = ", ".join(f"{group.label}: {value.text(scale, digits)}" for group, value in estimates.items())
     table = Table(
         f"{title}: mean, half-width of its 95 % confidence interval, and single runs",
         ["configuration", "mean", "half-width", "runs"],
-        [[group.label, *_numbers(value, scale)] for group, value in estimates.items()],
+        [[group.label, *_numbers(value, scale, digits)] for group, value in estimates.items()],
     )
     description = f"Bar chart; {label}. {text}"
     return [Picture("_".join(key), title, description, lambda width: bars(rows, width, label), table)]
 
 
-def _bar(value: Estimate, series: str, scale: float) -> Bar:
+def _bar(value: Estimate, series: str, scale: float, digits: int | None) -> Bar:
     values = [scale * single for single in value.values]
     style = int(series == MODES["jax"])
-    return Bar(series, style, scale * value.mean, scale * value.half, values, value.text(scale))
+    mean, half, text = scale * value.mean, scale * value.half, value.text(scale, digits)
+    return Bar(series, style, mean, half, values, text, digits)
 
 
-def _numbers(value: Estimate, scale: float) -> list[str]:
-    half = "-" if math.isnan(value.half) else f"{scale * value.half:,.2f}"
-    singles = ", ".join(f"{scale * single:,.2f}" for single in value.values)
-    return [f"{scale * value.mean:,.2f}", half, singles]
+def _numbers(value: Estimate, scale: float, digits: int | None) -> list[str]:
+    singles = ", ".join(number(single, scale, digits) for single in value.values)
+    return [number(value.mean, scale, digits), number(value.half, scale, digits), singles]
 
 
 def over_stream(study: Study) -> list[Picture]:
-    """Draw the average accuracy on the tasks seen so far; no picture if all streams have one task."""
+    """Draw the average score on the tasks seen so far; no picture if all streams have one task."""
     groups = [group for group in drawn(study) if len(group.matrix()) > 1]
     if not groups:
         return []
     estimates = [group.over_stream() for group in groups]
-    lines = _stream_lines(groups, estimates)
+    score = study.score
+    lines = _stream_lines(groups, estimates, scaling(score)[0])
+    title = f"Average {score.name} on the tasks seen so far"
     steps = selected(max(map(len, estimates)))
     table = Table(
-        "Average accuracy on the tasks seen so far, percent",
+        title + (", percent" if score.fraction else ""),
         ["configuration", *(f"after task {i + 1}" for i in steps)],
         [
-            [group.label, *(values[i].text(100) if i < len(values) else "-" for i in steps)]
+            [group.label, *(values[i].text(*scaling(score)) if i < len(values) else "-" for i in steps)]
             for group, values in zip(groups, estimates, strict=True)
         ],
     )
-    title = "Average accuracy on the tasks seen so far"
     if any(len(group.finished) > 1 for group in groups):
         title += ", 95 % confidence intervals"
     return [
         Picture(
-            "average_accuracy_over_stream",
+            score.of("average_score_over_stream"),
             title,
-            f"Line chart over the number of tasks trained. {_ends(lines)}",
-            lambda width: curves(lines, width, "tasks trained", "average accuracy (%)"),
+            f"Line chart over the number of tasks trained. {_ends(lines, score)}",
+            lambda width: curves(lines, width, "tasks trained", f"average {_axis(score)}", score),
             table,
         )
     ]
 
 
-def _stream_lines(groups: Sequence[Group], estimates: Sequence[Sequence[Estimate]]) -> list[Curve]:
+def _stream_lines(
+    groups: Sequence[Group], estimates: Sequence[Sequence[Estimate]], scale: float
+) -> list[Curve]:
     """Return a curve for each group; a method has one colour, and JAX is dashed if both frameworks occur."""
     methods = list(dict.fromkeys(group.method for group in groups))
     both = len({group.mode for group in groups}) > 1
@@ -123,8 +135,8 @@ def _stream_lines(groups: Sequence[Group], estimates: Sequence[Sequence[Estimate
         Curve(
             group.label,
             x=list(range(1, len(values) + 1)),
-            y=[100 * value.mean for value in values],
-            half=[100 * value.half for value in values],
+            y=[scale * value.mean for value in values],
+            half=[scale * value.half for value in values],
             style=methods.index(group.method),
             dashed=both and group.mode == "jax",
         )
@@ -132,99 +144,107 @@ def _stream_lines(groups: Sequence[Group], estimates: Sequence[Sequence[Estimate
     ]
 
 
-def _ends(lines: Sequence[Curve]) -> str:
-    return ", ".join(f"{line.label} ends at {line.y[-1]:.2f} %" for line in lines)
+def _ends(lines: Sequence[Curve], score: Score) -> str:
+    return ", ".join(f"{line.label} ends at {curve_text(line.y[-1], score)}" for line in lines)
+
+
+def _axis(score: Score) -> str:
+    return f"{score.name} (%)" if score.fraction else score.name
 
 
 def matrices(study: Study) -> list[tuple[Group, list[Picture]]]:
-    """Draw the mean accuracy matrix of each group, and the accuracy on each task over time."""
-    groups = []
-    for number, group in enumerate(drawn(study), 1):
-        matrix, name = group.matrix(), f"{number:02}_{_slug(group.label)}"
+    """Draw the mean matrix of each group, and the score on each task over time."""
+    groups, score = [], study.score
+    for place, group in enumerate(drawn(study), 1):
+        matrix, name = group.matrix(), f"{place:02}_{_slug(group.label)}"
         runs = f"mean of {len(group.finished)} runs" if len(group.finished) > 1 else "one run"
-        pictures = [_matrix(f"matrix_{name}", f"Accuracy matrix, {runs}", matrix)]
+        pictures = [_matrix(f"matrix_{name}", f"{score.title} matrix, {runs}", matrix, score)]
         if len(matrix) > 1:
-            title = f"Accuracy on each task over time, {runs}"
-            pictures.append(_tasks(f"tasks_{name}", title, group.finished))
+            title = f"{score.title} on each task over time, {runs}"
+            pictures.append(_tasks(f"tasks_{name}", title, group.finished, score))
         groups.append((group, pictures))
     return groups
 
 
 def partial(study: Study) -> list[tuple[Group, Run, list[Picture]]]:
-    """Draw the accuracy matrix of each run that did not finish, up to the last evaluation."""
+    """Draw the matrix of each run that did not finish, up to the last evaluation."""
     unfinished = [(group, run) for group in study.groups for run in group.runs if not run.finished]
     shown = []
-    for number, (group, run) in enumerate(unfinished, 1):
-        name = f"partial_{number:02}_{_slug(group.label)}"
-        title = f"Accuracy matrix, {run.trained} of {len(run.result.matrix)} tasks"
-        has_picture = run.trained > 0 and number <= MAX_CONFIGURATIONS
-        shown.append((group, run, [_matrix(name, title, run.result.matrix)] if has_picture else []))
+    for place, (group, run) in enumerate(unfinished, 1):
+        name = f"partial_{place:02}_{_slug(group.label)}"
+        title = f"{study.score.title} matrix, {run.trained} of {len(run.result.matrix)} tasks"
+        has_picture = run.trained > 0 and place <= MAX_CONFIGURATIONS
+        matrix = run.result.matrix
+        shown.append((group, run, [_matrix(name, title, matrix, study.score)] if has_picture else []))
     return shown
 
 
-def _matrix(name: str, title: str, matrix: FloatArray) -> Picture:
+def _matrix(name: str, title: str, matrix: FloatArray, score: Score) -> Picture:
     size = len(matrix)
     row = max(i for i in range(size) if np.isfinite(matrix[i]).any())
-    mean = 100 * np.nanmean(matrix[row])
-    text = f"Heat map of {size} by {size} accuracies; mean after task {row + 1}: {mean:.2f} %"
-    return Picture(name, title, text, lambda width: heat_map(matrix, width), matrix_numbers(matrix))
+    mean = score_text(float(np.nanmean(matrix[row])), score)
+    text = f"Heat map of {score.name}, {size} by {size}; mean after task {row + 1}: {mean}"
+    table = matrix_numbers(matrix, score)
+    return Picture(name, title, text, lambda width: heat_map(matrix, width, score=score), table)
 
 
-def _tasks(name: str, title: str, runs: Sequence[Run]) -> Picture:
+def _tasks(name: str, title: str, runs: Sequence[Run], score: Score) -> Picture:
     """Draw a line for each task.
 
     The lines are over steps if all runs were evaluated within tasks, otherwise over the tasks trained.
     """
     num_tasks = len(runs[0].result.matrix)
     tasks = selected(num_tasks)
-    accuracies = _within_tasks(runs, tasks)
-    if accuracies:
-        x_label, table = "training steps", _steps_table(accuracies)
+    scores = _within_tasks(runs, tasks)
+    if scores:
+        x_label, table = "training steps", _steps_table(scores, score)
         boundaries = sorted({point.step for point in runs[0].points if not point.within_task})
     else:
         x_label, table, boundaries = "tasks trained", None, []
         matrix = np.mean([run.result.matrix for run in runs], axis=0)
-        accuracies = {
+        scores = {
             j: {i + 1: float(value) for i, value in enumerate(matrix[:, j]) if np.isfinite(value)}
             for j in tasks
         }
+    scale, _ = scaling(score)
     lines = [
-        Curve(f"task {j + 1}", list(by_x), [100 * value for value in by_x.values()], None, style)
-        for style, (j, by_x) in enumerate(accuracies.items())
+        Curve(f"task {j + 1}", list(by_x), [scale * value for value in by_x.values()], None, style)
+        for style, (j, by_x) in enumerate(scores.items())
         if by_x
     ]
 
     def draw(width: float) -> Figure:
-        return curves(lines, width, x_label, "accuracy (%)", limits=(-2, 102), boundaries=boundaries)
+        limits = (-2, 102) if score.fraction else None
+        return curves(lines, width, x_label, _axis(score), score, limits=limits, boundaries=boundaries)
 
-    title, description = title + part(tasks, num_tasks), f"Line chart over {x_label}. {_ends(lines)}"
+    title, description = title + part(tasks, num_tasks), f"Line chart over {x_label}. {_ends(lines, score)}"
     return Picture(name, title, description, draw, table)
 
 
 def _within_tasks(runs: Sequence[Run], tasks: Sequence[int]) -> dict[int, dict[int, float]]:
-    """Return the mean accuracy by task and step, at the steps with an evaluation in all runs."""
-    by_run = [{(point.task, point.step): point.accuracy for point in run.points} for run in runs]
-    common = sorted(set.intersection(*(set(accuracies) for accuracies in by_run)))
+    """Return the mean score by task and step, at the steps with an evaluation in all runs."""
+    by_run = [{(point.task, point.step): point.score for point in run.points} for run in runs]
+    common = sorted(set.intersection(*(set(scores) for scores in by_run)))
     if not common:
         return {}
     mean: dict[int, dict[int, float]] = {j: {} for j in tasks}
     for task, step in common:
         if task in mean:
-            mean[task][step] = float(np.mean([accuracies[task, step] for accuracies in by_run]))
+            mean[task][step] = float(np.mean([scores[task, step] for scores in by_run]))
     return mean
 
 
-def _steps_table(accuracies: dict[int, dict[int, float]]) -> Table:
-    steps = sorted({step for by_step in accuracies.values() for step in by_step})
+def _steps_table(scores: dict[int, dict[int, float]], score: Score) -> Table:
+    steps = sorted({step for by_step in scores.values() for step in by_step})
     shown = steps[:: -(-len(steps) // MAX_ROWS)]
-    columns = accuracies.values()
+    columns = scores.values()
     rows = [
-        [str(step), *(f"{100 * column[step]:.2f}" if step in column else "" for column in columns)]
+        [str(step), *(number(column[step], *scaling(score)) if step in column else "" for column in columns)]
         for step in shown
     ]
     selection = "" if len(shown) == len(steps) else f"; {len(shown)} of {len(steps)} evaluations"
-    header = ["step", *(f"task {j + 1}" for j in accuracies)]
-    return Table(f"Accuracy on each task, percent{selection}", header, rows)
+    header = ["step", *(f"task {j + 1}" for j in scores)]
+    return Table(caption_of(score, "on each task") + selection, header, rows)
 
 
 def _slug(text: str) -> str:

@@ -17,8 +17,10 @@ import numpy as np
 from sequel_core.experiment.aliases import SECTIONS, flatten
 from sequel_core.experiment.schema import DOCUMENTATION
 from sequel_core.experiment.target import TARGET
-from sequel_core.runs.directory import CONFIG, ERROR, MATRIX, METRICS, SUMMARY
-from sequel_core.runs.results import TASK_GIVEN, Result, load_result, read_metrics
+from sequel_core.objectives import Score
+from sequel_core.runs.directory import CONFIG, ERROR, METRICS, SUMMARY
+from sequel_core.runs.formatting import number
+from sequel_core.runs.results import TASK_GIVEN, Result, common_score, load_result, read_metrics
 from sequel_core.runs.statistics import interval
 from sequel_core.runs.versions import WRITER
 from sequel_core.stream.arrays import FloatArray
@@ -40,12 +42,12 @@ class Estimate(NamedTuple):
     half: float  # half-width of the interval; nan with fewer than two values
     values: tuple[float, ...]
 
-    def text(self, scale: float = 1.0, digits: int = 2) -> str:
+    def text(self, scale: float = 1.0, digits: int | None = 2) -> str:
         """Return the mean and the half-width of its interval.
 
         Args:
             scale: factor for both numbers, for example 100 for percent.
-            digits: number of decimals, >= 0.
+            digits: number of decimals, >= 0; None for four significant digits.
 
         Returns:
             Text such as `46.97 ± 1.20`; the mean alone if all values are equal; `-` without values.
@@ -54,11 +56,9 @@ class Estimate(NamedTuple):
             >>> estimate([0.65, 0.75]).text(scale=100), estimate([0.65]).text(), estimate([]).text()
             ('70.00 ± 63.53', '0.65', '-')
         """
-        if math.isnan(self.mean):
-            return "-"
-        mean = f"{scale * self.mean:,.{digits}f}"
-        equal = min(self.values) == max(self.values)
-        return mean if equal else f"{mean} ± {scale * self.half:,.{digits}f}"
+        mean = number(self.mean, scale, digits)
+        equal = not self.values or min(self.values) == max(self.values)
+        return mean if equal else f"{mean} ± {number(self.half, scale, digits)}"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -81,11 +81,11 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 class Point(NamedTuple):
-    """The accuracy on a task at a training step."""
+    """The score on a task at a training step."""
 
     step: int
     task: int
-    accuracy: float  # in [0, 1]
+    score: float
     within_task: bool
 
 
@@ -124,13 +124,6 @@ class Run:
         """Number of tasks after which the run was evaluated."""
         return int(np.isfinite(self.result.matrix).any(axis=1).sum()) if self.result.matrix.size else 0
 
-    def number(self, *path: str) -> float:
-        """Return a number of the summary by its path, such as `"seconds", "train"`; nan if it has none."""
-        value: Any = self.result.summary
-        for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
-        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -160,15 +153,15 @@ class Group:
 
     def estimate(self, *path: str) -> Estimate:
         """Return the mean of a number of the summary over the finished runs."""
-        return estimate([run.number(*path) for run in self.finished])
+        return estimate([run.result.number(*path) for run in self.finished])
 
     def matrix(self) -> FloatArray:
-        """Return the mean accuracy matrix `[T, T]` of the finished runs, of which there must be one."""
+        """Return the mean matrix `[T, T]` of the finished runs, of which there must be one."""
         mean: FloatArray = np.mean([run.result.matrix for run in self.finished], axis=0)
         return mean
 
     def over_stream(self) -> list[Estimate]:
-        """Return the average accuracy on the tasks seen so far, after each task, over the finished runs."""
+        """Return the average score on the tasks seen so far, after each task, over the finished runs."""
         matrices = [run.result.matrix for run in self.finished]
         return [estimate([r[i, : i + 1].mean() for r in matrices]) for i in range(len(matrices[0]))]
 
@@ -184,6 +177,15 @@ class Study:
 
     groups: Sequence[Group]
     notes: Sequence[str]
+
+    @property
+    def score(self) -> Score:
+        """The score of all runs.
+
+        Raises:
+            ValueError: the runs have different scores.
+        """
+        return common_score(run.result.score for run in self.runs)
 
     @property
     def runs(self) -> list[Run]:
@@ -263,15 +265,15 @@ def _read(path: Path, notes: list[str]) -> Run:
     reason = next((_printable(line) for line in reversed(lines) if line.strip()), "")
     if reason and not (path / CONFIG).is_file():
         raise ValueError(f"{path} contains no run; it failed before training: {reason}")
-    if not any((path / name).is_file() for name in (METRICS, MATRIX, SUMMARY)):
+    if not any((path / name).is_file() for name in (METRICS, SUMMARY)) and not any(path.glob("*_matrix.csv")):
         raise ValueError(f"{path} contains a {CONFIG} but no records of a run")
     result = load_result(path)
     split = result.summary.get("split") or result.config.get("evaluate_on", "test")
     try:
-        points = _points(path, split)
+        points = _points(path, split, result.score.key)
     except ValueError as damage:
         points = []
-        notes.append(f"{_note(path, damage)}; accuracies within tasks are not shown")
+        notes.append(f"{_note(path, damage)}; scores within tasks are not shown")
     flat = {_printable(key): _setting(value) for key, value in flatten(result.config).items()}
     flat.setdefault("mode", _setting(result.summary.get("mode", "")))
     flat.setdefault("evaluate_on", _setting(split))
@@ -280,16 +282,16 @@ def _read(path: Path, notes: list[str]) -> Run:
     return Run(_printable(path), result, settings, seeds, points, reason)
 
 
-def _points(path: Path, split: str) -> list[Point]:
+def _points(path: Path, split: str, key: str) -> list[Point]:
     """Return the evaluations on a split; none if the run was evaluated at the end of tasks only."""
     evaluations = [record for record in read_metrics(path) if record.get("kind") == "evaluation"]
     if not any(record.get("within_task") for record in evaluations):
         return []
     measured = [record for record in evaluations if record.get("split") == split]
     return [
-        Point(record["step"], record["task"], record["accuracy"], record["within_task"])
+        Point(record["step"], record["task"], record[key], record["within_task"])
         for record in measured
-        if all(isinstance(record.get(key), int | float) for key in Point._fields)
+        if all(isinstance(record.get(name), int | float) for name in ("step", "task", key, "within_task"))
     ]
 
 

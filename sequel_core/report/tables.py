@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sequel_core.objectives import Score
 from sequel_core.report.figures import MAX_TASKS
 from sequel_core.report.runs import MODES, SEEDS, Estimate, Group, Run, Study, estimate
+from sequel_core.runs.formatting import number, scaling
 from sequel_core.stream.arrays import FloatArray
 
 NONE = "-"
@@ -24,7 +26,7 @@ class Table(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """A metric and its definition; R[i, j] is the accuracy on task j after training on task i of T."""
+    """A metric and its definition; R[i, j] is the score on task j after training on task i of T."""
 
     key: str  # in summary.json
     name: str
@@ -33,100 +35,111 @@ class Metric(NamedTuple):
     meaning: str
 
 
-METRICS = (
-    Metric(
-        "average_accuracy",
-        "average accuracy",
-        "higher",
-        "mean over j of R[T, j]",
-        "Accuracy on each task after training on the last one, averaged over all tasks.",
-    ),
-    Metric(
-        "forgetting",
-        "forgetting",
-        "lower",
-        "mean over j < T of (max over i < T of R[i, j]) - R[T, j]",
-        "Drop of each past task from its best accuracy before the last task. Negative if tasks are best at "
-        "the end of the stream.",
-    ),
-    Metric(
-        "forgetting_with_final",
-        "forgetting, final included",
-        "lower",
-        "mean over j < T of (max over i of R[i, j]) - R[T, j]",
-        "Forgetting whose maximum includes the final accuracy, so that it is never negative.",
-    ),
-    Metric(
-        "bwt",
-        "backward transfer",
-        "higher",
-        "mean over j < T of R[T, j] - R[j, j]",
-        "Change of the accuracy on each task between its training and the end of the stream. Negative values "
-        "mean forgetting.",
-    ),
-    Metric(
-        "fwt",
-        "forward transfer",
-        "higher",
-        "mean over j > 1 of R[j - 1, j] - b[j]",
-        "Accuracy on each task just before its training, minus the accuracy b[j] of the untrained network. "
-        "Measured if evaluate_future=true.",
-    ),
-    Metric(
-        "learning_accuracy",
-        "learning accuracy",
-        "higher",
-        "mean over j of R[j, j]",
-        "Accuracy on each task right after its training: how well the method learns new tasks.",
-    ),
-    Metric(
-        "average_incremental_accuracy",
-        "average incremental accuracy",
-        "higher",
-        "mean over i of (mean over j <= i of R[i, j])",
-        "Average accuracy on the tasks seen so far, averaged over the stream.",
-    ),
-    Metric(
-        "average_incremental_accuracy_over_samples",
-        "average incremental accuracy, over samples",
-        "higher",
-        "mean over i of (sum over j <= i of n[j] R[i, j]) / (sum over j <= i of n[j])",
-        "Accuracy on all samples of the tasks seen so far, averaged over the stream. Task j has n[j] "
-        "samples.",
-    ),
-    Metric(
-        "worst_case_accuracy",
-        "worst-case accuracy",
-        "higher",
-        "1/T R[T, T] + (1 - 1/T) mean over j < T of (min over i > j of R[i, j])",
-        "Average of the final accuracy on the last task and the lowest accuracy on each past task after a "
-        "later one.",
-    ),
-    Metric(
-        "masked_average_accuracy",
-        "masked average accuracy",
-        "higher",
-        "the average accuracy with the logits of other tasks masked",
-        "In the class scenario: the accuracy if the network were given the task of each sample.",
-    ),
-    Metric(
-        "validation_average_accuracy",
-        "validation average accuracy",
-        "higher",
-        "the average accuracy on the validation samples",
-        "Measured once, at the end of the run, on held-out training samples. Use it to choose settings.",
-    ),
-    Metric(
-        "test_average_accuracy",
-        "test average accuracy",
-        "higher",
-        "the average accuracy on the test samples",
-        "Measured once, at the end of the run. The accuracy matrix is measured on the validation samples.",
-    ),
-)
-"""All metrics, in the order of the columns. A report shows those that a finished run has."""
+def all_metrics(score: Score) -> list[Metric]:
+    """Return all metrics of a score, in the order of the columns."""
+    name, title, key, better = (
+        score.name,
+        score.title,
+        score.key,
+        "higher" if score.higher_is_better else "lower",
+    )
+    best, worst, drop = ("max", "min", "Drop") if score.higher_is_better else ("min", "max", "Rise")
 
-OTHER = "_average_accuracy"
+    def gain(new: str, old: str) -> str:
+        return f"{new} - {old}" if score.higher_is_better else f"{old} - {new}"
+
+    return [
+        Metric(
+            f"average_{key}",
+            f"average {name}",
+            better,
+            "mean over j of R[T, j]",
+            f"{title} on each task after training on the last one, averaged over all tasks.",
+        ),
+        Metric(
+            "forgetting",
+            "forgetting",
+            "lower",
+            f"mean over j < T of {gain(f'({best} over i < T of R[i, j])', 'R[T, j]')}",
+            f"{drop} of each past task from its best {name} before the last task. Negative if tasks are best "
+            "at the end of the stream.",
+        ),
+        Metric(
+            "forgetting_with_final",
+            "forgetting, final included",
+            "lower",
+            f"mean over j < T of {gain(f'({best} over i of R[i, j])', 'R[T, j]')}",
+            f"Forgetting whose {best}imum includes the final {name}, so that it is never negative.",
+        ),
+        Metric(
+            "bwt",
+            "backward transfer",
+            "higher",
+            f"mean over j < T of {gain('R[T, j]', 'R[j, j]')}",
+            f"Change of the {name} on each task between its training and the end of the stream. Negative "
+            "values mean forgetting.",
+        ),
+        Metric(
+            "fwt",
+            "forward transfer",
+            "higher",
+            f"mean over j > 1 of {gain('R[j - 1, j]', 'b[j]')}",
+            f"{title} on each task just before its training, compared with the {name} b[j] of the untrained "
+            "network. Measured if evaluate_future=true.",
+        ),
+        Metric(
+            f"learning_{key}",
+            f"learning {name}",
+            better,
+            "mean over j of R[j, j]",
+            f"{title} on each task right after its training: how well the method learns new tasks.",
+        ),
+        Metric(
+            f"average_incremental_{key}",
+            f"average incremental {name}",
+            better,
+            "mean over i of (mean over j <= i of R[i, j])",
+            f"Average {name} on the tasks seen so far, averaged over the stream.",
+        ),
+        Metric(
+            f"average_incremental_{key}_over_samples",
+            f"average incremental {name}, over samples",
+            better,
+            "mean over i of (sum over j <= i of n[j] R[i, j]) / (sum over j <= i of n[j])",
+            f"{title} on all samples of the tasks seen so far, averaged over the stream. Task j has n[j] "
+            "samples.",
+        ),
+        Metric(
+            f"worst_case_{key}",
+            f"worst-case {name}",
+            better,
+            f"1/T R[T, T] + (1 - 1/T) mean over j < T of ({worst} over i > j of R[i, j])",
+            f"Average of the final {name} on the last task and the worst {name} on each past task after a "
+            "later one.",
+        ),
+        Metric(
+            f"masked_average_{key}",
+            f"masked average {name}",
+            better,
+            f"the average {name} with the logits of other tasks masked",
+            f"In the class scenario: the {name} if the network were given the task of each sample.",
+        ),
+        Metric(
+            f"validation_average_{key}",
+            f"validation average {name}",
+            better,
+            f"the average {name} on the validation samples",
+            "Measured once, at the end of the run, on held-out training samples. Use it to choose settings.",
+        ),
+        Metric(
+            f"test_average_{key}",
+            f"test average {name}",
+            better,
+            f"the average {name} on the test samples",
+            f"Measured once, at the end of the run. The {name} matrix is measured on the validation samples.",
+        ),
+    ]
+
 
 COSTS = {
     "training steps": "Training batches over all tasks.",
@@ -145,19 +158,21 @@ COSTS = {
 def shown_metrics(study: Study) -> list[Metric]:
     """Return the metrics that a finished run has.
 
-    Average accuracies that are not in `METRICS` come from methods with a second prediction rule, such as the
+    Average scores that are not in `all_metrics` come from methods with a second prediction rule, such as the
     head of iCaRL; they are added at the end.
     """
+    score = study.score
+    metrics, suffix = all_metrics(score), f"_average_{score.key}"
     finished = [run for group in study.groups for run in group.finished]
-    known = {metric.key for metric in METRICS}
-    keys = dict.fromkeys(key for run in finished for key in run.result.summary if key.endswith(OTHER))
+    known = {metric.key for metric in metrics}
+    keys = dict.fromkeys(key for run in finished for key in run.result.summary if key.endswith(suffix))
     added = [
         Metric(
             key,
             key.replace("_", " "),
-            "higher",
-            f"the average accuracy with {key.removesuffix(OTHER)}",
-            "The accuracy with another prediction rule of the method.",
+            metrics[0].better,
+            f"the average {score.name} with {key.removesuffix(suffix)}",
+            f"The {score.name} with another prediction rule of the method.",
         )
         for key in keys
         if key not in known
@@ -165,23 +180,24 @@ def shown_metrics(study: Study) -> list[Metric]:
     splits = {run.result.summary.get("split") for run in finished}
 
     def shown(metric: Metric) -> bool:
-        equals_average_accuracy = {f"{split}{OTHER}" for split in splits} == {metric.key}
-        measured = any(math.isfinite(run.number(metric.key)) for run in finished)
-        return measured and not equals_average_accuracy
+        equals_average_score = {f"{split}{suffix}" for split in splits} == {metric.key}
+        measured = any(math.isfinite(run.result.number(metric.key)) for run in finished)
+        return measured and not equals_average_score
 
-    return [metric for metric in (*METRICS, *added) if shown(metric)]
+    return [metric for metric in (*metrics, *added) if shown(metric)]
 
 
 def results(study: Study) -> Table:
-    """Return the metrics of all groups, in percent."""
+    """Return the metrics of all groups."""
     metrics = shown_metrics(study)
     rows = []
     for group in study.groups:
         finished, started = len(group.finished), len(group.runs)
         runs = str(finished) if finished == started else f"{finished} of {started}"
-        values = [group.estimate(metric.key).text(100) for metric in metrics]
+        values = [group.estimate(metric.key).text(*scaling(study.score)) for metric in metrics]
         rows.append([group.label, runs, *values])
-    caption = "Percent; mean over finished runs ± half-width of its 95 % confidence interval (Student's t)"
+    caption = "mean over finished runs ± half-width of its 95 % confidence interval (Student's t)"
+    caption = f"Percent; {caption}" if study.score.fraction else f"M{caption[1:]}"
     return Table(caption, ["configuration", "runs", *(metric.name for metric in metrics)], rows)
 
 
@@ -197,19 +213,20 @@ def pairs(study: Study) -> list[tuple[Group, Group]]:
 
 
 def frameworks(study: Study) -> Table:
-    """Return the average accuracy in both frameworks and the difference between runs with equal seeds."""
+    """Return the average score in both frameworks and the difference between runs with equal seeds."""
     header = [
         "configuration",
         *MODES.values(),
         "common seeds",
         "JAX - PyTorch, equal seeds",
-        "largest difference in the accuracy matrix",
+        f"largest difference in the {study.score.name} matrix",
     ]
-    caption = "Average accuracy in percent, differences in percentage points"
-    return Table(caption, header, [_framework_row(*pair) for pair in pairs(study)])
+    caption = f"Average {study.score.name}"
+    caption += " in percent, differences in percentage points" if study.score.fraction else ""
+    return Table(caption, header, [_framework_row(*pair, study.score) for pair in pairs(study)])
 
 
-def _framework_row(pytorch: Group, jax: Group) -> list[str]:
+def _framework_row(pytorch: Group, jax: Group, score: Score) -> list[str]:
     by_seed = {tuple(run.seeds.items()): run.result.matrix for run in jax.finished}
     differences = [
         by_seed[seeds] - run.result.matrix
@@ -219,21 +236,22 @@ def _framework_row(pytorch: Group, jax: Group) -> list[str]:
     largest = [float(np.nanmax(np.abs(difference), initial=0)) for difference in differences]
     return [
         pytorch.method,
-        pytorch.estimate("average_accuracy").text(100),
-        jax.estimate("average_accuracy").text(100),
+        pytorch.estimate(score.of("average_score")).text(*scaling(score)),
+        jax.estimate(score.of("average_score")).text(*scaling(score)),
         str(len(differences)),
-        estimate([float(difference[-1].mean()) for difference in differences]).text(100),
-        f"{100 * max(largest):.2f}" if largest else NONE,
+        estimate([float(difference[-1].mean()) for difference in differences]).text(*scaling(score)),
+        number(max(largest, default=math.nan), *scaling(score)),
     ]
 
 
-def final_accuracies(study: Study) -> Table:
-    """Return the accuracy on each task after training on the last one, in percent."""
+def final_scores(study: Study) -> Table:
+    """Return the score on each task after training on the last one."""
+    score = study.score
     groups = [group for group in study.groups if group.finished]
     num_tasks = max((len(group.finished[0].result.matrix) for group in groups), default=0)
     tasks = selected(num_tasks)
-    rows = [[group.label, *(value.text(100) for value in _final(group, tasks))] for group in groups]
-    caption = f"Accuracy on each task after training on the last one, percent{part(tasks, num_tasks)}"
+    rows = [[group.label, *(v.text(*scaling(score)) for v in _final(group, tasks))] for group in groups]
+    caption = f"{caption_of(score, 'on each task after training on the last one')}{part(tasks, num_tasks)}"
     return Table(caption, ["configuration", *(f"task {j + 1}" for j in tasks)], rows)
 
 
@@ -265,8 +283,8 @@ def costs(study: Study) -> Table:
 
 
 def _rate(run: Run) -> float:
-    seconds = run.number("seconds", "train")
-    return run.number("steps") / seconds if seconds > 0 else math.nan
+    seconds = run.result.number("seconds", "train")
+    return run.result.number("steps") / seconds if seconds > 0 else math.nan
 
 
 def configuration(study: Study) -> Table:
@@ -286,34 +304,45 @@ def shared(study: Study) -> Table:
 
 def every_run(study: Study) -> Table:
     """Return all runs with their status."""
-    rows = []
+    rows, score = [], study.score
     keys = [key for key in SEEDS if any(key in run.seeds for run in study.runs)]
     versions = len({run.result.version for run in study.runs}) > 1
     for group in study.groups:
         for run in group.runs:
             seeds = [run.seeds.get(key, "") for key in keys]
-            accuracy = estimate([run.number("average_accuracy")]).text(100) if run.finished else NONE
+            average = number(run.result.metric("average_score"), *scaling(score)) if run.finished else NONE
             tasks = f"{run.trained} of {len(run.result.matrix)}" if run.result.matrix.size else NONE
             version = [run.result.version or ""] if versions else []
-            values = [run.name, group.label, *seeds, *version, run.status, tasks, accuracy, run.reason]
+            values = [run.name, group.label, *seeds, *version, run.status, tasks, average, run.reason]
             rows.append([value or NONE for value in values])
     version = ["SequeL version"] if versions else []
-    header = ["run", "configuration", *keys, *version, "status", "tasks", "average accuracy, %", "reason"]
+    average = f"average {score.name}{', %' if score.fraction else ''}"
+    header = ["run", "configuration", *keys, *version, "status", "tasks", average, "reason"]
     if not any(run.reason for run in study.runs):
         header, rows = header[:-1], [row[:-1] for row in rows]
     return Table("Means include finished runs only", header, rows)
 
 
-def matrix_numbers(matrix: FloatArray) -> Table:
-    """Return an accuracy matrix `[T, T]` in percent; if T is large, the entries of selected tasks."""
+def matrix_numbers(matrix: FloatArray, score: Score) -> Table:
+    """Return a matrix of scores `[T, T]`; if T is large, the entries of selected tasks."""
     tasks = selected(len(matrix))
 
     def text(value: float) -> str:
-        return "" if math.isnan(value) else f"{100 * value:.2f}"
+        return "" if math.isnan(value) else number(value, *scaling(score))
 
     rows = [[f"after task {i + 1}", *(text(matrix[i, j]) for j in tasks)] for i in tasks]
-    caption = f"Accuracy on each task, percent{part(tasks, len(matrix))}"
+    caption = f"{caption_of(score, 'on each task')}{part(tasks, len(matrix))}"
     return Table(caption, ["", *(f"task {j + 1}" for j in tasks)], rows)
+
+
+def caption_of(score: Score, what: str) -> str:
+    """Return a caption that starts with the name of a score and ends with its unit, if it has one.
+
+    Example:
+        >>> caption_of(Score("accuracy"), "on each task")
+        'Accuracy on each task, percent'
+    """
+    return f"{score.title} {what}{', percent' if score.fraction else ''}"
 
 
 def part(tasks: Sequence[int], num_tasks: int) -> str:

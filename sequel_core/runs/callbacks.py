@@ -50,7 +50,7 @@ class StreamCallback:
         Args:
             learner: after the task.
             task: that was trained on.
-            matrix: a copy of the accuracies `[T, T]` so far, nan if not evaluated; row `task.index` is new.
+            matrix: a copy of the scores `[T, T]` so far, nan if not evaluated; row `task.index` is new.
         """
 
     def on_stream_end(self, learner: Learner, matrix: FloatArray) -> None:
@@ -58,5 +58,5 @@ class StreamCallback:
 
         Args:
             learner: after the last task.
-            matrix: a copy of the accuracies `[T, T]`, nan if not evaluated.
+            matrix: a copy of the scores `[T, T]`, nan if not evaluated.
         """

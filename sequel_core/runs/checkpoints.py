@@ -2,7 +2,7 @@
 
     <run_dir>/checkpoints/<number>/
         ...             the learner's part: `state/` of orbax, or `lightning.ckpt`
-        run.json        the orchestrator's part: position in the stream, accuracy matrix, ...
+        run.json        the orchestrator's part: position in the stream, matrix of scores, ...
         manifest.json   size and sha256 of every other file; written last
 
 A directory without a manifest is incomplete and is never used. A directory whose files do not match the
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sequel_core.hparams import CheckpointHParams
+from sequel_core.objectives import Score
 from sequel_core.runs.directory import RunDirectory
 from sequel_core.runs.files import read_json, write_json
 from sequel_core.runs.learner import Learner
@@ -47,17 +48,18 @@ class Checkpoint(NamedTuple):
     path: Path
     run: dict[str, Any]  # the orchestrator's part, contents of `run.json`
 
-    def check(self, num_tasks: int) -> None:
+    def check(self, num_tasks: int, score: Score) -> None:
         """Check the orchestrator's part.
 
         Args:
             num_tasks: number of tasks in the stream.
+            score: what the run measures.
 
         Raises:
             ValueError: a value is missing, or has another type, shape or range; the error names it.
         """
         try:
-            check_state(self.run, num_tasks)
+            check_state(self.run, num_tasks, score)
         except ValueError as error:
             raise self.unusable(f": in its {RUN}, {error}") from error
 
@@ -274,7 +276,7 @@ class Checkpointer:
         """
         checkpoint = self._files.newest()
         if checkpoint is not None:
-            checkpoint.check(len(self._state.matrix))
+            checkpoint.check(len(self._state.matrix), self._learner.score)
             self._load(checkpoint)
             if not self._directory.finished():
                 checkpoint.warn_of_versions()
@@ -286,7 +288,7 @@ class Checkpointer:
             self._learner.restore(checkpoint.path)
             self._state.load(checkpoint.run)
             self._directory.rewind_metrics(checkpoint.run["metrics_bytes"])
-            self._directory.write_matrix(self._state.matrix)
+            self._directory.write_matrix(self._state.matrix, self._learner.score)
         except Exception as error:  # a file of another program leads to errors of any type
             if isinstance(error, ValueError) and str(checkpoint.path) in str(error):
                 if not checkpoint.version_note():

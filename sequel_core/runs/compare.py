@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,12 +18,13 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from sequel_core.experiment.schema import ExperimentConfig
+from sequel_core.objectives import Score
 from sequel_core.runs import learner
-from sequel_core.runs.directory import CONFIG, RunDirectory
-from sequel_core.runs.formatting import percent
+from sequel_core.runs.directory import CONFIG, RunDirectory, numbered
+from sequel_core.runs.formatting import number, scaling, score_text
 from sequel_core.runs.learner import PLUGINS, Learner, Mode
 from sequel_core.runs.orchestrator import Shown, check_run, run
-from sequel_core.runs.results import TASK_GIVEN, Result, load_weights
+from sequel_core.runs.results import TASK_GIVEN, Result, common_score, load_weights
 from sequel_core.runs.signals import InterruptedRunError
 from sequel_core.settings import check_name
 from sequel_core.stream.benchmark import Benchmark
@@ -41,6 +41,8 @@ FLOAT32 = (
     "training.dtype=float64 to see how far the computations agree."
 )
 """Caption of the differences between runs in float32."""
+
+MEASURED = ("average_score", "forgetting", "learning_score")
 
 Experiment = Learner | ExperimentConfig
 
@@ -71,10 +73,8 @@ class Difference(NamedTuple):
 
     label: str
     seed: int
-    accuracy: float  # of the accuracy matrices, a fraction; nan if no entry is in both
-    accuracy_at: tuple[
-        int, ...
-    ]  # (i, j): on task j after training on task i; () if the difference is 0 or nan
+    score: float  # of the matrices of scores; nan if no entry is in both
+    score_at: tuple[int, ...]  # (i, j): on task j after training on task i; () if the difference is 0 or nan
     weight: float  # of the final weights; nan if the arrays differ in name or shape
     weight_at: str  # such as "dense_0/kernel[3, 17]"; empty if the difference is 0 or nan
 
@@ -106,9 +106,10 @@ class Comparison:
 
     def __rich__(self) -> Group:
         """Return the tables."""
-        tables = [_table(self.rows)]
+        score = common_score(run.result.score for run in self.runs if run.result)
+        tables = [_table(self.rows, score)]
         if self.differences:
-            tables.append(_difference_table(self.differences))
+            tables.append(_difference_table(self.differences, score))
             if any(run.result and run.result.config["training"]["dtype"] == "float32" for run in self.runs):
                 tables[-1].caption, tables[-1].caption_justify = FLOAT32, "left"
         return Group(*tables)
@@ -146,7 +147,8 @@ def compare(
         The runs, their means and intervals over seeds, and the largest differences between the frameworks.
 
     Raises:
-        ValueError: an argument cannot be used; nothing was run and no directory was made.
+        ValueError: an argument cannot be used; nothing was run and no directory was made. Or the runs of
+            configurations have different scores, which is found after the first two that differ.
         InterruptedRunError: a signal was received.
 
     Example:
@@ -170,7 +172,10 @@ def compare(
     trials = _trials(runs, benchmark, settings, "bars" if progress else False)
     print_notes(console, notes)
     directory = RunDirectory.create(run_dir).path
-    done = [_run_trial(trial, directory, say) for trial in trials]
+    done: list[Run] = []
+    for trial in trials:
+        done.append(_run_trial(trial, directory, say))
+        common_score(item.result.score for item in done if item.result)
     recorded = [item.directory for item in done if (item.directory / CONFIG).is_file()]
     report = directory / REPORT if recorded else None
     comparison = Comparison(directory, tuple(done), _rows(done), _differences(done), report)
@@ -208,7 +213,8 @@ def _run_trial(trial: _Trial, parent: Path, say: Callable[[str], None]) -> Run:
         record_failure(error, path)
     else:
         seconds = result.summary["seconds"]["total"]
-        say(f"{trial.name}: average accuracy {percent(result.average_accuracy)} %, {seconds:.1f} s")
+        average = score_text(result.metric("average_score"), result.score)
+        say(f"{trial.name}: average {result.score.name} {average}, {seconds:.1f} s")
     return Run(trial.label, trial.mode, trial.seed, path, result)
 
 
@@ -240,7 +246,7 @@ def _trials(
     from sequel_core.cli.run import execute
     from sequel_core.cli.sweep import check_streams
 
-    trials, configs, learners = [], {}, set()
+    trials, configs, learners = [], {}, dict[Learner, Score]()
     for label, group in runs.items() if isinstance(runs, Mapping) else [("", runs)]:
         for experiment in group if isinstance(group, Sequence) else [group]:
             if isinstance(experiment, ExperimentConfig):
@@ -254,8 +260,9 @@ def _trials(
                     raise ValueError(
                         f"learners must be new, got that of {trials[-1].name} twice; make another"
                     )
-                learners.add(experiment)
+                learners[experiment] = experiment.score
     _check_names([trial.name for trial in trials])
+    common_score(learners.values())
     if configs and (settings or benchmark is not None):
         name = "benchmark" if benchmark is not None else next(iter(settings))
         raise ValueError(f"{name} is for learners, a configuration has its own; drop it")
@@ -302,8 +309,7 @@ def _new_directory(parent: Path, trial: _Trial) -> Path:
     """Make a directory named after the label, the framework and the seed."""
     stem = re.sub(r"[^\w.=+-]+", "-", trial.label)[:100]
     stem = f"{stem}_{trial.mode}_seed{trial.seed}"
-    names = (f"{stem}_{k}" if k else stem for k in count())
-    path = next(parent / name for name in names if not (parent / name).exists())
+    path = next(path for path in numbered(parent / stem) if not path.exists())
     path.mkdir()
     return path
 
@@ -315,15 +321,13 @@ def measure(result: Result) -> dict[str, float]:
         result: of a finished run.
 
     Returns:
-        `average_accuracy`, `forgetting` and `learning_accuracy` as fractions; `seconds` in total;
+        The average, forgetting and learning score, named as in the summary; `seconds` in total;
         `steps_per_second` over all training, including the framework's compilation; `memory_bytes` of the
         algorithm.
     """
     seconds, steps = result.summary["seconds"], result.summary["steps"]
     return {
-        "average_accuracy": result.average_accuracy,
-        "forgetting": result.forgetting,
-        "learning_accuracy": result.learning_accuracy,
+        **{result.score.of(name): result.metric(name) for name in MEASURED},
         "seconds": seconds["total"],
         "steps_per_second": steps / seconds["train"] if seconds["train"] else math.nan,
         "memory_bytes": result.summary["memory_bytes"],
@@ -352,10 +356,10 @@ def _differences(runs: Sequence[Run]) -> tuple[Difference, ...]:
         pair = [finished[label, seed, mode] for mode in PLUGINS if (label, seed, mode) in finished]
         if len(pair) == len(PLUGINS):
             matrices = [{"": item.result.matrix} for item in pair if item.result]
-            accuracy, _, accuracy_at = _largest(*matrices)
+            score, _, score_at = _largest(*matrices)
             weight, name, index = _largest(*(load_weights(item.directory) for item in pair))
             weight_at = f"{name}[{', '.join(map(str, index))}]" if name else ""
-            differences.append(Difference(label, seed, accuracy, accuracy_at, weight, weight_at))
+            differences.append(Difference(label, seed, score, score_at, weight, weight_at))
     return tuple(differences)
 
 
@@ -386,12 +390,12 @@ def _largest(
 _left, _right = partial(Column, overflow="fold"), partial(Column, overflow="fold", justify="right")
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    several = any(len(row.seeds) > 1 for row in rows)
+def _table(rows: Sequence[Row], score: Score) -> Table:
+    several, unit = any(len(row.seeds) > 1 for row in rows), "%" if score.fraction else ""
+    heads = (f"average\n{score.name}\n{unit}", f"\nforget-\nting {unit}", f"learning\n{score.name}\n{unit}")
     columns = [
         *map(_left, ("run", "mode", "seeds")),
-        *map(_right, ("average\naccuracy\n%", "\nforget-\nting %", "learning\naccuracy\n%")),
-        *map(_right, ("\n\nseconds", "\n\nsteps/s", "\n\nmemory")),
+        *map(_right, (*heads, "\n\nseconds", "\n\nsteps/s", "\n\nmemory")),
     ]
     title = "mean over seeds ± half of the 95 % confidence interval" if several else None
     table = Table(*columns, title=title, title_justify="left", padding=0)  # fits into 80 columns
@@ -400,8 +404,8 @@ def _table(rows: Sequence[Row]) -> Table:
         seeds += f"; failed: {', '.join(map(str, row.failed))}" if row.failed else ""
         cells = ["-"] * 6
         if row.seeds:
-            accuracy, forgetting, learning, seconds, rate, memory = row.measures.values()
-            cells = [estimate.text(100) for estimate in (accuracy, forgetting, learning)]
+            *scores, seconds, rate, memory = row.measures.values()
+            cells = [estimate.text(*scaling(score)) for estimate in scores]
             cells += [seconds.text(digits=1), rate.text(digits=0), decimal(round(memory.mean))]
         last = k + 1 == len(rows) or rows[k + 1].label != row.label
         cells = [cell.replace(" ± ", "\n± ") for cell in cells]
@@ -410,13 +414,14 @@ def _table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _difference_table(differences: Sequence[Difference]) -> Table:
-    columns = [_left("run"), _left("seed"), _right("accuracy %"), _left("at"), _right("weights"), _left("at")]
+def _difference_table(differences: Sequence[Difference], score: Score) -> Table:
+    name = f"{score.name} %" if score.fraction else score.name
+    columns = [_left("run"), _left("seed"), _right(name), _left("at"), _right("weights"), _left("at")]
     title = f"largest differences between {' and '.join(PLUGINS)}"
     table = Table(*columns, title=title, title_justify="left", padding=0)
     for one in differences:
-        at = f"R[{', '.join(map(str, one.accuracy_at))}]" if one.accuracy_at else ""
+        at = f"R[{', '.join(map(str, one.score_at))}]" if one.score_at else ""
         weight = "-" if math.isnan(one.weight) else f"{one.weight:.1e}"
-        accuracy = percent(one.accuracy)
-        table.add_row(escape(one.label), str(one.seed), accuracy, at, weight, escape(one.weight_at))
+        gap = number(one.score, *scaling(score))
+        table.add_row(escape(one.label), str(one.seed), gap, at, weight, escape(one.weight_at))
     return table

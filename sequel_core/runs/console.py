@@ -18,7 +18,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
-from sequel_core.runs.formatting import percent
+from sequel_core.runs.formatting import score_text
 from sequel_core.runs.learner import Learner, Progress
 from sequel_core.runs.orchestrator import Shown
 from sequel_core.runs.results import TASK_GIVEN, Result
@@ -45,7 +45,7 @@ class Display:
     def __init__(
         self, benchmark: Benchmark, learner: Learner, progress: Shown, console: Console | None = None
     ) -> None:
-        self._benchmark = benchmark
+        self._benchmark, self._score = benchmark, learner.score
         terminal = console or Console()
         self._console = terminal if progress is True else Console(quiet=True)
         self._epochs = 1
@@ -100,15 +100,15 @@ class Display:
             self._move_stream(task, step / steps)
 
     def evaluated(self, after: int, row: FloatArray) -> None:
-        """Show the mean of the accuracies `[T]` measured during or after the training on task `after`."""
+        """Show the mean of the scores `[T]` measured during or after the training on task `after`."""
         self._average = float(np.mean(row[: after + 1]))
 
     def finish(self, task: Task, row: FloatArray) -> None:
-        """Print a line with the accuracies `[T]` measured after a task."""
+        """Print a line with the scores `[T]` measured after a task."""
         self.evaluated(task.index, row)
-        number, accuracy, average = task.index + 1, percent(row[task.index]), percent(self._average)
+        number, value, average = task.index + 1, self._text(row[task.index]), self._text(self._average)
         line = f"task {number}/{len(self._benchmark)} {task.name}: "
-        line += f"accuracy {accuracy} %, average {average} % over {number} seen"
+        line += f"{self._score.name} {value}, average {average} over {number} seen"
         if self._last and self._last.task_step < self._last.task_steps:
             line += ", stopped early" + (f" in {self._epoch(self._last)}" if self._epochs > 1 else "")
         to_file = not self._console.is_terminal  # lines in a file are not wrapped
@@ -117,15 +117,14 @@ class Display:
     def summarise(self, result: Result) -> None:
         """Print the final table."""
         summary = result.summary
-        title = f"{escape(self._benchmark.name)}, {summary['mode']}, {summary['split']} accuracy"
+        title = f"{escape(self._benchmark.name)}, {summary['mode']}, {summary['split']} {self._score.name}"
         title += f", {TASK_GIVEN}" if result.task_given else ""
         table = Table("metric", Column("value", justify="right", overflow="fold"), title=title)
-        for name in ("average_accuracy", "forgetting", "bwt", "fwt", "learning_accuracy"):
+        shown = ["average_score", "forgetting", "bwt", "fwt", "learning_score", "masked_average_score"]
+        shown += [f"{split}_average_score" for split in ("validation", "test") if split != summary["split"]]
+        for name in map(self._score.of, shown):
             if summary.get(name) is not None:
-                table.add_row(name.replace("_", " "), f"{percent(summary[name])} %")
-        for name in ("masked_average_accuracy", "validation_average_accuracy", "test_average_accuracy"):
-            if summary.get(name) is not None and name != f"{summary['split']}_average_accuracy":
-                table.add_row(name.replace("_", " "), f"{percent(summary[name])} %")
+                table.add_row(name.replace("_", " "), self._text(summary[name]))
         seconds = summary["seconds"]
         table.add_row("steps", str(summary["steps"]))
         table.add_row(
@@ -140,6 +139,9 @@ class Display:
         count = f"task {task.index + 1}/{tasks}"
         self._bars.update(self._stream, total=tasks, completed=task.index + fraction, count=count)
 
+    def _text(self, value: float) -> str:
+        return score_text(value, self._score)
+
     def _epoch(self, progress: Progress) -> str:
         return f"epoch {progress.epoch + 1}/{self._epochs}"
 
@@ -152,9 +154,9 @@ class Display:
             parts += [] if rate is None else [f"{rate:,.0f} steps/s"]
             parts += [f"loss {self._last.loss:.4f}"]
             if not math.isnan(self._last.score):
-                parts.append(f"accuracy {percent(self._last.score)} %")
+                parts.append(f"{self._score.name} {self._text(self._last.score)}")
         if not math.isnan(self._average):
-            parts.append(f"average {percent(self._average)} %")
+            parts.append(f"average {self._text(self._average)}")
         return Group(self._bars.make_tasks_table(self._bars.tasks), Text(", ".join(parts)))
 
 

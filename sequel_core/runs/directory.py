@@ -2,7 +2,8 @@
 
     config.yaml            the model, the optimizer, the benchmark and all settings
     metrics.jsonl          one record per line, in the order in which they were made
-    accuracy_matrix.csv    R[i, j], T x T with a header row of tasks; a cell is empty if not evaluated
+    accuracy_matrix.csv    R[i, j], T x T with a header row of tasks; a cell is empty if not evaluated. For
+                           another score, its name is in place of `accuracy`
     summary.json           the metrics, steps, seconds, memory and versions; written when the run ends
     weights.npz            the final weights, in the canonical layout
 
@@ -33,6 +34,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from sequel_core.objectives import ACCURACY, Score
 from sequel_core.runs import files
 from sequel_core.runs.metrics import check_matrix
 from sequel_core.runs.versions import WRITER, version_note, version_written_by
@@ -40,7 +42,6 @@ from sequel_core.stream.arrays import FloatArray
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
-MATRIX = "accuracy_matrix.csv"
 SUMMARY = "summary.json"
 WEIGHTS = "weights.npz"
 ERROR = "error.txt"  # why a run of a sweep failed
@@ -85,7 +86,7 @@ class RunDirectory:
         Raises:
             ValueError: the path is a file, is not empty or cannot be written.
         """
-        target = _new_path() if path is None else Path(path)
+        target = new_path() if path is None else Path(path)
         if target.exists() and not target.is_dir():
             raise ValueError(f"run_dir must be a directory, got the file {target}; choose another path")
         try:
@@ -217,21 +218,22 @@ class RunDirectory:
         with files.errors_naming(path), open(path, "a", encoding="utf-8", opener=_open_no_link) as file:
             file.write(line + "\n")
 
-    def write_matrix(self, matrix: FloatArray) -> None:
-        """Write `accuracy_matrix.csv`, with every digit that a float64 needs.
+    def write_matrix(self, matrix: FloatArray, score: Score = ACCURACY) -> None:
+        """Write the matrix, with every digit that a float64 needs.
 
         Args:
-            matrix: accuracies `[T, T]` in [0, 1]; nan if not evaluated.
+            matrix: scores `[T, T]`; nan if not evaluated.
+            score: what they are.
 
         Raises:
             ValueError: not such a matrix, see `sequel_core.runs.metrics.check_matrix`.
         """
-        r = check_matrix(matrix)
+        r = check_matrix(matrix, score)
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow([f"task_{j}" for j in range(len(r))])
         rows.writerows([["" if math.isnan(value) else repr(value) for value in row] for row in r.tolist()])
-        files.write_bytes(self.path / MATRIX, text.getvalue().encode())
+        files.write_bytes(self.path / matrix_file(score), text.getvalue().encode())
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`; nan and infinity become null.
@@ -259,11 +261,17 @@ class RunDirectory:
         files.write_bytes(self.path / WEIGHTS, content.getvalue())
 
 
-def _new_path() -> Path:
+def numbered(path: Path) -> Iterator[Path]:
+    """Yield a path, then the same with `_1`, `_2`, ... at its end."""
+    yield path
+    for k in count(1):
+        yield path.with_name(f"{path.name}_{k}")
+
+
+def new_path(suffix: str = "") -> Path:
     """Return a path under `runs/` that is not taken, named after the time."""
-    stem = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    names = (Path("runs") / (f"{stem}_{k}" if k else stem) for k in count())
-    return next(name for name in names if not name.exists())
+    path = Path("runs") / f"{datetime.now():%Y-%m-%d_%H-%M-%S}{suffix}"
+    return next(name for name in numbered(path) if not name.exists())
 
 
 def _process(holder: Path) -> str:
@@ -295,15 +303,28 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_matrix(path: Path) -> FloatArray:
-    with path.open(encoding="utf-8", newline="") as file:
-        try:
+def matrix_file(score: Score) -> str:
+    """Return the name of the file of the matrix."""
+    return f"{score.key}_matrix.csv"
+
+
+def read_matrix(directory: Path, score: Score) -> FloatArray:
+    """Read the matrix of a run; its shape is `[0, 0]` if there is none yet.
+
+    Raises:
+        ValueError: the file is damaged; the error names it.
+    """
+    path = directory / matrix_file(score)
+    if not path.is_file():
+        return np.empty((0, 0), np.float64)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
             header, *rows = csv.reader(file)
-        except csv.Error as error:
-            raise ValueError(str(error)) from error
-    if len(rows) != len(header) or any(len(row) != len(header) for row in rows):
-        raise ValueError(f"it must hold {len(header)} rows of {len(header)}, one per task of its header")
-    return check_matrix([[float(cell) if cell else math.nan for cell in row] for row in rows])
+        if len(rows) != len(header) or any(len(row) != len(header) for row in rows):
+            raise ValueError(f"it must hold {len(header)} rows of {len(header)}, one per task of its header")
+        return check_matrix([[float(cell) if cell else math.nan for cell in row] for row in rows], score)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -312,14 +333,13 @@ def _read_summary(path: Path) -> dict[str, Any]:
 
 READERS: dict[str, Callable[[Path], Any]] = {
     CONFIG: _read_config,
-    MATRIX: _read_matrix,
     SUMMARY: _read_summary,
 }
 """Function that reads each file of a run directory."""
 
 
 def read_file(path: Path) -> Any:
-    """Read `config.yaml`, `accuracy_matrix.csv` or `summary.json` of a run directory.
+    """Read `config.yaml` or `summary.json` of a run directory.
 
     Raises:
         ValueError: the file is damaged; the error names it.

@@ -6,25 +6,44 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-
-def two_decimals(number: float) -> str:
-    """Return a number with two decimals; `-` for nan.
-
-    Example:
-        >>> two_decimals(46.305), two_decimals(float("nan"))
-        ('46.30', '-')
-    """
-    return "-" if math.isnan(number) else f"{number:.2f}"
+from sequel_core.objectives import Score
 
 
-def percent(fraction: float) -> str:
-    """Return a fraction in percent with two decimals, without the sign; `-` for nan.
+def number(value: float, scale: float = 1.0, digits: int | None = 2) -> str:
+    """Return a number as text; `-` for nan.
+
+    Args:
+        value: the number.
+        scale: factor, for example 100 for percent.
+        digits: decimals, >= 0; None for four significant digits.
 
     Example:
-        >>> percent(0.4631), percent(float("nan"))
-        ('46.31', '-')
+        >>> number(46.305), number(0.25, 100, 0), number(0.0123456, digits=None), number(float("nan"))
+        ('46.30', '25', '0.01235', '-')
     """
-    return two_decimals(100 * fraction)
+    if math.isnan(value):
+        return "-"
+    return f"{scale * value:.4g}" if digits is None else f"{scale * value:,.{digits}f}"
+
+
+def scaling(score: Score) -> tuple[float, int | None]:
+    """Return `scale` and `digits` of `number` for a score: fractions are shown in percent.
+
+    Example:
+        >>> scaling(Score("accuracy")), scaling(Score("reward", fraction=False))
+        ((100.0, 2), (1.0, None))
+    """
+    return (100.0, 2) if score.fraction else (1.0, None)
+
+
+def score_text(value: float, score: Score) -> str:
+    """Return a score, or a difference of scores, with its unit.
+
+    Example:
+        >>> score_text(0.4631, Score("accuracy")), score_text(0.5, Score("reward", fraction=False))
+        ('46.31 %', '0.5')
+    """
+    return number(value, *scaling(score)) + (" %" if score.fraction else "")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]], align: str = "---") -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
 from sequel_core.objectives import Score
+from sequel_core.settings import check_name
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Task
@@ -254,8 +255,7 @@ def plugin(mode: Mode) -> Any:
         >>> plugin("pytorch").__name__
         'sequel_lightning'
     """
-    if mode not in PLUGINS:
-        raise ValueError(f"mode must be one of {', '.join(PLUGINS)}, got {mode!r}")
+    check_name("mode", mode, PLUGINS)
     try:
         return import_module(PLUGINS[mode])
     except ModuleNotFoundError as error:

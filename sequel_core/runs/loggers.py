@@ -15,7 +15,7 @@ from rich.table import Table
 
 from sequel_core.experiment.aliases import flatten
 from sequel_core.runs.directory import METRICS, RunDirectory
-from sequel_core.runs.results import read_metrics
+from sequel_core.runs.results import read_metrics, recorded_score
 from sequel_core.runs.services import abandon_wandb
 
 CSV = "metrics.csv"
@@ -224,7 +224,8 @@ def hparams_summaries(config: Mapping[str, Any]) -> list[Any]:
             start.hparams[name].string_value, data_type = str(value), api.DATA_TYPE_STRING
         infos.append(api.HParamInfo(name=name, type=data_type))
     split = config.get("evaluate_on", "test")
-    names = [api.MetricName(tag=f"{split}/{metric}") for metric in ("average_accuracy", "forgetting")]
+    average = recorded_score(config, {}).of("average_score")
+    names = [api.MetricName(tag=f"{split}/{metric}") for metric in (average, "forgetting")]
     metrics = [api.MetricInfo(name=name) for name in names]
     experiment = api.Experiment(hparam_infos=infos, metric_infos=metrics)
     return [

@@ -1,8 +1,12 @@
-"""Metrics of continual learning, computed from the accuracy matrix.
+"""Metrics of continual learning, computed from the matrix of scores.
 
-`R[i, j]` is the accuracy, a fraction, on task j after training on task i. Both indices run from 0 to T - 1;
-papers number tasks from 1. An entry is nan if it was not evaluated. A metric is nan if it is undefined or if
-it needs such an entry.
+`R[i, j]` is the score, such as the accuracy, on task j after training on task i. Both indices run from 0 to
+T - 1; papers number tasks from 1. An entry is nan if it was not evaluated. A metric is nan if it is undefined
+or if it needs such an entry.
+
+The equations below are for scores of which higher is better. If lower is better, max and min are exchanged,
+and differences have the other sign. Positive forgetting and negative backward transfer then still mean that
+a task got worse, and positive forward transfer that earlier tasks help.
 """
 
 from __future__ import annotations
@@ -10,20 +14,23 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from sequel_core.objectives import ACCURACY, Score
 from sequel_core.stream.arrays import FloatArray
 
 
-def check_matrix(matrix: ArrayLike) -> FloatArray:
-    """Check an accuracy matrix.
+def check_matrix(matrix: ArrayLike, score: Score = ACCURACY) -> FloatArray:
+    """Check a matrix of scores.
 
     Args:
-        matrix: `[T, T]`, fractions in [0, 1] or nan.
+        matrix: `[T, T]`, scores or nan.
+        score: what the entries are.
 
     Returns:
         The matrix as float64.
 
     Raises:
-        ValueError: the matrix is not square or is empty, or an entry is outside [0, 1].
+        ValueError: the matrix is not square or is empty, or the scores are fractions and an entry is outside
+            [0, 1].
 
     Example:
         >>> check_matrix([[1, 0], [0.5, 0.5]]).dtype
@@ -32,11 +39,11 @@ def check_matrix(matrix: ArrayLike) -> FloatArray:
     r = np.asarray(matrix, np.float64)
     if r.ndim != 2 or r.shape[0] != r.shape[1] or r.size == 0:
         raise ValueError(f"matrix must be square, [T, T] with T >= 1, got shape {list(r.shape)}")
-    return _check_fractions("matrix", r)
+    return _check_range("matrix", r, score)
 
 
-def _check_fractions(name: str, values: FloatArray) -> FloatArray:
-    if np.any((values < 0) | (values > 1)):
+def _check_range(name: str, values: FloatArray, score: Score) -> FloatArray:
+    if score.fraction and np.any((values < 0) | (values > 1)):
         raise ValueError(
             f"{name} must hold fractions in [0, 1], got values from {np.nanmin(values):g} to "
             f"{np.nanmax(values):g}; divide percentages by 100"
@@ -48,6 +55,12 @@ def _mean(values: FloatArray) -> float:
     return float(values.mean()) if values.size else float("nan")
 
 
+def _signed(matrix: ArrayLike, score: Score) -> FloatArray:
+    """Check a matrix and change its sign if lower is better, so that higher is better."""
+    r = check_matrix(matrix, score)
+    return r if score.higher_is_better else -r
+
+
 def _mean_drop_from_best(r: FloatArray, rows: int) -> float:
     """Return the mean over past tasks of the best of the first `rows` rows minus the last row."""
     last = len(r) - 1
@@ -56,16 +69,17 @@ def _mean_drop_from_best(r: FloatArray, rows: int) -> float:
     return _mean(best - r[last, :last])
 
 
-def average_accuracy(matrix: ArrayLike) -> float:
-    """Accuracy after the last task, mean over tasks (ACC).
+def average_score(matrix: ArrayLike, score: Score = ACCURACY) -> float:
+    """Score after the last task, mean over tasks (ACC).
 
     `1/T sum_j R[T-1, j]`
 
     Args:
-        matrix: `[T, T]`, fractions.
+        matrix: `[T, T]`, scores.
+        score: what the entries are.
 
     Returns:
-        A fraction in [0, 1].
+        A score.
 
     Raises:
         ValueError: see `check_matrix`.
@@ -73,25 +87,26 @@ def average_accuracy(matrix: ArrayLike) -> float:
     Source: Lopez-Paz and Ranzato 2017, arXiv 1706.08840, "ACC".
 
     Example:
-        >>> average_accuracy([[0.75, 0.0], [0.5, 1.0]])
+        >>> average_score([[0.75, 0.0], [0.5, 1.0]])
         0.75
     """
-    return _mean(check_matrix(matrix)[-1])
+    return _mean(check_matrix(matrix, score)[-1])
 
 
-def forgetting(matrix: ArrayLike) -> float:
-    """Best accuracy before the last task minus the final accuracy, mean over past tasks.
+def forgetting(matrix: ArrayLike, score: Score = ACCURACY) -> float:
+    """Best score before the last task minus the final score, mean over past tasks.
 
     `1/(T-1) sum_{j<T-1} (max_{i<T-1} R[i, j] - R[T-1, j])`
 
-    A task whose final accuracy is its best counts as negative. Rows i < j, measured before task j was
+    A task whose final score is its best counts as negative. Rows i < j, measured before task j was
     trained, are included if they were evaluated.
 
     Args:
-        matrix: `[T, T]`, fractions.
+        matrix: `[T, T]`, scores.
+        score: what the entries are.
 
     Returns:
-        A number in [-1, 1]; nan for T = 1.
+        A difference of scores; nan for T = 1.
 
     Raises:
         ValueError: see `check_matrix`.
@@ -101,23 +116,27 @@ def forgetting(matrix: ArrayLike) -> float:
     Example:
         >>> forgetting([[0.75, 0.0], [0.5, 1.0]])
         0.25
+        >>> error = Score("squared error", higher_is_better=False, fraction=False)
+        >>> forgetting([[2.0, 9.0], [3.5, 1.0]], error)
+        1.5
     """
-    r = check_matrix(matrix)
+    r = _signed(matrix, score)
     return float("nan") if len(r) == 1 else _mean_drop_from_best(r, len(r) - 1)
 
 
-def forgetting_with_final(matrix: ArrayLike) -> float:
-    """Best accuracy, including the final one, minus the final accuracy, mean over past tasks.
+def forgetting_with_final(matrix: ArrayLike, score: Score = ACCURACY) -> float:
+    """Best score, including the final one, minus the final score, mean over past tasks.
 
     `1/(T-1) sum_{j<T-1} (max_i R[i, j] - R[T-1, j])`
 
     It differs from `forgetting` in that no term is negative.
 
     Args:
-        matrix: `[T, T]`, fractions.
+        matrix: `[T, T]`, scores.
+        score: what the entries are.
 
     Returns:
-        A number in [0, 1]; nan for T = 1.
+        A number >= 0; nan for T = 1.
 
     Raises:
         ValueError: see `check_matrix`.
@@ -128,20 +147,21 @@ def forgetting_with_final(matrix: ArrayLike) -> float:
         >>> forgetting_with_final([[0.5, 0.0], [0.75, 1.0]])
         0.0
     """
-    r = check_matrix(matrix)
+    r = _signed(matrix, score)
     return float("nan") if len(r) == 1 else _mean_drop_from_best(r, len(r))
 
 
-def bwt(matrix: ArrayLike) -> float:
+def bwt(matrix: ArrayLike, score: Score = ACCURACY) -> float:
     """Backward transfer; negative if tasks are forgotten.
 
     `1/(T-1) sum_{j<T-1} (R[T-1, j] - R[j, j])`
 
     Args:
-        matrix: `[T, T]`, fractions.
+        matrix: `[T, T]`, scores.
+        score: what the entries are.
 
     Returns:
-        A number in [-1, 1]; nan for T = 1.
+        A difference of scores; nan for T = 1.
 
     Raises:
         ValueError: see `check_matrix`.
@@ -152,24 +172,25 @@ def bwt(matrix: ArrayLike) -> float:
         >>> bwt([[0.75, 0.0], [0.5, 1.0]])
         -0.25
     """
-    r = check_matrix(matrix)
+    r = _signed(matrix, score)
     return _mean((r[-1] - np.diagonal(r))[:-1])
 
 
-def fwt(matrix: ArrayLike, baseline: ArrayLike) -> float:
+def fwt(matrix: ArrayLike, baseline: ArrayLike, score: Score = ACCURACY) -> float:
     """Forward transfer: how much earlier tasks help on a task that is not yet trained.
 
     `1/(T-1) sum_{j>=1} (R[j-1, j] - b_j)`
 
     Args:
-        matrix: `[T, T]`, fractions; tasks must be evaluated before they are trained.
-        baseline: b, accuracy of the untrained network on each task, `[T]`, fractions.
+        matrix: `[T, T]`, scores; tasks must be evaluated before they are trained.
+        baseline: b, score of the untrained network on each task, `[T]`.
+        score: what the entries are.
 
     Returns:
-        A number in [-1, 1]; nan for T = 1.
+        A difference of scores; nan for T = 1.
 
     Raises:
-        ValueError: see `check_matrix`; or the baseline has another length or a value outside [0, 1].
+        ValueError: see `check_matrix`; or the baseline has another length or a value out of range.
 
     Source: Lopez-Paz and Ranzato 2017, arXiv 1706.08840, "FWT".
 
@@ -177,23 +198,24 @@ def fwt(matrix: ArrayLike, baseline: ArrayLike) -> float:
         >>> fwt([[0.75, 0.5], [0.5, 1.0]], baseline=[0.25, 0.25])
         0.25
     """
-    r = check_matrix(matrix)
-    b = np.asarray(baseline, np.float64)
+    r = _signed(matrix, score)
+    b = _check_range("baseline", np.asarray(baseline, np.float64), score)
     if b.shape != (len(r),):
-        raise ValueError(f"baseline must have one accuracy per task, [{len(r)}], got shape {list(b.shape)}")
-    return _mean(np.diagonal(r, offset=1) - _check_fractions("baseline", b)[1:])
+        raise ValueError(f"baseline must have one score per task, [{len(r)}], got shape {list(b.shape)}")
+    return _mean(np.diagonal(r, offset=1) - (b if score.higher_is_better else -b)[1:])
 
 
-def learning_accuracy(matrix: ArrayLike) -> float:
-    """Accuracy on each task directly after training on it, mean over tasks (LA).
+def learning_score(matrix: ArrayLike, score: Score = ACCURACY) -> float:
+    """Score on each task directly after training on it, mean over tasks (LA).
 
     `1/T sum_j R[j, j]`
 
     Args:
-        matrix: `[T, T]`, fractions.
+        matrix: `[T, T]`, scores.
+        score: what the entries are.
 
     Returns:
-        A fraction in [0, 1].
+        A score.
 
     Raises:
         ValueError: see `check_matrix`.
@@ -201,24 +223,25 @@ def learning_accuracy(matrix: ArrayLike) -> float:
     Source: Riemer et al. 2019, arXiv 1810.11910, "LA".
 
     Example:
-        >>> learning_accuracy([[0.5, 0.0], [0.25, 1.0]])
+        >>> learning_score([[0.5, 0.0], [0.25, 1.0]])
         0.75
     """
-    return _mean(np.diagonal(check_matrix(matrix)))
+    return _mean(np.diagonal(check_matrix(matrix, score)))
 
 
-def average_incremental_accuracy(matrix: ArrayLike) -> float:
-    """Accuracy on the tasks seen so far, mean over these tasks, then over the stream (AIA).
+def average_incremental_score(matrix: ArrayLike, score: Score = ACCURACY) -> float:
+    """Score on the tasks seen so far, mean over these tasks, then over the stream (AIA).
 
     `1/T sum_i (1/(i+1) sum_{j<=i} R[i, j])`
 
-    Every task has the same weight; see also `average_incremental_accuracy_over_samples`.
+    Every task has the same weight; see also `average_incremental_score_over_samples`.
 
     Args:
-        matrix: `[T, T]`, fractions.
+        matrix: `[T, T]`, scores.
+        score: what the entries are.
 
     Returns:
-        A fraction in [0, 1].
+        A score.
 
     Raises:
         ValueError: see `check_matrix`.
@@ -227,26 +250,29 @@ def average_incremental_accuracy(matrix: ArrayLike) -> float:
     arXiv 2104.05025.
 
     Example:
-        >>> average_incremental_accuracy([[1.0, 0.0], [0.5, 0.5]])
+        >>> average_incremental_score([[1.0, 0.0], [0.5, 0.5]])
         0.75
     """
-    r = check_matrix(matrix)
+    r = check_matrix(matrix, score)
     return _mean(np.array([r[i, : i + 1].mean() for i in range(len(r))]))
 
 
-def average_incremental_accuracy_over_samples(matrix: ArrayLike, samples: ArrayLike) -> float:
-    """Accuracy on all samples of the tasks seen so far, mean over the stream.
+def average_incremental_score_over_samples(
+    matrix: ArrayLike, samples: ArrayLike, score: Score = ACCURACY
+) -> float:
+    """Score on all samples of the tasks seen so far, mean over the stream.
 
     `1/T sum_i (sum_{j<=i} n_j R[i, j] / sum_{j<=i} n_j)`
 
-    It equals `average_incremental_accuracy` if all tasks have the same number of samples.
+    It equals `average_incremental_score` if all tasks have the same number of samples.
 
     Args:
-        matrix: `[T, T]`, fractions.
+        matrix: `[T, T]`, scores.
         samples: n, number of samples that each task was evaluated on, `[T]`, >= 1.
+        score: what the entries are.
 
     Returns:
-        A fraction in [0, 1].
+        A score.
 
     Raises:
         ValueError: see `check_matrix`; or there is not one sample count >= 1 per task.
@@ -254,10 +280,10 @@ def average_incremental_accuracy_over_samples(matrix: ArrayLike, samples: ArrayL
     Source: Rebuffi et al. 2017, arXiv 1611.07725, "average incremental accuracy".
 
     Example:
-        >>> average_incremental_accuracy_over_samples([[1.0, 0.0], [1.0, 0.0]], samples=[300, 100])
+        >>> average_incremental_score_over_samples([[1.0, 0.0], [1.0, 0.0]], samples=[300, 100])
         0.875
     """
-    r = check_matrix(matrix)
+    r = check_matrix(matrix, score)
     n = np.asarray(samples, np.float64)
     if n.shape != (len(r),) or not np.all(n >= 1):
         raise ValueError(f"samples must have one count >= 1 per task, [{len(r)}], got {n.tolist()}")
@@ -265,8 +291,8 @@ def average_incremental_accuracy_over_samples(matrix: ArrayLike, samples: ArrayL
     return _mean(np.array(seen))
 
 
-def worst_case_accuracy(matrix: ArrayLike) -> float:
-    """Lowest accuracy of each past task since later tasks were trained, and final accuracy of the last task.
+def worst_case_score(matrix: ArrayLike, score: Score = ACCURACY) -> float:
+    """Worst score of each past task since later tasks were trained, and final score of the last task.
 
     `1/T R[T-1, T-1] + (1 - 1/T) mean_{j<T-1} min_{i>j} R[i, j]`
 
@@ -274,10 +300,11 @@ def worst_case_accuracy(matrix: ArrayLike) -> float:
     drop that recovers within a task is not counted.
 
     Args:
-        matrix: `[T, T]`, fractions.
+        matrix: `[T, T]`, scores.
+        score: what the entries are.
 
     Returns:
-        A fraction in [0, 1]; `R[0, 0]` for T = 1.
+        A score; `R[0, 0]` for T = 1.
 
     Raises:
         ValueError: see `check_matrix`.
@@ -285,46 +312,54 @@ def worst_case_accuracy(matrix: ArrayLike) -> float:
     Source: De Lange et al. 2023, arXiv 2205.13452, "WC-ACC".
 
     Example:
-        >>> worst_case_accuracy([[0.75, 0.0], [0.5, 1.0]])
+        >>> worst_case_score([[0.75, 0.0], [0.5, 1.0]])
         0.75
     """
-    r = check_matrix(matrix)
-    lowest = [r[j + 1 :, j].min() for j in range(len(r) - 1)]
-    return _mean(np.array([*lowest, r[-1, -1]]))  # each of the T terms has weight 1/T, as in the formula
+    r = check_matrix(matrix, score)
+    worst = np.min if score.higher_is_better else np.max
+    past = [worst(r[j + 1 :, j]) for j in range(len(r) - 1)]
+    return _mean(np.array([*past, r[-1, -1]]))  # each of the T terms has weight 1/T, as in the formula
 
 
 def summarise(
-    matrix: ArrayLike, baseline: ArrayLike | None = None, samples: ArrayLike | None = None
+    matrix: ArrayLike,
+    baseline: ArrayLike | None = None,
+    samples: ArrayLike | None = None,
+    score: Score = ACCURACY,
 ) -> dict[str, float]:
     """Compute all metrics.
 
     Args:
-        matrix: `[T, T]`, fractions.
-        baseline: accuracy of the untrained network on each task, `[T]`, fractions; None makes `fwt` nan.
-        samples: number of samples that each task was evaluated on, `[T]`, >= 1; None makes
-            `average_incremental_accuracy_over_samples` nan.
+        matrix: `[T, T]`, scores.
+        baseline: score of the untrained network on each task, `[T]`; None makes `fwt` nan.
+        samples: number of samples that each task was evaluated on, `[T]`, >= 1; None makes the average
+            incremental score over samples nan.
+        score: what the entries are.
 
     Returns:
-        The metrics by the name of their function.
+        The metrics by the name of their function, in which the score's name replaces `score`:
+        `average_accuracy`, `forgetting`, ...
 
     Raises:
-        ValueError: see `check_matrix`, `fwt` and `average_incremental_accuracy_over_samples`.
+        ValueError: see `check_matrix`, `fwt` and `average_incremental_score_over_samples`.
 
     Example:
         >>> scores = summarise([[0.75, 0.0], [0.5, 1.0]])
         >>> scores["average_accuracy"], scores["bwt"], scores["fwt"]
         (0.75, -0.25, nan)
     """
+    nan, key = float("nan"), score.key
+    over_samples = average_incremental_score_over_samples
     return {
-        "average_accuracy": average_accuracy(matrix),
-        "forgetting": forgetting(matrix),
-        "forgetting_with_final": forgetting_with_final(matrix),
-        "bwt": bwt(matrix),
-        "fwt": float("nan") if baseline is None else fwt(matrix, baseline),
-        "learning_accuracy": learning_accuracy(matrix),
-        "average_incremental_accuracy": average_incremental_accuracy(matrix),
-        "average_incremental_accuracy_over_samples": float("nan")
+        f"average_{key}": average_score(matrix, score),
+        "forgetting": forgetting(matrix, score),
+        "forgetting_with_final": forgetting_with_final(matrix, score),
+        "bwt": bwt(matrix, score),
+        "fwt": nan if baseline is None else fwt(matrix, baseline, score),
+        f"learning_{key}": learning_score(matrix, score),
+        f"average_incremental_{key}": average_incremental_score(matrix, score),
+        f"average_incremental_{key}_over_samples": nan
         if samples is None
-        else average_incremental_accuracy_over_samples(matrix, samples),
-        "worst_case_accuracy": worst_case_accuracy(matrix),
+        else over_samples(matrix, samples, score),
+        f"worst_case_{key}": worst_case_score(matrix, score),
     }

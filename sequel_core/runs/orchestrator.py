@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sequel_core.hparams import CheckpointHParams
+from sequel_core.objectives import ACCURACY
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.checkpoints import Checkpointer
 from sequel_core.runs.directory import RunDirectory
 from sequel_core.runs.learner import DivergenceError, EvaluateEvery, EvaluateOn, FitMonitor, Learner, Progress
 from sequel_core.runs.process import event_errors_left_to_the_caller
 from sequel_core.runs.recording import Recorder
-from sequel_core.runs.results import Result, load_result
+from sequel_core.runs.results import SCORE, Result, load_result
 from sequel_core.runs.services import masked
 from sequel_core.runs.signals import InterruptedRunError, Signals
 from sequel_core.runs.state import Position, RunState
@@ -57,8 +58,8 @@ def run(
         benchmark: the stream that the learner was made for.
         run_dir: an empty or new directory; None for a new one under `runs/`.
         evaluate_every: `"task"` to evaluate after each task; `"epoch"` or a number of steps >= 1 to evaluate
-            also during training. The accuracy matrix always holds the accuracies after each task.
-        evaluate_on: split that the accuracy matrix is measured on, `"test"` or `"validation"`. If all tasks
+            also during training. The matrix always holds the scores after each task.
+        evaluate_on: split that the matrix is measured on, `"test"` or `"validation"`. If all tasks
             have the other split too, it is evaluated once, at the end.
         evaluate_future: evaluate all tasks instead of those seen so far, and also the untrained network.
             Forward transfer needs both.
@@ -74,7 +75,7 @@ def run(
         checkpoint: when checkpoints are written; None for after every task, of which the newest two are kept.
 
     Returns:
-        The accuracy matrix `[T, T]` and the summary; `load_result(run_dir)` returns the same.
+        The matrix of scores `[T, T]` and the summary; `load_result(run_dir)` returns the same.
 
     Raises:
         ValueError: an argument does not fit the benchmark, or the run directory cannot be used; nothing was
@@ -103,6 +104,8 @@ def run(
     if resume not in (True, False, "auto"):
         raise ValueError(f"resume must be True, False or 'auto', got {resume!r}")
     settings = masked(_describe(learner, benchmark) if config is None else config)
+    if learner.score != ACCURACY:
+        settings = {**settings, SCORE: learner.score._asdict()}
     directory = RunDirectory.open(run_dir, settings, resume)
     display = Display(benchmark, learner, progress)
     with directory.locked(), Signals().recorded() as signals, event_errors_left_to_the_caller():
@@ -251,7 +254,7 @@ class _Stream:
             within_task: whether the training on that task is still in progress.
 
         Returns:
-            The accuracies `[T]`; nan for the other tasks.
+            The scores `[T]`; nan for the other tasks.
         """
         evaluations = {}
         with self._state.stopwatch.measure("evaluate"):
@@ -276,10 +279,12 @@ class _Stream:
             self._recorder.other_split(evaluations, split)
 
     def _log_samples(self) -> None:
-        """Send training images of each task to the loggers."""
+        """Send training images of each task to the loggers, if the samples are images."""
         if self._learner.logs:
             for task in self._benchmark.tasks:
-                self._learner.log_image(f"samples/task_{task.index}", sample_images(task.train))
+                images = sample_images(task.train)
+                if images is not None:
+                    self._learner.log_image(f"samples/task_{task.index}", images)
 
     @contextmanager
     def _finishing(self) -> Iterator[None]:

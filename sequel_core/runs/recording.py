@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from sequel_core.objectives import ACCURACY, Score
 from sequel_core.runs import metrics
 from sequel_core.runs.directory import RunDirectory
 from sequel_core.runs.learner import EvaluateOn, Evaluation, Learner, Progress
 from sequel_core.runs.memory import peak_memory_bytes
+from sequel_core.runs.results import SCORE
 from sequel_core.runs.state import RunState
 from sequel_core.runs.versions import loaded_versions
 from sequel_core.stream.arrays import FloatArray
@@ -20,10 +21,12 @@ from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.task import Task
 
 
-def training_numbers(progress: Progress, samples_per_second: float) -> dict[str, float]:
+def training_numbers(
+    progress: Progress, samples_per_second: float, score: Score = ACCURACY
+) -> dict[str, float]:
     """Return what the loggers receive of a learner's progress report, by tag."""
     scores = {"loss": progress.loss}
-    for name, value in {"accuracy": progress.score, "learning_rate": progress.learning_rate}.items():
+    for name, value in {score.key: progress.score, "learning_rate": progress.learning_rate}.items():
         if not math.isnan(value):
             scores[name] = value
     scores["samples_per_second"] = samples_per_second
@@ -37,7 +40,7 @@ class Recorder:
         learner: whose loggers receive the numbers.
         benchmark: the stream.
         directory: of the run.
-        split: that the accuracy matrix is measured on.
+        split: that the matrix is measured on.
         state: of the run; evaluations are entered into it.
     """
 
@@ -50,7 +53,8 @@ class Recorder:
         state: RunState,
     ) -> None:
         self._learner, self._benchmark, self._directory = learner, benchmark, directory
-        self._split, self._state = split, state
+        self._split, self._state, self._score = split, state, learner.score
+        self._average = self._score.of("average_score")
         self.restart_rate()
 
     def restart_rate(self) -> None:
@@ -58,21 +62,21 @@ class Recorder:
         self._rate_start = (time.perf_counter(), self._learner.step)
 
     def progress(self, task: Task, progress: Progress) -> None:
-        """Record loss, accuracy and speed of the training batches since the last report."""
+        """Record loss, score and speed of the training batches since the last report."""
         now, (start, step) = time.perf_counter(), self._rate_start
         self._rate_start = (now, progress.step)
         rate = (progress.step - step) * self._learner.training.batch_size / max(now - start, 1e-9)
-        record = {"accuracy" if k == "score" else k: v for k, v in progress._asdict().items()}
+        record = {self._score.key if k == "score" else k: v for k, v in progress._asdict().items()}
         extra = record.pop("extra")
         self._directory.append_metrics(
             {"kind": "train", "task": task.index, **record, "samples_per_second": rate, **extra}
         )
-        self._learner.log(training_numbers(progress, rate))
+        self._learner.log(training_numbers(progress, rate, self._score))
 
     def evaluations(
         self, evaluations: Mapping[int, Evaluation], after: int | None, within_task: bool
     ) -> FloatArray:
-        """Record evaluations on the split of the accuracy matrix.
+        """Record evaluations on the split of the matrix.
 
         Args:
             evaluations: by the index of the evaluated task.
@@ -80,15 +84,15 @@ class Recorder:
             within_task: whether the training on that task is still in progress.
 
         Returns:
-            The accuracies `[T]`; nan for tasks that were not evaluated.
+            The scores `[T]`; nan for tasks that were not evaluated.
         """
         row = np.full(len(self._benchmark), np.nan)
         for j, evaluation in evaluations.items():
             row[j] = evaluation.score
             self._append(evaluation, after, within_task, j, self._split)
         self._state.extra.update(self._further_averages(list(evaluations.values())))
-        scores = {f"accuracy/task_{j}": evaluation.score for j, evaluation in evaluations.items()}
-        scores["average_accuracy"] = float(np.nanmean(row))
+        scores = {f"{self._score.key}/task_{j}": e.score for j, e in evaluations.items()}
+        scores[self._average] = float(np.nanmean(row))
         end_of_task = after is not None and not within_task
         if after is not None and end_of_task:
             scores |= self._end_of_task(after, row)
@@ -103,12 +107,12 @@ class Recorder:
         """Record the final evaluation of all tasks on the split that the matrix is not measured on."""
         for j, evaluation in enumerate(evaluations):
             self._append(evaluation, len(self._benchmark) - 1, False, j, split)
-        average = float(np.mean([evaluation.score for evaluation in evaluations]))
-        self._state.extra[f"{split}_average_accuracy"] = average
-        self._learner.log({f"{split}/average_accuracy": average})
+        average, name = float(np.mean([evaluation.score for evaluation in evaluations])), self._average
+        self._state.extra[f"{split}_{name}"] = average
+        self._learner.log({f"{split}/{name}": average})
 
     def summary(self, status: str, checkpoint_bytes: int) -> None:
-        """Write the accuracy matrix and `summary.json`.
+        """Write the matrix and `summary.json`.
 
         Args:
             status: how the run ended: finished, interrupted, diverged or failed.
@@ -118,8 +122,8 @@ class Recorder:
         total = state.stopwatch.total()
         spent = {part: state.stopwatch.seconds[part] for part in ("train", "evaluate", "checkpoint")}
         samples = [len(task.split(self._split)) for task in benchmark.tasks]
-        scores = metrics.summarise(state.matrix, state.baseline, samples)
-        self._directory.write_matrix(state.matrix)
+        scores = metrics.summarise(state.matrix, state.baseline, samples, self._score)
+        self._directory.write_matrix(state.matrix, self._score)
         self._directory.write_summary(
             {
                 "status": status,
@@ -127,9 +131,10 @@ class Recorder:
                 "scenario": benchmark.scenario,
                 "task_given": learner.hparams.knows_task(benchmark.spec),
                 "split": self._split,
+                SCORE: self._score._asdict(),
                 "samples": samples,
                 **scores,
-                f"{self._split}_average_accuracy": scores["average_accuracy"],
+                f"{self._split}_{self._average}": scores[self._average],
                 **state.extra,
                 "steps": learner.step,
                 "seconds": {**spent, "other": total - sum(spent.values()), "total": total},
@@ -142,43 +147,41 @@ class Recorder:
         )
 
     def _end_of_task(self, after: int, row: FloatArray) -> dict[str, float]:
-        """Enter a row into the accuracy matrix; return the metrics that can now be computed."""
+        """Enter a row into the matrix; return the metrics that can now be computed."""
         matrix = self._state.matrix
         matrix[after] = row
-        self._directory.write_matrix(matrix)
-        forgetting = metrics.forgetting(matrix[: after + 1, : after + 1])
+        self._directory.write_matrix(matrix, self._score)
+        forgetting = metrics.forgetting(matrix[: after + 1, : after + 1], self._score)
         return {} if math.isnan(forgetting) else {"forgetting": forgetting}
 
     def _further_averages(self, evaluations: Sequence[Evaluation]) -> dict[str, float]:
-        """Return mean accuracies of masked and alternative predictions, if there are any."""
-        averages = {}
-        if self._benchmark.scenario == "class":
-            masked = [evaluation.masked_score for evaluation in evaluations]
-            averages["masked_average_accuracy"] = float(np.mean(masked))
-        for name in evaluations[0].alternatives:
-            others = [evaluation.alternatives[name] for evaluation in evaluations]
-            averages[f"{name}_average_accuracy"] = float(np.mean(others))
-        return averages
+        """Return mean scores of masked and alternative predictions, if there are any."""
+        further = [self._further_scores(evaluation) for evaluation in evaluations]
+        return {f"{name}_{self._average}": float(np.mean([s[name] for s in further])) for name in further[0]}
+
+    def _further_scores(self, evaluation: Evaluation) -> dict[str, float]:
+        """Return the scores of masked and alternative predictions, if there are any."""
+        masks = self._benchmark.scenario == "class" and not math.isnan(evaluation.masked_score)
+        masked = {"masked": evaluation.masked_score} if masks else {}
+        return {**masked, **evaluation.alternatives}
 
     def _append(
         self, evaluation: Evaluation, after: int | None, within_task: bool, task: int, split: EvaluateOn
     ) -> None:
         """Append one evaluation to `metrics.jsonl`."""
-        values: dict[str, Any] = {"accuracy": evaluation.score, "loss": evaluation.loss}
-        if self._benchmark.scenario == "class":
-            values["masked_accuracy"] = evaluation.masked_score
-        for name, score in evaluation.alternatives.items():
-            values[f"{name}_accuracy"] = score
+        key = self._score.key
+        further = {f"{name}_{key}": score for name, score in self._further_scores(evaluation).items()}
+        values = {key: evaluation.score, "loss": evaluation.loss, **further}
         place = {"after_task": after, "within_task": within_task, "task": task, "split": split}
         self._directory.append_metrics({"kind": "evaluation", "step": self._learner.step, **place, **values})
 
     def _log_matrix(self) -> None:
-        """Send the accuracy matrix to the loggers, as an image and as a table."""
+        """Send the matrix to the loggers, as an image and as a table."""
         from sequel_core.report.figures import matrix_picture  # loads matplotlib
 
-        name, matrix = f"{self._split}/accuracy_matrix", self._state.matrix
-        title = f"{self._benchmark.name}: {self._split} accuracy"
-        self._learner.log_image(name, matrix_picture(matrix, title))
+        name, matrix = f"{self._split}/{self._score.key}_matrix", self._state.matrix
+        title = f"{self._benchmark.name}: {self._split} {self._score.name}"
+        self._learner.log_image(name, matrix_picture(matrix, title, self._score))
         rows = [[i, *(None if math.isnan(v) else v for v in row)] for i, row in enumerate(matrix.tolist())]
         columns = ["after_task", *(f"task_{j}" for j in range(len(self._benchmark)))]
         self._learner.log_table(f"{name}_table", columns, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sequel_core.runs.directory import CONFIG, MATRIX, METRICS, READERS, SUMMARY, WEIGHTS, read_file
+from sequel_core.objectives import ACCURACY, Score
+from sequel_core.runs.directory import CONFIG, METRICS, SUMMARY, WEIGHTS, read_file, read_matrix
 from sequel_core.runs.files import read_json
 from sequel_core.runs.metrics import summarise
 from sequel_core.runs.versions import version_written_by
 from sequel_core.stream.arrays import FloatArray
+
+SCORE = "score"
+"""The key in `summary.json`, and in `config.yaml` unless it is the accuracy, that says what is measured."""
 
 TASK_GIVEN = "task given"
 """How tables mark a run whose predictions were given the task of each sample; see `Result.task_given`."""
@@ -26,13 +30,13 @@ TASK_GIVEN = "task given"
 class Result:
     """The recorded result of a run; `sequel_core.run` and `load_result` return it.
 
-    The metrics are fractions, defined in `sequel_core.runs.metrics`. A metric is nan if it is undefined or if
-    an accuracy that it needs was not measured.
+    The metrics are defined in `sequel_core.runs.metrics`. A metric is nan if it is undefined or if it needs a
+    score that was not measured. Those named after the accuracy are nan for runs with another score.
 
     Args:
         run_dir: directory of the run; None if there is none.
         config: settings of the run, plain values by section.
-        matrix: accuracies `[T, T]`; `matrix[i, j]` is the accuracy on task j after training on task i, nan if
+        matrix: scores `[T, T]`; `matrix[i, j]` is the score on task j after training on task i, nan if
             not evaluated.
         summary: contents of `summary.json`: status, metrics, steps, seconds, memory, versions.
 
@@ -57,59 +61,100 @@ class Result:
         """The version of this package that wrote the run; None for an unfinished run of version 0.1.0."""
         return version_written_by(self.config, self.summary)
 
-    def _metric(self, name: str) -> float:
-        value = self.summary.get(name)
-        return float(value) if isinstance(value, int | float) else math.nan
+    @property
+    def score(self) -> Score:
+        """What the run measures on each task."""
+        return recorded_score(self.config, self.summary)
+
+    def metric(self, name: str) -> float:
+        """Return a metric of any score.
+
+        Args:
+            name: as in `sequel_core.runs.metrics`, such as `"average_score"`.
+        """
+        return self.number(self.score.of(name))
+
+    def number(self, *path: str) -> float:
+        """Return a number of the summary by its path, such as `"seconds", "train"`; nan if it has none."""
+        value: Any = self.summary
+        for key in path:
+            value = value.get(key) if isinstance(value, dict) else None
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
     @property
     def average_accuracy(self) -> float:
         """Accuracy after the last task, mean over tasks."""
-        return self._metric("average_accuracy")
+        return self.number("average_accuracy")
 
     @property
     def forgetting(self) -> float:
-        """Best accuracy before the last task minus the final accuracy, mean over past tasks."""
-        return self._metric("forgetting")
+        """Best score before the last task minus the final score, mean over past tasks."""
+        return self.number("forgetting")
 
     @property
     def forgetting_with_final(self) -> float:
-        """Best accuracy, including the final one, minus the final accuracy, mean over past tasks."""
-        return self._metric("forgetting_with_final")
+        """Best score, including the final one, minus the final score, mean over past tasks."""
+        return self.number("forgetting_with_final")
 
     @property
     def bwt(self) -> float:
         """Backward transfer."""
-        return self._metric("bwt")
+        return self.number("bwt")
 
     @property
     def fwt(self) -> float:
         """Forward transfer; nan unless the run had `evaluate_future=True`."""
-        return self._metric("fwt")
+        return self.number("fwt")
 
     @property
     def learning_accuracy(self) -> float:
         """Accuracy on each task directly after training on it, mean over tasks."""
-        return self._metric("learning_accuracy")
+        return self.number("learning_accuracy")
 
     @property
     def average_incremental_accuracy(self) -> float:
         """Accuracy on the tasks seen so far, mean over these tasks, then over the stream."""
-        return self._metric("average_incremental_accuracy")
+        return self.number("average_incremental_accuracy")
 
     @property
     def average_incremental_accuracy_over_samples(self) -> float:
         """Accuracy on all samples of the tasks seen so far, mean over the stream."""
-        return self._metric("average_incremental_accuracy_over_samples")
+        return self.number("average_incremental_accuracy_over_samples")
 
     @property
     def worst_case_accuracy(self) -> float:
         """Lowest accuracy of each past task and the final accuracy of the last one, mean over tasks."""
-        return self._metric("worst_case_accuracy")
+        return self.number("worst_case_accuracy")
 
     @property
     def task_given(self) -> bool:
         """Whether predictions used the task of each sample although the scenario does not provide it."""
         return self.summary.get("task_given") is True and self.summary.get("scenario") != "task"
+
+
+def recorded_score(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Score:
+    """Return what a run measures, from its summary, or from its configuration before it has ended.
+
+    It is the accuracy if neither says so, as in runs of versions before 0.3.
+    """
+    match summary.get(SCORE, config.get(SCORE)):
+        case {"name": str(name), "higher_is_better": bool(higher_is_better), "fraction": bool(fraction)}:
+            return Score(name, higher_is_better, fraction)
+    return ACCURACY
+
+
+def common_score(scores: Iterable[Score]) -> Score:
+    """Return the score of runs that are shown in one table; accuracy if there are none.
+
+    Raises:
+        ValueError: the scores differ; the error names them.
+    """
+    different = list(dict.fromkeys(scores)) or [ACCURACY]
+    if len(different) > 1:
+        better = {True: "higher", False: "lower"}
+        names = " and ".join(f"{s.name} ({better[s.higher_is_better]} is better)" for s in different)
+        raise ValueError(f"runs must have one score to be compared, got {names}; compare them separately")
+    return different[0]
 
 
 def load_result(directory: str | Path) -> Result:
@@ -122,7 +167,7 @@ def load_result(directory: str | Path) -> Result:
         directory: of the run.
 
     Returns:
-        The configuration, the accuracy matrix `[T, T]` and the summary.
+        The configuration, the matrix `[T, T]` and the summary.
 
     Raises:
         ValueError: the directory holds no run, or a file is damaged; the error names it.
@@ -141,12 +186,13 @@ def load_result(directory: str | Path) -> Result:
     path = Path(directory)
     if not (path / CONFIG).is_file():
         raise ValueError(f"directory must be a run directory, got {path}, which has no {CONFIG}")
-    contents = {name: read_file(path / name) for name in READERS if (path / name).is_file()}
-    matrix = contents.get(MATRIX, np.empty((0, 0), np.float64))
-    summary = contents.get(SUMMARY)
-    if summary is None:
-        summary = {"status": "unfinished", **(summarise(matrix) if matrix.size else {})}
-    return Result(path, contents[CONFIG], matrix, summary)
+    config = read_file(path / CONFIG)
+    summary = read_file(path / SUMMARY) if (path / SUMMARY).is_file() else {}
+    score = recorded_score(config, summary)
+    matrix = read_matrix(path, score)
+    if not summary:
+        summary = {"status": "unfinished", **(summarise(matrix, score=score) if matrix.size else {})}
+    return Result(path, config, matrix, summary)
 
 
 def read_metrics(directory: str | Path) -> Iterator[dict[str, Any]]:

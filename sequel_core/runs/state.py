@@ -1,4 +1,4 @@
-"""The state of a run besides its learner: position in the stream, accuracies and seconds."""
+"""The state of a run besides its learner: position in the stream, scores and seconds."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from sequel_core.objectives import ACCURACY, Score
 from sequel_core.stream.arrays import FloatArray
 
 
@@ -65,8 +66,8 @@ class RunState:
 
     def __init__(self, num_tasks: int) -> None:
         self.position = Position(-1, "evaluate")
-        self.matrix: FloatArray = np.full((num_tasks, num_tasks), np.nan)  # accuracies [T, T]
-        self.baseline: FloatArray | None = None  # accuracies [T] of the untrained network
+        self.matrix: FloatArray = np.full((num_tasks, num_tasks), np.nan)  # scores [T, T]
+        self.baseline: FloatArray | None = None  # scores [T] of the untrained network
         self.extra: dict[str, Any] = {}  # further entries of the summary
         self.stopwatch = Stopwatch()
 
@@ -91,24 +92,33 @@ class RunState:
         self.stopwatch.add(values["seconds"], values["total_seconds"])
 
 
-def check_state(values: Mapping[str, Any], num_tasks: int) -> None:
+def check_state(values: Mapping[str, Any], num_tasks: int, score: Score = ACCURACY) -> None:
     """Check values that were read from a checkpoint.
 
     Args:
         values: of `RunState.to_dict`, with the size of `metrics.jsonl` and the versions.
         num_tasks: T, number of tasks in the stream.
+        score: what the run measures.
 
     Raises:
         ValueError: a value is missing, or has another type, shape or range; the error names it.
     """
-    matrix = f"{num_tasks} x {num_tasks} fractions"
+    numbers = "fractions" if score.fraction else "numbers"
+
+    def are_scores(value: Any, *shape: int) -> bool:
+        """Whether nested lists have this shape and hold scores or None."""
+        if not shape:
+            return value is None or (_is_number(value) and (not score.fraction or 0 <= value <= 1))
+        length, *rest = shape
+        return isinstance(value, list) and len(value) == length and all(are_scores(v, *rest) for v in value)
+
     rules: dict[str, tuple[Callable[[Any], bool], str]] = {
         "done": (
             lambda v: _is_position(v, num_tasks),
             f"a task from -1 to {num_tasks - 1} and train or evaluate",
         ),
-        "matrix": (lambda v: _are_fractions(v, num_tasks, num_tasks), matrix),
-        "baseline": (lambda v: v is None or _are_fractions(v, num_tasks), f"{num_tasks} fractions or null"),
+        "matrix": (lambda v: are_scores(v, num_tasks, num_tasks), f"{num_tasks} x {num_tasks} {numbers}"),
+        "baseline": (lambda v: v is None or are_scores(v, num_tasks), f"{num_tasks} {numbers} or null"),
         "extra": (_are_numbers, "numbers by name"),
         "seconds": (lambda v: _are_numbers(v) and None not in v.values(), "numbers by name"),
         "total_seconds": (_is_number, "a number"),
@@ -127,16 +137,6 @@ def _is_number(value: Any) -> bool:
 
 def _are_numbers(values: Any) -> bool:
     return isinstance(values, dict) and all(v is None or _is_number(v) for v in values.values())
-
-
-def _are_fractions(values: Any, *shape: int) -> bool:
-    """Whether nested lists have this shape and hold fractions or None."""
-    if not shape:
-        return values is None or (_is_number(values) and 0 <= values <= 1)
-    length, *rest = shape
-    return (
-        isinstance(values, list) and len(values) == length and all(_are_fractions(v, *rest) for v in values)
-    )
 
 
 def _is_position(value: Any, num_tasks: int) -> bool:

@@ -10,8 +10,8 @@ import numpy as np
 
 from sequel_core.stream.arrays import BoolArray
 from sequel_core.stream.images import Augmentation, Normalisation
-from sequel_core.stream.task import AnySplit, JoinedSplit, Task, is_image, is_label, join
-from sequel_core.stream.trees import LeafSpec, Tree, shapes_text
+from sequel_core.stream.task import AnySplit, JoinedSplit, Task, join
+from sequel_core.stream.trees import LeafSpec, Tree, is_image, is_label, shapes_text, specs_text
 
 Scenario = Literal["domain", "task", "class"]
 Heads = Literal["separate", "shared"]
@@ -58,6 +58,15 @@ class StreamSpec(NamedTuple):
             ValueError: the inputs are not images.
         """
         return _image_shape(self.x)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the only array of the inputs; (H, W, C) for images.
+
+        Raises:
+            ValueError: the inputs are a dict.
+        """
+        return _input_shape(self.x)
 
     @property
     def groups(self) -> BoolArray:
@@ -135,8 +144,9 @@ class Benchmark:
                     spec, first = (getattr(split, f"{name}_spec") for split in (part, self.tasks[0].train))
                     if spec != first:
                         raise ValueError(
-                            f"the arrays of a stream must have one shape and dtype, got {name} {spec} in "
-                            f"task {i} and {first} in task 0; convert one of them"
+                            f"the arrays of a stream must have one shape and dtype, got {name} = "
+                            f"{specs_text(spec)} in task {i} and {specs_text(first)} in task 0; convert one "
+                            "of them"
                         )
         if not self.labelled and self.scenario != "domain":
             raise ValueError(
@@ -155,13 +165,13 @@ class Benchmark:
                         )
         spec = self.tasks[0].train.x_spec
         if self.augmentation and not is_image(spec):
-            raise ValueError(f"augmentation needs images [N, H, W, C], got {spec}; leave it out")
+            raise ValueError(f"augmentation needs images [N, H, W, C], got {specs_text(spec)}; leave it out")
         if self.normalisation == Normalisation():
             return
         if not is_image(spec) or spec.dtype != "uint8":
             raise ValueError(
-                f"normalisation needs uint8 images, got {spec}; normalise the arrays and leave normalisation "
-                "out"
+                f"normalisation needs uint8 images, got {specs_text(spec)}; normalise the arrays and leave "
+                "normalisation out"
             )
         channels = self.image_shape[-1]
         if len(self.normalisation.mean) not in (1, channels):
@@ -177,6 +187,11 @@ class Benchmark:
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the images; see `StreamSpec.image_shape`."""
         return _image_shape(self.tasks[0].train.x_spec)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the only array of the inputs; see `StreamSpec.input_shape`."""
+        return _input_shape(self.tasks[0].train.x_spec)
 
     @property
     def labelled(self) -> bool:
@@ -235,6 +250,15 @@ def _image_shape(spec: Tree) -> tuple[int, int, int]:
         )
     height, width, channels = spec.shape
     return height, width, channels
+
+
+def _input_shape(spec: Tree) -> tuple[int, ...]:
+    if not isinstance(spec, LeafSpec):
+        raise ValueError(
+            f"the network needs one input array, the stream has inputs {shapes_text(spec)}; use a network of "
+            "your own"
+        )
+    return spec.shape
 
 
 def separate_heads(tasks: Sequence[Task], heads: Sequence[int] | None = None) -> tuple[Task, ...]:

@@ -1,18 +1,27 @@
-"""Map-style data sets as image arrays that a `Split` can view; items are read one at a time.
+"""Map-style data sets as arrays that a `Split` can view; items are read one at a time.
 
-An item is `(image, label, ...)`, as in torch's `Dataset`. Torch is not imported.
+An item is `(x, y, ...)`, as in torch's `Dataset`, or a dict, as in Hugging Face's. Torch is not imported.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sequel_core.stream.trees import Tree, named_leaves
+from sequel_core.stream.trees import (
+    LeafSpec,
+    Tree,
+    is_label,
+    leaves,
+    named_leaves,
+    named_map,
+    read_dtype,
+    specs_text,
+    tree_map,
+)
 
 PIL_MODES = ("L", "RGB", "RGBA")
 MOST_CHANNELS = 4  # a second axis of at most this length, before longer ones, is taken for channels
@@ -27,35 +36,70 @@ class Items(Protocol):
     def __getitem__(self, index: Any, /) -> Any: ...
 
 
-class ItemImages:
-    """The images of a data set as an array `[N, H, W, C]`; `images[rows]` reads only these items.
+class ItemArray:
+    """One array `[N, ...]` of the inputs of a data set; `array[rows]` reads only these items.
 
-    The data set may decode and transform its images when they are read, so memory does not grow.
+    Args:
+        items: the data set.
+        leaf: name of the array in an item, such as `x` or `x.input_ids`.
+        spec: its shape and dtype.
+    """
+
+    def __init__(self, items: ItemArrays, leaf: str, spec: LeafSpec) -> None:
+        self.items, self.leaf = items, leaf
+        self.shape: tuple[int, ...] = (len(items), *spec.shape)
+        self.ndim = len(self.shape)
+        self.dtype = np.dtype(spec.dtype)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> NDArray[Any]:
+        """Return the values of these rows, `[n, ...]`."""
+        return self.items.read(rows)[self.leaf]
+
+
+class ItemArrays:
+    """The inputs and targets of a data set as arrays `[N, ...]`. Inputs are read when they are needed.
+
+    The data set may decode and transform its items when they are read, so memory does not grow.
     Runs with random transforms are not repeatable bit by bit, because the result depends on the order in
     which samples are read, and samples are read ahead. `Augmentation` is repeatable.
 
+    The inputs x and the targets y of an item are each a number, an array, a tensor, or a (nested) dict of
+    these. Each has the same shape and dtype in all items.
+
+    x is taken for an image if it is a PIL image, or an array or tensor with two or three axes. A torch tensor
+    `[C, H, W]` or `[H, W]`, or a NumPy array or PIL image `[H, W, C]` or `[H, W]`, becomes `[H, W, C]`; uint8
+    stays uint8, floats become float32. To give other data with two or three axes, use a dict, such as
+    `{"x": array}`. Its arrays keep their order of axes and their dtype, except float64, which becomes
+    float32.
+
     Args:
-        data: a data set with items `(image, label, ...)`. An image is a torch tensor `[C, H, W]` or `[H, W]`,
-            or a NumPy array or PIL image `[H, W, C]` or `[H, W]`. All images have the same shape. uint8 stays
-            uint8, floats become float32. A label is an integer.
+        data: a data set with items `(x, y, ...)`; with `target`, items are dicts.
         name: for error messages.
-        labels: of all items, `[N]`. If None, they are taken from the attribute `targets` or `labels` (also
-            through `Subset` and `ConcatDataset`). If there is none, or if the data set has a
-            `target_transform`, all items are read once.
+        labels: integers `[N]`, the class labels of all items. If None, they are taken from the attribute
+            `targets` or `labels` (also through `Subset` and `ConcatDataset`). If there is none, if the data
+            set has a `target_transform`, or if targets are not class labels, all items are read once.
+        target: key of y in items that are dicts; the other keys are x.
 
     Attributes:
-        labels: int64 `[N]`.
-        shape: `(N, H, W, C)`.
-        dtype: uint8 or float32.
+        x: an `ItemArray`, or a dict of them.
+        y: an array `[N, ...]`, or a dict of arrays; class labels are int64 `[N]`.
 
     Raises:
-        ValueError: there are no items, or an item has another form; names the data set and the position.
+        ValueError: there are no items, or an item has another form; names the data set, the array and the
+            position.
     """
 
-    ndim = 4
-
-    def __init__(self, data: Items, name: str = "data set", labels: NDArray[Any] | None = None) -> None:
-        """Read the first item and the labels."""
+    def __init__(
+        self,
+        data: Items,
+        name: str = "data set",
+        labels: NDArray[Any] | None = None,
+        target: str | None = None,
+    ) -> None:
+        """Read the first item and the targets."""
         if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
             raise ValueError(
                 f"{name} must have __len__ and __getitem__, got {type(data).__name__}; collect a stream's "
@@ -63,58 +107,196 @@ class ItemImages:
             )
         if len(data) == 0:
             raise ValueError(f"{name} is empty; it needs at least one item")
-        self.data, self.name = data, name
-        first, label = self._item(0)
-        self.shape: tuple[int, ...] = (len(data), *first.shape)
-        self.dtype = first.dtype
-        known = known_labels(data) if labels is None else labels
+        self.data, self.name, self.target = data, name, target
+        x, y = self._item(0)
+        self._specs = (item_specs("x", x), item_specs("y", y))
+        known = None
+        if self._labelled:
+            known = known_labels(data) if labels is None else labels
         if known is None:
-            known = np.array([label, *(self._item(i)[1] for i in range(1, len(data)))], np.int64)
-        self.labels = known.astype(np.int64, copy=False)
-        self[np.zeros(1, np.int64)]  # checks the label of the first item
+            targets = [y, *(self._checked_item(row)[1] for row in range(1, len(data)))]
+            known = tree_map(lambda *values: np.stack(values), *targets)
+        self.y: Tree = known.astype(np.int64, copy=False) if self._labelled else known
+        self.x: Tree = named_map(lambda leaf, _: ItemArray(self, leaf, self._specs[0][leaf]), x, "x")
+        self.read(np.zeros(1, np.int64))  # compares the first item with the known labels
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return len(self.data)
 
-    def __getitem__(self, rows: Any) -> NDArray[Any]:
-        """Return the images of these rows, `[n, H, W, C]`; a repeated row is read once."""
+    @property
+    def _labelled(self) -> bool:
+        return is_label(self._specs[1].get("y"))
+
+    def read(self, rows: Any) -> dict[str, NDArray[Any]]:
+        """Return the inputs of these rows by name, `[n, ...]` each; a repeated row is read once.
+
+        Raises:
+            ValueError: an item has another shape, dtype or target than expected.
+        """
         wanted, places = np.unique(rows, return_inverse=True)
-        images = np.empty((len(wanted), *self.shape[1:]), self.dtype)
+        inputs = {
+            name: np.empty((len(wanted), *spec.shape), spec.dtype) for name, spec in self._specs[0].items()
+        }
         for k, row in enumerate(wanted.tolist()):
-            image, label = self._item(row)
-            if image.shape != self.shape[1:] or image.dtype != self.dtype:
-                raise ValueError(
-                    f"{self.name}: images must be {self.dtype} {list(self.shape[1:])} (H, W, C) like its "
-                    f"first, got {image.dtype} {list(image.shape)} at position {row}; resize or convert them "
-                    "in the data set"
-                )
-            if label != self.labels[row]:
-                raise ValueError(
-                    f"{self.name}: item {row} has label {label}, but its targets have {self.labels[row]}; "
-                    "make them equal, or remove the attribute so that the labels are read from the items"
-                )
-            images[k] = image
-        return images[places.reshape(-1)]
+            x, y = self._checked_item(row)
+            self._check_target(row, y)
+            for name, value in named_leaves(x, "x"):
+                inputs[name][k] = value
+        return {name: values[places.reshape(-1)] for name, values in inputs.items()}
 
-    def _item(self, row: int) -> tuple[NDArray[Any], int]:
-        """Return the image and the label of an item."""
+    def _check_target(self, row: int, y: Tree) -> None:
+        """Raise ValueError if an item's target is not the one that was read or known before."""
+        before = tree_map(lambda values: values[row], self.y)
+        if all(map(_equal, leaves(y), leaves(before))):
+            return
+        if self._labelled:
+            raise ValueError(
+                f"{self.name}, item {row}: the label is {y}, but its targets have {before}; make them equal, "
+                "or remove the attribute so that the labels are read from the items"
+            )
+        raise ValueError(
+            f"{self.name}, item {row}: the targets changed between two reads; they must be fixed, so draw "
+            "random targets in the loss"
+        )
+
+    def _checked_item(self, row: int) -> tuple[Tree, Tree]:
+        """Return the inputs and targets of an item, which have the specs of the first item's.
+
+        Raises:
+            ValueError: they have others.
+        """
+        item = self._item(row)
+        for name, value, first in zip("xy", item, self._specs, strict=True):
+            specs = item_specs(name, value)
+            if specs.keys() != first.keys():
+                raise ValueError(
+                    f"{self.name}, item {row}: all items must have {', '.join(first)}, as the first, got "
+                    f"{', '.join(specs)}"
+                )
+            for leaf, spec in specs.items():
+                if spec != first[leaf]:
+                    raise ValueError(
+                        f"{self.name}, item {row}: {leaf} must be {specs_text(first[leaf])} as in the first "
+                        f"item, got {specs_text(spec)}; resize, pad or convert it in the data set"
+                    )
+        return item
+
+    def _item(self, row: int) -> tuple[Tree, Tree]:
+        """Return the inputs and the targets of an item as arrays."""
         item = self.data[row]
+        x, y = self._parts(item, row)
+        try:
+            x = as_image(x) if looks_like_image(x) else named_map(as_leaf, x, "x")
+            y = named_map(as_leaf, y, "y")
+        except ValueError as error:
+            raise ValueError(f"{self.name}, item {row}: {error}") from error
+        return x, y.astype(np.int64) if is_label(item_specs("y", y).get("y")) else y
+
+    def _parts(self, item: Any, row: int) -> tuple[Any, Any]:
+        """Return x and y of an item as the data set has them."""
+        if isinstance(item, Mapping):
+            try:
+                return without_target(item, self.target)
+            except ValueError as error:
+                raise ValueError(f"{self.name}, item {row}: {error}") from error
+        if self.target is not None:
+            raise ValueError(
+                f"{self.name}, item {row}: target is only used if items are dicts, got "
+                f"{type(item).__name__}; leave it out"
+            )
         if not isinstance(item, tuple | list) or len(item) < 2:
             raise ValueError(
-                f"{self.name}: an item must be (image, label, ...), got {type(item).__name__} at position "
-                f"{row}"
+                f"{self.name}, item {row}: an item must be (x, y, ...) or a dict, got {type(item).__name__}"
             )
-        try:
-            image = as_image(item[0])
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error} at position {row}") from error
-        try:
-            label = operator.index(item[1])
-        except TypeError as error:
+        return item[0], item[1]
+
+
+def take_rows(tree: Tree, rows: Any) -> Tree:
+    """Return the rows `[n]` of every array of a tree; an item of a data set is read once for all arrays."""
+    read: dict[int, dict[str, NDArray[Any]]] = {}
+
+    def rows_of(array: Any) -> Any:
+        if not isinstance(array, ItemArray):
+            return array[rows]
+        if id(array.items) not in read:
+            read[id(array.items)] = array.items.read(rows)
+        return read[id(array.items)][array.leaf]
+
+    return tree_map(rows_of, tree)
+
+
+def without_target(values: Mapping[str, Any], target: str | None) -> tuple[dict[str, Any], Any]:
+    """Return the inputs and the targets of a dict that has both.
+
+    Raises:
+        ValueError: `target` is not one of its keys, or is the only one.
+    """
+    keys = list(values)
+    if target is None:
+        raise ValueError(f"target must name the key of y if x and y are in one dict, got the keys {keys}")
+    if target not in values:
+        raise ValueError(f"target must be one of the keys {keys}, got {target!r}")
+    if len(keys) == 1:
+        raise ValueError(f"a dict must have inputs beside the target {target!r}, got the keys {keys}")
+    return {key: value for key, value in values.items() if key != target}, values[target]
+
+
+def item_specs(name: str, item: Tree) -> dict[str, LeafSpec]:
+    """Return the specs of the arrays of the inputs or targets of one item, by name."""
+    return {leaf: LeafSpec(tuple(a.shape), str(a.dtype)) for leaf, a in named_leaves(item, name)}
+
+
+def as_leaf(name: str, value: Any) -> NDArray[Any]:
+    """Return a number, an array or a tensor as an array; float64 becomes float32.
+
+    Raises:
+        ValueError: the value is something else.
+    """
+    array = as_array(name, value)
+    if array.dtype.kind not in "biuf":
+        got = f"{array.dtype} {list(array.shape)}" if array.shape else repr(value)
+        raise ValueError(
+            f"{name} must be numbers, got {got}; number texts in the data set, or leave the key out"
+        )
+    return array.astype(read_dtype(array.dtype), copy=False)
+
+
+def as_array(name: str, value: Any) -> NDArray[Any]:
+    """Return a number, a list, an array or a tensor as an array.
+
+    Raises:
+        ValueError: a list of arrays of different shapes.
+    """
+    if hasattr(value, "detach"):  # a torch tensor
+        value = value.detach().cpu().numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # NumPy's message for nested lists of different lengths
+        _check_ragged(name, value)
+        raise ValueError(f"{name} must be numbers of one shape; pad in the data set ({error})") from error
+    if array.dtype == object and array.ndim:
+        _check_ragged(name, array)
+    return array
+
+
+def _check_ragged(name: str, values: Any) -> None:
+    """Raise ValueError if the rows of a list have different shapes, and name the first that differs."""
+    shapes = [np.asarray(value, object).shape for value in values]
+    for row, shape in enumerate(shapes):
+        if shape != shapes[0]:
             raise ValueError(
-                f"{self.name}: a label must be an integer, got {item[1]!r} at position {row}"
-            ) from error
-        return image, label
+                f"{name} must have one shape in all rows, got {list(shape)} in row {row} and "
+                f"{list(shapes[0])} in row 0; pad in the data set"
+            )
+
+
+def looks_like_image(x: Any) -> bool:
+    """Return whether the inputs of an item are taken for an image."""
+    return isinstance(getattr(x, "mode", None), str) or getattr(x, "ndim", 0) in (2, 3)
+
+
+def _equal(a: NDArray[Any], b: Any) -> bool:
+    return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
 
 
 def as_image(value: Any) -> NDArray[Any]:
@@ -140,7 +322,10 @@ def as_image(value: Any) -> NDArray[Any]:
     if np.issubdtype(image.dtype, np.floating):
         return image.astype(np.float32, copy=False)
     if image.dtype != np.uint8:
-        raise ValueError(f"an image must be uint8 or of floats, got {image.dtype} ({conversion(image)})")
+        raise ValueError(
+            f"an image must be uint8 or of floats, got {image.dtype} ({conversion(image)}; if it is no "
+            'image, give a dict, {"x": array})'
+        )
     return image
 
 
@@ -156,8 +341,10 @@ def check_leaves(x: Tree, y: Tree, channels_last: bool = False) -> None:
     for name, a in named:
         if not hasattr(a, "dtype") or np.dtype(a.dtype).kind not in "biuf" or not a.shape:
             got = f"{a.dtype} {list(a.shape)}" if hasattr(a, "dtype") else type(a).__name__
-            text = "number texts with np.unique(values, return_inverse=True)[1], or use np.asarray(values)"
-            raise ValueError(f"{name} must be an array of numbers [N, ...], got {got}; {text}")
+            raise ValueError(
+                f"{name} must be an array of numbers [N, ...], got {got}; number texts with "
+                f"np.unique({name}, return_inverse=True)[1], or use np.asarray({name})"
+            )
     counts = {name: len(a) for name, a in named}
     if len(set(counts.values())) > 1:
         raise ValueError(f"all arrays must have one row per sample, got {counts}")

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sequel_core.stream.task import AnySplit
+from sequel_core.stream.trees import is_image
 
 COUNT = 25
 
@@ -45,7 +46,13 @@ def image_grid(images: NDArray[Any]) -> NDArray[np.uint8]:
     return grid
 
 
-def sample_images(split: AnySplit) -> NDArray[np.uint8]:
-    """Return a grid `[H', W', 3]` of up to 25 samples, evenly spaced over the split."""
+def sample_images(split: AnySplit) -> NDArray[np.uint8] | None:
+    """Return a grid `[H', W', 3]` of up to 25 samples, evenly spaced over the split.
+
+    Returns:
+        The grid, or None if the samples are not images with one or three channels.
+    """
+    if not is_image(split.x_spec) or split.x_spec.shape[-1] not in (1, 3):
+        return None
     chosen = np.unique(np.linspace(0, len(split) - 1, COUNT).astype(np.int64))
     return image_grid(split.take(chosen).x)

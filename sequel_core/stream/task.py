@@ -16,8 +16,18 @@ import numpy as np
 
 from sequel_core.stream.arrays import IntArray
 from sequel_core.stream.images import PixelMap
-from sequel_core.stream.items import check_leaves
-from sequel_core.stream.trees import LeafSpec, Tree, leaves, read_dtype, specs_of, tree_map
+from sequel_core.stream.items import check_leaves, take_rows
+from sequel_core.stream.trees import (
+    LeafSpec,
+    Tree,
+    is_image,
+    is_label,
+    leaves,
+    read_dtype,
+    specs_of,
+    specs_text,
+    tree_map,
+)
 
 
 class Batch(NamedTuple):
@@ -88,7 +98,8 @@ class Split:
         check_leaves(self.x, self.y, self.channels_last)
         if self.pixel_map is not None and not (is_image(self.x_spec) and self.x.dtype == np.uint8):
             raise ValueError(
-                f"a pixel map needs uint8 images, got {self.x_spec}; apply the map to the arrays first"
+                f"a pixel map needs uint8 images, got {specs_text(self.x_spec)}; apply the map to the arrays "
+                "first"
             )
 
     def __len__(self) -> int:
@@ -132,10 +143,10 @@ class Split:
 
     @staticmethod
     def _taken(tree: Tree, rows: Any, labels: bool = False) -> Tree:
-        def rows_of(a: Any) -> Any:
-            return np.asarray(a[rows], np.int64 if labels else read_dtype(a.dtype))
+        def converted(a: Any) -> Any:
+            return np.asarray(a, np.int64 if labels else read_dtype(a.dtype))
 
-        return tree_map(rows_of, tree)
+        return tree_map(converted, take_rows(tree, rows))
 
     def pick(self, positions: IntArray) -> Split:
         """Return the samples at positions `[n]` as a split; no data is copied."""
@@ -216,16 +227,6 @@ class JoinedSplit:
 
 
 AnySplit = Split | JoinedSplit
-
-
-def is_image(spec: Tree) -> bool:
-    """Return whether inputs with this spec are images: one array of uint8 or float32 `[H, W, C]`."""
-    return isinstance(spec, LeafSpec) and len(spec.shape) == 3 and spec.dtype in ("uint8", "float32")
-
-
-def is_label(spec: Tree) -> bool:
-    """Return whether targets with this spec are class labels, one integer per sample."""
-    return isinstance(spec, LeafSpec) and spec.shape == () and np.dtype(spec.dtype).kind in "iu"
 
 
 @dataclass(frozen=True, eq=False)

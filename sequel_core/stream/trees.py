@@ -58,6 +58,18 @@ def named_leaves(tree: Tree, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, tree
 
 
+def named_map(function: Callable[[str, Any], Any], tree: Tree, name: str = "") -> Tree:
+    """Return the tree of the results of a function of the name and the value of each leaf.
+
+    Example:
+        >>> named_map(lambda name, value: f"{name}={value}", {"a": 1, "b": {"c": 2}}, "x")
+        {'a': 'x.a=1', 'b': {'c': 'x.b.c=2'}}
+    """
+    if isinstance(tree, Mapping):
+        return {k: named_map(function, v, f"{name}.{k}" if name else str(k)) for k, v in tree.items()}
+    return function(name, tree)
+
+
 def leaves(tree: Tree) -> list[Any]:
     """Return the leaves of a tree.
 
@@ -86,6 +98,26 @@ def read_dtype(dtype: Any) -> Any:
         (dtype('float32'), dtype('int64'))
     """
     return np.dtype(np.float32) if dtype == np.float64 else dtype
+
+
+def is_image(spec: Tree) -> bool:
+    """Return whether inputs with this spec are images: one array of uint8 or float32 `[H, W, C]`."""
+    return isinstance(spec, LeafSpec) and len(spec.shape) == 3 and spec.dtype in ("uint8", "float32")
+
+
+def is_label(spec: Tree) -> bool:
+    """Return whether targets with this spec are class labels, one integer per sample."""
+    return isinstance(spec, LeafSpec) and spec.shape == () and np.dtype(spec.dtype).kind in "iu"
+
+
+def specs_text(specs: Tree) -> str:
+    """Return the dtypes and shapes of a tree of specs for a message.
+
+    Example:
+        >>> specs_text({"a": LeafSpec((3,)), "b": LeafSpec((), "int64")})
+        'a float32 [3], b int64 []'
+    """
+    return ", ".join(f"{name} {leaf.dtype} {list(leaf.shape)}".strip() for name, leaf in named_leaves(specs))
 
 
 def shapes_text(specs: Tree) -> str:

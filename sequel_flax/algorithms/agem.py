@@ -71,7 +71,7 @@ def agem(hparams: AGEMHParams, seed: int = 0, trainable: Selection = None) -> Al
             has no plan.
 
     Example:
-        >>> import optax
+        >>> import jax, optax
         >>> from flax.training.train_state import TrainState
         >>> from sequel_benchmarks import RotatedDigits
         >>> from sequel_core import Batch, AGEMHParams
@@ -83,7 +83,8 @@ def agem(hparams: AGEMHParams, seed: int = 0, trainable: Selection = None) -> Al
         >>> state = algorithm.init(ts, digits.spec)
         >>> planner, (x, y, t) = algorithm.planner(digits.spec, state), digits.tasks[0].train.take(range(40))
         >>> ts, state = algorithm.start_task(ts, state, digits.tasks[0])
-        >>> ts, state, outputs = algorithm.train_step(ts, state, Batch(x, y, t, planner.next(y, t)))
+        >>> batch = Batch(x, y, t, planner.next(y, t))
+        >>> ts, state, outputs = jax.jit(algorithm.train_step)(ts, state, batch)
         >>> outputs["logits"].shape
         (40, 10)
     """

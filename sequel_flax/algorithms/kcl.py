@@ -166,7 +166,7 @@ def kcl(hparams: KCLHParams, seed: int = 0, trainable: Selection = None) -> Algo
             batch has no plan.
 
     Example:
-        >>> import optax
+        >>> import jax, optax
         >>> from sequel_benchmarks import SplitDigits
         >>> from sequel_core import Batch, KCLHParams
         >>> from sequel_flax import MLP, initial_params, kcl
@@ -176,14 +176,14 @@ def kcl(hparams: KCLHParams, seed: int = 0, trainable: Selection = None) -> Algo
         >>> algorithm = kcl(KCLHParams(core_size=10, d_rn_f=32))
         >>> ts = algorithm.prepare(ts, digits.spec)
         >>> state = algorithm.init(ts, digits.spec)
-        >>> planner = algorithm.planner(digits.spec, state)
+        >>> planner, train_step = algorithm.planner(digits.spec, state), jax.jit(algorithm.train_step)
         >>> for task in algorithm.hparams.training_tasks(digits):
         ...     ts, state = algorithm.start_task(ts, state, task)
         ...     batch = Batch(*task.train.take(range(20)))
         ...     batch = batch._replace(plan=planner.next(batch.y, batch.t))
-        ...     ts, state, outputs = algorithm.train_step(ts, state, batch)
+        ...     ts, state, outputs = train_step(ts, state, batch)
         ...     ts, state = algorithm.end_task(ts, state, [batch])
-        >>> algorithm.predict(ts, state, batch.x, batch.t).shape
+        >>> jax.jit(algorithm.predict)(ts, state, batch.x, batch.t).shape
         (20, 10)
     """
     rff = hparams.kernel_type == "rff"

@@ -2,7 +2,7 @@
 
     g <- g - (g . g_ref / g_ref . g_ref) g_ref  if g . g_ref < 0, else g                             (eq. 11)
 
-g is the gradient of the cross-entropy of the batch. g_ref is that of a draw from samples of past tasks; in
+g is the gradient of the loss of the batch. g_ref is that of a draw from samples of past tasks; in
 the first task there are none, and g stays as it is. The projection comes before clipping and the optimizer.
 The memory of the official code is a ring, which is written during a task and read from the next task on. Its
 sizes are 25 (MNIST) or 13 (CIFAR) samples for each class and task, and draws of 256. RotatedMNIST (55.3,
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from sequel_core.algorithms.agem import AGEMHParams
 from sequel_lightning.gradients import gradients
-from sequel_lightning.replay import Outputs, ReplayModule, forward, mean_cross_entropy
+from sequel_lightning.replay import Outputs, ReplayModule, forward, mean_loss
 from sequel_lightning.trees import Params, tree_map
 
 
@@ -40,8 +40,8 @@ def dot(a: Params, b: Params) -> Tensor:
 
 
 def batch_loss(batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
-    """Return the cross-entropy of the batch alone, shape ()."""
-    return mean_cross_entropy(batch)
+    """Return the mean loss of the batch alone, shape ()."""
+    return mean_loss(batch)
 
 
 class AGEM(ReplayModule):
@@ -78,7 +78,7 @@ class AGEM(ReplayModule):
         params = self._trained_params
         gradient = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in params.items()}
         with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
-            loss = mean_cross_entropy(*forward(self, past, together=True))
+            loss = mean_loss(*forward(self, past, together=True))
         (reference,) = gradients(loss, params)
         projected = project(gradient, reference)
         if projected is not gradient:

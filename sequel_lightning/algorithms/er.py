@@ -1,6 +1,6 @@
 """Experience replay (Chaudhry et al. 2019, https://arxiv.org/abs/1902.10486).
 
-    L = mean CE over B_n and B_M together, B_n the batch and B_M a draw from the memory          (algorithm 1)
+    L = mean loss over B_n and B_M together, B_n the batch and B_M a draw from the memory        (algorithm 1)
 
 The network sees the batch and the draw in one pass, from the first task on. The batch is then written to the
 memory. A reservoir holds each sample of the stream with probability M/n exactly. A ring holds the latest
@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sequel_core.algorithms.er import ERHParams
-from sequel_lightning.replay import Outputs, ReplayModule, mean_cross_entropy
+from sequel_lightning.replay import Outputs, ReplayModule, mean_loss
 
 
 def replay_loss(batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
-    """Return the mean cross-entropy of the batch and the draw together, shape ()."""
-    return mean_cross_entropy(batch, *draws)
+    """Return the mean loss of the batch and the draw together, shape ()."""
+    return mean_loss(batch, *draws)
 
 
 class ER(ReplayModule):

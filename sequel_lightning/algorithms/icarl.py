@@ -72,7 +72,7 @@ def sigmoid_loss(logits: Tensor, target: Tensor, outputs: Tensor) -> Tensor:
     return torch.where(outputs, losses, 0).sum(1).mean() / outputs.sum()
 
 
-def objective(module: ICaRL, batch: Batch, hparams: ICaRLHParams) -> tuple[Tensor, Tensor]:
+def training_loss(module: ICaRL, batch: Batch, hparams: ICaRLHParams) -> tuple[Tensor, Tensor]:
     """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
     task = module.lifecycle.current_index()
     seen, past = seen_and_past(module.classes, task)
@@ -119,10 +119,10 @@ class ICaRL(ExemplarModule):
         old = frozen_network(self.old)
         return ICaRLState(self.contents, *old, self.means, self.has_mean, self.learned, self.classes)
 
-    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
         planned(self.contents, batch, tuple)  # checks the dtype of the images; needs no plan
-        return objective(self, self.trained_on(batch), self.algorithm_hparams)
+        return training_loss(self, self.trained_on(batch), self.algorithm_hparams)
 
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Divide the exemplars among the classes again, take their means, and keep the network."""

@@ -1,6 +1,6 @@
 """Joint training: naive finetuning on the union of tasks. The usual upper bound.
 
-    L = CE(f(x), y), (x, y) from tasks 0 to i at stage i ("cumulative") or from all tasks ("once")
+    L = loss(f(x), y), (x, y) from tasks 0 to i at stage i ("cumulative") or from all tasks ("once")
 
 `JointHParams.training_tasks` selects the samples; the step is that of naive finetuning.
 

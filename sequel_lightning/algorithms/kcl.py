@@ -1,7 +1,7 @@
 """Kernel continual learning (Derakhshani et al. 2021, https://arxiv.org/abs/2107.05757).
 
     f_k(x) = gamma_k K(x, C_k) (K(C_k, C_k) + (|lambda_k| + 0.01) I)^-1 Y_k + beta_k
-    L = CE(f_k(x), y) + tau * KL(q || p)
+    L = loss(f_k(x), y) + tau * KL(q || p)
 
 C_k is the coreset of task k, samples that are set aside before training. Y_k are their one-hot labels. K
 compares the normalised last hidden layer h of two samples:
@@ -36,7 +36,7 @@ from sequel_core.stream.planner import NoPlanner
 from sequel_core.stream.task import Batch
 from sequel_lightning import kernels
 from sequel_lightning.coresets import CoresetModule, coreset_of
-from sequel_lightning.networks import blank_image, check_features, evaluating
+from sequel_lightning.networks import blank_input, check_features, evaluating
 from sequel_lightning.replay import Memory, empty_memory
 
 
@@ -101,7 +101,7 @@ def divergence(extra: Any, hparams: KCLHParams, source: kernels.Gaussian, h: Ten
     return hparams.tau * kernels.gaussian_kl(source, prior)
 
 
-def objective(module: KCL, batch: Batch, hparams: KCLHParams) -> tuple[Tensor, Tensor]:
+def training_loss(module: KCL, batch: Batch, hparams: KCLHParams) -> tuple[Tensor, Tensor]:
     """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
     k, x, y = module.current_coreset()
     memory, extra, rff = module.state, module.kcl, hparams.kernel_type == "rff"
@@ -130,7 +130,8 @@ def predict(module: KCL, x: Tensor, t: Tensor, hparams: KCLHParams) -> Tensor:
             with torch.autocast(h.device.type, enabled=False):
                 new, _ = task_logits(extra, memory, hparams, core, y, k, h[rows], memory.fixed, classes)
             logits[rows] = new
-    return module.masked(logits, t)
+    masked_logits: Tensor = module.masked(logits, t)
+    return masked_logits
 
 
 class KCL(CoresetModule):
@@ -168,7 +169,7 @@ class KCL(CoresetModule):
         hparams, net, spec = self.algorithm_hparams, self.net, self.spec
         like = next(net.parameters())
         with evaluating(net), torch.no_grad():
-            width = int(net.features(blank_image(spec, like)).shape[1])
+            width = int(net.features(blank_input(spec, like)).shape[1])
         self.kcl: Any = kernels.extra_parameters(hparams, self.seed, spec.num_tasks, width, like.dtype)
         _, noise, phase, fixed = init_state(hparams, spec, self.seed, width, like.dtype)
         for name, value in {"noise": noise, "basis_phase": phase, "fixed": fixed}.items():
@@ -194,9 +195,9 @@ class KCL(CoresetModule):
         h = self.net.features(self.normalise(x)).to(self.kcl.lmd.dtype)
         return kernels.normalised(h, self.algorithm_hparams.normalisation)
 
-    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
-        return objective(self, self.trained_on(batch), self.algorithm_hparams)
+        return training_loss(self, self.trained_on(batch), self.algorithm_hparams)
 
     def predict(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Return the logits `[B, num_classes]` by the coresets of the samples' tasks; see `predict`."""

@@ -4,8 +4,8 @@ Each batch gets several updates, called glances. A glance first takes K inner st
 alone. It then updates theta and the learning rates alpha by the gradient of the loss on the batch and a draw
 from the memory, averaged over the inner steps:
 
-    theta'_k = theta'_{k-1} - relu(alpha) * grad CE(part k of the batch; theta'_{k-1})           (algorithm 2)
-    M = 1/K sum_k CE(batch and draw; theta'_k)                                                         (eq. 2)
+    theta'_k = theta'_{k-1} - relu(alpha) * grad loss(part k of the batch; theta'_{k-1})         (algorithm 2)
+    M = 1/K sum_k loss(batch and draw; theta'_k)                                                       (eq. 2)
     alpha <- alpha - eta dM/dalpha; then theta <- theta - relu(alpha) * dM/dtheta                      (eq. 7)
 
 alpha has one learning rate for each weight; eta is `lr_alpha`. Variants:
@@ -29,15 +29,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
 from sequel_core.algorithms.lamaml import LaMAMLHParams, MetaPlan, MetaPlanner
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_lightning.augmentation import cropped
-from sequel_lightning.gradients import check_functional_call, gradients
+from sequel_lightning.batches import joined, pieces, rows
+from sequel_lightning.gradients import check_functional_call, functional_network, gradients
 from sequel_lightning.networks import check_no_batch_stats
+from sequel_lightning.objectives import sample_losses
 from sequel_lightning.quadratic import Model
 from sequel_lightning.replay import (
     Memory,
@@ -45,7 +46,7 @@ from sequel_lightning.replay import (
     ReplayBatch,
     ReplayModule,
     drawn,
-    mean_cross_entropy,
+    mean_loss,
     planned,
 )
 from sequel_lightning.trees import ParameterTree, Params, restricted, tree_map
@@ -60,8 +61,8 @@ class LaMAMLState(NamedTuple):
 
 def with_draw(batch: Batch, draw: ReplayBatch) -> ReplayBatch:
     """Return the batch and, after it, a draw from the memory."""
-    x, y, t = (torch.cat(pair) for pair in zip(batch[:3], draw[:3], strict=True))
-    return ReplayBatch(x, y, t, None, len(batch.y) + draw.count)
+    x, y, t, _ = joined([batch, draw])
+    return ReplayBatch(x, y, t, None, len(batch.t) + draw.count)
 
 
 def inner_sgd_step(params: Params, rates: Params, gradient: Params) -> Params:
@@ -84,10 +85,15 @@ def clip_by_norm(gradient: Params, norm: float | None) -> Params:
 
 
 def sample_loss(params: Params, model: Model, samples: ReplayBatch) -> Tensor:
-    """Return the mean cross-entropy of samples at the weights given, in training mode, shape ()."""
-    logits = functional_call(model.net, params, (model.normalise(samples.x),))
-    masked_logits = model.masked(logits, samples.t)
-    return mean_cross_entropy(Outputs(logits, masked_logits, samples.y, None, samples.count))
+    """Return the mean loss of samples at the weights given, in training mode, shape ()."""
+    objective, batch = model.objective, Batch(*samples[:3])
+
+    def network(x: Any) -> Any:
+        return model.masked(functional_network(model.net, params, model.normalise(x)), samples.t)
+
+    losses = sample_losses(objective, network, batch)
+    weights = None if objective.weight is None else objective.weight(batch)
+    return mean_loss(Outputs((), (), losses, weights, None, samples.count))
 
 
 def meta_loss(
@@ -104,10 +110,9 @@ def meta_loss(
         hparams: settings.
     """
     fast, losses, meta = params, [], with_draw(batch, draw)
-    count = hparams.check_parts(len(batch.y))
-    parts = map(Batch, *(a.chunk(count) for a in batch[:3]))
-    for part in parts:
-        current = ReplayBatch(*part[:3], None, len(part.y))
+    count = hparams.check_parts(len(batch.t))
+    for part in pieces(batch, len(batch.t) // count):
+        current = ReplayBatch(*part[:3], None, len(part.t))
         (gradient,) = gradients(sample_loss(fast, model, current), fast, create_graph=hparams.second_order)
         fast = inner_sgd_step(fast, rates, clip_by_value(gradient, hparams.inner_clip))
         losses.append(sample_loss(fast, model, meta))
@@ -176,8 +181,8 @@ class LaMAML(ReplayModule):
         """The memory and the rates."""
         return LaMAMLState(self.contents, self.rates.get())
 
-    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Take all glances at a batch; return M of the first, and the batch's logits before it."""
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Any]:
+        """Take all glances at a batch; return M of the first, and the batch's outputs before it."""
         if not self._checked:
             check_functional_call(self, batch.x)
             self._checked = True
@@ -186,11 +191,10 @@ class LaMAML(ReplayModule):
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         with torch.no_grad():
-            logits = self.network(x)
-        outputs = Outputs(logits, self.masked(logits, batch.t), batch.y, None, len(batch.y))
+            outputs = self.network(x)
         params, losses = self.params(), []
-        for k, order in enumerate(torch.from_numpy(orders).to(batch.y.device, torch.int64)):
-            ordered = Batch(*(a[order] for a in (x, batch.y, batch.t)))
+        for k, order in enumerate(torch.from_numpy(orders).to(batch.t.device, torch.int64)):
+            ordered = rows(batch._replace(x=x), order)
             draw, rates = drawn(self.contents, batch, reads[k], k), restricted(self.rates.get(), params)
             loss, gradient, rates = glance(params, rates, self, ordered, draw, hparams)
             losses.append(loss)
@@ -207,4 +211,4 @@ class LaMAML(ReplayModule):
             if k < hparams.glances - 1:
                 optimizer.optimizer.step()  # Lightning would count `optimizer.step` as a step
         optimizer.step()
-        return losses[0], outputs.masked
+        return losses[0], self.masked(outputs, batch.t)

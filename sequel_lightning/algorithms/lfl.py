@@ -1,6 +1,6 @@
 """Less-forgetting learning (Jung et al. 2016, https://arxiv.org/abs/1607.00122).
 
-    L = CE(f(x), y) + lambda_e/2 * mean_n ||h(x_n; theta) - h(x_n; theta_old)||^2          (eq. 3, lambda_c 1)
+    L = loss(f(x), y) + lambda_e/2 * mean_n ||h(x_n; theta) - h(x_n; theta_old)||^2        (eq. 3, lambda_c 1)
 
 h is the last hidden layer, theta_old are the weights at the end of the last task, and x are samples of the
 current task. The old network runs in evaluation mode. With `freeze_head`, the last layer does not change
@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from sequel_core.algorithms.lfl import LFLHParams
 from sequel_core.stream.task import Batch
 from sequel_lightning.module import ContinualModule
-from sequel_lightning.networks import apply_head, check_features, evaluating, frozen_network
+from sequel_lightning.networks import apply_head, call_network, check_features, evaluating, frozen_network
 from sequel_lightning.trees import Params
 
 
@@ -46,17 +46,17 @@ def head_is_frozen(state: LFLState, hparams: LFLHParams) -> Tensor:
     return (state.learned > 0) & hparams.freeze_head
 
 
-def objective(module: LFL, batch: Batch, hparams: LFLHParams) -> tuple[Tensor, Tensor]:
-    """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
+def training_loss(module: LFL, batch: Batch, hparams: LFLHParams) -> tuple[Tensor, Any]:
+    """Return the training loss of a batch, shape (), and what the network returned for it."""
     x = module.normalise(batch.x)
-    features = module.net.features(x)
-    logits = module.masked(apply_head(module.net, features), batch.t)
-    loss = module.loss(logits, batch)
+    features = call_network(module.net.features, x)
+    outputs = module.masked(apply_head(module.net, features), batch.t)
+    loss = module.loss(outputs, batch)
     if module.learned > 0:
         with evaluating(module.old), torch.no_grad():
-            old = module.old.features(x)
+            old = call_network(module.old.features, x)
         loss = loss + module.added(hparams.lfl_lambda * feature_distance(features, old))
-    return loss, logits
+    return loss, outputs
 
 
 class LFL(ContinualModule):
@@ -99,9 +99,9 @@ class LFL(ContinualModule):
         """What is remembered of past tasks."""
         return LFLState(*frozen_network(self.old), self.learned)
 
-    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
-        return objective(self, self.trained_on(batch), self.algorithm_hparams)
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Any]:
+        """Return the training loss of a batch, shape (), and what the network returned for it."""
+        return training_loss(self, self.trained_on(batch), self.algorithm_hparams)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Remove the gradient of a frozen last layer, so that clipping and the optimizer skip it."""

@@ -23,14 +23,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sequel_core.algorithms.mcsgd import ConnectionPlan, MCSGDHParams, connection_plan
 from sequel_core.stream.task import Batch
 from sequel_lightning.gradients import gradient_at, holding
 from sequel_lightning.networks import check_no_batch_stats, evaluating
+from sequel_lightning.objectives import sample_losses, weight_of
 from sequel_lightning.quadratic import Model
-from sequel_lightning.replay import Memory, Outputs, ReplayBatch, ReplayModule, mean_cross_entropy, read
+from sequel_lightning.replay import Memory, Outputs, ReplayBatch, ReplayModule, mean_loss, read
 from sequel_lightning.trees import ParameterTree, Params, restricted, tree_map
 
 Moving = tuple[Params, Params]  # weights w on their way to w_bar, and their velocity
@@ -67,7 +67,8 @@ def connection_step(moving: Moving, model: Model, lines: Lines, hparams: MCSGDHP
     """Return the weights and their velocity after a step on the losses along lines that end at them."""
     gradient = tree_map(torch.zeros_like, moving[0])
     for start, samples in lines:
-        count = max(sum(s.count for s in samples), 1)
+        weight = sum(weight_of(model.objective, Batch(*s[:3]), s.count) for s in samples)
+        count = float(weight) or 1.0
         for place, factor in hparams.points():
             for chunk in samples:
                 gradient = add_gradient(gradient, model, start, moving[0], place, factor / count, chunk)
@@ -77,13 +78,13 @@ def connection_step(moving: Moving, model: Model, lines: Lines, hparams: MCSGDHP
 def add_gradient(
     total: Params, model: Model, start: Params, end: Params, place: float, factor: Any, samples: ReplayBatch
 ) -> Params:
-    """Return `total` plus `factor` times the gradient of the summed cross-entropy at a point of a line."""
+    """Return `total` plus `factor` times the gradient of the summed loss at a point of a line."""
     if not samples.count:
         return total
 
     def summed_loss(params: Params) -> Tensor:
-        logits = model.forward(samples.x, samples.t)
-        return F.cross_entropy(logits, samples.y, reduction="sum")
+        batch = Batch(*samples[:3])
+        return sample_losses(model.objective, lambda x: model.forward(x, batch.t), batch).sum()
 
     gradient = gradient_at(interpolate(start, end, place), model, summed_loss)
     return tree_map(lambda a, g: a.add_(g, alpha=factor), total, gradient)  # in place
@@ -167,8 +168,8 @@ class MCSGD(ReplayModule):
         self._move(state.moving)
 
     def replay_loss(self, batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
-        """Return the cross-entropy of the batch, shape ()."""
-        return mean_cross_entropy(batch)
+        """Return the mean loss of the batch, shape ()."""
+        return mean_loss(batch)
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         """Take the optimizer's step; online, take a step of the search for w_bar."""
@@ -191,8 +192,8 @@ class MCSGD(ReplayModule):
         self.set_params(state.w_bar)
         self.learned.fill_(task)
 
-    def alternatives(self, x: Tensor, t: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the logits of w_hat."""
+    def alternatives(self, x: Any, t: Tensor | None = None) -> dict[str, Any]:
+        """Return the outputs of w_hat."""
         w_hat = self.w_hat.get() if self.learned == self.task_index else {}
         with holding(self, w_hat):
             return {"w_hat": self.forward(x, t)}

@@ -1,6 +1,6 @@
 """Naive finetuning: trains on one task after the other without any protection. The usual lower bound.
 
-    L = CE(f(x), y)
+    L = loss(f(x), y)
 
 Mirror: sequel_flax/algorithms/naive.py
 """

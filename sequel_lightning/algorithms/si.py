@@ -1,10 +1,10 @@
 """Synaptic intelligence (Zenke, Poole & Ganguli 2017, https://arxiv.org/abs/1703.04200).
 
-    L = CE(f(x), y) + c * sum_i Omega_i (theta_i - theta*_i)^2                                       (eq. 4)
+    L = loss(f(x), y) + c * sum_i Omega_i (theta_i - theta*_i)^2                                     (eq. 4)
     omega_i = sum over the steps of a task of -g_i (theta_i after - theta_i before)                  (eq. 3)
     Omega_i <- Omega_i + omega_i / ((theta_i - theta*_i)^2 + xi) at its end; then theta* <- theta    (eq. 5)
 
-g is the gradient of the cross-entropy alone, before clipping. The step is the optimizer's real step, with
+g is the gradient of the loss alone, before clipping. The step is the optimizer's real step, with
 momentum, weight decay and clipping. theta* are the weights at the start of the task; for the first task, the
 initial weights. The official code keeps Omega >= 0 (`clamp`). Its Permuted MNIST accuracies (10 tasks, MLP
 2000-2000, Adam 1e-3 that is not reset between tasks, batch 256, 20 epochs) have c = 0.1 and xi = 0.1. Its
@@ -83,7 +83,7 @@ class SI(ContinualModule):
         self.strength = 2 * self.algorithm_hparams.si_lambda
         self.anchor = ParameterTree(self.params(), torch.clone)
         self.importance, self.path = (SumTree(self.params()) for _ in range(2))
-        self._gradient: Params = {}  # of the cross-entropy, at the current step
+        self._gradient: Params = {}  # of the loss without the penalty, at the current step
 
     @property
     def state(self) -> SIState:
@@ -94,15 +94,15 @@ class SI(ContinualModule):
         """Set the anchor to the weights at the start of the task."""
         self.anchor.set(self.frozen_params())
 
-    def loss(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return cross-entropy plus the penalty, shape (); only the cross-entropy has a gradient here."""
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return the mean loss plus the penalty, shape (); only the mean loss has a gradient here."""
         with torch.no_grad():
             params = self._trained_params or self.params()
             value = penalty(params, self.anchor.get(), self.importance.get())
-        return super().loss(logits, batch) + self.added(self.strength * value)
+        return super().loss(outputs, batch) + self.added(self.strength * value)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Store the gradient of the cross-entropy, then add the gradient of the penalty, before clipping."""
+        """Store the gradient of the loss, then add the gradient of the penalty, before clipping."""
         anchor, importance = self.anchor.get(), self.importance.get()
         params = self._trained_params
         gradient = {k: p.grad for k, p in params.items() if p.grad is not None}

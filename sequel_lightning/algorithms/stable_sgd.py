@@ -1,6 +1,6 @@
 """Stable SGD (Mirzadeh et al. 2020, https://arxiv.org/abs/2006.06958).
 
-    L = CE(f(x), y), task t (from 0) with the learning rate max(lr * gamma^(t + 1), min_lr)
+    L = loss(f(x), y), task t (from 0) with the learning rate max(lr * gamma^(t + 1), min_lr)
 
 Naive finetuning with a large first learning rate, which decays from task to task, dropout, momentum and a
 small batch. The minima are flatter, so the weights move less in the next task. The exponent is that of the

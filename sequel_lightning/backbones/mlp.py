@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -15,7 +16,7 @@ class MLP(nn.Sequential):
         widths: units of each hidden layer.
         num_classes: outputs.
         dropout: probability that a hidden unit is dropped, in [0, 1).
-        image_shape: (H, W, C) of the images.
+        image_shape: (H, W, C) of the images, or the shape of other inputs, such as (F,).
 
     Example:
         >>> import torch
@@ -32,10 +33,10 @@ class MLP(nn.Sequential):
         widths: Sequence[int] = (256, 256),
         num_classes: int = 10,
         dropout: float = 0.0,
-        image_shape: tuple[int, int, int] = (28, 28, 1),
+        image_shape: tuple[int, ...] = (28, 28, 1),
     ) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        fan_in = image_shape[0] * image_shape[1] * image_shape[2]
+        fan_in = math.prod(image_shape)
         for i, width in enumerate(widths):
             layers[f"dense_{i}"] = nn.Linear(fan_in, width)
             layers[f"relu_{i}"] = nn.ReLU()
@@ -44,16 +45,17 @@ class MLP(nn.Sequential):
             fan_in = width
         layers["head"] = nn.Linear(fan_in, num_classes)
         super().__init__(layers)
+        self.images = len(image_shape) == 3
 
     def features(self, x: Tensor) -> Tensor:
-        """Return the last hidden layer `[B, D]` of images `[B, C, H, W]`, read in the order H, W, C."""
-        x = x.movedim(-3, -1).flatten(1)
+        """Return the last hidden layer `[B, D]`; images `[B, C, H, W]` are read in the order H, W, C."""
+        x = (x.movedim(-3, -1) if self.images else x).flatten(1)
         for layer in self:
             if layer is not self.head:
                 x = layer(x)
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits `[B, num_classes]` of images `[B, C, H, W]`."""
+        """Return logits `[B, num_classes]` of images `[B, C, H, W]` or other inputs `[B, ...]`."""
         logits: Tensor = self.head(self.features(x))
         return logits

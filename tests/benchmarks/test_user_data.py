@@ -22,6 +22,7 @@ from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.images import Augmentation, Normalisation
 from sequel_core.stream.memory import joined_with_memory, memory_stream
 from sequel_core.stream.task import Split
+from sequel_core.stream.trees import LeafSpec
 
 Arrays = tuple[Any, Any]
 SIDE = 3
@@ -129,7 +130,7 @@ def test_tasks_may_come_from_a_generator(rng: np.random.Generator) -> None:
         ([], {}, "there must be at least one task, got none"),
         (["ab"], {}, r"task 0 must be \(train, test\) or \(train, test, validation\), got str"),
         ([(1,)], {}, r"task 0 must be \(train, test\) .*, got 1 parts"),
-        ([(1, 2)], {}, r"task 0, train must be \(images, labels\), got int"),
+        ([(1, 2)], {}, r"task 0, train must be \(x, y\), or a dict with both, got int"),
         (None, {"scenario": "instance"}, "scenario must be one of domain, task, class, got 'instance'"),
         (None, {"validation": 1}, "validation must be >= 0 and < 1, got 1.0"),
         (None, {"num_classes": 0}, "num_classes must be >= 1, got 0"),
@@ -146,12 +147,14 @@ def test_bad_arrays_are_named(rng: np.random.Generator) -> None:
     for bad, message in (
         ((images / 255, labels), r"task 1, train: images must be .* got float64 \[24, 3, 3, 1\]"),
         ((images.astype(np.int64), labels), r"task 1, train: images must be uint8 .* got int64"),
-        ((images, labels[:-1]), "task 1, train: images and labels differ in number: 24 and 23"),
-        ((images, labels / 2), "task 1, train: labels must be integers"),
+        ((images, labels[:-1]), "task 1, train: all arrays must have one row per sample, got {'x': 24"),
+        ((images, labels.astype(str)), r"task 1, train: y must be an array of numbers .* got <U\d+ \[24\]"),
     ):
         with pytest.raises(ValueError, match=message):
             from_arrays([good, (bad, test)])
-    with pytest.raises(ValueError, match="one dtype, got float32 in task 1 and uint8 in task 0"):
+    with pytest.raises(
+        ValueError, match=r"got x = float32 \[3, 3, 1\] in task 1 and uint8 \[3, 3, 1\] in task 0"
+    ):
         from_arrays([good, ((images.astype(np.float32), labels), (test[0].astype(np.float32), test[1]))])
 
 
@@ -185,7 +188,7 @@ def test_tasks_from_data_sets_with_a_transform_each(rng: np.random.Generator) ->
         from_datasets([], test)
     with pytest.raises(ValueError, match=r"owner must be an object with .*, got the class Prepared"):
         from_prepared(Prepared)
-    with pytest.raises(ValueError, match="task 2, test: a label must be an integer, got 'a' at position 0"):
+    with pytest.raises(ValueError, match="task 2, test, item 0: y must be numbers, got 'a'"):
         from_datasets(train, {**test, 3: [(np.eye(3), "a")]})
     Prepared.prepare_datasets = lambda self: None  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"datasets\(\) must return two dict.*, got NoneType"):
@@ -239,6 +242,91 @@ def test_tasks_from_data_modules(rng: np.random.Generator) -> None:
         from_datamodules([bad])
     with pytest.raises(ValueError, match=r"the data module of task 0 has no train_dataloader\(\); add one"):
         from_datamodules([pl.LightningDataModule()])
+
+
+def several_inputs(rng: np.random.Generator, count: int) -> tuple[Any, FloatArray]:
+    x = {"words": rng.integers(0, 90, (count, 5)), "table": {"age": rng.normal(size=(count, 2))}}
+    return x, rng.normal(size=(count, 3))
+
+
+def test_tasks_from_arrays_of_any_shape(rng: np.random.Generator) -> None:
+    tasks = [(several_inputs(rng, 6), several_inputs(rng, 4)) for _ in range(2)]
+    benchmark = from_arrays(tasks, validation=0.5)
+    assert (benchmark.scenario, benchmark.num_classes) == ("domain", 3)
+    assert benchmark.spec.x == {"words": LeafSpec((5,), "int64"), "table": {"age": LeafSpec((2,), "float32")}}
+    assert benchmark.spec.y == LeafSpec((3,), "float32")
+    assert [task.classes for task in benchmark.tasks] == [(), ()]
+    for task, (_, (x, y)) in zip(benchmark.tasks, tasks, strict=True):
+        samples = task.test.take(np.arange(4))
+        np.testing.assert_array_equal(samples.x["words"], x["words"])
+        np.testing.assert_array_equal(samples.x["table"]["age"], x["table"]["age"].astype(np.float32))
+        np.testing.assert_array_equal(samples.y, y.astype(np.float32))
+        assert (len(task.train), len(task.validation)) == (3, 3)
+
+
+def test_tensors_lists_and_dicts_are_the_same_arrays(rng: np.random.Generator) -> None:
+    tables, labels = rng.normal(size=(2, 6, 3)).astype(np.float32), np.array([0, 1] * 3)
+    streams = [
+        from_arrays([((x, labels), (x, labels)) for x in tables]),
+        from_arrays([((torch.tensor(x), torch.tensor(labels)),) * 2 for x in tables]),
+        from_arrays([((x.tolist(), labels.tolist()),) * 2 for x in tables]),
+        from_datasets([(TensorDataset(torch.tensor(x), torch.tensor(labels)),) * 2 for x in tables]),
+    ]
+    for stream in streams:
+        assert (stream.spec.x, stream.num_classes) == (LeafSpec((3,), "float32"), 2)
+        for task, x in zip(stream.tasks, tables, strict=True):
+            samples = task.train.take(np.array([4, 1]))
+            np.testing.assert_array_equal(samples.x, x[[4, 1]])
+            assert samples.y.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("make", ["arrays", "datasets", "prepared", "datamodules"])
+def test_the_target_of_dicts_is_named(make: str, rng: np.random.Generator) -> None:
+    ids, labels = rng.integers(0, 90, (6, 4)), np.array([2, 0, 1] * 2)
+    items: Any = [
+        {"input_ids": torch.tensor(row), "labels": int(y)} for row, y in zip(ids, labels, strict=True)
+    ]
+
+    class Prepared:
+        def prepare_datasets(self) -> Any:
+            return {0: items}, {0: items}
+
+    class Module(pl.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return DataLoader(items)
+
+        test_dataloader = train_dataloader
+
+    streams: dict[str, Callable[..., Benchmark]] = {
+        "arrays": lambda **options: from_arrays([({"input_ids": ids, "labels": labels},) * 2], **options),
+        "datasets": lambda **options: from_datasets([(items, items)], **options),
+        "prepared": lambda **options: from_prepared(Prepared(), **options),
+        "datamodules": lambda **options: from_datamodules([Module()], **options),
+    }
+    benchmark = streams[make](target="labels")
+    assert benchmark.spec.x == {"input_ids": LeafSpec((4,), "int64")}
+    samples = benchmark.tasks[0].train.take(np.array([1, 2]))
+    np.testing.assert_array_equal(samples.x["input_ids"], ids[[1, 2]])
+    assert (samples.y.tolist(), benchmark.num_classes) == ([0, 1], 3)
+    with pytest.raises(ValueError, match=r"task 0, train.*: target must name the key of y .*'labels'\]"):
+        streams[make]()
+    with pytest.raises(ValueError, match=r"task 0, train.*: target must be one of the keys .* got 'label'"):
+        streams[make](target="label")
+
+
+def test_ragged_arrays_are_named() -> None:
+    y = np.zeros(2, np.int64)
+    for ragged in ([[1, 2], [1, 2, 3]], np.array([np.zeros(2), np.zeros(3)], object)):
+        with pytest.raises(
+            ValueError,
+            match=r"task 0, test: x.ids must have one shape .*\[3\] in row 1 and \[2\] in row 0; pad",
+        ):
+            from_arrays([(({"ids": np.zeros((2, 2))}, y), ({"ids": ragged}, y))])
+    with pytest.raises(ValueError, match="task 0, train: target must be left out for a pair"):
+        from_arrays([((y, y), (y, y))], target="labels")
+    with pytest.raises(ValueError, match="num_classes must be given if targets are a dict"):
+        from_arrays([((y, {"a": y}), (y, {"a": y}))])
+    assert from_arrays([((y, {"a": y}), (y, {"a": y}))], num_classes=4).num_classes == 4
 
 
 def lightning_learner(hparams: AlgorithmHParams, benchmark: Benchmark, training: TrainingHParams) -> Any:

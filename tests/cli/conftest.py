@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sequel_core.experiment.schema import ExperimentConfig
+from sequel_core.objectives import Score
 from sequel_core.runs import learner
 from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor
 from sequel_core.stream.arrays import FloatArray
@@ -23,6 +24,7 @@ class NearestMean:
     """
 
     logs = shows_progress = False
+    score = Score()
 
     def __init__(self, config: ExperimentConfig, benchmark: Benchmark) -> None:
         self.config = config

@@ -100,10 +100,11 @@ def test_data_checks_the_bundled_digits(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    assert main(["data", "digits"]) == 0
+    assert main(["data", "digits", "diabetes"]) == 0
     out = capsys.readouterr().out
     assert "bundled with scikit-learn" in out
     assert "8 x 8 x 1" in out
+    assert "354 │   88 │ 10 " in out
     assert "as published" in out
     assert main(["data", "digit"]) == 2
     assert "did you mean digits?" in capsys.readouterr().err

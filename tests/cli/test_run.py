@@ -184,6 +184,12 @@ def test_divergence_is_one_line_and_exit_code_1(
          "got 1001; use 1000 or 1050"),
         (["benchmark=splitdigits", "benchmark.num_tasks=3"],
          "benchmark.num_tasks must divide the 10 classes, got 3; use one of 1, 2, 5, 10"),
+        (["benchmark=diabetes", "backbone=cnn"], "backbone=cnn needs images [H, W, C], benchmark diabetes "
+         "has float32 [10]; use a network of your own or backbone=mlp"),
+        (["benchmark=diabetes", "benchmark.feature=bmii"], "benchmark.feature must be one of age, sex, bmi, "
+         "bp, s1, s2, s3, s4, s5, s6, got 'bmii'; did you mean bmi?"),
+        (["benchmark=diabetes", "algo=icarl"], "icarl needs targets that are class labels, one "
+         "integer per sample, got float32 []; use "),
         (["benchmark.batch_size=2000"], "batch_size must be <= the samples of a task, got 2000 with "),
         (["backbone.num_classes=9"], "backbone.num_classes must be the benchmark's 10, got 9; leave it out"),
         (["training.epochs_per_task=[1,2]"], "training.epochs_per_task must be a number or have one entry"),

@@ -103,8 +103,8 @@ def test_the_differences_are_numpys(digits: Benchmark, tmp_path: Path) -> None:
     for one in comparison.differences:
         first, second = (tmp_path / f"{one.label}_{mode}_seed{one.seed}" for mode in MODES)
         gap = np.abs(matrix(first) - matrix(second))
-        assert one.accuracy == np.nanmax(gap) > 0
-        assert gap[one.accuracy_at] == one.accuracy
+        assert one.score == np.nanmax(gap) > 0
+        assert gap[one.score_at] == one.score
         with np.load(first / "weights.npz") as a, np.load(second / "weights.npz") as b:
             gaps = {name: np.abs(a[name] - b[name]) for name in a.files}
         assert one.weight == max(gap.max() for gap in gaps.values())
@@ -127,7 +127,7 @@ def test_both_frameworks_are_equal_in_double_precision_and_the_report_has_them(
         ("naive", "pytorch", 0), ("naive", "jax", 0),
     ]  # fmt: skip
     (one,) = comparison.differences
-    assert (one.accuracy, one.accuracy_at) == (0, ())
+    assert (one.score, one.score_at) == (0, ())
     assert 0 < one.weight < 1e-10
     first, second = (tmp_path / f"naive_{mode}_seed0" for mode in MODES)
     np.testing.assert_array_equal(matrix(first), matrix(second))
@@ -275,8 +275,8 @@ def test_what_is_printed(
     assert first[:4] == ["naive", "pytorch", "0", f"{accuracy:.2f}"]
     assert first[-1] == "1.0 kB"
     one = comparison.differences[-1]
-    assert last[:3] == ["ewc", "0", f"{100 * one.accuracy:.2f}"]
-    assert last[3:] == [f"R[{one.accuracy_at[0]}, {one.accuracy_at[1]}]", f"{one.weight:.1e}", one.weight_at]
+    assert last[:3] == ["ewc", "0", f"{100 * one.score:.2f}"]
+    assert last[3:] == [f"R[{one.score_at[0]}, {one.score_at[1]}]", f"{one.weight:.1e}", one.weight_at]
     assert all(len(line) <= 80 for line in lines if line.startswith(("│", "┏", "└")))
 
 
@@ -288,7 +288,7 @@ def test_networks_that_are_not_alike_have_no_difference(
     (one,) = compare(learners, digits, run_dir=tmp_path, progress=False).differences
     assert np.isnan(one.weight)
     assert one.weight_at == ""
-    assert one.accuracy > 0
+    assert one.score > 0
 
 
 def test_a_nan_among_the_weights_is_the_largest_difference(
@@ -306,7 +306,7 @@ def test_a_nan_among_the_weights_is_the_largest_difference(
 
 
 def test_the_parts_are_importable() -> None:
-    assert {"label", "seed", "accuracy", "weight"} <= set(Difference._fields)
+    assert {"label", "seed", "score", "weight"} <= set(Difference._fields)
     assert tuple(PLUGINS) == MODES
 
 

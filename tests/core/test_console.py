@@ -13,6 +13,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from sequel_core.objectives import Score
 from sequel_core.runs.console import Display
 from sequel_core.runs.learner import Learner, Progress
 from sequel_core.runs.orchestrator import Shown
@@ -32,7 +33,7 @@ def stream(*names: str) -> Any:
 
 
 def learner(shows_progress: bool = False) -> Learner:
-    return cast(Learner, SimpleNamespace(shows_progress=shows_progress))
+    return cast(Learner, SimpleNamespace(shows_progress=shows_progress, score=Score()))
 
 
 class Terminal:

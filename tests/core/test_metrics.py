@@ -10,7 +10,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from sequel_benchmarks import from_arrays
-from sequel_core import run
+from sequel_core import Score, run
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.runs import metrics
 from tests.core.scripted import scripted
@@ -128,11 +128,11 @@ def test_forgetting_counts_what_was_known_before_training_where_it_was_evaluated
 
 def test_incremental_accuracy_over_tasks_and_over_samples() -> None:
     """They differ if the tasks have different numbers of samples: 0.7056 and 0.7009."""
-    over_tasks = metrics.average_incremental_accuracy(EXAMPLE)
-    over_samples = metrics.average_incremental_accuracy_over_samples(EXAMPLE, SAMPLES)
+    over_tasks = metrics.average_incremental_score(EXAMPLE)
+    over_samples = metrics.average_incremental_score_over_samples(EXAMPLE, SAMPLES)
     assert over_tasks == pytest.approx(0.7055555555555556)
     assert over_samples == pytest.approx(0.7009259259259260)
-    assert metrics.average_incremental_accuracy_over_samples(EXAMPLE, [7, 7, 7]) == pytest.approx(over_tasks)
+    assert metrics.average_incremental_score_over_samples(EXAMPLE, [7, 7, 7]) == pytest.approx(over_tasks)
     assert math.isnan(metrics.summarise(EXAMPLE)["average_incremental_accuracy_over_samples"])
 
 
@@ -153,10 +153,47 @@ def test_a_run_records_both_and_the_sample_counts(tmp_path: Path) -> None:
     assert abs(np.mean(pooled) - np.mean(over_tasks)) > 0.01
 
 
+ERROR = Score("squared error", higher_is_better=False, fraction=False)
+ERRORS = [[1.0, 9.0, 8.0], [3.0, 2.0, 7.0], [0.5, 6.0, 4.0]]
+
+
+def test_squared_errors_by_hand() -> None:
+    assert metrics.summarise(ERRORS, [10, 10, 10], SAMPLES, ERROR) == pytest.approx(
+        {
+            "average_squared_error": 3.5,
+            "forgetting": 1.75,  # -0.5 for the first task, whose error falls, and 4 for the second
+            "forgetting_with_final": 2.0,  # 0 and 4
+            "bwt": -1.75,  # negative, as for accuracies that are forgotten
+            "fwt": 2.0,  # the second task's error is 1 below the baseline, the third's 3
+            "learning_squared_error": 7 / 3,
+            "average_incremental_squared_error": (1 + 2.5 + 3.5) / 3,
+            "average_incremental_squared_error_over_samples": (1 + 900 / 400 + 2050 / 450) / 3,
+            "worst_case_squared_error": (3 + 6 + 4) / 3,
+        }
+    )
+
+
+def test_scores_of_which_higher_is_better_need_not_be_fractions() -> None:
+    reward = Score("reward", fraction=False)
+    assert metrics.average_score([[-50.0]], reward) == -50
+    assert metrics.bwt([[30.0, 0.0], [20.0, 40.0]], reward) == -10
+
+
+@given(matrices())
+def test_the_error_rate_mirrors_the_accuracy(drawn: tuple[Matrix, Matrix]) -> None:
+    accuracies, baseline = drawn
+    plain = metrics.summarise(accuracies, baseline)
+    error = metrics.summarise(1 - accuracies, 1 - baseline, score=Score("error", higher_is_better=False))
+    for name, value in error.items():
+        accuracy = plain[name.replace("error", "accuracy")]
+        expected = 1 - accuracy if "error" in name else accuracy
+        assert value == pytest.approx(expected, abs=1e-12, nan_ok=True)
+
+
 @pytest.mark.parametrize("samples", [[1, 2], [1, 2, 0], [[1, 2, 3]], [1, NAN, 2]])
 def test_sample_counts_that_cannot_be(samples: list[float]) -> None:
     with pytest.raises(ValueError, match=r"samples must have one count >= 1 per task, \[3\], got \["):
-        metrics.average_incremental_accuracy_over_samples(EXAMPLE, samples)
+        metrics.average_incremental_score_over_samples(EXAMPLE, samples)
 
 
 @given(matrices())
@@ -189,7 +226,7 @@ def test_bounds_and_relations(drawn: tuple[Matrix, Matrix]) -> None:
 def test_average_accuracy_is_learning_accuracy_plus_backward_transfer() -> None:
     # ACC - LA = (T-1)/T * BWT, an identity of the definitions
     tasks = len(EXAMPLE)
-    gap = metrics.average_accuracy(EXAMPLE) - metrics.learning_accuracy(EXAMPLE)
+    gap = metrics.average_score(EXAMPLE) - metrics.learning_score(EXAMPLE)
     assert gap == pytest.approx((tasks - 1) / tasks * metrics.bwt(EXAMPLE))
 
 
@@ -261,11 +298,11 @@ def test_bad_matrix(matrix: Matrix, message: str) -> None:
     for name in BY_HAND:
         further: Any = {"fwt": [[0.1]], OVER_SAMPLES: [[1]]}.get(name, [])
         with pytest.raises(ValueError, match=message):
-            getattr(metrics, name)(matrix, *further)
+            getattr(metrics, name.replace("accuracy", "score"))(matrix, *further)
 
 
 def test_bad_baseline() -> None:
-    with pytest.raises(ValueError, match=r"baseline must have one accuracy per task, \[3\], got shape \[2\]"):
+    with pytest.raises(ValueError, match=r"baseline must have one score per task, \[3\], got shape \[2\]"):
         metrics.fwt(EXAMPLE, [0.1, 0.1])
     with pytest.raises(
         ValueError, match=r"baseline must hold fractions in \[0, 1\], got values from 10 to 10"

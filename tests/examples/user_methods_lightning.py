@@ -13,7 +13,7 @@ from sequel_core.stream.task import Batch
 from sequel_lightning.module import ContinualModule, Params
 from sequel_lightning.networks import evaluating
 from sequel_lightning.quadratic import Model, QuadraticModule
-from sequel_lightning.replay import Outputs, ReplayModule, mean_cross_entropy, sum_of_first
+from sequel_lightning.replay import Outputs, ReplayModule, mean_loss, sum_of_first
 from sequel_lightning.trees import ParameterTree, StateTree
 from tests.examples.user_methods import ConfidentHParams, ImitateHParams, MagnitudeHParams
 
@@ -38,9 +38,9 @@ class Magnitude(QuadraticModule):
 def replay_loss(batch: Outputs, draws: Sequence[Outputs], hparams: ConfidentHParams) -> Tensor:
     """Return the cross-entropy of batch and draw plus the weighted mean entropy of the draw, shape ()."""
     (draw,) = draws
-    entropies: Tensor = -(draw.logits.softmax(1) * draw.logits.log_softmax(1)).sum(1)
+    entropies: Tensor = -(draw.outputs.softmax(1) * draw.outputs.log_softmax(1)).sum(1)
     entropy: Tensor = sum_of_first(entropies, draw.count) / max(draw.count, 1)
-    return hparams.weight * entropy + mean_cross_entropy(batch, draw)
+    return hparams.weight * entropy + mean_loss(batch, draw)
 
 
 class Confident(ReplayModule):
@@ -64,7 +64,7 @@ def logit_distance(logits: Tensor, old: Tensor) -> Tensor:
     return ((logits - old) ** 2).sum(1).mean()
 
 
-def objective(module: Imitate, batch: Batch, hparams: ImitateHParams) -> tuple[Tensor, Tensor]:
+def training_loss(module: Imitate, batch: Batch, hparams: ImitateHParams) -> tuple[Tensor, Tensor]:
     """Return the loss of a batch, shape (), and its logits `[B, num_classes]`."""
     anchor, statistics, learned = module.state
     logits = module.network(batch.x)
@@ -91,8 +91,8 @@ class Imitate(ContinualModule):
     def state(self) -> ImitateState:
         return ImitateState(self.anchor.get(), self.statistics.get(), self.learned)
 
-    def objective(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return objective(self, self.trained_on(batch), self.algorithm_hparams)
+    def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return training_loss(self, self.trained_on(batch), self.algorithm_hparams)
 
     def end_task(self, batches: Iterable[Batch]) -> None:
         self.anchor.set(self.frozen_params())

@@ -356,9 +356,9 @@ def test_periodic_evaluation_equals_the_learners_evaluation_at_that_step(tmp_pat
     assert [step for step, _ in writer.scalars] == list(range(3, model.step + 1, 3))
     for (_, scalars), evaluations in zip(writer.scalars, expected, strict=True):
         assert scalars == {
-            f"periodic/validation/{name}/task_{j}": getattr(evaluation, name)
+            f"periodic/validation/{name}/task_{j}": value
             for j, evaluation in zip((0, 2), evaluations, strict=True)
-            for name in ("accuracy", "loss")
+            for name, value in (("accuracy", evaluation.score), ("loss", evaluation.loss))
         }
 
 

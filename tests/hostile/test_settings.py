@@ -38,8 +38,9 @@ DEFAULTS = {
     "backbone.type": "mlp",
     "optimizer.type": "sgd",
 }
-UNCHECKED = {  # torchvision and Lightning check these names
+UNCHECKED = {  # any text; torchvision, Lightning and the network's outputs decide which is valid
     "backbone.model", "backbone.weights", "trainer.accelerator", "trainer.strategy", "trainer.precision",
+    "algo.output",
 }  # fmt: skip
 
 

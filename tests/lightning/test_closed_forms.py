@@ -12,7 +12,7 @@ from sequel_core.algorithms.si import SIHParams
 from sequel_core.stream.arrays import FloatArray
 from sequel_lightning import quadratic
 from sequel_lightning.algorithms import agem, der, lfl, si
-from sequel_lightning.replay import Outputs, mean_cross_entropy
+from sequel_lightning.replay import Outputs, mean_loss
 
 Tree = dict[str, FloatArray]
 SHAPES = {"dense.weight": (3, 4), "dense.bias": (3,), "head.weight": (2, 3)}
@@ -60,29 +60,30 @@ def test_a_gradient_that_agrees_is_left_alone(reference: str, rng: np.random.Gen
 
 @pytest.mark.parametrize("count", [0, 3, 5])
 @pytest.mark.parametrize("distance", ["sum", "mean"])
-def test_logit_distance(distance: str, count: int, rng: np.random.Generator) -> None:
+def test_output_distance(distance: str, count: int, rng: np.random.Generator) -> None:
     """The first samples of a draw of five count; the others are padding."""
     stored, logits = rng.normal(size=(2, 5, 4))
     squares = (stored - logits)[:count] ** 2
     expected = squares.sum() / max(count, 1) / (1 if distance == "sum" else 4)
     z, f = torch.from_numpy(stored), torch.from_numpy(logits)
-    outputs = Outputs(f, f, torch.zeros(5, dtype=torch.int64), z, count)
+    outputs = Outputs(f, f, torch.zeros(5), None, z, count)
     hparams = DERHParams(distance=distance)  # type: ignore[arg-type]
-    assert float(der.logit_distance(outputs, hparams)) == pytest.approx(expected, rel=1e-12)
-    assert float(der.logit_distance(outputs._replace(stored=f), hparams)) == 0
+    assert float(der.output_distance(outputs, hparams)) == pytest.approx(expected, rel=1e-12)
+    assert float(der.output_distance(outputs._replace(stored=f), hparams)) == 0
 
 
-def test_mean_cross_entropy_is_of_all_samples_that_count(rng: np.random.Generator) -> None:
-    logits, labels = rng.normal(size=(2, 5, 4)), rng.integers(0, 4, (2, 5))
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    losses = -np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
-    f, y = torch.from_numpy(logits), torch.from_numpy(labels)
-    batch, draw = Outputs(f[0], f[0], y[0], None, 5), Outputs(f[1], f[1], y[1], None, 2)
-    assert float(mean_cross_entropy(batch)) == pytest.approx(losses[0].mean())
-    assert float(mean_cross_entropy(batch, draw)) == pytest.approx(
-        (losses[0].sum() + losses[1, :2].sum()) / 7
-    )
-    assert float(mean_cross_entropy(draw._replace(count=0))) == 0
+def test_mean_loss_is_of_all_samples_that_count(rng: np.random.Generator) -> None:
+    losses, w = rng.uniform(size=(2, 2, 5))
+    values, weights = torch.from_numpy(losses), torch.from_numpy(w)
+    batch, draw = Outputs((), (), values[0], None, None, 5), Outputs((), (), values[1], None, None, 2)
+    assert float(mean_loss(batch)) == pytest.approx(losses[0].mean(), rel=1e-12)
+    mean = (losses[0].sum() + losses[1, :2].sum()) / 7
+    assert float(mean_loss(batch, draw)) == pytest.approx(mean, rel=1e-12)
+    assert float(mean_loss(draw._replace(count=0))) == 0
+    batch, draw = batch._replace(weights=weights[0]), draw._replace(weights=weights[1])
+    weighted = (losses[0].sum() + losses[1, :2].sum()) / (w[0].sum() + w[1, :2].sum())
+    assert float(mean_loss(batch, draw)) == pytest.approx(weighted, rel=1e-12)
+    assert float(mean_loss(draw._replace(count=0))) == 0
 
 
 def test_feature_distance(rng: np.random.Generator) -> None:

@@ -262,7 +262,7 @@ def test_gradients_are_those_at_the_weights_given_and_leave_those_of_the_network
     for k, p in module.params().items():
         p.grad = before[k][1]
     with torch.enable_grad():
-        actual = diagonal_fisher(other, module.eval(), batches, None)
+        actual = diagonal_fisher(other, module.eval(), batches, EWCHParams(fisher_samples=None), 0, 0)
     for k, p in module.params().items():
         assert torch.equal(p, before[k][0])
         assert p.grad is before[k][1]

@@ -84,7 +84,7 @@ def test_own_float_loaders_that_yield_the_exemplars_too_replay_them() -> None:
 
 def test_images_of_another_dtype_raise_at_the_first_step() -> None:
     benchmark = stream()
-    with pytest.raises(ValueError, match=r"holds uint8 images, the batch has float32; give spec._replace"):
+    with pytest.raises(ValueError, match=r"holds uint8 images, the batch has float32; give a spec with"):
         trainer().fit(module(benchmark, ICARL), own_loader(benchmark, 0, with_task=True))
 
 

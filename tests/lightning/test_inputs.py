@@ -21,7 +21,7 @@ from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.trees import LeafSpec
 from sequel_lightning import ALGORITHMS, ContinualModule, Naive
-from sequel_lightning.networks import blank_image
+from sequel_lightning.networks import blank_input
 from tests.lightning.parts import BATCH, CLASSES, KCL, network, own_stream, stream, trainer
 
 # Lightning's remarks on a user's loader, and on a module that is fitted without validation data.
@@ -44,14 +44,14 @@ class Words(nn.Module):
 
 
 def spec_of_tokens(dtype: str = "int64") -> StreamSpec:
-    """Return a spec of sequences, as images of one channel and one column."""
-    return stream().spec._replace(x=LeafSpec((LENGTH, 1, 1), dtype))
+    """Return a spec of sequences."""
+    return stream().spec._replace(x=LeafSpec((LENGTH,), dtype))
 
 
-def tokens(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def tokens() -> tuple[Tensor, Tensor]:
     rng = np.random.default_rng(0)
     count = 4 * BATCH
-    return torch.from_numpy(rng.choice(TOKENS, (count, *shape))), torch.from_numpy(
+    return torch.from_numpy(rng.choice(TOKENS, (count, LENGTH))), torch.from_numpy(
         rng.integers(0, CLASSES, count)
     )
 
@@ -60,7 +60,7 @@ def fitted(hparams: AlgorithmHParams, spec: StreamSpec | None) -> tuple[Continua
     """Return a module that a Trainer fitted to tokens, and its network as it was before."""
     net = Words()
     before, module = copy.deepcopy(net), ALGORITHMS[hparams.name](net, SGD, hparams, spec)
-    x, y = tokens((LENGTH,) if spec is None else (1, LENGTH, 1))
+    x, y = tokens()
     trainer().fit(module, DataLoader(TensorDataset(x, y), batch_size=BATCH))
     return module, before
 
@@ -78,7 +78,7 @@ def test_tokens_in_bfloat16_train_as_in_a_loop_by_hand(
     module, net = fitted(hparams, spec)
     changed, optimizer = rows_that_moved(module, net), SGD(net.parameters())
     np.testing.assert_array_equal(changed, np.sort(TOKENS))
-    x, y = tokens((LENGTH,))
+    x, y = tokens()
     for rows in torch.arange(len(y)).split(BATCH):
         optimizer.zero_grad()
         F.cross_entropy(net(x[rows]), y[rows]).backward()
@@ -94,7 +94,7 @@ def test_a_memory_gives_tokens_back_as_they_came() -> None:
     module, before = fitted(ERHParams(mem_size=2 * BATCH, mem_batch_size=4), spec_of_tokens())
     kept: Tensor = module.get_buffer("memory.x")
     assert kept.dtype == torch.int64
-    assert {x.numpy().tobytes() for x in kept} <= {x.numpy().tobytes() for x in tokens((1, LENGTH, 1))[0]}
+    assert {x.numpy().tobytes() for x in kept} <= {x.numpy().tobytes() for x in tokens()[0]}
     np.testing.assert_array_equal(rows_that_moved(module, before), np.sort(TOKENS))
 
 
@@ -105,9 +105,10 @@ def test_integers_and_booleans_are_not_cast(dtype: str) -> None:
     actual = module.normalise(x)
     assert actual.dtype == x.dtype
     assert torch.equal(actual, x)
-    for other in (torch.uint8, torch.float32, torch.bfloat16):
-        assert module.normalise(torch.ones(1, 1, 2, 2, dtype=other)).dtype == torch.bfloat16
-    assert blank_image(spec_of_tokens(dtype), torch.zeros(1)).dtype == x.dtype
+    for other in (torch.float32, torch.bfloat16):
+        assert module.normalise(torch.ones(1, LENGTH, dtype=other)).dtype == torch.bfloat16
+    assert module.normalise(torch.ones(1, LENGTH, dtype=torch.uint8)).dtype == torch.uint8
+    assert blank_input(spec_of_tokens(dtype), torch.zeros(1)).dtype == x.dtype
 
 
 def test_a_coreset_of_another_dtype_than_the_spec_raises() -> None:

@@ -29,8 +29,17 @@ CASES: list[tuple[ICaRLHParams, Scenario]] = [
     (MIRRORED, "domain"),
     (PLENTY, "class"),
 ]
+COMBINED = (FEW, "domain")  # slow: by default one case has these settings and another has this scenario
 each_case = pytest.mark.parametrize(
-    ("hparams", "scenario"), CASES, ids=[f"{h.mem_size} {h.quota} {s}" for h, s in CASES]
+    ("hparams", "scenario"),
+    [
+        pytest.param(
+            *case,
+            id=f"{case[0].mem_size} {case[0].quota} {case[1]}",
+            marks=[pytest.mark.slow] if case == COMBINED else [],
+        )
+        for case in CASES
+    ],
 )
 each_framework = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 

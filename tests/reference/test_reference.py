@@ -208,7 +208,8 @@ def test_the_fisher_does_not_depend_on_the_batch_size() -> None:
         expected = reference.fisher(flax_.weights(), task)
         for size in (210, 64, 7):
             batches = list(plan.consolidation_batches(TRAINING.seed, task, size))
-            named = torch_fisher(params, torch_.module, map(torch_batch, batches), count)
+            hparams = EWCHParams(fisher_samples=count)
+            named = torch_fisher(params, torch_.module, map(torch_batch, batches), hparams, 0, 0)
             ours = {canonical_name(torch_.module.net, k): v.numpy().T for k, v in named.items()}
             assert_close(ours, expected, 1e-12)
             tree = flax_fisher(flax_.ts.params, model, map(flax_batch, batches), count)

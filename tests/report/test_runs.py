@@ -159,7 +159,7 @@ def test_a_summary_with_values_of_other_types(tmp_path: Path) -> None:
     write_run(tmp_path, summary={"average_accuracy": "high", "seconds": "many", "steps": True})
     [run] = read_study([tmp_path]).runs
     for path in (("average_accuracy",), ("seconds", "total"), ("steps",), ("nothing",)):
-        assert math.isnan(run.number(*path))
+        assert math.isnan(run.result.number(*path))
 
 
 def test_the_records_of_a_run(tmp_path: Path) -> None:

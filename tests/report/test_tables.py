@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sequel_core.objectives import ACCURACY
 from sequel_core.report import tables
 from sequel_core.report.runs import read_study
 from sequel_core.runs.metrics import summarise
@@ -33,7 +34,7 @@ def test_results_by_hand(tmp_path: Path) -> None:
 
 
 def test_every_metric_of_the_core_is_defined() -> None:
-    assert set(summarise([[1.0]])) <= {metric.key for metric in tables.METRICS}
+    assert set(summarise([[1.0]])) <= {metric.key for metric in tables.all_metrics(ACCURACY)}
 
 
 def test_metrics_that_a_run_has_are_shown(tmp_path: Path) -> None:
@@ -76,13 +77,13 @@ def test_costs_by_hand(tmp_path: Path) -> None:
     assert table.rows == [["naive", "200", "5.5", "4.0", "1.0", "0.5", "50.0", "3.00", "400", "1"]]
 
 
-def test_final_accuracies_and_matrix_numbers(tmp_path: Path) -> None:
+def test_final_scores_and_matrix_numbers(tmp_path: Path) -> None:
     write_run(tmp_path / "a", ONE)
     write_run(tmp_path / "b", TWO, algo="er")
-    table = tables.final_accuracies(read_study([tmp_path]))
+    table = tables.final_scores(read_study([tmp_path]))
     assert table.header == ["configuration", "task 1", "task 2"]
     assert table.rows == [["naive", "50.00", "80.00"], ["er", "60.00", "90.00"]]
-    assert tables.matrix_numbers(np.array(ONE)).rows == [
+    assert tables.matrix_numbers(np.array(ONE), ACCURACY).rows == [
         ["after task 1", "90.00", ""],
         ["after task 2", "50.00", "80.00"],
     ]
@@ -92,10 +93,10 @@ def test_a_selection_of_many_tasks_is_shown(tmp_path: Path) -> None:
     assert tables.selected(20) == list(range(20))
     assert tables.selected(100) == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
     write_run(tmp_path, decay(30))
-    table = tables.final_accuracies(read_study([tmp_path]))
+    table = tables.final_scores(read_study([tmp_path]))
     assert len(table.rows[0]) == 11
     assert table.caption.endswith("; 10 of 30 tasks")
-    numbers = tables.matrix_numbers(decay(30))
+    numbers = tables.matrix_numbers(decay(30), ACCURACY)
     assert [len(numbers.rows), len(numbers.rows[0])] == [10, 11]
     assert numbers.rows[-1][-1] == "90.00"
 

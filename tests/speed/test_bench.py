@@ -57,7 +57,9 @@ def test_every_algorithm_has_rows(algo: str, mode: str, tmp_path: Path) -> None:
     assert all(row["algo"] == algo and row["steps_per_second"] > 0 and row["ratio"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_measures() -> None:
+    """By default `test_every_algorithm_has_rows` runs the same command in this process."""
     line = ["--algo", "naive", "--mode", "pytorch", "--batch-size", "10", "--steps", "2", "--rounds", "1"]
     command = [sys.executable, "-m", "tests.speed", *line]
     child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
