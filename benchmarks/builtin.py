@@ -312,7 +312,7 @@ class BreastCancer(Benchmark):
         >>> from sequel_benchmarks import BreastCancer
         >>> stream = BreastCancer(num_tasks=2)
         >>> [task.name for task in stream.tasks], stream.num_classes
-        (['mean_texture < 18.83', 'mean_texture >= 18.83'], 2)
+        (['mean_texture < 18.9', 'mean_texture >= 18.9'], 2)
     """
 
     def __init__(

@@ -29,6 +29,15 @@ from sequel_flax.evaluation import Evaluator
 from sequel_flax.foreign import adapted, write_back
 from sequel_flax.hooks import Hook
 from sequel_flax.learner import FlaxLearner
+from sequel_flax.objectives import (
+    Objective,
+    binary_cross_entropy,
+    build_objective,
+    cross_entropy,
+    from_outputs,
+    squared_error,
+    token_cross_entropy,
+)
 from sequel_flax.optimizers import build_optimizer
 
 __all__ = [
@@ -40,17 +49,22 @@ __all__ = [
     "Evaluator",
     "FlaxLearner",
     "Hook",
+    "Objective",
     "ResNet18",
     "ResNet18Thin",
     "State",
     "adapted",
     "agem",
+    "binary_cross_entropy",
     "build_learner",
+    "build_objective",
     "build_optimizer",
+    "cross_entropy",
     "der",
     "derpp",
     "er",
     "ewc",
+    "from_outputs",
     "icarl",
     "initial_params",
     "initial_variables",
@@ -66,8 +80,10 @@ __all__ = [
     "process_settings",
     "reservoir",
     "si",
+    "squared_error",
     "stable_sgd",
     "stack_plans",
     "transforms",
+    "token_cross_entropy",
     "write_back",
 ]

@@ -69,10 +69,10 @@ def stack_plans(plans: Sequence[Any]) -> Any:
 def collected(batches: Iterable[Batch], samples: int | None = None) -> Batch:
     """Return batches as one batch of NumPy arrays `[n, B, ...]`.
 
-    The last batch is padded with samples whose t is -1.
+    The last batch is padded with samples whose t is -1, and whose inputs and targets are 0.
 
     Args:
-        batches: Batches of samples, each sample once.
+        batches: Batches of samples, each sample once, with plans of arrays `[B, ...]` or without plans.
         samples: The number of samples to use, from the first on; None for all.
 
     Raises:
@@ -86,13 +86,18 @@ def collected(batches: Iterable[Batch], samples: int | None = None) -> Batch:
     used: list[Batch] = []
     count = 0
     for batch in given(batches):
-        size = len(batch.y) if samples is None else min(len(batch.y), samples - count)
-        used.append(Batch(*(np.asarray(a)[:size] for a in batch[:3])))
+        size = len(batch.t) if samples is None else min(len(batch.t), samples - count)
+        used.append(jax.tree.map(lambda a, size=size: np.asarray(a)[:size], batch))
         count += size
         if count == samples:
             break
     stacked = stack_plans(used)
-    return Batch(stacked.x, np.maximum(stacked.y, 0), stacked.t)
+    valid = stacked.t >= 0
+
+    def zero_padded(a: Any) -> Any:
+        return np.where(valid.reshape(*valid.shape, *[1] * (a.ndim - 2)), a, np.zeros((), a.dtype))
+
+    return Batch(*(jax.tree.map(zero_padded, part) for part in (stacked.x, stacked.y)), *stacked[2:])
 
 
 def given(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -113,7 +118,7 @@ def given(batches: Iterable[Batch]) -> Iterator[Batch]:
         raise ValueError("end_task needs batches of the task's samples, got a single Batch; give [batch]")
     count = 0
     for batch in batches:
-        count += len(batch.y)
+        count += len(batch.t)
         yield batch
     if not count:
         raise ValueError(

@@ -21,14 +21,15 @@ from sequel_core.experiment.build import SUPPLIED
 from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.experiment.target import TARGET, Target
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
+from sequel_core.objectives import ObjectiveHParams
 from sequel_core.stream.benchmark import Benchmark
 from sequel_flax._compat import write_errors_left_to_the_caller
 from sequel_flax.algorithms import ALGORITHMS
 from sequel_flax.backbones import BACKBONES
 from sequel_flax.bundle import Algorithm
 from sequel_flax.learner import FlaxLearner
+from sequel_flax.objectives import Objective, build_objective
 from sequel_flax.optimizers import build_optimizer
-from sequel_flax.steps import TrainMetrics
 from sequel_flax.writers import WRITERS, MetricWriter
 
 
@@ -42,6 +43,7 @@ def make_learner(
     metrics: type[clu.metrics.Collection] | None = None,
     loggers: Sequence[MetricWriter] = (),
     implementation: Callable[..., Algorithm] | None = None,
+    objective: Objective | None = None,
     **options: Any,
 ) -> FlaxLearner:
     """Return a learner for an algorithm, chosen by the class of its settings.
@@ -53,10 +55,12 @@ def make_learner(
         optimizer: For example `optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)`.
         benchmark: The stream of tasks.
         training: Batch size, epochs, clipping, seed and dtype; None for the defaults.
-        metrics: Metrics of the training batches; None for accuracy and loss.
+        metrics: Metrics of the training batches; None for the loss and the score.
         loggers: Metric writers.
         implementation: A user-defined algorithm, called as `implementation(hparams, seed=...)`; None for the
             built-in one.
+        objective: What the network is trained and scored on; None for the built-in objective that fits the
+            targets of the stream.
         options: `hooks` and `steps_per_call` of `FlaxLearner`, and `trainable`, the parameters to train: a
             predicate over paths, a tree of bools, or an NNX filter.
 
@@ -83,7 +87,8 @@ def make_learner(
     if implementation is None:
         raise ValueError(f"implementation is needed for {hparams.name}, which is not built in; pass it")
     trainable = options.pop("trainable", None)
-    selection = {} if trainable is None else {"trainable": trainable}
+    given = {"trainable": trainable, "objective": objective}
+    selection = {name: value for name, value in given.items() if value is not None}
     algorithm = implementation(hparams, seed=training.seed, **selection)
     if not isinstance(algorithm, Algorithm):
         raise ValueError(f"implementation must give an Algorithm, got a {type(algorithm).__name__}")
@@ -93,7 +98,7 @@ def make_learner(
         optimizer,
         benchmark.spec,
         training,
-        metrics=metrics or TrainMetrics,
+        metrics=metrics,
         writers=loggers,
         **options,
     )
@@ -148,7 +153,7 @@ def build_learner(
         The learner.
 
     Raises:
-        ValueError: A user-defined model, optimizer, algorithm or logger is of the wrong type.
+        ValueError: A user-defined model, objective, optimizer, algorithm or logger is of the wrong type.
 
     Example:
         >>> from sequel_core.experiment.compose import compose
@@ -160,10 +165,9 @@ def build_learner(
     """
     targets = config.user_code
     if "backbone" in targets:
+        shape = {"image_shape": benchmark.image_shape} if benchmark.spec.images else {}
         model = targets["backbone"].make(
-            num_classes=benchmark.num_classes,
-            image_shape=benchmark.image_shape,
-            rngs=nnx.Rngs(config.training.seed),
+            num_classes=benchmark.num_classes, rngs=nnx.Rngs(config.training.seed), **shape
         )
     else:
         model = BACKBONES[config.backbone.type](**vars(config.backbone), num_classes=benchmark.num_classes)
@@ -179,8 +183,43 @@ def build_learner(
         config.training,
         loggers=[build_logger(name, chosen, run_dir) for name, chosen in config.logger.items()],
         implementation=targets["algo"].function if "algo" in targets else None,
+        objective=user_objective(config, benchmark),
         hooks=callbacks,
     )
+
+
+def user_objective(config: ExperimentConfig, benchmark: Benchmark) -> Objective | None:
+    """Return the objective of an experiment; None for the one that fits the targets of the stream.
+
+    Args:
+        config: The configuration of the experiment.
+        benchmark: The stream of tasks.
+
+    Returns:
+        The objective.
+
+    Raises:
+        ValueError: A user-defined factory does not return an `Objective`, or it does not fit the stream.
+
+    Example:
+        >>> from sequel_core.experiment.compose import compose
+        >>> from sequel_core.experiment.build import build_benchmark
+        >>> config = compose(["mode=jax", "benchmark=rotateddigits", "objective.type=cross_entropy"]).config
+        >>> user_objective(config, build_benchmark(config)).score.name
+        'accuracy'
+    """
+    target = config.user_code.get("objective")
+    if target is None:
+        if config.objective == ObjectiveHParams():
+            return None
+        return build_objective(config.objective, benchmark.spec)
+    objective = target.make()
+    if not isinstance(objective, Objective):
+        raise ValueError(
+            f"{target.key}.{TARGET} must give a sequel_flax.Objective with mode=jax, got a "
+            f"{type(objective).__name__} from {target.path}"
+        )
+    return objective
 
 
 def user_optimizer(target: Target) -> optax.GradientTransformation:

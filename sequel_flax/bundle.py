@@ -15,31 +15,43 @@ using it. `(ts, state)` hold everything that later steps depend on, so saving th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
 from flax.training.train_state import TrainState
 
 from sequel_core.hparams import AlgorithmHParams
+from sequel_core.objectives import ObjectiveHParams
 from sequel_core.stream.augmentation import AugmentedPlan, augmenting
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.planner import NoPlanner, Planner, check_steps, resumed
 from sequel_core.stream.task import AnySplit, Batch, Task
-from sequel_flax import augmentation
+from sequel_core.stream.trees import (
+    LeafSpec,
+    Tree,
+    is_image,
+    is_label,
+    leaves,
+    named_leaves,
+    specs_of,
+    tree_map,
+)
+from sequel_flax import augmentation, objectives
 from sequel_flax.boundaries import StartPlan, given, is_traced, select
 from sequel_flax.foreign import as_called, with_row_mask
+from sequel_flax.objectives import Objective, build_objective, mean_loss, output_leaf
 from sequel_flax.optimizers import get_learning_rates, with_learning_rates
 from sequel_flax.trainable import Fill, Selection, Trained
 
 Params = Any
 Stats = Any  # running statistics of batch normalisation; {} if the network has none
-StepOutputs = dict[str, jax.Array]
+StepOutputs = dict[str, Any]
 
 
 class BatchStatsTrainState(TrainState):
@@ -77,9 +89,10 @@ class StreamState(NamedTuple):
         dropout_key: A key that is folded with `ts.step` in every step.
         learning_rates: Those of the first task; () if they cannot be read from the optimizer.
         augmented: () if training samples are augmented, else None.
+        blank: Inputs and targets of one sample, zeros in the shapes and dtypes of the stream, `[1, ...]`.
 
     Example:
-        >>> StreamState(jnp.int32(-1), None, 1.0, 0.0, None, (), augmented=None).augmented is None
+        >>> StreamState(jnp.int32(-1), None, 1.0, 0.0, None, (), augmented=None, blank=()).augmented is None
         True
     """
 
@@ -90,6 +103,7 @@ class StreamState(NamedTuple):
     dropout_key: jax.Array
     learning_rates: tuple[jax.Array, ...]
     augmented: tuple[()] | None
+    blank: tuple[Any, Any]
 
 
 class State(NamedTuple):
@@ -110,6 +124,28 @@ class State(NamedTuple):
     position: Any = None
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Model:
+    """A network with its objective, for functions of `(params, model, ...)`.
+
+    Args:
+        ts: The train state, for the network. Its parameters are not used.
+        state: The state of the algorithm.
+        objective: What the network is trained on.
+        hparams: The settings of the algorithm, if functions need them.
+
+    Example:
+        >>> Model(None, None, objectives.cross_entropy()).objective.score.name
+        'accuracy'
+    """
+
+    ts: Any
+    state: Any
+    objective: Objective = field(metadata={"static": True})
+    hparams: Any = field(default=None, metadata={"static": True})
+
+
 Init = Callable[[TrainState, StreamSpec], State]
 Step = Callable[[TrainState, State, Batch], tuple[TrainState, State, StepOutputs]]
 StartTask = Callable[[TrainState, State, Task], tuple[TrainState, State]]
@@ -117,8 +153,8 @@ EndTask = Callable[[TrainState, State, Iterable[Batch]], tuple[TrainState, State
 PlanStart = Callable[[State, Task], Any]
 PlanEnd = Callable[[State, Iterable[Batch]], Any]
 Apply = Callable[[TrainState, State, Any], tuple[TrainState, State]]
-Predict = Callable[[TrainState, State, jax.Array, jax.Array], jax.Array]
-Alternatives = Callable[[TrainState, State, jax.Array, jax.Array], StepOutputs]
+Predict = Callable[[TrainState, State, Any, jax.Array], Any]
+Alternatives = Callable[[TrainState, State, Any, jax.Array], StepOutputs]
 Prepare = Callable[[TrainState, StreamSpec], TrainState]
 TrainingSplit = Callable[[State, AnySplit], AnySplit]
 
@@ -174,7 +210,8 @@ class Algorithm(NamedTuple):
         train_step: `train_step(ts, state, batch)` takes one step. It can be compiled and scanned. The outputs
             are `loss`, `logits` and `labels`.
         end_task: `end_task(ts, state, batches)` consolidates the task, from batches of its samples.
-        predict: `predict(ts, state, x, t)` returns logits `[B, num_classes]`.
+        predict: `predict(ts, state, x, t)` returns the outputs of the network, most often logits
+            `[B, num_classes]`.
         hparams: The settings.
         planner: `planner(spec, state)` returns the planner of the steps after this state. It makes
             `Batch.plan` on the host.
@@ -186,6 +223,8 @@ class Algorithm(NamedTuple):
         training_split: `training_split(state, split)` returns the samples that a task is trained on.
         alternatives: `alternatives(ts, state, x, t)` returns further predictions, by name.
         trained: The parameters that are trained.
+        objective: What the network is trained and scored on; None for the built-in objective that fits the
+            targets of the stream.
 
     Example:
         >>> from sequel_benchmarks import RotatedDigits
@@ -221,6 +260,7 @@ class Algorithm(NamedTuple):
     training_split: TrainingSplit
     alternatives: Alternatives
     trained: Trained
+    objective: Objective | None = None
 
 
 def plan_start(state: State, task: Task) -> StartPlan:
@@ -277,6 +317,8 @@ def make_algorithm(
     train_step: Step,
     *,
     trainable: Selection = None,
+    objective: Objective | None = None,
+    check: Callable[[Objective], None] = lambda objective: None,
     init_memory: Callable[[TrainState, StreamSpec], Any] = lambda ts, spec: (),
     fills: Mapping[str, Fill] | None = None,
     plan_start: PlanStart = plan_start,
@@ -303,6 +345,9 @@ def make_algorithm(
         trainable: The parameters of the network to train: None for all, a predicate over paths such as
             `lambda path: path[0] == "head"`, a tree of bools, or an NNX filter. The others stay exactly
             unchanged, and the method keeps nothing for them.
+        objective: What the network is trained and scored on; None for the built-in objective that fits the
+            targets of the stream.
+        check: Raises ValueError if the method cannot use an objective.
         init_memory: Returns the method's part of the state before the first task.
         fills: For each field of the memory that has the structure of the parameters, the initial value of a
             leaf: a function of the parameter, or a tuple of these for a tuple of trees.
@@ -312,7 +357,7 @@ def make_algorithm(
         apply_end: The end of a task, a pure function.
         end_task: The end of a task in one function, if it does not need all samples at once; None for
             `plan_end` followed by `apply_end`.
-        predict: Logits in evaluation mode; None for those of the network.
+        predict: Outputs in evaluation mode; None for those of the network.
         make_planner: Returns the planner of all steps.
         prepare: Adds the parameters of the method.
         extra_parameters: The names of these parameters. They are always trained.
@@ -321,6 +366,9 @@ def make_algorithm(
 
     Returns:
         The algorithm.
+
+    Raises:
+        ValueError: The method cannot use the objective.
 
     Example:
         >>> from sequel_core.algorithms.naive import NaiveHParams
@@ -333,13 +381,17 @@ def make_algorithm(
     finish = trained.changes(apply_end)
     whole = None if end_task is None else trained.changes(end_task)
     start_plan, end_plan = _checked_start(plan_start), _checked_end(plan_end)
+    if objective is not None:
+        check(objective)
 
     def new_planner(spec: StreamSpec) -> Planner:
         return augmenting(make_planner(spec), spec, seed)
 
     def init(ts: TrainState, spec: StreamSpec) -> State:
         part = trained.part(ts)
-        stream, position = init_stream(part, spec, hparams, seed), new_planner(spec).position
+        stream = init_stream(part, spec, hparams, seed)
+        check(objective_of(objective, stream))
+        position = new_planner(spec).position
         return State(stream, init_memory(part, spec), None if position is None else jnp.asarray(position))
 
     def apply(ts: TrainState, state: State, plan: Any) -> Any:
@@ -348,9 +400,9 @@ def make_algorithm(
     return Algorithm(
         init=init,
         start_task=lambda ts, state, task: apply(ts, state, start_plan(state, task)),
-        train_step=_checked_step(trained.changes(train_step)),
+        train_step=_checked_step(trained.changes(train_step), objective),
         end_task=_checked_whole_end(whole) if whole else _end_in_parts(end_plan, finish),
-        predict=trained.reads(predict or _predict),
+        predict=trained.reads(predict or partial(_predict, objective=objective)),
         hparams=hparams,
         planner=lambda spec, state: resumed(new_planner(spec), state.position),
         plan_start=start_plan,
@@ -361,25 +413,28 @@ def make_algorithm(
         training_split=training_split,
         alternatives=trained.reads(alternatives),
         trained=trained,
+        objective=objective,
     )
 
 
 # -- checks
 
 
-def _checked_step(step: Step) -> Step:
+def _checked_step(step: Step, objective: Objective | None) -> Step:
     """Return a training step whose loss is nan if a task index or a label of the batch is invalid.
 
     The step also records that its task was not started, and the position of the planner.
     """
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
-        check_batch(batch)
+        check_batch(batch, state.stream)
         started = jnp.all((batch.t >= 0) & (batch.t <= state.stream.task))
         ts, after, outputs = step(ts, state, batch)
-        known = (batch.y >= 0) & (batch.y < outputs["logits"].shape[-1])
-        if state.stream.mask is not None:  # not every loss notices a label of another task
-            known = known & state.stream.mask[batch.t, batch.y]
+        known: Any = True
+        if objective_of(objective, state.stream).classification:
+            known = (batch.y >= 0) & (batch.y < output_leaf(outputs["logits"]).shape[-1])
+            if state.stream.mask is not None:  # not every loss notices a label of another task
+                known = known & state.stream.mask[batch.t, batch.y]
         stream = after.stream._replace(task=jnp.where(started, after.stream.task, NOT_STARTED))
         outputs = {**outputs, "loss": jnp.where(started & jnp.all(known), outputs["loss"], jnp.nan)}
         position = next_position(state.position, batch.plan)
@@ -399,7 +454,7 @@ def _checked_start(plan: PlanStart) -> PlanStart:
 def _checked_end(plan: PlanEnd) -> PlanEnd:
     def plan_end(state: State, batches: Iterable[Batch]) -> Any:
         _check_boundary(state, least=0)
-        return plan(state, given(batches))
+        return plan(state, _samples(batches))
 
     return plan_end
 
@@ -407,9 +462,14 @@ def _checked_end(plan: PlanEnd) -> PlanEnd:
 def _checked_whole_end(end: EndTask) -> EndTask:
     def end_task(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
         _check_boundary(state, least=0)
-        return end(ts, state, given(batches))
+        return end(ts, state, _samples(batches))
 
     return end_task
+
+
+def _samples(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield the batches without their plans, which are those of training steps."""
+    return (batch._replace(plan=()) for batch in given(batches))
 
 
 def _end_in_parts(plan: PlanEnd, finish: Apply) -> EndTask:
@@ -436,26 +496,74 @@ def _check_boundary(state: State, least: int) -> None:
         )
 
 
-def check_batch(batch: Batch) -> None:
-    """Check that each sample of a batch has an integer label and an integer task index.
+def check_batch(batch: Batch, stream: StreamState) -> None:
+    """Check the shapes and dtypes of a batch.
 
     Args:
         batch: The batch.
+        stream: The stream's part of the state.
 
     Raises:
-        ValueError: Labels or task indices are not integers `[B]`.
+        ValueError: A leaf of the inputs or targets differs from the spec of the stream, or labels or task
+            indices are not integers `[B]`.
 
     Example:
-        >>> check_batch(Batch(np.zeros((2, 4)), np.array([0, 1]), np.array([0, 0])))
+        >>> blank = jnp.zeros((1, 4)), jnp.zeros(1, int)
+        >>> stream = StreamState(jnp.int32(-1), None, 1.0, 0.0, None, (), augmented=None, blank=blank)
+        >>> check_batch(Batch(np.zeros((2, 4), np.float32), np.array([0, 1]), np.array([0, 0])), stream)
     """
-    count = jnp.shape(batch.x)[:1]
-    for name, values in (("labels y", batch.y), ("task indices t", batch.t)):
+    count = jnp.shape(leaves(batch.x)[0])[:1]
+    labelled = is_label(specs_of(stream.blank[1]))
+    labels = [("labels y", batch.y)] if labelled else []
+    for name, values in (*labels, ("task indices t", batch.t)):
         dtype, shape = jnp.result_type(values), jnp.shape(values)
         if shape != count or not jnp.issubdtype(dtype, jnp.integer):
             raise ValueError(
                 f"{name} of a batch must be integers {list(count)}, one for each of its samples, got {dtype} "
                 f"{list(shape)}; give class indices, not one-hot rows, without a further axis"
             )
+    parts = [("x", batch.x, stream.blank[0])] + ([] if labelled else [("y", batch.y, stream.blank[1])])
+    for name, tree, blank in parts:
+        found = dict(named_leaves(tree, name))
+        for leaf, zeros in named_leaves(blank, name):
+            if leaf not in found:
+                raise ValueError(f"a batch must have {leaf} by the stream's spec, got {', '.join(found)}")
+            dtype, shape = jnp.result_type(found[leaf]), jnp.shape(found[leaf])
+            if dtype != zeros.dtype or shape != (*count, *zeros.shape[1:]):
+                raise ValueError(
+                    f"{leaf} of a batch must be {zeros.dtype} {[*count, *zeros.shape[1:]]} by the stream's "
+                    f"spec, got {dtype} {list(shape)}; convert it, or give a spec with "
+                    f"LeafSpec({shape[1:]}, '{dtype}')"
+                )
+
+
+def objective_of(objective: Objective | None, stream: StreamState) -> Objective:
+    """Return the objective, or for None the built-in one that fits the targets of the stream.
+
+    Args:
+        objective: The objective of the algorithm, or None.
+        stream: The stream's part of the state.
+
+    Raises:
+        ValueError: No built-in objective fits.
+
+    Example:
+        >>> blank = jnp.zeros((1, 4)), jnp.zeros((1, 2))
+        >>> stream = StreamState(jnp.int32(-1), None, 1.0, 0.0, None, (), augmented=None, blank=blank)
+        >>> objective_of(None, stream).score.name
+        'squared error'
+    """
+    if objective is not None:
+        return objective
+    y = specs_of(stream.blank[1])
+    return _built_in(y) if isinstance(y, LeafSpec) else _built_in.__wrapped__(y)
+
+
+@cache
+def _built_in(y: Tree) -> Objective:
+    """Return the built-in objective for targets; always the same one, so that nothing is compiled again."""
+    spec = StreamSpec(LeafSpec(()), 1, 1, "domain", np.ones((1, 1), np.bool_), y=y)
+    return build_objective(ObjectiveHParams(), spec)
 
 
 def next_position(position: Any, plan: Any) -> Any:
@@ -532,72 +640,87 @@ def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, see
         dropout_key=jax.random.PRNGKey(seed),
         learning_rates=tuple(map(jnp.array, learning_rates)),
         augmented=() if spec.augmentation else None,
+        blank=(_zeros(spec.x), _zeros(spec.y)),
     )
 
 
-def forward(ts: TrainState, params: Params, state: State, x: jax.Array, t: jax.Array) -> jax.Array:
-    """Return the logits of the network in evaluation mode, masked if the scenario masks them.
+def _zeros(specs: Tree) -> Tree:
+    """Return zeros `[1, ...]` in the shapes and dtypes of specs, with 32 bits unless JAX uses 64."""
+    return tree_map(lambda leaf: jnp.zeros((1, *leaf.shape), canonical_dtype(leaf.dtype)), specs)
+
+
+def canonical_dtype(dtype: Any) -> Any:
+    """Return the dtype that an array has in JAX: with 32 bits instead of 64, unless JAX uses 64.
 
     Args:
-        ts: The train state, for the network and its running statistics.
-        params: The parameters, separate from `ts` so that they can be differentiated.
-        state: The state of the algorithm.
-        x: Images `[B, H, W, C]`, or other inputs of the network; see `normalise`.
-        t: Task indices `[B]`.
+        dtype: A NumPy dtype or its name.
 
-    Returns:
-        Logits `[B, num_classes]`.
+    Example:
+        >>> canonical_dtype("int64")
+        dtype('int32')
     """
-    return masked(state.stream, network(ts, params, state, x), t)
+    return jax.dtypes.canonicalize_dtype(jnp.dtype(dtype))
 
 
 def network(
     ts: TrainState,
     params: Params,
     state: State,
-    x: jax.Array,
+    x: Any,
     *,
     method: str | None = None,
     stats: Stats | None = None,
-) -> jax.Array:
+) -> Any:
     """Return the outputs of the network in evaluation mode, not masked.
 
     Args:
         ts: The train state, for the network.
         params: The parameters.
         state: The state of the algorithm.
-        x: Images `[B, H, W, C]`, or other inputs of the network.
-        method: The method of the module to call: None for logits `[B, num_classes]`, `features` for the last
-            hidden layer.
+        x: Inputs of the network `[B, ...]`, an array or a dict of arrays.
+        method: The method of the module to call: None for `__call__`, `features` for the last hidden layer.
         stats: The running statistics; None for those of `ts`.
 
     Returns:
         The outputs.
     """
     variables = {"params": params, **_collections(batch_stats(ts) if stats is None else stats)}
-    call = as_called(ts.apply_fn)
-    out: jax.Array = call(variables, normalise(state.stream, x), train=False, method=method)
-    return out
+    call = partial(as_called(ts.apply_fn, x), variables, train=False, method=method)
+    return called(call, normalise(state.stream, x))
+
+
+def called(call: Callable[..., Any], x: Any) -> Any:
+    """Return the result of a call with inputs: an array as the first argument, or a dict as keywords.
+
+    Args:
+        call: The function.
+        x: The inputs.
+
+    Example:
+        >>> called(lambda a, b: a + b, {"a": 1, "b": 2})
+        3
+    """
+    return call(**x) if isinstance(x, Mapping) else call(x)
 
 
 def training_forward(
     ts: TrainState,
     params: Params,
     state: State,
-    x: jax.Array,
+    x: Any,
     *,
     method: str | None = None,
     stats: Stats | None = None,
     draw: int | jax.Array = 0,
     counts: jax.Array | None = None,
-) -> tuple[jax.Array, Stats]:
+) -> tuple[Any, Stats]:
     """Return the outputs of the network in training mode, not masked, and the new running statistics.
 
     Args:
         ts: The train state, for the network and the step, which dropout depends on.
         params: The parameters.
         state: The state of the algorithm.
-        x: Images `[B, H, W, C]`, or other inputs of the network.
+        x: Inputs of the network `[B, ...]`, an array or a dict of arrays.
         method: See `network`.
         stats: The running statistics before the pass; None for those of `ts`.
         draw: The index of the pass in the step. Each pass has its own dropout mask.
@@ -610,13 +733,14 @@ def training_forward(
     key = jax.random.fold_in(state.stream.dropout_key, ts.step)
     first = isinstance(draw, int) and draw == 0
     rngs = {"dropout": key if first else jax.random.fold_in(key, draw)}
-    call: Callable[..., Any] = partial(as_called(ts.apply_fn), train=True, rngs=rngs, method=method)
-    images = normalise(state.stream, x)
+    call: Callable[..., Any] = partial(as_called(ts.apply_fn, x), train=True, rngs=rngs, method=method)
+    inputs = normalise(state.stream, x)
     if not jax.tree.leaves(stats):
-        return call({"params": params}, images), stats
+        return called(partial(call, {"params": params}), inputs), stats
     if counts is not None:
         call = with_row_mask(call, counts)
-    out, updated = call({"params": params, "batch_stats": stats}, images, mutable=["batch_stats"])
+    variables = {"params": params, "batch_stats": stats}
+    out, updated = called(partial(call, variables, mutable=["batch_stats"]), inputs)
     return out, updated["batch_stats"]
 
 
@@ -739,22 +863,65 @@ def check_augmented(state: State, batch: Batch) -> None:
         )
 
 
-def masked(stream: StreamState, logits: jax.Array, t: jax.Array) -> jax.Array:
-    """Return the logits, masked to the task of each sample if the scenario is `task`.
+def masked(stream: StreamState, outputs: Any, t: jax.Array) -> Any:
+    """Return outputs with the logits masked to the task of each sample, if the scenario is `task`.
 
     Args:
         stream: The stream's part of the state.
-        logits: Logits `[B, num_classes]`.
+        outputs: Logits `[B, num_classes]`, or outputs that contain them; see `output_leaf`.
         t: Task indices `[B]`.
 
     Returns:
-        Logits `[B, num_classes]`.
+        The outputs.
 
     Raises:
         ValueError: Logits or task indices have another shape.
     """
+    if stream.mask is None and not hasattr(outputs, "shape"):
+        return outputs
+    logits = output_leaf(outputs)
     check_logits(logits, jnp.shape(t), stream.mask)
-    return logits if stream.mask is None else mask_logits(logits, stream.mask[t])
+    return outputs if stream.mask is None else with_masked_logits(outputs, stream.mask[t])
+
+
+def with_masked_logits(outputs: Any, mask: jax.Array) -> Any:
+    """Return outputs with masked logits; see `mask_logits`.
+
+    Args:
+        outputs: Logits `[B, num_classes]`, or outputs that contain them; see `output_leaf`.
+        mask: bool `[B, num_classes]`.
+
+    Example:
+        >>> outputs = {"logits": jnp.array([[1.0, 2.0]]), "hidden": jnp.ones((1, 3))}
+        >>> with_masked_logits(outputs, jnp.array([[True, False]]))["logits"].argmax().item()
+        0
+    """
+    logits = output_leaf(outputs)
+    masked_logits = mask_logits(logits, mask)
+    return jax.tree.map(lambda leaf: masked_logits if leaf is logits else leaf, outputs)
+
+
+def for_objective(
+    model: Model, batch: Batch, outputs: Any, call: Callable[[Any], Any] | None = None
+) -> objectives.Model:
+    """Return the network as an objective calls it, with masked logits if targets are class labels.
+
+    Args:
+        model: The network and the objective.
+        batch: The samples.
+        outputs: The outputs of the network for `batch.x`.
+        call: Returns the outputs for other inputs of the same tasks.
+
+    Raises:
+        ValueError: See `masked`.
+    """
+    stream, classification = model.state.stream, model.objective.classification
+
+    def as_trained(out: Any) -> Any:
+        return masked(stream, out, batch.t) if classification else out
+
+    trained_outputs = as_trained(outputs)
+    return lambda x: trained_outputs if x is batch.x or call is None else as_trained(call(x))
 
 
 def check_logits(logits: Any, tasks: tuple[int, ...], mask: Any) -> None:
@@ -783,40 +950,49 @@ def check_logits(logits: Any, tasks: tuple[int, ...], mask: Any) -> None:
     )
 
 
-def normalise(stream: StreamState, x: jax.Array) -> jax.Array:
+def normalise(stream: StreamState, x: Any) -> Any:
     """Return inputs as the network receives them.
 
     Args:
         stream: The stream's part of the state.
-        x: Inputs `[B, ...]`.
+        x: Inputs `[B, ...]`, an array or a dict of arrays.
 
     Returns:
-        `(x / 255 - mean) / std` for uint8 images and the same numbers for other floats, both in the dtype of
-        the parameters. Other integers (tokens, indices) and booleans are unchanged.
+        `(x / 255 - mean) / std` for uint8 images, and the same numbers for floats, both in the dtype of the
+        parameters. Integers (tokens, indices) and booleans are unchanged.
     """
-    if x.dtype == jnp.uint8:
-        return x.astype(stream.scale.dtype) * stream.scale + stream.shift
-    return x.astype(stream.scale.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    images = is_image(specs_of(stream.blank[0]))
+
+    def leaf_as_received(leaf: jax.Array) -> jax.Array:
+        if images and leaf.dtype == jnp.uint8:
+            return leaf.astype(stream.scale.dtype) * stream.scale + stream.shift
+        return leaf.astype(stream.scale.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(leaf_as_received, x)
 
 
-def blank_image(spec: StreamSpec, dtype: Any) -> jax.Array:
-    """Return one input of zeros, as the network receives it.
+def blank_input(spec: StreamSpec, dtype: Any) -> Any:
+    """Return inputs of zeros for one sample, as the network receives them.
 
     Args:
         spec: The specification of the benchmark.
-        dtype: The dtype of the parameters.
+        dtype: The dtype of the parameters, which uint8 images and floats are converted to.
 
     Returns:
-        An array `[1, H, W, C]`.
+        An array `[1, ...]`, or a dict of such arrays.
 
     Example:
         >>> from sequel_benchmarks import RotatedDigits
-        >>> blank_image(RotatedDigits(num_tasks=2, subset=20).spec, jnp.bfloat16).shape
+        >>> blank_input(RotatedDigits(num_tasks=2, subset=20).spec, jnp.bfloat16).shape
         (1, 8, 8, 1)
     """
-    image_dtype = jnp.dtype(spec.x.dtype)
-    as_parameters = image_dtype == jnp.uint8 or jnp.issubdtype(image_dtype, jnp.floating)
-    return jnp.zeros((1, *spec.image_shape), dtype if as_parameters else image_dtype)
+
+    def blank(leaf: LeafSpec) -> jax.Array:
+        stored = canonical_dtype(leaf.dtype)
+        as_parameters = spec.images or jnp.issubdtype(stored, jnp.floating)
+        return jnp.zeros((1, *leaf.shape), dtype if as_parameters else stored)
+
+    return tree_map(blank, spec.x)
 
 
 def mask_logits(logits: jax.Array, mask: jax.Array) -> jax.Array:
@@ -833,41 +1009,33 @@ def mask_logits(logits: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Return the mean cross-entropy, shape ().
-
-    Args:
-        logits: Logits `[B, num_classes]`.
-        labels: Labels `[B]`.
-
-    Example:
-        >>> float(cross_entropy(jnp.array([[0.0, 1e4]]), jnp.array([1])))
-        0.0
-    """
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-
-
-def objective(
-    ts: TrainState, params: Params, state: State, batch: Batch
-) -> tuple[jax.Array, tuple[jax.Array, Stats]]:
-    """Return the mean cross-entropy of a batch.
+def training_loss(
+    ts: TrainState, params: Params, state: State, batch: Batch, objective: Objective | None = None
+) -> tuple[jax.Array, tuple[Any, Stats]]:
+    """Return the mean loss of a batch.
 
     Args:
         ts: The train state, for the network and the step.
         params: The parameters.
         state: The state of the algorithm.
         batch: The result of `trained_on`.
+        objective: What the network is trained on; see `objective_of`.
 
     Returns:
-        The loss, shape (); then the logits `[B, num_classes]` and the running statistics.
+        The loss, shape (); then the outputs of the network, with masked logits, and the running statistics.
     """
-    logits, stats = training_forward(ts, params, state, batch.x)
-    logits = masked(state.stream, logits, batch.t)
-    return cross_entropy(logits, batch.y), (logits, stats)
+    model = Model(ts, state, objective_of(objective, state.stream))
+
+    def call(x: Any) -> tuple[Any, Stats]:
+        return training_forward(ts, params, state, x)
+
+    outputs, stats = call(batch.x)
+    network = for_objective(model, batch, outputs, lambda x: call(x)[0])
+    return mean_loss(model.objective, network, batch), (network(batch.x), stats)
 
 
 def train_step(
-    ts: TrainState, state: State, batch: Batch, objective: Callable[..., Any] = objective
+    ts: TrainState, state: State, batch: Batch, training_loss: Callable[..., Any] = training_loss
 ) -> tuple[TrainState, State, StepOutputs]:
     """Take one optimizer step.
 
@@ -875,31 +1043,58 @@ def train_step(
         ts: The train state.
         state: The state of the algorithm.
         batch: A batch of the stream.
-        objective: The loss, a function with the arguments and results of `objective`; by default the mean
-            cross-entropy.
+        training_loss: A function with the first four arguments and the results of `training_loss`.
 
     Returns:
         The train state after the step, the unchanged state, and the outputs `loss`, `logits` and `labels`.
+        `logits` is what the network returns, `labels` are the targets.
     """
     batch = trained_on(state, batch)
-    loss_fn = jax.value_and_grad(lambda params: objective(ts, params, state, batch), has_aux=True)
+    loss_fn = jax.value_and_grad(lambda params: training_loss(ts, params, state, batch), has_aux=True)
     (loss, (logits, stats)), gradient = loss_fn(ts.params)
     return advance(ts, gradient, stats), state, {"loss": loss, "logits": logits, "labels": batch.y}
 
 
-def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> jax.Array:
-    """Return the logits of the network in evaluation mode.
+def predict(ts: TrainState, state: State, x: Any, t: jax.Array, objective: Objective | None = None) -> Any:
+    """Return the outputs of the network in evaluation mode.
 
     Args:
         ts: The train state.
         state: The state of the algorithm.
-        x: Images `[B, H, W, C]`, or other inputs of the network.
+        x: Inputs of the network `[B, ...]`, an array or a dict of arrays.
         t: Task indices `[B]`.
+        objective: What the network is trained on; see `objective_of`.
 
     Returns:
-        Logits `[B, num_classes]`.
+        The outputs, with masked logits if targets are class labels.
     """
-    return forward(ts, ts.params, state, x, t)
+    outputs = network(ts, ts.params, state, x)
+    classification = objective_of(objective, state.stream).classification
+    return masked(state.stream, outputs, t) if classification else outputs
+
+
+def output_shape(ts: TrainState, spec: StreamSpec) -> Any:
+    """Return the shapes and dtypes of what the network returns for one sample.
+
+    Args:
+        ts: The train state.
+        spec: The specification of the benchmark.
+
+    Returns:
+        A tree of `jax.ShapeDtypeStruct` with the structure of the outputs.
+
+    Example:
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_flax import MLP, initial_params
+        >>> model, spec = MLP(widths=(8,)), RotatedDigits(num_tasks=2, subset=20).spec
+        >>> params = initial_params(model, spec, seed=0)
+        >>> ts = TrainState.create(apply_fn=model.apply, params=params, tx=optax.sgd(0.1))
+        >>> output_shape(ts, spec).shape
+        (1, 10)
+    """
+    x = blank_input(spec, jax.tree.leaves(ts.params)[0].dtype)
+    variables = {"params": ts.params, **_collections(batch_stats(ts))}
+    return jax.eval_shape(lambda: called(partial(as_called(ts.apply_fn, x), variables, train=False), x))
 
 
 _apply_start, _predict = apply_start, predict  # `make_algorithm` has arguments with these names
@@ -925,10 +1120,10 @@ def feature_width(ts: TrainState, spec: StreamSpec, name: str) -> int:
         >>> feature_width(ts, spec, "lfl")
         8
     """
-    image = blank_image(spec, jax.tree.leaves(ts.params)[0].dtype)
-    call = partial(as_called(ts.apply_fn), {"params": ts.params, **_collections(batch_stats(ts))})
+    x = blank_input(spec, jax.tree.leaves(ts.params)[0].dtype)
+    call = partial(as_called(ts.apply_fn, x), {"params": ts.params, **_collections(batch_stats(ts))})
     try:
-        features = jax.eval_shape(partial(call, train=False, method="features"), image)
+        features = jax.eval_shape(lambda: called(partial(call, train=False, method="features"), x))
         if "head" in ts.params:
             jax.eval_shape(partial(call, method=apply_head), features)
     except (AttributeError, TypeError) as error:

@@ -24,14 +24,14 @@ from sequel_flax.replay import Memory, write
 
 def coreset_of(memory: Memory, k: Any, size: int) -> tuple[jax.Array, jax.Array]:
     """Return images `[N, ...]` and labels `[N]` of the coreset of task k."""
-    x, y = (jax.lax.dynamic_slice_in_dim(a, k * size, size) for a in (memory.x, memory.y))
+    x, y = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, k * size, size), (memory.x, memory.y))
     return x, y
 
 
 def with_coreset(memory: Memory, k: Any, x: Any, y: Any) -> Memory:
     """Return the memory with the coreset of task k, images `[N, ...]` and labels `[N]`."""
     slots = k * len(y) + jnp.arange(len(y))
-    return write(memory, slots, Batch(x, y, jnp.full(len(y), k)), memory.y)
+    return write(memory, slots, Batch(x, y, jnp.full(len(y), k)), None)
 
 
 def plan_start(state: State, task: Task, hparams: KCLHParams) -> StartPlan:

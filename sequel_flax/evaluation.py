@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax.training.train_state import TrainState
 
+from sequel_core.objectives import ObjectiveHParams
 from sequel_core.runs.learner import Evaluation
 from sequel_core.stream import plan
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import AnySplit, Batch, Samples
-from sequel_flax.bundle import Algorithm, State, mask_logits
+from sequel_flax.bundle import Algorithm, State, with_masked_logits
+from sequel_flax.objectives import build_objective, losses_of
 
 
 class Evaluator:
@@ -42,7 +45,8 @@ class Evaluator:
         self._algorithm = algorithm
         self._spec = spec
         self._batch_size = batch_size
-        self._count = jax.jit(self._traced_count)
+        self.objective = algorithm.objective or build_objective(ObjectiveHParams(), spec)
+        self._measure = jax.jit(self._traced_measure)
 
     def __call__(self, ts: TrainState, state: State, samples: AnySplit) -> Evaluation:
         """Evaluate on samples.
@@ -53,38 +57,72 @@ class Evaluator:
             samples: The samples, such as `task.test`.
 
         Returns:
-            The accuracies and the mean cross-entropy.
+            The score and the mean loss.
         """
         size = self._batch_size
         while size // 2 >= len(samples):  # few shapes to compile, and at most half of a batch is padding
             size //= 2
-        counts = [
-            self._count(ts, state, as_batch(chunk), valid)
-            for chunk, valid in plan.evaluation_batches(samples, size)
-        ]
-        correct, masked_correct, loss, others = jax.tree.map(
-            lambda *parts: float(np.sum(parts, dtype=np.float64)), *jax.device_get(counts)
-        )
-        total = len(samples)
-        alternatives = {name: hits / total for name, hits in others.items()}
-        return Evaluation(correct / total, total, loss / total, masked_correct / total, alternatives)
+        measured = []
+        metric = None if self.objective.metric is None else self.objective.metric()
+        for chunk, valid in plan.evaluation_batches(samples, size):
+            batch = as_batch(chunk)
+            sums, outputs = self._measure(ts, state, batch, valid)
+            measured.append(sums)
+            if metric is not None:
+                outputs, y = _first(int(valid.sum()), (outputs, batch.y))
+                metric = metric.merge(type(metric).from_model_output(logits=outputs, labels=y))
+        sums = jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)), *jax.device_get(measured))
+        loss = _quotient(*sums["loss"])
+        score = _quotient(*sums["score"]) if metric is None else float(metric.compute())
+        masked_score = _quotient(*sums["masked"]) if "masked" in sums else math.nan
+        alternatives = {name: _quotient(*parts) for name, parts in sums["alternatives"].items()}
+        return Evaluation(score, len(samples), loss, masked_score, alternatives)
 
-    def _traced_count(self, ts: TrainState, state: State, batch: Batch, valid: jax.Array) -> tuple[Any, ...]:
-        logits = self._algorithm.predict(ts, state, batch.x, batch.t)
+    def _traced_measure(
+        self, ts: TrainState, state: State, batch: Batch, valid: jax.Array
+    ) -> tuple[dict[str, Any], Any]:
+        """Return sums over the valid samples, each with the sum of weights, and the outputs for a metric."""
+        objective, predict = self.objective, self._algorithm.predict
+        outputs = predict(ts, state, batch.x, batch.t)
         others = self._algorithm.alternatives(ts, state, batch.x, batch.t)
-        other_hits = {name: ((o.argmax(-1) == batch.y) & valid).sum() for name, o in others.items()}
-        hits = (logits.argmax(-1) == batch.y) & valid
-        masked = mask_logits(logits, jnp.asarray(self._spec.mask)[batch.t])
-        masked_hits = (masked.argmax(-1) == batch.y) & valid
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.y)
-        return hits.sum(), masked_hits.sum(), jnp.where(valid, losses, 0).sum(), other_hits
+
+        def net(x: Any) -> Any:
+            return outputs if x is batch.x else predict(ts, state, x, batch.t)
+
+        def total(values: Any, weight: Callable[[Batch], jax.Array] | None) -> tuple[Any, Any]:
+            weights = valid if weight is None else jnp.where(valid, weight(batch), 0)
+            return jnp.where(valid, values, 0).sum(), weights.sum()
+
+        losses = losses_of(objective, net, batch)
+        sums = {"loss": total(losses, objective.weight), "alternatives": {}}
+        values, weight = objective.values, objective.score_weight
+        if values is None:
+            return {**sums, "score": sums["loss"]}, outputs if objective.metric else ()
+
+        def scores(outputs: Any) -> tuple[Any, Any]:
+            products = values(outputs, batch.y)
+            return total(products if weight is None else products * weight(batch), weight)
+
+        sums["score"] = scores(outputs)
+        sums["alternatives"] = {name: scores(o) for name, o in others.items()}
+        if objective.classification:
+            sums["masked"] = scores(with_masked_logits(outputs, jnp.asarray(self._spec.mask)[batch.t]))
+        return sums, ()
+
+
+def _first(count: int, tree: Any) -> Any:
+    return jax.tree.map(lambda a: a[:count], tree)
+
+
+def _quotient(total: float, weight: float) -> float:
+    return total / weight if weight else 0.0
 
 
 def as_batch(samples: Samples) -> Batch:
     """Return samples as a batch with int32 labels and task indices, also if JAX uses 64 bits.
 
     Args:
-        samples: Inputs, labels and task indices.
+        samples: Inputs, targets and task indices.
 
     Returns:
         A batch without a plan.
@@ -93,4 +131,6 @@ def as_batch(samples: Samples) -> Batch:
         >>> as_batch(Samples(np.zeros((1, 2)), np.zeros(1, np.int64), np.zeros(1, np.int64))).y.dtype
         dtype('int32')
     """
-    return Batch(samples.x, samples.y.astype(np.int32), samples.t.astype(np.int32))
+    labelled = isinstance(samples.y, np.ndarray) and samples.y.ndim == samples.t.ndim
+    y = samples.y.astype(np.int32) if labelled and samples.y.dtype.kind in "iu" else samples.y
+    return Batch(samples.x, y, samples.t.astype(np.int32))

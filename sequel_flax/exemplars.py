@@ -36,7 +36,7 @@ def init_exemplars(
     Raises:
         ValueError: the network has no `features` or `head`, or `mem_size` is less than the number of classes.
     """
-    memory = empty_memory(spec, hparams.slots(int(spec.mask.sum())), None)
+    memory = empty_memory(spec, hparams.slots(int(spec.mask.sum())))
     shape = spec.num_classes, feature_width(ts, spec, hparams.name)
     return memory, jnp.zeros(shape, jax.tree.leaves(ts.params)[0].dtype), jnp.zeros(shape[0], bool)
 
@@ -45,7 +45,8 @@ def embed(ts: TrainState, params: Params, state: State, x: jax.Array) -> jax.Arr
     """Return h of images `[B, D]` in evaluation mode, scaled to unit length unless it is 0."""
     features = network(ts, params, state, x, method="features")
     norm = jnp.linalg.norm(features, axis=1, keepdims=True)
-    return features / jnp.where(norm > 0, norm, 1)
+    scaled: jax.Array = features / jnp.where(norm > 0, norm, 1)
+    return scaled
 
 
 def nearest_mean(features: jax.Array, means: jax.Array, has_mean: jax.Array) -> jax.Array:
@@ -102,4 +103,5 @@ def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> jax.Arr
     near = nearest_mean(embed(ts, ts.params, state, x), memory.means, memory.has_mean)
     known = (memory.has_mean[None] if mask is None else memory.has_mean[None] & mask[t]).any(1, keepdims=True)
     ready = known & (memory.learned >= 0) & (memory.learned == state.stream.task)
-    return masked(state.stream, jnp.where(ready, near, network(ts, ts.params, state, x)), t)
+    scores: jax.Array = masked(state.stream, jnp.where(ready, near, network(ts, ts.params, state, x)), t)
+    return scores

@@ -42,7 +42,7 @@ MODES = {
 _row_mask: ContextVar[jax.Array | None] = ContextVar("row_mask", default=None)
 
 
-def adapted(model: Any) -> Any:
+def adapted(model: Any, x: Any = ()) -> Any:
     """Return a network with the interface of this module's docstring.
 
     A module is called with its inputs and with the arguments for the mode that it has: `train`, `training`,
@@ -54,6 +54,8 @@ def adapted(model: Any) -> Any:
 
     Args:
         model: A linen or an NNX module, with inputs such as images `[B, H, W, C]` as its first argument.
+        x: The inputs. The entries of a dict are passed as keyword arguments; any other inputs are the first
+            argument.
 
     Returns:
         The model itself if it has this interface, else an object with the methods `init` and `apply`. The
@@ -82,20 +84,22 @@ def adapted(model: Any) -> Any:
         raise ValueError(
             f"the model must be an instance of a linen or an NNX module with a __call__, got {received}"
         )
+    inputs = tuple(x) if isinstance(x, Mapping) else ()
     if isinstance(model, nnx.Module):
-        return _NNXNetwork(model)
+        return _NNXNetwork(model, inputs)
     features = getattr(type(model), "features", None)
     features_take_train = not callable(features) or "train" in inspect.signature(features).parameters
-    if _keywords(model.__call__) == ("train",) and features_take_train:
+    if _keywords(model.__call__, inputs=inputs) == ("train",) and features_take_train:
         return model
-    return _LinenNetwork(model)
+    return _LinenNetwork(model, inputs)
 
 
-def as_called(apply_fn: Any) -> Apply:
+def as_called(apply_fn: Any, x: Any = ()) -> Apply:
     """Return the function with which a training step calls the network of a TrainState.
 
     Args:
         apply_fn: The field of a TrainState.
+        x: The inputs, see `adapted`.
 
     Returns:
         `apply_fn`, or `adapted(net).apply` if it is the method `net.apply` of a linen module.
@@ -113,9 +117,12 @@ def as_called(apply_fn: Any) -> Apply:
     """
     owner = getattr(apply_fn, "__self__", None)
     if isinstance(owner, nn.Module) and apply_fn.__name__ == "apply":
-        return partial(_with_error, adapted(owner).apply)
+        return partial(_with_error, adapted(owner, x).apply)
+    args, inputs = ((), dict(x)) if isinstance(x, Mapping) else (((),), {})
     try:
-        inspect.signature(apply_fn).bind({}, (), train=True, rngs=None, method=None, mutable=False)
+        inspect.signature(apply_fn).bind(
+            {}, *args, train=True, rngs=None, method=None, mutable=False, **inputs
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(
             "the TrainState's apply_fn must accept apply_fn(variables, x, train=..., rngs=..., method=..., "
@@ -210,26 +217,27 @@ def with_row_mask(apply: Apply, mask: jax.Array) -> Apply:
 class _LinenNetwork:
     """A linen module without the argument `train`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, inputs: tuple[str, ...] = ()) -> None:
         self.model = model
+        self.inputs = inputs
 
     def __repr__(self) -> str:
         return repr(self.model)
 
-    def init(self, key: Any, x: jax.Array, train: bool = False) -> Any:
-        return self.model.init(key, x, **_mode(self.model.__call__, train))
+    def init(self, key: Any, *x: Any, train: bool = False, **inputs: Any) -> Any:
+        return self.model.init(key, *x, **inputs, **_mode(self.model.__call__, train, inputs=self.inputs))
 
     def apply(
         self,
         variables: Mapping[str, Any],
-        x: jax.Array,
+        *x: Any,
         train: bool = False,
         method: str | Apply | None = None,
         **options: Any,
     ) -> Any:
         function = method if callable(method) else getattr(self.model, method or "__call__")
-        mode = {} if callable(method) else _mode(function, train)
-        return self.model.apply(variables, x, **mode, method=function, **options)
+        mode = {} if callable(method) else _mode(function, train, inputs=self.inputs)
+        return self.model.apply(variables, *x, **mode, method=function, **options)
 
 
 class _NNXNetwork:
@@ -239,8 +247,9 @@ class _NNXNetwork:
     # string keys, raises for the parameters that KCL adds, keeps subclasses of Param out of "params", uses
     # the module's own statistics if "batch_stats" is missing, and does not reseed the module's streams.
 
-    def __init__(self, model: nnx.Module) -> None:
-        _keywords(model.__call__, "rngs")
+    def __init__(self, model: nnx.Module, inputs: tuple[str, ...] = ()) -> None:
+        _keywords(model.__call__, "rngs", inputs=inputs)
+        self.inputs = inputs
         self.text = re.sub(r" at 0x[0-9a-f]+", "", repr(model))  # addresses differ between runs
         self.leaves = _leaves(model)
         for path, leaf in self.leaves.items():
@@ -260,7 +269,7 @@ class _NNXNetwork:
     def __repr__(self) -> str:
         return self.text
 
-    def init(self, key: Any, x: jax.Array, train: bool = False) -> dict[str, Any]:
+    def init(self, key: Any, *x: Any, train: bool = False, **inputs: Any) -> dict[str, Any]:
         """Return copies of the module's current values; the key is not used."""
         variables = {name: self._collected(self.leaves, name) for name in ("params", "batch_stats")}
         return {name: jax.tree.map(jnp.array, tree) for name, tree in variables.items() if tree}
@@ -268,11 +277,12 @@ class _NNXNetwork:
     def apply(
         self,
         variables: Mapping[str, Any],
-        x: jax.Array,
+        *x: Any,
         train: bool = False,
         rngs: Mapping[str, jax.Array] | None = None,
         method: str | Apply | None = None,
         mutable: bool | Sequence[str] = False,
+        **inputs: Any,
     ) -> Any:
         if _row_mask.get() is not None and self.unmaskable:
             raise ValueError(_no_mask(_text(self.unmaskable[0])))
@@ -280,13 +290,13 @@ class _NNXNetwork:
         values = self._values(variables, key)
         module = nnx.merge(self.graphdefs[train], unflatten_dict(values))
         if callable(method):
-            out = method(module, x)
+            out = method(module, *x)
         else:
             function = getattr(module, method or "__call__")
-            keywords = _mode(function, train, "rngs")
+            keywords = _mode(function, train, "rngs", inputs=self.inputs)
             if "rngs" in keywords and key is not None:
                 keywords["rngs"] = nnx.Rngs(key)
-            out = function(x, **keywords)
+            out = function(*x, **inputs, **keywords)
         leaves = _leaves(module)
         for path, leaf in self.leaves.items():
             if not isinstance(leaf, nnx.Variable) and leaves[path] is not values[path]:
@@ -324,26 +334,31 @@ class _NNXNetwork:
 # -- arguments
 
 
-def _keywords(function: Apply, *others: str) -> tuple[str, ...]:
-    """Return the arguments of a method that set the mode, and those of `others` that it takes."""
+def _keywords(function: Apply, *others: str, inputs: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return the arguments of a method that set the mode, and those of `others` that it takes.
+
+    The inputs are its first argument, or the keywords `inputs`.
+    """
     signature, accepted = inspect.signature(function), (*MODES, *others)
     named = [p.name for p in signature.parameters.values() if p.kind != p.POSITIONAL_ONLY]
-    names = [name for name in named if name in accepted]
+    names = [name for name in named if name in accepted and name not in inputs]
     try:
-        signature.bind((), **dict.fromkeys(names))
+        signature.bind(*([] if inputs else [()]), **dict.fromkeys((*inputs, *names)))
     except TypeError as error:
         name = getattr(function, "__qualname__", type(function).__name__)
+        first = f"as keywords {', '.join(inputs)}" if inputs else "as its first argument"
         raise ValueError(
-            f"{name} must accept the inputs as its first argument and, apart from them, may require only the "
+            f"{name} must accept the inputs {first} and, apart from them, may require only the "
             f"keywords {', '.join(accepted)}; got {signature}: {error}; give other arguments defaults, or "
             "wrap the module in one that passes them"
         ) from error
     return tuple(names)
 
 
-def _mode(function: Apply, train: bool, *others: str) -> dict[str, Any]:
+def _mode(function: Apply, train: bool, *others: str, inputs: Sequence[str] = ()) -> dict[str, Any]:
     """Return the keyword arguments that set the mode of a method, and those of `others` as None."""
-    return {name: train == MODES[name] if name in MODES else None for name in _keywords(function, *others)}
+    names = _keywords(function, *others, inputs=inputs)
+    return {name: train == MODES[name] if name in MODES else None for name in names}
 
 
 # -- state

@@ -28,6 +28,7 @@ from sequel_core.runs.loggers import Loggers
 from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.pictures import COUNT, image_grid
 from sequel_core.stream.task import Batch
+from sequel_core.stream.trees import is_image, specs_of
 from sequel_flax.bundle import Algorithm, State
 from sequel_flax.evaluation import Evaluator
 from sequel_flax.writers import MetricWriter
@@ -107,7 +108,8 @@ class Hook:
     ) -> None:
         """Called after a due step; `metrics` has `task`, `epoch` and the learner's metrics of this step.
 
-        By default the metrics are `loss` and `accuracy`, on the batch, with the weights before the step.
+        By default the metrics are `loss` and the score, for example `accuracy`, on the batch, with the
+        weights before the step.
         """
 
     def after_epoch(
@@ -135,8 +137,8 @@ class Hook:
     ) -> None:
         """Called after an evaluation.
 
-        In addition to `task` and `split`, `metrics` has `accuracy`, `loss`, `masked_accuracy`, and
-        `<name>_accuracy` for each alternative prediction of the algorithm.
+        In addition to `task` and `split`, `metrics` has `loss` and the score: for class labels `accuracy`,
+        `masked_accuracy`, and `<name>_accuracy` for each alternative prediction of the algorithm.
         """
 
     def close(self) -> None:
@@ -152,7 +154,7 @@ class Hook:
 
 
 class ProgressBar(Hook):
-    """Shows a progress bar for each task, with the loss and accuracy of the latest step.
+    """Shows a progress bar for each task, with the metrics of the latest step.
 
     Nothing is shown if the output is not a terminal.
 
@@ -192,7 +194,7 @@ class ProgressBar(Hook):
         self, ts: TrainState, state: State, batch: Batch, metrics: Metrics, writer: MetricWriter
     ) -> None:
         """Update the bar."""
-        shown = {name: metrics[name] for name in ("loss", "accuracy") if name in metrics}
+        shown = {name: value for name, value in metrics.items() if isinstance(value, float)}
         self._bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()}, refresh=False)
         self._bar.update(int(ts.step) - self._first - self._bar.n)
 
@@ -273,8 +275,9 @@ class ProfilerTrace(Hook):
 class PeriodicEvaluation(Hook):
     """Evaluates tasks at regular steps.
 
-    It writes `periodic/<split>/accuracy/task_<j>` and `periodic/<split>/loss/task_<j>`. The evaluations in a
-    run's results do not need this hook; see `evaluate_every` of `sequel_core.run`.
+    It writes `periodic/<split>/loss/task_<j>` and, under the name of the score, for example
+    `periodic/<split>/accuracy/task_<j>`. The evaluations in a run's results do not need this hook; see
+    `evaluate_every` of `sequel_core.run`.
 
     Args:
         algorithm: Its `predict` is used. With a learner, pass the learner's algorithm.
@@ -323,17 +326,17 @@ class PeriodicEvaluation(Hook):
     def after_step(
         self, ts: TrainState, state: State, batch: Batch, metrics: Metrics, writer: MetricWriter
     ) -> None:
-        """Evaluate the tasks and write their accuracies and losses."""
+        """Evaluate the tasks and write their scores and losses."""
         scores: dict[str, float] = {}
         for j, samples in self._samples.items():
             evaluation = self._evaluate(ts, state, samples)
-            scores[f"{self._prefix}/accuracy/task_{j}"] = evaluation.score
+            scores[f"{self._prefix}/{self._evaluate.objective.score.key}/task_{j}"] = evaluation.score
             scores[f"{self._prefix}/loss/task_{j}"] = evaluation.loss
         writer.write_scalars(int(ts.step), scores)
 
 
 class ImageGrid(Hook):
-    """Writes a grid of up to 25 images of the batch, before augmentation.
+    """Writes a grid of up to 25 images of the batch, before augmentation. It ignores other inputs.
 
     Args:
         every: Number of steps between grids, >= 1.
@@ -355,6 +358,8 @@ class ImageGrid(Hook):
         self, ts: TrainState, state: State, batch: Batch, metrics: Metrics, writer: MetricWriter
     ) -> None:
         """Write the grid."""
+        if not is_image(specs_of(batch.x)):
+            return
         writer.write_images(int(ts.step), {self.name: image_grid(np.asarray(batch.x[:COUNT]))[None]})
 
 

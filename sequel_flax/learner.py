@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 from numpy.typing import NDArray
 
 from sequel_core.hparams import TrainingHParams
-from sequel_core.objectives import Score
+from sequel_core.objectives import ObjectiveHParams
 from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
 from sequel_core.runs.loggers import Loggers
 from sequel_core.stream import plan
@@ -34,16 +34,17 @@ from sequel_flax.evaluation import Evaluator
 from sequel_flax.evaluation import as_batch as as_batch
 from sequel_flax.foreign import adapted
 from sequel_flax.hooks import Hook, Hooks
+from sequel_flax.objectives import build_objective
 from sequel_flax.optimizers import clip_by_global_norm, get_learning_rate
 from sequel_flax.replay import Memory, stored_samples
 from sequel_flax.steps import (
     NEVER,
     CompiledSteps,
     RunningMetrics,
-    TrainMetrics,
     merge_on_host,
     rows,
     strong_types,
+    train_metrics,
 )
 from sequel_flax.writers import MetricWriter, close_writer, resume_writer, write_table
 
@@ -120,6 +121,7 @@ class TaskSchedule(NamedTuple):
         first: The number of steps of the stream before the task.
         learning_rate: The learning rate; nan if it cannot be read from the optimizer.
         intervals: A call takes no step past a multiple of one of these numbers of steps.
+        score: The name of the score among the metrics of the training batches.
 
     Example:
         >>> schedule = TaskSchedule(1, None, 2, steps_per_epoch=5, first=10, learning_rate=0.1, intervals=())
@@ -134,6 +136,7 @@ class TaskSchedule(NamedTuple):
     first: int
     learning_rate: float
     intervals: tuple[int, ...]
+    score: str = "accuracy"
 
     @property
     def steps(self) -> int:
@@ -160,7 +163,7 @@ class TaskSchedule(NamedTuple):
             task_step=done,
             task_steps=self.steps,
             loss=values.pop("loss", math.nan),
-            score=values.pop("accuracy", math.nan),
+            score=values.pop(self.score, math.nan),
             learning_rate=self.learning_rate,
             extra=values,
         )
@@ -176,8 +179,9 @@ class FlaxLearner:
         tx: The optimizer. `lr_decay` needs one made with `optax.inject_hyperparams`.
         spec: The specification of the benchmark, `benchmark.spec`.
         training: Batch size, epochs, clipping, seed and dtype; None for the defaults.
-        metrics: A `clu.metrics.Collection` class, called with `loss`, `logits` and `labels`. Its metrics
-            `accuracy` and `loss` are shown as progress.
+        metrics: A `clu.metrics.Collection` class, called with `loss`, `logits` (what the network returns) and
+            `labels` (the targets); None for the loss and the score. The metrics with these names, for
+            example `loss` and `accuracy`, are shown as progress.
         writers: Objects with the methods of clu's MetricWriter.
         hooks: Called in this order before and after the stream, tasks, epochs, steps and evaluations.
         steps_per_call: The maximum number of steps in one compiled call, >= 1; 1 dispatches each step. None
@@ -203,7 +207,6 @@ class FlaxLearner:
     """
 
     mode: Mode = "jax"
-    score = Score()
 
     def __init__(
         self,
@@ -213,12 +216,14 @@ class FlaxLearner:
         spec: StreamSpec,
         training: TrainingHParams | None = None,
         *,
-        metrics: type[clu.metrics.Collection] = TrainMetrics,
+        metrics: type[clu.metrics.Collection] | None = None,
         writers: Sequence[MetricWriter] = (),
         hooks: Sequence[Hook] = (),
         steps_per_call: int | None = None,
     ) -> None:
-        self._steps = CompiledSteps(algorithm, metrics, steps_per_call)
+        self.objective = algorithm.objective or build_objective(ObjectiveHParams(), spec)
+        self.score = self.objective.score
+        self._steps = CompiledSteps(algorithm, metrics or train_metrics(self.objective), steps_per_call)
         self.writers = Loggers(writers)
         self.hooks = Hooks(hooks, self.writers)
         self.shows_progress = self.hooks.show_progress
@@ -227,7 +232,7 @@ class FlaxLearner:
         self.training = training or TrainingHParams()
         self.spec = spec
         self.hparams.check(spec, self.training)
-        self.model = adapted(model)
+        self.model = adapted(model, spec.x)
         self.ts: Any = initial_train_state(algorithm, self.model, tx, spec, self.training)
         self.state = strong_types(algorithm.init(self.ts, spec))
         self.planner = algorithm.planner(spec, self.state)
@@ -262,7 +267,9 @@ class FlaxLearner:
         first, rate = self.step - self._position.done, get_learning_rate(self.ts.opt_state)
         learning_rate = math.nan if rate is None else float(rate)
         intervals = (training.log_every_n_steps, *monitor.intervals)
-        schedule = TaskSchedule(task.index, split, epochs, steps_per_epoch, first, learning_rate, intervals)
+        schedule = TaskSchedule(
+            task.index, split, epochs, steps_per_epoch, first, learning_rate, intervals, self.score.key
+        )
         for epoch in range(self._position.done // steps_per_epoch, epochs):
             self._fit_epoch(schedule, epoch, self._position, monitor)
         samples = plan.consolidation_batches(training.seed, task, training.batch_size)
@@ -324,7 +331,7 @@ class FlaxLearner:
         for samples in plan.take_in_chunks(schedule.split, order[done % schedule.steps_per_epoch :]):
             chunk = as_batch(samples)
             most = self._steps.steps_per_call or self._choose_steps_per_call(rows(chunk, 0))
-            k, count = 0, len(chunk.y)
+            k, count = 0, len(chunk.t)
             while k < count:
                 steps = min(most, count - k, *(n - done % n for n in schedule.intervals))
                 steps = self.hooks.steps_until_due(schedule.first + done + 1, steps)
@@ -351,12 +358,14 @@ class FlaxLearner:
     # -- evaluation
 
     def evaluate(self, task: Task, split: str) -> Evaluation:
-        """Count correct predictions on a split of a task; see `sequel_core.runs.learner.Learner`."""
+        """Measure the score and the loss on a split of a task; see `sequel_core.runs.learner.Learner`."""
         info = {"task": task.index, "split": split}
         self._call("before_evaluation", info)
         result = self._evaluator(self.ts, self.state, task.split(split))
         key = self.score.key
-        scores = {key: result.score, "loss": result.loss, f"masked_{key}": result.masked_score}
+        scores = {key: result.score, "loss": result.loss}
+        if not math.isnan(result.masked_score):
+            scores[f"masked_{key}"] = result.masked_score
         others = {f"{name}_{key}": score for name, score in result.alternatives.items()}
         self._call("after_evaluation", {**info, **scores, **others})
         return result
@@ -397,7 +406,7 @@ class FlaxLearner:
     # -- state
 
     def memory_samples(self) -> Samples:
-        """Return copies of the samples in the memory of a replay method, images `[n, H, W, C]`.
+        """Return copies of the samples in the memory of a replay method, inputs `[n, ...]`.
 
         Raises:
             ValueError: The algorithm has no memory of samples.

@@ -1,6 +1,6 @@
 """A quadratic penalty on leaving the weights of past tasks: the shared part of EWC, MAS and SI.
 
-    L = CE(f(x), y) + strength * 1/2 * sum_i F_i (theta_i - theta*_i)^2
+    L = loss(f(x), y) + strength * 1/2 * sum_i F_i (theta_i - theta*_i)^2
 
 A new method of this type defines only its importances F, often a mean over samples: `mean_gradients`.
 
@@ -9,7 +9,7 @@ Mirror: sequel_lightning/quadratic.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,9 +21,10 @@ from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.task import Batch
 from sequel_flax import bundle
 from sequel_flax.boundaries import collected
-from sequel_flax.bundle import Algorithm, Params, State, empty_sum, make_algorithm, train_step
-from sequel_flax.gradients import Contribution, Objective, add_gradient, mean_in_loop, scale
-from sequel_flax.gradients import Model as Model  # part of this module, too
+from sequel_flax.bundle import Algorithm, Params, State, empty_sum, make_algorithm, objective_of, train_step
+from sequel_flax.bundle import Model as Model  # part of this module, too
+from sequel_flax.gradients import Contribution, Loss, add_gradient, mean_in_loop, scale
+from sequel_flax.objectives import Objective
 from sequel_flax.trainable import Selection
 
 
@@ -69,31 +70,31 @@ def mean_gradients(
     params: Params,
     model: Model,
     batches: Iterable[Batch],
-    objective: Objective,
+    losses: Sequence[Loss],
     contribution: Contribution,
     samples: int | None = None,
     per_batch: bool = False,
 ) -> Params:
-    """Return 1/N sum_n contribution(d objective(x_n) / d theta), in evaluation mode.
+    """Return 1/N sum_n sum_k contribution(d loss_k(x_n) / d theta), in evaluation mode.
 
     Args:
         params: weights at which gradients are taken.
-        model: passed to the objective.
+        model: passed to the losses.
         batches: of samples, each sample once.
-        objective: returns the value of a batch, shape (). Unless `per_batch`, a batch has one sample.
+        losses: each returns the value of a batch, shape (). Unless `per_batch`, a batch has one sample.
         contribution: of a gradient array to the sum, elementwise, for example its square.
         samples: N, the first so many samples; None for all.
         per_batch: whether to take one gradient for each batch instead of each sample.
     """
     total = jax.tree.map(empty_sum, params)
     if isinstance(batches, Batch):
-        return mean_in_loop(total, params, model, batches, objective, contribution, samples, per_batch)
+        return mean_in_loop(total, params, model, batches, tuple(losses), contribution, samples, per_batch)
     count = 0
     for batch in batches:
-        wanted = len(batch.y) if samples is None else min(len(batch.y), samples - count)
+        wanted = len(batch.t) if samples is None else min(len(batch.t), samples - count)
         width = wanted if per_batch else 1
         for start in range(0, wanted, width):
-            total = add_gradient(total, params, model, batch, start, width, objective, contribution)
+            total = add_gradient(total, params, model, batch, start, width, tuple(losses), contribution)
         count += wanted
         if count == samples:
             break
@@ -118,6 +119,9 @@ def quadratic(
     gamma: float = 1.0,
     samples: int | None = None,
     trainable: Selection = None,
+    objective: Objective | None = None,
+    samples_of: Callable[[State, Iterable[Batch]], Iterable[Batch]] = lambda state, batches: batches,
+    **parts: Any,
 ) -> Algorithm:
     """Return an algorithm with a quadratic penalty, whose importances are computed at the end of a task.
 
@@ -131,25 +135,30 @@ def quadratic(
         gamma: see `consolidate`.
         samples: number of samples that the importances need, the first ones; None for all.
         trainable: which parameters are trained; see `make_algorithm`.
+        objective: what the network is trained on; see `make_algorithm`.
+        samples_of: returns the batches that `plan_end` collects, from the state and the task's batches.
+        parts: further arguments of `make_algorithm`.
     """
 
-    def objective(ts: TrainState, params: Params, state: State, batch: Batch) -> tuple[jax.Array, Any]:
-        loss, outputs = bundle.objective(ts, params, state, batch)
+    def training_loss(ts: TrainState, params: Params, state: State, batch: Batch) -> tuple[jax.Array, Any]:
+        loss, outputs = bundle.training_loss(ts, params, state, batch, objective)
         return loss + strength * penalty(params, *state.memory), outputs
 
-    def end_task(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
-        importance = importances(ts.params, (ts, state), batches)
+    def apply_end(ts: TrainState, state: State, batches: Any) -> tuple[TrainState, State]:
+        model = Model(ts, state, objective_of(objective, state.stream), hparams)
+        importance = importances(ts.params, model, batches)
         memory = consolidate(ts.params, state.memory, importance, separate, gamma)
         return ts, state._replace(memory=memory)
 
     return make_algorithm(
         hparams,
         seed,
-        partial(train_step, objective=objective),
+        partial(train_step, training_loss=training_loss),
         trainable=trainable,
-        init_memory=lambda ts, spec: init_quadratic(ts),
+        objective=objective,
         fills=FILLS,
-        plan_end=lambda state, batches: collected(batches, samples),
-        apply_end=end_task,
-        end_task=end_task,
+        plan_end=lambda state, batches: collected(samples_of(state, batches), samples),
+        apply_end=apply_end,
+        end_task=apply_end,
+        **{"init_memory": lambda ts, spec: init_quadratic(ts), **parts},
     )

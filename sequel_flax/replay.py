@@ -11,12 +11,12 @@ Mirror: sequel_lightning/replay.py
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax.training.train_state import TrainState
 
 from sequel_core.hparams import MemoryHParams
@@ -25,94 +25,107 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.memory import MemoryPlanner, StepPlan
 from sequel_core.stream.planner import Planner
 from sequel_core.stream.task import Batch, Samples
+from sequel_core.stream.trees import LeafSpec, is_image, is_label, leaves, specs_of, tree_map
 from sequel_flax.augmentation import cropped, cropped_draw
 from sequel_flax.bundle import (
     Algorithm,
+    Model,
     Params,
     State,
     Stats,
     StepOutputs,
     advance,
     batch_stats,
+    canonical_dtype,
     check_augmented,
     check_logits,
+    for_objective,
     make_algorithm,
-    masked,
+    objective_of,
+    output_shape,
     training_forward,
 )
+from sequel_flax.objectives import Objective, losses_of
 from sequel_flax.trainable import Selection
 
 
 class Memory(NamedTuple):
     """Copies of samples; M slots."""
 
-    x: jax.Array  # images [M, H, W, C], in the dtype that they come in
-    y: jax.Array  # labels, int32 [M]
+    x: Any  # inputs [M, ...], a tree of arrays in the dtypes that they come in
+    y: Any  # targets [M, ...]; labels are int32
     t: jax.Array  # task indices, int32 [M]; -1 for an empty slot
-    logits: jax.Array | None  # [M, num_classes], as the network gave them when it was trained on the sample
+    outputs: jax.Array | None  # [M, ...], as the network gave them when it was trained on the sample
 
 
 class ReplayBatch(NamedTuple):
     """Samples of a step: its batch, or a draw from the memory."""
 
-    x: jax.Array  # images [N, H, W, C]
-    y: jax.Array  # labels [N]
+    x: Any  # inputs [N, ...]
+    y: Any  # targets [N, ...]
     t: jax.Array  # task indices [N]
-    stored: Any  # logits that the memory holds [N, num_classes]; None where it holds none
+    stored: Any  # outputs that the memory holds [N, ...]; None where it holds none
     count: Any  # number of samples that count; the samples after them are padding
 
 
 class Outputs(NamedTuple):
-    """The outputs of the network for samples."""
+    """The outputs of the network for samples, and their losses."""
 
-    logits: jax.Array  # of all classes [N, num_classes]
-    masked: jax.Array  # the same, masked to the task of each sample in the task scenario
-    y: jax.Array  # labels [N]
-    stored: Any  # logits that the memory holds [N, num_classes]; None where it holds none
+    outputs: Any  # what the network returns [N, ...]; logits are those of all classes
+    masked: Any  # the same; logits are masked to the task of each sample in the task scenario
+    losses: jax.Array  # [N]
+    weights: Any  # of the samples in a mean [N]; None for 1
+    stored: Any  # outputs that the memory holds [N, ...]; None where it holds none
     count: Any  # number of samples that count, the first ones
 
 
 Loss = Callable[[Outputs, Sequence[Outputs]], jax.Array]
 
 
-def empty_memory(spec: StreamSpec, slots: int, dtype: jnp.dtype | None) -> Memory:
-    """Return a memory of empty slots; `dtype` is that of the logits, None for a memory without logits."""
+def empty_memory(spec: StreamSpec, slots: int, outputs: Any = None) -> Memory:
+    """Return a memory of empty slots; `outputs` is that of one sample `[1, ...]`, None to keep none."""
     slots = max(slots, 1)  # no array of a state is empty: orbax does not store such arrays
+
+    def empty(leaf: LeafSpec) -> jax.Array:
+        return jnp.zeros((slots, *leaf.shape), canonical_dtype(leaf.dtype))
+
     return Memory(
-        x=jnp.zeros((slots, *spec.image_shape), spec.x.dtype),
-        y=jnp.zeros(slots, jnp.int32),
+        x=tree_map(empty, spec.x),
+        y=jnp.zeros(slots, jnp.int32) if spec.labelled else tree_map(empty, spec.y),
         t=jnp.full(slots, -1, jnp.int32),
-        logits=None if dtype is None else jnp.zeros((slots, spec.num_classes), dtype),
+        outputs=None if outputs is None else jnp.zeros((slots, *outputs.shape[1:]), outputs.dtype),
     )
 
 
 def read(memory: Memory, slots: jax.Array) -> ReplayBatch:
     """Return the samples in these slots `[N]`; a slot beyond the last one is padding and does not count."""
     x, y, t, stored = jax.tree.map(lambda a: a.at[slots].get(mode="clip"), memory)
-    return ReplayBatch(x, y, jnp.maximum(t, 0), stored, jnp.sum(slots < len(memory.y)))
+    return ReplayBatch(x, y, jnp.maximum(t, 0), stored, jnp.sum(slots < len(memory.t)))
 
 
-def write(memory: Memory, slots: jax.Array, batch: Batch, logits: jax.Array) -> Memory:
+def write(memory: Memory, slots: jax.Array, batch: Batch, outputs: Any) -> Memory:
     """Return the memory with the batch in these slots `[B]`, without samples for slots beyond the last."""
-    new = Memory(batch.x, batch.y, batch.t, None if memory.logits is None else logits)
+    new = Memory(batch.x, batch.y, batch.t, None if memory.outputs is None else outputs)
     stored: Memory = jax.tree.map(lambda a, b: a.at[slots].set(b.astype(a.dtype), mode="drop"), memory, new)
     return stored
 
 
 def stored_samples(memory: Memory) -> Samples:
     """Return copies of the samples that the memory holds, in the order of slots, images `[n, H, W, C]`."""
-    x, y, t = (np.asarray(a) for a in jax.device_get(memory[:3]))
-    filled_slots = t >= 0
-    return Samples(x[filled_slots], y[filled_slots].astype(np.int64), t[filled_slots].astype(np.int64))
+    x, y, t = jax.tree.map(np.asarray, jax.device_get(tuple(memory[:3])))
+    x, y, t = tree_map(lambda a: a[t >= 0], {"x": x, "y": y, "t": t}).values()
+    return Samples(x, y.astype(np.int64) if is_label(specs_of(y)) else y, t.astype(np.int64))
 
 
-def mean_cross_entropy(*outputs: Outputs) -> jax.Array:
-    """Return the mean cross-entropy of all samples that count, 0 without any, shape ()."""
-    losses = [optax.softmax_cross_entropy_with_integer_labels(s.masked, s.y) for s in outputs]
-    total = sum_of_first(losses[0], outputs[0].count)
-    for values, s in zip(losses[1:], outputs[1:], strict=True):
-        total = total + sum_of_first(values, s.count)
-    return total / jnp.maximum(sum(s.count for s in outputs), 1)
+def mean_loss(*outputs: Outputs) -> jax.Array:
+    """Return the mean loss of all samples that count, 0 without any, shape ()."""
+    total = sum_of_first(outputs[0].losses, outputs[0].count)
+    for s in outputs[1:]:
+        total = total + sum_of_first(s.losses, s.count)
+    if outputs[0].weights is None:
+        return total / jnp.maximum(sum(s.count for s in outputs), 1)
+    weight: Any = sum(sum_of_first(s.weights, s.count) for s in outputs)
+    return total / jnp.where(weight > 0, weight, 1)
 
 
 def sum_of_first(values: jax.Array, count: Any) -> jax.Array:
@@ -121,38 +134,90 @@ def sum_of_first(values: jax.Array, count: Any) -> jax.Array:
 
 
 def forward(
-    ts: TrainState, params: Params, state: State, samples: Sequence[ReplayBatch], together: bool
+    params: Params, model: Model, samples: Sequence[ReplayBatch], together: bool
 ) -> tuple[list[Outputs], Stats]:
     """Return the outputs of the network for samples in training mode, which updates running statistics.
 
     With `together`, all samples go through the network in one pass; otherwise the first batch has a pass, and
     the others together have another.
     """
-    logits: list[jax.Array] = []
-    stats = batch_stats(ts)
+    outputs: list[Outputs] = []
+    stats = batch_stats(model.ts)
     for k, part in enumerate([samples] if together else [samples[:1], samples[1:]]):
-        sizes = [len(s.y) for s in part]
-        if sum(sizes):  # there is no pass for an empty draw
-            images = jnp.concatenate([s.x for s in part])
-            full = all(isinstance(s.count, int) for s in part)  # a batch, not a draw
-            counts = None if full else jnp.concatenate([jnp.arange(len(s.y)) < s.count for s in part])
-            out, stats = training_forward(ts, params, state, images, stats=stats, draw=k, counts=counts)
-            check_logits(out, (sum(sizes),), state.stream.mask)
-            logits += jnp.split(out, np.cumsum(sizes)[:-1])
+        if sum(len(s.t) for s in part):  # there is no pass for an empty draw
+            new, stats = one_pass(params, model, part, stats, k)
+            outputs += new
         else:
-            logits += [logits[0][:0] for _ in part]
-    outputs = [
-        Outputs(out, masked(state.stream, out, s.t), s.y, s.stored, s.count)
-        for out, s in zip(logits, samples, strict=True)
-    ]
+            outputs += [no_outputs(outputs[0], s) for s in part]
     return outputs, stats
+
+
+def one_pass(
+    params: Params, model: Model, samples: Sequence[ReplayBatch], stats: Stats, draw: Any
+) -> tuple[list[Outputs], Stats]:
+    """Return the outputs of samples that go through the network in one pass, and the running statistics.
+
+    Args:
+        params: The parameters.
+        model: The network and the objective.
+        samples: Batches of samples, at least one of which is not empty.
+        stats: The running statistics before the pass.
+        draw: The index of the pass in the step; see `training_forward`.
+    """
+    sizes = np.cumsum([len(s.t) for s in samples])[:-1]
+    counts = [None if isinstance(s.count, int) else jnp.arange(len(s.t)) < s.count for s in samples]
+    full = all(c is None for c in counts)  # a batch, not a draw
+    of_all = None if full else jnp.concatenate([jnp.arange(len(s.t)) < s.count for s in samples])
+
+    def call(x: Any, counts: jax.Array | None) -> tuple[Any, Stats]:
+        options: dict[str, Any] = {"stats": stats, "draw": draw, "counts": counts}
+        return training_forward(model.ts, params, model.state, x, **options)
+
+    out, after = call(joined([s.x for s in samples]), of_all)
+    total = sum(len(s.t) for s in samples)
+    if model.objective.classification and hasattr(out, "shape"):
+        check_logits(out, (total,), model.state.stream.mask)
+    arrays, structure = jax.tree.flatten(out)
+    parts = zip(*(jnp.split(a, sizes) for a in arrays), strict=True)
+    outputs = []
+    for s, mask, part_arrays in zip(samples, counts, parts, strict=True):
+        part, batch = jax.tree.unflatten(structure, part_arrays), Batch(s.x, s.y, s.t)
+        net = for_objective(model, batch, part, partial(_outputs_of, call, mask))
+        losses = losses_of(model.objective, net, batch)
+        weights = None if model.objective.weight is None else model.objective.weight(batch)
+        outputs.append(Outputs(part, net(s.x), losses, weights, s.stored, s.count))
+    return outputs, after
+
+
+def _outputs_of(call: Callable[..., Any], counts: Any, x: Any) -> Any:
+    return call(x, counts)[0]
+
+
+def joined(trees: Sequence[Any]) -> Any:
+    """Return trees of arrays `[n, ...]` as one, along the first axis."""
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *trees)
+
+
+def no_outputs(like: Outputs, samples: ReplayBatch) -> Outputs:
+    """Return the outputs for an empty draw, in the structure of others."""
+    outputs, masked, losses, weights = jax.tree.map(lambda a: a[:0], like[:4])
+    return Outputs(outputs, masked, losses, weights, samples.stored, samples.count)
+
+
+def total_weight(objective: Objective, samples: Sequence[ReplayBatch]) -> jax.Array:
+    """Return the sum of the weights of the samples that count, 1 for none, shape ()."""
+    if objective.weight is None:
+        return jnp.maximum(sum(s.count for s in samples), 1)
+    weight_of = objective.weight
+    total: Any = sum(sum_of_first(weight_of(Batch(*s[:3])), s.count) for s in samples)
+    return jnp.where(total > 0, total, 1)
 
 
 def planned(memory: Memory, batch: Batch, plan_type: type[Any] = StepPlan) -> Any:
     """Return the plan of a batch.
 
     Raises:
-        ValueError: the batch has no plan, or its images have another dtype than the memory.
+        ValueError: the batch has no plan, or its inputs have another dtype than the memory.
     """
     plan = method_plan(batch)
     if not isinstance(plan, plan_type):
@@ -160,18 +225,20 @@ def planned(memory: Memory, batch: Batch, plan_type: type[Any] = StepPlan) -> An
             "the batch has no plan, which says what to write to the memory and what to read; make one "
             "planner with algorithm.planner(spec, state) and give Batch(x, y, t, planner.next(y, t))"
         )
-    if batch.x.dtype != memory.x.dtype:
-        raise ValueError(
-            f"the memory holds {memory.x.dtype} images, the batch has {batch.x.dtype}; "
-            f"give a spec with LeafSpec(..., '{batch.x.dtype}')"
-        )
+    for a, b in zip(leaves(batch.x), leaves(memory.x), strict=True):
+        if jnp.result_type(a) != b.dtype:
+            what = "images" if is_image(specs_of(memory.x)) else "inputs"
+            raise ValueError(
+                f"the memory holds {b.dtype} {what}, the batch has {a.dtype}; "
+                f"give a spec with LeafSpec(..., '{a.dtype}')"
+            )
     return plan
 
 
 def draws(memory: Memory, batch: Batch) -> list[ReplayBatch]:
     """Return the batch, then each draw of its plan from the memory, augmented; see `planned`."""
     reads = planned(memory, batch).reads
-    current = ReplayBatch(cropped(batch).x, batch.y, batch.t, None, len(batch.y))
+    current = ReplayBatch(cropped(batch).x, batch.y, batch.t, None, len(batch.t))
     return [current, *(drawn(memory, batch, reads[k], k) for k in range(len(reads)))]
 
 
@@ -188,8 +255,9 @@ def replay(
     num_draws: int = 1,
     past_only: bool = False,
     together: bool = False,
-    keep_logits: bool = False,
+    stored: Callable[[Any], Any] | None = None,
     trainable: Selection = None,
+    objective: Objective | None = None,
     **parts: Any,
 ) -> Algorithm:
     """Return the algorithm that trains on `loss(batch, draws)`.
@@ -201,31 +269,58 @@ def replay(
         num_draws: independent draws of a step, >= 0.
         past_only: whether draws are from past tasks only.
         together: whether the batch and the draws have one pass; see `forward`.
-        keep_logits: whether the memory holds the logits of its samples.
+        stored: returns what the memory holds of what the network returns, an array `[B, ...]`; None for
+            a memory without outputs.
         trainable: which parameters are trained; see `make_algorithm`.
+        objective: what the network is trained on; see `make_algorithm`.
         parts: arguments of `make_algorithm` that replace those of this function.
     """
 
     def init_memory(ts: TrainState, spec: StreamSpec) -> Memory:
-        dtype = jax.tree.leaves(ts.params)[0].dtype if keep_logits else None
-        return empty_memory(spec, hparams.slots(spec.num_tasks), dtype)
+        output = None if stored is None else stored(output_shape(ts, spec))
+        return empty_memory(spec, hparams.slots(spec.num_tasks), output)
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         check_augmented(state, batch)
         samples = draws(state.memory, batch)
+        model = Model(ts, state, objective_of(objective, state.stream))
 
         def loss_fn(params: Params) -> tuple[jax.Array, tuple[Outputs, Stats]]:
-            (current, *others), stats = forward(ts, params, state, samples, together)
+            (current, *others), stats = forward(params, model, samples, together)
             return loss(current, others), (current, stats)
 
         (value, (current, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
-        memory = write(state.memory, method_plan(batch).write, batch, current.logits)
-        outputs = {"loss": value, "logits": current.masked, "labels": batch.y}
-        return advance(ts, gradient, stats), state._replace(memory=memory), outputs
+        return written(model, batch, value, current, advance(ts, gradient, stats), stored)
 
     def make_planner(spec: StreamSpec) -> Planner:
         return MemoryPlanner(hparams, spec, seed, num_draws, past_only)
 
     usual: dict[str, Any] = {"init_memory": init_memory, "make_planner": make_planner}
-    step = parts.pop("train_step", train_step)
-    return make_algorithm(hparams, seed, step, trainable=trainable, **{**usual, **parts})
+    options = {"trainable": trainable, "objective": objective, **usual, **parts}
+    step = options.pop("train_step", train_step)
+    return make_algorithm(hparams, seed, step, **options)
+
+
+def written(
+    model: Model,
+    batch: Batch,
+    loss: jax.Array,
+    outputs: Outputs,
+    after: TrainState,
+    stored: Callable[[Any], Any] | None = None,
+) -> tuple[TrainState, State, StepOutputs]:
+    """Return the results of a step, which writes its batch to the memory.
+
+    Args:
+        model: The network before the step.
+        batch: The batch, not augmented.
+        loss: The loss of the step.
+        outputs: The outputs for the batch.
+        after: The train state after the step.
+        stored: See `replay`.
+    """
+    state = model.state
+    kept = None if stored is None else stored(outputs.outputs)
+    memory = write(state.memory, method_plan(batch).write, batch, kept)
+    step_outputs = {"loss": loss, "logits": outputs.masked, "labels": batch.y}
+    return after, state._replace(memory=memory), step_outputs

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import clu.metrics
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from flax.training.train_state import TrainState
 
 from sequel_core.stream.task import Batch
 from sequel_flax.bundle import Algorithm, State
+from sequel_flax.objectives import Objective
 
 NEVER = np.iinfo(np.int32).max
 STEPS_PER_LOOP = 50
@@ -20,7 +22,45 @@ STEPS_PER_LOOP = 50
 TrainMetrics = clu.metrics.Collection.create(
     accuracy=clu.metrics.Accuracy, loss=clu.metrics.Average.from_output("loss")
 )
-"""Default metrics of the training batches."""
+"""Metrics of the training batches of class labels."""
+
+
+def train_metrics(objective: Objective) -> type[clu.metrics.Collection]:
+    """Return the metrics of the training batches: the mean loss, and the score if it has values per sample.
+
+    Args:
+        objective: What the network is trained on.
+
+    Example:
+        >>> from sequel_flax import squared_error
+        >>> sorted(train_metrics(squared_error()).empty().compute())
+        ['loss', 'squared_error']
+    """
+    loss = clu.metrics.Average.from_output("loss")
+    values, weight_of = objective.values, objective.score_weight
+    if values is None:
+        only_loss: type[clu.metrics.Collection] = clu.metrics.Collection.create(loss=loss)
+        return only_loss
+    score_values = values
+
+    class ScoreMetric(clu.metrics.Average):  # type: ignore[misc]
+        @classmethod
+        def empty(cls) -> Any:
+            count = jnp.int32 if weight_of is None else jnp.float32
+            return cls(total=jnp.zeros((), jnp.float32), count=jnp.zeros((), count))
+
+        @classmethod
+        def from_model_output(cls, *, logits: Any, labels: Any, **_: Any) -> Any:
+            scores = score_values(logits, labels)
+            weights: Any = jnp.ones_like(scores)
+            if weight_of is not None:
+                weights = weight_of(Batch(None, labels, None)).astype(scores.dtype)
+            return cls(total=(weights * scores).sum(), count=weights.sum())
+
+    created: type[clu.metrics.Collection] = clu.metrics.Collection.create(
+        **{objective.score.key: flax.struct.dataclass(ScoreMetric), "loss": loss}
+    )
+    return created
 
 
 class RunningMetrics(NamedTuple):

@@ -217,13 +217,16 @@ class TrainedPart:
         Args:
             variables: The collections of the network, `params` with None in place of frozen parameters.
             *args: The inputs.
-            **kwargs: The keywords of the network's `apply`.
+            **kwargs: The keywords of the network's `apply`, and the inputs if they are a dict.
 
         Returns:
             The outputs of the network's `apply`.
         """
         params = merged(variables["params"], self.whole.params)
-        return as_called(self.whole.apply_fn)({**variables, "params": params}, *args, **kwargs)
+        options = ("train", "rngs", "method", "mutable")
+        inputs = {name: value for name, value in kwargs.items() if name not in options}
+        call = as_called(self.whole.apply_fn, () if args else inputs)
+        return call({**variables, "params": params}, *args, **kwargs)
 
     def replace(self, **changes: Any) -> TrainedPart:
         """Return a copy with other fields.

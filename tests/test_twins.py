@@ -60,7 +60,7 @@ CONTAINERS = {
     "coresets.py": ("plan_start", "apply_start", "start_task"),
     "exemplars.py": ("init_exemplars",),
     "quadratic.py": ("quadratic", "init_quadratic"),
-    "replay.py": ("replay",),
+    "replay.py": ("replay", "one_pass", "no_outputs", "joined", "written", "total_weight"),
 }
 """Functions of the Flax files that are a LightningModule's in the other plug-in."""
 COMMON = [name for name, hparams in BACKBONES.items() if len(hparams.modes) == len(PLUGINS)]
@@ -88,11 +88,12 @@ def functions(tree: ast.Module, containers: tuple[str, ...]) -> dict[str, str]:
 def parameters(function: ast.FunctionDef) -> str:
     """Return the names of the parameters, with `module` for a network.
 
-    A network is a module in Lightning; in Flax it is a train state, its parameters and the state.
+    A network is a module in Lightning; in Flax it is a train state, its parameters and the state, or a model
+    (train state, state and objective) and its parameters.
     """
     arguments = function.args
     names = " ".join(a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs))
-    return re.sub(r"\b(ts params state|ts state|self)\b", "module", names)
+    return re.sub(r"\b(ts params state|params model|ts state|self)\b", "module", names)
 
 
 def states(tree: ast.Module) -> dict[str, list[tuple[str, str]]]:
@@ -136,7 +137,7 @@ def test_the_states_and_functions_are_found() -> None:
         assert states(tree)["QuadraticState"] == [("anchor", "Params"), ("importance", "Params")]
     for tree in trees(SHARED, "replay.py"):
         assert functions(tree, ())["forward"] == "module samples together"
-        assert states(tree)["Outputs"][0] == ("logits", "Tensor")
+        assert states(tree)["Outputs"][2] == ("losses", "Tensor")
 
 
 @each_twin

@@ -2,7 +2,7 @@
 
     g <- g - (g . g_ref / g_ref . g_ref) g_ref  if g . g_ref < 0, else g                             (eq. 11)
 
-g is the gradient of the cross-entropy of the batch. g_ref is that of a draw from samples of past tasks; in
+g is the gradient of the loss of the batch. g_ref is that of a draw from samples of past tasks; in
 the first task there are none, and g stays as it is. The projection comes before clipping and the optimizer.
 The memory of the official code is a ring, which is written during a task and read from the next task on. Its
 sizes are 25 (MNIST) or 13 (CIFAR) samples for each class and task, and draws of 256. RotatedMNIST (55.3,
@@ -21,20 +21,20 @@ import optax
 from flax.training.train_state import TrainState
 
 from sequel_core.algorithms.agem import AGEMHParams
-from sequel_core.stream.augmentation import method_plan
 from sequel_core.stream.task import Batch
 from sequel_flax.bundle import (
     Algorithm,
+    Model,
     Params,
     State,
     Stats,
     StepOutputs,
     advance,
     check_augmented,
-    masked,
-    training_forward,
+    objective_of,
 )
-from sequel_flax.replay import Outputs, draws, forward, mean_cross_entropy, replay, write
+from sequel_flax.objectives import Objective
+from sequel_flax.replay import Outputs, draws, forward, mean_loss, one_pass, replay, written
 from sequel_flax.trainable import Selection
 
 
@@ -52,11 +52,13 @@ def dot(a: Params, b: Params) -> jax.Array:
 
 
 def batch_loss(batch: Outputs, draws: Sequence[Outputs]) -> jax.Array:
-    """Return the cross-entropy of the batch alone, shape ()."""
-    return mean_cross_entropy(batch)
+    """Return the mean loss of the batch alone, shape ()."""
+    return mean_loss(batch)
 
 
-def agem(hparams: AGEMHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
+def agem(
+    hparams: AGEMHParams, seed: int = 0, trainable: Selection = None, objective: Objective | None = None
+) -> Algorithm:
     """Return A-GEM as pure functions.
 
     The calls are those of `help(er)`.
@@ -65,6 +67,7 @@ def agem(hparams: AGEMHParams, seed: int = 0, trainable: Selection = None) -> Al
         hparams: settings; see `help(AGEMHParams)`.
         seed: of dropout and of the memory, >= 0.
         trainable: which parameters are trained; None for all. See `make_algorithm`.
+        objective: what the network is trained and scored on; None for the one that fits the targets.
 
     Raises:
         ValueError: in `init`, if the classes and tasks do not divide `mem_size`; in `train_step`, if a batch
@@ -92,23 +95,21 @@ def agem(hparams: AGEMHParams, seed: int = 0, trainable: Selection = None) -> Al
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         check_augmented(state, batch)
         current, past = draws(state.memory, batch)
+        model = Model(ts, state, objective_of(objective, state.stream))
 
         def loss_fn(params: Params) -> tuple[jax.Array, tuple[Outputs, Stats]]:
-            (outputs,), stats = forward(ts, params, state, [current], together=True)
+            (outputs,), stats = forward(params, model, [current], together=True)
             return batch_loss(outputs, []), (outputs, stats)
 
         def reference_fn(params: Params, stats: Stats) -> tuple[jax.Array, Stats]:
-            counts = jnp.arange(len(past.y)) < past.count
-            logits, stats = training_forward(ts, params, state, past.x, stats=stats, draw=1, counts=counts)
-            masked_logits = masked(state.stream, logits, past.t)
-            return mean_cross_entropy(Outputs(logits, masked_logits, past.y, None, past.count)), stats
+            (outputs,), stats = one_pass(params, model, [past], stats, 1)
+            return mean_loss(outputs), stats
 
         (loss, (outputs, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
-        if len(past.y):
+        if len(past.t):
             reference, stats = jax.grad(reference_fn, has_aux=True)(ts.params, stats)
             gradient = project(gradient, reference)
-        memory = write(state.memory, method_plan(batch).write, batch, outputs.logits)
-        step_outputs = {"loss": loss, "logits": outputs.masked, "labels": batch.y}
-        return advance(ts, gradient, stats), state._replace(memory=memory), step_outputs
+        return written(model, batch, loss, outputs, advance(ts, gradient, stats))
 
-    return replay(hparams, seed, batch_loss, past_only=True, trainable=trainable, train_step=train_step)
+    selection = {"trainable": trainable, "objective": objective}
+    return replay(hparams, seed, batch_loss, past_only=True, train_step=train_step, **selection)

@@ -1,8 +1,8 @@
 """Dark experience replay (Buzzega et al. 2020, https://arxiv.org/abs/2004.07211).
 
-    L = CE(f(x), y) + alpha * E_(x', z) ||z - f(x')||^2                                              (eq. 5)
+    L = loss(f(x), y) + alpha * E_(x', z) ||z - f(x')||^2                                              (eq. 5)
 
-(x', z) is a draw from the memory. z are the logits of x' at the step at which it was a training sample:
+(x', z) is a draw from the memory. z are the outputs for x' at the step at which it was a training sample:
 before the update, in training mode, of all classes and unmasked. The memory is a reservoir, which is read as
 soon as it has a sample. `distance="sum"` is the squared norm of the paper. The official code, and so its
 tuned alphas, has the mean over classes (`distance="mean"`), a tenth of it for ten classes.
@@ -14,40 +14,61 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sequel_core.algorithms.der import DERHParams
 from sequel_flax.bundle import Algorithm
-from sequel_flax.replay import Outputs, mean_cross_entropy, replay, sum_of_first
+from sequel_flax.objectives import Objective, output_leaf
+from sequel_flax.replay import Outputs, mean_loss, replay, sum_of_first
 from sequel_flax.trainable import Selection
 
 
-def logit_distance(draw: Outputs, hparams: DERHParams) -> jax.Array:
+def output_distance(draw: Outputs, hparams: DERHParams) -> jax.Array:
     """Return the mean over a draw of ||z - f(x')||^2, 0 for an empty one, shape ()."""
-    squares = (draw.stored - draw.logits) ** 2
+    squares = (draw.stored - output_leaf(draw.outputs, hparams.output)) ** 2
+    squares = squares.reshape(*squares.shape[:1], -1)
     norms = jnp.sum(squares, axis=1) if hparams.distance == "sum" else jnp.mean(squares, axis=1)
     return sum_of_first(norms, draw.count) / jnp.maximum(draw.count, 1)
 
 
+def stored_output(outputs: Any, hparams: DERHParams) -> Any:
+    """Return z `[B, ...]` of what the network returns.
+
+    Raises:
+        ValueError: there is no such output, or it is not an array of floats with one row per sample.
+    """
+    z = output_leaf(outputs, hparams.output)
+    if not z.ndim or not jnp.issubdtype(z.dtype, jnp.floating):
+        raise ValueError(
+            f"{hparams.name} needs an output of floats with one row per sample, got {z.dtype} "
+            f"{list(z.shape)}; set output to another one"
+        )
+    return z
+
+
 def replay_loss(batch: Outputs, draws: Sequence[Outputs], hparams: DERHParams) -> jax.Array:
-    """Return the cross-entropy of the batch plus alpha times the distance of the draw, shape ()."""
-    return mean_cross_entropy(batch) + hparams.alpha * logit_distance(draws[0], hparams)
+    """Return the mean loss of the batch plus alpha times the distance of the draw, shape ()."""
+    return mean_loss(batch) + hparams.alpha * output_distance(draws[0], hparams)
 
 
-def der(hparams: DERHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
+def der(
+    hparams: DERHParams, seed: int = 0, trainable: Selection = None, objective: Objective | None = None
+) -> Algorithm:
     """Return dark experience replay as pure functions.
 
-    The calls are those of `help(er)`; the memory also holds logits.
+    The calls are those of `help(er)`; the memory also holds outputs.
 
     Args:
         hparams: settings; see `help(DERHParams)`.
         seed: of dropout and of the memory, >= 0.
         trainable: which parameters are trained; None for all. See `make_algorithm`.
+        objective: what the network is trained and scored on; None for the one that fits the targets.
 
     Raises:
-        ValueError: as for `er`.
+        ValueError: in `init`, also if the network has no such output; otherwise as for `er`.
 
     Example:
         >>> import optax
@@ -59,8 +80,8 @@ def der(hparams: DERHParams, seed: int = 0, trainable: Selection = None) -> Algo
         >>> params = initial_params(net, digits.spec, seed=0)
         >>> ts = TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1))
         >>> algorithm = der(DERHParams(mem_size=50, alpha=0.5))
-        >>> algorithm.init(ts, digits.spec).memory.logits.shape
+        >>> algorithm.init(ts, digits.spec).memory.outputs.shape
         (50, 10)
     """
-    loss = partial(replay_loss, hparams=hparams)
-    return replay(hparams, seed, loss, keep_logits=True, trainable=trainable)
+    loss, stored = partial(replay_loss, hparams=hparams), partial(stored_output, hparams=hparams)
+    return replay(hparams, seed, loss, stored=stored, trainable=trainable, objective=objective)

@@ -1,6 +1,6 @@
 """DER++, dark experience replay with labels (Buzzega et al. 2020, https://arxiv.org/abs/2004.07211).
 
-    L = CE(f(x), y) + alpha * E_(x', z) ||z - f(x')||^2 + beta * E_(x'', y'') CE(f(x''), y'')        (eq. 6)
+    L = loss(f(x), y) + alpha * E_(x', z) ||z - f(x')||^2 + beta * E_(x'', y'') loss(f(x''), y'')    (eq. 6)
 
 DER++ adds the labels of a second draw to dark experience replay. The second draw is from the same memory and
 independent of the first. The network sees the batch in one pass and both draws in another; the official code
@@ -17,19 +17,22 @@ from functools import partial
 import jax
 
 from sequel_core.algorithms.derpp import DERppHParams
-from sequel_flax.algorithms.der import logit_distance
+from sequel_flax.algorithms.der import output_distance, stored_output
 from sequel_flax.bundle import Algorithm
-from sequel_flax.replay import Outputs, mean_cross_entropy, replay
+from sequel_flax.objectives import Objective
+from sequel_flax.replay import Outputs, mean_loss, replay
 from sequel_flax.trainable import Selection
 
 
 def replay_loss(batch: Outputs, draws: Sequence[Outputs], hparams: DERppHParams) -> jax.Array:
-    """Return DER's loss with the first draw plus beta times the cross-entropy of the second, shape ()."""
-    dark = mean_cross_entropy(batch) + hparams.alpha * logit_distance(draws[0], hparams)
-    return dark + hparams.beta * mean_cross_entropy(draws[1])
+    """Return DER's loss with the first draw plus beta times the mean loss of the second, shape ()."""
+    dark = mean_loss(batch) + hparams.alpha * output_distance(draws[0], hparams)
+    return dark + hparams.beta * mean_loss(draws[1])
 
 
-def derpp(hparams: DERppHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
+def derpp(
+    hparams: DERppHParams, seed: int = 0, trainable: Selection = None, objective: Objective | None = None
+) -> Algorithm:
     """Return DER++ as pure functions.
 
     The calls are those of `help(er)`; each step reads two draws.
@@ -38,6 +41,7 @@ def derpp(hparams: DERppHParams, seed: int = 0, trainable: Selection = None) -> 
         hparams: settings; see `help(DERppHParams)`.
         seed: of dropout and of the memory, >= 0.
         trainable: which parameters are trained; None for all. See `make_algorithm`.
+        objective: what the network is trained and scored on; None for the one that fits the targets.
 
     Raises:
         ValueError: in `init` and `train_step`, for the reasons given in `help(er)`.
@@ -57,5 +61,5 @@ def derpp(hparams: DERppHParams, seed: int = 0, trainable: Selection = None) -> 
         >>> planner.next(samples.y, samples.t).reads.shape
         (2, 6)
     """
-    loss = partial(replay_loss, hparams=hparams)
-    return replay(hparams, seed, loss, num_draws=2, keep_logits=True, trainable=trainable)
+    loss, stored = partial(replay_loss, hparams=hparams), partial(stored_output, hparams=hparams)
+    return replay(hparams, seed, loss, num_draws=2, stored=stored, trainable=trainable, objective=objective)

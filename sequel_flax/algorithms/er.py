@@ -1,6 +1,6 @@
 """Experience replay (Chaudhry et al. 2019, https://arxiv.org/abs/1902.10486).
 
-    L = mean CE over B_n and B_M together, B_n the batch and B_M a draw from the memory          (algorithm 1)
+    L = mean loss over B_n and B_M together, B_n the batch and B_M a draw from the memory        (algorithm 1)
 
 The network sees the batch and the draw in one pass, from the first task on. The batch is then written to the
 memory. A reservoir holds each sample of the stream with probability M/n exactly. A ring holds the latest
@@ -18,16 +18,19 @@ import jax
 
 from sequel_core.algorithms.er import ERHParams
 from sequel_flax.bundle import Algorithm
-from sequel_flax.replay import Outputs, mean_cross_entropy, replay
+from sequel_flax.objectives import Objective
+from sequel_flax.replay import Outputs, mean_loss, replay
 from sequel_flax.trainable import Selection
 
 
 def replay_loss(batch: Outputs, draws: Sequence[Outputs]) -> jax.Array:
-    """Return the mean cross-entropy of the batch and the draw together, shape ()."""
-    return mean_cross_entropy(batch, *draws)
+    """Return the mean loss of the batch and the draw together, shape ()."""
+    return mean_loss(batch, *draws)
 
 
-def er(hparams: ERHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
+def er(
+    hparams: ERHParams, seed: int = 0, trainable: Selection = None, objective: Objective | None = None
+) -> Algorithm:
     """Return experience replay as pure functions.
 
     Each batch needs a plan, which says what to write to the memory and what to read:
@@ -37,6 +40,7 @@ def er(hparams: ERHParams, seed: int = 0, trainable: Selection = None) -> Algori
         hparams: settings; see `help(ERHParams)`.
         seed: of dropout and of the memory, >= 0.
         trainable: which parameters are trained; None for all. See `make_algorithm`.
+        objective: what the network is trained and scored on; None for the one that fits the targets.
 
     Raises:
         ValueError: in `init`, if the memory does not fit the stream; in `train_step`, if a batch has no plan.
@@ -61,4 +65,4 @@ def er(hparams: ERHParams, seed: int = 0, trainable: Selection = None) -> Algori
         >>> int((state.memory.t >= 0).sum())  # samples in the memory
         40
     """
-    return replay(hparams, seed, replay_loss, together=True, trainable=trainable)
+    return replay(hparams, seed, replay_loss, together=True, trainable=trainable, objective=objective)

@@ -1,7 +1,10 @@
 """Elastic weight consolidation (Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796).
 
-    L = CE(f(x), y) + lambda/2 * sum_k sum_i F_{k,i} (theta_i - theta*_{k,i})^2                      (eq. 3)
-    F_{k,i} = 1/N sum_n (d log p(y_n | x_n) / d theta_i)^2 at theta*_k, one gradient per sample, y_n the label
+    L = loss(f(x), y) + lambda/2 * sum_k sum_i F_{k,i} (theta_i - theta*_{k,i})^2                    (eq. 3)
+    F_{k,i} = 1/N sum_n (d log p(y_n | x_n) / d theta_i)^2 at theta*_k
+
+-log p is the objective's `nll`, y_n the target of the sample. The setting `fisher` draws y_n from the model,
+takes the expectation over the model's targets, or takes one gradient per batch.
 
 Up to a constant, the sum over past tasks k equals one term with importance = sum_k F_k and
 anchor = sum_k F_k theta*_k / sum_k F_k. The anchor is computed as theta* + share (anchor - theta*), so the
@@ -15,31 +18,118 @@ Mirror: sequel_lightning/algorithms/ewc.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.stream import plan
 from sequel_core.stream.task import Batch
-from sequel_flax.bundle import Algorithm, Params, cross_entropy, forward
+from sequel_flax.bundle import Algorithm, Params, State, for_objective, network, objective_of
+from sequel_flax.objectives import Objective
 from sequel_flax.quadratic import Model, mean_gradients, quadratic
 from sequel_flax.trainable import Selection
 
 
+def outputs_at(params: Params, model: Model, x: Any, t: jax.Array) -> Any:
+    """Return what the network returns at the weights given, in evaluation mode, masked to the tasks."""
+    outputs = network(model.ts, params, model.state, x)
+    return for_objective(model, Batch(x, None, t), outputs)(x)
+
+
 def negative_log_likelihood(params: Params, model: Model, batch: Batch) -> jax.Array:
-    """Return -log p(y | x) of a batch of one sample, in evaluation mode, shape ()."""
-    ts, state = model
-    return cross_entropy(forward(ts, params, state, batch.x, batch.t), batch.y)
+    """Return the sum over a batch of -log p(y | x), in evaluation mode, shape ()."""
+    nll: Any = model.objective.nll
+    likelihood: jax.Array = nll(lambda x: outputs_at(params, model, x, batch.t), batch)
+    return jnp.where(batch.t >= 0, likelihood, 0).sum()  # t is -1 for padding
 
 
-def diagonal_fisher(params: Params, model: Model, batches: Iterable[Batch], samples: int | None) -> Params:
-    """Return the mean squared per-sample gradient over the first `samples` samples (None for all)."""
-    return mean_gradients(params, model, batches, negative_log_likelihood, jnp.square, samples)
+def sampled_likelihood(params: Params, model: Model, batch: Batch) -> jax.Array:
+    """Return the same for targets that are drawn from the model by uniform numbers, `batch.y`, shape ()."""
+    objective: Any = model.objective
+    outputs = outputs_at(params, model, batch.x, batch.t)
+    y = objective.sample(jax.lax.stop_gradient(outputs), batch.y)
+    likelihood: jax.Array = objective.nll(lambda x: outputs, batch._replace(y=y))
+    return likelihood.sum()
 
 
-def ewc(hparams: EWCHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
+def outcome_likelihood(params: Params, model: Model, batch: Batch, k: Any) -> jax.Array:
+    """Return sqrt(w) * -log p(y | x) for outcome k, with target y and weight w, shape ()."""
+    objective: Any = model.objective
+    outputs = outputs_at(params, model, batch.x, batch.t)
+    targets, weights = objective.outcomes(jax.lax.stop_gradient(outputs))
+    likelihood: jax.Array = objective.nll(lambda x: outputs, batch._replace(y=targets[k]))
+    return (jnp.sqrt(weights[k]) * likelihood).sum()
+
+
+def batch_likelihood(params: Params, model: Model, batch: Batch) -> jax.Array:
+    """Return sqrt(B) times the mean of -log p(y | x) over a batch of B samples, shape ()."""
+    return negative_log_likelihood(params, model, batch) / jnp.sqrt(jnp.sum(batch.t >= 0))
+
+
+def with_uniforms(batches: Iterable[Batch], model: Model, seed: int, task: int) -> Iterator[Batch]:
+    """Yield the batches of a task with uniform numbers in place of y, of its shape."""
+    start, dtype = 0, jnp.promote_types(model.state.stream.scale.dtype, jnp.float32)
+    for batch in batches:
+        shape = np.shape(batch.t if isinstance(batch.y, Mapping) else batch.y)
+        u = plan.uniform(seed, "fisher", int(task), count=math.prod(shape), start=start)
+        start += u.size
+        yield batch._replace(y=u.reshape(shape).astype(dtype))
+
+
+def num_outcomes(params: Params, model: Model, batch: Batch) -> int:
+    """Return the number K of outcomes of the objective for the network's outputs."""
+    outcomes: Any = model.objective.outcomes
+    _, weights = jax.eval_shape(lambda: outcomes(outputs_at(params, model, batch.x, batch.t)))
+    return len(weights)
+
+
+def diagonal_fisher(
+    params: Params, model: Model, batches: Iterable[Batch], hparams: EWCHParams, seed: int, task: int
+) -> Params:
+    """Return the diagonal Fisher information of a task, over its first `fisher_samples` samples."""
+    losses = [negative_log_likelihood]
+    if hparams.fisher == "sampled":
+        losses = [sampled_likelihood]
+        if not isinstance(batches, Batch):  # else `plan_end` has drawn the numbers
+            batches = with_uniforms(batches, model, seed, task)
+    elif hparams.fisher == "exact":
+        losses = [_outcome_likelihoods]
+    elif hparams.fisher == "batch":
+        losses = [batch_likelihood]
+    per_batch = hparams.fisher == "batch"
+    return mean_gradients(params, model, batches, losses, jnp.square, hparams.fisher_samples, per_batch)
+
+
+def _outcome_likelihoods(params: Params, model: Model, batch: Batch) -> jax.Array:
+    """Return `outcome_likelihood` of each outcome, `[K]`; the network is called once."""
+    outcomes = jnp.arange(num_outcomes(params, model, batch))
+    values: jax.Array = jax.vmap(lambda k: outcome_likelihood(params, model, batch, k))(outcomes)
+    return values
+
+
+def check_likelihood(objective: Objective, hparams: EWCHParams) -> None:
+    """Raise ValueError if an objective lacks what the Fisher estimate needs."""
+    if objective.nll is None:
+        raise ValueError(
+            "ewc takes the Fisher information from the objective's negative log-likelihood, got nll=None; "
+            "give the objective an nll (the loss, if it is one), or use another method, such as mas or si"
+        )
+    for fisher, field in (("sampled", "sample"), ("exact", "outcomes")):
+        if hparams.fisher == fisher and getattr(objective, field) is None:
+            raise ValueError(
+                f"fisher={fisher} needs an objective with {field}, got {field}=None; use fisher=empirical"
+            )
+
+
+def ewc(
+    hparams: EWCHParams, seed: int = 0, trainable: Selection = None, objective: Objective | None = None
+) -> Algorithm:
     """Return elastic weight consolidation as pure functions.
 
     Call `init` first. Then, for each task, call `start_task`, `train_step` for each batch, and `end_task`,
@@ -49,10 +139,11 @@ def ewc(hparams: EWCHParams, seed: int = 0, trainable: Selection = None) -> Algo
         hparams: settings; see `help(EWCHParams)`.
         seed: of dropout, >= 0.
         trainable: which parameters are trained; None for all. See `make_algorithm`.
+        objective: what the network is trained and scored on; None for the one that fits the targets.
 
     Raises:
-        ValueError: in `start_task`, `train_step` and `end_task`, if they are called in another order; in
-            `end_task`, if there are no batches.
+        ValueError: at once or in `init`, if the objective has no `nll`; in `start_task`, `train_step` and
+            `end_task`, if they are called in another order; in `end_task`, if there are no batches.
 
     Example:
         >>> import optax
@@ -74,13 +165,26 @@ def ewc(hparams: EWCHParams, seed: int = 0, trainable: Selection = None) -> Algo
         (40, 10)
     """
     online = hparams.accumulation == "online"
+
+    def importances(params: Params, model: Model, batches: Iterable[Batch]) -> Params:
+        return diagonal_fisher(params, model, batches, hparams, seed, model.state.stream.task)
+
+    def samples_of(state: State, batches: Iterable[Batch]) -> Iterable[Batch]:
+        if hparams.fisher != "sampled":
+            return batches
+        model = Model(None, state, objective_of(objective, state.stream))
+        return with_uniforms(batches, model, seed, int(state.stream.task))
+
     return quadratic(
         hparams,
         seed,
         strength=hparams.ewc_lambda,
-        importances=partial(diagonal_fisher, samples=hparams.fisher_samples),
+        importances=importances,
         separate=not online,
         gamma=hparams.gamma if online else 1.0,
         samples=hparams.fisher_samples,
         trainable=trainable,
+        objective=objective,
+        samples_of=samples_of,
+        check=partial(check_likelihood, hparams=hparams),
     )

@@ -42,7 +42,8 @@ from sequel_flax import bundle
 from sequel_flax.boundaries import collected
 from sequel_flax.bundle import Algorithm, Params, State, Stats, StepOutputs, make_algorithm
 from sequel_flax.exemplars import init_exemplars, predict, renew
-from sequel_flax.replay import Memory, planned, stored_samples
+from sequel_flax.objectives import Objective, check_classification
+from sequel_flax.replay import Memory, stored_samples
 from sequel_flax.trainable import Selection
 
 
@@ -76,7 +77,7 @@ def sigmoid_loss(logits: jax.Array, target: jax.Array, outputs: jax.Array) -> ja
     return jnp.where(outputs[None], losses, 0).sum(1).mean() / outputs.sum()
 
 
-def objective(
+def training_loss(
     ts: TrainState, params: Params, state: State, batch: Batch, hparams: ICaRLHParams
 ) -> tuple[jax.Array, tuple[jax.Array, Stats]]:
     """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
@@ -89,7 +90,9 @@ def objective(
     return loss, (bundle.masked(state.stream, logits, batch.t), stats)
 
 
-def icarl(hparams: ICaRLHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
+def icarl(
+    hparams: ICaRLHParams, seed: int = 0, trainable: Selection = None, objective: Objective | None = None
+) -> Algorithm:
     """Return iCaRL as pure functions.
 
     A task trains on its samples and on the exemplars: `algorithm.training_split(state, task.train)`.
@@ -98,10 +101,11 @@ def icarl(hparams: ICaRLHParams, seed: int = 0, trainable: Selection = None) -> 
         hparams: settings; see `help(ICaRLHParams)`.
         seed: of dropout, >= 0.
         trainable: which parameters are trained; None for all. See `make_algorithm`.
+        objective: what the network is trained and scored on; None for the one that fits the targets.
 
     Raises:
         ValueError: in `init`, if the network has no method `features` or no last layer `head`, or `mem_size`
-            is less than the number of classes; in `train_step`, if the images have not the memory's dtype.
+            is less than the number of classes; at once or in `init`, if targets are not class labels.
 
     Example:
         >>> import numpy as np
@@ -131,8 +135,7 @@ def icarl(hparams: ICaRLHParams, seed: int = 0, trainable: Selection = None) -> 
         )
 
     def step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
-        planned(state.memory.exemplars, batch, tuple)  # checks the dtype of the images; needs no plan
-        return bundle.train_step(ts, state, batch, partial(objective, hparams=hparams))
+        return bundle.train_step(ts, state, batch, partial(training_loss, hparams=hparams))
 
     def end(ts: TrainState, state: State, plan: Batch) -> tuple[TrainState, State]:
         exemplars, means, has_mean = renew(ts, ts.params, state, plan, hparams)
@@ -148,11 +151,13 @@ def icarl(hparams: ICaRLHParams, seed: int = 0, trainable: Selection = None) -> 
         seed,
         step,
         trainable=trainable,
+        objective=objective,
+        check=partial(check_classification, method="icarl"),
         init_memory=init_memory,
         fills={"old": jnp.copy},
         plan_end=lambda state, batches: collected(batches),
         apply_end=end,
         predict=predict,
         training_split=training_split,
-        alternatives=lambda ts, state, x, t: {"head": bundle.predict(ts, state, x, t)},
+        alternatives=lambda ts, state, x, t: {"head": bundle.predict(ts, state, x, t, objective)},
     )

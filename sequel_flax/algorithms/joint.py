@@ -1,6 +1,6 @@
 """Joint training: naive finetuning on the union of tasks. The usual upper bound.
 
-    L = CE(f(x), y), (x, y) from tasks 0 to i at stage i ("cumulative") or from all tasks ("once")
+    L = loss(f(x), y), (x, y) from tasks 0 to i at stage i ("cumulative") or from all tasks ("once")
 
 `JointHParams.training_tasks` selects the samples; the step is that of naive finetuning.
 
@@ -12,10 +12,13 @@ from __future__ import annotations
 from sequel_core.algorithms.joint import JointHParams
 from sequel_flax.algorithms.naive import naive
 from sequel_flax.bundle import Algorithm
+from sequel_flax.objectives import Objective
 from sequel_flax.trainable import Selection
 
 
-def joint(hparams: JointHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
+def joint(
+    hparams: JointHParams, seed: int = 0, trainable: Selection = None, objective: Objective | None = None
+) -> Algorithm:
     """Return joint training as pure functions.
 
     The functions are those of `naive`. Train on the tasks of `hparams.training_tasks(benchmark)`, which are
@@ -25,6 +28,7 @@ def joint(hparams: JointHParams, seed: int = 0, trainable: Selection = None) -> 
         hparams: settings; see `help(JointHParams)`.
         seed: of dropout, >= 0.
         trainable: which parameters are trained; None for all. See `make_algorithm`.
+        objective: what the network is trained and scored on; None for the one that fits the targets.
 
     Raises:
         ValueError: in `init`, as for `naive`.
@@ -42,4 +46,4 @@ def joint(hparams: JointHParams, seed: int = 0, trainable: Selection = None) -> 
         >>> [len(task.train) for task in algorithm.hparams.training_tasks(digits)]
         [40, 80]
     """
-    return naive(hparams, seed, trainable)
+    return naive(hparams, seed, trainable, objective)

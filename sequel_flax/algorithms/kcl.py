@@ -39,6 +39,7 @@ from sequel_core.stream.task import Batch
 from sequel_flax import bundle, kernels
 from sequel_flax.bundle import Algorithm, Params, State, Stats, StepOutputs, make_algorithm
 from sequel_flax.coresets import apply_start, coreset_of, plan_start
+from sequel_flax.objectives import Objective, check_classification, mean_loss
 from sequel_flax.replay import Memory, empty_memory
 from sequel_flax.trainable import Selection
 
@@ -62,7 +63,7 @@ def init_state(hparams: KCLHParams, spec: StreamSpec, seed: int, width: int, dty
         width: units of the last hidden layer, H.
         dtype: of the weights.
     """
-    coreset = empty_memory(spec, spec.num_tasks * hparams.core_size, None)
+    coreset = empty_memory(spec, spec.num_tasks * hparams.core_size)
     if hparams.kernel_type == "rbf":
         return KCLState(coreset, None, None, None)
     noise, phase, fixed = map(jnp.asarray, basis_constants(seed, hparams.d_rn_f, width))
@@ -104,11 +105,12 @@ def divergence(extra: Any, hparams: KCLHParams, source: kernels.Gaussian, h: jax
     return hparams.tau * kernels.gaussian_kl(source, prior)
 
 
-def objective(
-    ts: TrainState, params: Params, state: State, batch: Batch, hparams: KCLHParams
+def training_loss(
+    params: Params, model: bundle.Model, batch: Batch, hparams: KCLHParams
 ) -> tuple[jax.Array, tuple[jax.Array, Stats]]:
     """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
-    k, memory, extra, rff = state.stream.task, state.memory, params["kcl"], hparams.kernel_type == "rff"
+    ts, state, rff = model.ts, model.state, hparams.kernel_type == "rff"
+    k, memory, extra = state.stream.task, state.memory, params["kcl"]
     x, y = coreset_of(memory.coreset, k, hparams.core_size)
     h, stats = bundle.training_forward(ts, params, state, batch.x, method="features")
     core, stats = bundle.training_forward(ts, params, state, x, method="features", stats=stats, draw=1)
@@ -116,11 +118,11 @@ def objective(
     starts = batch.plan.starts if rff else None
     classes = jax.eval_shape(bundle.predict, ts, state, batch.x, batch.t).shape[1]
     logits, source = task_logits(extra, memory, hparams, core, y, k, h, starts, classes)
-    logits = bundle.masked(state.stream, logits, batch.t)
-    loss = bundle.cross_entropy(logits, batch.y)
+    net = bundle.for_objective(model, batch, logits)
+    loss = mean_loss(model.objective, net, batch)
     if rff:
         loss = loss + divergence(extra, hparams, source, h)
-    return loss, (logits, stats)
+    return loss, (net(batch.x), stats)
 
 
 def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array, hparams: KCLHParams) -> jax.Array:
@@ -145,10 +147,14 @@ def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array, hparams: K
 
         return jax.lax.cond(jnp.any(t == j) & (owners[j] == j), classified, lambda: logits)
 
-    return bundle.masked(state.stream, jax.lax.fori_loop(0, len(owners), add_task, empty), t)
+    logits: jax.Array = jax.lax.fori_loop(0, len(owners), add_task, empty)
+    masked_logits: jax.Array = bundle.masked(state.stream, logits, t)
+    return masked_logits
 
 
-def kcl(hparams: KCLHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
+def kcl(
+    hparams: KCLHParams, seed: int = 0, trainable: Selection = None, objective: Objective | None = None
+) -> Algorithm:
     """Return kernel continual learning as pure functions.
 
     KCL adds parameters to the network's, so call `algorithm.prepare(ts, spec)` before `algorithm.init`. Its
@@ -159,6 +165,7 @@ def kcl(hparams: KCLHParams, seed: int = 0, trainable: Selection = None) -> Algo
         hparams: settings; see `help(KCLHParams)`.
         seed: of dropout, of the bases and of the networks that infer them, >= 0.
         trainable: which parameters of the network are trained; None for all. See `make_algorithm`.
+        objective: what the network is trained and scored on; None for the one that fits the targets.
 
     Raises:
         ValueError: in `prepare`, if the network has no method `features` or no last layer `head`; in `init`,
@@ -202,6 +209,10 @@ def kcl(hparams: KCLHParams, seed: int = 0, trainable: Selection = None) -> Algo
         width = bundle.feature_width(ts, spec, "kcl")
         return init_state(hparams, spec, seed, width, ts.params["kcl"]["lmd"].dtype)
 
+    def loss(ts: TrainState, params: Params, state: State, batch: Batch) -> tuple[jax.Array, Any]:
+        model = bundle.Model(ts, state, bundle.objective_of(objective, state.stream))
+        return training_loss(params, model, batch, hparams)
+
     def step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         plan = method_plan(batch)
         if rff and (not isinstance(plan, BasesPlan) or plan.starts.shape != (hparams.d_rn_f,)):
@@ -209,7 +220,7 @@ def kcl(hparams: KCLHParams, seed: int = 0, trainable: Selection = None) -> Algo
                 "the batch has no plan, which says where in the noise bases begin; make one planner with "
                 "algorithm.planner(spec, state) and give Batch(x, y, t, planner.next(y, t))"
             )
-        after, state, outputs = bundle.train_step(ts, state, batch, partial(objective, hparams=hparams))
+        after, state, outputs = bundle.train_step(ts, state, batch, loss)
         return bundle.with_head_of(ts, after, True), state, outputs  # weight decay has changed the head
 
     return make_algorithm(
@@ -217,6 +228,8 @@ def kcl(hparams: KCLHParams, seed: int = 0, trainable: Selection = None) -> Algo
         seed,
         step,
         trainable=trainable,
+        objective=objective,
+        check=partial(check_classification, method="kcl"),
         init_memory=init_memory,
         plan_start=partial(plan_start, hparams=hparams),
         apply_start=partial(apply_start, hparams=hparams),

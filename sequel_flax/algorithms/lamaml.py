@@ -4,8 +4,8 @@ Each batch gets several updates, called glances. A glance first takes K inner st
 alone. It then updates theta and the learning rates alpha by the gradient of the loss on the batch and a draw
 from the memory, averaged over the inner steps:
 
-    theta'_k = theta'_{k-1} - relu(alpha) * grad CE(part k of the batch; theta'_{k-1})           (algorithm 2)
-    M = 1/K sum_k CE(batch and draw; theta'_k)                                                         (eq. 2)
+    theta'_k = theta'_{k-1} - relu(alpha) * grad loss(part k of the batch; theta'_{k-1})         (algorithm 2)
+    M = 1/K sum_k loss(batch and draw; theta'_k)                                                       (eq. 2)
     alpha <- alpha - eta dM/dalpha; then theta <- theta - relu(alpha) * dM/dtheta                      (eq. 7)
 
 alpha has one learning rate for each weight; eta is `lr_alpha`. Variants:
@@ -37,28 +37,32 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_flax.bundle import (
     Algorithm,
+    Model,
     Params,
     State,
     StepOutputs,
     check_no_batch_stats,
+    for_objective,
     make_algorithm,
-    masked,
+    objective_of,
     trained_on,
     training_forward,
 )
+from sequel_flax.objectives import Objective
 from sequel_flax.replay import (
     Memory,
-    Outputs,
     ReplayBatch,
     drawn,
     empty_memory,
-    mean_cross_entropy,
+    joined,
+    mean_loss,
+    one_pass,
     planned,
     write,
 )
 from sequel_flax.trainable import Selection
 
-NumberedModel = tuple[TrainState, State, Any]  # with the number of the pass, on which dropout depends
+NumberedModel = tuple[Model, Any]  # with the number of the pass, on which dropout depends
 
 
 class LaMAMLState(NamedTuple):
@@ -70,8 +74,8 @@ class LaMAMLState(NamedTuple):
 
 def with_draw(batch: Batch, draw: ReplayBatch) -> ReplayBatch:
     """Return the batch and, after it, a draw from the memory."""
-    x, y, t = (jnp.concatenate(pair) for pair in zip(batch[:3], draw[:3], strict=True))
-    return ReplayBatch(x, y, t, None, len(batch.y) + draw.count)
+    x, y, t = joined([batch[:3], draw[:3]])
+    return ReplayBatch(x, y, t, None, len(batch.t) + draw.count)
 
 
 def inner_sgd_step(params: Params, rates: Params, gradient: Params) -> Params:
@@ -94,11 +98,10 @@ def clip_by_norm(gradient: Params, norm: float | None) -> Params:
 
 
 def sample_loss(params: Params, model: NumberedModel, samples: ReplayBatch) -> jax.Array:
-    """Return the mean cross-entropy of samples at the weights given, in training mode, shape ()."""
-    ts, state, k = model
-    logits, _ = training_forward(ts, params, state, samples.x, draw=k)
-    masked_logits = masked(state.stream, logits, samples.t)
-    return mean_cross_entropy(Outputs(logits, masked_logits, samples.y, None, samples.count))
+    """Return the mean loss of samples at the weights given, in training mode, shape ()."""
+    network, k = model
+    (outputs,), _ = one_pass(params, network, [samples], {}, k)
+    return mean_loss(outputs)
 
 
 def meta_loss(
@@ -119,20 +122,20 @@ def meta_loss(
         draw: from the memory.
         hparams: settings.
     """
-    (ts, state, first), meta = model, with_draw(batch, draw)
-    count = hparams.check_parts(len(batch.y))
+    (network, first), meta = model, with_draw(batch, draw)
+    count = hparams.check_parts(len(batch.t))
     parts = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), batch)
 
     def inner_step(
         carry: tuple[Params, jax.Array], part: Batch
     ) -> tuple[tuple[Params, jax.Array], jax.Array]:
         fast, k = carry
-        current = ReplayBatch(*part[:3], None, len(part.y))
-        gradient = jax.grad(sample_loss)(fast, (ts, state, k), current)
+        current = ReplayBatch(*part[:3], None, len(part.t))
+        gradient = jax.grad(sample_loss)(fast, (network, k), current)
         if not hparams.second_order:
             gradient = jax.lax.stop_gradient(gradient)
         fast = inner_sgd_step(fast, rates, clip_by_value(gradient, hparams.inner_clip))
-        return (fast, k + 2), sample_loss(fast, (ts, state, k + 1), meta)
+        return (fast, k + 2), sample_loss(fast, (network, k + 1), meta)
 
     losses = jax.lax.scan(inner_step, (params, first), parts, unroll=True)[
         1
@@ -163,13 +166,16 @@ def glance(
     return loss, clip_by_norm(gradient, hparams.grad_clip_norm), rates
 
 
-def lamaml(hparams: LaMAMLHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
+def lamaml(
+    hparams: LaMAMLHParams, seed: int = 0, trainable: Selection = None, objective: Objective | None = None
+) -> Algorithm:
     """Return La-MAML as pure functions.
 
     Args:
         hparams: settings; see `help(LaMAMLHParams)`.
         seed: of dropout, of the memory and of the order of a batch in a glance, >= 0.
         trainable: which parameters are trained; None for all. See `make_algorithm`.
+        objective: what the network is trained and scored on; None for the one that fits the targets.
 
     Raises:
         ValueError: in `init`, if the network has batch normalisation or the memory does not fit the stream;
@@ -199,24 +205,26 @@ def lamaml(hparams: LaMAMLHParams, seed: int = 0, trainable: Selection = None) -
 
     def init_memory(ts: TrainState, spec: StreamSpec) -> LaMAMLState:
         check_no_batch_stats(ts, "lamaml", "its inner steps see too few samples for batch statistics")
-        memory = empty_memory(spec, hparams.slots(spec.num_tasks), None)
+        memory = empty_memory(spec, hparams.slots(spec.num_tasks))
         return LaMAMLState(memory, jax.tree.map(first_rate, ts.params))
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         meta_plan, cropped = planned(state.memory.memory, batch, MetaPlan), trained_on(state, batch)
-        logits, _ = training_forward(ts, ts.params, state, cropped.x)
+        network = Model(ts, state, objective_of(objective, state.stream))
+        outputs, _ = training_forward(ts, ts.params, state, cropped.x)
+        net = for_objective(network, cropped, outputs)
 
         def glance_step(carry: Any, plan: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
             (params, rates, opt_state, memory), (order, slots, k) = carry, plan
-            ordered, draw = Batch(*(a[order] for a in cropped[:3])), drawn(memory, batch, slots, k)
-            model = ts, state, 1 + 2 * len(batch.y) * k
+            ordered = Batch(*jax.tree.map(lambda a: a[order], tuple(cropped[:3])))
+            draw, model = drawn(memory, batch, slots, k), (network, 1 + 2 * len(batch.t) * k)
             loss, gradient, rates = glance(params, rates, model, ordered, draw, hparams)
             if hparams.sync_update:
                 updates, opt_state = ts.tx.update(gradient, opt_state, params)
                 params = optax.apply_updates(params, updates)
             else:
                 params = inner_sgd_step(params, rates, gradient)
-            memory = write(memory, meta_plan.write, batch, logits)  # every glance writes the same
+            memory = write(memory, meta_plan.write, batch, None)  # every glance writes the same
             return (params, rates, opt_state, memory), loss
 
         start = (ts.params, state.memory.rates, ts.opt_state, state.memory.memory)
@@ -225,14 +233,15 @@ def lamaml(hparams: LaMAMLHParams, seed: int = 0, trainable: Selection = None) -
         )
         params, rates, opt_state, memory = end
         ts = ts.replace(step=ts.step + 1, params=params, opt_state=opt_state)
-        outputs = {"loss": losses[0], "logits": masked(state.stream, logits, batch.t), "labels": batch.y}
-        return ts, state._replace(memory=LaMAMLState(memory, rates)), outputs
+        step_outputs = {"loss": losses[0], "logits": net(cropped.x), "labels": batch.y}
+        return ts, state._replace(memory=LaMAMLState(memory, rates)), step_outputs
 
     return make_algorithm(
         hparams,
         seed,
         train_step,
         trainable=trainable,
+        objective=objective,
         init_memory=init_memory,
         fills={"rates": first_rate},
         make_planner=lambda spec: MetaPlanner(hparams, spec, seed),

@@ -1,6 +1,6 @@
 """Less-forgetting learning (Jung et al. 2016, https://arxiv.org/abs/1607.00122).
 
-    L = CE(f(x), y) + lambda_e/2 * mean_n ||h(x_n; theta) - h(x_n; theta_old)||^2          (eq. 3, lambda_c 1)
+    L = loss(f(x), y) + lambda_e/2 * mean_n ||h(x_n; theta) - h(x_n; theta_old)||^2        (eq. 3, lambda_c 1)
 
 h is the last hidden layer, theta_old are the weights at the end of the last task, and x are samples of the
 current task. The old network runs in evaluation mode. With `freeze_head`, the last layer does not change
@@ -13,7 +13,6 @@ Mirror: sequel_lightning/algorithms/lfl.py
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -25,22 +24,24 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_flax.bundle import (
     Algorithm,
+    Model,
     Params,
     State,
     Stats,
     StepOutputs,
-    cross_entropy,
     feature_width,
+    for_objective,
     frozen_network,
     head_logits,
     make_algorithm,
-    masked,
     network,
+    objective_of,
     train_step,
     training_forward,
     with_head_of,
     without_head_gradient,
 )
+from sequel_flax.objectives import Objective, mean_loss
 from sequel_flax.trainable import Selection
 
 
@@ -62,27 +63,31 @@ def head_is_frozen(state: LFLState, hparams: LFLHParams) -> jax.Array:
     return (state.learned > 0) & hparams.freeze_head
 
 
-def objective(
-    ts: TrainState, params: Params, state: State, batch: Batch, hparams: LFLHParams
-) -> tuple[jax.Array, tuple[jax.Array, Stats]]:
-    """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
+def training_loss(
+    params: Params, model: Model, batch: Batch, hparams: LFLHParams
+) -> tuple[jax.Array, tuple[Any, Stats]]:
+    """Return the training loss of a batch, shape (), and the outputs of the network."""
+    ts, state = model.ts, model.state
     anchor, statistics, learned = state.memory
     params = without_head_gradient(params, head_is_frozen(state.memory, hparams))
     features, stats = training_forward(ts, params, state, batch.x, method="features")
-    logits = masked(state.stream, head_logits(ts, params, stats, features), batch.t)
-    loss = cross_entropy(logits, batch.y)
+    net = for_objective(model, batch, head_logits(ts, params, stats, features))
+    loss = mean_loss(model.objective, net, batch)
     old = network(ts, anchor, state, batch.x, method="features", stats=statistics)
     loss = loss + learned * hparams.lfl_lambda * feature_distance(features, old)
-    return loss, (logits, stats)
+    return loss, (net(batch.x), stats)
 
 
-def lfl(hparams: LFLHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
+def lfl(
+    hparams: LFLHParams, seed: int = 0, trainable: Selection = None, objective: Objective | None = None
+) -> Algorithm:
     """Return less-forgetting learning as pure functions.
 
     Args:
         hparams: settings; see `help(LFLHParams)`.
         seed: of dropout, >= 0.
         trainable: which parameters are trained; None for all. See `make_algorithm`.
+        objective: what the network is trained and scored on; None for the one that fits the targets.
 
     Raises:
         ValueError: in `init`, if the network has no method `features` or no last layer `head`.
@@ -112,8 +117,11 @@ def lfl(hparams: LFLHParams, seed: int = 0, trainable: Selection = None) -> Algo
         feature_width(ts, spec, "lfl")
         return LFLState(*frozen_network(ts), jnp.zeros((), jax.tree.leaves(ts.params)[0].dtype))
 
+    def loss(ts: TrainState, params: Params, state: State, batch: Batch) -> tuple[jax.Array, Any]:
+        return training_loss(params, Model(ts, state, objective_of(objective, state.stream)), batch, hparams)
+
     def step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
-        after, state, outputs = train_step(ts, state, batch, partial(objective, hparams=hparams))
+        after, state, outputs = train_step(ts, state, batch, loss)
         return with_head_of(ts, after, head_is_frozen(state.memory, hparams)), state, outputs
 
     def end(ts: TrainState, state: State, plan: Any) -> tuple[TrainState, State]:
@@ -124,6 +132,7 @@ def lfl(hparams: LFLHParams, seed: int = 0, trainable: Selection = None) -> Algo
         seed,
         step,
         trainable=trainable,
+        objective=objective,
         init_memory=init_memory,
         fills={"anchor": jnp.copy},
         apply_end=end,

@@ -1,11 +1,11 @@
 """Memory aware synapses (Aljundi et al. 2018, https://arxiv.org/abs/1711.09601).
 
-    L = CE(f(x), y) + lambda * sum_i Omega_i (theta_i - theta*_i)^2                                  (eq. 4)
+    L = loss(f(x), y) + lambda * sum_i Omega_i (theta_i - theta*_i)^2                                  (eq. 4)
     Omega_i <- Omega_i + 1/N sum_n |d ||f(x_n)||^2 / d theta_i| at theta*, one gradient per sample (eq. 2, 3)
 
-f are the logits of all classes, unmasked. No labels are used. theta* are the weights at the end of the last
-task. The official code takes one gradient per batch, of the sum of ||f||^2 over it (`gradients="batch"`).
-Importances then depend on the batch size, and strengths are not comparable.
+f are the outputs of the network, for classes the unmasked logits. No targets are used. theta* are the weights
+at the end of the last task. The official code takes one gradient per batch, of the sum of ||f||^2 over it
+(`gradients="batch"`). Importances then depend on the batch size, and strengths are not comparable.
 
 Mirror: sequel_lightning/algorithms/mas.py
 """
@@ -17,29 +17,34 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax.training.train_state import TrainState
 
 from sequel_core.algorithms.mas import MASHParams
+from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
-from sequel_flax.bundle import Algorithm, Params, network
-from sequel_flax.quadratic import Model, mean_gradients, quadratic
+from sequel_flax.bundle import Algorithm, Params, network, output_shape
+from sequel_flax.objectives import Objective, output_leaf
+from sequel_flax.quadratic import Model, QuadraticState, init_quadratic, mean_gradients, quadratic
 from sequel_flax.trainable import Selection
 
 
 def squared_norm(params: Params, model: Model, batch: Batch) -> jax.Array:
     """Return the sum over a batch of ||f(x)||^2, in evaluation mode, shape ()."""
-    ts, state = model
-    logits = network(ts, params, state, batch.x)
-    return jnp.where(batch.t >= 0, (logits**2).sum(1), 0).sum()  # t is -1 for padding
+    f = output_leaf(network(model.ts, params, model.state, batch.x), model.hparams.output)
+    norms = (f.reshape(len(f), -1) ** 2).sum(1)
+    return jnp.where(batch.t >= 0, norms, 0).sum()  # t is -1 for padding
 
 
 def sensitivity(params: Params, model: Model, batches: Iterable[Batch], hparams: MASHParams) -> Params:
     """Return the mean absolute gradient of ||f(x)||^2 over a task's samples."""
     return mean_gradients(
-        params, model, batches, squared_norm, jnp.abs, hparams.mas_samples, hparams.gradients == "batch"
+        params, model, batches, [squared_norm], jnp.abs, hparams.mas_samples, hparams.gradients == "batch"
     )
 
 
-def mas(hparams: MASHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
+def mas(
+    hparams: MASHParams, seed: int = 0, trainable: Selection = None, objective: Objective | None = None
+) -> Algorithm:
     """Return memory aware synapses as pure functions.
 
     The order of the calls is that of `help(ewc)`.
@@ -48,9 +53,10 @@ def mas(hparams: MASHParams, seed: int = 0, trainable: Selection = None) -> Algo
         hparams: settings; see `help(MASHParams)`.
         seed: of dropout, >= 0.
         trainable: which parameters are trained; None for all. See `make_algorithm`.
+        objective: what the network is trained and scored on; None for the one that fits the targets.
 
     Raises:
-        ValueError: in `end_task`, if there are no batches.
+        ValueError: in `init`, if the network has no such output; in `end_task`, if there are no batches.
 
     Example:
         >>> import optax
@@ -67,6 +73,11 @@ def mas(hparams: MASHParams, seed: int = 0, trainable: Selection = None) -> Algo
         >>> bool((state.memory.importance["head"]["bias"] > 0).all())
         True
     """
+
+    def init_memory(ts: TrainState, spec: StreamSpec) -> QuadraticState:
+        output_leaf(output_shape(ts, spec), hparams.output)
+        return init_quadratic(ts)
+
     return quadratic(
         hparams,
         seed,
@@ -74,4 +85,6 @@ def mas(hparams: MASHParams, seed: int = 0, trainable: Selection = None) -> Algo
         importances=partial(sensitivity, hparams=hparams),
         samples=hparams.mas_samples,
         trainable=trainable,
+        objective=objective,
+        init_memory=init_memory,
     )

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax.training.train_state import TrainState
 
 from sequel_core.algorithms.mcsgd import ConnectionPlan, MCSGDHParams, connection_plan
@@ -33,9 +32,19 @@ from sequel_core.stream.task import Batch
 from sequel_flax import bundle
 from sequel_flax.augmentation import without_draws
 from sequel_flax.boundaries import StartPlan, repeated, select
-from sequel_flax.bundle import Algorithm, Params, State, StepOutputs, apply_start, masked, network
-from sequel_flax.quadratic import Model
-from sequel_flax.replay import Memory, ReplayBatch, draws, mean_cross_entropy, read, replay, sum_of_first
+from sequel_flax.bundle import (
+    Algorithm,
+    Model,
+    Params,
+    State,
+    StepOutputs,
+    apply_start,
+    for_objective,
+    network,
+    objective_of,
+)
+from sequel_flax.objectives import Objective, losses_of
+from sequel_flax.replay import Memory, ReplayBatch, draws, mean_loss, read, replay, sum_of_first, total_weight
 from sequel_flax.trainable import Selection
 
 Moving = tuple[Params, Params]  # weights w on their way to w_bar, and their velocity
@@ -72,7 +81,7 @@ def connection_step(moving: Moving, model: Model, lines: Lines, hparams: MCSGDHP
     """Return the weights and their velocity after a step on the losses along lines that end at them."""
     gradient = jax.tree.map(jnp.zeros_like, moving[0])
     for start, samples in lines:
-        count = jnp.maximum(sum(s.count for s in samples), 1)
+        count = total_weight(model.objective, samples)
         for place, factor in hparams.points():
             for chunk in samples:
                 gradient = add_gradient(gradient, model, start, moving[0], place, factor / count, chunk)
@@ -83,13 +92,13 @@ def connection_step(moving: Moving, model: Model, lines: Lines, hparams: MCSGDHP
 def add_gradient(
     total: Params, model: Model, start: Params, end: Params, place: float, factor: Any, samples: ReplayBatch
 ) -> Params:
-    """Return `total` plus `factor` times the gradient of the summed cross-entropy at a point of a line."""
-    ts, state = model
+    """Return `total` plus `factor` times the gradient of the summed loss at a point of a line."""
+    batch = Batch(*samples[:3])
 
     def summed_loss(params: Params) -> jax.Array:
-        logits = masked(state.stream, network(ts, params, state, samples.x), samples.t)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, samples.y)
-        return sum_of_first(losses, samples.count)
+        outputs = network(model.ts, params, model.state, batch.x)
+        net = for_objective(model, batch, outputs, lambda x: network(model.ts, params, model.state, x))
+        return sum_of_first(losses_of(model.objective, net, batch), samples.count)
 
     gradient = jax.grad(summed_loss)(interpolate(start, end, place))
     return jax.tree.map(lambda a, g: a + factor.astype(a.dtype) * g, total, gradient)
@@ -133,21 +142,23 @@ def finish(
     return state._replace(w_bar=w_bar, w_hat=jax.tree.map(jnp.copy, params), learned=jnp.copy(task))
 
 
-def mcsgd(hparams: MCSGDHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
+def mcsgd(
+    hparams: MCSGDHParams, seed: int = 0, trainable: Selection = None, objective: Objective | None = None
+) -> Algorithm:
     """Return mode connectivity SGD as pure functions.
 
     Args:
         hparams: settings; see `help(MCSGDHParams)`.
         seed: of dropout, of the memory and of the order in which the search reads it, >= 0.
         trainable: which parameters are trained; None for all. See `make_algorithm`.
+        objective: what the network is trained and scored on; None for the one that fits the targets.
 
     Raises:
         ValueError: in `init`, if the network has batch normalisation or the memory does not fit the stream;
             in `train_step`, if the batch has no plan.
 
     Example:
-        >>> import optax
-        >>> from sequel_benchmarks import RotatedDigits
+        >>>         >>> from sequel_benchmarks import RotatedDigits
         >>> from sequel_core import Batch, MCSGDHParams
         >>> from sequel_flax import MLP, initial_params, mcsgd
         >>> digits, net = RotatedDigits(num_tasks=2, subset=40), MLP(widths=(16,), num_classes=10)
@@ -166,8 +177,8 @@ def mcsgd(hparams: MCSGDHParams, seed: int = 0, trainable: Selection = None) -> 
         ['w_hat']
     """
     online = hparams.lmc_policy == "online"
-    make = partial(replay, hparams, seed, lambda batch, _: mean_cross_entropy(batch), int(online), True)
-    base = make()
+    make = partial(replay, hparams, seed, lambda batch, _: mean_loss(batch), int(online), True)
+    base = make(objective=objective)
 
     def init_memory(ts: TrainState, spec: StreamSpec) -> MCSGDState:
         bundle.check_no_batch_stats(
@@ -188,7 +199,8 @@ def mcsgd(hparams: MCSGDHParams, seed: int = 0, trainable: Selection = None) -> 
         after, plain, outputs = base.train_step(ts, plain, without_draws(batch))
         if online:
             lines = [(memory.w_bar, past), (after.params, [current])]
-            step = partial(connection_step, model=(after, state), lines=lines, hparams=hparams)
+            model = Model(after, state, objective_of(objective, state.stream))
+            step = partial(connection_step, model=model, lines=lines, hparams=hparams)
             moving = jax.lax.cond(memory.learned >= 0, step, lambda moving: moving, memory.moving)
             memory = memory._replace(moving=moving)
         return after, state._replace(memory=memory._replace(memory=plain.memory)), outputs
@@ -197,7 +209,8 @@ def mcsgd(hparams: MCSGDHParams, seed: int = 0, trainable: Selection = None) -> 
         return plan_connection(state.memory, int(state.stream.task), hparams, seed)
 
     def end(ts: TrainState, state: State, plan: ConnectionPlan) -> tuple[TrainState, State]:
-        memory = finish(ts.params, (ts, state), state.memory, plan, state.stream.task, hparams)
+        model = Model(ts, state, objective_of(objective, state.stream))
+        memory = finish(ts.params, model, state.memory, plan, state.stream.task, hparams)
         params = jax.tree.map(jnp.copy, memory.w_bar)
         return ts.replace(params=params), state._replace(memory=memory)
 
@@ -207,6 +220,7 @@ def mcsgd(hparams: MCSGDHParams, seed: int = 0, trainable: Selection = None) -> 
 
     return make(
         trainable=trainable,
+        objective=objective,
         train_step=train_step,
         init_memory=init_memory,
         fills={"w_bar": jnp.copy, "w_hat": jnp.copy, "moving": (jnp.copy, jnp.zeros_like) if online else ()},

@@ -1,18 +1,23 @@
 """Naive finetuning: trains on one task after the other without any protection. The usual lower bound.
 
-    L = CE(f(x), y)
+    L = loss(f(x), y)
 
 Mirror: sequel_lightning/algorithms/naive.py
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 from sequel_core.hparams import AlgorithmHParams
-from sequel_flax.bundle import Algorithm, make_algorithm, train_step
+from sequel_flax.bundle import Algorithm, make_algorithm, train_step, training_loss
+from sequel_flax.objectives import Objective
 from sequel_flax.trainable import Selection
 
 
-def naive(hparams: AlgorithmHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
+def naive(
+    hparams: AlgorithmHParams, seed: int = 0, trainable: Selection = None, objective: Objective | None = None
+) -> Algorithm:
     """Return naive finetuning as pure functions.
 
     The order of the calls is that of `help(ewc)`.
@@ -21,6 +26,7 @@ def naive(hparams: AlgorithmHParams, seed: int = 0, trainable: Selection = None)
         hparams: settings; see `help(NaiveHParams)`.
         seed: of dropout, >= 0.
         trainable: which parameters are trained; None for all. See `make_algorithm`.
+        objective: what the network is trained and scored on; None for the one that fits the targets.
 
     Raises:
         ValueError: in `init`, if `lr_decay` is not 1 and the learning rate of the optimizer cannot be set.
@@ -41,4 +47,5 @@ def naive(hparams: AlgorithmHParams, seed: int = 0, trainable: Selection = None)
         >>> sorted(outputs)
         ['labels', 'logits', 'loss']
     """
-    return make_algorithm(hparams, seed, train_step, trainable=trainable)
+    step = partial(train_step, training_loss=partial(training_loss, objective=objective))
+    return make_algorithm(hparams, seed, step, trainable=trainable, objective=objective)

@@ -1,10 +1,10 @@
 """Synaptic intelligence (Zenke, Poole & Ganguli 2017, https://arxiv.org/abs/1703.04200).
 
-    L = CE(f(x), y) + c * sum_i Omega_i (theta_i - theta*_i)^2                                       (eq. 4)
+    L = loss(f(x), y) + c * sum_i Omega_i (theta_i - theta*_i)^2                                       (eq. 4)
     omega_i = sum over the steps of a task of -g_i (theta_i after - theta_i before)                  (eq. 3)
     Omega_i <- Omega_i + omega_i / ((theta_i - theta*_i)^2 + xi) at its end; then theta* <- theta    (eq. 5)
 
-g is the gradient of the cross-entropy alone, before clipping. The step is the optimizer's real step, with
+g is the gradient of the loss alone, before clipping. The step is the optimizer's real step, with
 momentum, weight decay and clipping. theta* are the weights at the start of the task; for the first task, the
 initial weights. The official code keeps Omega >= 0 (`clamp`). Its Permuted MNIST accuracies (10 tasks, MLP
 2000-2000, Adam 1e-3 that is not reset between tasks, batch 256, 20 epochs) have c = 0.1 and xi = 0.1. Its
@@ -33,13 +33,12 @@ from sequel_flax.bundle import (
     StepOutputs,
     advance,
     apply_start,
-    cross_entropy,
     empty_sum,
     make_algorithm,
-    masked,
     trained_on,
-    training_forward,
+    training_loss,
 )
+from sequel_flax.objectives import Objective
 from sequel_flax.quadratic import FILLS, init_quadratic, penalty
 from sequel_flax.trainable import Selection
 
@@ -74,7 +73,9 @@ def consolidate(params: Params, state: SIState, hparams: SIHParams) -> SIState:
     return SIState(jax.tree.map(jnp.copy, params), importance, jax.tree.map(jnp.zeros_like, state.path))
 
 
-def si(hparams: SIHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
+def si(
+    hparams: SIHParams, seed: int = 0, trainable: Selection = None, objective: Objective | None = None
+) -> Algorithm:
     """Return synaptic intelligence as pure functions.
 
     The order of the calls is that of `help(ewc)`. Every step adds to the path integral, so take all steps
@@ -84,6 +85,7 @@ def si(hparams: SIHParams, seed: int = 0, trainable: Selection = None) -> Algori
         hparams: settings; see `help(SIHParams)`.
         seed: of dropout, >= 0.
         trainable: which parameters are trained; None for all. See `make_algorithm`.
+        objective: what the network is trained and scored on; None for the one that fits the targets.
 
     Raises:
         ValueError: in `train_step`, if the samples belong to a task that has not begun.
@@ -117,9 +119,7 @@ def si(hparams: SIHParams, seed: int = 0, trainable: Selection = None) -> Algori
         memory, batch = state.memory, trained_on(state, batch)
 
         def loss_fn(params: Params) -> tuple[jax.Array, Any]:
-            logits, stats = training_forward(ts, params, state, batch.x)
-            logits = masked(state.stream, logits, batch.t)
-            return cross_entropy(logits, batch.y), (logits, stats)
+            return training_loss(ts, params, state, batch, objective)
 
         (loss, (logits, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
         value, penalty_gradient = jax.value_and_grad(penalty)(ts.params, memory.anchor, memory.importance)
@@ -137,6 +137,7 @@ def si(hparams: SIHParams, seed: int = 0, trainable: Selection = None) -> Algori
         seed,
         train_step,
         trainable=trainable,
+        objective=objective,
         init_memory=init_memory,
         fills={**FILLS, "path": empty_sum},
         apply_start=start,

@@ -1,6 +1,6 @@
 """Stable SGD (Mirzadeh et al. 2020, https://arxiv.org/abs/2006.06958).
 
-    L = CE(f(x), y), task t (from 0) with the learning rate max(lr * gamma^(t + 1), min_lr)
+    L = loss(f(x), y), task t (from 0) with the learning rate max(lr * gamma^(t + 1), min_lr)
 
 Naive finetuning with a large first learning rate, which decays from task to task, dropout, momentum and a
 small batch. The minima are flatter, so the weights move less in the next task. The exponent is that of the
@@ -17,10 +17,13 @@ from __future__ import annotations
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
 from sequel_flax.algorithms.naive import naive
 from sequel_flax.bundle import Algorithm
+from sequel_flax.objectives import Objective
 from sequel_flax.trainable import Selection
 
 
-def stable_sgd(hparams: StableSGDHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
+def stable_sgd(
+    hparams: StableSGDHParams, seed: int = 0, trainable: Selection = None, objective: Objective | None = None
+) -> Algorithm:
     """Return stable SGD as pure functions.
 
     The functions are those of `naive`; each `start_task` sets the learning rate.
@@ -29,6 +32,7 @@ def stable_sgd(hparams: StableSGDHParams, seed: int = 0, trainable: Selection = 
         hparams: settings; see `help(StableSGDHParams)`.
         seed: of dropout, >= 0.
         trainable: which parameters are trained; None for all. See `make_algorithm`.
+        objective: what the network is trained and scored on; None for the one that fits the targets.
 
     Raises:
         ValueError: in `init`, if `lr_decay` is not 1 and the optimizer has no learning rate that can be set;
@@ -50,4 +54,4 @@ def stable_sgd(hparams: StableSGDHParams, seed: int = 0, trainable: Selection = 
         >>> round(float(ts.opt_state.hyperparams["learning_rate"]), 3)
         0.08
     """
-    return naive(hparams, seed, trainable)
+    return naive(hparams, seed, trainable, objective)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,11 +15,12 @@ from sequel_core.hparams import Dtype
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.plan import initial_weights
+from sequel_core.stream.trees import specs_text
 from sequel_flax.backbones.cnn import CNN
 from sequel_flax.backbones.mlp import MLP
 from sequel_flax.backbones.normalisation import BatchNorm
 from sequel_flax.backbones.resnet import ResNet18, ResNet18Thin
-from sequel_flax.bundle import blank_image
+from sequel_flax.bundle import blank_input, called
 from sequel_flax.foreign import adapted
 
 __all__ = [
@@ -61,8 +63,8 @@ def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "f
         A dict with the tree `params`, and `batch_stats` if the model has batch normalisation.
 
     Raises:
-        ValueError: The inputs do not fit the model, it does not return logits `[B, num_classes]`, it has
-            other collections of variables, or `dtype` is float64 and 64-bit JAX is disabled.
+        ValueError: The inputs do not fit the model, it does not return logits `[B, num_classes]` for class
+            labels, it has other collections of variables, or `dtype` is float64 and 64-bit JAX is disabled.
 
     Example:
         >>> from sequel_benchmarks import RotatedDigits
@@ -75,8 +77,11 @@ def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "f
         raise ValueError(
             'dtype=float64 needs 64-bit JAX; call jax.config.update("jax_enable_x64", True) first'
         )
-    model, image = adapted(model), blank_image(spec, dtype)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(seed), image, train=False))
+    model, x = adapted(model, spec.x), blank_input(spec, dtype)
+    if isinstance(model, CNN | ResNet18):
+        _ = spec.image_shape  # an error if inputs are not images
+    init = partial(called, partial(model.init, jax.random.key(seed), train=False), x)
+    shapes = jax.eval_shape(init)
     others = [name for name in shapes if name not in CARRIED]
     if others:
         raise ValueError(
@@ -84,14 +89,17 @@ def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "f
             f"{', '.join(others)}; remove the layers with other variables: only parameters and the "
             "statistics of batch normalisation are carried from step to step and saved in checkpoints"
         )
-    logits = jax.eval_shape(lambda variables: model.apply(variables, image, train=False), shapes)
-    if logits.shape != (1, spec.num_classes):
+    outputs = jax.eval_shape(
+        lambda variables: called(partial(model.apply, variables, train=False), x), shapes
+    )
+    if spec.labelled and getattr(outputs, "shape", (1, spec.num_classes)) != (1, spec.num_classes):
+        inputs = f"images {[1, *spec.image_shape]}" if spec.images else f"inputs {specs_text(spec.x)}"
         raise ValueError(
-            f"the model must return logits [B, {spec.num_classes}] for images {[1, *spec.image_shape]}, got"
-            f" {list(logits.shape)} for B=1; set num_classes={spec.num_classes}"
+            f"the model must return logits [B, {spec.num_classes}] for {inputs}, got"
+            f" {list(outputs.shape)} for B=1; set num_classes={spec.num_classes}"
         )
     if not isinstance(model, tuple(BACKBONES.values())):
-        initial = dict(model.init(jax.random.key(seed), image, train=False))
+        initial = dict(init())
         variables: Variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), initial)
         return variables
     variables = {}

@@ -34,7 +34,7 @@ class MLP(nn.Module):
         self.head = nn.Dense(self.num_classes)
 
     def features(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Return the last hidden layer `[B, D]` of images `[B, H, W, C]`."""
+        """Return the last hidden layer `[B, D]` of images `[B, H, W, C]`, or of other arrays `[B, ...]`."""
         x = x.reshape((x.shape[0], -1))
         for i in range(len(self.widths)):
             x = nn.relu(getattr(self, f"dense_{i}")(x))
@@ -42,6 +42,6 @@ class MLP(nn.Module):
         return x
 
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Return logits `[B, num_classes]` of images `[B, H, W, C]`."""
+        """Return outputs `[B, num_classes]` of images `[B, H, W, C]`, or of other arrays `[B, ...]`."""
         logits: jax.Array = self.head(self.features(x, train))
         return logits

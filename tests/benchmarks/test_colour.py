@@ -25,6 +25,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from sequel_benchmarks import (
+    TABLES,
     DataSet,
     SplitCIFAR100,
     SplitDigits,
@@ -668,7 +669,7 @@ def test_sequel_data_shows_what_needs_no_download(
     place(tmp_path, monkeypatch, "cifar10")
     assert main(["data", "--data-dir", str(tmp_path)]) == 0
     lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("│")}
-    assert list(lines) == ["mnist", "digits", "cifar10", "cifar100", "tinyimagenet"]
+    assert list(lines) == ["mnist", "digits", "cifar10", "cifar100", "tinyimagenet", *TABLES]
     assert "as published" in lines["digits"]
     assert "32 x 32 x 3" in lines["cifar10"]
     assert ", differs from the published one" in lines["cifar10"]

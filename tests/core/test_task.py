@@ -218,6 +218,24 @@ def test_benchmark_mask_and_spec() -> None:
     assert not replace(benchmark, scenario="class").spec.masks_logits
 
 
+def test_the_shape_of_inputs_that_are_not_images() -> None:
+    def stream(x: Any) -> Benchmark:
+        split = Split(x, np.zeros(4))
+        return Benchmark("b", (Task(0, "t", (), split, split, split.head(0)),), 1, "domain")
+
+    table = stream(np.zeros((4, 3)))
+    assert (table.input_shape, table.spec.input_shape, table.spec.images) == ((3,), (3,), False)
+    with pytest.raises(
+        ValueError, match=r"the network needs images \[H, W, C\], the stream has inputs \[3\]"
+    ):
+        _ = table.image_shape
+    both = stream({"a": np.zeros((4, 3)), "b": np.zeros(4)})
+    with pytest.raises(
+        ValueError, match=r"needs one input array, the stream has inputs a \[3\], b \[\]; use"
+    ):
+        _ = both.input_shape
+
+
 def test_a_joined_task_contains_all_tasks_up_to_it() -> None:
     benchmark = Benchmark("b", tuple(task_of(i, 4, (i,)) for i in range(3)), 3, "class")
     task = benchmark.joined(1)

@@ -10,22 +10,23 @@ from flax.training.train_state import TrainState
 
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
-from sequel_flax import Algorithm
+from sequel_flax import Algorithm, objectives
 from sequel_flax.bundle import (
+    Model,
     Params,
     State,
     Stats,
     StepOutputs,
-    cross_entropy,
+    for_objective,
     frozen_network,
     make_algorithm,
-    masked,
     network,
+    objective_of,
     train_step,
     training_forward,
 )
-from sequel_flax.quadratic import Model, quadratic
-from sequel_flax.replay import Outputs, mean_cross_entropy, replay, sum_of_first
+from sequel_flax.quadratic import quadratic
+from sequel_flax.replay import Outputs, mean_loss, replay, sum_of_first
 from sequel_flax.trainable import Selection
 from tests.examples.user_methods import ConfidentHParams, ImitateHParams, MagnitudeHParams
 
@@ -40,11 +41,11 @@ def magnitude(hparams: MagnitudeHParams, seed: int = 0) -> Algorithm:
 
 
 def replay_loss(batch: Outputs, draws: Sequence[Outputs], hparams: ConfidentHParams) -> jax.Array:
-    """Return the cross-entropy of batch and draw plus the weighted mean entropy of the draw, shape ()."""
+    """Return the mean loss of batch and draw plus the weighted mean entropy of the draw, shape ()."""
     (draw,) = draws
-    entropies = -jnp.sum(jax.nn.softmax(draw.logits) * jax.nn.log_softmax(draw.logits), axis=1)
+    entropies = -jnp.sum(jax.nn.softmax(draw.outputs) * jax.nn.log_softmax(draw.outputs), axis=1)
     entropy = sum_of_first(entropies, draw.count) / jnp.maximum(draw.count, 1)
-    return mean_cross_entropy(batch, draw) + hparams.weight * entropy
+    return mean_loss(batch, draw) + hparams.weight * entropy
 
 
 def confident(hparams: ConfidentHParams, seed: int = 0) -> Algorithm:
@@ -64,14 +65,15 @@ def logit_distance(logits: jax.Array, old: jax.Array) -> jax.Array:
     return ((logits - old) ** 2).sum(1).mean()
 
 
-def objective(ts: TrainState, params: Params, state: State, batch: Batch, hparams: ImitateHParams) -> Any:
+def training_loss(ts: TrainState, params: Params, state: State, batch: Batch, hparams: ImitateHParams) -> Any:
     """Return the loss of a batch, shape (), and its logits `[B, num_classes]`."""
     anchor, statistics, learned = state.memory
     logits, stats = training_forward(ts, params, state, batch.x)
-    masked_logits = masked(state.stream, logits, batch.t)
+    model = Model(ts, state, objective_of(None, state.stream))
+    net = for_objective(model, batch, logits)
     old = network(ts, anchor, state, batch.x, stats=statistics)
     penalty = learned * hparams.strength * logit_distance(logits, old)
-    return cross_entropy(masked_logits, batch.y) + penalty, (masked_logits, stats)
+    return objectives.mean_loss(model.objective, net, batch) + penalty, (net(batch.x), stats)
 
 
 def imitate(hparams: ImitateHParams, seed: int = 0, trainable: Selection = None) -> Algorithm:
@@ -79,7 +81,7 @@ def imitate(hparams: ImitateHParams, seed: int = 0, trainable: Selection = None)
         return ImitateState(*frozen_network(ts), jnp.zeros((), jax.tree.leaves(ts.params)[0].dtype))
 
     def step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
-        return train_step(ts, state, batch, partial(objective, hparams=hparams))
+        return train_step(ts, state, batch, partial(training_loss, hparams=hparams))
 
     def end(ts: TrainState, state: State, plan: Any) -> tuple[TrainState, State]:
         memory = ImitateState(*frozen_network(ts), jnp.ones_like(state.memory.learned))

@@ -13,12 +13,12 @@ from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.stream.arrays import FloatArray
 from sequel_flax.algorithms.agem import project
-from sequel_flax.algorithms.der import logit_distance
+from sequel_flax.algorithms.der import output_distance
 from sequel_flax.algorithms.lfl import feature_distance
 from sequel_flax.algorithms.si import SIState, accumulate_path_integral, consolidate
 from sequel_flax.quadratic import QuadraticState, penalty
 from sequel_flax.quadratic import consolidate as consolidate_quadratic
-from sequel_flax.replay import Outputs, mean_cross_entropy
+from sequel_flax.replay import Outputs, mean_loss
 
 pytestmark = pytest.mark.usefixtures("_double_precision")
 
@@ -74,29 +74,43 @@ def test_a_gradient_that_agrees_is_not_projected(reference: str, rng: np.random.
 
 @pytest.mark.parametrize("count", [0, 3, 5])
 @pytest.mark.parametrize("distance", ["sum", "mean"])
-def test_logit_distance(distance: str, count: int, rng: np.random.Generator) -> None:
+def test_output_distance(distance: str, count: int, rng: np.random.Generator) -> None:
     """The first samples of a draw of five count; the others are padding."""
     stored, logits = rng.normal(size=(2, 5, 4))
     squares = (stored - logits)[:count] ** 2
     expected = squares.sum() / max(count, 1) / (1 if distance == "sum" else 4)
     z, f = jnp.asarray(stored), jnp.asarray(logits)
-    outputs = Outputs(f, f, jnp.zeros(5, jnp.int32), z, count)
+    outputs = Outputs(f, f, jnp.zeros(5), None, z, count)
     hparams = DERHParams(distance=distance)  # type: ignore[arg-type]
-    assert float(logit_distance(outputs, hparams)) == pytest.approx(expected, rel=1e-12)
-    assert float(logit_distance(outputs._replace(stored=f), hparams)) == 0
+    assert float(output_distance(outputs, hparams)) == pytest.approx(expected, rel=1e-12)
+    assert float(output_distance(outputs._replace(stored=f), hparams)) == 0
 
 
-def test_mean_cross_entropy_of_the_samples_that_count(rng: np.random.Generator) -> None:
+def test_mean_loss_of_the_samples_that_count(rng: np.random.Generator) -> None:
     logits, labels = rng.normal(size=(2, 5, 4)), rng.integers(0, 4, (2, 5))
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     losses = -np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
-    f, y = jnp.asarray(logits), jnp.asarray(labels)
-    batch, draw = Outputs(f[0], f[0], y[0], None, 5), Outputs(f[1], f[1], y[1], None, 2)
-    assert float(mean_cross_entropy(batch)) == pytest.approx(losses[0].mean())
-    assert float(mean_cross_entropy(batch, draw)) == pytest.approx(
-        (losses[0].sum() + losses[1, :2].sum()) / 7
+    f = jnp.asarray(logits)
+    batch, draw = (
+        Outputs(f[k], f[k], jnp.asarray(losses[k]), None, None, count) for k, count in ((0, 5), (1, 2))
     )
-    assert float(mean_cross_entropy(draw._replace(count=0))) == 0
+    assert float(mean_loss(batch)) == pytest.approx(losses[0].mean())
+    assert float(mean_loss(batch, draw)) == pytest.approx((losses[0].sum() + losses[1, :2].sum()) / 7)
+    assert float(mean_loss(draw._replace(count=0))) == 0
+
+
+def test_mean_loss_of_weighted_samples(rng: np.random.Generator) -> None:
+    """The sum of the losses that count, over the sum of their weights."""
+    losses, weights = rng.random((2, 5)), rng.random((2, 5))
+    f = jnp.zeros((5, 4))
+    batch, draw = (
+        Outputs(f, f, jnp.asarray(losses[k]), jnp.asarray(weights[k]), None, count)
+        for k, count in ((0, 5), (1, 2))
+    )
+    total = weights[0].sum() + weights[1, :2].sum()
+    expected = (losses[0].sum() + losses[1, :2].sum()) / total
+    assert float(mean_loss(batch, draw)) == pytest.approx(expected)
+    assert float(mean_loss(draw._replace(count=0))) == 0
 
 
 def test_feature_distance(rng: np.random.Generator) -> None:

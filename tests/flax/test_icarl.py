@@ -75,7 +75,9 @@ def test_float_images_in_a_plain_loop() -> None:
 def test_images_of_another_dtype_raise_while_the_step_is_traced() -> None:
     made = learner(ICARL)
     x, y, t, _ = next(iter(batches(rotated().tasks[0], settings())))
-    with pytest.raises(ValueError, match=r"holds uint8 images, the batch has float32; give spec._replace"):
+    with pytest.raises(
+        ValueError, match=r"x of a batch must be uint8 .* got float32 .* give a spec with LeafSpec"
+    ):
         jax.eval_shape(made.algorithm.train_step, made.ts, made.state, Batch(x.astype(np.float32), y, t))
 
 

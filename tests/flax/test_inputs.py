@@ -21,7 +21,7 @@ from sequel_core.stream.benchmark import Scenario, StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_core.stream.trees import LeafSpec
 from sequel_flax import ALGORITHMS, initial_variables
-from sequel_flax.bundle import blank_image, init_stream, masked, normalise
+from sequel_flax.bundle import blank_input, init_stream, masked, normalise
 from tests.flax.parts import BATCH, KCL, divided, initial_states, rotated, stream_for
 
 VOCABULARY, LENGTH, WIDTH = 30_002, 8, 4
@@ -116,7 +116,7 @@ def test_integers_and_booleans_are_not_cast(dtype: str) -> None:
     np.testing.assert_array_equal(normalise(stream, x), x)
     for other in ("uint8", "float32", "bfloat16"):
         assert normalise(stream, jnp.ones((1, 2, 2, 1), other)).dtype == jnp.bfloat16
-    assert blank_image(spec_of_tokens(dtype), jnp.bfloat16).dtype == jnp.dtype(dtype)
+    assert blank_input(spec_of_tokens(dtype), jnp.bfloat16).dtype == jnp.dtype(dtype)
 
 
 def test_a_network_of_tokens_is_initialised_with_tokens() -> None:
@@ -134,9 +134,9 @@ def test_a_coreset_of_another_dtype_than_the_spec_raises() -> None:
     benchmark = stream_for(KCL)
     task = next(iter(KCL.training_tasks(benchmark, 0)))
     algorithm = ALGORITHMS["kcl"](KCL)
-    ts, state = initial_states(
-        algorithm, benchmark.spec._replace(x=LeafSpec(benchmark.spec.image_shape, "int32"))
-    )
+    ts, state = initial_states(algorithm, benchmark.spec)
+    memory = state.memory.coreset._replace(x=state.memory.coreset.x.astype(jnp.int32))
+    state = state._replace(memory=state.memory._replace(coreset=memory))
     with pytest.raises(ValueError, match=r"the coresets hold int32 images, got uint8; give a spec with"):
         algorithm.start_task(ts, state, task)
 

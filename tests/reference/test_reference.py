@@ -23,6 +23,7 @@ from sequel_core.runs.learner import FitMonitor, Learner, Progress
 from sequel_core.stream import plan
 from sequel_core.stream.task import Task
 from sequel_flax.algorithms.ewc import diagonal_fisher as flax_fisher
+from sequel_flax.bundle import Model
 from sequel_flax.learner import as_batch as flax_batch
 from sequel_lightning.algorithms.ewc import diagonal_fisher as torch_fisher
 from sequel_lightning.backbones import canonical_name
@@ -202,7 +203,7 @@ def test_the_fisher_does_not_depend_on_the_batch_size() -> None:
     task = benchmark("rotated").tasks[0]
     torch_: Any = torch_learner("rotated", EWCHParams(), SGD)
     flax_: Any = flax_learner("rotated", EWCHParams(), SGD)
-    params, model = torch_.module.frozen_params(), (flax_.ts, flax_.state)
+    params, model = torch_.module.frozen_params(), Model(flax_.ts, flax_.state, flax_.objective)
     for count in (None, 50):
         reference = EWC(benchmark("rotated"), EWCHParams(fisher_samples=count), SGD, TRAINING, WIDTHS)
         expected = reference.fisher(flax_.weights(), task)
@@ -212,5 +213,6 @@ def test_the_fisher_does_not_depend_on_the_batch_size() -> None:
             named = torch_fisher(params, torch_.module, map(torch_batch, batches), hparams, 0, 0)
             ours = {canonical_name(torch_.module.net, k): v.numpy().T for k, v in named.items()}
             assert_close(ours, expected, 1e-12)
-            tree = flax_fisher(flax_.ts.params, model, map(flax_batch, batches), count)
+            hparams = EWCHParams(fisher_samples=count)
+            tree = flax_fisher(flax_.ts.params, model, map(flax_batch, batches), hparams, 0, 0)
             assert_close(flatten_dict(jax.device_get(tree), sep="/"), expected, 1e-12)
