@@ -30,7 +30,9 @@ from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHPar
 from sequel_core.runs.learner import FitMonitor, Learner
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import Benchmark, Scenario
+from tests.tables import Targets, table
 
+Stream = Scenario | Targets
 WIDTHS = (32, 24)
 SILENT = FitMonitor(on_progress=lambda progress: None, on_evaluate=lambda: None)
 
@@ -152,6 +154,29 @@ LONG: list[tuple[AlgorithmHParams, str]] = [
 """Cases alike that take long; they run with `make slow`."""
 
 
+TABLES: list[tuple[Targets, AlgorithmHParams, str]] = [
+    (targets, hparams, optimizer)
+    for targets in ("classes", "labels", "values")
+    for hparams, optimizer in (
+        (NaiveHParams(), "adam"),
+        (EWCHParams(ewc_lambda=20, fisher_samples=101), "momentum"),
+        (EWCHParams(ewc_lambda=10, accumulation="online", gamma=0.8, fisher_samples=50), "sgd"),
+        (SIHParams(si_lambda=0.3), "momentum"),
+        (MASHParams(mas_lambda=0.01, mas_samples=101), "sgd"),
+        (ERHParams(mem_size=50, mem_batch_size=9), "sgd"),
+        (DERHParams(mem_size=50, mem_batch_size=9), "momentum"),
+        (DERppHParams(mem_size=50, mem_batch_size=9), "clipping"),
+        (AGEMHParams(memory="task_quota", mem_size=60, mem_batch_size=20), "sgd"),
+    )
+]
+TABLES += [
+    ("classes", LFLHParams(lfl_lambda=0.1), "momentum"),
+    ("classes", MCSGDHParams(mem_size=60, lmc_batch_size=16, lmc_lr=0.2), "momentum"),
+    ("classes", LaMAMLHParams(mem_size=50, glances=1, mem_batch_size=6), "sgd"),
+]
+"""Methods on streams of tables, with the loss that fits their targets."""
+
+
 def bar(hparams: AlgorithmHParams) -> float:
     """Return how far apart, at most, the weights of the two frameworks may be; KCL solves linear systems."""
     return 1e-8 if hparams.name == "kcl" else 1e-10
@@ -165,8 +190,13 @@ def name_of(case: tuple[AlgorithmHParams, str]) -> str:
 
 
 @cache
-def benchmark(scenario: Scenario = "domain") -> Benchmark:
-    """Three rotations of the digits, 205 batches of 7 each; or five pairs of digits, 40 batches each."""
+def benchmark(scenario: Stream = "domain") -> Benchmark:
+    """Three rotations of the digits, 205 batches of 7 each; or five pairs of digits, 40 batches each.
+
+    The streams of tables have three tasks of 205 batches.
+    """
+    if scenario in ("classes", "labels", "values"):
+        return table(scenario, train=205 * 7)
     if scenario == "domain":
         return RotatedDigits(num_tasks=3)
     return SplitDigits(num_tasks=5, scenario=scenario, class_order="seeded")
@@ -178,11 +208,11 @@ def training(**changes: Any) -> TrainingHParams:
 
 
 def torch_learner(
-    hparams: AlgorithmHParams, optimizer: OptimizerHParams, scenario: Scenario = "domain", **changes: Any
+    hparams: AlgorithmHParams, optimizer: OptimizerHParams, scenario: Stream = "domain", **changes: Any
 ) -> Learner:
     """Return a LightningLearner; its Trainers are real ones."""
     stream = benchmark(scenario)
-    net = sequel_lightning.MLP(WIDTHS, stream.num_classes, image_shape=stream.image_shape)
+    net = sequel_lightning.MLP(WIDTHS, stream.num_classes, image_shape=stream.spec.x.shape)
     factory = sequel_lightning.build_optimizer(optimizer)
     return sequel_lightning.make_learner(hparams, net, factory, stream, training(**changes))
 
@@ -190,7 +220,7 @@ def torch_learner(
 def flax_learner(
     hparams: AlgorithmHParams,
     optimizer: OptimizerHParams,
-    scenario: Scenario = "domain",
+    scenario: Stream = "domain",
     steps_per_call: int = 1,
     **changes: Any,
 ) -> Learner:
@@ -208,7 +238,7 @@ def trained(
     framework: Callable[..., Learner],
     hparams: AlgorithmHParams,
     optimizer: str,
-    scenario: Scenario = "domain",
+    scenario: Stream = "domain",
 ) -> dict[str, FloatArray]:
     """Return the weights after all tasks."""
     settings, changes = OPTIMIZERS[optimizer]

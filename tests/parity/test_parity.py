@@ -31,6 +31,7 @@ from tests.parity.cases import (
     OPTIMIZERS,
     SGD,
     SILENT,
+    TABLES,
     bar,
     benchmark,
     difference,
@@ -39,6 +40,7 @@ from tests.parity.cases import (
     torch_learner,
     trained,
 )
+from tests.tables import Targets
 
 Make = Callable[..., Learner]
 scanned = partial(flax_learner, steps_per_call=8)
@@ -60,6 +62,15 @@ def marked(
 @pytest.mark.parametrize(("hparams", "optimizer"), marked([*CASES, *LONG], 0))
 def test_same_weights_in_both_frameworks(hparams: AlgorithmHParams, optimizer: str) -> None:
     torch_, flax_ = (trained(make, hparams, optimizer) for make in (torch_learner, flax_learner))
+    assert difference(flax_, torch_) < bar(hparams)
+
+
+TABLE_IDS = [f"{targets} {name_of((hparams, optimizer))}" for targets, hparams, optimizer in TABLES]
+
+
+@pytest.mark.parametrize(("targets", "hparams", "optimizer"), TABLES, ids=TABLE_IDS)
+def test_same_weights_on_tables(targets: Targets, hparams: AlgorithmHParams, optimizer: str) -> None:
+    torch_, flax_ = (trained(make, hparams, optimizer, targets) for make in (torch_learner, flax_learner))
     assert difference(flax_, torch_) < bar(hparams)
 
 

@@ -29,6 +29,7 @@ from sequel_core.stream.benchmark import Benchmark
 from tests.reference.algorithms import make_reference
 from tests.reference.network import Weights
 from tests.reference.streams import Reference, Stage
+from tests.tables import table
 
 WIDTHS = (16, 12)
 SGD = OptimizerHParams(lr=0.05)
@@ -139,6 +140,14 @@ CASES = [
     Case("masked", KCLHParams(**RFF, tau=0.1, normalisation="minmax", task_parameters="current"), ADAM),
     Case("masked", KCLHParams(**RBF, bandwidth=0.5), SGD, CLIPPED),
     Case("rotated", KCLHParams(**RBF, normalisation="minmax", lmd=1, **NO_RESET), MOMENTUM),
+    Case("classes", ERHParams(**MEMORY), MOMENTUM),
+    Case("labels", EWCHParams(ewc_lambda=10, fisher_samples=100), SGD),
+    Case("labels", ERHParams(**MEMORY, memory="task_quota"), ADAM),
+    Case("labels", DERppHParams(**MEMORY, alpha=0.3, beta=0.5), SGD),
+    Case("values", EWCHParams(ewc_lambda=10, fisher_samples=None), MOMENTUM),
+    Case("values", EWCHParams(ewc_lambda=10, gamma=0.8, fisher_samples=64, **ONLINE_EWC), SGD),
+    Case("values", ERHParams(**MEMORY, memory="ring"), SGD, CLIPPED),
+    Case("values", DERppHParams(**MEMORY, alpha=0.3, beta=0.5), SGD),
 ]
 
 
@@ -159,10 +168,12 @@ def case_parameters(cases: list[Case]) -> list[Any]:
 
 @cache
 def benchmark(stream: str) -> Benchmark:
-    """Return a stream of three tasks of 30 steps.
+    """Return a stream of three tasks of 30 steps; see `table` for those without images.
 
     In `incremental`, the last batch of an end-of-task pass over all samples is incomplete.
     """
+    if stream in ("classes", "labels", "values"):
+        return table(stream)
     if stream == "rotated":
         return RotatedDigits(num_tasks=3, subset=210)
     if stream == "masked":

@@ -104,7 +104,7 @@ class MCSGD(Replay):
         if len(samples.y) == 0:
             return total
         for i in range(n + 1):
-            _, gradient = self.cross_entropy(interpolate(start, w, i / n), samples)
+            _, gradient = self.task_loss(interpolate(start, w, i / n), samples)
             count = {"sum": i / n, "plain": 1, "prefix": n + 1 - i}[h.lmc_gradient]
             scale = count / (h.lmc_batch_size if h.lmc_loss == "mean_over_batch_size" else 1)
             total = {k: g + scale * gradient[k] for k, g in total.items()}

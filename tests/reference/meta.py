@@ -86,9 +86,9 @@ class LaMAML(Replay):
 
         path, inner, outer, losses = [theta], [], [], []
         for part in parts:
-            inner.append(self.cross_entropy(path[-1], part)[1])
+            inner.append(self.task_loss(path[-1], part)[1])
             path.append({k: p - rates[k] * inner[-1][k].clip(-bound, bound) for k, p in path[-1].items()})
-            loss, gradient = self.cross_entropy(path[-1], meta)
+            loss, gradient = self.task_loss(path[-1], meta)
             losses.append(loss)
             outer.append(gradient)
 

@@ -2,18 +2,24 @@
 
 h_0 = x, a_l = h_l W_l + b_l, h_{l+1} = max(a_l, 0), p = softmax(a_L)
 CE = -mean_n log p_{n, y_n};  dCE/da_L = (p - onehot(y)) / N
+binary labels y: L = -mean_n sum_k log p_nk(y_nk), p_nk(1) = 1 / (1 + exp(-a_nk)); dL/da_L = (p(1) - y) / N
+values y: L = mean_n 1/2 sum_k (a_nk - y_nk)^2; dL/da_L = (a_L - y) / N
 for any L: dL/dW_l = h_l^T dL/da_l, dL/db_l = sum_n dL/da_l, dL/da_{l-1} = (dL/da_l W_l^T) * [a_{l-1} > 0]
 Hessian of CE times v: d/ds of the above at theta + s v, s = 0 (Pearlmutter 1994, the R operator)
 """
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from sequel_core.stream.arrays import BoolArray, FloatArray, IntArray
+import numpy as np
+from numpy.typing import NDArray
+
+from sequel_core.stream.arrays import BoolArray, FloatArray
 from sequel_core.stream.plan import initial_weights
 
 Weights = dict[str, FloatArray]  # layer/kernel [in, out], layer/bias [out]
+Targets = NDArray[Any]  # integers [N], bools [N, C] or floats [N, C]; they decide which loss it is
 
 
 def initial(seed: int, sizes: list[int]) -> Weights:
@@ -83,21 +89,35 @@ def log_softmax(a: FloatArray, mask: BoolArray | None) -> FloatArray:
     return np.asarray(a - np.log(np.exp(a).sum(axis=1, keepdims=True)))
 
 
-def loss(weights: Weights, x: FloatArray, y: IntArray, mask: BoolArray | None = None) -> float:
-    """Return the mean cross-entropy."""
-    return float(-log_softmax(logits(weights, x)[0], mask)[np.arange(len(y)), y].mean())
+def losses(a: FloatArray, y: Targets, mask: BoolArray | None = None) -> FloatArray:
+    """Return the loss of each sample `[N]`, given the outputs `[N, C]`."""
+    if y.dtype == np.bool_:
+        return np.logaddexp(0, np.where(y, -a, a)).sum(axis=1)
+    if y.dtype.kind == "f":
+        return np.asarray(0.5 * ((a - y) ** 2).sum(axis=1))
+    return np.asarray(-log_softmax(a, mask)[np.arange(len(y)), y])
 
 
-def gradient(weights: Weights, x: FloatArray, y: IntArray, mask: BoolArray | None = None) -> Weights:
-    """Return the gradient of the mean cross-entropy."""
+def loss(weights: Weights, x: FloatArray, y: Targets, mask: BoolArray | None = None) -> float:
+    """Return the mean loss."""
+    return float(losses(logits(weights, x)[0], y, mask).mean())
+
+
+def gradient(weights: Weights, x: FloatArray, y: Targets, mask: BoolArray | None = None) -> Weights:
+    """Return the gradient of the mean loss."""
     a, inputs = logits(weights, x)
-    delta = np.exp(log_softmax(a, mask))
-    delta[np.arange(len(y)), y] -= 1
+    if y.dtype == np.bool_:
+        delta = 1 / (1 + np.exp(-a)) - y
+    elif y.dtype.kind == "f":
+        delta = a - y
+    else:
+        delta = np.exp(log_softmax(a, mask))
+        delta[np.arange(len(y)), y] -= 1
     return backward(weights, inputs, delta / len(y))
 
 
 def hessian_product(
-    weights: Weights, v: Weights, x: FloatArray, y: IntArray, mask: BoolArray | None = None
+    weights: Weights, v: Weights, x: FloatArray, y: Targets, mask: BoolArray | None = None
 ) -> Weights:
     """Return the Hessian of the mean cross-entropy times v; `r_x` is the derivative dx/ds."""
     a, inputs = logits(weights, x)

@@ -43,7 +43,7 @@ class EWC(Reference):
         self.terms = []
 
     def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
-        loss, gradient = self.cross_entropy(theta, samples)
+        loss, gradient = self.task_loss(theta, samples)
         for term in self.terms:
             weighted = {k: self.hparams.ewc_lambda * f for k, f in term.fisher.items()}
             penalty_gradient = {k: w * (theta[k] - term.anchor[k]) for k, w in weighted.items()}
@@ -98,7 +98,7 @@ class Quadratic(Reference):
         self.anchor, self.importance = theta, network.zeros(theta)
 
     def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
-        loss, gradient = self.cross_entropy(theta, samples)
+        loss, gradient = self.task_loss(theta, samples)
         difference = {k: p - self.anchor[k] for k, p in theta.items()}
         weighted = {k: self.strength * self.importance[k] * d for k, d in difference.items()}
         penalty_gradient = {k: 2 * d for k, d in weighted.items()}
@@ -121,7 +121,7 @@ class SI(Quadratic):
         self.path, self.theta_start = network.zeros(theta), theta
 
     def end_step(self, theta: Weights, new: Weights, samples: Samples) -> None:
-        _, g = self.cross_entropy(theta, samples)
+        _, g = self.task_loss(theta, samples)
         self.path = {k: w - g[k] * (new[k] - theta[k]) for k, w in self.path.items()}
 
     def end_task(self, theta: Weights, task: Task) -> None:
@@ -168,7 +168,7 @@ class LFL(Reference):
         self.old = None
 
     def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
-        loss, gradient = self.cross_entropy(theta, samples)
+        loss, gradient = self.task_loss(theta, samples)
         if self.old is None:
             return loss, gradient
         x = self.inputs(samples).x

@@ -38,7 +38,7 @@ class Replay(Reference):
 
     planner: MemoryPlanner | MetaPlanner
     step_plan: StepPlan | MetaPlan
-    memory: Samples  # one row per slot; y is -1 in an empty slot
+    memory: Samples  # one row per slot; t is -1 in an empty slot
     memory_logits: FloatArray  # [slots, C], from the weights before the step that wrote them, not masked
 
     def make_planner(self) -> MemoryPlanner | MetaPlanner:
@@ -49,7 +49,8 @@ class Replay(Reference):
     def start(self, theta: Weights) -> None:
         self.planner, spec = self.make_planner(), self.benchmark.spec
         n = self.planner.slots
-        self.memory = Samples(np.zeros((n, *spec.image_shape), np.uint8), np.full(n, -1), np.full(n, -1))
+        x, y = (np.zeros((n, *leaf.shape), leaf.dtype) for leaf in (spec.x, spec.y))
+        self.memory = Samples(x, y, np.full(n, -1))
         self.memory_logits = np.zeros((n, spec.num_classes))
 
     def start_step(self, samples: Samples) -> None:
@@ -78,7 +79,7 @@ class Replay(Reference):
 
     def memory_samples(self) -> Samples:
         """Return the contents of the memory in the order of the slots."""
-        return self.contents(np.flatnonzero(self.memory.y >= 0))
+        return self.contents(np.flatnonzero(self.memory.t >= 0))
 
 
 class AGEM(Replay):
@@ -88,11 +89,11 @@ class AGEM(Replay):
     past_only = True
 
     def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
-        loss, gradient = self.cross_entropy(theta, samples)
+        loss, gradient = self.task_loss(theta, samples)
         slots = self.read_slots(0)
         if len(slots) == 0:
             return loss, gradient
-        return loss, project(gradient, self.cross_entropy(theta, self.contents(slots))[1])
+        return loss, project(gradient, self.task_loss(theta, self.contents(slots))[1])
 
 
 def project(g: Weights, g_ref: Weights) -> Weights:
@@ -109,7 +110,7 @@ class ER(Replay):
     hparams: ERHParams
 
     def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
-        return self.cross_entropy(theta, concatenate(samples, self.contents(self.read_slots(0))))
+        return self.task_loss(theta, concatenate(samples, self.contents(self.read_slots(0))))
 
 
 class DER(Replay):
@@ -118,7 +119,7 @@ class DER(Replay):
     hparams: DERHParams
 
     def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
-        loss, gradient = self.cross_entropy(theta, samples)
+        loss, gradient = self.task_loss(theta, samples)
         slots = self.read_slots(0)
         if len(slots) == 0:
             return loss, gradient
@@ -141,6 +142,6 @@ class DERpp(DER):
         slots = self.read_slots(1)
         if len(slots) == 0:
             return loss, gradient
-        replay_loss, replay_gradient = self.cross_entropy(theta, self.contents(slots))
+        replay_loss, replay_gradient = self.task_loss(theta, self.contents(slots))
         weighted = {k: self.hparams.beta * g for k, g in replay_gradient.items()}
         return loss + self.hparams.beta * replay_loss, network.plus(gradient, weighted)

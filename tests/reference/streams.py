@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,8 +38,8 @@ class Stage(NamedTuple):
 class Inputs(NamedTuple):
     """Samples as the network and the loss take them."""
 
-    x: FloatArray  # [N, D], standardised
-    y: IntArray  # [N]
+    x: FloatArray  # [N, D], standardised if it is an image
+    y: Any  # [N] or [N, C]
     mask: BoolArray | None  # [N, C], the classes of the task of each sample; None for all classes
 
 
@@ -89,8 +89,8 @@ class Reference:
 
     def initial(self) -> Weights:
         """Return the initial weights of the network and of other trained parameters."""
-        pixels = int(np.prod(self.benchmark.image_shape))
-        return network.initial(self.training.seed, [pixels, *self.widths, self.benchmark.num_classes])
+        numbers = int(np.prod(self.benchmark.spec.x.shape))
+        return network.initial(self.training.seed, [numbers, *self.widths, self.benchmark.num_classes])
 
     def start(self, theta: Weights) -> None:
         """Initialise the state of the method, given the initial weights."""
@@ -123,7 +123,7 @@ class Reference:
 
     def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
         """Return the loss and its gradient. A weight without a gradient is not trained."""
-        return self.cross_entropy(theta, samples)
+        return self.task_loss(theta, samples)
 
     def end_step(self, theta: Weights, new: Weights, samples: Samples) -> None:
         """Update the state of the method after a step from `theta` to `new`."""
@@ -149,8 +149,8 @@ class Reference:
 
     # -- used by methods
 
-    def cross_entropy(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
-        """Return the mean cross-entropy and its gradient."""
+    def task_loss(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
+        """Return the mean loss of samples and its gradient; for labels the cross-entropy."""
         inputs = self.inputs(samples)
         return network.loss(theta, *inputs), network.gradient(theta, *inputs)
 
@@ -166,8 +166,8 @@ class Reference:
     def score(self, theta: Weights, task: Task) -> float:
         """Return the mean cross-entropy of the predictions on the test samples of a task."""
         samples = task.test.take(np.arange(len(task.test)))
-        logs = network.log_softmax(self.predict(theta, samples), self.inputs(samples).mask)
-        return float(-logs[np.arange(len(samples.y)), samples.y].mean())
+        _, y, mask = self.inputs(samples)
+        return float(network.losses(self.predict(theta, samples), y, mask).mean())
 
     def consolidation(self, task: Task, count: int | None) -> Inputs:
         """Return the samples of the end-of-task pass: the first `count`, or all if None."""
@@ -178,7 +178,9 @@ class Reference:
         return plan.permutation(self.training.seed, "consolidation", task.index, count=len(task.train))
 
     def inputs(self, samples: Samples) -> Inputs:
-        """Return standardised pixels, labels and masks."""
+        """Return standardised pixels or other numbers, targets and masks."""
+        if not self.benchmark.spec.images:
+            return Inputs(samples.x.astype(np.float64), samples.y, None)
         norm = self.benchmark.normalisation
         x = (samples.x / 255.0 - np.asarray(norm.mean)) / np.asarray(norm.std)
         mask = self.benchmark.mask[samples.t] if self.benchmark.scenario == "task" else None

@@ -372,7 +372,7 @@ def test_the_gradient_along_a_line(loss: Any, rng: np.random.Generator) -> None:
     check_gradient(total, reference.line_gradient(start, reference.w, samples), reference.w, rng)
 
     points = (interpolate(start, reference.w, i / 4) for i in range(5))
-    gradients = [reference.cross_entropy(point, samples)[1] for point in points]
+    gradients = [reference.task_loss(point, samples)[1] for point in points]
     for name in start:
         terms = np.stack([g[name] for g in gradients]) / size
         for setting, expected in (("plain", terms), ("prefix", np.cumsum(terms, axis=0))):
@@ -450,7 +450,7 @@ def test_first_order_gradients_treat_inner_gradients_as_constants(rng: np.random
         meta = reference.inputs(concatenate(samples, reference.contents(reference.read_slots(0))))
         inner, ahead = [], theta
         for part in map(Samples, x, y, t):
-            gradient, bound = reference.cross_entropy(ahead, part)[1], reference.hparams.inner_clip or np.inf
+            gradient, bound = reference.task_loss(ahead, part)[1], reference.hparams.inner_clip or np.inf
             inner.append({k: np.clip(g, -bound, bound) for k, g in gradient.items()})
             ahead = {k: p - np.maximum(reference.alpha[k], 0) * inner[-1][k] for k, p in ahead.items()}
 

@@ -53,7 +53,7 @@ def torch_learner(
     widths: Any = WIDTHS,
 ) -> Learner:
     data = benchmark(stream)
-    net = sequel_lightning.MLP(widths, data.num_classes, image_shape=data.image_shape)
+    net = sequel_lightning.MLP(widths, data.num_classes, image_shape=data.spec.x.shape)
     factory = sequel_lightning.build_optimizer(optimizer)
     return sequel_lightning.make_learner(hparams, net, factory, data, training)
 
