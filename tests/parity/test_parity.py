@@ -27,11 +27,12 @@ from sequel_core.runs.learner import Learner
 from sequel_core.stream.benchmark import Scenario
 from tests.parity.cases import (
     CASES,
+    EVERY_TARGET,
+    LABELLED,
     LONG,
     OPTIMIZERS,
     SGD,
     SILENT,
-    TABLES,
     bar,
     benchmark,
     difference,
@@ -65,10 +66,21 @@ def test_same_weights_in_both_frameworks(hparams: AlgorithmHParams, optimizer: s
     assert difference(flax_, torch_) < bar(hparams)
 
 
-TABLE_IDS = [f"{targets} {name_of((hparams, optimizer))}" for targets, hparams, optimizer in TABLES]
+TARGETS: tuple[Targets, ...] = ("classes", "labels", "values")
 
 
-@pytest.mark.parametrize(("targets", "hparams", "optimizer"), TABLES, ids=TABLE_IDS)
+def on_tables() -> list[Any]:
+    """Return the cases as parameters; by default each method has one of the three types of targets."""
+    cases = [(t, i % 3 == k, case) for k, t in enumerate(TARGETS) for i, case in enumerate(EVERY_TARGET)]
+    return [
+        pytest.param(
+            targets, *case, id=f"{targets} {name_of(case)}", marks=[] if default else [pytest.mark.slow]
+        )
+        for targets, default, case in [*cases, *(("classes", True, case) for case in LABELLED)]
+    ]
+
+
+@pytest.mark.parametrize(("targets", "hparams", "optimizer"), on_tables())
 def test_same_weights_on_tables(targets: Targets, hparams: AlgorithmHParams, optimizer: str) -> None:
     torch_, flax_ = (trained(make, hparams, optimizer, targets) for make in (torch_learner, flax_learner))
     assert difference(flax_, torch_) < bar(hparams)

@@ -92,7 +92,7 @@ def log_softmax(a: FloatArray, mask: BoolArray | None) -> FloatArray:
 def losses(a: FloatArray, y: Targets, mask: BoolArray | None = None) -> FloatArray:
     """Return the loss of each sample `[N]`, given the outputs `[N, C]`."""
     if y.dtype == np.bool_:
-        return np.logaddexp(0, np.where(y, -a, a)).sum(axis=1)
+        return np.asarray(np.logaddexp(0, np.where(y, -a, a)).sum(axis=1))
     if y.dtype.kind == "f":
         return np.asarray(0.5 * ((a - y) ** 2).sum(axis=1))
     return np.asarray(-log_softmax(a, mask)[np.arange(len(y)), y])
