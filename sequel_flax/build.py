@@ -41,9 +41,9 @@ def make_learner(
     training: TrainingHParams | None = None,
     *,
     metrics: type[clu.metrics.Collection] | None = None,
+    objective: Objective | None = None,
     loggers: Sequence[MetricWriter] = (),
     implementation: Callable[..., Algorithm] | None = None,
-    objective: Objective | None = None,
     **options: Any,
 ) -> FlaxLearner:
     """Return a learner for an algorithm, chosen by the class of its settings.
@@ -56,11 +56,11 @@ def make_learner(
         benchmark: The stream of tasks.
         training: Batch size, epochs, clipping, seed and dtype; None for the defaults.
         metrics: Metrics of the training batches; None for the loss and the score.
+        objective: What the network is trained and scored on; None for the built-in objective that fits the
+            targets of the stream.
         loggers: Metric writers.
         implementation: A user-defined algorithm, called as `implementation(hparams, seed=...)`; None for the
             built-in one.
-        objective: What the network is trained and scored on; None for the built-in objective that fits the
-            targets of the stream.
         options: `hooks` and `steps_per_call` of `FlaxLearner`, and `trainable`, the parameters to train: a
             predicate over paths, a tree of bools, or an NNX filter.
 

@@ -63,6 +63,7 @@ class BatchStatsTrainState(TrainState):
         batch_stats: The collection `batch_stats` of the network's variables.
 
     Example:
+        >>> import optax
         >>> params, batch_stats = {"w": jnp.ones(2)}, {"mean": jnp.zeros(2)}
         >>> ts = BatchStatsTrainState.create(
         ...     apply_fn=None, params=params, tx=optax.sgd(0.1), batch_stats=batch_stats
@@ -227,6 +228,7 @@ class Algorithm(NamedTuple):
             targets of the stream.
 
     Example:
+        >>> import optax
         >>> from sequel_benchmarks import RotatedDigits
         >>> from sequel_core.algorithms.ewc import EWCHParams
         >>> from sequel_flax import MLP, ewc, initial_params
@@ -615,6 +617,7 @@ def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, see
             optimizer cannot be set, or `consolidate` is "best".
 
     Example:
+        >>> import optax
         >>> from sequel_benchmarks import RotatedDigits
         >>> from sequel_core.algorithms.naive import NaiveHParams
         >>> ts = TrainState.create(apply_fn=None, params={"w": jnp.zeros(1)}, tx=optax.sgd(0.1))
@@ -754,6 +757,7 @@ def batch_stats(ts: TrainState) -> Stats:
         A tree; {} if the network has none.
 
     Example:
+        >>> import optax
         >>> batch_stats(TrainState.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=optax.sgd(0.1)))
         {}
     """
@@ -771,6 +775,7 @@ def frozen_network(ts: TrainState) -> tuple[Params, Stats]:
         ts: The train state.
 
     Example:
+        >>> import optax
         >>> ts = TrainState.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=optax.sgd(0.1))
         >>> params, stats = frozen_network(ts)
         >>> params["w"] is ts.params["w"], stats
@@ -805,6 +810,7 @@ def check_no_batch_stats(ts: TrainState, name: str, reason: str) -> None:
         ValueError: The network has running statistics.
 
     Example:
+        >>> import optax
         >>> ts = TrainState.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=optax.sgd(0.1))
         >>> check_no_batch_stats(ts, "si", "the path integral does not follow them")
     """
@@ -824,6 +830,7 @@ def advance(ts: TrainState, gradient: Params, stats: Stats) -> TrainState:
         stats: The new running statistics.
 
     Example:
+        >>> import optax
         >>> ts = TrainState.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=optax.sgd(0.5))
         >>> advance(ts, {"w": jnp.ones(1)}, {}).params["w"].tolist()
         [0.5]
@@ -1084,6 +1091,7 @@ def output_shape(ts: TrainState, spec: StreamSpec) -> Any:
         A tree of `jax.ShapeDtypeStruct` with the structure of the outputs.
 
     Example:
+        >>> import optax
         >>> from sequel_benchmarks import RotatedDigits
         >>> from sequel_flax import MLP, initial_params
         >>> model, spec = MLP(widths=(8,)), RotatedDigits(num_tasks=2, subset=20).spec
@@ -1112,6 +1120,7 @@ def feature_width(ts: TrainState, spec: StreamSpec, name: str) -> int:
         ValueError: The network has no method `features(x, train)`, or no last layer called `head`.
 
     Example:
+        >>> import optax
         >>> from sequel_benchmarks import RotatedDigits
         >>> from sequel_flax import MLP, initial_params
         >>> model, spec = MLP(widths=(8,)), RotatedDigits(num_tasks=2, subset=20).spec

@@ -29,6 +29,7 @@ class Evaluator:
         batch_size: Maximum number of samples per batch, >= 1.
 
     Example:
+        >>> import optax
         >>> from sequel_benchmarks import RotatedDigits
         >>> from sequel_core.algorithms.naive import NaiveHParams
         >>> from sequel_flax import MLP, initial_params, naive

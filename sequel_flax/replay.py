@@ -25,7 +25,7 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.memory import MemoryPlanner, StepPlan
 from sequel_core.stream.planner import Planner
 from sequel_core.stream.task import Batch, Samples
-from sequel_core.stream.trees import LeafSpec, is_image, is_label, leaves, specs_of, tree_map
+from sequel_core.stream.trees import LeafSpec, Tree, is_image, is_label, leaves, specs_of, tree_map
 from sequel_flax.augmentation import cropped, cropped_draw
 from sequel_flax.bundle import (
     Algorithm,
@@ -45,15 +45,15 @@ from sequel_flax.bundle import (
     output_shape,
     training_forward,
 )
-from sequel_flax.objectives import Objective, losses_of
+from sequel_flax.objectives import Objective, losses_of, output_leaf
 from sequel_flax.trainable import Selection
 
 
 class Memory(NamedTuple):
     """Copies of samples; M slots."""
 
-    x: Any  # inputs [M, ...], a tree of arrays in the dtypes that they come in
-    y: Any  # targets [M, ...]; labels are int32
+    x: Tree  # inputs [M, ...], a tree of arrays in the dtypes that they come in
+    y: Tree  # targets [M, ...]; labels are int32
     t: jax.Array  # task indices, int32 [M]; -1 for an empty slot
     outputs: jax.Array | None  # [M, ...], as the network gave them when it was trained on the sample
 
@@ -61,8 +61,8 @@ class Memory(NamedTuple):
 class ReplayBatch(NamedTuple):
     """Samples of a step: its batch, or a draw from the memory."""
 
-    x: Any  # inputs [N, ...]
-    y: Any  # targets [N, ...]
+    x: Tree  # inputs [N, ...]
+    y: Tree  # targets [N, ...]
     t: jax.Array  # task indices [N]
     stored: Any  # outputs that the memory holds [N, ...]; None where it holds none
     count: Any  # number of samples that count; the samples after them are padding
@@ -82,8 +82,8 @@ class Outputs(NamedTuple):
 Loss = Callable[[Outputs, Sequence[Outputs]], jax.Array]
 
 
-def empty_memory(spec: StreamSpec, slots: int, outputs: Any = None) -> Memory:
-    """Return a memory of empty slots; `outputs` is that of one sample `[1, ...]`, None to keep none."""
+def empty_memory(spec: StreamSpec, slots: int, output: Any = None) -> Memory:
+    """Return a memory of empty slots; `output` `[1, ...]` is like those it keeps, None if it keeps none."""
     slots = max(slots, 1)  # no array of a state is empty: orbax does not store such arrays
 
     def empty(leaf: LeafSpec) -> jax.Array:
@@ -93,7 +93,7 @@ def empty_memory(spec: StreamSpec, slots: int, outputs: Any = None) -> Memory:
         x=tree_map(empty, spec.x),
         y=jnp.zeros(slots, jnp.int32) if spec.labelled else tree_map(empty, spec.y),
         t=jnp.full(slots, -1, jnp.int32),
-        outputs=None if outputs is None else jnp.zeros((slots, *outputs.shape[1:]), outputs.dtype),
+        outputs=None if output is None else jnp.zeros((slots, *output.shape[1:]), output.dtype),
     )
 
 
@@ -111,7 +111,7 @@ def write(memory: Memory, slots: jax.Array, batch: Batch, outputs: Any) -> Memor
 
 
 def stored_samples(memory: Memory) -> Samples:
-    """Return copies of the samples that the memory holds, in the order of slots, images `[n, H, W, C]`."""
+    """Return copies of the samples that the memory holds, in the order of slots; images `[n, H, W, C]`."""
     x, y, t = jax.tree.map(np.asarray, jax.device_get(tuple(memory[:3])))
     x, y, t = tree_map(lambda a: a[t >= 0], {"x": x, "y": y, "t": t}).values()
     return Samples(x, y.astype(np.int64) if is_label(specs_of(y)) else y, t.astype(np.int64))
@@ -136,7 +136,7 @@ def sum_of_first(values: jax.Array, count: Any) -> jax.Array:
 def forward(
     params: Params, model: Model, samples: Sequence[ReplayBatch], together: bool
 ) -> tuple[list[Outputs], Stats]:
-    """Return the outputs of the network for samples in training mode, which updates running statistics.
+    """Return outputs and losses of samples in training mode, which updates running statistics.
 
     With `together`, all samples go through the network in one pass; otherwise the first batch has a pass, and
     the others together have another.
@@ -299,6 +299,21 @@ def replay(
     options = {"trainable": trainable, "objective": objective, **usual, **parts}
     step = options.pop("train_step", train_step)
     return make_algorithm(hparams, seed, step, **options)
+
+
+def stored_output(outputs: Any, hparams: Any) -> Any:
+    """Return z `[B, ...]` of what the network returns.
+
+    Raises:
+        ValueError: there is no such output, or it is not an array of floats with one row per sample.
+    """
+    z = output_leaf(outputs, hparams.output)
+    if not z.ndim or not jnp.issubdtype(z.dtype, jnp.floating):
+        raise ValueError(
+            f"{hparams.name} needs an output of floats with one row per sample, got {z.dtype} "
+            f"{list(z.shape)}; set output to another one"
+        )
+    return z
 
 
 def written(

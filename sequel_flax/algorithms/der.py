@@ -1,11 +1,12 @@
 """Dark experience replay (Buzzega et al. 2020, https://arxiv.org/abs/2004.07211).
 
-    L = loss(f(x), y) + alpha * E_(x', z) ||z - f(x')||^2                                              (eq. 5)
+    L = loss(f(x), y) + alpha * E_(x', z) ||z - f(x')||^2                                            (eq. 5)
 
 (x', z) is a draw from the memory. z are the outputs for x' at the step at which it was a training sample:
-before the update, in training mode, of all classes and unmasked. The memory is a reservoir, which is read as
-soon as it has a sample. `distance="sum"` is the squared norm of the paper. The official code, and so its
-tuned alphas, has the mean over classes (`distance="mean"`), a tenth of it for ten classes.
+before the update, in training mode. For classes they are the logits of all classes, unmasked. The memory is a
+reservoir, which is read as soon as it has a sample. `distance="sum"` is the squared norm of the paper. The
+official code, and so its tuned alphas, has the mean over classes (`distance="mean"`), a tenth of it for ten
+classes.
 
 Mirror: sequel_lightning/algorithms/der.py
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from sequel_core.algorithms.der import DERHParams
 from sequel_flax.bundle import Algorithm
 from sequel_flax.objectives import Objective, output_leaf
-from sequel_flax.replay import Outputs, mean_loss, replay, sum_of_first
+from sequel_flax.replay import Outputs, mean_loss, replay, stored_output, sum_of_first
 from sequel_flax.trainable import Selection
 
 
@@ -32,21 +32,6 @@ def output_distance(draw: Outputs, hparams: DERHParams) -> jax.Array:
     squares = squares.reshape(*squares.shape[:1], -1)
     norms = jnp.sum(squares, axis=1) if hparams.distance == "sum" else jnp.mean(squares, axis=1)
     return sum_of_first(norms, draw.count) / jnp.maximum(draw.count, 1)
-
-
-def stored_output(outputs: Any, hparams: DERHParams) -> Any:
-    """Return z `[B, ...]` of what the network returns.
-
-    Raises:
-        ValueError: there is no such output, or it is not an array of floats with one row per sample.
-    """
-    z = output_leaf(outputs, hparams.output)
-    if not z.ndim or not jnp.issubdtype(z.dtype, jnp.floating):
-        raise ValueError(
-            f"{hparams.name} needs an output of floats with one row per sample, got {z.dtype} "
-            f"{list(z.shape)}; set output to another one"
-        )
-    return z
 
 
 def replay_loss(batch: Outputs, draws: Sequence[Outputs], hparams: DERHParams) -> jax.Array:

@@ -2,7 +2,7 @@
 
     L = loss(f(x), y) + alpha * E_(x', z) ||z - f(x')||^2 + beta * E_(x'', y'') loss(f(x''), y'')    (eq. 6)
 
-DER++ adds the labels of a second draw to dark experience replay. The second draw is from the same memory and
+DER++ adds the targets of a second draw to dark experience replay. The second draw is from the same memory and
 independent of the first. The network sees the batch in one pass and both draws in another; the official code
 has one pass for each draw.
 
@@ -17,10 +17,10 @@ from functools import partial
 import jax
 
 from sequel_core.algorithms.derpp import DERppHParams
-from sequel_flax.algorithms.der import output_distance, stored_output
+from sequel_flax.algorithms.der import output_distance
 from sequel_flax.bundle import Algorithm
 from sequel_flax.objectives import Objective
-from sequel_flax.replay import Outputs, mean_loss, replay
+from sequel_flax.replay import Outputs, mean_loss, replay, stored_output
 from sequel_flax.trainable import Selection
 
 

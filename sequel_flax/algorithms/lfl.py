@@ -66,7 +66,7 @@ def head_is_frozen(state: LFLState, hparams: LFLHParams) -> jax.Array:
 def training_loss(
     params: Params, model: Model, batch: Batch, hparams: LFLHParams
 ) -> tuple[jax.Array, tuple[Any, Stats]]:
-    """Return the training loss of a batch, shape (), and the outputs of the network."""
+    """Return the training loss of a batch, shape (), and what the network returned for it."""
     ts, state = model.ts, model.state
     anchor, statistics, learned = state.memory
     params = without_head_gradient(params, head_is_frozen(state.memory, hparams))
