@@ -38,7 +38,7 @@ def cut_back(straight: Path, run_dir: Path) -> int:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_goes_on_in_the_middle_of_a_task(mode: str, method: str, tmp_path: Path) -> None:
-    benchmark, straight = stream(), tmp_path / "straight"
+    benchmark, straight = stream(method), tmp_path / "straight"
     go(learner(mode, method, benchmark), benchmark, straight, EVERYTHING)
     cut_back(straight, tmp_path / "resumed")
     go(learner(mode, method, benchmark), benchmark, tmp_path / "resumed", EVERYTHING)
