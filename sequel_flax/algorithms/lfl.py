@@ -54,8 +54,9 @@ class LFLState(NamedTuple):
 
 
 def feature_distance(features: jax.Array, old: jax.Array) -> jax.Array:
-    """Return 1/2 * mean_n ||h(x_n) - h_old(x_n)||^2 of features `[B, D]`, shape ()."""
-    return 0.5 * ((features - old) ** 2).sum(1).mean()
+    """Return 1/2 * mean_n ||h(x_n) - h_old(x_n)||^2 of features `[B, ...]`, shape ()."""
+    squares = (features - old) ** 2
+    return 0.5 * squares.reshape(len(squares), -1).sum(1).mean()
 
 
 def head_is_frozen(state: LFLState, hparams: LFLHParams) -> jax.Array:
