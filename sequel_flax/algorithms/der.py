@@ -1,11 +1,12 @@
 """Dark experience replay (Buzzega et al. 2020, https://arxiv.org/abs/2004.07211).
 
-    L = loss(f(x), y) + alpha * E_(x', z) ||z - f(x')||^2                                              (eq. 5)
+    L = loss(f(x), y) + alpha * E_(x', z) ||z - f(x')||^2                                            (eq. 5)
 
 (x', z) is a draw from the memory. z are the outputs for x' at the step at which it was a training sample:
-before the update, in training mode, of all classes and unmasked. The memory is a reservoir, which is read as
-soon as it has a sample. `distance="sum"` is the squared norm of the paper. The official code, and so its
-tuned alphas, has the mean over classes (`distance="mean"`), a tenth of it for ten classes.
+before the update, in training mode. For classes they are the logits of all classes, unmasked. The memory is a
+reservoir, which is read as soon as it has a sample. `distance="sum"` is the squared norm of the paper. The
+official code, and so its tuned alphas, has the mean over classes (`distance="mean"`), a tenth of it for ten
+classes.
 
 Mirror: sequel_lightning/algorithms/der.py
 """

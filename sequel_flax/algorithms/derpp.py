@@ -2,7 +2,7 @@
 
     L = loss(f(x), y) + alpha * E_(x', z) ||z - f(x')||^2 + beta * E_(x'', y'') loss(f(x''), y'')    (eq. 6)
 
-DER++ adds the labels of a second draw to dark experience replay. The second draw is from the same memory and
+DER++ adds the targets of a second draw to dark experience replay. The second draw is from the same memory and
 independent of the first. The network sees the batch in one pass and both draws in another; the official code
 has one pass for each draw.
 

@@ -1,10 +1,10 @@
 """Elastic weight consolidation (Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796).
 
     L = loss(f(x), y) + lambda/2 * sum_k sum_i F_{k,i} (theta_i - theta*_{k,i})^2                    (eq. 3)
-    F_{k,i} = 1/N sum_n (d log p(y_n | x_n) / d theta_i)^2 at theta*_k
+    F_{k,i} = 1/N sum_n (d log p(y_n | x_n) / d theta_i)^2 at theta*_k, one gradient per sample, y_n the label
 
--log p is the objective's `nll`, y_n the target of the sample. The setting `fisher` draws y_n from the model,
-takes the expectation over the model's targets, or takes one gradient per batch.
+-log p is the `nll` of the objective, without label smoothing and class weights. The setting `fisher` has
+other targets in place of the labels, see `EWCHParams`.
 
 Up to a constant, the sum over past tasks k equals one term with importance = sum_k F_k and
 anchor = sum_k F_k theta*_k / sum_k F_k. The anchor is computed as theta* + share (anchor - theta*), so the

@@ -1,7 +1,7 @@
 """Kernel continual learning (Derakhshani et al. 2021, https://arxiv.org/abs/2107.05757).
 
     f_k(x) = gamma_k K(x, C_k) (K(C_k, C_k) + (|lambda_k| + 0.01) I)^-1 Y_k + beta_k
-    L = CE(f_k(x), y) + tau * KL(q || p)
+    L = loss(f_k(x), y) + tau * KL(q || p)
 
 C_k is the coreset of task k, samples that are set aside before training. Y_k are their one-hot labels. K
 compares the normalised last hidden layer h of two samples:

@@ -3,9 +3,9 @@
     L = loss(f(x), y) + lambda * sum_i Omega_i (theta_i - theta*_i)^2                                  (eq. 4)
     Omega_i <- Omega_i + 1/N sum_n |d ||f(x_n)||^2 / d theta_i| at theta*, one gradient per sample (eq. 2, 3)
 
-f are the outputs of the network, for classes the unmasked logits. No targets are used. theta* are the weights
-at the end of the last task. The official code takes one gradient per batch, of the sum of ||f||^2 over it
-(`gradients="batch"`). Importances then depend on the batch size, and strengths are not comparable.
+f are the outputs; for classes, the logits of all classes, unmasked. No targets are used. theta* are the
+weights at the end of the last task. The official code takes one gradient per batch, of the sum of ||f||^2
+over it (`gradients="batch"`). Importances then depend on the batch size, and strengths are not comparable.
 
 Mirror: sequel_lightning/algorithms/mas.py
 """

@@ -47,5 +47,10 @@ def naive(
         >>> sorted(outputs)
         ['labels', 'logits', 'loss']
     """
-    step = partial(train_step, training_loss=partial(training_loss, objective=objective))
-    return make_algorithm(hparams, seed, step, trainable=trainable, objective=objective)
+    return make_algorithm(
+        hparams,
+        seed,
+        partial(train_step, training_loss=partial(training_loss, objective=objective)),
+        trainable=trainable,
+        objective=objective,
+    )

@@ -1,6 +1,6 @@
 """Synaptic intelligence (Zenke, Poole & Ganguli 2017, https://arxiv.org/abs/1703.04200).
 
-    L = loss(f(x), y) + c * sum_i Omega_i (theta_i - theta*_i)^2                                       (eq. 4)
+    L = loss(f(x), y) + c * sum_i Omega_i (theta_i - theta*_i)^2                                     (eq. 4)
     omega_i = sum over the steps of a task of -g_i (theta_i after - theta_i before)                  (eq. 3)
     Omega_i <- Omega_i + omega_i / ((theta_i - theta*_i)^2 + xi) at its end; then theta* <- theta    (eq. 5)
 
