@@ -931,6 +931,21 @@ def for_objective(
     return lambda x: trained_outputs if x is batch.x or call is None else as_trained(call(x))
 
 
+def loss_of_outputs(model: Model, batch: Batch, outputs: Any) -> tuple[jax.Array, Any]:
+    """Return the mean loss of a batch, shape (), and the outputs, with masked logits.
+
+    Args:
+        model: The network and the objective.
+        batch: The samples.
+        outputs: The outputs of the network for `batch.x`.
+
+    Raises:
+        ValueError: See `masked`.
+    """
+    network = for_objective(model, batch, outputs)
+    return mean_loss(model.objective, network, batch), network(batch.x)
+
+
 def check_logits(logits: Any, tasks: tuple[int, ...], mask: Any) -> None:
     """Check that logits are `[B, num_classes]` and task indices `[B]`.
 
@@ -1080,29 +1095,41 @@ def predict(ts: TrainState, state: State, x: Any, t: jax.Array, objective: Objec
     return masked(state.stream, outputs, t) if classification else outputs
 
 
-def output_shape(ts: TrainState, spec: StreamSpec) -> Any:
-    """Return the shapes and dtypes of what the network returns for one sample.
+def blank_output(ts: TrainState, spec: StreamSpec, hparams: Any) -> Any:
+    """Return the shape and dtype of the array that a method uses of what the network returns for one sample.
 
     Args:
         ts: The train state.
         spec: The specification of the benchmark.
+        hparams: The settings of the method. `output` is the name of the array; see `output_leaf`.
 
     Returns:
-        A tree of `jax.ShapeDtypeStruct` with the structure of the outputs.
+        A `jax.ShapeDtypeStruct` of shape `[1, ...]`.
+
+    Raises:
+        ValueError: There is no such array, or it has no floats `[1, ...]`.
 
     Example:
         >>> import optax
         >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core.algorithms.der import DERHParams
         >>> from sequel_flax import MLP, initial_params
         >>> model, spec = MLP(widths=(8,)), RotatedDigits(num_tasks=2, subset=20).spec
         >>> params = initial_params(model, spec, seed=0)
         >>> ts = TrainState.create(apply_fn=model.apply, params=params, tx=optax.sgd(0.1))
-        >>> output_shape(ts, spec).shape
+        >>> blank_output(ts, spec, DERHParams()).shape
         (1, 10)
     """
     x = blank_input(spec, jax.tree.leaves(ts.params)[0].dtype)
     variables = {"params": ts.params, **_collections(batch_stats(ts))}
-    return jax.eval_shape(lambda: called(partial(as_called(ts.apply_fn, x), variables, train=False), x))
+    outputs = jax.eval_shape(lambda: called(partial(as_called(ts.apply_fn, x), variables, train=False), x))
+    leaf = output_leaf(outputs, hparams.output)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.shape[:1] != (1,):
+        raise ValueError(
+            f"{hparams.name} needs outputs that are floats [B, ...], got {leaf.dtype} {list(leaf.shape)} of "
+            f"{objectives.outputs_text(outputs)} for B=1; set output to another array"
+        )
+    return leaf
 
 
 _apply_start, _predict = apply_start, predict  # `make_algorithm` has arguments with these names

@@ -36,13 +36,13 @@ from sequel_flax.bundle import (
     StepOutputs,
     advance,
     batch_stats,
+    blank_output,
     canonical_dtype,
     check_augmented,
     check_logits,
     for_objective,
     make_algorithm,
     objective_of,
-    output_shape,
     training_forward,
 )
 from sequel_flax.objectives import Objective, losses_of, output_leaf
@@ -83,7 +83,7 @@ Loss = Callable[[Outputs, Sequence[Outputs]], jax.Array]
 
 
 def empty_memory(spec: StreamSpec, slots: int, output: Any = None) -> Memory:
-    """Return a memory of empty slots; `output` `[1, ...]` is like those it keeps, None if it keeps none."""
+    """Return a memory of empty slots, for outputs like `output` `[1, ...]`; None to keep no outputs."""
     slots = max(slots, 1)  # no array of a state is empty: orbax does not store such arrays
 
     def empty(leaf: LeafSpec) -> jax.Array:
@@ -255,7 +255,7 @@ def replay(
     num_draws: int = 1,
     past_only: bool = False,
     together: bool = False,
-    stored: Callable[[Any], Any] | None = None,
+    keep_outputs: bool = False,
     trainable: Selection = None,
     objective: Objective | None = None,
     **parts: Any,
@@ -269,28 +269,27 @@ def replay(
         num_draws: independent draws of a step, >= 0.
         past_only: whether draws are from past tasks only.
         together: whether the batch and the draws have one pass; see `forward`.
-        stored: returns what the memory holds of what the network returns, an array `[B, ...]`; None for
-            a memory without outputs.
+        keep_outputs: whether the memory holds the outputs for its samples; see the setting `output`.
         trainable: which parameters are trained; see `make_algorithm`.
         objective: what the network is trained on; see `make_algorithm`.
         parts: arguments of `make_algorithm` that replace those of this function.
     """
 
     def init_memory(ts: TrainState, spec: StreamSpec) -> Memory:
-        output = None if stored is None else stored(output_shape(ts, spec))
+        output = blank_output(ts, spec, hparams) if keep_outputs else None
         return empty_memory(spec, hparams.slots(spec.num_tasks), output)
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         check_augmented(state, batch)
         samples = draws(state.memory, batch)
-        model = Model(ts, state, objective_of(objective, state.stream))
+        model = Model(ts, state, objective_of(objective, state.stream), hparams)
 
         def loss_fn(params: Params) -> tuple[jax.Array, tuple[Outputs, Stats]]:
             (current, *others), stats = forward(params, model, samples, together)
             return loss(current, others), (current, stats)
 
         (value, (current, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
-        return written(model, batch, value, current, advance(ts, gradient, stats), stored)
+        return written(model, batch, value, current, advance(ts, gradient, stats))
 
     def make_planner(spec: StreamSpec) -> Planner:
         return MemoryPlanner(hparams, spec, seed, num_draws, past_only)
@@ -301,28 +300,8 @@ def replay(
     return make_algorithm(hparams, seed, step, **options)
 
 
-def stored_output(outputs: Any, hparams: Any) -> Any:
-    """Return z `[B, ...]` of what the network returns.
-
-    Raises:
-        ValueError: there is no such output, or it is not an array of floats with one row per sample.
-    """
-    z = output_leaf(outputs, hparams.output)
-    if not z.ndim or not jnp.issubdtype(z.dtype, jnp.floating):
-        raise ValueError(
-            f"{hparams.name} needs an output of floats with one row per sample, got {z.dtype} "
-            f"{list(z.shape)}; set output to another one"
-        )
-    return z
-
-
 def written(
-    model: Model,
-    batch: Batch,
-    loss: jax.Array,
-    outputs: Outputs,
-    after: TrainState,
-    stored: Callable[[Any], Any] | None = None,
+    model: Model, batch: Batch, loss: jax.Array, outputs: Outputs, after: TrainState
 ) -> tuple[TrainState, State, StepOutputs]:
     """Return the results of a step, which writes its batch to the memory.
 
@@ -332,10 +311,10 @@ def written(
         loss: The loss of the step.
         outputs: The outputs for the batch.
         after: The train state after the step.
-        stored: See `replay`.
     """
     state = model.state
-    kept = None if stored is None else stored(outputs.outputs)
+    keep_outputs = state.memory.outputs is not None
+    kept = output_leaf(outputs.outputs, model.hparams.output) if keep_outputs else None
     memory = write(state.memory, method_plan(batch).write, batch, kept)
     step_outputs = {"loss": loss, "logits": outputs.masked, "labels": batch.y}
     return after, state._replace(memory=memory), step_outputs

@@ -85,7 +85,8 @@ def make_learner(
         benchmark: the stream of tasks.
         training: batch size, epochs, clipping, seed, dtype; see `help(TrainingHParams)`.
         metrics: of the training batches, in addition to loss and score.
-        objective: the loss and the score; None for a built-in one that fits the targets of the stream.
+        objective: what the network is trained and scored on; None for the built-in objective that fits the
+            targets of the stream.
         loggers: loggers of Lightning.
         implementation: a user-defined subclass of ContinualModule.
         options: further arguments of `LightningLearner`: `trainer`, `callbacks`.

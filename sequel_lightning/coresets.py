@@ -55,7 +55,7 @@ class CoresetModule(ContinualModule):
         """Make the empty coresets."""
         super().init_memory()
         spec = self.needed_spec()
-        x, y, t, _ = empty_memory(spec, spec.num_tasks * self.algorithm_hparams.core_size, None)
+        x, y, t, _ = empty_memory(spec, spec.num_tasks * self.algorithm_hparams.core_size)
         self.coreset = StateTree({"x": x, "y": y, "t": t})
 
     @property

@@ -130,7 +130,7 @@ class ExemplarModule(ContinualModule):
         super().init_memory()
         net: Any = self.net
         spec = self.needed_spec()
-        memory = empty_memory(spec, self.algorithm_hparams.slots(int(spec.mask.sum())), None)
+        memory = empty_memory(spec, self.algorithm_hparams.slots(int(spec.mask.sum())))
         self.exemplars = StateTree({"x": memory.x, "y": memory.y, "t": memory.t})
         like = next(net.parameters())
         image = blank_input(spec, like)

@@ -67,8 +67,8 @@ class Outputs(NamedTuple):
     count: Any  # number of samples that count, the first ones
 
 
-def empty_memory(spec: StreamSpec, slots: int, output: Tensor | None) -> Memory:
-    """Return a memory of empty slots; `output` `[1, ...]` is like those it keeps, None if it keeps none."""
+def empty_memory(spec: StreamSpec, slots: int, output: Tensor | None = None) -> Memory:
+    """Return a memory of empty slots, for outputs like `output` `[1, ...]`; None to keep no outputs."""
 
     def empty(leaf: LeafSpec) -> Tensor:
         return torch.zeros((slots, *leaf.shape), dtype=getattr(torch, leaf.dtype))

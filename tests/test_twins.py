@@ -60,7 +60,7 @@ CONTAINERS = {
     "coresets.py": ("plan_start", "apply_start", "start_task"),
     "exemplars.py": ("init_exemplars",),
     "quadratic.py": ("quadratic", "init_quadratic"),
-    "replay.py": ("replay", "one_pass", "no_outputs", "joined", "written", "stored_output", "total_weight"),
+    "replay.py": ("replay", "one_pass", "no_outputs", "joined", "written", "total_weight"),
 }
 """Functions of the Flax files that are a LightningModule's in the other plug-in."""
 COMMON = [name for name, hparams in BACKBONES.items() if len(hparams.modes) == len(PLUGINS)]
@@ -167,8 +167,6 @@ BELOW: dict[str, tuple[float, str]] = {
     "agem.py": (0.2, "Lightning projects the gradient in a hook of its optimizer step"),
     "si.py": (0.2, "Lightning spreads the step over three hooks, and calls fused kernels"),
     "coresets.py": (0.0, "only Lightning's module takes coresets from a user's own loop, with its checks"),
-    "lfl.py": (0.2, "Flax passes running statistics on, and freezes the head in the loss"),
-    "mas.py": (0.2, "Flax leaves out the padding of stacked batches"),
     "lamaml.py": (0.5, "Lightning calls the network with other weights, Flax has one pass for all methods"),
     "quadratic.py": (0.5, "Lightning accumulates gradients in an object, Flax in a compiled sum"),
     "replay.py": (0.4, "Flax carries padding, running statistics and dropout keys through a pass"),

@@ -68,5 +68,11 @@ def der(
         >>> algorithm.init(ts, digits.spec).memory.outputs.shape
         (50, 10)
     """
-    loss, stored = partial(replay_loss, hparams=hparams), partial(stored_output, hparams=hparams)
-    return replay(hparams, seed, loss, stored=stored, trainable=trainable, objective=objective)
+    return replay(
+        hparams,
+        seed,
+        partial(replay_loss, hparams=hparams),
+        keep_outputs=True,
+        trainable=trainable,
+        objective=objective,
+    )

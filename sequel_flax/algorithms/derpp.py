@@ -61,5 +61,12 @@ def derpp(
         >>> planner.next(samples.y, samples.t).reads.shape
         (2, 6)
     """
-    loss, stored = partial(replay_loss, hparams=hparams), partial(stored_output, hparams=hparams)
-    return replay(hparams, seed, loss, num_draws=2, stored=stored, trainable=trainable, objective=objective)
+    return replay(
+        hparams,
+        seed,
+        partial(replay_loss, hparams=hparams),
+        num_draws=2,
+        keep_outputs=True,
+        trainable=trainable,
+        objective=objective,
+    )

@@ -4,7 +4,7 @@
     F_{k,i} = 1/N sum_n (d log p(y_n | x_n) / d theta_i)^2 at theta*_k, one gradient per sample, y_n the label
 
 -log p is the `nll` of the objective, without label smoothing and class weights. The setting `fisher` has
-other targets in place of the labels, see `EWCHParams`.
+other estimates of F; see `help(EWCHParams)`.
 
 Up to a constant, the sum over past tasks k equals one term with importance = sum_k F_k and
 anchor = sum_k F_k theta*_k / sum_k F_k. The anchor is computed as theta* + share (anchor - theta*), so the

@@ -39,7 +39,7 @@ from sequel_core.stream.task import Batch
 from sequel_flax import bundle, kernels
 from sequel_flax.bundle import Algorithm, Params, State, Stats, StepOutputs, make_algorithm
 from sequel_flax.coresets import apply_start, coreset_of, plan_start
-from sequel_flax.objectives import Objective, check_classification, mean_loss
+from sequel_flax.objectives import Objective, check_classification
 from sequel_flax.replay import Memory, empty_memory
 from sequel_flax.trainable import Selection
 
@@ -118,11 +118,10 @@ def training_loss(
     starts = batch.plan.starts if rff else None
     classes = jax.eval_shape(bundle.predict, ts, state, batch.x, batch.t).shape[1]
     logits, source = task_logits(extra, memory, hparams, core, y, k, h, starts, classes)
-    net = bundle.for_objective(model, batch, logits)
-    loss = mean_loss(model.objective, net, batch)
+    loss, logits = bundle.loss_of_outputs(model, batch, logits)
     if rff:
         loss = loss + divergence(extra, hparams, source, h)
-    return loss, (net(batch.x), stats)
+    return loss, (logits, stats)
 
 
 def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array, hparams: KCLHParams) -> jax.Array:

@@ -30,9 +30,9 @@ from sequel_flax.bundle import (
     Stats,
     StepOutputs,
     feature_width,
-    for_objective,
     frozen_network,
     head_logits,
+    loss_of_outputs,
     make_algorithm,
     network,
     objective_of,
@@ -41,7 +41,7 @@ from sequel_flax.bundle import (
     with_head_of,
     without_head_gradient,
 )
-from sequel_flax.objectives import Objective, mean_loss
+from sequel_flax.objectives import Objective
 from sequel_flax.trainable import Selection
 
 
@@ -64,19 +64,23 @@ def head_is_frozen(state: LFLState, hparams: LFLHParams) -> jax.Array:
     return (state.learned > 0) & hparams.freeze_head
 
 
+def old_features(ts: TrainState, state: State, x: Any) -> Any:
+    """Return the last hidden layer of the old network, in evaluation mode."""
+    return network(ts, state.memory.anchor, state, x, method="features", stats=state.memory.statistics)
+
+
 def training_loss(
     params: Params, model: Model, batch: Batch, hparams: LFLHParams
 ) -> tuple[jax.Array, tuple[Any, Stats]]:
     """Return the training loss of a batch, shape (), and what the network returned for it."""
     ts, state = model.ts, model.state
-    anchor, statistics, learned = state.memory
     params = without_head_gradient(params, head_is_frozen(state.memory, hparams))
     features, stats = training_forward(ts, params, state, batch.x, method="features")
-    net = for_objective(model, batch, head_logits(ts, params, stats, features))
-    loss = mean_loss(model.objective, net, batch)
-    old = network(ts, anchor, state, batch.x, method="features", stats=statistics)
-    loss = loss + learned * hparams.lfl_lambda * feature_distance(features, old)
-    return loss, (net(batch.x), stats)
+    outputs = head_logits(ts, params, stats, features)
+    loss, outputs = loss_of_outputs(model, batch, outputs)
+    distance = feature_distance(features, old_features(ts, state, batch.x))
+    loss = loss + state.memory.learned * hparams.lfl_lambda * distance
+    return loss, (outputs, stats)
 
 
 def lfl(

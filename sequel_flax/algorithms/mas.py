@@ -22,7 +22,7 @@ from flax.training.train_state import TrainState
 from sequel_core.algorithms.mas import MASHParams
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
-from sequel_flax.bundle import Algorithm, Params, network, output_shape
+from sequel_flax.bundle import Algorithm, Params, blank_output, network
 from sequel_flax.objectives import Objective, output_leaf
 from sequel_flax.quadratic import Model, QuadraticState, init_quadratic, mean_gradients, quadratic
 from sequel_flax.trainable import Selection
@@ -30,7 +30,8 @@ from sequel_flax.trainable import Selection
 
 def squared_norm(params: Params, model: Model, batch: Batch) -> jax.Array:
     """Return the sum over a batch of ||f(x)||^2, in evaluation mode, shape ()."""
-    f = output_leaf(network(model.ts, params, model.state, batch.x), model.hparams.output)
+    outputs = network(model.ts, params, model.state, batch.x)
+    f = output_leaf(outputs, model.hparams.output)
     norms = (f.reshape(len(f), -1) ** 2).sum(1)
     return jnp.where(batch.t >= 0, norms, 0).sum()  # t is -1 for padding
 
@@ -75,7 +76,7 @@ def mas(
     """
 
     def init_memory(ts: TrainState, spec: StreamSpec) -> QuadraticState:
-        output_leaf(output_shape(ts, spec), hparams.output)
+        blank_output(ts, spec, hparams)  # raises an error if there is none
         return init_quadratic(ts)
 
     return quadratic(

@@ -59,7 +59,7 @@ def init_state(hparams: KCLHParams, spec: StreamSpec, seed: int, width: int, dty
         width: units of the last hidden layer, H.
         dtype: of the weights.
     """
-    coreset = empty_memory(spec, spec.num_tasks * hparams.core_size, None)
+    coreset = empty_memory(spec, spec.num_tasks * hparams.core_size)
     if hparams.kernel_type == "rbf":
         return KCLState(coreset, None, None, None)
     noise, phase, fixed = map(torch.from_numpy, basis_constants(seed, hparams.d_rn_f, width))

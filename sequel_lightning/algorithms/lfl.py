@@ -38,12 +38,20 @@ class LFLState(NamedTuple):
 
 def feature_distance(features: Tensor, old: Tensor) -> Tensor:
     """Return 1/2 * mean_n ||h(x_n) - h_old(x_n)||^2 of features `[B, ...]`, shape ()."""
-    return 0.5 * ((features - old) ** 2).flatten(1).sum(1).mean()
+    squares = (features - old) ** 2
+    return 0.5 * squares.reshape(len(squares), -1).sum(1).mean()
 
 
 def head_is_frozen(state: LFLState, hparams: LFLHParams) -> Tensor:
     """Return whether the last layer stays as it is, shape ()."""
     return (state.learned > 0) & hparams.freeze_head
+
+
+@torch.no_grad()
+def old_features(module: LFL, x: Any) -> Any:
+    """Return the last hidden layer of the old network, in evaluation mode."""
+    with evaluating(module.old):
+        return call_network(module.old.features, x)
 
 
 def training_loss(module: LFL, batch: Batch, hparams: LFLHParams) -> tuple[Tensor, Any]:
@@ -53,9 +61,8 @@ def training_loss(module: LFL, batch: Batch, hparams: LFLHParams) -> tuple[Tenso
     outputs = module.masked(apply_head(module.net, features), batch.t)
     loss = module.loss(outputs, batch)
     if module.learned > 0:
-        with evaluating(module.old), torch.no_grad():
-            old = call_network(module.old.features, x)
-        loss = loss + module.added(hparams.lfl_lambda * feature_distance(features, old))
+        distance = feature_distance(features, old_features(module, x))
+        loss = loss + module.added(hparams.lfl_lambda * distance)
     return loss, outputs
 
 
@@ -106,8 +113,7 @@ class LFL(ContinualModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Remove the gradient of a frozen last layer, so that clipping and the optimizer skip it."""
         if head_is_frozen(self.state, self.algorithm_hparams):
-            for p in self.net.head.parameters():
-                p.grad = None
+            self.net.head.zero_grad()
 
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Keep a copy of the network."""

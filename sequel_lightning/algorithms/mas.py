@@ -31,7 +31,9 @@ from sequel_lightning.trees import Params
 def squared_norm(params: Params, model: Any, batch: Batch) -> Tensor:
     """Return the sum over a batch of ||f(x)||^2, in evaluation mode, shape ()."""
     outputs = call_network(partial(call_with, model.net, params), model.normalise(batch.x))
-    return (output_leaf(outputs, model.algorithm_hparams.output) ** 2).sum()
+    f = output_leaf(outputs, model.algorithm_hparams.output)
+    norms: Tensor = (f.reshape(len(f), -1) ** 2).sum(1)
+    return norms.sum()
 
 
 def sensitivity(params: Params, model: Model, batches: Iterable[Batch], hparams: MASHParams) -> Params:
