@@ -168,7 +168,6 @@ BELOW: dict[str, tuple[float, str]] = {
     "si.py": (0.2, "Lightning spreads the step over three hooks, and calls fused kernels"),
     "coresets.py": (0.0, "only Lightning's module takes coresets from a user's own loop, with its checks"),
     "lamaml.py": (0.5, "Lightning calls the network with other weights, Flax has one pass for all methods"),
-    "quadratic.py": (0.5, "Lightning accumulates gradients in an object, Flax in a compiled sum"),
     "replay.py": (0.4, "Flax carries padding, running statistics and dropout keys through a pass"),
     "exemplars.py": (0.3, "Flax chooses exemplars on the host, from within compiled functions"),
 }

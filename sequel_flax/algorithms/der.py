@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from sequel_core.algorithms.der import DERHParams
 from sequel_flax.bundle import Algorithm
 from sequel_flax.objectives import Objective, output_leaf
-from sequel_flax.replay import Outputs, mean_loss, replay, stored_output, sum_of_first
+from sequel_flax.replay import Outputs, mean_loss, replay, sum_of_first
 from sequel_flax.trainable import Selection
 
 

@@ -20,7 +20,7 @@ from sequel_core.algorithms.derpp import DERppHParams
 from sequel_flax.algorithms.der import output_distance
 from sequel_flax.bundle import Algorithm
 from sequel_flax.objectives import Objective
-from sequel_flax.replay import Outputs, mean_loss, replay, stored_output
+from sequel_flax.replay import Outputs, mean_loss, replay
 from sequel_flax.trainable import Selection
 
 
