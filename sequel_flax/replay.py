@@ -155,15 +155,7 @@ def forward(
 def one_pass(
     params: Params, model: Model, samples: Sequence[ReplayBatch], stats: Stats, draw: Any
 ) -> tuple[list[Outputs], Stats]:
-    """Return the outputs of samples that go through the network in one pass, and the running statistics.
-
-    Args:
-        params: The parameters.
-        model: The network and the objective.
-        samples: Batches of samples, at least one of which is not empty.
-        stats: The running statistics before the pass.
-        draw: The index of the pass in the step; see `training_forward`.
-    """
+    """Return outputs and losses of samples, at least one, that go through the network in one pass."""
     sizes = np.cumsum([len(s.t) for s in samples])[:-1]
     counts = [None if isinstance(s.count, int) else jnp.arange(len(s.t)) < s.count for s in samples]
     full = all(c is None for c in counts)  # a batch, not a draw

@@ -10,7 +10,7 @@ Mirror: sequel_flax/replay.py
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
 from operator import itemgetter
@@ -144,23 +144,25 @@ def forward(module: ContinualModule, samples: Sequence[ReplayBatch], together: b
     """
     results: list[Outputs] = []
     for part in [samples] if together else [samples[:1], samples[1:]]:
-        sizes = [len(s.t) for s in part]
-        if sum(sizes):  # there is no pass for an empty draw
-            results += _pass(module, part, sizes)
+        if sum(len(s.t) for s in part):  # there is no pass for an empty draw
+            results += one_pass(module, part, module.network)
         else:
             empty = map_outputs(itemgetter(slice(0)), results[0])
             results += [empty._replace(stored=s.stored, count=0) for s in part]
     return results
 
 
-def _pass(module: ContinualModule, samples: Sequence[ReplayBatch], sizes: list[int]) -> list[Outputs]:
-    """Return outputs and losses of samples that go through the network in one pass."""
-    batch = joined(samples)
-    outputs = module.network(batch.x)
+def one_pass(
+    module: ContinualModule, samples: Sequence[ReplayBatch], network: Callable[[Any], Any]
+) -> list[Outputs]:
+    """Return outputs and losses of samples, at least one, that go through the network in one pass."""
+    batch = joined(samples) if len(samples) > 1 else Batch(*samples[0][:3])
+    outputs = network(batch.x)
     masked = module.masked(outputs, batch.t)
-    model = given(masked, batch.x, lambda x: module.forward(x, batch.t))
+    model = given(masked, batch.x, lambda x: module.masked(network(x), batch.t))
     losses = sample_losses(module.objective, model, batch)
     weights = None if module.objective.weight is None else module.objective.weight(batch)
+    sizes = [len(s.t) for s in samples]
     stops = list(accumulate(sizes))
     results = []
     for s, stop, size in zip(samples, stops, sizes, strict=True):

@@ -167,8 +167,7 @@ BELOW: dict[str, tuple[float, str]] = {
     "agem.py": (0.2, "Lightning projects the gradient in a hook of its optimizer step"),
     "si.py": (0.2, "Lightning spreads the step over three hooks, and calls fused kernels"),
     "coresets.py": (0.0, "only Lightning's module takes coresets from a user's own loop, with its checks"),
-    "lamaml.py": (0.5, "Lightning calls the network with other weights, Flax has one pass for all methods"),
-    "replay.py": (0.4, "Flax carries padding, running statistics and dropout keys through a pass"),
+    "replay.py": (0.4, "Flax carries padding, statistics and dropout keys along, torch writes in place"),
     "exemplars.py": (0.3, "Flax chooses exemplars on the host, from within compiled functions"),
 }
 """Pairs that cannot reach `SHARE`: the share that they keep, and the reason."""

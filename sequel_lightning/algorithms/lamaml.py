@@ -38,15 +38,14 @@ from sequel_lightning.augmentation import cropped
 from sequel_lightning.batches import joined, pieces, rows
 from sequel_lightning.gradients import check_functional_call, functional_network, gradients
 from sequel_lightning.networks import check_no_batch_stats
-from sequel_lightning.objectives import sample_losses
 from sequel_lightning.quadratic import Model
 from sequel_lightning.replay import (
     Memory,
-    Outputs,
     ReplayBatch,
     ReplayModule,
     drawn,
     mean_loss,
+    one_pass,
     planned,
 )
 from sequel_lightning.trees import ParameterTree, Params, restricted, tree_map
@@ -86,14 +85,12 @@ def clip_by_norm(gradient: Params, norm: float | None) -> Params:
 
 def sample_loss(params: Params, model: Model, samples: ReplayBatch) -> Tensor:
     """Return the mean loss of samples at the weights given, in training mode, shape ()."""
-    objective, batch = model.objective, Batch(*samples[:3])
 
     def network(x: Any) -> Any:
-        return model.masked(functional_network(model.net, params, model.normalise(x)), samples.t)
+        return functional_network(model.net, params, model.normalise(x))
 
-    losses = sample_losses(objective, network, batch)
-    weights = None if objective.weight is None else objective.weight(batch)
-    return mean_loss(Outputs((), (), losses, weights, None, samples.count))
+    (outputs,) = one_pass(model, [samples], network)
+    return mean_loss(outputs)
 
 
 def meta_loss(
