@@ -11,8 +11,6 @@ Mirror: sequel_flax/replay.py
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import accumulate
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -163,18 +161,25 @@ def one_pass(
     losses = sample_losses(module.objective, model, batch)
     weights = None if module.objective.weight is None else module.objective.weight(batch)
     sizes = [len(s.t) for s in samples]
-    stops = list(accumulate(sizes))
-    results = []
-    for s, stop, size in zip(samples, stops, sizes, strict=True):
-        part = partial(_rows, start=stop - size, stop=stop, count=stops[-1])
-        out, shown, values, scale = (map_outputs(part, a) for a in (outputs, masked, losses, weights))
-        results.append(Outputs(out, shown, values, scale, s.stored, s.count))
-    return results
+    parts = zip(*(_split_rows(a, sizes) for a in (outputs, masked, losses, weights)), strict=True)
+    return [
+        Outputs(out, shown, values, scale, s.stored, s.count)
+        for (out, shown, values, scale), s in zip(parts, samples, strict=True)
+    ]
 
 
-def _rows(a: Tensor, start: int, stop: int, count: int) -> Tensor:
-    """Return rows of an array that has a row for each of `count` samples; others unchanged."""
-    return a[start:stop] if a.shape[:1] == (count,) and stop - start < count else a
+def _split_rows(outputs: Any, sizes: Sequence[int]) -> list[Any]:
+    """Return the rows of each part of arrays `[sum(sizes), ...]`; arrays without such rows are repeated."""
+    if outputs is None or len(sizes) == 1:
+        return [outputs] * len(sizes)
+    if isinstance(outputs, Tensor):
+        return (
+            list(outputs.split(list(sizes))) if outputs.shape[:1] == (sum(sizes),) else [outputs] * len(sizes)
+        )
+    return [
+        map_outputs(lambda a, k=k: _split_rows(a, sizes)[k], outputs)  # type: ignore[misc]
+        for k in range(len(sizes))
+    ]
 
 
 def planned(memory: Memory, batch: Batch, plan_type: type[Any] = StepPlan) -> Any:
