@@ -235,9 +235,18 @@ def draws(memory: Memory, batch: Batch) -> list[ReplayBatch]:
 
 
 def drawn(memory: Memory, batch: Batch, slots: jax.Array, k: Any) -> ReplayBatch:
-    """Return draw k of a batch's plan, the samples in these slots `[R]`, augmented."""
+    """Return draw k of a batch's plan, the samples in these slots `[R]`, augmented.
+
+    Padding is copies of the batch's first sample, since an empty slot is no sample: it may have no tokens.
+    """
     samples = read(memory, slots)
-    return samples._replace(x=cropped_draw(samples.x, batch, k))
+
+    def padded(a: jax.Array, b: jax.Array) -> jax.Array:
+        counts = jnp.arange(len(a)) < samples.count
+        return jnp.where(counts.reshape(-1, *[1] * (a.ndim - 1)), a, b[:1].astype(a.dtype))
+
+    x, y = (tree_map(padded, *trees) for trees in ((samples.x, batch.x), (samples.y, batch.y)))
+    return samples._replace(x=cropped_draw(x, batch, k), y=y)
 
 
 def replay(

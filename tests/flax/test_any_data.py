@@ -192,6 +192,30 @@ def test_dicts_are_passed_as_keywords(name: str, model: Any) -> None:
         assert {w.astype(np.int64).tobytes() for w in stored.x["words"]} <= words
 
 
+class MaskedMean(nn.Module):
+    """The mean of the embedded words that a mask keeps; it is not defined without any."""
+
+    @nn.compact
+    def __call__(self, words: jax.Array, mask: jax.Array, train: bool = False) -> jax.Array:
+        kept = mask[..., None].astype(jnp.float32)
+        h = (nn.Embed(9, 5)(words) * kept).sum(1) / kept.sum(1)
+        return nn.Dense(4, name="head")(h)
+
+
+def masked_inputs(rng: np.random.Generator) -> Any:
+    return {"words": rng.integers(0, 9, (N, 3)), "mask": np.arange(3) < rng.integers(1, 4, (N, 1))}
+
+
+@pytest.mark.parametrize("name", ["er", "derpp", "agem", "mcsgd", "lamaml"])
+def test_empty_slots_do_not_reach_the_network(name: str) -> None:
+    """An empty memory has masks without any word, whose mean and gradient are nan."""
+    hparams = next(hparams for hparams in EVERY if hparams.name == name)
+    made = trained(
+        hparams, stream(lambda rng: np.arange(N) % 4, 4, masked_inputs, (0, 1, 2, 3)), MaskedMean()
+    )
+    assert all(np.isfinite(a).all() for a in made.weights().values())
+
+
 def test_partly_trained_networks_take_dicts() -> None:
     made = trained(EVERY[1], MIXED, Mixed(), trainable=lambda path: path[0] == "head")
     assert made.memory_bytes() == 2 * 4 * (5 * 4 + 4)
@@ -370,6 +394,15 @@ class Several(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> Any:
         h = nn.tanh(nn.Dense(5)(x))
         return {"logits": nn.Dense(4)(h), "hidden": h}
+
+
+def test_a_metric_gets_the_logits_of_several_outputs() -> None:
+    objective = cross_entropy()._replace(values=None, metric=clu.metrics.Accuracy.empty)
+    made = trained(NaiveHParams(), LABELS, Several(), objective=objective)
+    x, y, _ = LABELS.tasks[0].test.take(np.arange(N))
+    logits = Several().apply({"params": made.ts.params}, x)["logits"]
+    expected = (np.asarray(logits).argmax(1) == y).mean()
+    assert made.evaluate(LABELS.tasks[0], "test").score == pytest.approx(expected)
 
 
 def test_outputs_that_are_stored_may_be_named() -> None:
