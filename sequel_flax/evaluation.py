@@ -17,7 +17,7 @@ from sequel_core.stream import plan
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import AnySplit, Batch, Samples
 from sequel_flax.bundle import Algorithm, State, with_masked_logits
-from sequel_flax.objectives import build_objective, losses_of
+from sequel_flax.objectives import build_objective, losses_of, metric_outputs
 
 
 class Evaluator:
@@ -71,7 +71,9 @@ class Evaluator:
             measured.append(sums)
             if metric is not None:
                 outputs, y = _first(int(valid.sum()), (outputs, batch.y))
-                metric = metric.merge(type(metric).from_model_output(logits=outputs, labels=y))
+                metric = metric.merge(
+                    type(metric).from_model_output(logits=metric_outputs(outputs), labels=y)
+                )
         sums = jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)), *jax.device_get(measured))
         loss = _quotient(*sums["loss"])
         score = _quotient(*sums["score"]) if metric is None else float(metric.compute())

@@ -36,7 +36,8 @@ class Objective(NamedTuple):
         values: `values(outputs, y)` returns the score of each sample, `[B]`. The score of several samples is
             the mean of these, weighted by `score_weight`. None for the loss, or if there is a `metric`.
         metric: Returns an empty clu metric, such as `clu.metrics.Accuracy.empty`. It is updated with
-            `logits=outputs, labels=y`, and used in place of `values`.
+            `logits=outputs, labels=y`, and used in place of `values`; `outputs` is the only array that the
+            network returns, or `logits`, or all if there is neither.
         weight: `weight(batch)` returns the weight of each sample in a mean, `[B]`; None for 1. A mean loss is
             sum(loss) / sum(weight).
         mean: `mean(model, batch)` returns the same mean in fewer operations, shape (); None if there is none.
@@ -130,6 +131,18 @@ def output_leaf(outputs: Any, name: str | None = None) -> Any:
         f"the method needs {needed} in what the network returns, got {outputs_text(outputs)}; set output to "
         "its key, attribute or index"
     )
+
+
+def metric_outputs(outputs: Any) -> Any:
+    """Return what a metric is updated with: the only array, or `logits`; all outputs if there is neither.
+
+    Args:
+        outputs: What the network returns.
+    """
+    try:
+        return output_leaf(outputs)
+    except ValueError:
+        return outputs
 
 
 def outputs_text(outputs: Any) -> str:

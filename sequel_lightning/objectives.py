@@ -38,7 +38,8 @@ class Objective(NamedTuple):
         values: `values(outputs, y)` returns the score of each sample, `[B]`. The score of several samples is
             the mean of these, weighted by `score_weight`. None for the loss, or if there is a `metric`.
         metric: returns a new torchmetrics metric, such as `partial(BinaryAUROC)`. It is updated with
-            `(outputs, y)`, and used in place of `values`.
+            `(outputs, y)`, and used in place of `values`; `outputs` is the only array that the network
+            returns, or `logits`, or all if there is neither.
         weight: `weight(batch)` returns the weight of each sample in a mean, `[B]`; None for 1. A mean loss is
             sum(loss) / sum(weight).
         mean: `mean(model, batch)` returns the same mean in fewer operations, shape (); None if there is none.
@@ -186,6 +187,18 @@ def output_leaf(outputs: Any, name: str | None = None) -> Tensor:
         f"the method needs {needed} in what the network returns, got {outputs_text(outputs)}; set output to "
         "its key, attribute or index"
     )
+
+
+def metric_outputs(outputs: Any) -> Any:
+    """Return what a metric is updated with: the only array, or `logits`; all outputs if there is neither.
+
+    Args:
+        outputs: what the network returns.
+    """
+    try:
+        return output_leaf(outputs)
+    except ValueError:
+        return outputs
 
 
 def named_outputs(outputs: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sequel_core.stream.task import Batch, Task
 from sequel_lightning._compat import logging_step
 from sequel_lightning.batches import check_batch, check_tasks, first_wrong, wrong_label
-from sequel_lightning.objectives import Objective, given, scores_of
+from sequel_lightning.objectives import Objective, given, metric_outputs, scores_of
 from sequel_lightning.scores import TaskScores
 
 if TYPE_CHECKING:
@@ -259,9 +259,9 @@ class Reporting:
         """Add a step to the running metrics, and make a report at the Trainer's log interval."""
         module = self.module
         if module.metrics is not None:
-            module.metrics.update(outputs, batch.y)
+            module.metrics.update(metric_outputs(outputs), batch.y)
         if self.metric is not None:
-            self.metric.to(loss.device).update(outputs, batch.y)
+            self.metric.to(loss.device).update(metric_outputs(outputs), batch.y)
         module.running_metrics.add(loss, outputs, batch)
         trainer: Any = module.trainer
         done, interval = trainer.fit_loop.total_batch_idx + 1, trainer.log_every_n_steps  # of the whole task

@@ -22,7 +22,14 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_core.stream.trees import leaves, tree_map
 from sequel_lightning.batches import inputs_of
-from sequel_lightning.objectives import Model, Objective, map_outputs, sample_losses, scores_of
+from sequel_lightning.objectives import (
+    Model,
+    Objective,
+    map_outputs,
+    metric_outputs,
+    sample_losses,
+    scores_of,
+)
 
 
 def check_metrics(metrics: MetricCollection | None, score: str) -> None:
@@ -72,7 +79,7 @@ class ScoreSums:
         """
         self._sums += sums
         if self._metric is not None:
-            self._metric.update(outputs, y)
+            self._metric.update(metric_outputs(outputs), y)
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Return the mean loss and the score, shape () each."""
@@ -145,7 +152,7 @@ class TaskScores:
             metrics = self._metrics.clone(prefix=f"{self._stage}/", postfix=ending or None).to(device)
             metrics.reset()
             self._user_metrics[ending] = metrics
-        self._user_metrics[ending].update(outputs, y)
+        self._user_metrics[ending].update(metric_outputs(outputs), y)
 
 
 def with_loaders_task(batch: Any, loader: int, spec: StreamSpec | None, target: str) -> Any:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchmetrics.classification import MultilabelF1Score
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MultilabelF1Score
 
 from sequel_benchmarks import from_arrays
 from sequel_core.algorithms.der import DERHParams
@@ -37,6 +38,7 @@ from sequel_lightning import (
     LightningLearner,
     Naive,
     Objective,
+    TaskDataModule,
     cross_entropy,
     from_outputs,
     initialise,
@@ -548,6 +550,34 @@ def test_a_metric_with_state_is_the_score() -> None:
     expected = np.mean(2 * hits / (positive + true))
     assert made.evaluate(table("labels").tasks[0], "test").score == pytest.approx(expected, rel=1e-6)
     assert made.score.name == "F1"
+
+
+class Pair(nn.Module):
+    """Logits and hidden units of a table, in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(FEATURES, 4), nn.Linear(4, OUTPUTS)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = self.body(x).tanh()
+        return {"hidden": hidden, "logits": self.head(hidden)}
+
+
+def test_a_metric_gets_the_logits_of_several_outputs() -> None:
+    accuracy = partial(MulticlassAccuracy, OUTPUTS, average="micro")
+    objective = cross_entropy()._replace(values=None, metric=accuracy)
+    user = MetricCollection({"micro": accuracy()})
+    module = Naive(Pair(), SGD, NaiveHParams(), table().spec, objective=objective, metrics=user)
+    made = LightningLearner(module, TrainingHParams(batch_size=SIZE))
+    made.fit_task(table().tasks[0], SILENT)
+    samples = table().tasks[0].test.take(np.arange(TEST))
+    with torch.no_grad():
+        logits = module.eval().predict(torch.from_numpy(samples.x))["logits"].numpy()
+    expected = (logits.argmax(1) == samples.y).mean()
+    assert made.evaluate(table().tasks[0], "test").score == pytest.approx(expected, rel=1e-6)
+    test = trainer(1).test(module, TaskDataModule(table().tasks[0]), verbose=False)[0]
+    assert test["test/micro/task_0"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_training_and_validation_log_the_score_by_its_name() -> None:
