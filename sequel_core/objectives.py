@@ -12,7 +12,7 @@ import numpy as np
 
 from sequel_core.settings import Settings, setting
 from sequel_core.stream.benchmark import StreamSpec
-from sequel_core.stream.trees import LeafSpec, shapes_text
+from sequel_core.stream.trees import LeafSpec, shapes_text, specs_text
 
 ObjectiveType = Literal[
     "auto", "cross_entropy", "binary_cross_entropy", "squared_error", "token_cross_entropy"
@@ -126,7 +126,7 @@ class ObjectiveHParams(Settings):
         several_labels = not spec.labelled and dtype_kind in ("i", "u", "f")
         if self.type != fitting and not (several_labels and self.type == "binary_cross_entropy"):
             raise ValueError(
-                f"objective {self.type} does not fit targets {spec.y}; use "
+                f"objective {self.type} does not fit targets {specs_text(spec.y)}; use "
                 f"{fitting or 'an objective with a loss of your own'}"
             )
         if self.class_weights is not None and len(self.class_weights) != spec.num_classes:

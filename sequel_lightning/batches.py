@@ -166,7 +166,10 @@ def check_batch(batch: Batch, known: Tensor | None, labelled: bool = True) -> No
     if not labelled:
         return
     if not isinstance(y, Tensor) or y.dtype not in INTEGERS or y.ndim != 1:
-        raise ValueError(f"labels must be an integer tensor [B], got {description(y)}")
+        raise ValueError(
+            f"labels must be an integer tensor [B], got {description(y)}; for other targets give a spec, or "
+            "an objective such as squared_error()"
+        )
     if known is None:
         return
     wrong, label, task = first_wrong(y, t, known).tolist()

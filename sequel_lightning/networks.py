@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
-from sequel_core.stream.trees import LeafSpec, Tree, shapes_text, tree_map
+from sequel_core.stream.trees import LeafSpec, Tree, shapes_text, specs_text, tree_map
 from sequel_lightning.objectives import Objective, given, output_leaf, outputs_text, sample_losses
 from sequel_lightning.trees import Params
 
@@ -93,7 +93,7 @@ def check_network(net: nn.Module, spec: StreamSpec | None, objective: Objective)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         raise ValueError(
             f"the objective must take what the network returns, {outputs_text(outputs)} for B=1, and targets "
-            f"{spec.y}: {' '.join(str(error).split())}"
+            f"{specs_text(spec.y)}: {' '.join(str(error).split())}"
         ) from error
 
 

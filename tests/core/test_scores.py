@@ -16,6 +16,7 @@ from rich.console import Console
 from sequel_benchmarks import from_arrays
 from sequel_core import NaiveHParams, Score, compare, load_result, run
 from sequel_core.cli.ranking import Job, rank
+from sequel_core.objectives import ObjectiveHParams
 from sequel_core.report import write_report
 from sequel_core.report.figures import heat_map
 from sequel_core.report.runs import read_study
@@ -24,8 +25,9 @@ from sequel_core.runs.learner import Evaluation
 from sequel_core.runs.loggers import hparams_summaries
 from sequel_core.runs.results import read_metrics
 from sequel_core.runs.state import RunState, check_state
-from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.benchmark import Benchmark, StreamSpec
 from sequel_core.stream.task import Task
+from sequel_core.stream.trees import LeafSpec
 from tests.core.scripted import STEPS, Scripted, scripted
 
 ERROR = Score("squared error", higher_is_better=False, fraction=False)
@@ -284,3 +286,10 @@ def test_runs_that_name_no_score_have_accuracies(tmp_path: Path) -> None:
     assert (
         result.average_accuracy == result.metric("average_score") == pytest.approx(result.matrix[-1].mean())
     )
+
+
+def test_an_objective_that_does_not_fit_is_named_with_the_targets() -> None:
+    spec = StreamSpec(LeafSpec((3,)), 1, 1, "domain", np.ones((1, 1), bool), y=LeafSpec(()))
+    message = r"^objective cross_entropy does not fit targets float32 \[\]; use squared_error$"
+    with pytest.raises(ValueError, match=message):
+        ObjectiveHParams("cross_entropy").resolved(spec)
