@@ -48,7 +48,7 @@ class Objective(NamedTuple):
             None if there is no such sum.
         classification: Whether targets are class labels.
         score_weight: `score_weight(batch)` returns the weight of each sample in the score, `[B]`; None for 1.
-        target: The key of y in batches that are dicts.
+        target: The key of y in batches that are dicts, as Lightning takes them.
 
     Example:
         >>> absolute = Objective(lambda model, batch: jnp.abs(model(batch.x) - batch.y).sum(1))
@@ -128,8 +128,8 @@ def output_leaf(outputs: Any, name: str | None = None) -> Any:
         return array
     needed = "one array, or one called logits" if name is None else f"an array {name}"
     raise ValueError(
-        f"the method needs {needed} in what the network returns, got {outputs_text(outputs)}; set output to "
-        "its key, attribute or index"
+        f"the method needs {needed} in what the network returns, got {outputs_text(outputs)}; call the array "
+        "logits, give a loss by from_outputs, or set `output` if the method has that setting"
     )
 
 

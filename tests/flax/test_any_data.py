@@ -400,8 +400,8 @@ def test_a_metric_gets_the_logits_of_several_outputs() -> None:
     objective = cross_entropy()._replace(values=None, metric=clu.metrics.Accuracy.empty)
     made = trained(NaiveHParams(), LABELS, Several(), objective=objective)
     x, y, _ = LABELS.tasks[0].test.take(np.arange(N))
-    logits = Several().apply({"params": made.ts.params}, x)["logits"]
-    expected = (np.asarray(logits).argmax(1) == y).mean()
+    outputs: Any = Several().apply({"params": made.ts.params}, x)
+    expected = (np.asarray(outputs["logits"]).argmax(1) == y).mean()
     assert made.evaluate(LABELS.tasks[0], "test").score == pytest.approx(expected)
 
 
