@@ -235,13 +235,10 @@ def draws(memory: Memory, batch: Batch) -> list[ReplayBatch]:
 
 
 def drawn(memory: Memory, batch: Batch, slots: jax.Array, k: Any) -> ReplayBatch:
-    """Return draw k of a batch's plan, the samples in these slots `[R]`, augmented.
-
-    Padding is copies of the batch's first sample, since an empty slot is no sample: it may have no tokens.
-    """
+    """Return draw k of a batch's plan, the samples in these slots `[R]`, augmented."""
     samples = read(memory, slots)
 
-    def padded(a: jax.Array, b: jax.Array) -> jax.Array:
+    def padded(a: jax.Array, b: jax.Array) -> jax.Array:  # by a sample, as an empty slot may have no tokens
         counts = jnp.arange(len(a)) < samples.count
         return jnp.where(counts.reshape(-1, *[1] * (a.ndim - 1)), a, b[:1].astype(a.dtype))
 

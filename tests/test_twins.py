@@ -167,7 +167,7 @@ BELOW: dict[str, tuple[float, str]] = {
     "agem.py": (0.2, "Lightning projects the gradient in a hook of its optimizer step"),
     "si.py": (0.2, "Lightning spreads the step over three hooks, and calls fused kernels"),
     "coresets.py": (0.0, "only Lightning's module takes coresets from a user's own loop, with its checks"),
-    "replay.py": (0.4, "Flax carries padding, statistics and dropout keys along, torch writes in place"),
+    "replay.py": (0.37, "Flax carries padding, statistics and dropout keys along, torch writes in place"),
     "exemplars.py": (0.3, "Flax chooses exemplars on the host, from within compiled functions"),
 }
 """Pairs that cannot reach `SHARE`: the share that they keep, and the reason."""
