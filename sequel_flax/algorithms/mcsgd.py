@@ -158,6 +158,7 @@ def mcsgd(
             in `train_step`, if the batch has no plan.
 
     Example:
+        >>> import optax
         >>> from sequel_benchmarks import RotatedDigits
         >>> from sequel_core import Batch, MCSGDHParams
         >>> from sequel_flax import MLP, initial_params, mcsgd
