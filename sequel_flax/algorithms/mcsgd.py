@@ -158,7 +158,8 @@ def mcsgd(
             in `train_step`, if the batch has no plan.
 
     Example:
-        >>>         >>> from sequel_benchmarks import RotatedDigits
+        >>> import optax
+        >>> from sequel_benchmarks import RotatedDigits
         >>> from sequel_core import Batch, MCSGDHParams
         >>> from sequel_flax import MLP, initial_params, mcsgd
         >>> digits, net = RotatedDigits(num_tasks=2, subset=40), MLP(widths=(16,), num_classes=10)
