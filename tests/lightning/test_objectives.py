@@ -190,7 +190,9 @@ def test_token_cross_entropy(smoothing: float, reduce: str, rng: np.random.Gener
 
 
 @pytest.mark.parametrize(
-    ("objective", "shape"), [(cross_entropy(), (N, K)), (token_cross_entropy(), (N, 3, K))], ids=str
+    ("objective", "shape"),
+    [(cross_entropy(), (N, K)), (token_cross_entropy(), (N, 3, K))],
+    ids=["classes", "tokens"],
 )
 def test_classes_are_drawn_from_the_softmax(
     objective: Objective, shape: tuple[int, ...], rng: np.random.Generator
