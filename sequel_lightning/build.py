@@ -19,6 +19,7 @@ from sequel_core.experiment.build import SUPPLIED
 from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.experiment.target import TARGET, Target
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
+from sequel_core.objectives import ObjectiveHParams
 from sequel_core.stream import plan
 from sequel_core.stream.benchmark import Benchmark
 from sequel_lightning.algorithms import ALGORITHMS
@@ -189,8 +190,9 @@ def build_learner(
         optimizer = build_optimizer(config.optimizer)
     if "objective" in user_code:
         objective = _checked(user_code["objective"].make(), Objective, user_code["objective"])
-    else:
-        objective = build_objective(config.objective, spec)
+    else:  # None is the default of every method, also of user code without the argument
+        is_default = config.objective == ObjectiveHParams()
+        objective = None if is_default else build_objective(config.objective, spec)
     return make_learner(
         config.algo,
         model,

@@ -13,6 +13,7 @@ Mirror: sequel_lightning/algorithms/der.py
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -29,7 +30,7 @@ from sequel_flax.trainable import Selection
 def output_distance(draw: Outputs, hparams: DERHParams) -> jax.Array:
     """Return the mean over a draw of ||z - f(x')||^2, 0 for an empty one, shape ()."""
     squares = (draw.stored - output_leaf(draw.outputs, hparams.output)) ** 2
-    squares = squares.reshape(*squares.shape[:1], -1)
+    squares = squares.reshape(len(squares), math.prod(squares.shape[1:]))
     norms = jnp.sum(squares, axis=1) if hparams.distance == "sum" else jnp.mean(squares, axis=1)
     return sum_of_first(norms, draw.count) / jnp.maximum(draw.count, 1)
 

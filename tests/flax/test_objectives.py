@@ -220,10 +220,10 @@ def test_output_leaf() -> None:
         (
             (a, b),
             None,
-            r"needs one array, or one called logits .* got tuple of \[0\] \[2, 3\], \[1\] \[2, 8\]; set",
+            r"needs one array, or one called logits .* got tuple of \[0\] \[2, 3\], \[1\] \[2, 8\]; call",
         ),
         ((a, b), "2", "needs an array 2 in what"),
-        ({"scores": a}, "logits", r"an array logits .* got dict of \['scores'\] \[2, 3\]; set output"),
+        ({"scores": a}, "logits", r"an array logits .* got dict of \['scores'\] \[2, 3\]; call the"),
         (a, "hidden", r"an array hidden .* got \[2, 3\]"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -355,7 +355,7 @@ def test_a_line_is_sampled_at_both_ends(monkeypatch: pytest.MonkeyPatch) -> None
         positions.append(float(np.mean((theta["head/bias"] - ends[0]) / (ends[1] - ends[0]))))
         return 0.0, network.zeros(theta)
 
-    monkeypatch.setattr(reference, "cross_entropy", record)
+    monkeypatch.setattr(reference, "task_loss", record)
     reference.line_gradient(reference.w_bar, reference.w, reference.memory_samples())
     np.testing.assert_allclose(positions, np.linspace(0, 1, 6), atol=1e-12)
 

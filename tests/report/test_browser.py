@@ -119,7 +119,7 @@ def test_by_keyboard(browser: Browser, report: Path) -> None:
     assert page.evaluate("document.activeElement.textContent") == "Skip to the results"
     assert page.locator(".skip").bounding_box()["x"] >= 0  # type: ignore[index]
     page.keyboard.press("Enter")
-    assert page.url.endswith("#content")
+    page.wait_for_url("**#content")
     table = page.locator(".scroll").first
     table.focus()
     page.evaluate(
