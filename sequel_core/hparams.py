@@ -239,7 +239,7 @@ class ExemplarHParams(AlgorithmHParams):
         self.check_labels(spec, self.name)
         self.check_array(spec)
         if self.flip and not spec.images:
-            raise ValueError(f"flip needs images, got inputs {spec.x}; leave flip out")
+            raise ValueError(f"flip needs images, got inputs {specs_text(spec.x)}; leave flip out")
         sets = int(spec.mask.sum())
         if self.mem_size < sets:
             each = "class" if sets == spec.num_classes else "class of each task"

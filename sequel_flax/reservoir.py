@@ -1,4 +1,4 @@
-"""A reservoir of samples as pure functions: `init`, `add` and `sample`, for training loops of your own.
+"""A reservoir of samples as pure functions: `init`, `add` and `sample`, for your own training loops.
 
     memory = reservoir.init(batch, size=500)
     for batch in stream:

@@ -1,4 +1,4 @@
-"""EWC, MAS, SI and L2 towards the initial weights as optax transformations, for training loops of your own.
+"""EWC, MAS, SI and L2 towards the initial weights as optax transformations, for your own training loops.
 
     tx = optax.chain(ewc_penalty(10.0), optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     ...                                                       # train on a task
@@ -13,7 +13,7 @@ The equations are those of `sequel_flax.algorithms.ewc`, `mas` and `si`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -394,7 +394,7 @@ def _quadratic_penalty(strength: Any, separate: bool, gamma: float) -> optax.Gra
 
 
 def _rows(state_trees: list[Params], others: list[Params]) -> list[tuple[Any, ...]]:
-    """Return the leaves of trees of a state beside those of other trees, without those that are masked."""
+    """Return the leaves of trees of a state, which may be masked, beside those of other trees."""
     ours = [jax.tree.leaves(tree, is_leaf=_is_masked) for tree in state_trees]
     columns = [*ours, *(jax.tree.leaves(tree) for tree in others)]
     shapes = [[getattr(leaf, "shape", None) for leaf in column] for column in columns]
@@ -408,23 +408,25 @@ def _rows(state_trees: list[Params], others: list[Params]) -> list[tuple[Any, ..
     return list(zip(*columns, strict=True))
 
 
-def _rebuilt(tree: Params, leaves: list[Any]) -> Params:
-    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_is_masked), leaves)
+def _mapped(
+    function: Callable[..., Any], state_trees: list[Params], others: list[Params]
+) -> Iterator[Params]:
+    """Yield new trees of a state: `function` returns the new leaves of one row; masked leaves stay."""
+    rows = _rows(state_trees, others)
+    results = [row[: len(state_trees)] if _is_masked(row[0]) else function(*row) for row in rows]
+    for tree, column in zip(state_trees, zip(*results, strict=True), strict=True):
+        yield jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_is_masked), column)
 
 
 def _consolidated_penalty(state: PenaltyState, params: Params, importance: Params) -> PenaltyState:
     separate, gamma = jax.tree.leaves((state.separate, state.gamma))
 
     def end(a: Any, f: Any, p: Any, new: Any) -> tuple[Any, Any]:
-        if _is_masked(a):
-            return a, f
         total = jnp.where(separate, f, gamma.astype(f.dtype) * f) + new
         share = f / jnp.where(total > 0, total, 1)  # the anchor of an unchanged weight is exactly its value
         return jnp.where(separate, p + share * (a - p), p).astype(a.dtype), total.astype(f.dtype)
 
-    trees = [state.anchor, state.importance]
-    columns = zip(*(end(*row) for row in _rows(trees, [params, importance])), strict=True)
-    anchor, total = (_rebuilt(tree, list(c)) for tree, c in zip(trees, columns, strict=True))
+    anchor, total = _mapped(end, [state.anchor, state.importance], [params, importance])
     return state._replace(anchor=anchor, importance=total)
 
 
@@ -432,19 +434,30 @@ def _consolidated_si(state: SIState, params: Params) -> SIState:
     xi, clamp = jax.tree.leaves((state.xi, state.clamp))
 
     def end(a: Any, f: Any, w: Any, p: Any) -> tuple[Any, Any, Any]:
-        if _is_masked(a):
-            return a, f, w
         total = f + w / ((p.astype(f.dtype) - a.astype(f.dtype)) ** 2 + xi.astype(f.dtype))
         return jnp.asarray(p, a.dtype), jnp.where(clamp, jnp.maximum(total, 0), total), jnp.zeros_like(w)
 
-    trees = [state.anchor, state.importance, state.path]
-    columns = zip(*(end(*row) for row in _rows(trees, [params])), strict=True)
-    anchor, importance, path = (_rebuilt(tree, list(c)) for tree, c in zip(trees, columns, strict=True))
+    anchor, importance, path = _mapped(end, [state.anchor, state.importance, state.path], [params])
     return state._replace(anchor=anchor, importance=importance, path=path)
 
 
 def _squared_norm(outputs: Callable[[Params, Any], jax.Array]) -> Loss:
     return lambda params, batch: jnp.sum(outputs(params, batch) ** 2)
+
+
+@partial(jax.jit, static_argnames=("function", "contribution"), donate_argnums=0)
+def _add_sample(
+    total: Params,
+    params: Params,
+    batch: Any,
+    k: int,
+    function: Loss,
+    contribution: Callable[[jax.Array], jax.Array],
+) -> Params:
+    """Add the contribution of sample k of a batch."""
+    one = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(jnp.asarray(a), k, 1), batch)
+    gradient = jax.grad(lambda at: jnp.sum(function(at, one)))(params)
+    return jax.tree.map(lambda f, g: f + contribution(g.astype(f.dtype)), total, gradient)
 
 
 def _mean_over_samples(
@@ -458,17 +471,11 @@ def _mean_over_samples(
     if samples is not None and samples < 1:
         raise ValueError(f"samples must be >= 1 or None, got {samples}")
 
-    @partial(jax.jit, donate_argnums=0)
-    def add(total: Params, batch: Any, k: int) -> Params:
-        one = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(jnp.asarray(a), k, 1), batch)
-        gradient = jax.grad(lambda at: jnp.sum(function(at, one)))(params)
-        return jax.tree.map(lambda f, g: f + contribution(g.astype(f.dtype)), total, gradient)
-
     total, count = jax.tree.map(empty_sum, params), 0
     for batch in batches:
         size = len(jax.tree.leaves(batch)[0])
         for k in range(size if samples is None else min(size, samples - count)):
-            total = add(total, batch, k)
+            total = _add_sample(total, params, batch, k, function, contribution)
             count += 1
         if count == samples:
             break

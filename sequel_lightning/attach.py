@@ -66,6 +66,7 @@ class Attached(Callback):
         self.importance: Params = {}
         self._open = False  # whether a task has begun and is not consolidated
         self._resumes = False
+        self._params: Params = {}  # trained in this fit; listing them is slow in deep networks
 
     # -- hooks of Lightning
 
@@ -92,7 +93,7 @@ class Attached(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a task, or continue with the task of a checkpoint."""
         resumes, self._resumes = self._resumes, False
-        params = trained(pl_module)
+        params = self._params = trained(pl_module)
         if self._open and not resumes:
             raise ValueError(
                 f"task {self.tasks} was never consolidated, because its fit ended with an error; call "
@@ -108,7 +109,7 @@ class Attached(Callback):
     ) -> None:
         """Add the gradient of the penalty."""
         if self.strength and self.tasks:
-            self.add_penalty(trained(pl_module))
+            self.add_penalty(self._params)
 
     @torch.no_grad()
     def add_penalty(self, params: Params) -> None:
@@ -139,6 +140,7 @@ class Attached(Callback):
         """
         if not self._open:
             raise ValueError("no task has begun, or it is consolidated already; call fit first")
+        self._follow(trained(module))
         with isolate_rng(), evaluating(module), without_logging(module):
             self.end_task(module, batches)
         self.tasks += 1
@@ -328,7 +330,7 @@ class SI(Attached):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Store the gradient of the loss and the weights, then add the gradient of the penalty."""
-        params = trained(pl_module)
+        params = self._params
         self._gradient = {name: p.grad.clone() for name, p in params.items() if p.grad is not None}
         self._before = {name: params[name].detach().clone() for name in self._gradient}
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
@@ -339,7 +341,7 @@ class SI(Attached):
         """Add the step to the path, if the batch ended with one."""
         if not self._gradient:
             return
-        params = trained(pl_module)
+        params = self._params
         after = {name: params[name].detach() for name in self._gradient}
         path = {name: self.path[name] for name in self._gradient}
         self.path |= si.accumulate_path_integral(path, self._gradient, self._before, after)

@@ -1,4 +1,4 @@
-"""Penalties in an optax chain and a reservoir, in loops of one's own, against the bundles and by hand."""
+"""Penalties in an optax chain and a reservoir, in a user's own loops, against the bundles and by hand."""
 
 from __future__ import annotations
 
