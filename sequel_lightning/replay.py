@@ -91,10 +91,13 @@ def read(memory: Memory, slots: Slots) -> ReplayBatch:
 def write(memory: Memory, slots: Slots, batch: Batch, outputs: Any) -> Memory:
     """Return the memory with the batch in these slots `[B]`, without samples for slots beyond the last."""
     kept = np.flatnonzero(slots < len(memory.t))
+    if not len(kept):
+        return memory
     source, index = (torch.from_numpy(a).to(memory.t.device, torch.int64) for a in (kept, slots[kept]))
+    every = len(kept) == len(slots)
 
     def copy_rows(a: Tensor, b: Tensor) -> None:
-        a[index] = b.detach()[source].to(a.dtype)  # in place
+        a[index] = (b.detach() if every else b.detach()[source]).to(a.dtype)  # in place
 
     for tree, new in zip(memory, (batch.x, batch.y, batch.t, outputs), strict=True):
         if tree is not None:
@@ -161,11 +164,10 @@ def one_pass(
     losses = sample_losses(module.objective, model, batch)
     weights = None if module.objective.weight is None else module.objective.weight(batch)
     sizes = [len(s.t) for s in samples]
-    parts = zip(*(_split_rows(a, sizes) for a in (outputs, masked, losses, weights)), strict=True)
-    return [
-        Outputs(out, shown, values, scale, s.stored, s.count)
-        for (out, shown, values, scale), s in zip(parts, samples, strict=True)
-    ]
+    parts = _split_rows(outputs, sizes)
+    shown = parts if masked is outputs else _split_rows(masked, sizes)
+    split = zip(parts, shown, _split_rows(losses, sizes), _split_rows(weights, sizes), samples, strict=True)
+    return [Outputs(out, seen, values, scale, s.stored, s.count) for out, seen, values, scale, s in split]
 
 
 def _split_rows(outputs: Any, sizes: Sequence[int]) -> list[Any]:

@@ -73,7 +73,7 @@ class AGEM(ReplayModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Project the gradient before it is clipped."""
         past = self.samples[1:]
-        if not past or not len(past[0].y):
+        if not past or not len(past[0].t):
             return
         params = self._trained_params
         gradient = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in params.items()}
