@@ -24,7 +24,15 @@ from sequel_flax.algorithms import (
 from sequel_flax.backbones import CNN, MLP, ResNet18, ResNet18Thin, initial_params, initial_variables
 from sequel_flax.boundaries import stack_plans
 from sequel_flax.build import build_learner, make_learner, process_settings
-from sequel_flax.bundle import Algorithm, BatchStatsTrainState, State, make_algorithm
+from sequel_flax.bundle import (
+    Algorithm,
+    BatchStatsTrainState,
+    State,
+    make_algorithm,
+    seen_classes,
+    task_classes,
+    task_progress,
+)
 from sequel_flax.evaluation import Evaluator
 from sequel_flax.foreign import adapted, write_back
 from sequel_flax.hooks import Hook
@@ -79,10 +87,13 @@ __all__ = [
     "naive",
     "process_settings",
     "reservoir",
+    "seen_classes",
     "si",
     "squared_error",
     "stable_sgd",
     "stack_plans",
+    "task_classes",
+    "task_progress",
     "token_cross_entropy",
     "transforms",
     "write_back",

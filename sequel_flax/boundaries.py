@@ -27,6 +27,7 @@ class StartPlan(NamedTuple):
     Args:
         task: The index of the task, int32 `()`.
         samples: Samples that the method sets aside, inputs `[N, ...]` and labels `[N]`; () without any.
+        num_steps: The number of steps of the task, int32 `()`; 0 if it is not known.
 
     Example:
         >>> StartPlan(np.int32(2)).samples
@@ -35,6 +36,7 @@ class StartPlan(NamedTuple):
 
     task: Any
     samples: Any = ()
+    num_steps: Any = np.int32(0)
 
 
 def stack_plans(plans: Sequence[Any]) -> Any:

@@ -91,6 +91,9 @@ class StreamState(NamedTuple):
         learning_rates: Those of the first task; () if they cannot be read from the optimizer.
         augmented: () if training samples are augmented, else None.
         blank: Inputs and targets of one sample, zeros in the shapes and dtypes of the stream, `[1, ...]`.
+        classes: The classes of each task in every scenario, bool `[T, num_classes]`; all without labels.
+        first_step: `ts.step` at the start of the current task, int32 ().
+        num_steps: The number of steps of the current task, int32 (); 0 if it is not known.
 
     Example:
         >>> StreamState(jnp.int32(-1), None, 1.0, 0.0, None, (), augmented=None, blank=()).augmented is None
@@ -105,6 +108,9 @@ class StreamState(NamedTuple):
     learning_rates: tuple[jax.Array, ...]
     augmented: tuple[()] | None
     blank: tuple[Any, Any]
+    classes: Any = None
+    first_step: Any = 0
+    num_steps: Any = 0
 
 
 class State(NamedTuple):
@@ -149,7 +155,7 @@ class Model:
 
 Init = Callable[[TrainState, StreamSpec], State]
 Step = Callable[[TrainState, State, Batch], tuple[TrainState, State, StepOutputs]]
-StartTask = Callable[[TrainState, State, Task], tuple[TrainState, State]]
+StartTask = Callable[..., tuple[TrainState, State]]
 EndTask = Callable[[TrainState, State, Iterable[Batch]], tuple[TrainState, State]]
 PlanStart = Callable[[State, Task], Any]
 PlanEnd = Callable[[State, Iterable[Batch]], Any]
@@ -207,7 +213,8 @@ class Algorithm(NamedTuple):
 
     Args:
         init: `init(ts, spec)` returns the state before the first task.
-        start_task: `start_task(ts, state, task)` is called before the first step of each task.
+        start_task: `start_task(ts, state, task, num_steps=None)` is called before the first step of each
+            task. `num_steps` is the number of steps of the task, for `task_progress`.
         train_step: `train_step(ts, state, batch)` takes one step. It can be compiled and scanned. The outputs
             are `loss`, `logits` and `labels`.
         end_task: `end_task(ts, state, batches)` consolidates the task, from batches of its samples.
@@ -216,7 +223,8 @@ class Algorithm(NamedTuple):
         hparams: The settings.
         planner: `planner(spec, state)` returns the planner of the steps after this state. It makes
             `Batch.plan` on the host.
-        plan_start: `plan_start(state, task)` is the part of `start_task` on the host; see `boundaries`.
+        plan_start: `plan_start(state, task, num_steps=None)` is the part of `start_task` on the host; see
+            `boundaries`.
         apply_start: `apply_start(ts, state, plan)` is the rest. It can be compiled and mapped.
         plan_end: `plan_end(state, batches)` is the part of `end_task` on the host.
         apply_end: `apply_end(ts, state, plan)` is the rest. It can be compiled and mapped.
@@ -254,7 +262,7 @@ class Algorithm(NamedTuple):
     predict: Predict
     hparams: AlgorithmHParams
     planner: Callable[[StreamSpec, State], Planner]
-    plan_start: PlanStart
+    plan_start: Callable[..., Any]
     apply_start: Apply
     plan_end: PlanEnd
     apply_end: Apply
@@ -305,7 +313,11 @@ def apply_start(
             for base in state.stream.learning_rates
         ]
         opt_state = with_learning_rates(opt_state, rates)
-    stream = state.stream._replace(task=jnp.asarray(plan.task, jnp.int32))
+    stream = state.stream._replace(
+        task=jnp.asarray(plan.task, jnp.int32),
+        first_step=jnp.array(ts.step, jnp.int32),
+        num_steps=jnp.asarray(plan.num_steps, jnp.int32),
+    )
     return ts.replace(opt_state=opt_state), state._replace(stream=stream)
 
 
@@ -401,7 +413,9 @@ def make_algorithm(
 
     return Algorithm(
         init=init,
-        start_task=lambda ts, state, task: apply(ts, state, start_plan(state, task)),
+        start_task=lambda ts, state, task, num_steps=None: apply(
+            ts, state, start_plan(state, task, num_steps)
+        ),
         train_step=_checked_step(trained.changes(train_step), objective),
         end_task=_checked_whole_end(whole) if whole else _end_in_parts(end_plan, finish),
         predict=trained.reads(predict or partial(_predict, objective=objective)),
@@ -445,10 +459,18 @@ def _checked_step(step: Step, objective: Objective | None) -> Step:
     return train_step
 
 
-def _checked_start(plan: PlanStart) -> PlanStart:
-    def plan_start(state: State, task: Task) -> Any:
+def _checked_start(plan: PlanStart) -> Callable[..., Any]:
+    def plan_start(state: State, task: Task, num_steps: int | None = None) -> Any:
         _check_boundary(state, least=-1)
-        return plan(state, task)
+        start = plan(state, task)
+        if num_steps is None or not isinstance(start, StartPlan):
+            return start
+        if num_steps < 1:
+            raise ValueError(
+                f"num_steps is the number of steps of a task, >= 1, got {num_steps}; leave it out if it is "
+                "not known"
+            )
+        return start._replace(num_steps=np.asarray(num_steps, np.int32))
 
     return plan_start
 
@@ -644,7 +666,68 @@ def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, see
         learning_rates=tuple(map(jnp.array, learning_rates)),
         augmented=() if spec.augmentation else None,
         blank=(_zeros(spec.x), _zeros(spec.y)),
+        classes=jnp.array(spec.mask),
+        first_step=jnp.asarray(0, jnp.int32),
+        num_steps=jnp.asarray(0, jnp.int32),
     )
+
+
+def seen_classes(stream: StreamState) -> jax.Array:
+    """Return the classes of the tasks up to the current one, bool `[num_classes]`; none before the first.
+
+    Args:
+        stream: The stream's part of the state.
+
+    Example:
+        >>> stream = StreamState(jnp.int32(1), None, 1.0, 0.0, None, (), augmented=None, blank=())
+        >>> stream = stream._replace(classes=jnp.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], bool))
+        >>> seen_classes(stream).tolist(), task_classes(stream).tolist()
+        ([True, True, False], [False, True, False])
+    """
+    seen: jax.Array = (stream.classes & (jnp.arange(len(stream.classes))[:, None] <= stream.task)).any(0)
+    return seen
+
+
+def task_classes(stream: StreamState) -> jax.Array:
+    """Return the classes of the current task, bool `[num_classes]`; none before the first task.
+
+    Args:
+        stream: The stream's part of the state.
+
+    Example:
+        >>> stream = StreamState(jnp.int32(-1), None, 1.0, 0.0, None, (), augmented=None, blank=())
+        >>> task_classes(stream._replace(classes=jnp.array([[True, False]]))).tolist()
+        [False, False]
+    """
+    current: jax.Array = (stream.classes & (jnp.arange(len(stream.classes))[:, None] == stream.task)).any(0)
+    return current
+
+
+def task_progress(ts: TrainState, state: State) -> jax.Array:
+    """Return the fraction of the current task's steps that have been taken, in [0, 1], shape ().
+
+    It is 0 in the first step of a task. It is nan if the number of steps is not known: a user-defined loop
+    gives it as `algorithm.start_task(ts, state, task, num_steps)`.
+
+    Args:
+        ts: The train state.
+        state: The state of the algorithm.
+
+    Returns:
+        The fraction, in the dtype of the parameters.
+
+    Example:
+        >>> import optax
+        >>> ts = TrainState.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=optax.sgd(0.1))
+        >>> stream = StreamState(jnp.int32(0), None, jnp.ones(1), 0.0, None, (), augmented=None, blank=())
+        >>> stream = stream._replace(first_step=jnp.int32(20), num_steps=jnp.int32(10))
+        >>> float(task_progress(ts.replace(step=25), State(stream, ())))
+        0.5
+    """
+    stream = state.stream
+    done = jnp.asarray(ts.step - stream.first_step, stream.scale.dtype)
+    fraction = jnp.minimum(done / jnp.maximum(stream.num_steps, 1).astype(done.dtype), 1)
+    return jnp.where(stream.num_steps > 0, fraction, jnp.nan)
 
 
 def _zeros(specs: Tree) -> Tree:

@@ -80,7 +80,8 @@ def renew(
         return tuple(renewed_exemplars(hparams, mask, int(task), before, pairs))
 
     stored, new = tuple(memory.exemplars[:3]), tuple(jnp.asarray(a) for a in batches[:3])
-    x, y, t = on_host(choose, stored, memory.classes, state.stream.task, stored, new, embed_batch(new[0]))
+    stream = state.stream
+    x, y, t = on_host(choose, stored, stream.classes, stream.task, stored, new, embed_batch(new[0]))
     exemplars = memory.exemplars._replace(x=x, y=y, t=t)
     slots, rows = len(exemplars.y), -(-len(exemplars.y) // EMBEDDED)
     order = np.minimum(np.arange(rows * -(-slots // rows)), slots - 1).reshape(rows, -1)

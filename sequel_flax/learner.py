@@ -262,7 +262,8 @@ class FlaxLearner:
         info = {"task": task.index, "task_steps": epochs * steps_per_epoch}
         self._call("before_task", info)
         if self._position is None:
-            self.ts, self.state = strong_types(self.algorithm.start_task(self.ts, self.state, task))
+            started = self.algorithm.start_task(self.ts, self.state, task, info["task_steps"])
+            self.ts, self.state = strong_types(started)
             self._position = TaskPosition(task.index, 0, self._steps.no_metrics)
         first, rate = self.step - self._position.done, get_learning_rate(self.ts.opt_state)
         learning_rate = math.nan if rate is None else float(rate)

@@ -6,6 +6,7 @@ The twin is `sequel_flax.bundle.Algorithm`. `ContinualModule` adds the hooks of 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from sequel_core.stream.augmentation import augmenting
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.planner import NoPlanner
 from sequel_core.stream.task import AnySplit, Batch
+from sequel_lightning._compat import attached_trainer
 from sequel_lightning.augmentation import cropped
 from sequel_lightning.batches import to_batch
 from sequel_lightning.consolidation import IDLE
@@ -276,6 +278,46 @@ class Algorithm(pl.LightningModule):
                 "construct it with spec=benchmark.spec"
             )
         return self.spec
+
+    # -- the position in the stream
+
+    def seen_classes(self) -> Tensor:
+        """Return the classes of the tasks up to the current one, bool `[num_classes]`; none before the first.
+
+        Before a fit has started its task, the current task is the one that it will start.
+
+        Raises:
+            ValueError: the module was made without a spec.
+        """
+        classes, task = self._classes_and_task()
+        return classes[: task + 1].any(0)
+
+    def task_classes(self) -> Tensor:
+        """Return the classes of the current task, bool `[num_classes]`; see `seen_classes`."""
+        classes, task = self._classes_and_task()
+        return classes[task] if task >= 0 else torch.zeros_like(classes[0])
+
+    def _classes_and_task(self) -> tuple[Tensor, int]:
+        classes, trainer = self.preprocessing.classes, attached_trainer(self)
+        if classes is None:
+            raise ValueError(
+                f"{type(self).__name__} needs the stream's spec for the classes of each task, got None; "
+                "construct it with spec=benchmark.spec"
+            )
+        fits = trainer is not None and trainer.state.fn == "fit" and trainer.state.status == "running"
+        return classes, self.lifecycle.current_index() if fits else int(self.task_index)
+
+    @property
+    def task_progress(self) -> float:
+        """The fraction of the current task's steps that have been taken, in [0, 1].
+
+        A step is a training batch. It is 0 in the first step of a task. It is nan before the first fit, and
+        if the Trainer has no last step (`max_epochs=-1`, or a loader without a length and no `max_steps`).
+        """
+        if not self.lifecycle.num_steps:
+            return math.nan
+        running = self.running_metrics
+        return min((running.steps_done - running.task_start) / self.lifecycle.num_steps, 1.0)
 
     def params(self) -> Params:
         """Return the trained parameters of the network by name: those with `requires_grad`."""

@@ -73,7 +73,7 @@ def renew(
 
     samples = renewed_exemplars(
         hparams,
-        mask=module.classes.cpu().numpy(),
+        mask=module.needed_spec().mask,
         task=int(module.task_index),
         held=stored_samples(module.contents),
         candidates=((samples_of(batch), embed_batch(batch.x)) for batch in batches),
@@ -113,7 +113,6 @@ class ExemplarModule(ContinualModule):
     means: Tensor
     has_mean: Tensor
     learned: Tensor
-    classes: Tensor
     objective_elsewhere = "exemplars"
 
     def check_objective(self, objective: Objective) -> None:
@@ -139,9 +138,8 @@ class ExemplarModule(ContinualModule):
         self.register_buffer("means", like.new_zeros(spec.num_classes, width).detach())
         self.register_buffer("has_mean", torch.zeros(spec.num_classes, dtype=torch.bool))
         self.register_buffer("learned", torch.tensor(-1, dtype=torch.int32))
-        self.register_buffer("classes", torch.from_numpy(spec.mask.copy()), persistent=False)
         # a user's loader may yield exemplars together with the task's samples
-        self.preprocessing.allowed_labels = self.classes.cumsum(0) > 0
+        self.preprocessing.allowed_labels = torch.from_numpy(spec.mask.cumsum(0) > 0)
 
     @property
     def contents(self) -> Memory:

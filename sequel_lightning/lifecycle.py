@@ -9,6 +9,7 @@ task behind raises ValueError.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,7 @@ class TaskLifecycle:
         self.fitting = False  # whether a fit runs; False for those of a tuner and of fast_dev_run
         self.resumes = False  # whether the fit was given a checkpoint
         self.started_at: int | None = None  # steps done when the task started, if in this process
+        self.num_steps = 0  # of the current task; 0 if it is not known
         self.carried_optimizer: dict[str, Any] | None = None  # its state, for the next task
         self.consolidated_at: str | None = None  # fingerprint of the weights before the end-of-task work
         self.saved: SavedState | None = None  # during the evaluation of a checkpoint
@@ -146,6 +148,7 @@ class TaskLifecycle:
         """Start the next task, unless this fit resumes one."""
         module, running = self.module, self.module.running_metrics
         generators, self.generators, self.saved = self.generators, [], None
+        self.num_steps = num_steps(module.trainer)
         self.follow_trained()
         if self.fitting and module.phase == TRAINING and self.resumes:
             running.move(module.device)
@@ -276,6 +279,14 @@ class TaskLifecycle:
         self.carried_optimizer = state["carried_optimizer"]
         self.consolidated_at = state["consolidated_at"]
         self.generators = state["generators"] if stage == "fit" else []
+
+
+def num_steps(trainer: Any) -> int:
+    """Return the number of batches that a fit trains on; 0 if the Trainer does not know it."""
+    epochs = math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    most = math.inf if trainer.max_steps == -1 else trainer.max_steps * trainer.accumulate_grad_batches
+    steps = min(epochs * trainer.num_training_batches, most)
+    return int(steps) if steps < math.inf else 0
 
 
 def set_generators(states: list[Tensor]) -> None:

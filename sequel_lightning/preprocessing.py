@@ -25,6 +25,7 @@ class Preprocessing(nn.Module):
         classification: whether the objective is about class labels, so that the network returns logits.
     """
 
+    classes: Tensor | None  # the classes of each task in every scenario, bool [T, num_classes]
     allowed_labels: Tensor | None  # the labels that samples of each task may have, bool [T, num_classes]
     mask: Tensor | None  # the classes of each task, bool [T, num_classes]; None if logits are not masked
     scale: Tensor | None  # of uint8 images, [C, 1, 1], in the dtype of the weights
@@ -46,6 +47,8 @@ class Preprocessing(nn.Module):
             self.register_buffer(attribute, value, persistent=False)
         labels = None if spec is None else torch.from_numpy(spec.groups)
         self.register_buffer("allowed_labels", labels, persistent=False)
+        classes = None if spec is None else torch.from_numpy(spec.mask.copy())
+        self.register_buffer("classes", classes, persistent=False)
         mask = labels if spec is not None and spec.masks_logits and classification else None
         self.register_buffer("mask", mask, persistent=False)
 

@@ -56,13 +56,6 @@ class ICaRLState(NamedTuple):
     means: jax.Array  # mu [num_classes, D], 0 for a class without exemplars
     has_mean: jax.Array  # whether a class has exemplars, bool [num_classes]
     learned: jax.Array  # index of the last task that has ended, int32 (), -1 before the first
-    classes: jax.Array  # of each task, bool [T, num_classes]
-
-
-def seen_and_past(classes: jax.Array, task: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the classes seen up to a task, and those of them that it lacks, bool `[num_classes]` each."""
-    seen = (classes & (jnp.arange(len(classes))[:, None] <= task)).any(0)
-    return seen, seen & ~classes[task]
 
 
 def targets(old: jax.Array, y: jax.Array, past: jax.Array) -> jax.Array:
@@ -82,7 +75,8 @@ def training_loss(
 ) -> tuple[jax.Array, tuple[jax.Array, Stats]]:
     """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
     memory = state.memory
-    seen, past = seen_and_past(memory.classes, state.stream.task)
+    seen = bundle.seen_classes(state.stream)
+    past = seen & ~bundle.task_classes(state.stream)
     outputs = seen if hparams.outputs == "seen" else jnp.ones_like(seen)
     logits, stats = bundle.training_forward(ts, params, state, batch.x)
     old = bundle.network(ts, memory.old, state, batch.x, stats=memory.statistics)
@@ -130,17 +124,15 @@ def icarl(
     def init_memory(ts: TrainState, spec: StreamSpec) -> ICaRLState:
         exemplars, means, has_mean = init_exemplars(ts, spec, hparams)
         learned = jnp.asarray(-1, jnp.int32)
-        return ICaRLState(
-            exemplars, *bundle.frozen_network(ts), means, has_mean, learned, jnp.array(spec.mask)
-        )
+        return ICaRLState(exemplars, *bundle.frozen_network(ts), means, has_mean, learned)
 
     def step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         return bundle.train_step(ts, state, batch, partial(training_loss, hparams=hparams))
 
     def end(ts: TrainState, state: State, plan: Batch) -> tuple[TrainState, State]:
         exemplars, means, has_mean = renew(ts, ts.params, state, plan, hparams)
-        learned, classes = jnp.copy(state.stream.task), state.memory.classes
-        memory = ICaRLState(exemplars, *bundle.frozen_network(ts), means, has_mean, learned, classes)
+        learned = jnp.copy(state.stream.task)
+        memory = ICaRLState(exemplars, *bundle.frozen_network(ts), means, has_mean, learned)
         return ts, state._replace(memory=memory)
 
     def training_split(state: State, split: AnySplit) -> AnySplit:

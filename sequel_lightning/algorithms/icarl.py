@@ -51,13 +51,6 @@ class ICaRLState(NamedTuple):
     means: Tensor  # mu [num_classes, D], 0 for a class without exemplars
     has_mean: Tensor  # whether a class has exemplars, bool [num_classes]
     learned: Tensor  # index of the last task that has ended, int32 (), -1 before the first
-    classes: Tensor  # of each task, bool [T, num_classes]
-
-
-def seen_and_past(classes: Tensor, task: int) -> tuple[Tensor, Tensor]:
-    """Return the classes seen up to a task, and those of them that it lacks, bool `[num_classes]` each."""
-    seen = classes[: task + 1].any(0)
-    return seen, seen & ~classes[task]
 
 
 def targets(old: Tensor, y: Tensor, past: Tensor) -> Tensor:
@@ -74,8 +67,8 @@ def sigmoid_loss(logits: Tensor, target: Tensor, outputs: Tensor) -> Tensor:
 
 def training_loss(module: ICaRL, batch: Batch, hparams: ICaRLHParams) -> tuple[Tensor, Tensor]:
     """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
-    task = module.lifecycle.current_index()
-    seen, past = seen_and_past(module.classes, task)
+    seen = module.seen_classes()
+    past = seen & ~module.task_classes()
     outputs = seen if hparams.outputs == "seen" else torch.ones_like(seen)
     logits = module.network(batch.x)
     old = logits.detach()  # not used if there are no past classes
@@ -117,7 +110,7 @@ class ICaRL(ExemplarModule):
     def state(self) -> ICaRLState:
         """What is remembered of past tasks."""
         old = frozen_network(self.old)
-        return ICaRLState(self.contents, *old, self.means, self.has_mean, self.learned, self.classes)
+        return ICaRLState(self.contents, *old, self.means, self.has_mean, self.learned)
 
     def training_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""

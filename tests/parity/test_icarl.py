@@ -48,12 +48,12 @@ def kept(learner: Learner) -> dict[str, Any]:
     """Return the state's numbers as NumPy arrays."""
     if isinstance(learner, sequel_flax.FlaxLearner):
         state = learner.state.memory
+        classes = sequel_flax.seen_classes(learner.state.stream)
     else:
         assert isinstance(learner, sequel_lightning.LightningLearner)
-        state = learner.module.state
-    return {
-        name: np.asarray(getattr(state, name)).copy() for name in ("means", "has_mean", "learned", "classes")
-    }
+        state, classes = learner.module.state, learner.module.seen_classes()
+    arrays = {name: getattr(state, name) for name in ("means", "has_mean", "learned")}
+    return {name: np.asarray(a).copy() for name, a in {**arrays, "classes": classes}.items()}
 
 
 @cache
