@@ -48,7 +48,7 @@ def kept(learner: Learner) -> dict[str, Any]:
     """Return the state's numbers as NumPy arrays."""
     if isinstance(learner, sequel_flax.FlaxLearner):
         state = learner.state.memory
-        classes = sequel_flax.seen_classes(learner.state.stream)
+        classes: Any = sequel_flax.seen_classes(learner.state.stream)
     else:
         assert isinstance(learner, sequel_lightning.LightningLearner)
         state, classes = learner.module.state, learner.module.seen_classes()
