@@ -15,6 +15,8 @@ from sequel_core.stream.trees import specs_text
 Dtype = Literal["float32", "float64"]
 
 
+MemoryDevice = Literal["auto", "cpu"]
+MemoryDtype = Literal["auto", "float16", "bfloat16", "float32"]
 MemoryPolicy = Literal["reservoir", "ring", "class_balanced", "task_balanced", "task_quota", "class_quota"]
 
 
@@ -116,6 +118,17 @@ class MemoryHParams(AlgorithmHParams):
     mem_size: int = setting(200, "number of samples in the memory; 0 for naive finetuning", ge=0)
     per_task_memory_samples: int | None = setting(
         None, "number of samples per task, instead of mem_size; null to use mem_size", ge=0
+    )
+    mem_device: MemoryDevice = setting(
+        "auto",
+        "where the memory is: `auto`, on the device of the network; `cpu`, in host memory, from which the "
+        "samples of a step are copied to the device",
+    )
+    mem_dtype: MemoryDtype = setting(
+        "auto",
+        "dtype of the floats in the memory, which are inputs and outputs: `auto`, those of the stream and of "
+        "the network; `float16`, `bfloat16` or `float32`. Targets and integers, such as uint8 images and "
+        "tokens, keep their dtype",
     )
 
     def __post_init__(self) -> None:

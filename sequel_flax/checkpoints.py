@@ -160,5 +160,7 @@ def _storable(tree: Any) -> Any:
 
 
 def _as_type(old: Any, new: Any) -> Any:
-    """Return `new` as a JAX array with the dtype of `old` if that is one, else as a NumPy array."""
-    return jnp.asarray(np.asarray(new), old.dtype) if isinstance(old, jax.Array) else np.asarray(new)
+    """Return `new` like `old`: a JAX array with its dtype, on its device, or a NumPy array."""
+    if not isinstance(old, jax.Array):
+        return np.asarray(new)
+    return jnp.asarray(np.asarray(new), old.dtype, device=old.sharding if old.committed else None)

@@ -46,16 +46,17 @@ from sequel_flax.bundle import (
     training_forward,
 )
 from sequel_flax.objectives import Objective, losses_of, output_leaf
+from sequel_flax.placement import placed
 from sequel_flax.trainable import Selection
 
 
 class Memory(NamedTuple):
     """Copies of samples; M slots."""
 
-    x: Tree  # inputs [M, ...], a tree of arrays in the dtypes that they come in
+    x: Tree  # inputs [M, ...], in the dtype of the stream, or floats in mem_dtype
     y: Tree  # targets [M, ...]; labels are int32
     t: jax.Array  # task indices, int32 [M]; -1 for an empty slot
-    outputs: jax.Array | None  # [M, ...], as the network gave them when it was trained on the sample
+    outputs: jax.Array | None  # [M, ...], of the network when it was trained on the sample
 
 
 class ReplayBatch(NamedTuple):
@@ -82,19 +83,38 @@ class Outputs(NamedTuple):
 Loss = Callable[[Outputs, Sequence[Outputs]], jax.Array]
 
 
-def empty_memory(spec: StreamSpec, slots: int, output: Any = None) -> Memory:
-    """Return a memory of empty slots, for outputs like `output` `[1, ...]`; None to keep no outputs."""
+def empty_memory(
+    spec: StreamSpec, slots: int, output: Any = None, hparams: MemoryHParams | None = None
+) -> Memory:
+    """Return a memory of empty slots, for outputs like `output` `[1, ...]`; None to keep no outputs.
+
+    The settings give the dtype of inputs and outputs that are floats, and the device.
+    """
     slots = max(slots, 1)  # no array of a state is empty: orbax does not store such arrays
+    device = jax.devices("cpu")[0] if hparams is not None and hparams.mem_device == "cpu" else None
+
+    def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jnp.zeros((slots, *shape), dtype, device=device)
 
     def empty(leaf: LeafSpec) -> jax.Array:
-        return jnp.zeros((slots, *leaf.shape), canonical_dtype(leaf.dtype))
+        return zeros(leaf.shape, canonical_dtype(leaf.dtype))
+
+    def stored(leaf: LeafSpec) -> jax.Array:
+        return zeros(leaf.shape, memory_dtype(canonical_dtype(leaf.dtype), hparams))
 
     return Memory(
-        x=tree_map(empty, spec.x),
-        y=jnp.zeros(slots, jnp.int32) if spec.labelled else tree_map(empty, spec.y),
-        t=jnp.full(slots, -1, jnp.int32),
-        outputs=None if output is None else jnp.zeros((slots, *output.shape[1:]), output.dtype),
+        x=tree_map(stored, spec.x),
+        y=zeros((), jnp.int32) if spec.labelled else tree_map(empty, spec.y),
+        t=jnp.full(slots, -1, jnp.int32, device=device),
+        outputs=None if output is None else zeros(output.shape[1:], memory_dtype(output.dtype, hparams)),
     )
+
+
+def memory_dtype(dtype: Any, hparams: MemoryHParams | None) -> Any:
+    """Return the dtype in which a memory holds inputs or outputs of a dtype; integers keep theirs."""
+    if hparams is None or hparams.mem_dtype == "auto" or not jnp.issubdtype(dtype, jnp.floating):
+        return dtype
+    return jnp.dtype(hparams.mem_dtype)
 
 
 def read(memory: Memory, slots: jax.Array) -> ReplayBatch:
@@ -111,9 +131,16 @@ def write(memory: Memory, slots: jax.Array, batch: Batch, outputs: Any) -> Memor
 
 
 def stored_samples(memory: Memory) -> Samples:
-    """Return copies of the samples that the memory holds, in the order of slots; images `[n, H, W, C]`."""
+    """Return copies of the samples that the memory holds, in the order of slots; images `[n, H, W, C]`.
+
+    Floats of 16 bits are returned as float32.
+    """
     x, y, t = jax.tree.map(np.asarray, jax.device_get(tuple(memory[:3])))
-    x, y, t = tree_map(lambda a: a[t >= 0], {"x": x, "y": y, "t": t}).values()
+
+    def stored(a: Any) -> Any:
+        return a[t >= 0].astype(np.float32 if a.dtype in (jnp.float16, jnp.bfloat16) else a.dtype)
+
+    x, y, t = (tree_map(stored, tree) for tree in (x, y, t))
     return Samples(x, y.astype(np.int64) if is_label(specs_of(y)) else y, t.astype(np.int64))
 
 
@@ -209,7 +236,8 @@ def planned(memory: Memory, batch: Batch, plan_type: type[Any] = StepPlan) -> An
     """Return the plan of a batch.
 
     Raises:
-        ValueError: the batch has no plan, or its inputs have another dtype than the memory.
+        ValueError: the batch has no plan, or its inputs have another dtype than the memory, unless both are
+            floats.
     """
     plan = method_plan(batch)
     if not isinstance(plan, plan_type):
@@ -218,7 +246,8 @@ def planned(memory: Memory, batch: Batch, plan_type: type[Any] = StepPlan) -> An
             "planner with algorithm.planner(spec, state) and give Batch(x, y, t, planner.next(y, t))"
         )
     for a, b in zip(leaves(batch.x), leaves(memory.x), strict=True):
-        if jnp.result_type(a) != b.dtype:
+        floats = jnp.issubdtype(a.dtype, jnp.floating) and jnp.issubdtype(b.dtype, jnp.floating)
+        if jnp.result_type(a) != b.dtype and not floats:
             what = "images" if is_image(specs_of(memory.x)) else "inputs"
             raise ValueError(
                 f"the memory holds {b.dtype} {what}, the batch has {a.dtype}; "
@@ -242,7 +271,8 @@ def drawn(memory: Memory, batch: Batch, slots: jax.Array, k: Any) -> ReplayBatch
         counts = jnp.arange(len(a)) < samples.count
         return jnp.where(counts.reshape(-1, *[1] * (a.ndim - 1)), a, b[:1].astype(a.dtype))
 
-    x, y = (tree_map(padded, *trees) for trees in ((samples.x, batch.x), (samples.y, batch.y)))
+    x = tree_map(lambda a, b: a.astype(jnp.result_type(b)), samples.x, batch.x)
+    x, y = (tree_map(padded, *trees) for trees in ((x, batch.x), (samples.y, batch.y)))
     return samples._replace(x=cropped_draw(x, batch, k), y=y)
 
 
@@ -275,7 +305,7 @@ def replay(
 
     def init_memory(ts: TrainState, spec: StreamSpec) -> Memory:
         output = blank_output(ts, spec, hparams) if keep_outputs else None
-        return empty_memory(spec, hparams.slots(spec.num_tasks), output)
+        return empty_memory(spec, hparams.slots(spec.num_tasks), output, hparams)
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         check_augmented(state, batch)
@@ -295,7 +325,7 @@ def replay(
     usual: dict[str, Any] = {"init_memory": init_memory, "make_planner": make_planner}
     options = {"trainable": trainable, "objective": objective, **usual, **parts}
     step = options.pop("train_step", train_step)
-    return make_algorithm(hparams, seed, step, **options)
+    return placed(make_algorithm(hparams, seed, step, **options))
 
 
 def written(

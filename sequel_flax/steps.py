@@ -13,8 +13,9 @@ import numpy as np
 from flax.training.train_state import TrainState
 
 from sequel_core.stream.task import Batch
-from sequel_flax.bundle import Algorithm, State
+from sequel_flax.bundle import Algorithm, State, StepOutputs
 from sequel_flax.objectives import Objective
+from sequel_flax.placement import keeps_on_host
 
 NEVER = np.iinfo(np.int32).max
 STEPS_PER_LOOP = 50
@@ -92,7 +93,7 @@ class CompiledSteps:
             convolutions on a CPU, where XLA runs them slowly in loops, and 50 otherwise.
 
     Raises:
-        ValueError: `steps_per_call` is below 1.
+        ValueError: `steps_per_call` is below 1, or above 1 with `mem_device=cpu`.
 
     Example:
         >>> from sequel_core.algorithms.naive import NaiveHParams
@@ -106,7 +107,13 @@ class CompiledSteps:
     ) -> None:
         if steps_per_call is not None and steps_per_call < 1:
             raise ValueError(f"steps_per_call must be >= 1, got {steps_per_call}")
-        self.steps_per_call = steps_per_call
+        self._on_host = keeps_on_host(algorithm)
+        if self._on_host and steps_per_call not in (None, 1):
+            raise ValueError(
+                "steps_per_call must be 1 with mem_device=cpu, because each step copies samples between the "
+                f"host and the device, got {steps_per_call}; leave it out"
+            )
+        self.steps_per_call = 1 if self._on_host else steps_per_call
         self.no_metrics = jax.device_get(
             RunningMetrics(strong_types(metrics.empty()), jnp.asarray(NEVER, jnp.int32))
         )
@@ -114,6 +121,7 @@ class CompiledSteps:
         self._metrics = metrics
         self._step = jax.jit(self._traced_step, donate_argnums=(0, 1, 2))
         self._loop = jax.jit(self._traced_loop, donate_argnums=(0, 1, 2))
+        self._add = jax.jit(self._with_step)
 
     def choose(self, ts: TrainState, state: State, batch: Batch) -> int:
         """Return the maximum number of steps in one call, chosen for a batch if it was None."""
@@ -143,6 +151,10 @@ class CompiledSteps:
         Returns:
             The carry after the steps.
         """
+        if self._on_host:
+            ts, state, running = carry
+            ts, state, outputs = self._algorithm.train_step(ts, state, batches)
+            return ts, state, self._add(running, outputs, carry[0].step)
         single = self.steps_per_call == 1
         after: Carry = self._step(*carry, batches) if single else self._loop(*carry, batches, steps)
         return after
@@ -150,10 +162,14 @@ class CompiledSteps:
     def _traced_step(self, ts: TrainState, state: State, running: RunningMetrics, batch: Batch) -> Carry:
         step = ts.step
         ts, state, outputs = self._algorithm.train_step(ts, state, batch)
+        return ts, state, self._with_step(running, outputs, step)
+
+    def _with_step(self, running: RunningMetrics, outputs: StepOutputs, step: Any) -> RunningMetrics:
+        """Return the running metrics with those of a step."""
         merged = running.metrics.merge(self._metrics.single_from_model_output(**outputs))
         metrics = jax.tree.map(lambda old, new: new.astype(old.dtype), running.metrics, merged)
         bad_step = jnp.where(jnp.isfinite(outputs["loss"]), NEVER, step).astype(jnp.int32)
-        return ts, state, RunningMetrics(metrics, jnp.minimum(running.first_bad_step, bad_step))
+        return RunningMetrics(metrics, jnp.minimum(running.first_bad_step, bad_step))
 
     def _traced_loop(
         self, ts: TrainState, state: State, running: RunningMetrics, batches: Batch, steps: int

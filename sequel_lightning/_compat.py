@@ -6,7 +6,7 @@ Each function says what it uses, the version in which that was seen, and why no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -136,14 +136,14 @@ class LoadHook(nn.Module):
 class ConvertHook(nn.Module):
     """A module with a hook that is called when `to`, `cuda`, `double`, ... convert its tensors: `_apply`."""
 
-    def converted(self, tensor: Tensor, new: Tensor) -> Tensor:
-        """Return what replaces a tensor that was converted to `new`."""
-        return new
+    def converted(self, tensor: Tensor, convert: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return what replaces a tensor; `convert` is the conversion of the module."""
+        return convert(tensor)
 
     def after_convert(self) -> None:
         """Called after tensors were replaced."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result: Any = super()._apply(lambda t: self.converted(t, fn(t)), recurse)  # type: ignore[no-untyped-call]
+        result: Any = super()._apply(lambda t: self.converted(t, fn), recurse)  # type: ignore[no-untyped-call]
         self.after_convert()
         return result

@@ -30,7 +30,8 @@ from sequel_lightning.batches import joined, widened
 from sequel_lightning.data import are_images
 from sequel_lightning.module import ContinualModule
 from sequel_lightning.objectives import given, map_outputs, output_leaf, sample_losses
-from sequel_lightning.trees import StateTree, named_tensors, tree_of
+from sequel_lightning.placement import MemoryTree, moved
+from sequel_lightning.trees import named_tensors, tree_of
 
 Slots = NDArray[np.integer[Any]]
 
@@ -38,10 +39,10 @@ Slots = NDArray[np.integer[Any]]
 class Memory(NamedTuple):
     """Copies of samples; M slots."""
 
-    x: Tree  # inputs [M, ...], in the dtype that they come in
+    x: Tree  # inputs [M, ...], in the dtype of the stream, or floats in mem_dtype
     y: Tree  # targets [M, ...]; labels are int32
     t: Tensor  # task indices, int32 [M]; -1 for an empty slot
-    outputs: Tensor | None  # [M, ...], as the network gave them when it was trained on the sample
+    outputs: Tensor | None  # [M, ...], of the network when it was trained on the sample
 
 
 class ReplayBatch(NamedTuple):
@@ -65,19 +66,38 @@ class Outputs(NamedTuple):
     count: Any  # number of samples that count, the first ones
 
 
-def empty_memory(spec: StreamSpec, slots: int, output: Tensor | None = None) -> Memory:
-    """Return a memory of empty slots, for outputs like `output` `[1, ...]`; None to keep no outputs."""
+def empty_memory(
+    spec: StreamSpec, slots: int, output: Tensor | None = None, hparams: MemoryHParams | None = None
+) -> Memory:
+    """Return a memory of empty slots, for outputs like `output` `[1, ...]`; None to keep no outputs.
+
+    The settings give the dtype of inputs and outputs that are floats, and the device.
+    """
 
     def empty(leaf: LeafSpec) -> Tensor:
         return torch.zeros((slots, *leaf.shape), dtype=getattr(torch, leaf.dtype))
 
-    x = tree_map(empty, spec.x)
+    def stored(leaf: LeafSpec) -> Tensor:
+        zeros = torch.zeros((slots, *leaf.shape), dtype=memory_dtype(getattr(torch, leaf.dtype), hparams))
+        return zeros.movedim(-1, 1) if spec.images else zeros  # images are stored colours last
+
+    def kept(output: Tensor) -> Tensor:
+        dtype = memory_dtype(output.dtype, hparams)
+        return torch.zeros((slots, *output.shape[1:]), dtype=dtype, device=output.device)
+
     return Memory(
-        x=x.movedim(-1, 1) if spec.images else x,  # images are in memory as they come, colours last
+        x=tree_map(stored, spec.x),
         y=torch.zeros(slots, dtype=torch.int32) if spec.labelled else tree_map(empty, spec.y),
         t=torch.full((slots,), -1, dtype=torch.int32),
-        outputs=None if output is None else output.new_zeros((slots, *output.shape[1:])),
+        outputs=None if output is None else kept(output),
     )
+
+
+def memory_dtype(dtype: Any, hparams: MemoryHParams | None) -> Any:
+    """Return the dtype in which a memory holds inputs or outputs of a dtype; integers keep theirs."""
+    if hparams is None or hparams.mem_dtype == "auto" or not dtype.is_floating_point:
+        return dtype
+    return getattr(torch, hparams.mem_dtype)
 
 
 def read(memory: Memory, slots: Slots) -> ReplayBatch:
@@ -93,11 +113,12 @@ def write(memory: Memory, slots: Slots, batch: Batch, outputs: Any) -> Memory:
     kept = np.flatnonzero(slots < len(memory.t))
     if not len(kept):
         return memory
-    source, index = (torch.from_numpy(a).to(memory.t.device, torch.int64) for a in (kept, slots[kept]))
     every = len(kept) == len(slots)
+    places = ((kept, batch.t.device), (slots[kept], memory.t.device))
+    source, index = (torch.from_numpy(rows).to(device, torch.int64) for rows, device in places)
 
     def copy_rows(a: Tensor, b: Tensor) -> None:
-        a[index] = (b.detach() if every else b.detach()[source]).to(a.dtype)  # in place
+        a[index] = (b.detach() if every else b.detach()[source]).to(a)  # in place
 
     for tree, new in zip(memory, (batch.x, batch.y, batch.t, outputs), strict=True):
         if tree is not None:
@@ -106,11 +127,16 @@ def write(memory: Memory, slots: Slots, batch: Batch, outputs: Any) -> Memory:
 
 
 def stored_samples(memory: Memory) -> Samples:
-    """Return copies of the samples that the memory holds, in the order of slots; images `[n, H, W, C]`."""
+    """Return copies of the samples that the memory holds, in the order of slots; images `[n, H, W, C]`.
+
+    Floats of 16 bits are returned as float32.
+    """
     filled_slots = memory.t >= 0
 
     def stored(a: Tensor) -> NDArray[Any]:
-        array: NDArray[Any] = a[filled_slots].cpu().numpy()
+        rows = a[filled_slots].cpu()
+        half = rows.dtype in (torch.float16, torch.bfloat16)
+        array: NDArray[Any] = (rows.float() if half else rows).numpy()
         return array
 
     x, y, t = (tree_map(stored, tree) for tree in memory[:3])
@@ -188,7 +214,8 @@ def planned(memory: Memory, batch: Batch, plan_type: type[Any] = StepPlan) -> An
     """Return the plan of a batch.
 
     Raises:
-        ValueError: the batch has no plan, or its inputs have another dtype than the memory.
+        ValueError: the batch has no plan, or its inputs have another dtype than the memory, unless both are
+            floats.
     """
     plan = method_plan(batch)
     if not isinstance(plan, plan_type):
@@ -197,7 +224,7 @@ def planned(memory: Memory, batch: Batch, plan_type: type[Any] = StepPlan) -> An
             "Batch(x, y, t, planner.next(y, t))"
         )
     for a, b in zip(leaves(batch.x), leaves(memory.x), strict=True):
-        if a.dtype != b.dtype:
+        if a.dtype != b.dtype and not (a.is_floating_point() and b.is_floating_point()):
             name, expected = (str(tensor.dtype).removeprefix("torch.") for tensor in (a, b))
             what = "images" if are_images(memory.x) else "inputs"
             raise ValueError(
@@ -216,8 +243,9 @@ def draws(memory: Memory, batch: Batch) -> list[ReplayBatch]:
 
 def drawn(memory: Memory, batch: Batch, slots: Slots, k: Any) -> ReplayBatch:
     """Return draw k of a batch's plan, the samples in these slots `[R]`, augmented."""
-    samples = read(memory, slots)
-    return samples._replace(x=cropped_draw(samples.x, batch, k))
+    samples: ReplayBatch = moved(read(memory, slots), batch.t.device)
+    x = tree_map(lambda a, b: a.to(b.dtype), samples.x, batch.x)
+    return samples._replace(x=cropped_draw(x, batch, k))
 
 
 class ReplayModule(ContinualModule):
@@ -241,8 +269,10 @@ class ReplayModule(ContinualModule):
         super().init_memory()
         spec = self.needed_spec()
         output = self.blank_output(self.output) if self.keep_outputs else None
-        memory = empty_memory(spec, self.algorithm_hparams.slots(spec.num_tasks), output)
-        self.memory = StateTree(named_tensors(memory._asdict()))
+        hparams = self.algorithm_hparams
+        memory = empty_memory(spec, hparams.slots(spec.num_tasks), output, hparams)
+        follows = ("outputs",) if hparams.mem_dtype == "auto" else ()
+        self.memory = MemoryTree(named_tensors(memory._asdict()), hparams.mem_device == "cpu", follows)
 
     @property
     def output(self) -> str | None:

@@ -96,8 +96,9 @@ class SumTree(ParameterTree):
     def __init__(self, params: Params) -> None:
         super().__init__(params, zero_sum)
 
-    def converted(self, tensor: Tensor, new: Tensor) -> Tensor:
+    def converted(self, tensor: Tensor, convert: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the converted sum, with its previous dtype if the new one is narrower than float32."""
+        new = convert(tensor)
         return new if new.dtype == sum_dtype(new.dtype) else tensor.to(new.device)
 
 

@@ -49,6 +49,7 @@ from sequel_flax.bundle import (
     training_forward,
 )
 from sequel_flax.objectives import Objective
+from sequel_flax.placement import placed
 from sequel_flax.replay import (
     Memory,
     ReplayBatch,
@@ -205,7 +206,7 @@ def lamaml(
 
     def init_memory(ts: TrainState, spec: StreamSpec) -> LaMAMLState:
         check_no_batch_stats(ts, "lamaml", "its inner steps see too few samples for batch statistics")
-        memory = empty_memory(spec, hparams.slots(spec.num_tasks))
+        memory = empty_memory(spec, hparams.slots(spec.num_tasks), hparams=hparams)
         return LaMAMLState(memory, jax.tree.map(first_rate, ts.params))
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
@@ -236,13 +237,15 @@ def lamaml(
         step_outputs = {"loss": losses[0], "logits": net(cropped.x), "labels": batch.y}
         return ts, state._replace(memory=LaMAMLState(memory, rates)), step_outputs
 
-    return make_algorithm(
-        hparams,
-        seed,
-        train_step,
-        trainable=trainable,
-        objective=objective,
-        init_memory=init_memory,
-        fills={"rates": first_rate},
-        make_planner=lambda spec: MetaPlanner(hparams, spec, seed),
+    return placed(
+        make_algorithm(
+            hparams,
+            seed,
+            train_step,
+            trainable=trainable,
+            objective=objective,
+            init_memory=init_memory,
+            fills={"rates": first_rate},
+            make_planner=lambda spec: MetaPlanner(hparams, spec, seed),
+        )
     )

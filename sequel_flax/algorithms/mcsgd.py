@@ -18,6 +18,7 @@ Mirror: sequel_lightning/algorithms/mcsgd.py
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,7 +45,17 @@ from sequel_flax.bundle import (
     objective_of,
 )
 from sequel_flax.objectives import Objective, losses_of
-from sequel_flax.replay import Memory, ReplayBatch, draws, mean_loss, read, replay, sum_of_first, total_weight
+from sequel_flax.replay import (
+    Memory,
+    ReplayBatch,
+    draws,
+    empty_memory,
+    mean_loss,
+    read,
+    replay,
+    sum_of_first,
+    total_weight,
+)
 from sequel_flax.trainable import Selection
 
 Moving = tuple[Params, Params]  # weights w on their way to w_bar, and their velocity
@@ -178,8 +189,9 @@ def mcsgd(
         ['w_hat']
     """
     online = hparams.lmc_policy == "online"
-    make = partial(replay, hparams, seed, lambda batch, _: mean_loss(batch), int(online), True)
-    base = make(objective=objective)
+    make = partial(replay, seed=seed, loss=lambda batch, _: mean_loss(batch), num_draws=int(online))
+    inner = replace(hparams, mem_device="auto")  # its step is a part of this one
+    base = make(inner, past_only=True, objective=objective)
 
     def init_memory(ts: TrainState, spec: StreamSpec) -> MCSGDState:
         bundle.check_no_batch_stats(
@@ -187,7 +199,8 @@ def mcsgd(
         )
         w_bar, w_hat, w = (jax.tree.map(jnp.copy, ts.params) for _ in range(3))
         moving, learned = at_rest(w) if online else (), jnp.asarray(-1, jnp.int32)
-        return MCSGDState(base.init(ts, spec).memory, w_bar, w_hat, moving, learned)
+        memory = empty_memory(spec, hparams.slots(spec.num_tasks), hparams=hparams)
+        return MCSGDState(memory, w_bar, w_hat, moving, learned)
 
     def start(ts: TrainState, state: State, plan: StartPlan) -> tuple[TrainState, State]:
         params, memory = begin(ts.params, state.memory, hparams)
@@ -220,6 +233,8 @@ def mcsgd(
         return {"w_hat": base.predict(ts.replace(params=w_hat), state, x, t)}
 
     return make(
+        hparams,
+        past_only=True,
         trainable=trainable,
         objective=objective,
         train_step=train_step,

@@ -1,6 +1,7 @@
 """The private names that `sequel_lightning._compat` uses still exist and do what is needed."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,8 @@ class Hooked(_compat.ConvertHook, _compat.LoadHook):
     def before_load(self, state_dict: Any, prefix: str) -> None:
         self.calls.append(f"load {prefix}")
 
-    def converted(self, tensor: Tensor, new: Tensor) -> Tensor:
+    def converted(self, tensor: Tensor, convert: Callable[[Tensor], Tensor]) -> Tensor:
+        new = convert(tensor)
         return new if new.dtype == torch.float32 else tensor
 
     def after_convert(self) -> None:
