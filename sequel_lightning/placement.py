@@ -34,7 +34,7 @@ class MemoryTree(StateTree):
         return tensor.to(tensor.device if self.host else like.device, like.dtype if follows else tensor.dtype)
 
 
-def moved(samples: Any, device: torch.device) -> Any:
+def to_device(samples: Any, device: torch.device) -> Any:
     """Return a NamedTuple of trees of tensors on a device."""
     if samples.t.device == device:
         return samples

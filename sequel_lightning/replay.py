@@ -30,7 +30,7 @@ from sequel_lightning.batches import joined, widened
 from sequel_lightning.data import are_images
 from sequel_lightning.module import ContinualModule
 from sequel_lightning.objectives import given, map_outputs, output_leaf, sample_losses
-from sequel_lightning.placement import MemoryTree, moved
+from sequel_lightning.placement import MemoryTree, to_device
 from sequel_lightning.trees import named_tensors, tree_of
 
 Slots = NDArray[np.integer[Any]]
@@ -243,7 +243,7 @@ def draws(memory: Memory, batch: Batch) -> list[ReplayBatch]:
 
 def drawn(memory: Memory, batch: Batch, slots: Slots, k: Any) -> ReplayBatch:
     """Return draw k of a batch's plan, the samples in these slots `[R]`, augmented."""
-    samples: ReplayBatch = moved(read(memory, slots), batch.t.device)
+    samples: ReplayBatch = to_device(read(memory, slots), batch.t.device)
     x = tree_map(lambda a, b: a.to(b.dtype), samples.x, batch.x)
     return samples._replace(x=cropped_draw(x, batch, k))
 

@@ -18,6 +18,7 @@ Mirror: sequel_flax/algorithms/mcsgd.py
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from sequel_core.stream.task import Batch
 from sequel_lightning.gradients import gradient_at, holding
 from sequel_lightning.networks import check_no_batch_stats, evaluating
 from sequel_lightning.objectives import sample_losses, weight_of
-from sequel_lightning.placement import moved
+from sequel_lightning.placement import to_device
 from sequel_lightning.quadratic import Model
 from sequel_lightning.replay import Memory, Outputs, ReplayBatch, ReplayModule, mean_loss, read
 from sequel_lightning.trees import ParameterTree, Params, restricted, tree_map
@@ -113,9 +114,9 @@ def finish(
     moving = state.moving
     if hparams.lmc_policy == "offline":
         moving = at_rest(interpolate(state.w_bar, params, hparams.lmc_init_position))
-        device = state.learned.device
+        load = partial(to_device, device=state.learned.device)
         for pairs in plan.slots[: int(plan.count)]:
-            past, now = ([moved(read(state.memory, pair[part]), device) for pair in pairs] for part in (0, 1))
+            past, now = ([load(read(state.memory, pair[part])) for pair in pairs] for part in (0, 1))
             moving = connection_step(moving, model, [(state.w_bar, past), (params, now)], hparams)
     w_bar = restricted(moving[0] if state.learned >= 0 else params, params)
     return state._replace(w_bar=w_bar, w_hat=params, learned=task)

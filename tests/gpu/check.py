@@ -100,9 +100,9 @@ def main() -> int:
                 learner = trained(mode, settings, device)
                 largest = difference(learner.weights(), on_cpu)
                 weights, samples = places(mode, learner)
-                moved = "cpu" not in weights or device == "cpu"
+                on_device = "cpu" not in weights or device == "cpu"
                 placed = samples == ({"none": set(), "auto": weights, "cpu": {"cpu"}}[placement])
-                passed = largest < BAR and moved and placed
+                passed = largest < BAR and on_device and placed
                 failed |= not passed
                 print(
                     f"{mode:8s} {hparams.name:6s} memory={placement:5s} difference={largest:.1e} "
