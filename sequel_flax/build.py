@@ -17,6 +17,7 @@ from flax import linen as nn
 from flax import nnx
 from threadpoolctl import threadpool_limits
 
+from sequel_core import entry_points
 from sequel_core.experiment.build import SUPPLIED
 from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.experiment.target import TARGET, Target
@@ -60,7 +61,7 @@ def make_learner(
             targets of the stream.
         loggers: Metric writers.
         implementation: A user-defined algorithm, called as `implementation(hparams, seed=...)`; None for the
-            built-in one.
+            built-in one, or that of an installed package, see `sequel_core.entry_points`.
         options: `hooks` and `steps_per_call` of `FlaxLearner`, and `trainable`, the parameters to train: a
             predicate over paths, a tree of bools, or an NNX filter.
 
@@ -68,8 +69,8 @@ def make_learner(
         The learner.
 
     Raises:
-        ValueError: The algorithm is not built in and has no implementation, or the implementation does not
-            return an `Algorithm`.
+        ValueError: The algorithm is not built in, no installed package provides it, and it has no
+            implementation; or the implementation does not return an `Algorithm`.
 
     Example:
         >>> import optax
@@ -85,7 +86,7 @@ def make_learner(
     training = training or TrainingHParams()
     implementation = implementation or ALGORITHMS.get(hparams.name)
     if implementation is None:
-        raise ValueError(f"implementation is needed for {hparams.name}, which is not built in; pass it")
+        implementation = entry_points.implementation(hparams, "jax")
     trainable = options.pop("trainable", None)
     given = {"trainable": trainable, "objective": objective}
     selection = {name: value for name, value in given.items() if value is not None}

@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import Logger
 from torch import nn
 from torchmetrics import MetricCollection
 
+from sequel_core import entry_points
 from sequel_core.experiment.build import SUPPLIED
 from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.experiment.target import TARGET, Target
@@ -89,14 +90,16 @@ def make_learner(
         objective: what the network is trained and scored on; None for the built-in objective that fits the
             targets of the stream.
         loggers: loggers of Lightning.
-        implementation: a user-defined subclass of ContinualModule.
+        implementation: a user-defined subclass of ContinualModule; None for the built-in one, or that of an
+            installed package, see `sequel_core.entry_points`.
         options: further arguments of `LightningLearner`: `trainer`, `callbacks`.
 
     Returns:
         A learner, for `sequel_core.run`.
 
     Raises:
-        ValueError: `implementation` is missing for settings that are not built in, or has the wrong type.
+        ValueError: `implementation` is missing for settings of a method that is not built in and that no
+            installed package provides, or it has the wrong type.
 
     Example:
         >>> from functools import partial
@@ -114,7 +117,7 @@ def make_learner(
     training = training or TrainingHParams()
     implementation = implementation or ALGORITHMS.get(hparams.name)
     if implementation is None:
-        raise ValueError(f"implementation is needed for {hparams.name}, which is not built in; pass it")
+        implementation = entry_points.implementation(hparams, "pytorch")
     net = initialise(model.to(TORCH_DTYPES[training.dtype]), training.seed)
     given = {} if objective is None else {"objective": objective}
     module = implementation(net, optimizer, hparams, benchmark.spec, metrics, training.seed, **given)

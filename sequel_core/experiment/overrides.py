@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 from hydra import initialize_config_module
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from sequel_core import entry_points
 from sequel_core._compat import override_value_text
 from sequel_core.experiment.aliases import SECTIONS, SPELLINGS, alias, loggers_by_name
 from sequel_core.experiment.schema import choices
@@ -138,7 +140,12 @@ def value_texts(override: Override) -> list[str]:
 
 @contextmanager
 def hydra_context() -> Iterator[ConfigLoader]:
-    """Initialize Hydra with the shipped groups, also within a Hydra job; its errors become ValueErrors."""
+    """Initialize Hydra with the shipped groups, also within a Hydra job; its errors become ValueErrors.
+
+    Hydra gets a file of the group `algo` for each method of an installed package.
+    """
+    for name in entry_points.installed():
+        ConfigStore.instance().store(name, {"name": name}, group="algo", provider=CONFIGS)
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:

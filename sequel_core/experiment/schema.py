@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast, get_type_hints
 
 import yaml
 
+from sequel_core import entry_points
 from sequel_core.algorithms import ALGORITHMS
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.backbones import BACKBONES, BackboneHParams, MLPHParams
@@ -31,7 +32,6 @@ from sequel_core.runs.learner import EvaluateEvery, EvaluateOn, Mode
 from sequel_core.runs.services import PACKAGES, check_service, masked
 from sequel_core.settings import Settings, allowed, choices_of, setting
 
-TABLES: dict[str, Mapping[str, type[Settings]]] = {"algo": ALGORITHMS, "backbone": BACKBONES}
 CLASSES: dict[str, type[Settings]] = {
     "objective": ObjectiveHParams,
     "optimizer": OptimizerHParams,
@@ -139,6 +139,8 @@ class ExperimentConfig(Settings):
                 f"backbone={self.backbone.type} needs mode={' or '.join(self.backbone.modes)}, got "
                 f"mode={self.mode}; choose another backbone, for example resnet18"
             )
+        if "algo" not in self.user_code:
+            entry_points.check_mode(self.algo.name, self.mode)
         for target in self.callbacks:
             if inspect.isclass(target.function) and not target.partial:
                 check_callback(target, target.function, self.mode)
@@ -222,7 +224,9 @@ def choices(section: str) -> list[str]:
         return sorted(path.name.removesuffix(".yaml") for path in logger_files().iterdir())
     if section in CLASSES:
         return list(map(str, choices_of(get_type_hints(CLASSES[section])["type"])))
-    return list(TABLES.get(section) or benchmarks())
+    if section == "algo":
+        return [*ALGORITHMS, *sorted(entry_points.installed())]
+    return list(BACKBONES if section == "backbone" else benchmarks())
 
 
 def settings(section: str, name: str | Target = "") -> list[Setting]:
@@ -259,7 +263,9 @@ def settings_class(section: str, name: str | Target = "") -> type[Settings]:
         return user_hparams(name)
     if section == "benchmark":
         return cast(type[Settings], benchmarks()[name].settings_class)
-    return TABLES[section][name] if section in TABLES else CLASSES[section]
+    if section == "algo":
+        return entry_points.hparams_class(name)
+    return BACKBONES[name] if section == "backbone" else CLASSES[section]
 
 
 def summary(section: str, name: str = "") -> str:
@@ -267,7 +273,10 @@ def summary(section: str, name: str = "") -> str:
     if section == "logger":
         return logger_files().joinpath(f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0][2:]
     documented = benchmarks()[name] if section == "benchmark" else settings_class(section, name)
-    return (inspect.getdoc(documented) or "").partition("\n")[0]
+    text = (inspect.getdoc(documented) or "").partition("\n")[0]
+    if section == "algo" and name not in ALGORITHMS:
+        return f"{text} ({entry_points.about(name)})"
+    return text
 
 
 def user_hparams(target: Target) -> type[AlgorithmHParams]:
