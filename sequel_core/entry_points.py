@@ -38,15 +38,15 @@ GROUP = "sequel.algorithms"
 def _entry_points(group: str, path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
     from importlib.metadata import entry_points  # slow to import
 
-    found: dict[str, EntryPoint] = {}
+    points: dict[str, EntryPoint] = {}
     for point in entry_points(group=group):
-        if point.name in found and point.value != found[point.name].value:
+        if point.name in points and point.value != points[point.name].value:
             raise ValueError(
-                f"{group} must have one method {point.name}, got {_package(found[point.name])} and "
+                f"{group} must have one method {point.name}, got {_package(points[point.name])} and "
                 f"{_package(point)}; uninstall one of the packages"
             )
-        found[point.name] = point
-    return found
+        points[point.name] = point
+    return points
 
 
 def installed() -> Mapping[str, EntryPoint]:

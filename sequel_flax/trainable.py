@@ -31,7 +31,11 @@ Fill = Any
 
 
 def trained_mask(
-    trainable: Selection, params: Params, network: Any, extra_parameters: tuple[str, ...] = ()
+    trainable: Selection,
+    params: Params,
+    network: Any,
+    extra_parameters: tuple[str, ...] = (),
+    name: str = "trainable",
 ) -> Any:
     """Return a tree of bools with the structure of the parameters, True for those that are trained.
 
@@ -42,6 +46,7 @@ def trained_mask(
             ignored.
         extra_parameters: Names of the parameters that the method adds to those of the network. They are
             always trained.
+        name: The name of the argument in errors.
 
     Returns:
         A tree of bools.
@@ -57,39 +62,43 @@ def trained_mask(
     if trainable is None:
         return jax.tree.map(lambda _: True, params)
     plain = flax.core.unfreeze(params)
-    of_network = {name: tree for name, tree in plain.items() if name not in extra_parameters}
+    extra = {key: plain[key] for key in extra_parameters if key in plain}
+    of_network = {key: tree for key, tree in plain.items() if key not in extra} if extra else plain
     if isinstance(trainable, Mapping):
-        mask = _checked_tree(trainable, of_network)
+        mask = _checked_tree(trainable, of_network, name)
     else:
-        selects = _predicate(trainable, getattr(network, "leaves", {}))
+        selects = _predicate(trainable, getattr(network, "leaves", {}), name)
         mask = jax.tree_util.tree_map_with_path(
             lambda keys, leaf: bool(selects(_path(keys), leaf)), of_network
         )
     if not any(jax.tree.leaves(mask)):
         raise ValueError(
-            f"trainable must select at least one parameter of the network, got {trainable!r}, which selects "
+            f"{name} must select at least one parameter of the network, got {trainable!r}, which selects "
             f"none of {', '.join(_names(of_network))}"
         )
-    mask |= {name: jax.tree.map(lambda _: True, plain[name]) for name in extra_parameters if name in plain}
+    if extra:
+        mask |= jax.tree.map(lambda _: True, extra)
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(mask))
 
 
-def _checked_tree(trainable: Mapping[str, Any], params: Params) -> Params:
+def _checked_tree(trainable: Mapping[str, Any], params: Params, name: str) -> Params:
     """Return a user's tree of bools; raise ValueError if its structure is not that of the parameters."""
     tree = flax.core.unfreeze(dict(trainable))
     names, expected = _names(tree), _names(params)
-    for name in sorted(set(names) ^ set(expected)):
+    for path in sorted(set(names) ^ set(expected)):
         raise ValueError(
-            f"a tree given as trainable must have the structure of the parameters, got one that "
-            f"{'lacks' if name in expected else 'has'} {name}; the parameters are {', '.join(expected)}"
+            f"a tree given as {name} must have the structure of the parameters, got one that "
+            f"{'lacks' if path in expected else 'has'} {path}; the parameters are {', '.join(expected)}"
         )
-    for name, leaf in zip(names, jax.tree.leaves(tree), strict=True):
+    for path, leaf in zip(names, jax.tree.leaves(tree), strict=True):
         if not isinstance(leaf, bool | np.bool_):
-            raise ValueError(f"a tree given as trainable must hold bools, got {leaf!r} for {name}")
+            raise ValueError(f"a tree given as {name} must hold bools, got {leaf!r} for {path}")
     return jax.tree.map(bool, tree)
 
 
-def _predicate(trainable: Selection, leaves: Mapping[Any, Any]) -> Callable[[tuple[str, ...], Any], bool]:
+def _predicate(
+    trainable: Selection, leaves: Mapping[Any, Any], name: str
+) -> Callable[[tuple[str, ...], Any], bool]:
     """Return a function of a parameter's path and array, from a predicate over paths or an NNX filter."""
     if callable(trainable) and not isinstance(trainable, type) and _takes_a_path_only(trainable):
         return lambda path, leaf: trainable(path)
@@ -97,7 +106,7 @@ def _predicate(trainable: Selection, leaves: Mapping[Any, Any]) -> Callable[[tup
         selects = nnx.filterlib.to_predicate(trainable)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"trainable must be a predicate over paths, a tree of bools or an NNX filter, got {trainable!r}"
+            f"{name} must be a predicate over paths, a tree of bools or an NNX filter, got {trainable!r}"
         ) from error
     variables = {tuple(map(str, path)): (path, leaf) for path, leaf in leaves.items()}
     return lambda path, leaf: selects(*variables.get(path, (path, leaf)))

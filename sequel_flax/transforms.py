@@ -8,6 +8,10 @@ A penalty adds its gradient to that of the loss, so its place in the chain decid
 is in the state of the optimizer. `consolidate` finds it there, also within `optax.MultiSteps`,
 `optax.multi_transform` or `optax.inject_hyperparams`, and in the state of an `nnx.Optimizer`.
 
+`wrt` restricts a penalty to some of the parameters. The others have no penalty and no state:
+
+    tx = optax.chain(ewc_penalty(10.0, wrt=lambda path: path[0] != "head"), optax.sgd(0.1))
+
 The equations are those of `sequel_flax.algorithms.ewc`, `mas` and `si`.
 """
 
@@ -15,13 +19,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from sequel_flax.bundle import empty_sum
+from sequel_flax.trainable import Selection, trained_mask
 
 Params = Any
 Loss = Callable[[Params, Any], jax.Array]
@@ -30,6 +37,8 @@ Loss = Callable[[Params, Any], jax.Array]
 
 class PenaltyState(NamedTuple):
     """The state of `ewc_penalty` and `mas_penalty`: two trees with the structure of the parameters.
+
+    Parameters that `wrt` leaves out have an `optax.MaskedNode` there, which holds no array.
 
     Args:
         anchor: The weights at which the penalty is least.
@@ -92,6 +101,7 @@ def ewc_penalty(
     strength: float | jax.Array,
     accumulation: Literal["separate", "online"] = "separate",
     gamma: float = 1.0,
+    wrt: Selection = None,
 ) -> optax.GradientTransformation:
     """Return the penalty of elastic weight consolidation, `strength/2 * sum F (theta - theta*)^2`.
 
@@ -100,6 +110,8 @@ def ewc_penalty(
         accumulation: `separate`, the sum of one penalty per past task (stored as a single one); `online`, one
             penalty around the latest weights, with past importances decayed by gamma.
         gamma: The decay of past importances, in [0, 1].
+        wrt: The parameters with a penalty: a predicate over paths, a tree of bools, or an NNX filter; None
+            for all. With `optax.inject_hyperparams`, name it in `static_args`.
 
     Returns:
         A transformation with a `PenaltyState`; `update` needs the parameters.
@@ -126,14 +138,15 @@ def ewc_penalty(
         raise ValueError(f"gamma must be in [0, 1], got {gamma}")
     if gamma != 1 and accumulation == "separate":
         raise ValueError(f"gamma is only used with accumulation=online, got gamma={gamma}; leave it out")
-    return _quadratic_penalty(strength, accumulation == "separate", gamma)
+    return _quadratic_penalty(strength, accumulation == "separate", gamma, wrt)
 
 
-def mas_penalty(strength: float | jax.Array) -> optax.GradientTransformation:
+def mas_penalty(strength: float | jax.Array, wrt: Selection = None) -> optax.GradientTransformation:
     """Return the penalty of memory aware synapses, `strength * sum Omega (theta - theta*)^2`.
 
     Args:
         strength: The factor lambda, >= 0; it may be traced.
+        wrt: The parameters with a penalty, see `ewc_penalty`.
 
     Returns:
         A transformation with a `PenaltyState`; give `consolidate` the importances of `output_sensitivity`.
@@ -151,14 +164,15 @@ def mas_penalty(strength: float | jax.Array) -> optax.GradientTransformation:
         [3.0]
     """
     _check_strength(strength)
-    return _quadratic_penalty(2 * strength, separate=False, gamma=1.0)
+    return _quadratic_penalty(2 * strength, separate=False, gamma=1.0, wrt=wrt)
 
 
-def l2_init_penalty(strength: float | jax.Array) -> optax.GradientTransformation:
+def l2_init_penalty(strength: float | jax.Array, wrt: Selection = None) -> optax.GradientTransformation:
     """Return the penalty `strength/2 * sum (theta - theta_0)^2` on leaving the initial weights.
 
     Args:
         strength: The factor, >= 0; it may be traced.
+        wrt: The parameters with a penalty, see `ewc_penalty`.
 
     Returns:
         A transformation with an `L2InitState`, which `consolidate` leaves as it is.
@@ -177,14 +191,13 @@ def l2_init_penalty(strength: float | jax.Array) -> optax.GradientTransformation
     _check_strength(strength)
 
     def init(params: Params) -> L2InitState:
-        return L2InitState(jax.tree.map(jnp.copy, params))
+        return L2InitState(jax.tree.map(jnp.copy, selected(wrt, params)))
 
     def update(updates: Params, state: L2InitState, params: Params | None = None) -> Any:
-        params = _given(params)
-        gradient = jax.tree.map(
-            lambda g, p, a: g + strength * (p - a), updates, params, _like(state.anchor, params)
-        )
-        return gradient, state
+        def add(a: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
+            return g + strength * (p - a)
+
+        return _changed(updates, add, [state.anchor], [updates, _given(params)]), state
 
     return optax.GradientTransformation(init, update)
 
@@ -194,6 +207,7 @@ def si(
     strength: float | jax.Array,
     xi: float = 1e-3,
     clamp: bool = False,
+    wrt: Selection = None,
 ) -> optax.GradientTransformation:
     """Return an optimizer with the penalty of synaptic intelligence, `c sum Omega (theta - theta*)^2`.
 
@@ -204,6 +218,7 @@ def si(
         strength: The factor c, >= 0; it may be traced.
         xi: The damping of the importances, > 0.
         clamp: Keep the importances >= 0, as the official code does.
+        wrt: The parameters with a penalty, see `ewc_penalty`. The inner optimizer gets all parameters.
 
     Returns:
         A transformation with an `SIState`. At the end of a task, call `consolidate(opt_state, params)`.
@@ -227,18 +242,21 @@ def si(
         raise ValueError(f"xi must be > 0, got {xi}")
 
     def init(params: Params) -> SIState:
-        anchor = jax.tree.map(jnp.copy, params)
-        importance, path = (jax.tree.map(empty_sum, params) for _ in range(2))
+        part = selected(wrt, params)
+        anchor = jax.tree.map(jnp.copy, part)
+        importance, path = (jax.tree.map(empty_sum, part) for _ in range(2))
         return SIState(
             anchor, importance, path, jnp.asarray(xi, float), jnp.asarray(clamp), inner.init(params)
         )
 
     def update(updates: Params, state: SIState, params: Params | None = None) -> Any:
+        def add(w: jax.Array, g: jax.Array, d: jax.Array) -> jax.Array:
+            return w - g.astype(w.dtype) * d.astype(w.dtype)
+
         params = _given(params)
-        anchor, importance, path = (_like(tree, params) for tree in state[:3])
-        total = _with_penalty(updates, params, anchor, importance, 2 * strength)
+        total = _with_penalty(updates, params, state.anchor, state.importance, 2 * strength)
         step, inner_state = inner.update(total, state.inner, params)
-        path = jax.tree.map(lambda w, g, d: w - g.astype(w.dtype) * d.astype(w.dtype), path, updates, step)
+        path = _changed(state.path, add, [state.path], [updates, step])
         return step, state._replace(path=path, inner=inner_state)
 
     return optax.GradientTransformation(init, update)
@@ -290,7 +308,13 @@ def consolidate(opt_state: Any, params: Params, importance: Params | None = None
     return jax.tree.map(end, opt_state, is_leaf=_is_ours)
 
 
-def diagonal_fisher(nll: Loss, params: Params, batches: Iterable[Any], samples: int | None = None) -> Params:
+def diagonal_fisher(
+    nll: Loss,
+    params: Params,
+    batches: Iterable[Any],
+    samples: int | None = None,
+    wrt: Selection = None,
+) -> Params:
     """Return the diagonal of the empirical Fisher information, 1/N sum_n (d nll_n / d theta)^2.
 
     Args:
@@ -298,6 +322,7 @@ def diagonal_fisher(nll: Loss, params: Params, batches: Iterable[Any], samples: 
         params: The parameters.
         batches: Batches of the task's samples, trees of arrays `[B, ...]`.
         samples: The number N of samples to use, the first ones, >= 1; None for all.
+        wrt: The parameters with a penalty, see `ewc_penalty`; the others have an `optax.MaskedNode`.
 
     Returns:
         A tree with the structure of the parameters, of at least 32 bits.
@@ -313,7 +338,7 @@ def diagonal_fisher(nll: Loss, params: Params, batches: Iterable[Any], samples: 
         >>> diagonal_fisher(nll, {"w": jnp.array(1.0)}, [batch])["w"].item()  # (1 + 16) / 2
         8.5
     """
-    return _mean_over_samples(nll, jnp.square, params, batches, samples)
+    return _mean_over_samples(nll, jnp.square, params, batches, samples, wrt)
 
 
 def output_sensitivity(
@@ -321,6 +346,7 @@ def output_sensitivity(
     params: Params,
     batches: Iterable[Any],
     samples: int | None = None,
+    wrt: Selection = None,
 ) -> Params:
     """Return the importances of MAS, 1/N sum_n |d ||f(x_n)||^2 / d theta|.
 
@@ -329,6 +355,7 @@ def output_sensitivity(
         params: The parameters.
         batches: Batches of the task's samples, trees of arrays `[B, ...]`.
         samples: The number N of samples to use, the first ones, >= 1; None for all.
+        wrt: The parameters with a penalty, see `ewc_penalty`; the others have an `optax.MaskedNode`.
 
     Returns:
         A tree with the structure of the parameters, of at least 32 bits.
@@ -343,7 +370,7 @@ def output_sensitivity(
         >>> output_sensitivity(outputs, {"w": jnp.array(3.0)}, [jnp.array([[1.0], [2.0]])])["w"].item()
         15.0
     """
-    return _mean_over_samples(_squared_norm(outputs), jnp.abs, params, batches, samples)
+    return _mean_over_samples(_squared_norm(outputs), jnp.abs, params, batches, samples, wrt)
 
 
 # -- parts
@@ -368,42 +395,80 @@ def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _like(tree: Params, params: Params) -> Params:
-    """Return the leaves of a tree in the structure of the parameters; nnx.Optimizer wraps its leaves."""
-    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(tree))
+def selected(wrt: Selection, params: Params) -> Params:
+    """Return the parameters that `wrt` selects, with an `optax.MaskedNode` in place of each other one.
+
+    Args:
+        wrt: A predicate over paths, a tree of bools, an NNX filter, or None for all.
+        params: A tree of arrays, or the `nnx.State` that an `nnx.Optimizer` or `nnx.split` gives.
+
+    Raises:
+        ValueError: Nothing is selected, or `wrt` is none of these.
+
+    Example:
+        >>> selected(lambda path: path[0] == "head", {"stem": 1.0, "head": 2.0})
+        {'head': 2.0, 'stem': MaskedNode()}
+    """
+    if wrt is None:
+        return params
+    if isinstance(params, nnx.State):
+        network = SimpleNamespace(leaves=dict(nnx.to_flat_state(params)))
+        mask = trained_mask(wrt, nnx.to_pure_dict(params), network, name="wrt")
+        mask = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(mask))
+    else:
+        mask = trained_mask(wrt, params, None, name="wrt")
+    return jax.tree.map(lambda is_selected, p: p if is_selected else optax.MaskedNode(), mask, params)
+
+
+def _leaves(tree: Params) -> list[Any]:
+    """Return the leaves of a tree, of which those that are masked have no array."""
+    return jax.tree.leaves(tree, is_leaf=_is_masked)
+
+
+def _changed(
+    tree: Params, function: Callable[..., Any], state_trees: list[Params], others: list[Params]
+) -> Params:
+    """Return a tree with the leaves that `function` returns; those that are masked in the state stay.
+
+    Leaves are matched by their order, because nnx.Optimizer wraps those of a state.
+    """
+    rows = zip(*map(_leaves, [tree, *state_trees, *others]), strict=True)
+    new = [leaf if _is_masked(row[0]) else function(*row) for leaf, *row in rows]
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=_is_masked), new)
 
 
 def _with_penalty(updates: Params, params: Params, anchor: Params, importance: Params, factor: Any) -> Params:
-    def add(g: jax.Array, p: jax.Array, a: jax.Array, f: jax.Array) -> jax.Array:
+    def add(a: jax.Array, f: jax.Array, g: jax.Array, p: jax.Array) -> jax.Array:
         return jnp.asarray(g + factor * f * (p - a), g.dtype)
 
-    return jax.tree.map(add, updates, params, anchor, importance)
+    return _changed(updates, add, [anchor, importance], [updates, params])
 
 
-def _quadratic_penalty(strength: Any, separate: bool, gamma: float) -> optax.GradientTransformation:
+def _quadratic_penalty(
+    strength: Any, separate: bool, gamma: float, wrt: Selection
+) -> optax.GradientTransformation:
     def init(params: Params) -> PenaltyState:
-        anchor, importance = jax.tree.map(jnp.copy, params), jax.tree.map(empty_sum, params)
+        part = selected(wrt, params)
+        anchor, importance = jax.tree.map(jnp.copy, part), jax.tree.map(empty_sum, part)
         return PenaltyState(anchor, importance, jnp.asarray(separate), jnp.asarray(gamma, float))
 
     def update(updates: Params, state: PenaltyState, params: Params | None = None) -> Any:
-        params = _given(params)
-        anchor, importance = (_like(tree, params) for tree in state[:2])
-        return _with_penalty(updates, params, anchor, importance, strength), state
+        return _with_penalty(updates, _given(params), state.anchor, state.importance, strength), state
 
     return optax.GradientTransformation(init, update)
 
 
 def _rows(state_trees: list[Params], others: list[Params]) -> list[tuple[Any, ...]]:
     """Return the leaves of trees of a state, which may be masked, beside those of other trees."""
-    ours = [jax.tree.leaves(tree, is_leaf=_is_masked) for tree in state_trees]
-    columns = [*ours, *(jax.tree.leaves(tree) for tree in others)]
+    columns = [*map(_leaves, state_trees), *map(_leaves, others)]
     shapes = [[getattr(leaf, "shape", None) for leaf in column] for column in columns]
-    if any(len(column) != len(ours[0]) for column in columns) or any(
+    if any(len(column) != len(columns[0]) for column in columns) or any(
         a != b for other in shapes[1:] for a, b in zip(shapes[0], other, strict=True) if a is not None
     ):
         raise ValueError(
             "params and importance must have the structure of the parameters that the optimizer was "
-            "initialised with; for an nnx.Optimizer give nnx.state(model, wrt) with the same wrt"
+            "initialised with; for an nnx.Optimizer give nnx.state(model, wrt) with the same wrt, and give "
+            "diagonal_fisher the wrt of the penalty"
         )
     return list(zip(*columns, strict=True))
 
@@ -448,15 +513,20 @@ def _squared_norm(outputs: Callable[[Params, Any], jax.Array]) -> Loss:
 @partial(jax.jit, static_argnames=("function", "contribution"), donate_argnums=0)
 def _add_sample(
     total: Params,
+    part: Params,
     params: Params,
     batch: Any,
     k: int,
     function: Loss,
     contribution: Callable[[jax.Array], jax.Array],
 ) -> Params:
-    """Add the contribution of sample k of a batch."""
+    """Add the contribution of sample k of a batch to the sums of the selected parameters."""
     one = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(jnp.asarray(a), k, 1), batch)
-    gradient = jax.grad(lambda at: jnp.sum(function(at, one)))(params)
+
+    def value(at: Params) -> jax.Array:
+        return jnp.sum(function(_changed(params, lambda p: p, [at], []), one))
+
+    gradient = jax.grad(value)(part)
     return jax.tree.map(lambda f, g: f + contribution(g.astype(f.dtype)), total, gradient)
 
 
@@ -466,16 +536,18 @@ def _mean_over_samples(
     params: Params,
     batches: Iterable[Any],
     samples: int | None,
+    wrt: Selection,
 ) -> Params:
     """Return 1/N sum_n contribution(d function(x_n) / d theta): separate calls are fastest on a CPU."""
     if samples is not None and samples < 1:
         raise ValueError(f"samples must be >= 1 or None, got {samples}")
 
-    total, count = jax.tree.map(empty_sum, params), 0
+    part = selected(wrt, params)
+    total, count = jax.tree.map(empty_sum, part), 0
     for batch in batches:
         size = len(jax.tree.leaves(batch)[0])
         for k in range(size if samples is None else min(size, samples - count)):
-            total = _add_sample(total, params, batch, k, function, contribution)
+            total = _add_sample(total, part, params, batch, k, function, contribution)
             count += 1
         if count == samples:
             break

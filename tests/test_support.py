@@ -23,8 +23,8 @@ from sequel_core.backbones import BACKBONES, BackboneHParams
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
 from sequel_core.runs.learner import Learner
 from sequel_core.stream.benchmark import Benchmark, Scenario
+from sequel_core.testing.parity import SILENT
 from tests.pages import README, ROOT
-from tests.parity.cases import SILENT
 
 SMALL: dict[str, dict[str, Any]] = {
     "lamaml": {"n_inner_updates": 1, "glances": 1, "mem_size": 12, "mem_batch_size": 4},

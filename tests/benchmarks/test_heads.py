@@ -28,7 +28,7 @@ from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import OptimizerHParams, TrainingHParams
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.task import Split, Task
-from tests.parity.cases import SILENT
+from sequel_core.testing.parity import SILENT
 
 Pairs = list[tuple[tuple[Any, Any], tuple[Any, Any]]]
 SIDE = 3

@@ -19,7 +19,7 @@ from sequel_core.experiment.json_schema import json_schema
 from sequel_core.experiment.schema import choices, settings
 from sequel_core.runs.results import load_result
 from tests.cli.conftest import Plugin
-from tests.pages import ROOT, code_blocks
+from tests.pages import ROOT, code_blocks, run_block
 
 FIXTURES = Path(__file__).parent / "fixtures" / "third_party"
 POINTS = {
@@ -36,8 +36,8 @@ Install = Callable[..., Path]
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """Return a function that installs the package into a folder on the path, with these entry points."""
-    store = ConfigStore.instance().repo
-    monkeypatch.setitem(store, "algo", dict(store.get("algo", {})))
+    groups = ConfigStore.instance().repo
+    monkeypatch.setitem(groups, "algo", dict(groups.get("algo", {})))
 
     def put(
         name: str = "magnitude", points: dict[str, str] = POINTS, package: str = "sequel-magnitude"
@@ -185,8 +185,8 @@ def test_a_method_for_one_framework(
     assert main(["run", "algo=magnitude", *SMALL, f"mode={mode}", "-q"]) == 0
     assert main(["run", "algo=magnitude", *SMALL, f"mode={other}", "-q"]) == 2
     assert capsys.readouterr().err == (
-        f"sequel: algo=magnitude has no implementation for mode={other}: the package sequel-magnitude 1.2 has "
-        f"no entry point in sequel.algorithms.{other}; set mode={mode}\n"
+        f"sequel: algo=magnitude has no implementation for mode={other}: the package sequel-magnitude 1.2 "
+        f"has no entry point in sequel.algorithms.{other}; set mode={mode}\n"
     )
 
 
@@ -232,6 +232,15 @@ def test_the_entry_points_of_the_page() -> None:
     (block,) = code_blocks(PAGE, "toml")
     groups = tomllib.loads(block)["project"]["entry-points"]
     assert groups == {group: {"magnitude": f"sequel_magnitude.{value}"} for group, value in POINTS.items()}
+
+
+@pytest.mark.slow
+def test_the_tests_of_the_page(install: Install, tmp_path: Path) -> None:
+    install()
+    names = run_block(PAGE, code_blocks(PAGE, "python")[-1])
+    names["test_both_frameworks_end_with_the_same_weights"]()
+    names["test_the_penalty_changes_the_weights_and_is_naive_finetuning_at_zero"]()
+    names["test_frozen_parameters_and_resumed_runs"](tmp_path)
 
 
 def test_nothing_of_a_package_is_imported_before_it_is_chosen(install: Install) -> None:

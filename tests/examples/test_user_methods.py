@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,8 +14,10 @@ import sequel_lightning
 from sequel_benchmarks import RotatedDigits
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import OptimizerHParams, TrainingHParams
-from sequel_core.runs.learner import FitMonitor, Learner
+from sequel_core.runs.learner import Learner, Mode
 from sequel_core.stream.arrays import FloatArray
+from sequel_core.testing import check_parity
+from sequel_core.testing.parity import SILENT, trained
 from tests.examples.user_methods import ConfidentHParams, ImitateHParams, MagnitudeHParams
 from tests.examples.user_methods_flax import confident, imitate, magnitude
 from tests.examples.user_methods_lightning import Confident, Imitate, Magnitude
@@ -38,17 +39,14 @@ def _double_precision() -> Iterator[None]:
         yield
 
 
-def flax_learner(algorithm: Any, normalised: bool = False) -> Learner:
-    model: Any = sequel_flax.MLP((16,), STREAM.num_classes)
-    if normalised:
-        model = sequel_flax.CNN(**CONVOLUTIONAL, num_classes=STREAM.num_classes)
+def flax_learner(algorithm: Any) -> Learner:
+    model: Any = sequel_flax.CNN(**CONVOLUTIONAL, num_classes=STREAM.num_classes)
     return sequel_flax.FlaxLearner(algorithm, model, sequel_flax.build_optimizer(SGD), STREAM.spec, TRAINING)
 
 
-def torch_learner(module: Any, hparams: Any, normalised: bool = False) -> Learner:
+def torch_learner(module: Any, hparams: Any) -> Learner:
     sizes: Any = {"num_classes": STREAM.num_classes, "image_shape": STREAM.image_shape}
-    cls = sequel_lightning.CNN if normalised else partial(sequel_lightning.MLP, (16,))
-    net = cls(**(CONVOLUTIONAL if normalised else {}), **sizes).double()
+    net = sequel_lightning.CNN(**CONVOLUTIONAL, **sizes).double()
     sequel_lightning.initialise(net, TRAINING.seed)
     model = module(net, sequel_lightning.build_optimizer(SGD), hparams, STREAM.spec)
     return sequel_lightning.LightningLearner(model, TRAINING)
@@ -56,7 +54,7 @@ def torch_learner(module: Any, hparams: Any, normalised: bool = False) -> Learne
 
 def train(learner: Learner) -> dict[str, FloatArray]:
     for task in STREAM.tasks:
-        learner.fit_task(task, FitMonitor(lambda progress: None, lambda: None))
+        learner.fit_task(task, SILENT)
     return learner.weights()
 
 
@@ -64,15 +62,15 @@ def train(learner: Learner) -> dict[str, FloatArray]:
     ("hparams", "bundle", "module"), USER_METHODS, ids=lambda value: getattr(value, "name", "")
 )
 def test_both_frameworks_end_with_the_same_weights(hparams: Any, bundle: Any, module: Any) -> None:
-    a, b = train(flax_learner(bundle(hparams))), train(torch_learner(module, hparams))
-    naive = train(flax_learner(sequel_flax.naive(NaiveHParams())))
-    for name, array in b.items():
-        assert np.linalg.norm(a[name] - array) < 1e-10 * np.linalg.norm(array)
-        assert np.linalg.norm(a[name] - naive[name]) > 1e-3 * np.linalg.norm(array)
+    implementations: dict[Mode, Any] = {"pytorch": module, "jax": bundle}
+    check_parity(hparams, benchmark=STREAM, implementations=implementations)
+    naive = trained("pytorch", NaiveHParams(), "sgd", benchmark=STREAM)
+    for name, array in trained("pytorch", hparams, "sgd", "domain", implementations, STREAM).items():
+        assert np.linalg.norm(array - naive[name]) > 1e-3 * np.linalg.norm(array)
 
 
 def test_the_old_network_has_its_running_statistics() -> None:
     hparams = ImitateHParams(strength=0.5)
-    a, b = train(flax_learner(imitate(hparams), True)), train(torch_learner(Imitate, hparams, True))
+    a, b = train(flax_learner(imitate(hparams))), train(torch_learner(Imitate, hparams))
     for name, array in b.items():
         assert np.linalg.norm(a[name] - array) < 1e-8 * np.linalg.norm(array)

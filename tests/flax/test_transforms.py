@@ -87,11 +87,12 @@ def bundle_weights(algorithm: Algorithm, tx: optax.GradientTransformation) -> li
 Importance = Callable[[Any, Any, Task], Any]
 
 
-def fisher(graph: Any, params: Any, task: Task) -> Any:
-    def nll(params: Any, batch: Any) -> jax.Array:
-        return losses(nnx.merge(graph, params)(pixels(batch.x)), batch.y)
+def nll_of(graph: Any) -> Callable[[Any, Any], jax.Array]:
+    return lambda params, batch: losses(nnx.merge(graph, params)(pixels(batch.x)), batch.y)
 
-    return diagonal_fisher(nll, params, batches(task), samples=101)
+
+def fisher(graph: Any, params: Any, task: Task) -> Any:
+    return diagonal_fisher(nll_of(graph), params, batches(task), samples=101)
 
 
 def sensitivity(graph: Any, params: Any, task: Task) -> Any:
@@ -100,7 +101,12 @@ def sensitivity(graph: Any, params: Any, task: Task) -> Any:
     )
 
 
-def nnx_weights(tx: optax.GradientTransformation, importance: Importance | None) -> list[jax.Array]:
+def nnx_weights(
+    tx: optax.GradientTransformation,
+    importance: Importance | None,
+    steps: int = STEPS,
+    penalised: bool = True,
+) -> list[jax.Array]:
     """Train the same network in a loop with nnx.Optimizer."""
     net = Net(nnx.Rngs(0))
     optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
@@ -111,11 +117,12 @@ def nnx_weights(tx: optax.GradientTransformation, importance: Importance | None)
         optimizer.update(net, gradient)
 
     for task in DIGITS.tasks:
-        for batch in batches(task):
+        for batch in batches(task, steps):
             step(net, optimizer, jnp.asarray(batch.x), jnp.asarray(batch.y))
         graph, params = nnx.split(net)
         importances = None if importance is None else importance(graph, params, task)
-        optimizer.opt_state = consolidate(optimizer.opt_state, params, importances)
+        if penalised:
+            optimizer.opt_state = consolidate(optimizer.opt_state, params, importances)
     return jax.tree.leaves(nnx.state(net, nnx.Param))
 
 
@@ -233,6 +240,154 @@ def test_only_a_part_of_the_parameters_has_a_penalty() -> None:
     updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), opt_state, later)
     np.testing.assert_allclose(updates["stem"], [-0.1, -0.1 * (1 + 10 * 2)])
     np.testing.assert_allclose(updates["head"], [-0.1])
+
+
+WRT: dict[str, Any] = {
+    "predicate": lambda path: path[0] == "stem",
+    "tree": {"stem": {"kernel": True, "bias": True}, "head": {"kernel": False, "bias": False}},
+    "filter": nnx.PathContains("stem"),
+}
+PENALTIES: dict[str, tuple[Callable[..., Any], Importance | None]] = {
+    "ewc": (lambda wrt: optax.chain(ewc_penalty(20.0, wrt=wrt), optax.sgd(0.05)), fisher),
+    "mas": (lambda wrt: optax.chain(mas_penalty(0.05, wrt=wrt), optax.sgd(0.05)), sensitivity),
+    "l2": (lambda wrt: optax.chain(l2_init_penalty(0.5, wrt=wrt), optax.sgd(0.05)), None),
+    "si": (lambda wrt: si(optax.sgd(0.05), 0.5, xi=0.01, wrt=wrt), None),
+}
+
+
+def labelled(params: Any) -> Any:
+    labels = ["free", "free", "kept", "kept"]  # head and stem, in the order of the parameters
+    return jax.tree.unflatten(jax.tree.structure(params), labels)
+
+
+def numbers(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree) if leaf.ndim)
+
+
+@pytest.mark.parametrize(("penalty", "selection"), list(zip(PENALTIES, [*WRT, "predicate"], strict=True)))
+def test_wrt_is_the_penalty_of_the_selected_parameters(penalty: str, selection: str) -> None:
+    """The same as `multi_transform`, in loops with nnx.Optimizer; the others have no state."""
+    make, importance = PENALTIES[penalty]
+    state = make(WRT[selection]).init(nnx.state(Net(nnx.Rngs(0)), nnx.Param))
+    assert numbers(state) == {"ewc": 2, "mas": 2, "l2": 1, "si": 3}[penalty] * (64 * 16 + 16)
+    by_label = optax.multi_transform({"kept": make(None), "free": optax.sgd(0.05)}, labelled)
+    actual, expected, without = (
+        nnx_weights(make(WRT[selection]), importance, steps=6),
+        nnx_weights(by_label, importance, steps=6),
+        nnx_weights(optax.sgd(0.05), None, steps=6, penalised=False),
+    )
+    for a, e, w in zip(actual, expected, without, strict=True):
+        np.testing.assert_array_equal(a, e)
+        assert not np.array_equal(a, w)
+
+
+@pytest.mark.parametrize("selection", WRT)
+def test_importances_of_the_selected_parameters_only(selection: str) -> None:
+    graph, params = nnx.split(Net(nnx.Rngs(0)))
+    whole = diagonal_fisher(nll_of(graph), params, batches(DIGITS.tasks[0]), 8)
+    part = diagonal_fisher(nll_of(graph), params, batches(DIGITS.tasks[0]), 8, wrt=WRT[selection])
+    assert numbers(part) == 64 * 16 + 16
+    for leaf in ("kernel", "bias"):
+        np.testing.assert_array_equal(part["stem"][leaf][...], whole["stem"][leaf][...])
+    tx = ewc_penalty(1.0, wrt=WRT[selection])
+    for importance in (whole, part):
+        state = consolidate(tx.init(params), params, importance)
+        np.testing.assert_array_equal(state.importance["stem"]["bias"][...], whole["stem"]["bias"][...])
+    with pytest.raises(ValueError, match="give diagonal_fisher the wrt of the penalty"):
+        consolidate(ewc_penalty(1.0).init(params), params, part)
+
+
+@pytest.mark.parametrize(
+    ("wrt", "message"),
+    [
+        (lambda path: path[0] == "body", "wrt must select at least one parameter .* none of head/bias"),
+        ({"head": True}, "a tree given as wrt must have the structure of the parameters, got one that "),
+        (0.5, "wrt must be a predicate over paths, a tree of bools or an NNX filter, got 0.5"),
+    ],
+    ids=["nothing", "tree", "number"],
+)
+def test_a_wrt_that_does_not_fit(wrt: Any, message: str) -> None:
+    for params in (nnx.state(Net(nnx.Rngs(0)), nnx.Param), {"head": {"kernel": W["w"], "bias": W["w"]}}):
+        with pytest.raises(ValueError, match=message):
+            ewc_penalty(1.0, wrt=wrt).init(params)
+
+
+def injected() -> Any:
+    make = optax.inject_hyperparams(ewc_penalty, static_args=("accumulation", "gamma", "wrt"))
+    return make(strength=10.0, wrt=lambda path: True)
+
+
+def everything(value: Any) -> Callable[[Any], Any]:
+    return lambda params: jax.tree.map(lambda _: value, params)
+
+
+AROUND: dict[str, Callable[[], Any]] = {
+    "chain": lambda: optax.chain(optax.chain(optax.identity(), ewc_penalty(10.0)), optax.sgd(1.0)),
+    "multi_transform": lambda: optax.multi_transform(
+        {"all": optax.chain(ewc_penalty(10.0), optax.sgd(1.0))}, everything("all")
+    ),
+    "MultiSteps": lambda: optax.MultiSteps(optax.chain(ewc_penalty(10.0), optax.sgd(1.0)), 1),
+    "inject_hyperparams": lambda: optax.chain(injected(), optax.sgd(1.0)),
+    "masked": lambda: optax.chain(optax.masked(ewc_penalty(10.0), everything(True)), optax.sgd(1.0)),
+    "all of them": lambda: optax.MultiSteps(
+        optax.multi_transform(
+            {"all": optax.chain(optax.chain(injected()), optax.sgd(1.0))}, everything("all")
+        ),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_consolidate_finds_the_state_within_other_transformations(around: str) -> None:
+    """A step whose gradient is 0 moves by -10 * importance * distance; of a dict and of an NNX module."""
+    importance = {"w": jnp.array([0.5, 0.0, 2.0])}
+    params = {"w": jnp.array([1.0, 2.0, 3.0])}
+    tx = AROUND[around]()
+    state = tx.init(params)
+    after = consolidate(state, params, importance)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    updates, _ = tx.update({"w": jnp.zeros(3)}, after, {"w": jnp.array([2.0, 4.0, 3.5])})
+    np.testing.assert_allclose(updates["w"], [-5, 0, -10])
+
+    net: Any = Vector(params["w"])
+    optimizer: Any = nnx.Optimizer(net, AROUND[around](), wrt=nnx.Param)
+    given = jax.tree.map(lambda _: importance["w"], nnx.state(net, nnx.Param))
+    optimizer.opt_state = consolidate(optimizer.opt_state, nnx.state(net, nnx.Param), given)
+    net.w[...] = jnp.array([2.0, 4.0, 3.5])
+    optimizer.update(net, jax.tree.map(jnp.zeros_like, nnx.state(net, nnx.Param)))
+    np.testing.assert_allclose(net.w[...], [-3, 4, -6.5])
+
+
+class Vector(nnx.Module):
+    """One parameter."""
+
+    def __init__(self, w: jax.Array) -> None:
+        self.w = nnx.Param(w)
+
+
+def test_l2_towards_the_initial_weights_equals_numpy() -> None:
+    """Two hundred steps of SGD with momentum on a linear regression."""
+    rng = np.random.default_rng(0)
+    x, y, w0 = rng.normal(size=(200, 5, 4)), rng.normal(size=(200, 5)), rng.normal(size=4)
+    tx = optax.chain(l2_init_penalty(0.3), optax.sgd(0.05, momentum=0.9))
+
+    def loss(params: Any, inputs: jax.Array, targets: jax.Array) -> jax.Array:
+        return jnp.mean((inputs @ params["w"] - targets) ** 2) / 2
+
+    @jax.jit
+    def step(params: Any, state: Any, inputs: jax.Array, targets: jax.Array) -> Any:
+        updates, state = tx.update(jax.grad(loss)(params, inputs, targets), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params: Any = {"w": jnp.asarray(w0)}
+    state, w, trace = tx.init(params), w0.copy(), np.zeros(4)
+    for inputs, targets in zip(x, y, strict=True):
+        params, state = step(params, state, inputs, targets)
+        trace = 0.9 * trace + inputs.T @ (inputs @ w - targets) / 5 + 0.3 * (w - w0)
+        w = w - 0.05 * trace
+    np.testing.assert_allclose(params["w"], w, rtol=1e-10)
+    assert np.linalg.norm(w - w0) > 0.1
 
 
 def test_the_strength_may_change_between_steps() -> None:

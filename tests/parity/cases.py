@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import numpy as np
-
-import sequel_flax
-import sequel_lightning
-from sequel_benchmarks import RotatedDigits, SplitDigits
 from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
@@ -26,31 +20,9 @@ from sequel_core.algorithms.mcsgd import MCSGDHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
-from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
-from sequel_core.runs.learner import FitMonitor, Learner
-from sequel_core.stream.arrays import FloatArray
-from sequel_core.stream.benchmark import Benchmark, Scenario
-from tests.tables import Targets, table
-
-Stream = Scenario | Targets
-WIDTHS = (32, 24)
-SILENT = FitMonitor(on_progress=lambda progress: None, on_evaluate=lambda: None)
-
-SGD = OptimizerHParams(lr=0.05)
-OPTIMIZERS: dict[str, tuple[OptimizerHParams, dict[str, Any]]] = {
-    "sgd": (SGD, {}),
-    "momentum": (OptimizerHParams(lr=0.02, momentum=0.9), {}),
-    "nesterov and weight decay": (
-        OptimizerHParams(lr=0.02, momentum=0.8, nesterov=True, weight_decay=0.01),
-        {},
-    ),
-    "adam": (OptimizerHParams(type="adam", lr=0.002), {}),
-    "adam and weight decay": (OptimizerHParams(type="adam", lr=0.002, weight_decay=0.01), {}),
-    "adamw": (OptimizerHParams(type="adamw", lr=0.002, weight_decay=0.1), {}),
-    "clipping": (SGD, {"grad_clip": 0.5}),
-    "two epochs": (SGD, {"epochs_per_task": (1, 2, 1)}),
-}
-"""Name: optimizer, and what differs in the training settings."""
+from sequel_core.hparams import AlgorithmHParams, OptimizerHParams
+from sequel_core.runs.learner import Learner
+from sequel_core.testing.parity import OPTIMIZERS, Stream, Weights, learner, stream, train
 
 DECAY: dict[str, Any] = {"lr_decay": 0.7, "min_lr": 0.01}
 CARRY: dict[str, Any] = {"lr_decay": 0.7, "reset_optimizer": False}
@@ -185,32 +157,11 @@ def name_of(case: tuple[AlgorithmHParams, str]) -> str:
     return f"{hparams.name} {optimizer} {changed}"
 
 
-@cache
-def benchmark(scenario: Stream = "domain") -> Benchmark:
-    """Three rotations of the digits, 205 batches of 7 each; or five pairs of digits, 40 batches each.
-
-    The streams of tables have three tasks of 205 batches.
-    """
-    if scenario == "classes" or scenario == "labels" or scenario == "values":
-        return table(scenario, train=205 * 7)
-    if scenario == "domain":
-        return RotatedDigits(num_tasks=3)
-    return SplitDigits(num_tasks=5, scenario=scenario, class_order="seeded")
-
-
-def training(**changes: Any) -> TrainingHParams:
-    """Return the training settings of the parity runs."""
-    return TrainingHParams(batch_size=7, dtype="float64", seed=3, **changes)
-
-
 def torch_learner(
     hparams: AlgorithmHParams, optimizer: OptimizerHParams, scenario: Stream = "domain", **changes: Any
 ) -> Learner:
     """Return a LightningLearner; its Trainers are real ones."""
-    stream = benchmark(scenario)
-    net = sequel_lightning.MLP(WIDTHS, stream.num_classes, image_shape=stream.spec.x.shape)
-    factory = sequel_lightning.build_optimizer(optimizer)
-    return sequel_lightning.make_learner(hparams, net, factory, stream, training(**changes))
+    return learner("pytorch", hparams, optimizer, stream(scenario), **changes)
 
 
 def flax_learner(
@@ -221,32 +172,13 @@ def flax_learner(
     **changes: Any,
 ) -> Learner:
     """Return a FlaxLearner, dispatched (1) or scanned (more)."""
-    stream = benchmark(scenario)
-    net = sequel_flax.MLP(WIDTHS, stream.num_classes)
-    tx = sequel_flax.build_optimizer(optimizer)
-    return sequel_flax.make_learner(
-        hparams, net, tx, stream, training(**changes), steps_per_call=steps_per_call
-    )
+    options = {"steps_per_call": steps_per_call}
+    return learner("jax", hparams, optimizer, stream(scenario), options=options, **changes)
 
 
 @cache
-def trained(
-    framework: Callable[..., Learner],
-    hparams: AlgorithmHParams,
-    optimizer: str,
-    scenario: Stream = "domain",
-) -> dict[str, FloatArray]:
-    """Return the weights after all tasks."""
+def scanned(hparams: AlgorithmHParams, optimizer: str, scenario: Stream = "domain") -> Weights:
+    """Return the weights of a scanned run after all tasks."""
     settings, changes = OPTIMIZERS[optimizer]
-    learner = framework(hparams, settings, scenario, **changes)
-    for task in learner.hparams.training_tasks(benchmark(scenario), learner.training.seed):
-        learner.fit_task(task, SILENT)
-    assert learner.step >= (190 if hparams.name == "kcl" else 200)  # which sets samples aside
-    return learner.weights()
-
-
-def difference(a: dict[str, FloatArray], b: dict[str, FloatArray]) -> float:
-    """Return the greatest relative difference of an array, |a - b| / |b| in the Euclidean norm."""
-    assert a.keys() == b.keys()
-    size = {k: float(np.linalg.norm(b[k])) or 1.0 for k in b}
-    return max(float(np.linalg.norm(a[k] - b[k])) / size[k] for k in a)
+    made = flax_learner(hparams, settings, scenario, steps_per_call=8, **changes)
+    return train(made, stream(scenario)).weights()

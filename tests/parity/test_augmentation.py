@@ -18,11 +18,12 @@ from sequel_core.runs.learner import Learner
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.images import Augmentation
+from sequel_core.testing import parity
+from sequel_core.testing.parity import OPTIMIZERS, SILENT, WIDTHS, difference, training
 from sequel_flax.augmentation import crop as flax_crop
 from sequel_flax.learner import as_batch
 from sequel_lightning.augmentation import crop as torch_crop
-from tests.parity import cases
-from tests.parity.cases import CASES, OPTIMIZERS, SILENT, bar, difference, training
+from tests.parity.cases import CASES, bar
 
 ONE_EACH = {hparams.name: (hparams, optimizer) for hparams, optimizer in reversed(CASES)}
 
@@ -50,7 +51,7 @@ def test_crops_are_those_of_padding_slicing_and_reversing(dtype: str) -> None:
 
 @cache
 def augmented() -> Benchmark:
-    stream = cases.benchmark("class")
+    stream = parity.stream("class")
     values = {f.name: getattr(stream, f.name) for f in fields(Benchmark)}
     return Benchmark(**values | {"augmentation": Augmentation(1, flip=True)})
 
@@ -58,10 +59,10 @@ def augmented() -> Benchmark:
 def learners(hparams: AlgorithmHParams, optimizer: str, steps_per_call: int = 1) -> tuple[Learner, Learner]:
     settings, changes = OPTIMIZERS[optimizer]
     stream = augmented()
-    net = sequel_lightning.MLP(cases.WIDTHS, stream.num_classes, image_shape=stream.image_shape)
+    net = sequel_lightning.MLP(WIDTHS, stream.num_classes, image_shape=stream.image_shape)
     factory = sequel_lightning.build_optimizer(settings)
     ours = sequel_lightning.make_learner(hparams, net, factory, stream, training(**changes))
-    model, tx = sequel_flax.MLP(cases.WIDTHS, stream.num_classes), sequel_flax.build_optimizer(settings)
+    model, tx = sequel_flax.MLP(WIDTHS, stream.num_classes), sequel_flax.build_optimizer(settings)
     options = training(**changes)
     return ours, sequel_flax.make_learner(hparams, model, tx, stream, options, steps_per_call=steps_per_call)
 
@@ -84,7 +85,7 @@ def test_same_weights_with_augmentation(hparams: AlgorithmHParams, optimizer: st
     torch_, flax_ = (trained(learner) for learner in learners(hparams, optimizer, steps_per_call=8))
     assert difference(flax_, torch_) < bar(hparams)
     if hparams.name in ("naive", "er"):
-        plain = cases.trained(cases.flax_learner, hparams, optimizer, "class")
+        plain = parity.trained("jax", hparams, optimizer, "class")
         assert difference(flax_, plain) > 1e-2
 
 

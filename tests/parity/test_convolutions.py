@@ -36,7 +36,7 @@ from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHPar
 from sequel_core.runs.learner import Learner
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import Benchmark, Scenario
-from tests.parity.cases import SILENT, difference
+from sequel_core.testing.parity import SILENT, difference
 
 SGD = OptimizerHParams(lr=0.02, momentum=0.5)
 TRAINING = TrainingHParams(batch_size=6, dtype="float64", seed=3, eval_batch_size=25)

@@ -16,7 +16,9 @@ from sequel_core.runs.learner import Evaluation, FitMonitor, Learner
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import Scenario
 from sequel_core.stream.task import Samples, Task
-from tests.parity.cases import SGD, SILENT, benchmark, flax_learner, torch_learner
+from sequel_core.testing.parity import SGD, SILENT
+from sequel_core.testing.parity import stream as benchmark
+from tests.parity.cases import flax_learner, torch_learner
 
 FEW = ICaRLHParams(mem_size=33)
 MIRRORED = ICaRLHParams(mem_size=33, quota="ceil", flip=True, outputs="all")

@@ -24,10 +24,10 @@ from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHPar
 from sequel_core.stream import plan
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import Benchmark, Scenario
+from sequel_core.testing.parity import SILENT, difference
 from sequel_flax import kernels as flax_kernels
 from sequel_lightning import kernels as torch_kernels
 from sequel_lightning.networks import evaluating
-from tests.parity.cases import SILENT, difference
 
 BOTH = pytest.mark.parametrize("kernels", [flax_kernels, torch_kernels], ids=["flax", "lightning"])
 RFF = KCLHParams(core_size=20, d_rn_f=40, tau=0.1, task_given=True)

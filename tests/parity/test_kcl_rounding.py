@@ -25,8 +25,8 @@ from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.hparams import OptimizerHParams, TrainingHParams
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import Benchmark
+from sequel_core.testing.parity import SILENT, difference
 from sequel_flax.hooks import Hook
-from tests.parity.cases import SILENT, difference
 
 Weights = dict[str, FloatArray]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container
-from functools import partial
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -23,28 +22,32 @@ from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
 from sequel_core.hparams import AlgorithmHParams
-from sequel_core.runs.learner import Learner
+from sequel_core.runs.learner import Mode
 from sequel_core.stream.benchmark import Scenario
+from sequel_core.testing import check_effect, check_parity, check_strength_zero
+from sequel_core.testing.parity import (
+    BOTH,
+    OPTIMIZERS,
+    SGD,
+    SILENT,
+    Stream,
+    difference,
+    stream,
+    trained,
+    training,
+)
+from sequel_core.testing.streams import Targets
 from tests.parity.cases import (
     CASES,
     EVERY_TARGET,
     LABELLED,
     LONG,
-    OPTIMIZERS,
-    SGD,
-    SILENT,
     bar,
-    benchmark,
-    difference,
     flax_learner,
     name_of,
+    scanned,
     torch_learner,
-    trained,
 )
-from tests.tables import Targets
-
-Make = Callable[..., Learner]
-scanned = partial(flax_learner, steps_per_call=8)
 
 
 def marked(
@@ -62,8 +65,7 @@ def marked(
 
 @pytest.mark.parametrize(("hparams", "optimizer"), marked([*CASES, *LONG], 0))
 def test_same_weights_in_both_frameworks(hparams: AlgorithmHParams, optimizer: str) -> None:
-    torch_, flax_ = (trained(make, hparams, optimizer) for make in (torch_learner, flax_learner))
-    assert difference(flax_, torch_) < bar(hparams)
+    check_parity(hparams, optimizer, tolerance=bar(hparams))
 
 
 TARGETS: tuple[Targets, ...] = ("classes", "labels", "values")
@@ -82,14 +84,12 @@ def on_tables() -> list[Any]:
 
 @pytest.mark.parametrize(("targets", "hparams", "optimizer"), on_tables())
 def test_same_weights_on_tables(targets: Targets, hparams: AlgorithmHParams, optimizer: str) -> None:
-    torch_, flax_ = (trained(make, hparams, optimizer, targets) for make in (torch_learner, flax_learner))
-    assert difference(flax_, torch_) < bar(hparams)
+    check_parity(hparams, optimizer, targets, tolerance=bar(hparams))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_same_weights_with_every_optimizer(optimizer: str) -> None:
-    torch_, flax_ = (trained(make, NaiveHParams(), optimizer) for make in (torch_learner, flax_learner))
-    assert difference(flax_, torch_) < bar(NaiveHParams())
+    check_parity(NaiveHParams(), optimizer)
 
 
 @pytest.mark.parametrize(("hparams", "optimizer"), marked(CASES, 1, ("icarl", "kcl", "lamaml", "mcsgd")))
@@ -98,8 +98,7 @@ def test_scanned_steps_are_the_dispatched_steps(hparams: AlgorithmHParams, optim
 
     In `tests/flax/test_step_loop.py` a plain loop of steps is compared with a scanned run for the others.
     """
-    torch_, flax_ = (trained(make, hparams, optimizer) for make in (torch_learner, scanned))
-    assert difference(flax_, torch_) < bar(hparams)
+    assert difference(scanned(hparams, optimizer), trained("pytorch", hparams, optimizer)) < bar(hparams)
 
 
 ONE_EACH = {hparams.name: (hparams, optimizer) for hparams, optimizer in reversed(CASES)}
@@ -127,41 +126,43 @@ def test_same_weights_in_every_scenario(
 
     By default `tests/reference` compares both frameworks with NumPy in these scenarios.
     """
-    torch_, flax_ = (trained(make, hparams, optimizer, scenario) for make in (torch_learner, flax_learner))
-    assert difference(flax_, torch_) < bar(hparams)
+    check_parity(hparams, optimizer, scenario, tolerance=bar(hparams))
 
 
 @pytest.mark.parametrize(("hparams", "optimizer"), marked(OWN, 0))
 def test_a_usual_strength_moves_the_weights(hparams: AlgorithmHParams, optimizer: str) -> None:
-    common: dict[str, Any] = {"reset_optimizer": hparams.reset_optimizer}
-    if hparams.name != "stable_sgd":
-        common |= {"lr_decay": hparams.lr_decay, "min_lr": hparams.min_lr}
-    naive = trained(flax_learner, NaiveHParams(**common), optimizer)
-    weights = trained(flax_learner, hparams, optimizer)
-    assert difference({name: weights[name] for name in naive}, naive) > 1e-3
+    naive = None if hparams.name != "stable_sgd" else NaiveHParams(reset_optimizer=hparams.reset_optimizer)
+    check_effect(hparams, optimizer, modes=["jax"], naive=naive)
 
 
-@pytest.mark.parametrize(
-    "framework",
-    [
-        pytest.param(torch_learner, id="torch"),
-        pytest.param(flax_learner, id="flax"),
-        pytest.param(scanned, id="scanned", marks=pytest.mark.slow),
-    ],
-)
-@pytest.mark.parametrize("hparams", ZERO, ids=lambda h: f"{h.name} {getattr(h, 'mem_size', '')}")
-def test_strength_zero_is_naive_exactly(framework: Make, hparams: AlgorithmHParams) -> None:
-    zero = trained(framework, hparams, "momentum", "class")
-    naive = trained(framework, NaiveHParams(), "momentum", "class")
+def zero_id(hparams: AlgorithmHParams) -> str:
+    return f"{hparams.name} {getattr(hparams, 'mem_size', '')}"
+
+
+@pytest.mark.parametrize("mode", BOTH)
+@pytest.mark.parametrize("hparams", ZERO, ids=zero_id)
+def test_strength_zero_is_naive_exactly(mode: Mode, hparams: AlgorithmHParams) -> None:
+    check_strength_zero(hparams, modes=[mode])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hparams", ZERO, ids=zero_id)
+def test_strength_zero_is_naive_exactly_in_scanned_steps(hparams: AlgorithmHParams) -> None:
+    zero, naive = (scanned(each, "momentum", "class") for each in (hparams, NaiveHParams()))
     for name, array in naive.items():
         np.testing.assert_array_equal(zero[name], array)
+
+
+@pytest.mark.parametrize("scenario", ["domain", "task", "class", *TARGETS])
+def test_the_streams_have_at_least_200_steps(scenario: Stream) -> None:
+    assert sum(len(task.train) // training().batch_size for task in stream(scenario).tasks) >= 200
 
 
 def test_same_accuracies_and_losses_in_both_frameworks() -> None:
     learners = [make(NaiveHParams(), SGD) for make in (torch_learner, flax_learner)]
     for learner in learners:
-        learner.fit_task(benchmark().tasks[0], SILENT)
-    for task in benchmark().tasks:
+        learner.fit_task(stream().tasks[0], SILENT)
+    for task in stream().tasks:
         torch_, flax_ = (learner.evaluate(task, "test") for learner in learners)
         assert torch_[:2] == flax_[:2]
         assert torch_.masked_score == flax_.masked_score
@@ -179,7 +180,7 @@ def test_initial_weights_are_torch_layers_distribution() -> None:
 
 
 def test_every_optimizer_of_the_table_differs() -> None:
-    ends = [trained(flax_learner, NaiveHParams(), name) for name in OPTIMIZERS]
+    ends = [trained("jax", NaiveHParams(), name) for name in OPTIMIZERS]
     for i, a in enumerate(ends):
         for b in ends[:i]:
             assert difference(a, b) > 1e-3

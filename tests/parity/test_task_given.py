@@ -24,8 +24,8 @@ from sequel_core.report.runs import read_study
 from sequel_core.runs.learner import Learner
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import Benchmark, Scenario
+from sequel_core.testing.parity import SILENT
 from tests.core.scripted import scripted
-from tests.parity.cases import SILENT
 
 SMALL: dict[str, dict[str, Any]] = {
     "lamaml": {"n_inner_updates": 1, "glances": 1, "mem_size": 20, "mem_batch_size": 4},

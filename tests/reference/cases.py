@@ -26,10 +26,10 @@ from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
 from sequel_core.stream.benchmark import Benchmark
+from sequel_core.testing.streams import table
 from tests.reference.algorithms import make_reference
 from tests.reference.network import Weights
 from tests.reference.streams import Reference, Stage
-from tests.tables import table
 
 WIDTHS = (16, 12)
 SGD = OptimizerHParams(lr=0.05)

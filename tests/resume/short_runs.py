@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -11,11 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import sequel_core.runs.checkpoints
 import sequel_core.runs.files
-from sequel_benchmarks import RotatedDigits
 from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
@@ -31,13 +27,14 @@ from sequel_core.algorithms.mcsgd import MCSGDHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
-from sequel_core.hparams import AlgorithmHParams, CheckpointHParams, OptimizerHParams, TrainingHParams
+from sequel_core.hparams import AlgorithmHParams, CheckpointHParams
 from sequel_core.runs.checkpoints import Checkpoints
 from sequel_core.runs.directory import RunDirectory
-from sequel_core.runs.learner import FitMonitor, Learner, plugin
-from sequel_core.runs.orchestrator import run
+from sequel_core.runs.learner import FitMonitor, Learner, Mode
 from sequel_core.stream.benchmark import Benchmark
-from tests.tables import table
+from sequel_core.testing.parity import BOTH
+from sequel_core.testing.resume import go, short_learner, short_stream
+from sequel_core.testing.streams import table
 
 CARRY: dict[str, Any] = {"lr_decay": 0.7, "reset_optimizer": False}
 METHODS: dict[str, AlgorithmHParams] = {
@@ -61,36 +58,23 @@ METHODS: dict[str, AlgorithmHParams] = {
     )
 }
 METHODS["derpp on values"] = METHODS["derpp"]  # a table whose targets are numbers
-MODES = ("pytorch", "jax")
+MODES = BOTH
 CHECKPOINT = CheckpointHParams(every_n_steps=4)
 
 
 def stream(method: str = "") -> Benchmark:
-    """Return three rotations of a few digits, 12 steps an epoch; shifted by a pixel at random in training."""
-    if method.endswith("on values"):
-        return table("values", train=60)
-    return RotatedDigits(num_tasks=3, subset=60, crop_padding=1)
+    """Return three rotations of a few digits, 12 steps an epoch; or a table of three tasks."""
+    return table("values", train=60) if method.endswith("on values") else short_stream()
 
 
-def learner(mode: str, method: str, benchmark: Benchmark) -> Learner:
+def learner(mode: Mode, method: str, benchmark: Benchmark) -> Learner:
     """Return a learner with momentum and dropout, whose steps depend on everything in a checkpoint."""
-    package: Any = plugin(mode)  # type: ignore[arg-type]
-    shape = {"image_shape": benchmark.spec.x.shape} if mode == "pytorch" else {}
-    net = package.MLP((12,), benchmark.num_classes, dropout=0.0 if method == "kcl" else 0.2, **shape)
-    optimizer = package.build_optimizer(OptimizerHParams(lr=0.05, momentum=0.9))
-    training = TrainingHParams(batch_size=5, seed=3, epochs_per_task=2, log_every_n_steps=5)
-    made: Learner = package.make_learner(METHODS[method], net, optimizer, benchmark, training)
-    return made
+    return short_learner(mode, METHODS[method], benchmark, dropout=dropout(method))
 
 
-def tensors(made: Any) -> dict[str, np.ndarray]:
-    """Return the tensors of a learner's final state by name: weights, memory and everything else."""
-    if made.mode == "pytorch":
-        return {name: tensor.numpy() for name, tensor in made.module.state_dict().items()}
-    import jax
-
-    leaves = jax.tree_util.tree_flatten_with_path((made.ts, made.state))[0]
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+def dropout(method: str) -> float:
+    """Return the rate of dropout; KCL has none."""
+    return 0.0 if method == "kcl" else 0.2
 
 
 class Moments:
@@ -141,7 +125,7 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def job(mode: str, method: str, run_dir: Path, kill_at: int | None, results: Any = None) -> None:
+def job(mode: Mode, method: str, run_dir: Path, kill_at: int | None, results: Any = None) -> None:
     """Start or resume a run, to its end or the moment `kill_at`; put the number of moments into `results`."""
     moments = Moments(kill_at)
     benchmark = stream(method)
@@ -154,26 +138,9 @@ def job(mode: str, method: str, run_dir: Path, kill_at: int | None, results: Any
     Checkpoints._finish = moments.around(Checkpoints._finish)  # type: ignore[method-assign]
     sequel_core.runs.checkpoints._remove = moments.around(sequel_core.runs.checkpoints._remove)
     sequel_core.runs.files.write_bytes = moments.within_write
-    go(made, benchmark, run_dir)
+    go(made, benchmark, run_dir, CHECKPOINT)
     if results is not None:
         results.put(moments.count)
-
-
-def go(
-    made: Learner, benchmark: Benchmark, run_dir: Path, checkpoint: CheckpointHParams = CHECKPOINT
-) -> None:
-    """Start or resume a run to its end; save the learner's final tensors beside the run directory."""
-    run(
-        made,
-        benchmark,
-        run_dir=run_dir,
-        evaluate_every=6,
-        progress=False,
-        resume="auto",
-        checkpoint=checkpoint,
-    )
-    arrays: dict[str, Any] = dict(tensors(made))
-    np.savez(run_dir.with_suffix(".npz"), **arrays)
 
 
 def start(*args: Any) -> tuple[int | None, int]:
@@ -184,34 +151,3 @@ def start(*args: Any) -> tuple[int | None, int]:
     process.start()
     process.join()
     return process.exitcode, 0 if results.empty() else results.get()
-
-
-def records(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the records of a run without its speed."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "samples_per_second"} for line in lines]
-
-
-def assert_same_arrays(path: Path, wanted: Path) -> None:
-    """Assert that two files hold bit-identical arrays."""
-    with np.load(path) as actual, np.load(wanted) as arrays:
-        assert set(actual.files) == set(arrays.files)
-        for name in arrays.files:
-            np.testing.assert_array_equal(actual[name], arrays[name], err_msg=name)
-
-
-def assert_same_records(run_dir: Path, straight: Path) -> None:
-    """Assert that two runs ended with bit-identical weights, matrices and records."""
-    assert_same_arrays(run_dir / "weights.npz", straight / "weights.npz")
-    (matrix,) = (path.name for path in straight.glob("*_matrix.csv"))
-    assert (run_dir / matrix).read_text() == (straight / matrix).read_text()
-    assert records(run_dir) == records(straight)
-    summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["status"] == "finished"
-    assert not [path for path in run_dir.iterdir() if path.name.startswith(".lock")]
-
-
-def assert_same_end(run_dir: Path, straight: Path) -> None:
-    """Assert that two runs of `go` ended with equal records and equal tensors of their learners."""
-    assert_same_arrays(run_dir.with_suffix(".npz"), straight.with_suffix(".npz"))
-    assert_same_records(run_dir, straight)

@@ -17,10 +17,11 @@ import pytest
 from sequel_core.cli import main
 from sequel_core.runs.directory import RunDirectory
 from sequel_core.runs.results import load_result
+from sequel_core.testing.resume import assert_same_records
 from tests.disks import enlarge, small_disk, write_protected
 from tests.events import scalars
 from tests.resume.faulty import After, write_files
-from tests.resume.short_runs import MODES, assert_same_records
+from tests.resume.short_runs import MODES
 
 SMALL = ["algo=er", "algo.mem_size=20", "backbone.widths=[12]", "benchmark.batch_size=5", "-q"]
 DIGITS = ["benchmark.num_tasks=3", "benchmark.subset=60", "checkpoint.every_n_steps=5", "evaluate_every=4"]

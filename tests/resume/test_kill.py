@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.resume.short_runs import METHODS, MODES, assert_same_end, start
+from sequel_core.testing.resume import assert_same_end
+from tests.resume.short_runs import METHODS, MODES, start
 
 POINTS = 20
 

@@ -1,7 +1,5 @@
 """A run that is resumed from a checkpoint in the middle of a task ends bit-identical, with every method."""
 
-import json
-import shutil
 import tracemalloc
 import warnings
 from pathlib import Path
@@ -11,42 +9,21 @@ import pytest
 
 from sequel_core import load_result
 from sequel_core.algorithms.er import ERHParams
-from sequel_core.hparams import CheckpointHParams
+from sequel_core.runs.learner import Mode
 from sequel_core.runs.orchestrator import run
-from tests.resume.short_runs import METHODS, MODES, assert_same_end, go, learner, stream
-
-EVERYTHING = CheckpointHParams(every_n_steps=17, keep=1000)
-
-
-def cut_back(straight: Path, run_dir: Path) -> int:
-    """Copy a run directory as it was in the middle of the second task; return its checkpoint's number."""
-    positions = {
-        int(path.parent.name): json.loads(path.read_text())["done"]
-        for path in (straight / "checkpoints").glob("*/run.json")
-    }
-    _, *within = sorted(number for number, done in positions.items() if done == [0, "evaluate"])
-    number = within[-1]
-    shutil.copytree(straight, run_dir)
-    for name in ("summary.json", "weights.npz"):
-        (run_dir / name).unlink()
-    for path in (run_dir / "checkpoints").iterdir():
-        if int(path.name) > number:
-            shutil.rmtree(path)
-    return number
+from sequel_core.testing import check_resume
+from sequel_core.testing.resume import EVERYTHING, assert_same_end, cut_back, go
+from tests.resume.short_runs import METHODS, MODES, dropout, learner, stream
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_goes_on_in_the_middle_of_a_task(mode: str, method: str, tmp_path: Path) -> None:
-    benchmark, straight = stream(method), tmp_path / "straight"
-    go(learner(mode, method, benchmark), benchmark, straight, EVERYTHING)
-    cut_back(straight, tmp_path / "resumed")
-    go(learner(mode, method, benchmark), benchmark, tmp_path / "resumed", EVERYTHING)
-    assert_same_end(tmp_path / "resumed", straight)
+def test_every_method_goes_on_in_the_middle_of_a_task(mode: Mode, method: str, tmp_path: Path) -> None:
+    check_resume(METHODS[method], tmp_path, modes=[mode], benchmark=stream(method), dropout=dropout(method))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(mode: str, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(mode: Mode, tmp_path: Path) -> None:
     benchmark, straight, resumed = stream(), tmp_path / "straight", tmp_path / "resumed"
     go(learner(mode, "er", benchmark), benchmark, straight, EVERYTHING)
     number = cut_back(straight, resumed)
@@ -61,7 +38,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(mode: str, tmp_p
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_finished_run_is_read_back_with_its_learner(mode: str, tmp_path: Path) -> None:
+def test_a_finished_run_is_read_back_with_its_learner(mode: Mode, tmp_path: Path) -> None:
     benchmark = stream()
     made = learner(mode, "naive", benchmark)
     first = run(made, benchmark, run_dir=tmp_path / "run", progress=False)
@@ -76,7 +53,7 @@ def test_a_finished_run_is_read_back_with_its_learner(mode: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_does_not_fit_is_refused_and_named(mode: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_and_named(mode: Mode, tmp_path: Path) -> None:
     benchmark, run_dir = stream(), tmp_path / "run"
     run(learner(mode, "naive", benchmark), benchmark, run_dir=run_dir, progress=False)
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
