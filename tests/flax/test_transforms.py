@@ -346,7 +346,8 @@ def test_consolidate_finds_the_state_within_other_transformations(around: str) -
     tx = AROUND[around]()
     state = tx.init(params)
     after = consolidate(state, params, importance)
-    assert jax.tree.structure(after) == jax.tree.structure(state)
+    structure: Any = jax.tree.structure
+    assert structure(after) == structure(state)
     updates, _ = tx.update({"w": jnp.zeros(3)}, after, {"w": jnp.array([2.0, 4.0, 3.5])})
     np.testing.assert_allclose(updates["w"], [-5, 0, -10])
 

@@ -20,9 +20,9 @@ from sequel_core import Batch
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import OptimizerHParams, TrainingHParams
 from sequel_core.stream.benchmark import Benchmark, Scenario
+from sequel_core.testing.parity import SILENT, difference
 from sequel_flax import bundle
 from tests.lightning.parts import At, trainer
-from tests.parity.cases import SILENT, difference
 
 STEPS = 12  # of a task: two epochs of six batches
 TRAINING = TrainingHParams(batch_size=10, epochs_per_task=2, dtype="float64")
