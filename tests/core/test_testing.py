@@ -40,6 +40,7 @@ def test_a_frozen_layer_in_every_method(mode: Mode, method: str) -> None:
     check_frozen(METHODS[method], modes=[mode])
 
 
+@pytest.mark.slow
 def test_every_check_of_a_user_method(tmp_path: Path) -> None:
     usual, zero = ImitateHParams(strength=0.5), ImitateHParams(strength=0)
     assert check_parity(usual, benchmark=SHORT, implementations=OURS) < 1e-10

@@ -28,7 +28,7 @@ from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
 from sequel_core.runs.learner import FitMonitor
-from tests.tables import table
+from sequel_core.testing.streams import table
 
 STEPS, BATCH, BAR = 60, 7, 1e-9
 SILENT = FitMonitor(on_progress=lambda progress: None, on_evaluate=lambda: None)

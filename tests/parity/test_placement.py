@@ -28,8 +28,8 @@ from sequel_core.runs.learner import FitMonitor
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.task import Batch
-from tests.parity.cases import difference
-from tests.tables import table
+from sequel_core.testing.parity import difference
+from sequel_core.testing.streams import table
 
 SILENT = FitMonitor(on_progress=lambda progress: None, on_evaluate=lambda: None)
 FRAMEWORKS = {"jax": sequel_flax, "pytorch": sequel_lightning}
