@@ -136,6 +136,8 @@ class _Report:
         ]
         self.tables = {
             "results": tables.results(study),
+            "comparisons": tables.comparisons(study),
+            "ranking": tables.ranking(study),
             "frameworks": tables.frameworks(study),
             "final": tables.final_scores(study),
             "costs": tables.costs(study),
@@ -217,6 +219,8 @@ class _Report:
         """Return the anchors and titles of the sections that have contents."""
         sections = [
             ("results", "Results", True),
+            ("comparisons", "Comparisons", self.tables["comparisons"].rows),
+            ("ranking", "Ranks over benchmarks", self.tables["ranking"].rows),
             ("frameworks", "PyTorch and JAX", self.tables["frameworks"].rows),
             ("stream", "Over the stream", self.stream),
             ("matrices", "Task by task", self.matrices),
@@ -247,6 +251,10 @@ class _Report:
             _markdown_table(self.tables["results"]),
             *images(self.results),
             _markdown_table(self.tables["final"]),
+            "## Comparisons" if self.tables["comparisons"].rows else "",
+            _markdown_table(self.tables["comparisons"]),
+            "## Ranks over benchmarks" if self.tables["ranking"].rows else "",
+            _markdown_table(self.tables["ranking"]),
             "## PyTorch and JAX" if self.tables["frameworks"].rows else "",
             _markdown_table(self.tables["frameworks"]),
             *images(self.stream),

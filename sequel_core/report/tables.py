@@ -10,11 +10,15 @@ import numpy as np
 
 from sequel_core.objectives import Score
 from sequel_core.report.figures import MAX_TASKS
-from sequel_core.report.runs import MODES, SEEDS, Estimate, Group, Run, Study, estimate
+from sequel_core.report.runs import MODES, SEEDS, Estimate, Group, Run, Study, estimate, section
 from sequel_core.runs.formatting import number, scaling
+from sequel_core.runs.statistics import PairedTest, compare_pairs, ranks
 from sequel_core.stream.arrays import FloatArray
 
 NONE = "-"
+
+MAX_COMPARED = 10
+"""Largest number of configurations of which every two are compared: 45 tests of about 50 ms."""
 
 
 class Table(NamedTuple):
@@ -242,6 +246,73 @@ def _framework_row(pytorch: Group, jax: Group, score: Score) -> list[str]:
         estimate([float(difference[-1].mean()) for difference in differences]).text(*scaling(score)),
         number(max(largest, default=math.nan), *scaling(score)),
     ]
+
+
+def comparisons(study: Study) -> Table:
+    """Return the tests of the average score, paired by seed: every two configurations on one stream.
+
+    Streams with more than `MAX_COMPARED` configurations in one framework are left out.
+    """
+    streams: dict[tuple[str, ...], list[Group]] = {}
+    for group in study.groups:
+        stream = [f"{key}={value}" for key, value in group.settings.items() if key.startswith("benchmark.")]
+        streams.setdefault((group.mode, group.settings["evaluate_on"], *stream), []).append(group)
+    key, rows, score = study.score.of("average_score"), list[Sequence[str]](), study.score
+    for groups in streams.values():
+        if len(groups) <= MAX_COMPARED:
+            scores = {
+                group.label: {tuple(run.seeds.items()): run.result.number(key) for run in group.finished}
+                for group in groups
+            }
+            rows += [_comparison_row(test, score) for test in compare_pairs(scores)]
+    unit = " in percentage points" if score.fraction else ""
+    caption = (
+        f"Difference of the average {score.name}{unit}, paired by seed, with 95 % intervals. p values are "
+        "two-sided; the corrected one is that of the permutation test, with Holm's correction for all "
+        "comparisons on one stream in one framework. The effect size is the mean difference divided by the "
+        "standard deviation of the differences"
+    )
+    header = ["first", "second", "seeds", "first - second", "Student", "bootstrap", "effect size"]
+    header += ["p, Student", "p, Wilcoxon", "p, permutation", "corrected p", "seeds needed"]
+    return Table(caption, header, rows)
+
+
+def _comparison_row(test: PairedTest, score: Score) -> list[str]:
+    scale = scaling(score)
+    intervals = [
+        " to ".join(number(bound, *scale) for bound in bounds) for bounds in (test.interval, test.bootstrap)
+    ]
+    p_values = [f"{p:.2g}" for p in (test.student, test.wilcoxon, test.permutation, test.corrected)]
+    difference, effect = number(test.difference, *scale), number(test.effect_size)
+    seeds = [str(test.num_pairs), str(test.pairs_needed)]
+    return [test.first, test.second, seeds[0], difference, *intervals, effect, *p_values, seeds[1]]
+
+
+def ranking(study: Study) -> Table:
+    """Return the mean ranks of the methods over benchmarks, if there are at least two and three methods.
+
+    A method takes part if it has one configuration on each benchmark.
+    """
+    score, rows, notes = study.score, list[Sequence[str]](), []
+    for mode, name in MODES.items():
+        cells: dict[str, dict[str, list[Group]]] = {}
+        for group in study.groups:
+            if group.mode == mode and group.finished:
+                method, stream = (section(group.settings, key) for key in ("algo", "benchmark"))
+                cells.setdefault(method, {}).setdefault(stream, []).append(group)
+        streams = dict.fromkeys(stream for by_stream in cells.values() for stream in by_stream)
+        ranked = [m for m, by_stream in cells.items() if all(len(by_stream.get(s, ())) == 1 for s in streams)]
+        if len(streams) > 1 and len(ranked) > 2:
+            means = [
+                [cells[m][s][0].estimate(score.of("average_score")).mean for m in ranked] for s in streams
+            ]
+            result = ranks(means, score.higher_is_better)
+            rows += [[m, name, number(rank)] for m, rank in zip(ranked, result.mean, strict=True)]
+            critical = number(result.critical_difference)
+            notes.append(f"{name}: critical difference {critical}, Friedman's p = {result.p:.2g}")
+    caption = "Mean rank over benchmarks, 1 is best; methods whose ranks differ by more than the critical "
+    caption += f"difference are different at the level 5 % (Nemenyi). {'; '.join(notes)}"
+    return Table(caption, ["method", "framework", "mean rank"], rows)
 
 
 def final_scores(study: Study) -> Table:

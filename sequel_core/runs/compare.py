@@ -26,6 +26,7 @@ from sequel_core.runs.learner import PLUGINS, Learner, Mode
 from sequel_core.runs.orchestrator import Shown, check_run, run
 from sequel_core.runs.results import TASK_GIVEN, Result, common_score, load_weights
 from sequel_core.runs.signals import InterruptedRunError
+from sequel_core.runs.statistics import PairedTest, compare_pairs
 from sequel_core.settings import check_name
 from sequel_core.stream.benchmark import Benchmark
 
@@ -88,12 +89,13 @@ class Comparison:
         runs: in the order in which they were started.
         rows: one per label and framework.
         differences: one per label and seed that finished in both frameworks.
+        tests: by framework, the comparison of every two labels with at least two common seeds.
         report: the HTML file; None if no run has recorded anything.
 
     Example:
         >>> from pathlib import Path
         >>> from sequel_core import Comparison
-        >>> comparison = Comparison(Path("runs/all"), runs=(), rows=(), differences=(), report=None)
+        >>> comparison = Comparison(Path("runs/all"), runs=(), rows=(), differences=(), tests={}, report=None)
         >>> [(row.label, row.mode, row.measures["average_accuracy"].mean) for row in comparison.rows]
         []
     """
@@ -102,6 +104,7 @@ class Comparison:
     runs: tuple[Run, ...]
     rows: tuple[Row, ...]
     differences: tuple[Difference, ...]
+    tests: Mapping[Mode, Sequence[PairedTest]]
     report: Path | None
 
     def __rich__(self) -> Group:
@@ -112,7 +115,8 @@ class Comparison:
             tables.append(_difference_table(self.differences, score))
             if any(run.result and run.result.config["training"]["dtype"] == "float32" for run in self.runs):
                 tables[-1].caption, tables[-1].caption_justify = FLOAT32, "left"
-        return Group(*tables)
+        lines = [f"{mode}: {test.sentence(score)}." for mode, tests in self.tests.items() for test in tests]
+        return Group(*tables, *map(escape, lines))
 
 
 def compare(
@@ -144,7 +148,8 @@ def compare(
             `evaluate_future`, `callbacks`, `checkpoint`.
 
     Returns:
-        The runs, their means and intervals over seeds, and the largest differences between the frameworks.
+        The runs, their means and intervals over seeds, the largest differences between the frameworks, and
+        tests of the average score, paired by seed.
 
     Raises:
         ValueError: an argument cannot be used; nothing was run and no directory was made. Or the runs of
@@ -178,7 +183,7 @@ def compare(
         common_score(item.result.score for item in done if item.result)
     recorded = [item.directory for item in done if (item.directory / CONFIG).is_file()]
     report = directory / REPORT if recorded else None
-    comparison = Comparison(directory, tuple(done), _rows(done), _differences(done), report)
+    comparison = Comparison(directory, tuple(done), _rows(done), _differences(done), _tests(done), report)
     console.print(comparison)
     if report:
         write_report(recorded, report)
@@ -361,6 +366,16 @@ def _differences(runs: Sequence[Run]) -> tuple[Difference, ...]:
             weight_at = f"{name}[{', '.join(map(str, index))}]" if name else ""
             differences.append(Difference(label, seed, score, score_at, weight, weight_at))
     return tuple(differences)
+
+
+def _tests(runs: Sequence[Run]) -> dict[Mode, list[PairedTest]]:
+    """Compare the average scores of every two labels within each framework."""
+    scores: dict[Mode, dict[str, dict[int, float]]] = {}
+    for item in runs:
+        if item.result:
+            by_seed = scores.setdefault(item.mode, {}).setdefault(item.label, {})
+            by_seed[item.seed] = item.result.metric("average_score")
+    return {mode: tests for mode, labels in scores.items() if (tests := compare_pairs(labels))}
 
 
 def _largest(

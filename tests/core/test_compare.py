@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
+from rich.console import Console
 
 from sequel_benchmarks import RotatedDigits
 from sequel_core import Benchmark, Comparison, compare, load_result, report
@@ -93,6 +95,27 @@ def test_the_rows_are_means_with_students_intervals(digits: Benchmark, tmp_path:
             low, high = scipy.stats.t.interval(0.95, 2, numbers.mean(), scipy.stats.sem(numbers))
             assert given.measures[name].mean == pytest.approx(numbers.mean(), rel=1e-12)
             assert given.measures[name].half == pytest.approx((high - low) / 2, rel=1e-9)
+
+
+def test_labels_are_compared_by_seed_within_a_framework(digits: Benchmark, tmp_path: Path) -> None:
+    comparison = compare(four_learners(digits, seeds=3), digits, run_dir=tmp_path, progress=False)
+    assert list(comparison.tests) == list(MODES)
+    for mode in MODES:
+        [test] = comparison.tests[mode]
+        naive, ewc = (
+            [matrix(tmp_path / f"{label}_{mode}_seed{seed}")[2].mean() for seed in range(3)]
+            for label in ("naive", "ewc")
+        )
+        assert (test.first, test.second, test.num_pairs) == ("naive", "ewc", 3)
+        assert test.difference == pytest.approx(np.mean(naive) - np.mean(ewc), rel=1e-9)
+        assert test.student == pytest.approx(scipy.stats.ttest_rel(naive, ewc).pvalue, rel=1e-6)
+        assert test.permutation >= 2 / 2**3
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(comparison)
+    text = console.export_text()
+    assert "pytorch: " in text
+    assert "3 paired seeds" in text
+    assert "not significant: at least 6 paired seeds are needed." in text
 
 
 def test_the_differences_are_numpys(digits: Benchmark, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """The numbers of the tables, compared with numbers computed by hand."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from sequel_core.objectives import ACCURACY
 from sequel_core.report import tables
@@ -67,6 +69,49 @@ def test_comparison_of_frameworks(tmp_path: Path) -> None:
     mean, half = (10 - 1) / 2, 12.706204736 * 11 / 2
     assert row[0] == "naive"
     assert row[3:] == ["2", f"{mean:.2f} ± {half:.2f}", "20.00"]
+
+
+def test_comparisons_by_seed(tmp_path: Path) -> None:
+    """Within one framework and one stream; the differences of the averages are 10, 10 and 11 points."""
+    worse = [np.array(ONE) - loss for loss in (0.1, 0.1, 0.11)]
+    for seed in range(3):
+        write_run(tmp_path / f"a{seed}", ONE, algo="er", seed=seed)
+        write_run(tmp_path / f"b{seed}", worse[seed], seed=seed)
+        write_run(tmp_path / f"c{seed}", TWO, mode="jax", seed=seed)
+        write_run(tmp_path / f"d{seed}", TWO, seed=seed, settings={"benchmark": {"name": "splitdigits"}})
+    table = tables.comparisons(read_study([tmp_path]))
+    [row] = [dict(zip(table.header, row, strict=True)) for row in table.rows]
+    half = stats.t.ppf(0.975, 2) * math.sqrt(1 / 3) / math.sqrt(3)
+    assert row["first - second"] == "10.33"
+    assert row["Student"] == f"{10 + 1 / 3 - half:.2f} to {10 + 1 / 3 + half:.2f}"
+    assert (row["seeds"], row["p, permutation"], row["corrected p"], row["seeds needed"]) == (
+        "3", "0.25", "0.25", "6",
+    )  # fmt: skip
+
+
+def test_more_than_ten_configurations_are_not_compared(tmp_path: Path) -> None:
+    for k in range(11):
+        for seed in range(2):
+            write_run(tmp_path / f"{k}_{seed}", algo=f"algo{k}", seed=seed)
+    assert not tables.comparisons(read_study([tmp_path])).rows
+
+
+def test_ranks_over_benchmarks(tmp_path: Path) -> None:
+    """A method with no run on one benchmark, and one with two configurations, take no part."""
+    gains = {"x": (0.1, 0.0, 0.2), "y": (0.0, 0.1, 0.0), "z": (0.0, 0.05, 0.1)}
+    for method, numbers in gains.items():
+        for k, gain in enumerate(numbers):
+            stream = {"benchmark": {"name": f"stream{k}"}}
+            write_run(tmp_path / f"{method}{k}", np.array(ONE) - 0.3 + gain, algo=method, settings=stream)
+    write_run(tmp_path / "w", algo="w", settings={"benchmark": {"name": "stream0"}})
+    table = tables.ranking(read_study([tmp_path]))
+    assert {tuple(row) for row in table.rows} == {
+        ("x", "PyTorch", f"{(1 + 3 + 1) / 3:.2f}"),
+        ("y", "PyTorch", f"{(2.5 + 1 + 3) / 3:.2f}"),
+        ("z", "PyTorch", f"{(2.5 + 2 + 2) / 3:.2f}"),
+    }
+    assert f"critical difference {2.343 * math.sqrt(3 * 4 / (6 * 3)):.2f}" in table.caption  # q of Demsar
+    assert not tables.ranking(read_study([tmp_path / "x0", tmp_path / "y0", tmp_path / "z0"])).rows
 
 
 def test_costs_by_hand(tmp_path: Path) -> None:
