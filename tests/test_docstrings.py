@@ -15,7 +15,7 @@ from tests.benchmarks.small_data import write_small_data
 
 PACKAGES = ("sequel_core", "sequel_lightning", "sequel_flax", "sequel_benchmarks")
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-PUBLIC = (*PACKAGES, "sequel_lightning.backbones", "sequel_flax.backbones")
+PUBLIC = (*PACKAGES, "sequel_lightning.attach", "sequel_lightning.backbones", "sequel_flax.backbones")
 
 
 def modules() -> list[str]:

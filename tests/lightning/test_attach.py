@@ -1,94 +1,47 @@
-"""EWC, MAS and SI as callbacks of an unchanged module: against our modules, a bare Trainer, and errors."""
+"""Callbacks of an unchanged module: against our modules and a bare Trainer, resumed, and errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
-from torch import Tensor, nn
+from pytorch_lightning.plugins.precision import MixedPrecision
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics.classification import MulticlassAccuracy
 
+from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.der import DERHParams
+from sequel_core.algorithms.derpp import DERppHParams
+from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.lfl import LFLHParams
 from sequel_core.algorithms.mas import MASHParams
 from sequel_core.algorithms.si import SIHParams
-from sequel_lightning import EWC, MAS, SI, ContinualModule, Naive, attach
+from sequel_lightning import AGEM, DER, ER, EWC, LFL, MAS, SI, ContinualModule, DERpp, Naive, attach
+from tests.lightning.user_modules import (
+    CLASSES,
+    SPEC,
+    STEPS,
+    TASKS,
+    Classifier,
+    adam,
+    features,
+    fit,
+    loader,
+    network,
+    outputs,
+    scheduled,
+    trainer,
+    with_loader,
+)
 
-TASKS, STEPS, BATCH = 3, 200, 7
-
-
-class Classifier(pl.LightningModule):
-    """A user's module: batches are dicts, and it logs a loss and a metric in every step."""
-
-    def __init__(self, optimizer: Callable[..., Any], dropout: float = 0.0) -> None:
-        super().__init__()
-        self.net = network(dropout)
-        self.optimizer_factory = optimizer
-        self.accuracy = MulticlassAccuracy(4)
-        self.steps = 0
-
-    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        logits = self.net(batch["x"])
-        loss = F.cross_entropy(logits, batch["y"])
-        self.accuracy(logits, batch["y"])
-        self.log("loss", loss)
-        self.log_dict({"accuracy": self.accuracy})
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer_factory(self.net.parameters())
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 50, 0.9)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def network(dropout: float = 0.0) -> nn.Module:
-    torch.manual_seed(5)
-    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 4)).double()
-
-
-def loader(task: int, as_dict: bool = True, steps: int = STEPS, shuffle: bool = False) -> DataLoader[Any]:
-    generator = torch.Generator().manual_seed(task)
-    x = torch.randn(steps * BATCH, 6, generator=generator, dtype=torch.float64)
-    y = (x.roll(task, 1)[:, :4] + 0.1).argmax(1)
-    items: Any = [{"x": a, "y": b} for a, b in zip(x, y, strict=True)] if as_dict else TensorDataset(x, y)
-    return DataLoader(items, BATCH, shuffle=shuffle)
-
-
-def fit(module: pl.LightningModule, task: int, callbacks: list[Callback], **options: Any) -> pl.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    data: Any = loader(task, isinstance(module, Classifier))
-    data = Resumable(data) if isinstance(module, Classifier) else data
-    trainer = pl.Trainer(
-        **{"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False, **quiet, **options},
-        callbacks=callbacks,
-    )
-    trainer.fit(module, data)
-    return trainer
-
-
-def scheduled(parameters: Any) -> Any:
-    """The optimizer and the scheduler of `Classifier`, as a ContinualModule takes them."""
-    optimizer = adam(parameters)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 50, 0.9)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-adam = partial(torch.optim.Adam, lr=2e-3, weight_decay=0.01)
-
-
-def outputs(module: Any, batch: Any) -> Tensor:
-    logits: Tensor = module.net(batch["x"])
-    return logits
-
-
-PAIRS: dict[str, tuple[type[ContinualModule], Any, Callable[[], attach.Attached]]] = {
+Pair = tuple[type[ContinualModule], Any, Callable[[], attach.Attached]]
+MEMORY: dict[str, Any] = {"mem_size": 48, "mem_batch_size": 5}
+PAIRS: dict[str, Pair] = {
     "ewc": (
         EWC,
         EWCHParams(ewc_lambda=30, fisher_samples=None),
@@ -101,94 +54,144 @@ PAIRS: dict[str, tuple[type[ContinualModule], Any, Callable[[], attach.Attached]
     ),
     "mas": (MAS, MASHParams(mas_lambda=0.05), lambda: attach.MAS(0.05, outputs)),
     "si": (SI, SIHParams(si_lambda=0.5, xi=0.01, clamp=True), lambda: attach.SI(0.5, 0.01, clamp=True)),
+    "lfl": (
+        LFL,
+        LFLHParams(lfl_lambda=0.5, freeze_head=False),
+        lambda: attach.LFL(0.5, features),
+    ),
+    "lfl with a fixed head": (LFL, LFLHParams(lfl_lambda=0.5), lambda: attach.LFL(0.5, features, "net.head")),
+    "er": (ER, ERHParams(**MEMORY), lambda: attach.ER(**MEMORY)),
+    "er balanced": (
+        ER,
+        ERHParams(memory="class_balanced", **MEMORY),
+        lambda: attach.ER(memory="class_balanced", classes=CLASSES, **MEMORY),
+    ),
+    "der": (DER, DERHParams(alpha=0.3, **MEMORY), lambda: attach.DER(outputs, alpha=0.3, **MEMORY)),
+    "derpp": (
+        DERpp,
+        DERppHParams(alpha=0.3, beta=0.7, distance="mean", **MEMORY),
+        lambda: attach.DERpp(outputs, alpha=0.3, beta=0.7, distance="mean", **MEMORY),
+    ),
+    "agem": (
+        AGEM,
+        AGEMHParams(memory="task_quota", **MEMORY),
+        lambda: attach.AGEM(memory="task_quota", num_tasks=TASKS, **MEMORY),
+    ),
+    "agem by class": (AGEM, AGEMHParams(**MEMORY), lambda: attach.AGEM(classes=CLASSES, **MEMORY)),
 }
+REPLAY = ["er", "derpp", "agem"]
+ZERO: dict[str, Callable[[], attach.Attached]] = {
+    "ewc": lambda: attach.EWC(0.0),
+    "si": lambda: attach.SI(0.0),
+    "mas": lambda: attach.MAS(0.0, outputs),
+    "lfl": lambda: attach.LFL(0.0, features),
+    "er": lambda: attach.ER(mem_size=0),
+    "der": lambda: attach.DER(outputs, alpha=0.0),
+    "derpp": lambda: attach.DERpp(outputs, alpha=0.0, beta=0.0),
+    "agem": lambda: attach.AGEM(mem_size=0, num_tasks=2),
+}
+PLAIN: dict[str, Any] = {}
+CLIPPED: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}], ids=["plain", "clipped"]
-)
-@pytest.mark.parametrize(("cls", "hparams", "make"), PAIRS.values(), ids=PAIRS)
-def test_an_attached_method_ends_like_the_module(
-    cls: type[ContinualModule], hparams: Any, make: Callable[[], attach.Attached], options: dict[str, Any]
-) -> None:
-    ours, theirs, keep = cls(network(), scheduled, hparams), Classifier(adam), make()
+def check_ends_like_the_module(pair: Pair, options: dict[str, Any], steps: int) -> None:
+    cls, hparams, make = pair
+    ours, theirs, keep = cls(network(), scheduled, hparams, SPEC), Classifier(adam), make()
     for task in range(TASKS):
-        fit(ours, task, [], **options)
-        fit(theirs, task, [keep], **options)
+        fit(ours, task, [], steps, **options)
+        fit(theirs, task, [keep], steps, **options)
     for a, b in zip(theirs.net.parameters(), ours.net.parameters(), strict=True):
         assert torch.dist(a, b) < 1e-10 * b.norm()
     assert keep.tasks == TASKS
 
 
-def test_the_penalty_changes_the_weights() -> None:
-    bare, kept, keep = Classifier(adam), Classifier(adam), attach.EWC(30.0)
+@pytest.mark.parametrize("name", PAIRS)
+def test_an_attached_method_ends_like_the_module(name: str) -> None:
+    check_ends_like_the_module(PAIRS[name], CLIPPED, STEPS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [PLAIN, CLIPPED], ids=["plain", "clipped"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_an_attached_method_ends_like_the_module_after_200_steps(name: str, options: dict[str, Any]) -> None:
+    check_ends_like_the_module(PAIRS[name], options, 200)
+
+
+@pytest.mark.parametrize("name", ["ewc", "lfl", *REPLAY])
+def test_the_method_changes_the_weights(name: str) -> None:
+    bare, kept, keep = Classifier(adam), Classifier(adam), PAIRS[name][2]()
     for task in range(2):
         fit(bare, task, [])
         fit(kept, task, [keep])
-    assert torch.dist(bare.net[0].weight, kept.net[0].weight) > 1e-3  # type: ignore[index]
+    assert torch.dist(bare.net.body[0].weight, kept.net.body[0].weight) > 1e-3  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: attach.EWC(0.0), lambda: attach.SI(0.0), lambda: attach.MAS(0.0, outputs)]
-)
-def test_strength_zero_is_a_bare_trainer_exactly(make: Callable[[], attach.Attached]) -> None:
-    """With dropout and shuffled loaders: the end of a task draws no random numbers of the training."""
+@pytest.mark.parametrize("name", ZERO)
+def test_strength_zero_is_a_bare_trainer_exactly(name: str) -> None:
+    """With dropout, shuffled loaders and noise in the data: the callback draws no random numbers."""
     ends = []
-    callbacks: list[list[Callback]] = [[], [make()]]
+    callbacks: list[list[Callback]] = [[], [ZERO[name]()]]
     for keep in callbacks:
         module = Classifier(adam, dropout=0.3)
         torch.manual_seed(1)
         for task in range(2):
-            trainer = pl.Trainer(
-                max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-                accelerator="cpu", callbacks=keep,
-            )  # fmt: skip
-            trainer.fit(module, loader(task, shuffle=True, steps=40))
+            data = loader(task, shuffle=True, steps=10, noise=0.1)
+            trainer(keep, max_epochs=2).fit(module, with_loader(data, keep, bare=True))
         ends.append(module.state_dict())
     assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
 
 
-class Resumable:
-    """A loader that continues where a checkpoint was written."""
-
-    def __init__(self, batches: Any) -> None:
-        self.batches, self.position, self.start = list(batches), 0, 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        start, self.start = self.start, 0
-        for position, batch in enumerate(self.batches[start:], start + 1):
-            self.position = position
-            yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.start = state["position"]
+@pytest.mark.parametrize("name", ["ewc", "si", "lfl", "derpp", "agem"])
+def test_gradient_scaling_changes_nothing(name: str) -> None:
+    """Nor does autocast in float64. Penalties and draws are scaled as the loss is, and unscaled."""
+    ends = []
+    for scaled in (False, True):
+        module, keep = Classifier(adam), PAIRS[name][2]()
+        for task in range(2):
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+            plugins = [MixedPrecision("16-mixed", "cpu", scaler)] if scaled else None
+            fit(module, task, [keep], plugins=plugins, **CLIPPED)
+        ends.append(module.state_dict())
+    for key, value in ends[0].items():
+        assert torch.dist(value.double(), ends[1][key].double()) <= 1e-12 * value.double().norm(), key
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_a_fit_resumes_in_the_middle_of_a_task(tmp_path: Path) -> None:
-    def run(path: Path | None) -> dict[str, Any]:
-        module, keep = Classifier(adam), attach.SI(0.5, 0.01)
-        saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=37, save_top_k=-1)
-        fit(module, 0, [keep])
-        fit(module, 1, [keep, saver], enable_checkpointing=True)
-        if path is not None:
-            module, keep = Classifier(adam), attach.SI(0.5, 0.01)
-            saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=37, save_top_k=-1)
-            quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
-            trainer = pl.Trainer(max_epochs=1, callbacks=[keep, saver], **quiet)
-            trainer.fit(module, Resumable(loader(1)), ckpt_path=str(path), weights_only=True)
-        fit(module, 2, [keep])
-        return {**module.state_dict(), **{f"importance {k}": v for k, v in keep.importance.items()}}
+@pytest.mark.parametrize("step", [13, 20, 27], ids=["middle", "end of an epoch", "second epoch"])
+@pytest.mark.parametrize(
+    "name",
+    ["si", "er", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lfl", "derpp", "agem by class"))],
+)
+def test_a_fit_resumes_within_a_task(name: str, step: int, tmp_path: Path) -> None:
+    """With dropout; replay also with a shuffled loader and noise in the data, in a new process's callback."""
+    replay = name in ("er", "derpp", "agem by class")
 
-    straight, resumed = run(None), run(tmp_path / "step=111.ckpt")
-    assert straight.keys() == resumed.keys()
-    assert all(torch.equal(straight[name], value) for name, value in resumed.items())
+    def data(task: int, keep: Any, past: Any = ()) -> Any:
+        batches = loader(task, steps=20, shuffle=replay, noise=0.1 * replay)
+        return with_loader(batches, [keep], **({"past": past} if past else {}))
+
+    def run(path: Path | None) -> dict[str, Any]:
+        torch.manual_seed(3)
+        module, keep = Classifier(adam, dropout=0.2), PAIRS[name][2]()
+        saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=step, save_top_k=-1)
+        if path is None:
+            trainer([keep]).fit(module, data(0, keep))
+            options = {"callbacks": [keep, saver], "max_epochs": 2, "enable_checkpointing": True}
+            trainer(**options).fit(module, data(1, keep))
+        else:
+            past = [loader(0, steps=20, noise=0.1)] if replay else ()
+            options = {"callbacks": [keep, saver], "max_epochs": 2, "enable_checkpointing": True}
+            fresh = data(1, keep, past)
+            trainer(**options).fit(module, fresh, ckpt_path=str(path), weights_only=True)
+        trainer([keep]).fit(module, data(2, keep))
+        state = keep.state_dict()
+        return {**module.state_dict(), "rows": state.get("rows"), "importance": state.get("importance", {})}
+
+    straight, resumed = run(None), run(tmp_path / f"step={step}.ckpt")
+    assert straight.pop("rows") == resumed.pop("rows")
+    before, after = straight.pop("importance"), resumed.pop("importance")
+    assert all(torch.equal(before[key], value) for key, value in after.items())
+    assert all(torch.equal(straight[key], value) for key, value in resumed.items())
 
 
 def test_the_loss_of_the_training_step_is_the_likelihood() -> None:
@@ -225,14 +228,27 @@ def test_errors_before_training() -> None:
         fit(Manual(), 0, [attach.EWC(1.0)])
     with pytest.raises(ValueError, match="needs a module of your own, got a Naive"):
         fit(Naive(network(), adam), 0, [attach.EWC(1.0)])
+    with pytest.raises(ValueError, match="needs one process, got 2"):
+        attach.ER().setup(SimpleNamespace(world_size=2), Classifier(adam), "fit")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"head must be the name of a submodule of Classifier, got 'top'"):
+        fit(Classifier(adam), 0, [attach.LFL(1.0, features, head="top")])
     for call, message in (
         (lambda: attach.EWC(-1.0), "strength must be >= 0"),
+        (lambda: attach.LFL(-1.0, features), "strength must be >= 0"),
         (lambda: attach.EWC(1.0, gamma=0.5), "gamma is only used with accumulation='online'"),
         (lambda: attach.EWC(1.0, samples=0), "samples must be >= 1 or None"),
         (lambda: attach.SI(1.0, xi=0.0), "xi must be > 0"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("name", ["ICaRL", "KCL", "LaMAML", "MCSGD", "Joint", "StableSGD", "Naive"])
+def test_a_method_that_cannot_be_attached_says_why(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"{name} cannot be attached to your own module: it .*"):
+        getattr(attach, name)
+    with pytest.raises(AttributeError, match="has no attribute 'EWCC'"):
+        attach.EWCC  # noqa: B018
 
 
 def test_an_unfinished_task_has_to_be_consolidated() -> None:
