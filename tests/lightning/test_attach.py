@@ -170,19 +170,19 @@ def test_a_fit_resumes_within_a_task(name: str, step: int, tmp_path: Path) -> No
         batches = loader(task, steps=20, shuffle=replay, noise=0.1 * replay)
         return with_loader(batches, [keep], **({"past": past} if past else {}))
 
+    options: dict[str, Any] = {"max_epochs": 2, "enable_checkpointing": True}
+
     def run(path: Path | None) -> dict[str, Any]:
         torch.manual_seed(3)
         module, keep = Classifier(adam, dropout=0.2), PAIRS[name][2]()
         saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=step, save_top_k=-1)
         if path is None:
             trainer([keep]).fit(module, data(0, keep))
-            options = {"callbacks": [keep, saver], "max_epochs": 2, "enable_checkpointing": True}
-            trainer(**options).fit(module, data(1, keep))
+            trainer([keep, saver], **options).fit(module, data(1, keep))
         else:
             past = [loader(0, steps=20, noise=0.1)] if replay else ()
-            options = {"callbacks": [keep, saver], "max_epochs": 2, "enable_checkpointing": True}
             fresh = data(1, keep, past)
-            trainer(**options).fit(module, fresh, ckpt_path=str(path), weights_only=True)
+            trainer([keep, saver], **options).fit(module, fresh, ckpt_path=str(path), weights_only=True)
         trainer([keep]).fit(module, data(2, keep))
         state = keep.state_dict()
         return {**module.state_dict(), "rows": state.get("rows"), "importance": state.get("importance", {})}

@@ -47,11 +47,11 @@ def numbered(task: int, count: int = 12, **options: Any) -> DataLoader[Any]:
     return DataLoader(Numbered(task, count), 4, collate_fn=collate, **options)
 
 
-def recorded(keep: attach.ER, workers: int = 0) -> list[Any]:
+def recorded(keep: attach.ER, **options: Any) -> list[Any]:
     recorder, module = Recorder(), Classifier(adam)
     torch.manual_seed(2)
     for task in range(2):
-        data = attach.with_replay(numbered(task, num_workers=workers), keep)
+        data = attach.with_replay(numbered(task, **options), keep)
         trainer([keep, recorder], max_epochs=2).fit(module, data)
     return recorder.batches
 
@@ -90,8 +90,10 @@ def test_a_full_reservoir_is_a_sample_of_all_rows() -> None:
     assert keep.rows == reference
 
 
+@pytest.mark.slow
 def test_workers_read_the_same_rows() -> None:
-    here, there = (recorded(attach.ER(mem_size=10, mem_batch_size=3), workers) for workers in (0, 2))
+    workers = {"num_workers": 2, "multiprocessing_context": "spawn"}
+    here, there = (recorded(attach.ER(mem_size=10, mem_batch_size=3), **options) for options in ({}, workers))
     for a, b in zip(here, there, strict=True):
         assert torch.equal(a["k"], b["k"])
         assert torch.equal(a["t"], b["t"])
@@ -173,14 +175,15 @@ def test_errors_before_training() -> None:
         trainer([keep]).fit(module, numbered(0))
     by_class: dict[str, Any] = {"memory": "class_balanced", "classes": [range(4)]}
     dataset = TensorDataset(torch.zeros(8, 6))
-    for data, callback, message in (
+    calls: list[tuple[Any, Any, str]] = [
         (DataLoader(Stream(), batch_size=2), keep, "needs a dataset with indices, got a Stream"),
         ([torch.zeros(2, 6)], keep, "needs a DataLoader or a LightningDataModule with one, got a list"),
         (DataLoader(dataset, batch_size=None), keep, "a known number of batches, got batch_size=None"),
         (DataLoader(dataset, batch_size=21), keep, "at least batch_size=21 slots"),
         (DataLoader(dataset), attach.EWC(1.0), "callback of a replay method, such as attach.ER, got a EWC"),
         (DataLoader(dataset), attach.ER(**by_class), "one label for each of the 8 samples"),
-    ):
+    ]
+    for data, callback, message in calls:
         with pytest.raises(ValueError, match=message):
             attach.with_replay(data, callback)
     for call, message in (
@@ -215,7 +218,11 @@ def test_stored_outputs_are_those_of_the_step() -> None:
     """With dropout, which draws the same numbers as the training step."""
     keep, module = attach.DER(outputs, mem_size=30), Classifier(adam, dropout=0.5)
     logits: list[Tensor] = []
-    module.net.register_forward_hook(lambda net, x, y: logits.append(y.detach().clone()) and None)
+
+    def keep_output(net: Any, inputs: Any, output: Tensor) -> None:
+        logits.append(output.detach().clone())
+
+    module.net.register_forward_hook(keep_output)
     fit(module, 0, [keep], steps=1)
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(keep.stored[:7], logits[1])
