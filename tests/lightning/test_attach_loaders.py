@@ -92,7 +92,7 @@ def test_a_full_reservoir_is_a_sample_of_all_rows() -> None:
 
 @pytest.mark.slow
 def test_workers_read_the_same_rows() -> None:
-    workers = {"num_workers": 2, "multiprocessing_context": "spawn"}
+    workers = {"num_workers": 2, "multiprocessing_context": "spawn", "persistent_workers": True}
     here, there = (recorded(attach.ER(mem_size=10, mem_batch_size=3), **options) for options in ({}, workers))
     for a, b in zip(here, there, strict=True):
         assert torch.equal(a["k"], b["k"])
