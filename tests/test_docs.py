@@ -21,7 +21,7 @@ from sequel_core.cli import COMMANDS, main
 from tests.pages import PAGES, README, ROOT, anchors, code_blocks, commands, links, run_block
 
 DOCS = ROOT / "docs"
-ELSEWHERE = {"README.md", "logging.md", "user-code.md"}
+ELSEWHERE = {"README.md", "examples.md", "logging.md", "user-code.md"}
 """Pages whose Python code other tests run: `tests/examples`, and the last test here."""
 
 SCRIPTS = [page for page in PAGES if page.name not in ELSEWHERE and code_blocks(page, "python")]
