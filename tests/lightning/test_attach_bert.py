@@ -142,7 +142,8 @@ def by_hand() -> dict[str, Tensor]:
     params = dict(model.named_parameters())
     anchor = {name: p.detach().clone() for name, p in params.items()}
     importance = {name: torch.zeros_like(p) for name, p in params.items()}
-    data, held, seen, batches = [texts(task) for task in range(2)], [], 0, 0
+    data, seen, batches = [texts(task) for task in range(2)], 0, 0
+    held: list[tuple[int, int]] = []
     for task in range(2):
         optimizer, scheduler = optimizers(model)
         for first in [*range(0, SAMPLES, BATCH)] * EPOCHS:
