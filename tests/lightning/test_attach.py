@@ -11,6 +11,7 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.plugins.precision import MixedPrecision
+from torch import Tensor
 from torch.nn import functional as F
 
 from sequel_core.algorithms.agem import AGEMHParams
@@ -22,6 +23,7 @@ from sequel_core.algorithms.lfl import LFLHParams
 from sequel_core.algorithms.mas import MASHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_lightning import AGEM, DER, ER, EWC, LFL, MAS, SI, ContinualModule, DERpp, Naive, attach
+from sequel_lightning.trees import Params
 from tests.lightning.user_modules import (
     CLASSES,
     SPEC,
@@ -154,6 +156,74 @@ def test_gradient_scaling_changes_nothing(name: str) -> None:
         ends.append(module.state_dict())
     for key, value in ends[0].items():
         assert torch.dist(value.double(), ends[1][key].double()) <= 1e-12 * value.double().norm(), key
+
+
+class SinglePrecision(Classifier):
+    """A user's module in float32."""
+
+    def __init__(self) -> None:
+        super().__init__(adam)
+        self.float()
+
+    def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+        return super().training_step({**batch, "x": batch["x"].float()}, index)
+
+
+class Observer(Callback):
+    """Keeps the weights and the gradients before each optimizer step, and the weights after it."""
+
+    def __init__(self) -> None:
+        self.before: list[Params] = []
+        self.gradients: list[Params] = []
+        self.after: list[Params] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        params = dict(pl_module.named_parameters())
+        self.before.append({name: p.detach().clone() for name, p in params.items()})
+        self.gradients.append({name: p.grad.clone() for name, p in params.items()})
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if len(self.after) < len(self.before):
+            self.after.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+
+
+class LastPath(Callback):
+    """Keeps the path integral of a callback before the task is consolidated."""
+
+    def __init__(self, keep: attach.SI) -> None:
+        self.keep = keep
+        self.path: Params = {}
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.path = {name: value.clone() for name, value in self.keep.path.items()}
+
+
+PRECISIONS: dict[str, Callable[[], dict[str, Any]]] = {
+    "float32": dict,
+    "autocast": lambda: {"precision": "bf16-mixed"},
+    "scaled": lambda: {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]},
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_si_sees_the_gradient_without_its_penalty_and_adds_it_once_per_step(precision: str) -> None:
+    """After accumulation and unscaling, before clipping; the callbacks run in the order of the list."""
+    module, keep = SinglePrecision(), attach.SI(5.0, 0.01)
+    fit(module, 0, [keep], steps=6)
+    before, after, last = Observer(), Observer(), LastPath(keep)
+    importance, anchor = dict(keep.importance), dict(keep.anchor)
+    fit(module, 1, [before, keep, after, last], steps=6, **CLIPPED, **PRECISIONS[precision]())
+    assert len(before.gradients) == 3
+    for name, path in last.path.items():
+        expected = torch.zeros_like(path)
+        for k in range(3):
+            weights, gradient = before.before[k][name], before.gradients[k][name]
+            penalty = 10 * importance[name] * (weights - anchor[name])
+            torch.testing.assert_close(after.gradients[k][name], gradient + penalty)
+            expected -= gradient * (before.after[k][name] - weights)
+        torch.testing.assert_close(path, expected)
+    norms = [torch.stack([g.norm() for g in step.values()]).norm() for step in before.gradients]
+    assert min(map(float, norms)) > CLIPPED["gradient_clip_val"]  # clipping would have changed them
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
