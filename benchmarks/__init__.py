@@ -9,6 +9,7 @@ from sequel_benchmarks.builtin import (
     BENCHMARKS,
     BreastCancer,
     Diabetes,
+    MarkovChains,
     PermutedDigits,
     PermutedMNIST,
     RotatedDigits,
@@ -26,6 +27,7 @@ from sequel_benchmarks.imagefolder import image_folder
 from sequel_benchmarks.streams import PermutedSettings, RotatedSettings, SplitSettings, permute, rotate, split
 from sequel_benchmarks.tables import TABLES, Table, load_table
 from sequel_benchmarks.tabular import TabularSettings, tabular
+from sequel_benchmarks.tokens import MarkovSettings, markov_chains
 from sequel_benchmarks.user_data import (
     UserDataOptions,
     from_arrays,
@@ -46,6 +48,8 @@ __all__ = [
     "DataSet",
     "Diabetes",
     "Fetched",
+    "MarkovChains",
+    "MarkovSettings",
     "PermutedDigits",
     "PermutedMNIST",
     "PermutedSettings",
@@ -75,6 +79,7 @@ __all__ = [
     "image_folder",
     "load",
     "load_table",
+    "markov_chains",
     "permute",
     "rotate",
     "split",

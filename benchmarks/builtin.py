@@ -1,7 +1,8 @@
 """The benchmarks that a configuration selects by name: one class per data set and kind of stream.
 
 Each constructor names the arguments that differ between data sets. It takes all others as keyword arguments,
-which are the fields of `SplitSettings`, `PermutedSettings`, `RotatedSettings` or `TabularSettings`.
+which are the fields of `SplitSettings`, `PermutedSettings`, `RotatedSettings`, `TabularSettings` or
+`MarkovSettings`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from sequel_benchmarks.streams import (
 )
 from sequel_benchmarks.tables import load_table
 from sequel_benchmarks.tabular import TabularOptions, TabularSettings, tabular
+from sequel_benchmarks.tokens import MarkovOptions, MarkovSettings, markov_chains
 from sequel_core.settings import with_arguments
 from sequel_core.stream.benchmark import Benchmark, Scenario
 
@@ -350,6 +352,26 @@ class Diabetes(Benchmark):
         super().__init__(**vars(tabular(load_table("diabetes"), settings)))
 
 
+@takes(MarkovSettings, num_tasks="number of tasks")
+class MarkovChains(Benchmark):
+    """Synthetic sequences of tokens; each task has its own Markov chains, which generate them.
+
+    The network predicts the next token, or which chain generated a sequence. See `markov_chains`.
+
+    Example:
+        >>> from sequel_benchmarks import MarkovChains
+        >>> stream = MarkovChains(num_tasks=2, length=12)
+        >>> stream.spec.x["input_ids"], stream.spec.y, stream.num_classes
+        (LeafSpec(shape=(12,), dtype='int64'), LeafSpec(shape=(12,), dtype='int64'), 8)
+        >>> stream = MarkovChains(num_tasks=2, predict="chain", scenario="class")
+        >>> [task.classes for task in stream.tasks]
+        [(0, 1), (2, 3)]
+    """
+
+    def __init__(self, *, num_tasks: int = 5, **options: Unpack[MarkovOptions]):
+        super().__init__(**vars(markov_chains(MarkovSettings(num_tasks, **options))))
+
+
 BENCHMARKS: dict[str, type[Benchmark]] = {
     cls.__name__.lower(): cls
     for cls in (
@@ -366,6 +388,7 @@ BENCHMARKS: dict[str, type[Benchmark]] = {
         Wine,
         BreastCancer,
         Diabetes,
+        MarkovChains,
     )
 }
 """The benchmarks by the names that configurations give them."""

@@ -9,6 +9,9 @@ from sequel_core.settings import Settings, setting
 
 MAX_UNITS = 100_000
 """Largest width of a layer: two such layers would take 40 GB."""
+MAX_LAYERS = 1000
+MAX_TOKENS = 10_000_000
+VOCAB_SIZE = "number of different token ids, which are 0 to vocab_size - 1"
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,85 @@ class TorchvisionHParams(BackboneHParams):
     weights: str | None = setting(None, "pretrained weights, for example DEFAULT; null for random weights")
 
 
+@dataclass(frozen=True)
+class TransformerHParams(BackboneHParams):
+    """Settings of the transformer encoder for token ids (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762).
+
+    Layer normalisation precedes attention and the feed-forward layers (https://arxiv.org/abs/2002.04745).
+
+    Raises:
+        ValueError: a setting has the wrong type or is out of range, or num_heads does not divide hidden_size.
+
+    Example:
+        >>> from sequel_core.backbones import TransformerHParams
+        >>> TransformerHParams(hidden_size=32, causal=False).num_heads
+        4
+    """
+
+    type: ClassVar[str] = "transformer"
+
+    vocab_size: int = setting(256, VOCAB_SIZE, ge=1, le=MAX_TOKENS)
+    max_length: int = setting(128, "largest number of tokens of a sequence", ge=1, le=MAX_UNITS)
+    hidden_size: int = setting(64, "number of units of each token", ge=1, le=MAX_UNITS)
+    num_layers: int = setting(2, "number of blocks of attention and feed-forward layers", ge=1, le=MAX_LAYERS)
+    num_heads: int = setting(4, "number of attention heads; must divide hidden_size", ge=1, le=MAX_UNITS)
+    feed_forward_size: int = setting(
+        128, "number of hidden units of the feed-forward layers", ge=1, le=MAX_UNITS
+    )
+    causal: bool = setting(
+        True,
+        "a token attends only to itself and to earlier tokens, which next-token prediction needs; with false "
+        "it attends to all tokens, which is better for classification",
+    )
+    dropout: float = setting(
+        0.0,
+        "probability of dropping a unit of the embeddings and of the output of each attention and "
+        "feed-forward layer, in training",
+        ge=0,
+        lt=1,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"num_heads must divide hidden_size, got num_heads={self.num_heads} with hidden_size="
+                f"{self.hidden_size}; use num_heads=1 or another hidden_size"
+            )
+
+
+@dataclass(frozen=True)
+class GRUHParams(BackboneHParams):
+    """Settings of the gated recurrent units for token ids (Cho et al. 2014, https://arxiv.org/abs/1406.1078).
+
+    Example:
+        >>> from sequel_core.backbones import GRUHParams
+        >>> GRUHParams(hidden_size=32).num_layers
+        1
+    """
+
+    type: ClassVar[str] = "gru"
+
+    vocab_size: int = setting(256, VOCAB_SIZE, ge=1, le=MAX_TOKENS)
+    hidden_size: int = setting(64, "number of units of the embedding and of each layer", ge=1, le=MAX_UNITS)
+    num_layers: int = setting(1, "number of recurrent layers", ge=1, le=MAX_LAYERS)
+    dropout: float = setting(
+        0.0, "probability of dropping an output unit of each layer, in training", ge=0, lt=1
+    )
+
+
 BACKBONES: dict[str, type[BackboneHParams]] = {
     cls.type: cls
-    for cls in (MLPHParams, CNNHParams, ResNet18HParams, ResNet18ThinHParams, TorchvisionHParams)
+    for cls in (
+        MLPHParams,
+        CNNHParams,
+        ResNet18HParams,
+        ResNet18ThinHParams,
+        TorchvisionHParams,
+        TransformerHParams,
+        GRUHParams,
+    )
 }
+
+FOR_TOKENS = ("transformer", "gru")
+"""Backbones whose inputs are token ids `[B, L]`; the others take images or, an MLP, any array."""

@@ -111,7 +111,7 @@ class ObjectiveHParams(Settings):
         dtype_kind = np.dtype(spec.y.dtype).kind if isinstance(spec.y, LeafSpec) else ""
         if spec.labelled:
             fitting: ObjectiveType | None = "cross_entropy"
-        elif dtype_kind in ("i", "u") and len(spec.y.shape) == 1:
+        elif spec.per_token:
             fitting = "token_cross_entropy"
         else:
             by_kind: dict[str, ObjectiveType] = {"f": "squared_error", "b": "binary_cross_entropy"}

@@ -21,7 +21,16 @@ from sequel_flax.algorithms import (
     si,
     stable_sgd,
 )
-from sequel_flax.backbones import CNN, MLP, ResNet18, ResNet18Thin, initial_params, initial_variables
+from sequel_flax.backbones import (
+    CNN,
+    GRU,
+    MLP,
+    ResNet18,
+    ResNet18Thin,
+    Transformer,
+    initial_params,
+    initial_variables,
+)
 from sequel_flax.boundaries import stack_plans
 from sequel_flax.build import build_learner, make_learner, process_settings
 from sequel_flax.bundle import (
@@ -51,6 +60,7 @@ from sequel_flax.optimizers import build_optimizer
 __all__ = [
     "ALGORITHMS",
     "CNN",
+    "GRU",
     "MLP",
     "Algorithm",
     "BatchStatsTrainState",
@@ -61,6 +71,7 @@ __all__ = [
     "ResNet18",
     "ResNet18Thin",
     "State",
+    "Transformer",
     "adapted",
     "agem",
     "binary_cross_entropy",

@@ -18,6 +18,7 @@ from flax import nnx
 from threadpoolctl import threadpool_limits
 
 from sequel_core import entry_points
+from sequel_core.backbones import FOR_TOKENS
 from sequel_core.experiment.build import SUPPLIED
 from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.experiment.target import TARGET, Target
@@ -171,7 +172,10 @@ def build_learner(
             num_classes=benchmark.num_classes, rngs=nnx.Rngs(config.training.seed), **shape
         )
     else:
-        model = BACKBONES[config.backbone.type](**vars(config.backbone), num_classes=benchmark.num_classes)
+        sizes: dict[str, Any] = {"num_classes": benchmark.num_classes}
+        if config.backbone.type in FOR_TOKENS:
+            sizes["per_token"] = benchmark.spec.per_token
+        model = BACKBONES[config.backbone.type](**vars(config.backbone), **sizes)
     if "optimizer" in targets:
         optimizer = user_optimizer(targets["optimizer"])
     else:

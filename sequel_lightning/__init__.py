@@ -21,7 +21,16 @@ from sequel_lightning.algorithms import (
     Naive,
     StableSGD,
 )
-from sequel_lightning.backbones import CNN, MLP, ResNet18, ResNet18Thin, TorchvisionModel, initialise
+from sequel_lightning.backbones import (
+    CNN,
+    GRU,
+    MLP,
+    ResNet18,
+    ResNet18Thin,
+    TorchvisionModel,
+    Transformer,
+    initialise,
+)
 from sequel_lightning.build import build_learner, build_optimizer, make_learner, process_settings
 from sequel_lightning.data import TaskDataModule
 from sequel_lightning.learner import LightningLearner
@@ -43,6 +52,7 @@ __all__ = [
     "DER",
     "ER",
     "EWC",
+    "GRU",
     "KCL",
     "LFL",
     "MAS",
@@ -62,6 +72,7 @@ __all__ = [
     "StableSGD",
     "TaskDataModule",
     "TorchvisionModel",
+    "Transformer",
     "binary_cross_entropy",
     "build_learner",
     "build_objective",

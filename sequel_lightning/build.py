@@ -16,6 +16,7 @@ from torch import nn
 from torchmetrics import MetricCollection
 
 from sequel_core import entry_points
+from sequel_core.backbones import FOR_TOKENS
 from sequel_core.experiment.build import SUPPLIED
 from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.experiment.target import TARGET, Target
@@ -181,7 +182,9 @@ def build_learner(
     user_code = config.user_code
     spec, any_inputs = benchmark.spec, "backbone" in user_code or config.backbone.type == "mlp"
     sizes: dict[str, Any] = {"num_classes": benchmark.num_classes}
-    if not any_inputs or not isinstance(spec.x, Mapping):
+    if "backbone" not in user_code and config.backbone.type in FOR_TOKENS:
+        sizes["per_token"] = spec.per_token
+    elif not any_inputs or not isinstance(spec.x, Mapping):
         sizes["image_shape"] = spec.x.shape if any_inputs else spec.image_shape
     if "backbone" in user_code:
         model = user_backbone(user_code["backbone"], config.training.seed, **sizes)

@@ -17,14 +17,15 @@ import pytest
 
 import sequel_flax
 import sequel_lightning
-from sequel_benchmarks import DataSet, SplitSettings, split
+from sequel_benchmarks import DataSet, MarkovSettings, SplitSettings, markov_chains, split
 from sequel_core.algorithms import ALGORITHMS
-from sequel_core.backbones import BACKBONES, BackboneHParams
+from sequel_core.backbones import BACKBONES, FOR_TOKENS, BackboneHParams
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
 from sequel_core.runs.learner import Learner
 from sequel_core.stream.benchmark import Benchmark, Scenario
 from sequel_core.testing.parity import SILENT
 from tests.pages import README, ROOT
+from tests.tokens import token_hparams
 
 SMALL: dict[str, dict[str, Any]] = {
     "lamaml": {"n_inner_updates": 1, "glances": 1, "mem_size": 12, "mem_batch_size": 4},
@@ -54,6 +55,7 @@ COLUMNS: dict[str, list[BackboneHParams]] = {
         backbone("resnet18_thin", channels=4, norm="group"),
     ],
     "`torchvision` (PyTorch)": [backbone("torchvision", model="shufflenet_v2_x0_5")],
+    "`transformer`, `gru`": [token_hparams(name) for name in FOR_TOKENS],
 }
 """The networks of every column of the table. The answer is the same for all networks of a column."""
 
@@ -72,14 +74,29 @@ def stream(scenario: Scenario) -> Benchmark:
     return split(DataSet("noise", images[0], labels, images[1], labels, 4), SplitSettings(2, scenario))
 
 
+@cache
+def tokens(scenario: Scenario) -> Benchmark:
+    """Return two tasks of two chains, with eight sequences each, whose labels are the targets."""
+    settings = MarkovSettings(
+        2, scenario, predict="chain", num_tokens=5, length=6, min_length=6, train_samples=8, test_samples=8
+    )
+    return markov_chains(settings)
+
+
+def stream_for(network: BackboneHParams, scenario: Scenario) -> Benchmark:
+    return (tokens if network.type in FOR_TOKENS else stream)(scenario)
+
+
 def learner(mode: str, hparams: AlgorithmHParams, network: BackboneHParams, scenario: Scenario) -> Learner:
-    benchmark, optimizer = stream(scenario), OptimizerHParams(lr=0.01)
+    benchmark, optimizer = stream_for(network, scenario), OptimizerHParams(lr=0.01)
     arguments: dict[str, Any] = {**vars(network), "num_classes": benchmark.num_classes}
     if mode == "jax":
         ours = sequel_flax.backbones.BACKBONES[network.type](**arguments)
         tx = sequel_flax.build_optimizer(optimizer)
         return sequel_flax.make_learner(hparams, ours, tx, benchmark, TRAINING)
-    net = sequel_lightning.backbones.BACKBONES[network.type](**arguments, image_shape=benchmark.image_shape)
+    if network.type not in FOR_TOKENS:
+        arguments["image_shape"] = benchmark.image_shape
+    net = sequel_lightning.backbones.BACKBONES[network.type](**arguments)
     factory = sequel_lightning.build_optimizer(optimizer)
     return sequel_lightning.make_learner(hparams, net, factory, benchmark, TRAINING)
 
@@ -198,9 +215,10 @@ def test_every_supported_combination_runs(
     hparams = replace(HPARAMS[name], **required_settings(HPARAMS[name], scenario))
     trained = learner(mode, hparams, network, scenario)
     before = trained.weights()
-    for task in trained.hparams.training_tasks(stream(scenario), trained.training.seed):
+    benchmark = stream_for(network, scenario)
+    for task in trained.hparams.training_tasks(benchmark, trained.training.seed):
         trained.fit_task(task, SILENT)
-    evaluations = [trained.evaluate(task, "test") for task in stream(scenario).tasks]
+    evaluations = [trained.evaluate(task, "test") for task in benchmark.tasks]
     assert all(np.isfinite(evaluation.loss) and evaluation.total == 8 for evaluation in evaluations)
     after = trained.weights()
     assert all(np.isfinite(array).all() for array in after.values())

@@ -11,7 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from sequel_core.backbones import MAX_UNITS, MLPHParams
+import numpy as np
+
+from sequel_core.backbones import FOR_TOKENS, MAX_UNITS, BackboneHParams, MLPHParams
 from sequel_core.experiment.aliases import SECTIONS, SHAPE, Layer, nest, spelling
 from sequel_core.experiment.schema import (
     CLASSES,
@@ -319,7 +321,8 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
             f"got {config.num_classes!r}; leave it out"
         )
     if "backbone" not in config.user_code:
-        _check_inputs(config.backbone.type, benchmark)
+        with _named("backbone", {"vocab_size"}):
+            _check_inputs(config.backbone, benchmark)
     if "objective" not in config.user_code:
         with _named("objective", {spec.name for spec in fields(config.objective)}):
             config.objective.resolved(benchmark.spec)
@@ -339,17 +342,37 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
     return benchmark
 
 
-def _check_inputs(backbone: str, benchmark: Benchmark) -> None:
+def _check_inputs(backbone: BackboneHParams, benchmark: Benchmark) -> None:
     """Raise ValueError unless a built-in network takes the inputs of the stream."""
-    spec = benchmark.spec
-    if spec.images or (backbone == "mlp" and isinstance(spec.x, LeafSpec)):
-        return
-    needs = "one input array" if backbone == "mlp" else "images [H, W, C]"
-    remedy = " or backbone=mlp" if isinstance(spec.x, LeafSpec) else ""
-    raise ValueError(
-        f"backbone={backbone} needs {needs}, benchmark {benchmark.name} has {specs_text(spec.x)}; use "
-        f"a network of your own{remedy}"
-    )
+    spec, name = benchmark.spec, backbone.type
+    tokens = _token_ids(spec.x)
+    fits = spec.images or (name == "mlp" and isinstance(spec.x, LeafSpec))
+    if name in FOR_TOKENS:
+        fits = tokens is not None and len(tokens.shape) == 1 and np.dtype(tokens.dtype).kind in "iu"
+    if not fits:
+        needs = "one input array" if name == "mlp" else "images [H, W, C]"
+        if name in FOR_TOKENS:
+            needs = "integers [L], or a dict of them called input_ids, and attention_mask if there is padding"
+        remedy = " or backbone=mlp" if isinstance(spec.x, LeafSpec) else ""
+        remedy = " or backbone=transformer" if isinstance(spec.x, Mapping) and tokens else remedy
+        raise ValueError(
+            f"backbone={name} needs {needs}, benchmark {benchmark.name} has {specs_text(spec.x)}; use "
+            f"a network of your own{remedy}"
+        )
+    if name in FOR_TOKENS:
+        splits = [split for task in benchmark.tasks for split in (task.train, task.validation, task.test)]
+        ids = [_token_ids(part.x) for split in splits for part in split.parts]
+        largest = max(int(array.max(initial=0)) for array in ids if isinstance(array, np.ndarray))
+        vocab_size = getattr(backbone, "vocab_size", 0)
+        if largest >= vocab_size:
+            raise ValueError(f"vocab_size must be > the largest token id {largest}, got {vocab_size}")
+
+
+def _token_ids(x: Any) -> Any:
+    """Return the token ids in the inputs of a network, or in their specification; None if there are none."""
+    if not isinstance(x, Mapping):
+        return x
+    return x.get("input_ids") if x.keys() <= {"input_ids", "attention_mask"} else None
 
 
 def user_benchmark(target: Target, training: TrainingHParams) -> Benchmark:

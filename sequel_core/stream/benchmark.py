@@ -51,6 +51,11 @@ class StreamSpec(NamedTuple):
         return is_label(self.y)
 
     @property
+    def per_token(self) -> bool:
+        """Whether targets are one integer per token, `[L]`."""
+        return isinstance(self.y, LeafSpec) and np.dtype(self.y.dtype).kind in "iu" and len(self.y.shape) == 1
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C).
 

@@ -17,19 +17,23 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.plan import initial_weights
 from sequel_core.stream.trees import specs_text
 from sequel_flax.backbones.cnn import CNN
+from sequel_flax.backbones.gru import GRU
 from sequel_flax.backbones.mlp import MLP
 from sequel_flax.backbones.normalisation import BatchNorm
 from sequel_flax.backbones.resnet import ResNet18, ResNet18Thin
+from sequel_flax.backbones.transformer import Transformer
 from sequel_flax.bundle import blank_input, called
 from sequel_flax.foreign import adapted
 
 __all__ = [
     "BACKBONES",
     "CNN",
+    "GRU",
     "MLP",
     "BatchNorm",
     "ResNet18",
     "ResNet18Thin",
+    "Transformer",
     "initial_params",
     "initial_variables",
 ]
@@ -41,6 +45,8 @@ BACKBONES: dict[str, type[nn.Module]] = {
     "cnn": CNN,
     "resnet18": ResNet18,
     "resnet18_thin": ResNet18Thin,
+    "transformer": Transformer,
+    "gru": GRU,
 }
 
 CARRIED = ("params", "batch_stats")
@@ -135,9 +141,11 @@ def initial_params(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "floa
 
 
 def _initial(leaves: dict[str, Any], path: str, seed: int) -> FloatArray:
-    """Return the initial value of an array: the plan's in a layer with a kernel, else 1 or 0."""
+    """Return the initial value of an array: the plan's in a dense layer or an embedding, else 1 or 0."""
     layer, _, name = path.rpartition("/")
     shape, kernel = leaves[path].shape, leaves.get(f"{layer}/kernel")
     if kernel is not None:
         return initial_weights(seed, path, shape, kernel.size // kernel.shape[-1])
+    if name == "embedding":
+        return initial_weights(seed, path, shape, shape[-1])
     return np.full(shape, 1.0 if name in ("scale", "var") else 0.0)

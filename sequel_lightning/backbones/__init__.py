@@ -9,17 +9,21 @@ from torch import Tensor, nn
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.plan import initial_weights
 from sequel_lightning.backbones.cnn import CNN
+from sequel_lightning.backbones.gru import GRU
 from sequel_lightning.backbones.mlp import MLP
 from sequel_lightning.backbones.resnet import ResNet18, ResNet18Thin
 from sequel_lightning.backbones.torchvision import TorchvisionModel
+from sequel_lightning.backbones.transformer import Transformer
 
 __all__ = [
     "BACKBONES",
     "CNN",
+    "GRU",
     "MLP",
     "ResNet18",
     "ResNet18Thin",
     "TorchvisionModel",
+    "Transformer",
     "canonical_weights",
     "initialise",
 ]
@@ -30,6 +34,8 @@ BACKBONES: dict[str, type[nn.Module]] = {
     "resnet18": ResNet18,
     "resnet18_thin": ResNet18Thin,
     "torchvision": TorchvisionModel,
+    "transformer": Transformer,
+    "gru": GRU,
 }
 
 KERNELS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -41,7 +47,9 @@ def canonical_name(net: nn.Module, name: str) -> str:
     """Return an array's name in the canonical layout, Flax's: `dense_0/kernel` for `dense_0.weight`."""
     owner, _, leaf = name.rpartition(".")
     if leaf == "weight":
-        leaf = "kernel" if isinstance(net.get_submodule(owner), KERNELS) else "scale"
+        layer = net.get_submodule(owner)
+        leaf = "kernel" if isinstance(layer, KERNELS) else "scale"
+        leaf = "embedding" if isinstance(layer, nn.Embedding) else leaf
     leaf = STATISTICS.get(leaf, leaf)
     return "/".join([*owner.split("."), leaf]) if owner else leaf
 
@@ -99,6 +107,9 @@ def initialise(net: nn.Module, seed: int) -> nn.Module:
         for name, p in _arrays(net).items():
             path = canonical_name(net, name)
             owner = net.get_submodule(name.rpartition(".")[0])
+            if isinstance(owner, nn.Embedding):
+                p.copy_(torch.from_numpy(initial_weights(seed, path, tuple(p.shape), p.shape[-1])))
+                continue
             if not isinstance(owner, KERNELS):
                 p.fill_(1.0 if path.endswith(("/scale", "/var")) else 0.0)
                 continue

@@ -278,7 +278,7 @@ BAD = [
     ),
     (["benchmark=mnist"], "benchmark must be one of splitmnist, permutedmnist, rotatedmnist, splitdigits, "
      "permuteddigits, rotateddigits, splitcifar10, splitcifar100, splittinyimagenet, splitimagefolder, wine, "
-     "breastcancer, diabetes, got 'mnist'; did you mean splitmnist?"),
+     "breastcancer, diabetes, markovchains, got 'mnist'; did you mean splitmnist?"),
     (["benchmark.num_task=3"], "benchmark.num_task is not a setting of rotateddigits; "
      "did you mean benchmark.num_tasks (>= 1 and <= 10000)?"),
     (["benchmark.num_tasks=a"], "benchmark.num_tasks must be a whole number >= 1 and <= 10000, got 'a'"),

@@ -186,6 +186,16 @@ def test_divergence_is_one_line_and_exit_code_1(
          "benchmark.num_tasks must divide the 10 classes, got 3; use one of 1, 2, 5, 10"),
         (["benchmark=diabetes", "backbone=cnn"], "backbone=cnn needs images [H, W, C], benchmark diabetes "
          "has float32 [10]; use a network of your own or backbone=mlp"),
+        (["benchmark=diabetes", "backbone=gru"], "backbone=gru needs integers [L], or a dict of them called "
+         "input_ids, and attention_mask if there is padding, benchmark diabetes has float32 [10]; use a "
+         "network of your own or backbone=mlp"),
+        (["benchmark=markovchains"], "backbone=mlp needs one input array, benchmark markovchains has "
+         "input_ids int64 [32], attention_mask int64 [32]; use a network of your own or "
+         "backbone=transformer"),
+        (["benchmark=markovchains", "backbone=transformer", "backbone.vocab_size=7"], "backbone.vocab_size "
+         "must be > the largest token id 7, got 7"),
+        (["benchmark=markovchains", "benchmark.min_length=33"], "benchmark.min_length must be <= length, got "
+         "min_length=33 with length=32"),
         (["benchmark=diabetes", "benchmark.feature=bmii"], "benchmark.feature must be one of age, sex, bmi, "
          "bp, s1, s2, s3, s4, s5, s6, got 'bmii'; did you mean bmi?"),
         (["benchmark=diabetes", "algo=icarl"], "icarl needs targets that are class labels, one "
