@@ -17,7 +17,7 @@ import pytest
 
 import sequel_flax
 import sequel_lightning
-from sequel_benchmarks import DataSet, MarkovSettings, SplitSettings, markov_chains, split
+from sequel_benchmarks import DataSet, SplitSettings, from_arrays, split
 from sequel_core.algorithms import ALGORITHMS
 from sequel_core.backbones import BACKBONES, FOR_TOKENS, BackboneHParams
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
@@ -76,11 +76,11 @@ def stream(scenario: Scenario) -> Benchmark:
 
 @cache
 def tokens(scenario: Scenario) -> Benchmark:
-    """Return two tasks of two chains, with eight sequences each, whose labels are the targets."""
-    settings = MarkovSettings(
-        2, scenario, predict="chain", num_tokens=5, length=6, min_length=6, train_samples=8, test_samples=8
-    )
-    return markov_chains(settings)
+    """Return two tasks of two classes, with eight sequences of six tokens each, without padding."""
+    rng = np.random.default_rng(0)
+    classes = [np.arange(8) % 2 + (0 if scenario == "domain" else 2 * task) for task in range(2)]
+    pairs = [[(rng.integers(0, 5, (8, 6)), labels) for _ in range(2)] for labels in classes]
+    return from_arrays(pairs, scenario=scenario)
 
 
 def stream_for(network: BackboneHParams, scenario: Scenario) -> Benchmark:

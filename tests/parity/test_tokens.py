@@ -76,12 +76,12 @@ ZERO = [
 @pytest.mark.parametrize("framework", [torch_learner, flax_learner], ids=["torch", "flax"])
 @pytest.mark.parametrize("hparams", ZERO, ids=lambda hparams: hparams.name)
 @pytest.mark.parametrize("run", ["transformer next_token", "gru chain"])
-def test_strength_zero_is_naive_exactly(
+def test_strength_zero_is_naive(
     run: TokenRun, hparams: AlgorithmHParams, framework: Callable[..., Learner]
 ) -> None:
+    """Exactly in torch. XLA fuses the softmax with other operations, which rounds differently."""
     zero, naive = (trained(framework, each, "momentum", run) for each in (hparams, NaiveHParams()))
-    for name, array in naive.items():
-        np.testing.assert_array_equal(zero[name], array)
+    assert difference(zero, naive) <= (0 if framework is torch_learner else 1e-13)
 
 
 @pytest.mark.slow
@@ -109,8 +109,9 @@ def test_frozen_embeddings_stay_as_they_are(run: TokenRun, hparams: AlgorithmHPa
             learner.fit_task(task, SILENT)
     torch_, flax_ = (learner.weights() for learner in learners)
     assert difference(flax_, torch_) < 1e-10
-    for name, array in torch_.items():
-        assert np.array_equal(array, before[name]) == (name == "token_embedding/embedding")
+    np.testing.assert_array_equal(torch_["token_embedding/embedding"], before["token_embedding/embedding"])
+    np.testing.assert_array_equal(flax_["token_embedding/embedding"], before["token_embedding/embedding"])
+    assert difference({"head/bias": torch_["head/bias"]}, {"head/bias": before["head/bias"]}) > 1e-3
 
 
 @pytest.mark.slow
