@@ -35,6 +35,7 @@ from sequel_benchmarks.user_data import (
     from_continuum,
     from_datamodules,
     from_datasets,
+    from_huggingface,
     from_prepared,
 )
 from sequel_core.stream.benchmark import Benchmark
@@ -75,6 +76,7 @@ __all__ = [
     "from_continuum",
     "from_datamodules",
     "from_datasets",
+    "from_huggingface",
     "from_prepared",
     "image_folder",
     "load",

@@ -15,7 +15,7 @@ Continuum, which otherwise fail with "operator torchvision::nms does not exist".
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
@@ -176,6 +176,57 @@ def from_datasets(
             )
         listed = tasks
     return _benchmark(_item_splits(_check_tasks(listed), settings), settings, options, "datasets")
+
+
+def from_huggingface(
+    tasks: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    collate: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    *,
+    inputs: Sequence[str] | None = None,
+    splits: Sequence[str] = ("train", "test"),
+    **options: Unpack[UserDataOptions],
+) -> Benchmark:
+    """Return a stream of tasks from data sets of Hugging Face, with one `datasets.DatasetDict` per task.
+
+    Args:
+        tasks: a DatasetDict for each task, that is, a dictionary of the data sets of its splits; or one, for
+            a stream of one task.
+        collate: called once for each split, with the list of all its items; returns a dict of arrays or
+            tensors `[N, ...]`. For example a collator of `transformers` that pads to a fixed length. None if
+            the columns hold numbers or arrays of one shape; they are then read as they are needed.
+        inputs: names of the columns that are inputs, or of the entries of what `collate` returns; None for
+            all but the target.
+        splits: names of the training and the test split and, if there is one, of the validation split.
+        options: see `UserDataOptions`; `target` is `labels` by default.
+
+    Raises:
+        ValueError: a split or a column is missing, or as `from_datasets`. The message names the task.
+
+    Example:
+        >>> import numpy as np
+        >>> from sequel_benchmarks import from_huggingface
+        >>> def pad(items):
+        ...     ids = [[*item["ids"], 0, 0, 0][:3] for item in items]
+        ...     return {"input_ids": np.array(ids), "labels": np.array([item["label"] for item in items])}
+        >>> # In practice, a DatasetDict.
+        >>> texts = [{"text": "a b", "ids": [5, 2], "label": 0}, {"text": "c", "ids": [7], "label": 1}]
+        >>> benchmark = from_huggingface([{"train": texts, "test": texts}] * 2, pad)
+        >>> benchmark.spec.x, benchmark.num_classes
+        ({'input_ids': LeafSpec(shape=(3,), dtype='int64')}, 2)
+    """
+    settings = _checked({"target": "labels", **options})
+    if len(splits) not in (2, 3) or isinstance(splits, str):
+        raise ValueError(f"splits must be the names of two or three splits, got {splits!r}")
+    rows = []
+    for t, task in enumerate([tasks] if isinstance(tasks, Mapping) else tasks):
+        missing = [name for name in splits if name not in task]
+        if missing:
+            raise ValueError(
+                f"task {t} must have the splits {', '.join(splits)}, got {', '.join(task)}; name its splits "
+                "in the argument splits"
+            )
+        rows.append([_from_columns(task[name], collate, inputs, t, name, settings) for name in splits])
+    return _benchmark(rows, settings, options, "huggingface")
 
 
 def from_prepared(owner: Any, **options: Unpack[UserDataOptions]) -> Benchmark:
@@ -401,6 +452,30 @@ def _from_items(
     """Return a split of a data set's items, with the labels of all items if they are known."""
     arrays = ItemArrays(data, name, labels, settings.target)
     return _split(arrays.x, arrays.y, task, name, settings)
+
+
+def _from_columns(
+    data: Any,
+    collate: Callable[[list[Any]], Mapping[str, Any]] | None,
+    inputs: Sequence[str] | None,
+    task: int,
+    part: str,
+    settings: _UserDataSettings,
+) -> Split:
+    """Return a split of the columns of a data set of Hugging Face, collated if there is a function for it."""
+    name = f"task {task}, {part}"
+    batch = None if collate is None else collate([data[row] for row in range(len(data))])
+    columns = list(data.column_names if batch is None else batch)
+    wanted = columns if inputs is None else [*inputs, str(settings.target)]
+    missing = [column for column in [*wanted, str(settings.target)] if column not in columns]
+    if missing:
+        raise ValueError(
+            f"{name} must have a column {missing[0]}, got {', '.join(columns)}; choose others by inputs and "
+            "target"
+        )
+    if batch is not None:
+        return _from_pair({column: batch[column] for column in wanted}, task, name, settings)
+    return _from_items(data.select_columns(wanted), task, name, settings)
 
 
 def _split(x: Any, y: Any, task: int, name: str, settings: _UserDataSettings) -> Split:
