@@ -111,7 +111,7 @@ def markov_chains(settings: MarkovSettings) -> Benchmark:
         >>> stream = markov_chains(MarkovSettings(num_tasks=2, length=5, min_length=3, train_samples=4))
         >>> x, y, _ = stream.tasks[0].train.take([1])
         >>> x["input_ids"], x["attention_mask"], y
-        (array([[1, 3, 5, 0, 0]]), array([[1, 1, 1, 0, 0]]), array([[   3,    5,    1, -100, -100]]))
+        (array([[2, 2, 7, 4, 0]]), array([[1, 1, 1, 1, 0]]), array([[   2,    7,    4,    3, -100]]))
     """
     by_chain = settings.predict == "chain"
     num_chains = settings.chains_per_task if by_chain else 1
