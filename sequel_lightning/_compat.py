@@ -6,7 +6,8 @@ Each function says what it uses, the version in which that was seen, and why no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -31,6 +32,55 @@ def set_logging_step(trainer: pl.Trainer, step: int) -> None:
 def logging_step(trainer: pl.Trainer) -> int:
     """Return the x-axis of the Trainer's loggers: `_batches_that_stepped`."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+class StepLogs:
+    """The part of a Trainer that keeps what `log` was given, for steps that its loop does not take itself.
+
+    `_results` of the loop is empty unless something was logged. `_logger_connector` passes it on.
+    `_current_fx_name` is the hook that calls `log`. `_first_loop_iter` is whether the step is the first of an
+    epoch. `_batches_that_stepped` is the x-axis of loggers.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._loop, self._connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+        self._module, self._results = trainer.lightning_module, trainer.fit_loop.epoch_loop._results
+
+    @contextmanager
+    def training_steps(self) -> Iterator[None]:
+        """Let `log` work within the context, at steps that are not the first of an epoch."""
+        self._connector._first_loop_iter = False
+        self._module._current_fx_name = "training_step"
+        try:
+            yield
+        finally:
+            self._module._current_fx_name = None
+
+    def start(self, batch: Any) -> None:
+        """Start a step."""
+        self._results.batch = batch
+
+    def end_batch(self) -> None:
+        """Called after the hooks of a step."""
+        if self._results:
+            self._connector.on_batch_end()
+
+    def end(self) -> None:
+        """Called when a step is counted."""
+        if self._results:
+            self._connector.update_train_step_metrics()
+
+    def count(self) -> None:
+        """Move the x-axis of the loggers to the next step."""
+        self._loop._batches_that_stepped += 1
+
+
+def loaders_batches(fetcher: Any) -> Iterator[Any]:
+    """Yield the next batches of the only loader: `_iterator`, which `next(fetcher)` wraps five times."""
+    (batches,) = fetcher.combined_loader._iterator.iterators
+    for batch in batches:
+        fetcher.fetched += 1
+        yield batch
 
 
 def before_batch_transfer(module: pl.LightningModule, batch: Any) -> Any:

@@ -35,8 +35,9 @@ def crop(x: Tensor, crops: Any) -> Tensor:
 
 def cropped(batch: Batch) -> Batch:
     """Return the batch as the network is trained on it: its images cropped, its plan the method's own."""
-    x = crop(batch.x, batch.plan.batch) if isinstance(batch.plan, AugmentedPlan) else batch.x
-    return batch._replace(x=x, plan=method_plan(batch))
+    if not isinstance(batch.plan, AugmentedPlan):
+        return batch
+    return batch._replace(x=crop(batch.x, batch.plan.batch), plan=method_plan(batch))
 
 
 def cropped_draw(x: Tensor, batch: Batch, k: Any) -> Tensor:

@@ -22,9 +22,9 @@ def are_task_indices(t: Any, y: Any) -> bool:
     """Return whether t is an integer tensor `[B]`, as long as the targets, which are tensors too."""
     if not isinstance(t, Tensor) or t.dtype not in INTEGERS or t.ndim != 1:
         return False
-    if isinstance(y, Mapping):
-        return all(are_task_indices(t, part) for part in y.values())
-    return isinstance(y, Tensor) and y.ndim > 0 and t.size(0) == y.size(0)  # len takes ten times as long
+    if isinstance(y, Tensor):
+        return y.ndim > 0 and t.size(0) == y.size(0)  # len takes ten times as long
+    return isinstance(y, Mapping) and all(are_task_indices(t, part) for part in y.values())
 
 
 def widened(y: Any) -> Any:
@@ -44,7 +44,7 @@ def to_batch(batch: Any, task_indices: Callable[[int], Tensor], target: str = "l
     Raises:
         ValueError: any other batch, or a t that is not an integer tensor `[B]`.
     """
-    if isinstance(batch, Mapping):
+    if not isinstance(batch, tuple | list) and isinstance(batch, Mapping):
         if target not in batch:
             raise ValueError(
                 f"a batch that is a dict must have the target {target!r} of the objective, got the keys "

@@ -7,7 +7,7 @@ import math
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
@@ -20,7 +20,6 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from numpy.typing import NDArray
 from pytorch_lightning.callbacks import Callback, Checkpoint, ProgressBar
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.profilers import PassThroughProfiler
 from torch import Tensor
 
 from sequel_core.hparams import TrainingHParams
@@ -41,6 +40,7 @@ from sequel_lightning.callbacks import (
 )
 from sequel_lightning.consolidation import TRAINING, best_keeper
 from sequel_lightning.data import EvaluationBatches, TaskDataModule
+from sequel_lightning.fast import FastSteps, NoProfiler
 from sequel_lightning.lifecycle import check_single_device
 from sequel_lightning.loggers import TrainersLoggers, log_hparams, log_image, log_table, resume_logger
 from sequel_lightning.module import ContinualModule
@@ -123,6 +123,7 @@ class LightningLearner:
                 f"convert them with net.to({TORCH_DTYPES[self.training.dtype]}) before the module is made"
             )
         self._settings = self._trainer_settings(dict(trainer or {}))
+        self.fast_steps = FastSteps()
         self._resumed: str | None = None  # the checkpoint that the next task's fit resumes
         self.trainer = self._make_trainer(0)  # of the latest task
         self.shows_progress = self.trainer.progress_bar_callback is not None
@@ -142,6 +143,7 @@ class LightningLearner:
         watcher = _Watcher(task, training, monitor, self.module.running_metrics, bool(self.callbacks))
         self.trainer = self._make_trainer(training.epochs(task.index), watcher)
         separate_checkpoints(self.trainer, task)
+        self.fast_steps.attach(self.trainer)
         data.trainer = self.trainer  # not attached: Lightning looks up its batch hooks at every step
         self.module.reporting.observer = watcher
         loaders = data.train_dataloader(), data.val_dataloader()
@@ -328,16 +330,6 @@ class StraightToFile(TorchCheckpointIO):
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
-
-
-class NoProfiler(PassThroughProfiler):
-    """Profiles nothing. Lightning calls it 24 times a step, and Lightning's own costs 4 % of the speed."""
-
-    _nothing = nullcontext()
-
-    def profile(self, action_name: str) -> Any:
-        """Return a context that does nothing."""
-        return self._nothing
 
 
 class _Watcher(Callback):

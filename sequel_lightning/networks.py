@@ -33,7 +33,7 @@ def blank_input(spec: StreamSpec, like: Tensor) -> Any:
 
 def call_network(net: Any, x: Tree) -> Any:
     """Return what a network or one of its methods returns; the arrays of a dict are keyword arguments."""
-    return net(**x) if isinstance(x, Mapping) else net(x)
+    return net(x) if isinstance(x, Tensor) or not isinstance(x, Mapping) else net(**x)
 
 
 def check_arguments(net: Any, spec: Any) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -92,14 +93,16 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--cfg", action="store_true", help="print the composed settings and stop")
     parser.add_argument("--check", action="store_true", help="check settings, data and network, and stop")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.add_argument("-v", "--verbose", action="store_true", help="also print how steps are taken, and why")
     options = parser.parse_intermixed_args(args)
     quiet = options.quiet and not options.cfg
     console = Console(quiet=quiet)
     arguments, resume = resumed(options.arguments)
     try:
-        if options.multirun:
-            return _sweep(arguments, console, options.cfg, options.check, resume)
-        return _single(arguments, console, options.cfg, options.check, resume)
+        with _printed_logs() if options.verbose else nullcontext():
+            if options.multirun:
+                return _sweep(arguments, console, options.cfg, options.check, resume)
+            return _single(arguments, console, options.cfg, options.check, resume)
     except ValueError as error:
         other = other_version_of(arguments)
         if not other or f"written by {PACKAGE}" in str(error):
@@ -135,6 +138,30 @@ def _single(arguments: Sequence[str], console: Console, show: bool, test: bool, 
     if failures:
         raise failures[0]
     return 0
+
+
+class _Printer(logging.Handler):
+    """Prints to the standard error of the moment, which a progress bar replaces."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a line."""
+        print(f"sequel: {record.getMessage()}", file=sys.stderr)
+
+
+@contextmanager
+def _printed_logs() -> Iterator[None]:
+    """Print what the plug-ins log about how they run."""
+    handler, loggers = _Printer(), [logging.getLogger(name) for name in learner.PLUGINS.values()]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
 
 def resumed(arguments: Sequence[str]) -> tuple[list[str], Resume]:
