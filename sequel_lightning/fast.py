@@ -34,29 +34,29 @@ CALLBACK_HOOKS = (
     "on_train_batch_end",
 )
 """Hooks of callbacks that Lightning calls at every step. The fast path calls none of them."""
-LEFT_OUT = (
-    "on_before_batch_transfer",
-    "transfer_batch_to_device",
-    "on_after_batch_transfer",
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "backward",
-    "on_after_backward",
-)
-"""Hooks of a module that do nothing at a step unless they are overridden, which no method does."""
-CALLED = (
-    "training_step",
-    "optimizer_zero_grad",
-    "on_before_optimizer_step",
-    "configure_gradient_clipping",
-    "optimizer_step",
-    "lr_scheduler_step",
-    "on_train_batch_end",
-)
-"""Hooks of a module that the fast path calls."""
-PACKAGES = ("sequel_lightning", "pytorch_lightning")
-"""The packages whose hooks the fast path knows."""
+LIGHTNINGS = ("pytorch_lightning",)
+KNOWN = ("pytorch_lightning", "sequel_lightning")
+MODULE_HOOKS = {
+    "on_before_batch_transfer": LIGHTNINGS,
+    "transfer_batch_to_device": LIGHTNINGS,
+    "on_after_batch_transfer": LIGHTNINGS,
+    "on_train_batch_start": LIGHTNINGS,
+    "training_step": KNOWN,
+    "on_before_zero_grad": LIGHTNINGS,
+    "optimizer_zero_grad": KNOWN,
+    "on_before_backward": LIGHTNINGS,
+    "backward": LIGHTNINGS,
+    "on_after_backward": LIGHTNINGS,
+    "on_before_optimizer_step": KNOWN,
+    "configure_gradient_clipping": KNOWN,
+    "optimizer_step": KNOWN,
+    "lr_scheduler_step": KNOWN,
+    "on_train_batch_end": KNOWN,
+}
+"""Hooks of a module at every step, and the packages whose versions of it the fast path replaces or calls.
+
+It calls the hooks that methods override. Lightning's versions of the others do nothing that is needed.
+"""
 
 _logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ class _Steps:
         self._counts.zero_grad.increment_started()
         module.optimizer_zero_grad(self._epoch, batch_idx, optimizer)
         self._counts.zero_grad.increment_completed()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         module.on_before_optimizer_step(optimizer)
         if self._clips[0]:
             module.configure_gradient_clipping(optimizer, *self._clips)
@@ -172,9 +172,11 @@ def slow_reason(trainer: Any, module: ContinualModule) -> str | None:
     """Return why Lightning must take the steps itself; None if nothing can observe the difference."""
     if not module.automatic_optimization:
         return f"{module.algorithm_hparams.name} takes its steps itself"
-    for hook in (*CALLED, *LEFT_OUT):
+    for hook, packages in MODULE_HOOKS.items():
         owner = next(cls for cls in type(module).__mro__ if hook in vars(cls))
-        if hook in vars(module) or owner.__module__.partition(".")[0] not in PACKAGES:
+        if hook in vars(module):
+            return f"{type(module).__name__} overrides {hook}"
+        if owner.__module__.partition(".")[0] not in packages:
             return f"{owner.__name__} overrides {hook}"
     for callback in trainer.callbacks:
         for hook in CALLBACK_HOOKS:

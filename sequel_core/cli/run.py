@@ -93,7 +93,7 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--cfg", action="store_true", help="print the composed settings and stop")
     parser.add_argument("--check", action="store_true", help="check settings, data and network, and stop")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
-    parser.add_argument("-v", "--verbose", action="store_true", help="also print how steps are taken, and why")
+    parser.add_argument("-v", "--verbose", action="store_true", help="also print how steps are taken")
     options = parser.parse_intermixed_args(args)
     quiet = options.quiet and not options.cfg
     console = Console(quiet=quiet)

@@ -91,3 +91,15 @@ def test_a_diverged_run_keeps_its_records(tmp_path: Path, capsys: pytest.Capture
     assert error.startswith("sequel: the training loss is no longer finite at task 0, epoch 0")
     assert error.count("\n") == 1
     assert load_result(tmp_path / "run").summary["status"] == "diverged"
+
+
+@pytest.mark.parametrize(
+    ("algo", "expected"),
+    [("naive", "on"), ("lamaml", "off, because lamaml takes its steps itself")],
+)
+def test_verbose_says_how_steps_are_taken(
+    algo: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [f"algo={algo}", *DIGITS, "benchmark.subset=20", "backbone.widths=[4]"]
+    assert main(["run", "-v", *line, f"run_dir={tmp_path / 'run'}"]) == 0
+    assert capsys.readouterr().err.splitlines() == [f"sequel: fast path: {expected}"]  # once for both tasks

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_lightning import _compat
 from tests.events import scalars
-from tests.lightning.parts import At, data, module, own_loader, stream, trainer
+from tests.lightning.parts import BATCH, STEPS, At, data, module, own_loader, stream, trainer
 
 
 def test_the_trainer_of_a_module() -> None:
@@ -73,6 +73,24 @@ def test_the_hook_before_a_transfer_is_the_data_modules_or_the_modules() -> None
     note = At(lambda t, _: _compat.before_batch_transfer(model, 0), "on_train_start")
     trainer(callbacks=[note], max_steps=1).fit(model, datamodule=Hooked())
     assert calls[0] == "data module"
+
+
+def test_the_batches_below_a_fetcher_and_their_number() -> None:
+    seen: list[Any] = []
+    benchmark = stream()
+
+    def read(new: pl.Trainer, _: str) -> None:
+        loop: Any = new.fit_loop
+        fetcher = loop._data_fetcher
+        before = fetcher.fetched
+        seen.append([len(batch[2]) for batch in _compat.loaders_batches(fetcher)])
+        seen.append(fetcher.fetched - before)
+
+    note = At(read, "on_train_batch_start", step=0)
+    trainer(callbacks=[note], max_steps=1).fit(
+        module(benchmark, NaiveHParams()), train_dataloaders=data(benchmark, 0).train_dataloader()
+    )
+    assert seen == [[BATCH] * (STEPS - 1), STEPS - 1]
 
 
 def test_signal_handlers_are_kept() -> None:
