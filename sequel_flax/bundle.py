@@ -16,10 +16,11 @@ using it. `(ts, state)` hold everything that later steps depend on, so saving th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,29 +51,42 @@ from sequel_flax.optimizers import get_learning_rates, with_learning_rates
 from sequel_flax.trainable import Fill, Selection, Trained
 
 Params = Any
-Stats = Any  # running statistics of batch normalisation; {} if the network has none
+Stats = (
+    Any  # collections of variables besides the parameters, by name, such as batch_stats; {} if there are none
+)
 StepOutputs = dict[str, Any]
 
 
 class BatchStatsTrainState(TrainState):
-    """A TrainState with the running statistics of batch normalisation, for networks that have it.
+    """A TrainState with the variables of a network besides its parameters.
 
-    A training step accepts any TrainState with this field.
+    A training step accepts any TrainState with the field `batch_stats`, and one with both fields.
 
     Args:
-        batch_stats: The collection `batch_stats` of the network's variables.
+        batch_stats: The collection `batch_stats`, the running statistics of batch normalisation; {} if the
+            network has none.
+        collections: Other collections by name, such as caches. Calls in training mode update them, calls in
+            evaluation mode only read them. `create` takes them as keywords.
 
     Example:
         >>> import optax
-        >>> params, batch_stats = {"w": jnp.ones(2)}, {"mean": jnp.zeros(2)}
-        >>> ts = BatchStatsTrainState.create(
-        ...     apply_fn=None, params=params, tx=optax.sgd(0.1), batch_stats=batch_stats
-        ... )
-        >>> ts.batch_stats["mean"].shape
-        (2,)
+        >>> variables = {"params": {"w": jnp.ones(2)}, "batch_stats": {"mean": jnp.zeros(2)}}
+        >>> variables["cache"] = {"calls": jnp.zeros((), int)}
+        >>> ts = BatchStatsTrainState.create(apply_fn=None, tx=optax.sgd(0.1), **variables)
+        >>> ts.batch_stats["mean"].shape, list(ts.collections)
+        ((2,), ['cache'])
     """
 
     batch_stats: Stats
+    collections: Stats = flax.struct.field(default_factory=dict)
+
+    @classmethod
+    def create(cls, *, batch_stats: Stats | None = None, **variables: Any) -> BatchStatsTrainState:
+        """Return a train state; see `flax.training.train_state.TrainState.create`."""
+        known = {"apply_fn", "params", "tx", *(spec.name for spec in fields(cls))}
+        others = {name: variables.pop(name) for name in [*variables] if name not in known}
+        collections = {**variables.pop("collections", {}), **others}
+        return super().create(batch_stats=batch_stats or {}, collections=collections, **variables)
 
 
 NOT_STARTED = -2
@@ -765,12 +779,12 @@ def network(
         state: The state of the algorithm.
         x: Inputs of the network `[B, ...]`, an array or a dict of arrays.
         method: The method of the module to call: None for `__call__`, `features` for the last hidden layer.
-        stats: The running statistics; None for those of `ts`.
+        stats: The other variables of the network; None for those of `ts`.
 
     Returns:
         The outputs.
     """
-    variables = {"params": params, **_collections(batch_stats(ts) if stats is None else stats)}
+    variables = {"params": params, **(collections(ts) if stats is None else stats)}
     call = partial(as_called(ts.apply_fn, x), variables, train=False, method=method)
     return called(call, normalise(state.stream, x))
 
@@ -800,7 +814,7 @@ def training_forward(
     draw: int | jax.Array = 0,
     counts: jax.Array | None = None,
 ) -> tuple[Any, Stats]:
-    """Return the outputs of the network in training mode, not masked, and the new running statistics.
+    """Return the outputs of the network in training mode, not masked, and its variables after the pass.
 
     Args:
         ts: The train state, for the network and the step, which dropout depends on.
@@ -808,51 +822,47 @@ def training_forward(
         state: The state of the algorithm.
         x: Inputs of the network `[B, ...]`, an array or a dict of arrays.
         method: See `network`.
-        stats: The running statistics before the pass; None for those of `ts`.
+        stats: The other variables of the network before the pass; None for those of `ts`.
         draw: The index of the pass in the step. Each pass has its own dropout mask.
         counts: The samples that count in the statistics of the batch, bool `[B]`; None for all.
 
     Returns:
-        The outputs and the running statistics.
+        The outputs, and the other variables of the network after the pass.
     """
-    stats = batch_stats(ts) if stats is None else stats
+    stats = collections(ts) if stats is None else stats
     key = jax.random.fold_in(state.stream.dropout_key, ts.step)
     first = isinstance(draw, int) and draw == 0
     rngs = {"dropout": key if first else jax.random.fold_in(key, draw)}
     call: Callable[..., Any] = partial(as_called(ts.apply_fn, x), train=True, rngs=rngs, method=method)
     inputs = normalise(state.stream, x)
-    if not jax.tree.leaves(stats):
+    if not stats:
         return called(partial(call, {"params": params}), inputs), stats
     if counts is not None:
         call = with_row_mask(call, counts)
-    variables = {"params": params, "batch_stats": stats}
-    out, updated = called(partial(call, variables, mutable=["batch_stats"]), inputs)
-    return out, updated["batch_stats"]
+    out, updated = called(partial(call, {"params": params, **stats}, mutable=list(stats)), inputs)
+    return out, {name: updated[name] for name in stats}
 
 
-def batch_stats(ts: TrainState) -> Stats:
-    """Return the running statistics of batch normalisation.
+def collections(ts: TrainState) -> Stats:
+    """Return the variables of the network besides its parameters, such as running statistics.
 
     Args:
         ts: The train state.
 
     Returns:
-        A tree; {} if the network has none.
+        Trees by the name of their collection, such as `batch_stats`; {} if there are none.
 
     Example:
         >>> import optax
-        >>> batch_stats(TrainState.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=optax.sgd(0.1)))
+        >>> collections(TrainState.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=optax.sgd(0.1)))
         {}
     """
-    return getattr(ts, "batch_stats", {})
-
-
-def _collections(stats: Stats) -> dict[str, Any]:
-    return {"batch_stats": stats} if jax.tree.leaves(stats) else {}
+    named = {"batch_stats": getattr(ts, "batch_stats", {}), **getattr(ts, "collections", {})}
+    return {name: tree for name, tree in named.items() if jax.tree.leaves(tree)}
 
 
 def frozen_network(ts: TrainState) -> tuple[Params, Stats]:
-    """Return copies of the parameters and of the running statistics, which later steps do not change.
+    """Return copies of the parameters and of the other variables, which later steps do not change.
 
     Args:
         ts: The train state.
@@ -864,7 +874,7 @@ def frozen_network(ts: TrainState) -> tuple[Params, Stats]:
         >>> params["w"] is ts.params["w"], stats
         (False, {})
     """
-    copies: tuple[Params, Stats] = jax.tree.map(jnp.copy, (ts.params, batch_stats(ts)))
+    copies: tuple[Params, Stats] = jax.tree.map(jnp.copy, (ts.params, collections(ts)))
     return copies
 
 
@@ -882,24 +892,25 @@ def empty_sum(p: jax.Array) -> jax.Array:
 
 
 def check_no_batch_stats(ts: TrainState, name: str, reason: str) -> None:
-    """Check that the network has no running statistics.
+    """Check that the network has no variables besides its parameters, such as running statistics.
 
     Args:
         ts: The train state.
         name: The name of the method.
-        reason: Why the method cannot train a network with batch normalisation.
+        reason: Why the method cannot train a network with such variables.
 
     Raises:
-        ValueError: The network has running statistics.
+        ValueError: The network has such variables.
 
     Example:
         >>> import optax
         >>> ts = TrainState.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=optax.sgd(0.1))
         >>> check_no_batch_stats(ts, "si", "the path integral does not follow them")
     """
-    if jax.tree.leaves(batch_stats(ts)):
+    found = ["batch normalisation" if key == "batch_stats" else key for key in collections(ts)]
+    if found:
         raise ValueError(
-            f"{name} cannot train a network with batch normalisation: {reason}; use group normalisation "
+            f"{name} cannot train a network with {', '.join(found)}: {reason}; use group normalisation "
             "(backbone.norm=group) or another method"
         )
 
@@ -910,7 +921,7 @@ def advance(ts: TrainState, gradient: Params, stats: Stats) -> TrainState:
     Args:
         ts: The train state before the step.
         gradient: The gradient of the loss.
-        stats: The new running statistics.
+        stats: The other variables of the network after the step.
 
     Example:
         >>> import optax
@@ -918,7 +929,11 @@ def advance(ts: TrainState, gradient: Params, stats: Stats) -> TrainState:
         >>> advance(ts, {"w": jnp.ones(1)}, {}).params["w"].tolist()
         [0.5]
     """
-    after: TrainState = ts.apply_gradients(grads=gradient, **_collections(stats))
+    others = {name: tree for name, tree in stats.items() if name != "batch_stats"}
+    changed = {"batch_stats": stats["batch_stats"]} if "batch_stats" in stats else {}
+    if others:
+        changed["collections"] = others
+    after: TrainState = ts.apply_gradients(grads=gradient, **changed)
     return after
 
 
@@ -1127,7 +1142,7 @@ def training_loss(
         objective: What the network is trained on; see `objective_of`.
 
     Returns:
-        The loss, shape (); then the outputs of the network, with masked logits, and the running statistics.
+        The loss, shape (); then the outputs of the network, with masked logits, and its other variables.
     """
     model = Model(ts, state, objective_of(objective, state.stream))
 
@@ -1204,7 +1219,7 @@ def blank_output(ts: TrainState, spec: StreamSpec, hparams: Any) -> Any:
         (1, 10)
     """
     x = blank_input(spec, jax.tree.leaves(ts.params)[0].dtype)
-    variables = {"params": ts.params, **_collections(batch_stats(ts))}
+    variables = {"params": ts.params, **collections(ts)}
     outputs = jax.eval_shape(lambda: called(partial(as_called(ts.apply_fn, x), variables, train=False), x))
     leaf = output_leaf(outputs, hparams.output)
     if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.shape[:1] != (1,):
@@ -1240,7 +1255,7 @@ def feature_width(ts: TrainState, spec: StreamSpec, name: str) -> int:
         8
     """
     x = blank_input(spec, jax.tree.leaves(ts.params)[0].dtype)
-    call = partial(as_called(ts.apply_fn, x), {"params": ts.params, **_collections(batch_stats(ts))})
+    call = partial(as_called(ts.apply_fn, x), {"params": ts.params, **collections(ts)})
     try:
         features = jax.eval_shape(lambda: called(partial(call, train=False, method="features"), x))
         if "head" in ts.params:
@@ -1272,10 +1287,10 @@ def head_logits(ts: TrainState, params: Params, stats: Stats, features: jax.Arra
     Args:
         ts: The train state, for the network.
         params: The parameters.
-        stats: The running statistics.
+        stats: The other variables of the network.
         features: The last hidden layer `[B, D]`.
     """
-    variables = {"params": params, **_collections(stats)}
+    variables = {"params": params, **stats}
     logits: jax.Array = as_called(ts.apply_fn)(variables, features, method=apply_head)
     return logits
 

@@ -2,7 +2,7 @@
 
 The rest of the plug-in calls every network with linen's interface and one keyword for the mode:
 
-    variables = model.init(key, x, train=False)  # {"params": ..., "batch_stats": ... if it has any}
+    variables = model.init(key, x, train=False)  # {"params": ..., "batch_stats": ..., and others}
     logits = model.apply(variables, x, train=False)
     logits, updates = model.apply(variables, x, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
 """
@@ -39,6 +39,9 @@ MODES = {
 }
 """Arguments that set the mode of a module, with the value that each has in training."""
 
+STREAMS = (nnx.RngKey, nnx.RngCount)
+"""Variables of random streams, which are seeded in each step."""
+
 _row_mask: ContextVar[jax.Array | None] = ContextVar("row_mask", default=None)
 
 
@@ -52,6 +55,12 @@ def adapted(model: Any, x: Any = ()) -> Any:
     streams as an argument `rngs`, which is None in evaluation. Training starts from its current values. The
     module itself is never changed; see `write_back`.
 
+    Collections of linen and variables of NNX (caches, counters, user-defined classes) are a part of the train
+    state. Calls in training mode change them, calls in evaluation mode only read them. A collection of NNX
+    variables has the name of their class, for example `Cache`. Random streams of NNX are seeded again in each
+    step, from the seed of the run. A draw from a memory that is not full has padding, which only the
+    statistics of batch normalisation leave out.
+
     Args:
         model: A linen or an NNX module, with inputs such as images `[B, H, W, C]` as its first argument.
         x: The inputs. The entries of a dict are passed as keyword arguments; any other inputs are the first
@@ -64,7 +73,7 @@ def adapted(model: Any, x: Any = ()) -> Any:
 
     Raises:
         ValueError: The model is not a module, needs another argument, or is an NNX module with state other
-            than parameters, batch statistics, random streams and constant arrays.
+            than variables of one array and constant arrays, or with an `nnx.Intermediate`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -133,7 +142,7 @@ def as_called(apply_fn: Any, x: Any = ()) -> Apply:
 
 
 def write_back(module: nnx.Module, ts: TrainState) -> None:
-    """Copy the trained parameters and batch statistics of a TrainState into an NNX module.
+    """Copy the parameters and other variables of a TrainState into an NNX module.
 
     Parameters that the module does not have, such as those of KCL's kernel, are ignored.
 
@@ -159,9 +168,12 @@ def write_back(module: nnx.Module, ts: TrainState) -> None:
     """
     values = []
     variables = {path: leaf for path, leaf in _leaves(module).items() if _collection(leaf)}
+    trees = {name: getattr(ts, name, {}) for name in ("params", "batch_stats")} | getattr(
+        ts, "collections", {}
+    )
     for path, leaf in variables.items():
         name = _collection(leaf)
-        value = _at(getattr(ts, name, None), path)
+        value = _at(trees.get(name), path)
         shape = None if value is None else jnp.shape(value)
         if shape != leaf.shape:
             raise ValueError(
@@ -177,11 +189,10 @@ def write_back(module: nnx.Module, ts: TrainState) -> None:
 def with_row_mask(apply: Apply, mask: jax.Array) -> Apply:
     """Return a function that computes batch statistics from some rows of the batch only.
 
-    If the mask selects no row, the running statistics are unchanged, and the outputs are finite but
-    meaningless.
+    If the mask selects no row, no variable changes, and the outputs are finite but meaningless.
 
     Args:
-        apply: A network's `apply`, to be called with `mutable=["batch_stats"]`.
+        apply: A network's `apply`, to be called with `mutable=["batch_stats", ...]`.
         mask: The rows that count, bool `[B]`.
 
     Returns:
@@ -206,10 +217,11 @@ def with_row_mask(apply: Apply, mask: jax.Array) -> Apply:
                 out, updates = apply(variables, *args, **kwargs)
         finally:
             _row_mask.reset(token)
-        before, after = variables["batch_stats"], updates["batch_stats"]
-        leaves = zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True)
-        selected = [jnp.where(mask.any(), new, old) for new, old in leaves]
-        return out, {**updates, "batch_stats": jax.tree.unflatten(jax.tree.structure(after), selected)}
+
+        def select(new: Any, old: Any) -> Any:
+            return jnp.where(mask.any(), new, old)
+
+        return out, {name: jax.tree.map(select, tree, variables[name]) for name, tree in updates.items()}
 
     return masked
 
@@ -241,7 +253,7 @@ class _LinenNetwork:
 
 
 class _NNXNetwork:
-    """An NNX module as pure functions of its parameters and batch statistics."""
+    """An NNX module as pure functions of its variables."""
 
     # nnx.bridge.ToLinen (flax 0.12.8) cannot replace this class: it raises KeyError for list elements under
     # string keys, raises for the parameters that KCL adds, keeps subclasses of Param out of "params", uses
@@ -252,6 +264,7 @@ class _NNXNetwork:
         self.inputs = inputs
         self.text = re.sub(r" at 0x[0-9a-f]+", "", repr(model))  # addresses differ between runs
         self.leaves = _leaves(model)
+        self.names = sorted({name for name in map(_collection, self.leaves.values()) if name})
         for path, leaf in self.leaves.items():
             _check_state(model, path, leaf)
         self.unmaskable: list[Path] = []
@@ -271,8 +284,8 @@ class _NNXNetwork:
 
     def init(self, key: Any, *x: Any, train: bool = False, **inputs: Any) -> dict[str, Any]:
         """Return copies of the module's current values; the key is not used."""
-        variables = {name: self._collected(self.leaves, name) for name in ("params", "batch_stats")}
-        return {name: jax.tree.map(jnp.array, tree) for name, tree in variables.items() if tree}
+        names = dict.fromkeys(["params", *self.names])
+        return {name: jax.tree.map(jnp.array, self._collected(self.leaves, name)) for name in names}
 
     def apply(
         self,
@@ -303,8 +316,8 @@ class _NNXNetwork:
                 raise ValueError(_no_state(module, path, "an array that changes in a call"))
         if not mutable:
             return out
-        statistics = self._collected(leaves, "batch_stats")
-        return out, {"batch_stats": statistics} if statistics else {}
+        names = [name for name in self.names if name != "params" and (mutable is True or name in mutable)]
+        return out, {name: self._collected(leaves, name) for name in names}
 
     def _collected(self, leaves: Mapping[Path, Any], name: str) -> Any:
         """Return the arrays of a collection as a tree whose keys are strings."""
@@ -387,10 +400,12 @@ def _leaves(module: nnx.Module) -> dict[Path, Any]:
 
 
 def _collection(leaf: Any) -> str:
-    """Return the linen collection of an NNX variable; "" for other leaves."""
+    """Return the linen collection of an NNX variable; "" for random streams and plain arrays."""
     if isinstance(leaf, nnx.Param):
         return "params"
-    return "batch_stats" if isinstance(leaf, nnx.BatchStat) else ""
+    if isinstance(leaf, nnx.BatchStat):
+        return "batch_stats"
+    return type(leaf).__name__ if isinstance(leaf, nnx.Variable) and not isinstance(leaf, STREAMS) else ""
 
 
 def _at(tree: Any, path: Path) -> Any:
@@ -405,18 +420,17 @@ def _text(path: Path) -> str:
 
 
 def _check_state(module: nnx.Module, path: Path, leaf: Any) -> None:
-    if isinstance(leaf, nnx.Param | nnx.BatchStat | nnx.RngKey | nnx.RngCount):
-        if not isinstance(leaf.get_value(), jax.Array | np.ndarray):
-            raise ValueError(_no_state(module, path, f"a {type(leaf).__name__} that is not one array"))
-    elif isinstance(leaf, nnx.Variable):
+    if isinstance(leaf, nnx.Intermediate):
         raise ValueError(_no_state(module, path, f"a {type(leaf).__name__}"))
+    if isinstance(leaf, nnx.Variable) and not isinstance(leaf.get_value(), jax.Array | np.ndarray):
+        raise ValueError(_no_state(module, path, f"a {type(leaf).__name__} that is not one array"))
 
 
 def _no_state(module: nnx.Module, path: Path, problem: str) -> str:
     return (
         f"{type(module).__name__} is an NNX module with state that cannot be carried from step to step: "
         f"{_text(path)} is {problem}; keep parameters in nnx.Param, batch statistics in nnx.BatchStat, "
-        "random streams in nnx.Rngs, and constants in plain arrays"
+        "random streams in nnx.Rngs, other state in a subclass of nnx.Variable, and constants in plain arrays"
     )
 
 
@@ -430,6 +444,8 @@ def _mask_linen_layer(call: Apply, args: tuple[Any, ...], kwargs: dict[str, Any]
         return call(*args, **kwargs)
     statistics = layer.scope.variables().get("batch_stats", {})
     if all(isinstance(value, Mapping) for value in statistics.values()):  # those of its sublayers
+        return call(*args, **kwargs)
+    if isinstance(layer, nn.SpectralNorm):  # its statistics are those of weights
         return call(*args, **kwargs)
     if not _takes_mask(layer):
         raise ValueError(_no_mask(_text(layer.path) or type(layer).__name__))
@@ -456,7 +472,8 @@ def _call_with_mask(call: Apply, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _has_statistics(layer: Any) -> bool:
-    return any(isinstance(value, nnx.BatchStat) for value in vars(layer).values())
+    is_spectral = isinstance(layer, nnx.SpectralNorm)  # its statistics are those of weights
+    return not is_spectral and any(isinstance(value, nnx.BatchStat) for value in vars(layer).values())
 
 
 def _takes_mask(layer: Any) -> bool:

@@ -28,7 +28,7 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.planner import check_position
 from sequel_core.stream.task import AnySplit, Batch, Samples, Task
 from sequel_flax.backbones import initial_variables
-from sequel_flax.bundle import Algorithm, BatchStatsTrainState, batch_stats
+from sequel_flax.bundle import Algorithm, BatchStatsTrainState, collections
 from sequel_flax.checkpoints import Saver, restored
 from sequel_flax.evaluation import Evaluator
 from sequel_flax.evaluation import as_batch as as_batch
@@ -66,7 +66,7 @@ def initial_train_state(
         training: The seed, the dtype and gradient clipping are used.
 
     Returns:
-        A TrainState, with running statistics if the network has batch normalisation.
+        A TrainState; a `BatchStatsTrainState` if the network has variables besides its parameters.
 
     Raises:
         ValueError: The network or the optimizer does not fit the settings.
@@ -86,7 +86,7 @@ def initial_train_state(
     if algorithm.trained.trainable is not None:
         tx = optax.masked(tx, lambda params: algorithm.trained.mask_of(params, model))
     variables = initial_variables(model, spec, training.seed, training.dtype)
-    train_state: Any = BatchStatsTrainState if "batch_stats" in variables else TrainState
+    train_state: Any = TrainState if [*variables] == ["params"] else BatchStatsTrainState
     ts = algorithm.prepare(train_state.create(apply_fn=model.apply, tx=tx, **variables), spec)
     strong: TrainState = strong_types(ts)
     return strong
@@ -441,7 +441,7 @@ class FlaxLearner:
 
     def weights(self) -> dict[str, FloatArray]:
         """Return parameters and running statistics in the canonical layout, which is that of Flax."""
-        trees = jax.device_get((self.ts.params, batch_stats(self.ts)))
+        trees = jax.device_get((self.ts.params, collections(self.ts).get("batch_stats", {})))
         leaves = {path: leaf for tree in trees for path, leaf in flatten_dict(tree, sep="/").items()}
         return {path: np.asarray(leaf) for path, leaf in sorted(leaves.items())}
 

@@ -35,11 +35,11 @@ from sequel_flax.bundle import (
     Stats,
     StepOutputs,
     advance,
-    batch_stats,
     blank_output,
     canonical_dtype,
     check_augmented,
     check_logits,
+    collections,
     for_objective,
     make_algorithm,
     objective_of,
@@ -169,7 +169,7 @@ def forward(
     the others together have another.
     """
     outputs: list[Outputs] = []
-    stats = batch_stats(model.ts)
+    stats = collections(model.ts)
     for k, part in enumerate([samples] if together else [samples[:1], samples[1:]]):
         if sum(len(s.t) for s in part):  # there is no pass for an empty draw
             new, stats = one_pass(params, model, part, stats, k)

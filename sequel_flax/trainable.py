@@ -210,6 +210,11 @@ class TrainedPart:
         return getattr(self.whole, "batch_stats", {})
 
     @property
+    def collections(self) -> Any:
+        """Other collections of the network's variables, by name; {} if there are none."""
+        return getattr(self.whole, "collections", {})
+
+    @property
     def tx(self) -> optax.GradientTransformation:
         """The optimizer; it receives zeros as the gradient of frozen parameters."""
         tx, params = self.whole.tx, self.whole.params

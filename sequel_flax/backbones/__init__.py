@@ -49,9 +49,6 @@ BACKBONES: dict[str, type[nn.Module]] = {
     "gru": GRU,
 }
 
-CARRIED = ("params", "batch_stats")
-"""The collections of variables that a run carries from step to step."""
-
 
 def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "float32") -> Variables:
     """Return the initial variables of a network.
@@ -63,14 +60,15 @@ def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "f
         model: A linen or an NNX module, called with inputs `[B, ...]`; see `adapted`.
         spec: The specification of the benchmark.
         seed: The seed of the run.
-        dtype: The dtype of the variables.
+        dtype: The dtype of the variables that are floats.
 
     Returns:
-        A dict with the tree `params`, and `batch_stats` if the model has batch normalisation.
+        A dict with the tree `params`, and the other collections of variables if there are any, for example
+        `batch_stats`.
 
     Raises:
         ValueError: The inputs do not fit the model, it does not return logits `[B, num_classes]` for class
-            labels, it has other collections of variables, or `dtype` is float64 and 64-bit JAX is disabled.
+            labels, or `dtype` is float64 and 64-bit JAX is disabled.
 
     Example:
         >>> from sequel_benchmarks import RotatedDigits
@@ -88,13 +86,6 @@ def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "f
         _ = spec.image_shape  # an error if inputs are not images
     init = partial(called, partial(model.init, jax.random.key(seed), train=False), x)
     shapes = jax.eval_shape(init)
-    others = [name for name in shapes if name not in CARRIED]
-    if others:
-        raise ValueError(
-            f"the model's variables must be in the collections {' and '.join(CARRIED)}, got "
-            f"{', '.join(others)}; remove the layers with other variables: only parameters and the "
-            "statistics of batch normalisation are carried from step to step and saved in checkpoints"
-        )
     outputs = jax.eval_shape(
         lambda variables: called(partial(model.apply, variables, train=False), x), shapes
     )
@@ -105,9 +96,11 @@ def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "f
             f" {list(outputs.shape)} for B=1; set num_classes={spec.num_classes}"
         )
     if not isinstance(model, tuple(BACKBONES.values())):
-        initial = dict(init())
-        variables: Variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), initial)
-        return variables
+
+        def converted(leaf: Any) -> Any:
+            return jnp.asarray(leaf, dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+        return {name: jax.tree.map(converted, tree) for name, tree in init().items()}
     variables = {}
     for collection, tree in shapes.items():
         leaves = flatten_dict(tree, sep="/")

@@ -390,11 +390,11 @@ class Custom(nnx.Variable[Any]):
 @pytest.mark.parametrize(
     ("state", "problem"),
     [
-        (lambda: nnx.Cache(jnp.zeros(3)), "a Cache"),
-        (lambda: Custom(jnp.zeros(3)), "a Custom"),
+        (lambda: nnx.Intermediate(jnp.zeros(3)), "a Intermediate"),
+        (lambda: Custom([jnp.zeros(3)]), "a Custom that is not one array"),
         (lambda: nnx.Param({"a": jnp.zeros(3)}), "a Param that is not one array"),
     ],
-    ids=["cache", "custom", "tree"],
+    ids=["intermediate", "custom", "tree"],
 )
 def test_nnx_state_that_cannot_be_carried_is_named(state: Any, problem: str) -> None:
     match = f"Cached is an NNX module with state that cannot be carried.*layers/0/kept is {problem}"

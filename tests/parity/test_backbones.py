@@ -13,7 +13,6 @@ import numpy as np
 import optax
 import pytest
 import torch
-from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import sequel_flax
@@ -320,15 +319,3 @@ def test_settings_that_no_network_can_have(name: str, settings: Settings, words:
     if "shape" not in words:
         with pytest.raises(ValueError, match=words):
             BACKBONES[name](**settings)
-
-
-def test_variables_that_no_run_carries() -> None:
-    class Counting(nn.Module):
-        @nn.compact
-        def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-            calls = self.variable("cache", "calls", jnp.zeros, ())
-            calls.value += 1
-            return nn.Dense(CLASSES)(x.reshape(len(x), -1))
-
-    with pytest.raises(ValueError, match="collections params and batch_stats, got cache"):
-        initial_variables(Counting(), spec(), 0)
