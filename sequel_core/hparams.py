@@ -115,7 +115,12 @@ class MemoryHParams(AlgorithmHParams):
         "equally many of each task seen so far; `task_quota`, a uniform sample of each task; `class_quota`, "
         "a uniform sample of each class of each task. The two quotas are replayed from the next task on",
     )
-    mem_size: int = setting(200, "number of samples in the memory; 0 for naive finetuning", ge=0)
+    mem_size: int = setting(
+        200,
+        "number of samples in the memory; 0 for naive finetuning. A memory with parts of equal size needs a "
+        "multiple of their number; of the default, the largest multiple is used",
+        ge=0,
+    )
     per_task_memory_samples: int | None = setting(
         None, "number of samples per task, instead of mem_size; null to use mem_size", ge=0
     )
@@ -133,8 +138,7 @@ class MemoryHParams(AlgorithmHParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        default = {spec.name: spec.default for spec in fields(self)}["mem_size"]
-        if self.per_task_memory_samples is not None and self.mem_size != default:
+        if self.per_task_memory_samples is not None and not self._has_default_size():
             raise ValueError(
                 "per_task_memory_samples replaces mem_size, got "
                 f"per_task_memory_samples={self.per_task_memory_samples} with mem_size={self.mem_size}; set "
@@ -150,6 +154,9 @@ class MemoryHParams(AlgorithmHParams):
         """Return the number of slots of the memory."""
         per_task = self.per_task_memory_samples
         return self.mem_size if per_task is None else per_task * num_tasks
+
+    def _has_default_size(self) -> bool:
+        return bool(self.mem_size == {spec.name: spec.default for spec in fields(self)}["mem_size"])
 
     def parts(self, spec: StreamSpec) -> int:
         """Return the number of parts of fixed, equal size that the memory has; 1 if it is not divided."""
@@ -178,7 +185,8 @@ class MemoryHParams(AlgorithmHParams):
                 f"{name} must be 0 or give at least batch_size={batch_size} slots, so that the samples of a "
                 f"step fit, {got}; raise {name} or lower batch_size"
             )
-        if size % parts:
+        rounded = size > parts and self.per_task_memory_samples is None and self._has_default_size()
+        if size % parts and not rounded:
             unit = 1 if name == "mem_size" else spec.num_tasks
             step = math.lcm(parts, unit)
             totals = [k * step for k in (size // step, size // step + 1, size // step + 2)]

@@ -55,6 +55,14 @@ class Score(NamedTuple):
 ACCURACY = Score()
 """The default: the fraction of correct predictions."""
 
+SCORES: dict[str, Score] = {
+    "cross_entropy": ACCURACY,
+    "binary_cross_entropy": Score("label accuracy"),
+    "squared_error": Score("squared error", higher_is_better=False, fraction=False),
+    "token_cross_entropy": Score("token accuracy"),
+}
+"""The score of each built-in objective."""
+
 
 @dataclass(frozen=True)
 class ObjectiveHParams(Settings):

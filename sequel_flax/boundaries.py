@@ -11,7 +11,7 @@ To run many seeds at once, stack their plans with `stack_plans` and map over the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -109,14 +109,14 @@ def given(batches: Iterable[Batch]) -> Iterator[Batch]:
         batches: Batches of the task's samples.
 
     Raises:
-        ValueError: While iterating: there is no batch, or `batches` is a single Batch.
+        ValueError: While iterating: there is no batch, or `batches` is a single batch.
 
     Example:
         >>> next(given(Batch(None, None, None)))
         Traceback (most recent call last):
         ValueError: end_task needs batches of the task's samples, got a single Batch; give [batch]
     """
-    if isinstance(batches, Batch):
+    if isinstance(batches, Batch | Mapping):
         raise ValueError("end_task needs batches of the task's samples, got a single Batch; give [batch]")
     count = 0
     for batch in batches:

@@ -86,7 +86,10 @@ class BatchStatsTrainState(TrainState):
         known = {"apply_fn", "params", "tx", *(spec.name for spec in fields(cls))}
         others = {name: variables.pop(name) for name in [*variables] if name not in known}
         collections = {**variables.pop("collections", {}), **others}
-        return super().create(batch_stats=batch_stats or {}, collections=collections, **variables)
+        ts: BatchStatsTrainState = super().create(  # type: ignore[no-untyped-call]
+            batch_stats=batch_stats or {}, collections=collections, **variables
+        )
+        return ts
 
 
 NOT_STARTED = -2
@@ -167,9 +170,11 @@ class Model:
     hparams: Any = field(default=None, metadata={"static": True})
 
 
+AnyBatch = Batch | Mapping[str, Any]  # a dict is read by `to_batch`
 Init = Callable[[TrainState, StreamSpec], State]
 Step = Callable[[TrainState, State, Batch], tuple[TrainState, State, StepOutputs]]
 StartTask = Callable[..., tuple[TrainState, State]]
+AnyStep = Callable[[TrainState, State, AnyBatch], tuple[TrainState, State, StepOutputs]]
 EndTask = Callable[[TrainState, State, Iterable[Batch]], tuple[TrainState, State]]
 PlanStart = Callable[[State, Task], Any]
 PlanEnd = Callable[[State, Iterable[Batch]], Any]
@@ -230,7 +235,7 @@ class Algorithm(NamedTuple):
         start_task: `start_task(ts, state, task, num_steps=None)` is called before the first step of each
             task. `num_steps` is the number of steps of the task, for `task_progress`.
         train_step: `train_step(ts, state, batch)` takes one step. It can be compiled and scanned. The outputs
-            are `loss`, `logits` and `labels`.
+            are `loss`, `logits` and `labels`. A batch may be a dict; see `to_batch`.
         end_task: `end_task(ts, state, batches)` consolidates the task, from batches of its samples.
         predict: `predict(ts, state, x, t)` returns the outputs of the network, most often logits
             `[B, num_classes]`.
@@ -271,14 +276,14 @@ class Algorithm(NamedTuple):
 
     init: Init
     start_task: StartTask
-    train_step: Step
-    end_task: EndTask
+    train_step: AnyStep
+    end_task: Callable[[TrainState, State, Iterable[AnyBatch]], tuple[TrainState, State]]
     predict: Predict
     hparams: AlgorithmHParams
     planner: Callable[[StreamSpec, State], Planner]
     plan_start: Callable[..., Any]
     apply_start: Apply
-    plan_end: PlanEnd
+    plan_end: Callable[[State, Iterable[AnyBatch]], Any]
     apply_end: Apply
     prepare: Prepare
     training_split: TrainingSplit
@@ -408,7 +413,7 @@ def make_algorithm(
     start = trained.changes(apply_start or partial(_apply_start, hparams=hparams))
     finish = trained.changes(apply_end)
     whole = None if end_task is None else trained.changes(end_task)
-    start_plan, end_plan = _checked_start(plan_start), _checked_end(plan_end)
+    start_plan, end_plan = _checked_start(plan_start), _checked_end(plan_end, objective)
     if objective is not None:
         check(objective)
 
@@ -431,7 +436,7 @@ def make_algorithm(
             ts, state, start_plan(state, task, num_steps)
         ),
         train_step=_checked_step(trained.changes(train_step), objective),
-        end_task=_checked_whole_end(whole) if whole else _end_in_parts(end_plan, finish),
+        end_task=_checked_whole_end(whole, objective) if whole else _end_in_parts(end_plan, finish),
         predict=trained.reads(predict or partial(_predict, objective=objective)),
         hparams=hparams,
         planner=lambda spec, state: resumed(new_planner(spec), state.position),
@@ -450,13 +455,14 @@ def make_algorithm(
 # -- checks
 
 
-def _checked_step(step: Step, objective: Objective | None) -> Step:
+def _checked_step(step: Step, objective: Objective | None) -> AnyStep:
     """Return a training step whose loss is nan if a task index or a label of the batch is invalid.
 
     The step also records that its task was not started, and the position of the planner.
     """
 
-    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
+    def train_step(ts: TrainState, state: State, batch: AnyBatch) -> tuple[TrainState, State, StepOutputs]:
+        batch = to_batch(batch, state, objective)
         check_batch(batch, state.stream)
         started = jnp.all((batch.t >= 0) & (batch.t <= state.stream.task))
         ts, after, outputs = step(ts, state, batch)
@@ -489,28 +495,63 @@ def _checked_start(plan: PlanStart) -> Callable[..., Any]:
     return plan_start
 
 
-def _checked_end(plan: PlanEnd) -> PlanEnd:
-    def plan_end(state: State, batches: Iterable[Batch]) -> Any:
+def _checked_end(plan: PlanEnd, objective: Objective | None) -> Callable[[State, Iterable[AnyBatch]], Any]:
+    def plan_end(state: State, batches: Iterable[AnyBatch]) -> Any:
         _check_boundary(state, least=0)
-        return plan(state, _samples(batches))
+        return plan(state, _samples(batches, state, objective))
 
     return plan_end
 
 
-def _checked_whole_end(end: EndTask) -> EndTask:
-    def end_task(ts: TrainState, state: State, batches: Iterable[Batch]) -> tuple[TrainState, State]:
+def _checked_whole_end(end: EndTask, objective: Objective | None) -> Callable[..., Any]:
+    def end_task(ts: TrainState, state: State, batches: Iterable[AnyBatch]) -> tuple[TrainState, State]:
         _check_boundary(state, least=0)
-        return end(ts, state, _samples(batches))
+        return end(ts, state, _samples(batches, state, objective))
 
     return end_task
 
 
-def _samples(batches: Iterable[Batch]) -> Iterator[Batch]:
+def _samples(batches: Iterable[AnyBatch], state: State, objective: Objective | None) -> Iterator[Batch]:
     """Yield the batches without their plans, which are those of training steps."""
-    return (batch._replace(plan=()) for batch in given(batches))
+    single = isinstance(batches, Batch | Mapping)
+    converted: Any = batches if single else (to_batch(batch, state, objective) for batch in batches)
+    return (batch._replace(plan=()) for batch in given(converted))
 
 
-def _end_in_parts(plan: PlanEnd, finish: Apply) -> EndTask:
+def to_batch(batch: AnyBatch, state: State, objective: Objective | None = None) -> Batch:
+    """Return a batch that may be a dict, as collators yield it.
+
+    Args:
+        batch: A `Batch`, or a dict. `batch[target]` are the targets, with the key `target` of the objective;
+            `batch["t"]` the task indices, by default the current task; `batch["plan"]` the plan of the step.
+            The rest are the inputs.
+        state: The state of the algorithm.
+        objective: What the network is trained on; None for one with the key `labels`.
+
+    Raises:
+        ValueError: The dict has no targets.
+
+    Example:
+        >>> state = State(StreamState(jnp.int32(1), None, 1.0, 0.0, None, (), augmented=None, blank=()), ())
+        >>> batch = to_batch({"tokens": jnp.zeros((2, 5), int), "labels": jnp.array([0, 1])}, state)
+        >>> list(batch.x), batch.t.tolist()
+        (['tokens'], [1, 1])
+    """
+    if not isinstance(batch, Mapping):
+        return batch
+    target = "labels" if objective is None else objective.target
+    if target not in batch:
+        raise ValueError(
+            f"a batch that is a dict must have the target {target!r} of the objective, got the keys "
+            f"{', '.join(map(repr, batch))}; give an objective with target='...'"
+        )
+    y = batch[target]
+    t = batch["t"] if "t" in batch else jnp.full(len(leaves(y)[0]), state.stream.task)
+    x = {name: value for name, value in batch.items() if name not in (target, "t", "plan")}
+    return Batch(x, y, t, batch.get("plan", ()))
+
+
+def _end_in_parts(plan: PlanEnd, finish: Apply) -> Callable[..., Any]:
     return lambda ts, state, batches: finish(ts, state, plan(state, batches))
 
 
@@ -907,10 +948,10 @@ def check_no_batch_stats(ts: TrainState, name: str, reason: str) -> None:
         >>> ts = TrainState.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=optax.sgd(0.1))
         >>> check_no_batch_stats(ts, "si", "the path integral does not follow them")
     """
-    found = ["batch normalisation" if key == "batch_stats" else key for key in collections(ts)]
-    if found:
+    others = ["batch normalisation" if key == "batch_stats" else key for key in collections(ts)]
+    if others:
         raise ValueError(
-            f"{name} cannot train a network with {', '.join(found)}: {reason}; use group normalisation "
+            f"{name} cannot train a network with {', '.join(others)}: {reason}; use group normalisation "
             "(backbone.norm=group) or another method"
         )
 
@@ -1268,6 +1309,34 @@ def feature_width(ts: TrainState, spec: StreamSpec, name: str) -> int:
     if "head" not in ts.params:
         raise ValueError(f"{name} needs a last layer called head, got the layers {', '.join(ts.params)}")
     return int(features.shape[-1])
+
+
+def check_head(ts: TrainState, spec: StreamSpec, objective: Objective | None, name: str) -> None:
+    """Check that an objective takes what the last layer of a network returns.
+
+    Args:
+        ts: The train state.
+        spec: The specification of the benchmark.
+        objective: The objective; None for the built-in one that fits the targets.
+        name: The name of the method, which calls `features` and then `head`.
+
+    Raises:
+        ValueError: The objective does not take it.
+    """
+    objective = objective or build_objective(ObjectiveHParams(), spec)
+    x, y = blank_input(spec, jax.tree.leaves(ts.params)[0].dtype), _zeros(spec.y)
+    call = partial(as_called(ts.apply_fn, x), {"params": ts.params, **collections(ts)})
+    features = jax.eval_shape(lambda: called(partial(call, train=False, method="features"), x))
+    outputs = jax.eval_shape(partial(call, method=apply_head), features)
+    batch = Batch(x, y, jnp.zeros(1, jnp.int32))
+    try:
+        jax.eval_shape(lambda out: objectives.losses_of(objective, lambda _: out, batch), outputs)
+    except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{name} trains on head(features(x)), so the objective must take what head returns, "
+            f"{objectives.outputs_text(outputs)} for B=1: {' '.join(str(error).split())}; return the same "
+            "from head as from the network, or give a loss that takes it"
+        ) from error
 
 
 def apply_head(module: nn.Module, features: jax.Array) -> jax.Array:

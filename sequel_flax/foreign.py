@@ -58,7 +58,8 @@ def adapted(model: Any, x: Any = ()) -> Any:
     Collections of linen and variables of NNX (caches, counters, user-defined classes) are a part of the train
     state. Calls in training mode change them, calls in evaluation mode only read them. A collection of NNX
     variables has the name of their class, for example `Cache`. Random streams of NNX are seeded again in each
-    step, from the seed of the run. A draw from a memory that is not full has padding, which only the
+    step, from the seed of the run. A parameter keeps its value if a call changes it, as `nnx.SpectralNorm`
+    does; linen's does not. A draw from a memory that is not full has padding, which only the
     statistics of batch normalisation leave out.
 
     Args:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sequel_core.objectives import ObjectiveHParams, Score
+from sequel_core.objectives import SCORES, ObjectiveHParams, Score
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 
@@ -220,7 +220,7 @@ def cross_entropy(
     return from_outputs(
         loss,
         nll,
-        score=Score(),
+        score=SCORES["cross_entropy"],
         values=lambda outputs, y: (output_leaf(outputs).argmax(-1) == y).astype(jnp.float32),
         weight=(lambda batch: jnp.asarray(weights)[batch.y]) if by_weight else None,
         mean=mean if weights is None and not smoothing else None,
@@ -254,7 +254,7 @@ def binary_cross_entropy() -> Objective:
         logits = output_leaf(outputs)
         return u.reshape(logits.shape) < jax.nn.sigmoid(logits)
 
-    return from_outputs(loss, loss, score=Score("label accuracy"), values=values, sample=sample)
+    return from_outputs(loss, loss, score=SCORES["binary_cross_entropy"], values=values, sample=sample)
 
 
 def squared_error() -> Objective:
@@ -288,7 +288,7 @@ def squared_error() -> Objective:
         unit = jnp.eye(f.shape[1], dtype=f.dtype)[:, None]
         return f[None] - unit, jnp.ones((f.shape[1], f.shape[0]), f.dtype)  # the gradients are those of f_d
 
-    score = Score("squared error", higher_is_better=False, fraction=False)
+    score = SCORES["squared_error"]
     return from_outputs(loss, loss, score=score, values=values, sample=sample, outcomes=outcomes)
 
 
@@ -345,7 +345,7 @@ def token_cross_entropy(
     return from_outputs(
         loss,
         summed,
-        score=Score("token accuracy"),
+        score=SCORES["token_cross_entropy"],
         values=values,
         weight=num_tokens if by_token else None,
         sample=sample,

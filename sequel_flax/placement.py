@@ -15,9 +15,8 @@ import numpy as np
 from flax.training.train_state import TrainState
 
 from sequel_core.stream.augmentation import AugmentedPlan, method_plan
-from sequel_core.stream.task import Batch
 from sequel_flax.boundaries import is_traced
-from sequel_flax.bundle import Algorithm, State, Step, StepOutputs
+from sequel_flax.bundle import Algorithm, AnyBatch, AnyStep, State, StepOutputs, to_batch
 
 if TYPE_CHECKING:
     from sequel_flax.replay import Memory
@@ -46,9 +45,10 @@ def placed(algorithm: Algorithm) -> Algorithm:
     """
     if not keeps_on_host(algorithm):
         return algorithm
-    step: Step = jax.jit(algorithm.train_step)
+    step: AnyStep = jax.jit(algorithm.train_step)
 
-    def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
+    def train_step(ts: TrainState, state: State, batch: AnyBatch) -> tuple[TrainState, State, StepOutputs]:
+        batch = to_batch(batch, state, algorithm.objective)
         memory, plan = memory_of(state), method_plan(batch)
         if is_traced(memory.t):
             raise ValueError(

@@ -84,9 +84,7 @@ def check_network(net: nn.Module, spec: StreamSpec | None, objective: Objective)
                 f"the network must return logits [B, {spec.num_classes}] for {shape}, got "
                 f"{returned} for B=1; set num_classes={spec.num_classes}"
             )
-    y = tree_map(lambda leaf: torch.zeros((1, *leaf.shape), dtype=getattr(torch, leaf.dtype)), spec.y)
-    like = next(net.parameters())
-    sample = Batch(x, tree_map(lambda a: a.to(like.device), y), like.new_zeros(1, dtype=torch.int64))
+    sample = blank_sample(x, spec, next(net.parameters()))
     try:
         with evaluating(net), torch.no_grad():
             sample_losses(objective, given(outputs, x, lambda inputs: call_network(net, inputs)), sample)
@@ -95,6 +93,43 @@ def check_network(net: nn.Module, spec: StreamSpec | None, objective: Objective)
             f"the objective must take what the network returns, {outputs_text(outputs)} for B=1, and targets "
             f"{specs_text(spec.y)}: {' '.join(str(error).split())}"
         ) from error
+
+
+def blank_sample(x: Any, spec: StreamSpec, like: Tensor) -> Batch:
+    """Return a sample with these inputs and targets of zeros, on the device of a weight."""
+
+    def blank(leaf: LeafSpec) -> Tensor:
+        return torch.zeros((1, *leaf.shape), dtype=getattr(torch, leaf.dtype), device=like.device)
+
+    return Batch(x, tree_map(blank, spec.y), like.new_zeros(1, dtype=torch.int64))
+
+
+def check_head(net: Any, spec: StreamSpec | None, objective: Objective, name: str) -> None:
+    """Check that an objective takes what the last layer of a network returns.
+
+    Args:
+        net: the network.
+        spec: of the stream; without one nothing is checked.
+        objective: of the network.
+        name: of the method, which calls `features` and then `head`.
+
+    Raises:
+        ValueError: the objective does not take it.
+    """
+    if spec is None:
+        return
+    like = next(net.parameters())
+    x = blank_input(spec, like)
+    with evaluating(net), torch.no_grad():
+        outputs = apply_head(net, call_network(net.features, x))
+        try:
+            sample_losses(objective, lambda _: outputs, blank_sample(x, spec, like))
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{name} trains on head(features(x)), so the objective must take what head returns, "
+                f"{outputs_text(outputs)} for B=1: {' '.join(str(error).split())}; return the same from head "
+                "as from the network, or give a loss that takes it"
+            ) from error
 
 
 def check_features(net: nn.Module, name: str) -> None:

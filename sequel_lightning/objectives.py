@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
 
-from sequel_core.objectives import ObjectiveHParams, Score
+from sequel_core.objectives import SCORES, ObjectiveHParams, Score
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 
@@ -332,7 +332,7 @@ def cross_entropy(
     return from_outputs(
         loss,
         nll,
-        score=Score(),
+        score=SCORES["cross_entropy"],
         values=lambda outputs, y: (output_leaf(outputs).argmax(-1) == y).float(),
         weight=class_weight if by_weight else None,
         mean=mean if weights is None and not smoothing else None,
@@ -365,7 +365,7 @@ def binary_cross_entropy() -> Objective:
         logits = output_leaf(outputs)
         return u.reshape(logits.shape) < logits.sigmoid()
 
-    return from_outputs(loss, loss, score=Score("label accuracy"), values=values, sample=sample)
+    return from_outputs(loss, loss, score=SCORES["binary_cross_entropy"], values=values, sample=sample)
 
 
 def squared_error() -> Objective:
@@ -400,7 +400,7 @@ def squared_error() -> Objective:
         unit = torch.eye(f.shape[1], dtype=f.dtype, device=f.device)[:, None]
         return f[None] - unit, f.new_ones(f.shape[1], f.shape[0])  # the gradients are those of f_d
 
-    score = Score("squared error", higher_is_better=False, fraction=False)
+    score = SCORES["squared_error"]
     return from_outputs(loss, loss, score=score, values=values, sample=sample, outcomes=outcomes)
 
 
@@ -457,7 +457,7 @@ def token_cross_entropy(
     return from_outputs(
         loss,
         summed,
-        score=Score("token accuracy"),
+        score=SCORES["token_cross_entropy"],
         values=values,
         weight=num_tokens if by_token else None,
         sample=sample,

@@ -30,7 +30,12 @@ class AGEMHParams(ReplayHParams):
         "which samples are kept: `ring`, the latest of each class of each task; `task_quota`, a uniform "
         "sample of each task; `class_quota`, a uniform sample of each class of each task",
     )
-    mem_size: int = setting(1000, "number of samples in the memory; 0 for naive finetuning", ge=0)
+    mem_size: int = setting(
+        1000,
+        "number of samples in the memory; 0 for naive finetuning. It must be a multiple of the number of "
+        "parts; of the default, the largest multiple is used",
+        ge=0,
+    )
     mem_batch_size: int = setting(
         256, "number of samples of past tasks in the batch of the reference gradient", ge=1
     )

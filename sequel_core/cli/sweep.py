@@ -11,10 +11,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from sequel_core.experiment.build import build_benchmark
+from sequel_core.experiment.build import build_benchmark, score_of
 from sequel_core.experiment.compose import compose
 from sequel_core.experiment.overrides import MAX_RUNS, one_line, value_texts
 from sequel_core.experiment.schema import ExperimentConfig
+from sequel_core.objectives import Score
+from sequel_core.stream.benchmark import StreamSpec
 
 
 class Combination(NamedTuple):
@@ -74,21 +76,26 @@ def key_of(override: str) -> str:
     return override.lstrip("+").partition("=")[0]
 
 
-def check_streams(experiments: Mapping[str, ExperimentConfig]) -> None:
+def check_streams(experiments: Mapping[str, ExperimentConfig]) -> list[Score]:
     """Build every stream once, so that errors are raised before the first run starts.
 
     Args:
         experiments: configurations by name; the name is used in errors.
 
+    Returns:
+        The score of each experiment.
+
     Raises:
         ValueError: the error of `build_benchmark`, with the name of the experiment.
     """
-    checked: set[str] = set()
+    specs: dict[str, StreamSpec] = {}
+    scores = []
     for name, config in experiments.items():
         fingerprint = repr((config.benchmark, config.training, config.evaluate_on, config.algo))
-        if fingerprint not in checked:
-            try:
-                build_benchmark(config)
-            except ValueError as error:
-                raise ValueError(f"{error} (in the run {name})") from error
-            checked.add(fingerprint)
+        try:
+            if fingerprint not in specs:
+                specs[fingerprint] = build_benchmark(config).spec
+            scores.append(score_of(config, specs[fingerprint]))
+        except ValueError as error:
+            raise ValueError(f"{error} (in the run {name})") from error
+    return scores

@@ -32,13 +32,14 @@ from sequel_core.experiment.schema import (
 )
 from sequel_core.experiment.target import TARGET, Target, read
 from sequel_core.hparams import TrainingHParams
+from sequel_core.objectives import ACCURACY, SCORES, Score
 from sequel_core.runs import learner
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.files import plain
 from sequel_core.runs.learner import Mode
 from sequel_core.runs.services import MASK
 from sequel_core.settings import Settings, check_name, nearest, setting
-from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.benchmark import Benchmark, StreamSpec
 from sequel_core.stream.plan import check_batch_size
 from sequel_core.stream.trees import LeafSpec, specs_text
 
@@ -340,6 +341,18 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
             "set benchmark.validation, for example to 0.1"
         )
     return benchmark
+
+
+def score_of(config: ExperimentConfig, spec: StreamSpec) -> Score:
+    """Return the score that an experiment measures on a stream.
+
+    Raises:
+        ValueError: the objective does not fit the stream, or user code raises it.
+    """
+    if "objective" in config.user_code:
+        score: Score = getattr(config.user_code["objective"].make(), "score", ACCURACY)
+        return score
+    return SCORES[config.objective.resolved(spec).type]
 
 
 def _check_inputs(backbone: BackboneHParams, benchmark: Benchmark) -> None:

@@ -152,8 +152,8 @@ def compare(
         tests of the average score, paired by seed.
 
     Raises:
-        ValueError: an argument cannot be used; nothing was run and no directory was made. Or the runs of
-            configurations have different scores, which is found after the first two that differ.
+        ValueError: an argument cannot be used, or the runs have different scores; nothing was run and no
+            directory was made.
         InterruptedRunError: a signal was received.
 
     Example:
@@ -180,7 +180,6 @@ def compare(
     done: list[Run] = []
     for trial in trials:
         done.append(_run_trial(trial, directory, say))
-        common_score(item.result.score for item in done if item.result)
     recorded = [item.directory for item in done if (item.directory / CONFIG).is_file()]
     report = directory / REPORT if recorded else None
     comparison = Comparison(directory, tuple(done), _rows(done), _differences(done), _tests(done), report)
@@ -267,13 +266,12 @@ def _trials(
                     )
                 learners[experiment] = experiment.score
     _check_names([trial.name for trial in trials])
-    common_score(learners.values())
     if configs and (settings or benchmark is not None):
         name = "benchmark" if benchmark is not None else next(iter(settings))
         raise ValueError(f"{name} is for learners, a configuration has its own; drop it")
-    check_streams(configs)
     for config in configs.values():
         learner.plugin(config.mode)
+    common_score([*learners.values(), *check_streams(configs)])
     return trials
 
 

@@ -80,15 +80,16 @@ class Parts:
     Args:
         table: part of each task and class, int `[T, num_classes]`; -1 if the task does not have the class.
         quota: slots of a part, >= 1.
+        size: slots of the memory; those after the parts stay empty.
         ring: keep the latest samples of a part; False for reservoir sampling.
         past_only: do not read samples of the current task, which is the task of a batch's first sample.
     """
 
-    def __init__(self, table: IntArray, quota: int, ring: bool, past_only: bool) -> None:
+    def __init__(self, table: IntArray, quota: int, size: int, ring: bool, past_only: bool) -> None:
         self._table = table.tolist()
         parts = int(table.max()) + 1
         self._quota, self._ring, self._past_only = quota, ring, past_only
-        self._size = parts * quota
+        self._size = size
         self._seen = [0] * parts
         self.state = np.zeros(parts, np.int32)  # samples seen of each part
         self._task = [int(np.argwhere(table == part)[0, 0]) for part in range(parts)]
@@ -345,7 +346,7 @@ def policy(hparams: MemoryHParams, spec: StreamSpec, past_only: bool) -> Policy:
         table[groups] = np.arange(groups.sum())
     quota = size // hparams.parts(spec)
     ring = hparams.memory == "ring"
-    return Parts(table, quota, ring, past_only or not ring)
+    return Parts(table, quota, size, ring, past_only or not ring)
 
 
 def distinct(u: Sequence[float], population: int) -> list[int]:

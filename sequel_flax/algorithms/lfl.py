@@ -29,6 +29,7 @@ from sequel_flax.bundle import (
     State,
     Stats,
     StepOutputs,
+    check_head,
     feature_width,
     frozen_network,
     head_logits,
@@ -95,7 +96,8 @@ def lfl(
         objective: what the network is trained and scored on; None for the one that fits the targets.
 
     Raises:
-        ValueError: in `init`, if the network has no method `features` or no last layer `head`.
+        ValueError: in `init`, if the network has no method `features` or no last layer `head`, or if the
+            objective does not take what `head` returns.
 
     Example:
         >>> import optax
@@ -120,6 +122,7 @@ def lfl(
 
     def init_memory(ts: TrainState, spec: StreamSpec) -> LFLState:
         feature_width(ts, spec, "lfl")
+        check_head(ts, spec, objective, "lfl")
         return LFLState(*frozen_network(ts), jnp.zeros((), jax.tree.leaves(ts.params)[0].dtype))
 
     def loss(ts: TrainState, params: Params, state: State, batch: Batch) -> tuple[jax.Array, Any]:

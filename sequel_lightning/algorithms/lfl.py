@@ -24,7 +24,14 @@ from torch.optim import Optimizer
 from sequel_core.algorithms.lfl import LFLHParams
 from sequel_core.stream.task import Batch
 from sequel_lightning.module import ContinualModule
-from sequel_lightning.networks import apply_head, call_network, check_features, evaluating, frozen_network
+from sequel_lightning.networks import (
+    apply_head,
+    call_network,
+    check_features,
+    check_head,
+    evaluating,
+    frozen_network,
+)
 from sequel_lightning.trees import Params
 
 
@@ -70,7 +77,8 @@ class LFL(ContinualModule):
     """Less-forgetting learning; see `help(LFLHParams)` for its settings.
 
     Raises:
-        ValueError: the network has no method `features` or no last layer `head`.
+        ValueError: the network has no method `features` or no last layer `head`, or the objective does not
+            take what `head` returns.
 
     Example:
         >>> import torch
@@ -97,6 +105,7 @@ class LFL(ContinualModule):
     def init_memory(self) -> None:
         """Start with a copy of the network; no task has been learned."""
         super().init_memory()
+        check_head(self.net, self.spec, self.objective, "lfl")
         self.old: Any = copy.deepcopy(self.net).requires_grad_(False)
         like = next(self.net.parameters())
         self.register_buffer("learned", torch.zeros((), dtype=like.dtype, device=like.device))

@@ -24,7 +24,7 @@ from sequel_core.stream.images import Normalisation
 from sequel_core.stream.task import Samples
 from sequel_flax.backbones import BACKBONES, MLP
 from sequel_flax.build import make_learner
-from sequel_flax.bundle import batch_stats
+from sequel_flax.bundle import collections
 from sequel_flax.learner import FlaxLearner
 from sequel_flax.optimizers import build_optimizer
 from sequel_flax.writers import WRITERS as LOGGERS
@@ -102,7 +102,7 @@ def hand_written(
     """Return the step of the learner's method, the parameters and what is kept at first."""
     network = Network(learner.model, normalisation)
     step, kept = LOOPS[learner.hparams.name](network, learner.ts.params, vars(learner.hparams), stored)
-    return step, learner.ts.params, {"stats": batch_stats(learner.ts), **kept}
+    return step, learner.ts.params, {"stats": collections(learner.ts).get("batch_stats", {}), **kept}
 
 
 class Network:
