@@ -1,5 +1,5 @@
 import math
-from dataclasses import FrozenInstanceError, dataclass, fields
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,14 @@ from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.lfl import LFLHParams
 from sequel_core.algorithms.mas import MASHParams
+from sequel_core.algorithms.mcsgd import MCSGDHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
-from sequel_core.hparams import MemoryPolicy, OptimizerHParams, ReplayHParams, TrainingHParams
+from sequel_core.hparams import MemoryHParams, MemoryPolicy, OptimizerHParams, ReplayHParams, TrainingHParams
 from sequel_core.settings import Settings, allowed, setting
 from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.memory import MemoryPlanner
 from sequel_core.stream.trees import LeafSpec
 
 SPEC = StreamSpec(  # three tasks with five classes of theirs
@@ -258,6 +260,21 @@ def test_a_memory_that_does_not_fit_is_refused(hparams: ReplayHParams, message: 
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is compared below
         hparams.check(SPEC, TrainingHParams(batch_size=16))
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(("hparams", "quota"), [(AGEMHParams(), 111), (MCSGDHParams(), 66)])
+def test_the_default_size_is_rounded_down(hparams: MemoryHParams, quota: int) -> None:
+    """1000 slots of 9 equal parts, and 200 of 3: those after the parts stay empty."""
+    spec = StreamSpec(LeafSpec((3,)), 3, 3, "domain", np.ones((3, 3), bool))
+    hparams.check(spec, TrainingHParams(batch_size=16))
+    planner = MemoryPlanner(hparams, spec, seed=0)
+    written = [
+        planner.next(np.full((300, 4), y), np.full((300, 4), t)).write for t in range(3) for y in range(3)
+    ]
+    parts = hparams.parts(spec)
+    assert {*np.concatenate(written).ravel().tolist()} - {hparams.mem_size} == {*range(parts * quota)}
+    with pytest.raises(ValueError, match=rf"mem_size must divide into the {parts} equal parts"):
+        replace(hparams, mem_size=parts * quota + 2).check(spec, TrainingHParams(batch_size=16))
 
 
 def test_epochs_are_one_number_or_one_per_task() -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from sequel_benchmarks import from_arrays
 from sequel_core import NaiveHParams, Score, compare, load_result, run
 from sequel_core.cli.ranking import Job, rank
+from sequel_core.experiment.compose import compose
 from sequel_core.objectives import ObjectiveHParams
 from sequel_core.report import write_report
 from sequel_core.report.figures import heat_map
@@ -225,6 +226,19 @@ def test_compare_tables(tmp_path: Path) -> None:
     assert "%" not in printed.replace("95 %", "")
     for numbers in (("3.5", "1.75", "2.333"), ("7", "3.5", "4.667")):
         assert any(all(f" {n} " in line.replace("│", " ") for n in numbers) for line in printed.splitlines())
+
+
+def test_different_scores_of_configurations_raise_before_a_run(tmp_path: Path) -> None:
+    message = r"one score .*got accuracy \(higher is better\) and squared error \(lower is better\)"
+    with pytest.raises(ValueError, match=message):
+        compare(["benchmark=wine,diabetes", "mode=pytorch"], run_dir=tmp_path / "all", progress=False)
+    configs = [
+        compose(["mode=pytorch", "benchmark=wine", *layers]).config
+        for layers in ([], ["objective._target_=sequel_lightning.squared_error"])
+    ]
+    with pytest.raises(ValueError, match=message):
+        compare({"a": configs[0], "b": configs[1]}, run_dir=tmp_path / "all", progress=False)
+    assert not (tmp_path / "all").exists()
 
 
 def test_different_scores_are_not_compared(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ from sequel_flax import (
 )
 from sequel_flax.algorithms.ewc import diagonal_fisher
 from sequel_flax.bundle import Model
+from sequel_flax.objectives import output_leaf
 from tests.flax.parts import SILENT, flat, settings, sgd
 
 N, D, SIZE = 24, 6, 8
@@ -214,6 +215,70 @@ def test_empty_slots_do_not_reach_the_network(name: str) -> None:
         hparams, stream(lambda rng: np.arange(N) % 4, 4, masked_inputs, (0, 1, 2, 3)), MaskedMean()
     )
     assert all(np.isfinite(a).all() for a in made.weights().values())
+
+
+def test_steps_take_dicts() -> None:
+    """A dict with the key of the targets is the same batch; the samples are of the current task."""
+    hparams = next(hparams for hparams in EVERY if hparams.name == "derpp")
+    made = make_learner(hparams, Mixed(), sgd(), MIXED)
+    step, ends = jax.jit(made.algorithm.train_step), []
+    for as_dict in (False, True):
+        ts, state = made.algorithm.start_task(made.ts, made.state, MIXED.tasks[0])
+        planner = made.algorithm.planner(MIXED.spec, state)
+        for k in range(2):
+            x, y, t = MIXED.tasks[0].train.take(np.arange(k * SIZE, (k + 1) * SIZE))
+            plan = planner.next(y, t)
+            batch = {**x, "labels": y, "plan": plan} if as_dict else Batch(x, y, t, plan)
+            ts, state, _ = step(ts, state, batch)
+        ts, state = made.algorithm.end_task(ts, state, [batch])
+        ends.append(flat(ts.params))
+    for name, array in ends[0].items():
+        np.testing.assert_array_equal(ends[1][name], array)
+    with pytest.raises(
+        ValueError, match=r"must have the target 'labels' .* got the keys 'age', 'words'; give"
+    ):
+        step(ts, state, x)
+    with pytest.raises(ValueError, match="got a single Batch; give"):
+        made.algorithm.end_task(ts, state, {**x, "labels": y})
+
+
+def test_the_key_of_the_targets_is_that_of_the_objective() -> None:
+    objective = cross_entropy()._replace(target="answers")
+    made = make_learner(NaiveHParams(), Mixed(), sgd(), MIXED, objective=objective)
+    ts, state = made.algorithm.start_task(made.ts, made.state, MIXED.tasks[0])
+    x, y, t = MIXED.tasks[0].train.take(np.arange(SIZE))
+    _, _, expected = made.algorithm.train_step(ts, state, Batch(x, y, t))
+    _, _, outputs = made.algorithm.train_step(ts, state, {**x, "answers": y, "t": t})
+    assert outputs["loss"] == expected["loss"]
+    with pytest.raises(ValueError, match="must have the target 'answers'"):
+        made.algorithm.train_step(ts, state, {**x, "labels": y})
+
+
+@pytest.mark.parametrize("hparams", [ICaRLHParams(mem_size=20), KCLHParams(task_given=True)])
+def test_methods_that_keep_one_array_name_the_keys(hparams: AlgorithmHParams) -> None:
+    with pytest.raises(ValueError, match=f"{hparams.name} needs inputs that are one array, .* words, age"):
+        make_learner(hparams, Mixed(), sgd(), MIXED)
+
+
+class Named(nn.Module):
+    """A network that returns a dict, while its last layer returns an array."""
+
+    def setup(self) -> None:
+        self.stem, self.head = nn.Dense(5), nn.Dense(3)
+
+    def features(self, x: jax.Array, train: bool = False) -> jax.Array:
+        return nn.tanh(self.stem(x))
+
+    def __call__(self, x: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+        return {"values": self.head(self.features(x, train))}
+
+
+def test_lfl_needs_an_objective_of_what_the_head_returns() -> None:
+    of_dicts = from_outputs(lambda outputs, y: jnp.abs(outputs["values"] - y).sum(1))
+    with pytest.raises(ValueError, match=r"must take what head returns, \[1, 3\] for B=1: .*return the same"):
+        make_learner(LFLHParams(), Named(), sgd(), VALUES, objective=of_dicts)
+    of_arrays = from_outputs(lambda outputs, y: jnp.abs(output_leaf(outputs) - y).sum(1))
+    trained(LFLHParams(), VALUES, Named(), objective=of_arrays)
 
 
 def test_partly_trained_networks_take_dicts() -> None:

@@ -92,7 +92,8 @@ def cross_entropy(logits: jax.Array, y: Any) -> jax.Array:
 
 
 def assert_close(a: Any, b: Any) -> None:
-    assert jax.tree.flatten(a)[1] == jax.tree.flatten(b)[1]
+    structures: list[Any] = [jax.tree.structure(tree) for tree in (a, b)]
+    assert structures[0] == structures[1]
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6)
 

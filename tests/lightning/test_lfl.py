@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sequel_core.algorithms.lfl import LFLHParams
 from sequel_lightning import MLP, algorithms
+from sequel_lightning.objectives import from_outputs, output_leaf
 from sequel_lightning.optimizers import OptimizerFactory
 from tests.lightning.parts import (
     CLASSES,
@@ -26,6 +27,7 @@ from tests.lightning.parts import (
     stream,
     trainer,
 )
+from tests.tables import table
 
 DECAYING = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
 ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
@@ -148,3 +150,26 @@ def test_a_network_without_features_or_head_raises(net: nn.Module, message: str)
     says = rf"lfl needs a network with {message}net.head\(net.features\(x\)\); \w+ has no {missing}"
     with pytest.raises(ValueError, match=says):
         lfl(net)
+
+
+class Named(nn.Module):
+    """A network that returns a dict, while its last layer returns a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(12, 5), nn.Linear(5, 4)
+
+    def features(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.stem(x))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"values": self.head(self.features(x))}
+
+
+def test_the_objective_must_take_what_the_head_returns() -> None:
+    spec = table("values").spec
+    of_dicts = from_outputs(lambda outputs, y: (outputs["values"] - y).abs().sum(1))
+    with pytest.raises(ValueError, match=r"must take what head returns, \[1, 4\] for B=1: .*return the same"):
+        algorithms.LFL(Named(), MOMENTUM, LFLHParams(), spec, objective=of_dicts)
+    of_tensors = from_outputs(lambda outputs, y: (output_leaf(outputs) - y).abs().sum(1))
+    algorithms.LFL(Named(), MOMENTUM, LFLHParams(), spec, objective=of_tensors)
