@@ -19,10 +19,10 @@ from sequel_core.algorithms.mcsgd import MCSGDHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.task import Batch, Task
+from sequel_core.testing.streams import FEATURES, OUTPUTS, table
 from sequel_flax import BatchStatsTrainState, FlaxLearner, adapted, make_learner, naive
 from sequel_flax.foreign import write_back
 from tests.flax.parts import SILENT, batches, settings
-from tests.tables import FEATURES, OUTPUTS, table
 
 RATE = 0.1
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.testing.streams import table
 from sequel_lightning import MLP, algorithms
 from sequel_lightning.objectives import from_outputs, output_leaf
 from sequel_lightning.optimizers import OptimizerFactory
@@ -27,7 +28,6 @@ from tests.lightning.parts import (
     stream,
     trainer,
 )
-from tests.tables import table
 
 DECAYING = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
 ADAMW = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
