@@ -24,6 +24,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 from flax.training.train_state import TrainState
 
@@ -401,7 +402,8 @@ def make_algorithm(
         The algorithm.
 
     Raises:
-        ValueError: The method cannot use the objective.
+        ValueError: The method cannot use the objective. Or, in `init`, the optimizer is `optax.MultiSteps`
+            and the objective has weights.
 
     Example:
         >>> from sequel_core.algorithms.naive import NaiveHParams
@@ -424,6 +426,7 @@ def make_algorithm(
         part = trained.part(ts)
         stream = init_stream(part, spec, hparams, seed)
         check(objective_of(objective, stream))
+        _check_accumulation(ts.opt_state, objective_of(objective, stream))
         position = new_planner(spec).position
         return State(stream, init_memory(part, spec), None if position is None else jnp.asarray(position))
 
@@ -553,6 +556,21 @@ def to_batch(batch: AnyBatch, state: State, objective: Objective | None = None) 
 
 def _end_in_parts(plan: PlanEnd, finish: Apply) -> Callable[..., Any]:
     return lambda ts, state, batches: finish(ts, state, plan(state, batches))
+
+
+def _check_accumulation(opt_state: Any, objective: Objective) -> None:
+    """Raise ValueError if an optimizer averages the gradients of batches whose losses have weights."""
+
+    def accumulates(part: Any) -> bool:
+        return isinstance(part, optax.MultiStepsState)
+
+    parts = jax.tree.leaves(opt_state, is_leaf=accumulates)
+    if objective.weight is not None and any(map(accumulates, parts)):
+        raise ValueError(
+            "optax.MultiSteps gives each batch the same weight, but the mean loss of this objective is over "
+            "tokens or class weights, of which batches have different numbers; use larger batches without "
+            "MultiSteps, or an objective with reduce=samples"
+        )
 
 
 def _check_boundary(state: State, least: int) -> None:

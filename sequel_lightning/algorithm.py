@@ -22,6 +22,7 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.planner import NoPlanner
 from sequel_core.stream.task import AnySplit, Batch
 from sequel_lightning._compat import attached_trainer
+from sequel_lightning.accumulation import Accumulation
 from sequel_lightning.augmentation import cropped
 from sequel_lightning.batches import to_batch
 from sequel_lightning.consolidation import IDLE
@@ -35,6 +36,7 @@ from sequel_lightning.objectives import (
     mean_of_batch,
     output_leaf,
     outputs_text,
+    weight_of,
 )
 from sequel_lightning.optimizers import OptimizerFactory, check_factory
 from sequel_lightning.preprocessing import Preprocessing
@@ -125,6 +127,7 @@ class Algorithm(pl.LightningModule):
         self.running_metrics = RunningMetrics(self.objective)
         self.reporting = Reporting(self, self.objective)
         self.lifecycle = TaskLifecycle(self)
+        self.accumulation = Accumulation()
         self._trained_params: Params = {}  # `params()` during a fit, as listing them is slow in deep networks
         self.init_memory()
         self.planner = NoPlanner() if spec is None else augmenting(self.make_planner(spec), spec, seed)
@@ -167,6 +170,10 @@ class Algorithm(pl.LightningModule):
         batch = self.trained_on(batch)
         outputs = self.forward(batch.x, batch.t)
         return self.loss(outputs, batch), outputs
+
+    def loss_weight(self, batch: Batch) -> Any:
+        """Return the weight of a batch's training loss in a mean over accumulated batches, shape ()."""
+        return weight_of(self.objective, batch, len(batch.t))
 
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Consolidate the task, from batches of its training samples, each sample once."""

@@ -141,8 +141,18 @@ class ContinualModule(Algorithm, LoadHook):
         if reporting.unchecked:
             reporting.check_first_batch(batch)
         loss, outputs = self.training_loss(batch)
+        if self.objective.weight is not None:
+            self.accumulation.weight = self.loss_weight(batch)
         reporting.add_step(loss.detach(), map_outputs(Tensor.detach, outputs), batch, batch_idx)
         return loss
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        """Start to accumulate gradients for a step."""
+        self.accumulation.total = None
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add the gradient of a batch, with the weight that its loss has in the mean over all batches."""
+        super().backward(self.accumulation.weighted(self, loss), *args, **kwargs)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Pass the step to the observer."""

@@ -13,10 +13,13 @@ Mirror: sequel_flax/algorithms/er.py
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from sequel_core.algorithms.er import ERHParams
+from sequel_core.stream.task import Batch
+from sequel_lightning.objectives import weight_of
 from sequel_lightning.replay import Outputs, ReplayModule, mean_loss
 
 
@@ -46,3 +49,7 @@ class ER(ReplayModule):
     def replay_loss(self, batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
         """Return the training loss, shape ()."""
         return replay_loss(batch, draws)
+
+    def loss_weight(self, batch: Batch) -> Any:
+        """Return the weight of the batch and the draw, shape ()."""
+        return sum(weight_of(self.objective, Batch(*s[:3]), s.count) for s in self.samples)

@@ -274,7 +274,7 @@ def test_the_default_size_is_rounded_down(hparams: MemoryHParams, quota: int) ->
     parts = hparams.parts(spec)
     assert {*np.concatenate(written).ravel().tolist()} - {hparams.mem_size} == {*range(parts * quota)}
     with pytest.raises(ValueError, match=rf"mem_size must divide into the {parts} equal parts"):
-        replace(hparams, mem_size=parts * quota + 2).check(spec, TrainingHParams(batch_size=16))
+        replace(hparams, mem_size=parts * quota - 1).check(spec, TrainingHParams(batch_size=16))
 
 
 def test_epochs_are_one_number_or_one_per_task() -> None:

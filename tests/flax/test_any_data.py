@@ -428,6 +428,18 @@ def test_class_weights_are_normalised_over_batch_and_draw() -> None:
     assert float(outputs["loss"]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_multi_steps_need_means_over_samples() -> None:
+    tx, weighted = (
+        optax.MultiSteps(optax.sgd(0.1), every_k_schedule=2),
+        cross_entropy(class_weights=(1, 2, 3, 4)),
+    )
+    with pytest.raises(
+        ValueError, match=r"optax.MultiSteps gives each batch the same weight.*reduce=samples"
+    ):
+        make_learner(NaiveHParams(), Mixed(), tx, MIXED, objective=weighted)
+    make_learner(NaiveHParams(), Mixed(), tx, MIXED)
+
+
 def test_a_metric_with_state_is_the_score() -> None:
     """The metric is updated with all samples, without padding."""
     objective = cross_entropy()._replace(values=None, metric=clu.metrics.Accuracy.empty)
