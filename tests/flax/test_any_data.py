@@ -239,7 +239,7 @@ def test_steps_take_dicts() -> None:
     ):
         step(ts, state, x)
     with pytest.raises(ValueError, match="got a single Batch; give"):
-        made.algorithm.end_task(ts, state, {**x, "labels": y})
+        made.algorithm.end_task(ts, state, {**x, "labels": y})  # type: ignore[dict-item]
 
 
 def test_the_key_of_the_targets_is_that_of_the_objective() -> None:

@@ -33,7 +33,8 @@ class Tagger(nn.Module):
         self.head = nn.Linear(3, LENGTH * CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x).reshape(len(x), LENGTH, CLASSES)
+        logits: Tensor = self.head(x).reshape(len(x), LENGTH, CLASSES)
+        return logits
 
 
 def samples(tokens: bool) -> TensorDataset:
