@@ -48,6 +48,7 @@ from sequel_flax import (
     squared_error,
 )
 from sequel_flax.algorithms.ewc import diagonal_fisher
+from sequel_flax.boundaries import given
 from sequel_flax.bundle import Model
 from sequel_flax.objectives import output_leaf
 from tests.flax.parts import SILENT, flat, settings, sgd
@@ -239,7 +240,7 @@ def test_steps_take_dicts() -> None:
     ):
         step(ts, state, x)
     with pytest.raises(ValueError, match="got a single Batch; give"):
-        made.algorithm.end_task(ts, state, {**x, "labels": y})  # type: ignore[dict-item]
+        next(given({**x, "labels": y}))  # type: ignore[arg-type]
 
 
 def test_the_key_of_the_targets_is_that_of_the_objective() -> None:
