@@ -240,7 +240,7 @@ def test_steps_take_dicts() -> None:
     ):
         step(ts, state, x)
     with pytest.raises(ValueError, match="got a single Batch; give"):
-        next(given({**x, "labels": y}))  # type: ignore[arg-type]
+        next(given({**x, "labels": y}))  # type: ignore[dict-item]
 
 
 def test_the_key_of_the_targets_is_that_of_the_objective() -> None:
