@@ -42,10 +42,10 @@ MODULE_HOOKS = {
     "on_after_batch_transfer": LIGHTNINGS,
     "on_train_batch_start": LIGHTNINGS,
     "training_step": KNOWN,
-    "on_before_zero_grad": LIGHTNINGS,
+    "on_before_zero_grad": KNOWN,  # ours, and that of `backward`, are for accumulated gradients
     "optimizer_zero_grad": KNOWN,
     "on_before_backward": LIGHTNINGS,
-    "backward": LIGHTNINGS,
+    "backward": KNOWN,
     "on_after_backward": LIGHTNINGS,
     "on_before_optimizer_step": KNOWN,
     "configure_gradient_clipping": KNOWN,
