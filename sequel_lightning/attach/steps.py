@@ -87,7 +87,7 @@ def mean_gradients(
         samples: N, the first so many samples; None for all.
 
     Raises:
-        ValueError: there are no batches.
+        ValueError: there are no batches, or they cannot be divided into samples.
     """
     params = trained(module)
     total, count = {name: zero_sum(p) for name, p in params.items()}, 0
@@ -96,7 +96,7 @@ def mean_gradients(
             if count == samples:
                 break
             with torch.enable_grad():
-                gradient = backward(value(module, sample).sum(), params, module)
+                gradient = backward(_of_one_sample(value, module, sample), params, module)
             for name, g in gradient.items():
                 total[name] += contribution(g.to(total[name].dtype))
             count += 1
@@ -107,6 +107,17 @@ def mean_gradients(
             "the loader gave no batch for the end of the task (an iterator can be read only once)"
         )
     return {name: t / count for name, t in total.items()}
+
+
+def _of_one_sample(value: PerSample, module: pl.LightningModule, sample: Any) -> Tensor:
+    try:
+        return value(module, sample).sum()
+    except (RuntimeError, IndexError) as error:
+        raise ValueError(
+            f"the loss of a single sample cannot be computed ({error}); a batch is divided along the first "
+            "axis of its tensors, so each of them needs one row per sample: pad sequences in collate_fn, in "
+            "place of flat indices with offsets"
+        ) from error
 
 
 def single_samples(batch: Any) -> Iterator[Any]:

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.algorithms.der import DERHParams
@@ -332,3 +334,34 @@ def test_an_unfinished_task_has_to_be_consolidated() -> None:
         keep.consolidate(module, loader(0))
     fit(module, 1, [keep])
     assert keep.tasks == 2
+
+
+class Bags(pl.LightningModule):
+    """Texts as flat indices with offsets, or as padded rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.head = torch.nn.EmbeddingBag(9, 4, padding_idx=0), torch.nn.Linear(4, 2)
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        *texts, labels = batch
+        return F.cross_entropy(self.head(self.bag(*texts)), labels)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters())
+
+
+def test_the_samples_of_a_batch_are_its_rows() -> None:
+    offsets: Any = [(torch.tensor([1, 2, 3, 4, 5]), torch.tensor([0, 2]), torch.tensor([0, 1]))]
+    with pytest.raises(
+        ValueError, match=r"each of them needs one row per sample: pad sequences in collate_fn"
+    ):
+        trainer([attach.EWC(1.0)]).fit(Bags(), DataLoader(offsets, batch_size=None))
+    padded: Any = [(torch.tensor([[1, 2, 0], [3, 4, 5]]), torch.tensor([0, 1]))]
+    module, keep = Bags(), attach.EWC(1.0)
+    trainer([keep]).fit(module, DataLoader(padded, batch_size=None))
+    expected = torch.zeros(2)
+    for ids, label in ([1, 2], 0), ([3, 4, 5], 1):
+        logits = module.head(module.bag.weight[ids].mean(0))
+        expected += (logits.softmax(0) - torch.eye(2)[label]).detach().square() / 2
+    torch.testing.assert_close(keep.importance["head.bias"], expected)
