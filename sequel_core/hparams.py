@@ -47,6 +47,11 @@ class AlgorithmHParams(Settings):
         "ModelCheckpoint kept (only with mode=pytorch)",
     )
 
+    task_given: bool = setting(
+        False,
+        "give the network and predictions the task of each sample in every scenario; results record this",
+    )
+
     def learning_rate_factor(self, task: Any, learning_rate: Any) -> Any:
         """Return max(learning_rate * lr_decay^task, min_lr) / learning_rate; tasks count from 0.
 
@@ -95,7 +100,7 @@ class AlgorithmHParams(Settings):
 
     def knows_task(self, spec: StreamSpec) -> bool:
         """Return whether predictions get the task of each sample, as in the task scenario."""
-        return spec.scenario == "task"
+        return spec.scenario == "task" or self.task_given
 
 
 @dataclass(frozen=True)

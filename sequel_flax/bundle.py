@@ -46,7 +46,7 @@ from sequel_core.stream.trees import (
 )
 from sequel_flax import augmentation, objectives
 from sequel_flax.boundaries import StartPlan, given, is_traced, select
-from sequel_flax.foreign import as_called, with_row_mask
+from sequel_flax.foreign import as_called, recording, takes_task, task_argument, with_row_mask
 from sequel_flax.objectives import Objective, build_objective, mean_loss, output_leaf
 from sequel_flax.optimizers import get_learning_rates, with_learning_rates
 from sequel_flax.trainable import Fill, Selection, Trained
@@ -112,6 +112,7 @@ class StreamState(NamedTuple):
         classes: The classes of each task in every scenario, bool `[T, num_classes]`; all without labels.
         first_step: `ts.step` at the start of the current task, int32 ().
         num_steps: The number of steps of the current task, int32 (); 0 if it is not known.
+        task_given: () if the network may take the task of each sample, else None; see `knows_task`.
 
     Example:
         >>> StreamState(jnp.int32(-1), None, 1.0, 0.0, None, (), augmented=None, blank=()).augmented is None
@@ -129,6 +130,7 @@ class StreamState(NamedTuple):
     classes: Any = None
     first_step: Any = 0
     num_steps: Any = 0
+    task_given: tuple[()] | None = None
 
 
 class State(NamedTuple):
@@ -423,6 +425,7 @@ def make_algorithm(
         return augmenting(make_planner(spec), spec, seed)
 
     def init(ts: TrainState, spec: StreamSpec) -> State:
+        check_task_given(ts, spec, hparams)
         part = trained.part(ts)
         stream = init_stream(part, spec, hparams, seed)
         check(objective_of(objective, stream))
@@ -742,7 +745,32 @@ def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, see
         classes=jnp.array(spec.mask),
         first_step=jnp.asarray(0, jnp.int32),
         num_steps=jnp.asarray(0, jnp.int32),
+        task_given=() if hparams.knows_task(spec) else None,
     )
+
+
+def check_task_given(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams) -> None:
+    """Check that a network which needs the task of each sample gets it.
+
+    Args:
+        ts: The train state, for the network.
+        spec: The specification of the benchmark.
+        hparams: The settings of the algorithm.
+
+    Raises:
+        ValueError: The network has a required argument `t`, and `task_given` is not set.
+    """
+    if takes_task(ts.apply_fn, spec.x) and _requires_task(ts) and not hparams.knows_task(spec):
+        raise ValueError(
+            "the network takes the task of each sample, t, so task_given must be true, got false; set "
+            f"{type(hparams).__name__}(task_given=True), which results record, or use scenario=task or a "
+            "network without t"
+        )
+
+
+def _requires_task(ts: TrainState) -> bool:
+    argument = task_argument(ts.apply_fn)
+    return argument is not None and argument.default is argument.empty
 
 
 def seen_classes(stream: StreamState) -> jax.Array:
@@ -826,6 +854,7 @@ def network(
     params: Params,
     state: State,
     x: Any,
+    t: jax.Array | None = None,
     *,
     method: str | None = None,
     stats: Stats | None = None,
@@ -837,6 +866,7 @@ def network(
         params: The parameters.
         state: The state of the algorithm.
         x: Inputs of the network `[B, ...]`, an array or a dict of arrays.
+        t: Task indices `[B]`, for a network that takes them.
         method: The method of the module to call: None for `__call__`, `features` for the last hidden layer.
         stats: The other variables of the network; None for those of `ts`.
 
@@ -844,8 +874,22 @@ def network(
         The outputs.
     """
     variables = {"params": params, **(collections(ts) if stats is None else stats)}
-    call = partial(as_called(ts.apply_fn, x), variables, train=False, method=method)
+    task = _task_keyword(ts, state, x, t, method)
+    call = partial(as_called(ts.apply_fn, x), variables, train=False, method=method, **task)
     return called(call, normalise(state.stream, x))
+
+
+def _task_keyword(ts: TrainState, state: State, x: Any, t: Any, method: str | None) -> dict[str, Any]:
+    """Return the keyword arguments that give the network the task of each sample, if it takes it."""
+    apply_fn = getattr(ts, "whole", ts).apply_fn
+    if method is not None or state.stream.task_given is None or not takes_task(apply_fn, x):
+        return {}
+    if t is None:
+        raise ValueError(
+            "the network takes the task index of each sample, t [B], got None; pass t to the function of "
+            "sequel_flax.bundle that calls the network"
+        )
+    return {"t": t}
 
 
 def called(call: Callable[..., Any], x: Any) -> Any:
@@ -867,6 +911,7 @@ def training_forward(
     params: Params,
     state: State,
     x: Any,
+    t: jax.Array | None = None,
     *,
     method: str | None = None,
     stats: Stats | None = None,
@@ -880,6 +925,7 @@ def training_forward(
         params: The parameters.
         state: The state of the algorithm.
         x: Inputs of the network `[B, ...]`, an array or a dict of arrays.
+        t: See `network`.
         method: See `network`.
         stats: The other variables of the network before the pass; None for those of `ts`.
         draw: The index of the pass in the step. Each pass has its own dropout mask.
@@ -892,7 +938,9 @@ def training_forward(
     key = jax.random.fold_in(state.stream.dropout_key, ts.step)
     first = isinstance(draw, int) and draw == 0
     rngs = {"dropout": key if first else jax.random.fold_in(key, draw)}
-    call: Callable[..., Any] = partial(as_called(ts.apply_fn, x), train=True, rngs=rngs, method=method)
+    task = _task_keyword(ts, state, x, t, method)
+    apply = as_called(ts.apply_fn, x)
+    call: Callable[..., Any] = partial(apply, train=True, rngs=rngs, method=method, **task)
     inputs = normalise(state.stream, x)
     if not stats:
         return called(partial(call, {"params": params}), inputs), stats
@@ -900,6 +948,125 @@ def training_forward(
         call = with_row_mask(call, counts)
     out, updated = called(partial(call, {"params": params, **stats}, mutable=list(stats)), inputs)
     return out, {name: updated[name] for name in stats}
+
+
+def features(
+    ts: TrainState,
+    params: Params,
+    state: State,
+    x: Any,
+    t: jax.Array | None = None,
+    *,
+    layer: str | None = None,
+    stats: Stats | None = None,
+) -> Any:
+    """Return the output of a layer `[B, ...]`, in evaluation mode.
+
+    Args:
+        ts: The train state, for the network.
+        params: The parameters.
+        state: The state of the algorithm.
+        x: Inputs of the network `[B, ...]`, an array or a dict of arrays.
+        t: See `network`.
+        layer: The name of a layer of a linen module, such as `dense_0` or `stage.conv`; None for the module's
+            method `features`, the last hidden layer.
+        stats: See `network`.
+
+    Returns:
+        The output of the last call of the layer.
+
+    Raises:
+        ValueError: The network has no such layer, or is not a linen module.
+
+    Example:
+        >>> import optax
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_core.algorithms.naive import NaiveHParams
+        >>> from sequel_flax import MLP, initial_params, naive
+        >>> model, spec = MLP(widths=(16, 8)), RotatedDigits(num_tasks=2, subset=20).spec
+        >>> params = initial_params(model, spec, seed=0)
+        >>> ts = TrainState.create(apply_fn=model.apply, params=params, tx=optax.sgd(0.1))
+        >>> state, x = naive(NaiveHParams()).init(ts, spec), jnp.zeros((5, 8, 8, 1))
+        >>> features(ts, params, state, x, layer="dense_0").shape, features(ts, params, state, x).shape
+        ((5, 16), (5, 8))
+    """
+    if layer is None:
+        return network(ts, params, state, x, t, method="features", stats=stats)
+    with recording(layer) as outputs:
+        network(ts, params, state, x, t, stats=stats)
+    return _recorded(outputs, layer)
+
+
+def outputs_and_features(
+    ts: TrainState,
+    params: Params,
+    state: State,
+    x: Any,
+    t: jax.Array | None = None,
+    *,
+    layer: str | None = None,
+) -> tuple[tuple[Any, Any], Stats]:
+    """Return the outputs of the network and those of a layer, in training mode, and the new statistics.
+
+    Args:
+        ts: The train state, for the network and the step.
+        params: The parameters.
+        state: The state of the algorithm.
+        x: Inputs of the network `[B, ...]`, an array or a dict of arrays.
+        t: See `network`.
+        layer: See `features`. Without it, the outputs are `head(features(x))`.
+
+    Returns:
+        The pair of outputs, not masked, and the running statistics.
+
+    Raises:
+        ValueError: See `features`.
+    """
+    if layer is None:
+        h, stats = training_forward(ts, params, state, x, t, method="features")
+        return (head_logits(ts, params, stats, h), h), stats
+    with recording(layer) as outputs:
+        out, stats = training_forward(ts, params, state, x, t)
+    return (out, _recorded(outputs, layer)), stats
+
+
+def _recorded(outputs: Mapping[str, Any], layer: str) -> Any:
+    """Return the output of a layer; raise ValueError if there is none."""
+    if outputs.get(layer) is not None:
+        return outputs[layer]
+    if not outputs:
+        raise ValueError(
+            f"layer={layer!r} needs a linen module, got a network of another type; give it a method "
+            "features(x) and a last layer called head, and leave layer out"
+        )
+    raise ValueError(
+        f"layer must be the name of a layer of the network, got {layer!r}; its layers are "
+        f"{', '.join(outputs)}"
+    )
+
+
+def check_layer(ts: TrainState, spec: StreamSpec, hparams: Any) -> None:
+    """Check that the network has the layer `hparams.layer`, and a last layer `head` if it is to be frozen.
+
+    Args:
+        ts: The train state, for the network.
+        spec: The specification of the benchmark.
+        hparams: The settings of the algorithm, with `layer` and `freeze_head`.
+
+    Raises:
+        ValueError: There is no such layer; see `features` and, if `layer` is None, `feature_width`.
+    """
+    if hparams.layer is None:
+        feature_width(ts, spec, hparams.name)
+        return
+    with recording(hparams.layer) as outputs:
+        blank_outputs(ts, spec, hparams)
+    _recorded(outputs, hparams.layer)
+    if hparams.freeze_head and "head" not in ts.params:
+        raise ValueError(
+            f"freeze_head needs a last layer called head, got the layers {', '.join(ts.params)}; set "
+            "freeze_head=False"
+        )
 
 
 def collections(ts: TrainState) -> Stats:
@@ -1206,7 +1373,7 @@ def training_loss(
     model = Model(ts, state, objective_of(objective, state.stream))
 
     def call(x: Any) -> tuple[Any, Stats]:
-        return training_forward(ts, params, state, x)
+        return training_forward(ts, params, state, x, batch.t)
 
     outputs, stats = call(batch.x)
     network = for_objective(model, batch, outputs, lambda x: call(x)[0])
@@ -1247,7 +1414,7 @@ def predict(ts: TrainState, state: State, x: Any, t: jax.Array, objective: Objec
     Returns:
         The outputs, with masked logits if targets are class labels.
     """
-    outputs = network(ts, ts.params, state, x)
+    outputs = network(ts, ts.params, state, x, t)
     classification = objective_of(objective, state.stream).classification
     return masked(state.stream, outputs, t) if classification else outputs
 
@@ -1277,9 +1444,7 @@ def blank_output(ts: TrainState, spec: StreamSpec, hparams: Any) -> Any:
         >>> blank_output(ts, spec, DERHParams()).shape
         (1, 10)
     """
-    x = blank_input(spec, jax.tree.leaves(ts.params)[0].dtype)
-    variables = {"params": ts.params, **collections(ts)}
-    outputs = jax.eval_shape(lambda: called(partial(as_called(ts.apply_fn, x), variables, train=False), x))
+    outputs = blank_outputs(ts, spec, hparams)
     leaf = output_leaf(outputs, hparams.output)
     if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.shape[:1] != (1,):
         raise ValueError(
@@ -1287,6 +1452,25 @@ def blank_output(ts: TrainState, spec: StreamSpec, hparams: Any) -> Any:
             f"{objectives.outputs_text(outputs)} for B=1; set output to another array"
         )
     return leaf
+
+
+def blank_outputs(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams) -> Any:
+    """Return the shapes and dtypes of what the network returns for one sample.
+
+    Args:
+        ts: The train state.
+        spec: The specification of the benchmark.
+        hparams: The settings of the method.
+
+    Returns:
+        A tree of `jax.ShapeDtypeStruct`.
+    """
+    x = blank_input(spec, jax.tree.leaves(ts.params)[0].dtype)
+    variables = {"params": ts.params, **collections(ts)}
+    given = hparams.knows_task(spec) and takes_task(getattr(ts, "whole", ts).apply_fn, x)
+    task = {"t": jnp.zeros(1, jnp.int32)} if given else {}
+    call = partial(as_called(ts.apply_fn, x), variables, train=False, **task)
+    return jax.eval_shape(lambda: called(call, x))
 
 
 _apply_start, _predict = apply_start, predict  # `make_algorithm` has arguments with these names
@@ -1301,7 +1485,8 @@ def feature_width(ts: TrainState, spec: StreamSpec, name: str) -> int:
         name: The name of the method that needs the features.
 
     Raises:
-        ValueError: The network has no method `features(x, train)`, or no last layer called `head`.
+        ValueError: The network has no method `features(x, train)`, or no last layer called `head`, or it
+            takes the task.
 
     Example:
         >>> import optax
@@ -1313,6 +1498,11 @@ def feature_width(ts: TrainState, spec: StreamSpec, name: str) -> int:
         >>> feature_width(ts, spec, "lfl")
         8
     """
+    if _requires_task(getattr(ts, "whole", ts)):
+        raise ValueError(
+            f"{name} uses head(features(x)), so it cannot train a network that takes the task, got one with "
+            "__call__(x, t); use another method, such as er or ewc"
+        )
     x = blank_input(spec, jax.tree.leaves(ts.params)[0].dtype)
     call = partial(as_called(ts.apply_fn, x), {"params": ts.params, **collections(ts)})
     try:
@@ -1389,6 +1579,8 @@ def without_head_gradient(params: Params, frozen: Any) -> Params:
         params: The parameters.
         frozen: Whether the last layer is frozen, a bool that may be traced.
     """
+    if "head" not in params:
+        return params
     return {**params, "head": select(frozen, jax.lax.stop_gradient(params["head"]), params["head"])}
 
 
@@ -1400,5 +1592,7 @@ def with_head_of(before: TrainState, after: TrainState, frozen: Any) -> TrainSta
         after: The train state after the step.
         frozen: Whether the last layer is frozen, a bool that may be traced.
     """
+    if "head" not in after.params:
+        return after
     head = select(frozen, before.params["head"], after.params["head"])
     return after.replace(params={**after.params, "head": head})

@@ -104,5 +104,6 @@ def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> jax.Arr
     near = nearest_mean(embed(ts, ts.params, state, x), memory.means, memory.has_mean)
     known = (memory.has_mean[None] if mask is None else memory.has_mean[None] & mask[t]).any(1, keepdims=True)
     ready = known & (memory.learned >= 0) & (memory.learned == state.stream.task)
-    scores: jax.Array = masked(state.stream, jnp.where(ready, near, network(ts, ts.params, state, x)), t)
+    logits = network(ts, ts.params, state, x, t)
+    scores: jax.Array = masked(state.stream, jnp.where(ready, near, logits), t)
     return scores

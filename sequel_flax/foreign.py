@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any, cast
@@ -41,6 +42,8 @@ MODES = {
 
 STREAMS = (nnx.RngKey, nnx.RngCount)
 """Variables of random streams, which are seeded in each step."""
+TASK = "t"
+"""The argument of a module that receives the task index of each sample."""
 
 _row_mask: ContextVar[jax.Array | None] = ContextVar("row_mask", default=None)
 
@@ -49,7 +52,8 @@ def adapted(model: Any, x: Any = ()) -> Any:
     """Return a network with the interface of this module's docstring.
 
     A module is called with its inputs and with the arguments for the mode that it has: `train`, `training`,
-    `is_training`, or their opposites, `deterministic` and `use_running_average`. It may have none of them.
+    `is_training`, or their opposites, `deterministic` and `use_running_average`. It may have none of them. If
+    it has an argument `t`, it receives the task index of each sample there; see `takes_task`.
 
     An NNX module is also put in its mode by its `train()` and `eval()` methods. It may take its random
     streams as an argument `rngs`, which is None in evaluation. Training starts from its current values. The
@@ -99,7 +103,8 @@ def adapted(model: Any, x: Any = ()) -> Any:
         return _NNXNetwork(model, inputs)
     features = getattr(type(model), "features", None)
     features_take_train = not callable(features) or "train" in inspect.signature(features).parameters
-    if _keywords(model.__call__, inputs=inputs) == ("train",) and features_take_train:
+    keywords = set(_keywords(model.__call__, inputs=inputs)) - {TASK}
+    if keywords == {"train"} and features_take_train:
         return model
     return _LinenNetwork(model, inputs)
 
@@ -129,6 +134,8 @@ def as_called(apply_fn: Any, x: Any = ()) -> Apply:
     if isinstance(owner, nn.Module) and apply_fn.__name__ == "apply":
         return partial(_with_error, adapted(owner, x).apply)
     args, inputs = ((), dict(x)) if isinstance(x, Mapping) else (((),), {})
+    if task_argument(apply_fn) is not None:
+        inputs.setdefault(TASK, None)
     try:
         inspect.signature(apply_fn).bind(
             {}, *args, train=True, rngs=None, method=None, mutable=False, **inputs
@@ -140,6 +147,73 @@ def as_called(apply_fn: Any, x: Any = ()) -> Apply:
             "linen or an NNX module"
         ) from error
     return cast(Apply, apply_fn)
+
+
+def task_argument(apply_fn: Any) -> inspect.Parameter | None:
+    """Return the argument `t` of a network, the task index of each sample; None if it has none.
+
+    Args:
+        apply_fn: The field of a TrainState.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> class Net(nn.Module):
+        ...     def __call__(self, x, t):
+        ...         return x
+        >>> task_argument(Net().apply).name, task_argument(nn.Dense(2).apply)
+        ('t', None)
+    """
+    owner = getattr(apply_fn, "__self__", None)
+    if isinstance(owner, _NNXNetwork):
+        return owner.signature.parameters.get(TASK)
+    model = owner.model if isinstance(owner, _LinenNetwork) else owner
+    function = model.__call__ if isinstance(model, nn.Module) else apply_fn
+    return inspect.signature(function).parameters.get(TASK) if callable(function) else None
+
+
+def takes_task(apply_fn: Any, x: Any) -> bool:
+    """Return whether a network has an argument `t` for the task index of each sample.
+
+    Args:
+        apply_fn: The field of a TrainState.
+        x: The inputs. `t` may be one of them, if they are a dict.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> takes_task(nn.Dense(2).apply, ())
+        False
+    """
+    return not (isinstance(x, Mapping) and TASK in x) and task_argument(apply_fn) is not None
+
+
+@contextmanager
+def recording(layer: str) -> Iterator[dict[str, Any]]:
+    """Record the outputs of linen layers by their names, such as `dense_0` or `stage.conv`.
+
+    Args:
+        layer: The name of the layer whose output is kept; that of the others is None.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import linen as nn
+        >>> net, x = nn.Sequential([nn.Dense(3), nn.Dense(2)]), jnp.ones((1, 4))
+        >>> variables = net.init(jax.random.key(0), x)
+        >>> with recording("layers_0") as outputs:
+        ...     _ = net.apply(variables, x)
+        >>> sorted(outputs), outputs["layers_0"].shape
+        (['layers_0', 'layers_1'], (1, 3))
+    """
+    outputs: dict[str, Any] = {}
+
+    def record(call: Apply, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any) -> Any:
+        result, path = call(*args, **kwargs), context.module.path
+        if context.method_name == "__call__" and path:
+            name = ".".join(path)
+            outputs[name] = result if name == layer else None
+        return result
+
+    with nn.intercept_methods(record):
+        yield outputs
 
 
 def write_back(module: nnx.Module, ts: TrainState) -> None:
@@ -262,6 +336,7 @@ class _NNXNetwork:
 
     def __init__(self, model: nnx.Module, inputs: tuple[str, ...] = ()) -> None:
         _keywords(model.__call__, "rngs", inputs=inputs)
+        self.signature = inspect.signature(model.__call__)
         self.inputs = inputs
         self.text = re.sub(r" at 0x[0-9a-f]+", "", repr(model))  # addresses differ between runs
         self.leaves = _leaves(model)
@@ -353,7 +428,7 @@ def _keywords(function: Apply, *others: str, inputs: Sequence[str] = ()) -> tupl
 
     The inputs are its first argument, or the keywords `inputs`.
     """
-    signature, accepted = inspect.signature(function), (*MODES, *others)
+    signature, accepted = inspect.signature(function), (*MODES, TASK, *others)
     named = [p.name for p in signature.parameters.values() if p.kind != p.POSITIONAL_ONLY]
     names = [name for name in named if name in accepted and name not in inputs]
     try:
@@ -371,7 +446,7 @@ def _keywords(function: Apply, *others: str, inputs: Sequence[str] = ()) -> tupl
 
 def _mode(function: Apply, train: bool, *others: str, inputs: Sequence[str] = ()) -> dict[str, Any]:
     """Return the keyword arguments that set the mode of a method, and those of `others` as None."""
-    names = _keywords(function, *others, inputs=inputs)
+    names = [name for name in _keywords(function, *others, inputs=inputs) if name != TASK]
     return {name: train == MODES[name] if name in MODES else None for name in names}
 
 

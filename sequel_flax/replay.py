@@ -188,11 +188,11 @@ def one_pass(
     full = all(c is None for c in counts)  # a batch, not a draw
     of_all = None if full else jnp.concatenate([jnp.arange(len(s.t)) < s.count for s in samples])
 
-    def call(x: Any, counts: jax.Array | None) -> tuple[Any, Stats]:
+    def call(x: Any, t: jax.Array, counts: jax.Array | None) -> tuple[Any, Stats]:
         options: dict[str, Any] = {"stats": stats, "draw": draw, "counts": counts}
-        return training_forward(model.ts, params, model.state, x, **options)
+        return training_forward(model.ts, params, model.state, x, t, **options)
 
-    out, after = call(joined([s.x for s in samples]), of_all)
+    out, after = call(joined([s.x for s in samples]), joined([s.t for s in samples]), of_all)
     total = sum(len(s.t) for s in samples)
     if model.objective.classification and hasattr(out, "shape"):
         check_logits(out, (total,), model.state.stream.mask)
@@ -201,15 +201,15 @@ def one_pass(
     outputs = []
     for s, mask, part_arrays in zip(samples, counts, parts, strict=True):
         part, batch = jax.tree.unflatten(structure, part_arrays), Batch(s.x, s.y, s.t)
-        net = for_objective(model, batch, part, partial(_outputs_of, call, mask))
+        net = for_objective(model, batch, part, partial(_outputs_of, call, s.t, mask))
         losses = losses_of(model.objective, net, batch)
         weights = None if model.objective.weight is None else model.objective.weight(batch)
         outputs.append(Outputs(part, net(s.x), losses, weights, s.stored, s.count))
     return outputs, after
 
 
-def _outputs_of(call: Callable[..., Any], counts: Any, x: Any) -> Any:
-    return call(x, counts)[0]
+def _outputs_of(call: Callable[..., Any], t: Any, counts: Any, x: Any) -> Any:
+    return call(x, t, counts)[0]
 
 
 def joined(trees: Sequence[Any]) -> Any:

@@ -237,7 +237,7 @@ class TrainedPart:
             The outputs of the network's `apply`.
         """
         params = merged(variables["params"], self.whole.params)
-        options = ("train", "rngs", "method", "mutable")
+        options = ("train", "rngs", "method", "mutable", "t")
         inputs = {name: value for name, value in kwargs.items() if name not in options}
         call = as_called(self.whole.apply_fn, () if args else inputs)
         return call({**variables, "params": params}, *args, **kwargs)
@@ -310,19 +310,33 @@ class Trained:
     def begun(self, ts: TrainState, state: Any) -> Any:
         """Return the state with initial values for parameters that are trained from now on.
 
+        They may also be new: a network may grow at the start of a task.
+
         Args:
             ts: The train state with all parameters.
             state: The state of the algorithm.
+
+        Raises:
+            ValueError: A parameter has another shape than in the tasks before.
         """
         mask = self.mask(ts)
 
         def fill(tree: Any, initial: Fill) -> Any:
-            return jax.tree.map(
-                lambda is_trained, old, p: initial(p) if is_trained and old is None else old,
-                mask,
-                tree,
-                ts.params,
-            )
+            kept = {_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+            def value(keys: tuple[Any, ...], is_trained: bool, p: Any) -> Any:
+                old = kept.get(_path(keys))
+                if old is None:
+                    return initial(p) if is_trained else None
+                if old.shape != p.shape:
+                    raise ValueError(
+                        f"the parameter {'/'.join(_path(keys))} must keep its shape from task to task, got "
+                        f"{list(p.shape)} after {list(old.shape)}; make the network large enough for all "
+                        "tasks, or give a new layer a new name"
+                    )
+                return old
+
+            return jax.tree_util.tree_map_with_path(value, mask, ts.params)
 
         return state._replace(memory=self._map(fill, state.memory))
 

@@ -27,7 +27,17 @@ from sequel_lightning.augmentation import cropped
 from sequel_lightning.batches import to_batch
 from sequel_lightning.consolidation import IDLE
 from sequel_lightning.lifecycle import TaskLifecycle
-from sequel_lightning.networks import blank_input, call_network, check_arguments, check_network, evaluating
+from sequel_lightning.networks import (
+    blank_input,
+    call_network,
+    check_arguments,
+    check_layer,
+    check_network,
+    evaluating,
+    features_of,
+    start_task,
+    takes_task,
+)
 from sequel_lightning.objectives import (
     Objective,
     build_objective,
@@ -55,6 +65,7 @@ class Algorithm(pl.LightningModule):
     objective_elsewhere: str = ""  # what else than the training step takes the loss from the objective
     path_integrals: ClassVar[tuple[str, ...]] = ()  # trees that are summed over all steps of a task
     moving_trees: ClassVar[tuple[str, ...]] = ()  # other trees that change with the weights at every step
+    network_copies: ClassVar[tuple[str, ...]] = ()  # copies of the network that the method keeps
     task_index: Tensor
     phase: Tensor
 
@@ -79,7 +90,11 @@ class Algorithm(pl.LightningModule):
         Args:
             net: the network. It is called with images `[B, C, H, W]`, or whatever the loaders yield; the
                 arrays of a dict are keyword arguments. It returns logits `[B, num_classes]`, or what the
-                objective takes. Parameters with `requires_grad` are trained.
+                objective takes. If its `forward` has an argument t and the task is given (the task scenario
+                or `task_given=True`), it is called with the task index of each sample. Parameters with
+                `requires_grad` are trained. If it has a method `start_task(task)`, this is called once for
+                each task, in order, before the optimizer of the task is made: for task 0 here, then at the
+                start of each fit. It may add parameters.
             optimizer: factory that is called with the trained parameters at the start of each task, for
                 example `partial(torch.optim.SGD, lr=0.1)`. It returns an optimizer, or whatever
                 `configure_optimizers` may return. If it has a parameter `named_parameters`, it gets pairs of
@@ -107,7 +122,9 @@ class Algorithm(pl.LightningModule):
         self.objective = chosen_objective(objective, spec)
         check_metrics(metrics, self.objective.score.key)
         self.check_objective(self.objective)
-        check_network(net, spec, self.objective)
+        start_task(net, 0)
+        self.gives_task = takes_task(net, self.algorithm_hparams, spec)
+        check_network(net, spec, self.objective, self.gives_task)
         self.net = net
         self.optimizer_factory = optimizer
         self.spec = spec
@@ -235,16 +252,39 @@ class Algorithm(pl.LightningModule):
 
         Args:
             x: images `[B, C, H, W]`, or whatever the network takes; see `normalise`.
-            t: task index of each sample `[B]`; needed in the task scenario only.
+            t: task index of each sample `[B]`; needed in the task scenario, and if the network takes it.
 
         Raises:
-            ValueError: t is None in the task scenario.
+            ValueError: t is needed and is None.
         """
-        return self.masked(self.network(x), t)
+        return self.masked(self.network(x, t), t)
 
-    def network(self, x: Any) -> Any:
+    def network(self, x: Any, t: Tensor | None = None) -> Any:
         """Return what the network returns, unmasked."""
-        return call_network(self.net, self.normalise(x))
+        return call_network(self.net, self.normalise(x), self.task_argument(t))
+
+    def task_argument(self, t: Tensor | None) -> Tensor | None:
+        """Return the network's argument t `[B]`; None if it is called without it.
+
+        Raises:
+            ValueError: t is None, and the network takes it.
+        """
+        return self.preprocessing.needed_tasks(t) if self.gives_task else None
+
+    def features(self, x: Any, t: Tensor | None = None, layer: str | None = None) -> Any:
+        """Return the output of a layer `[B, ...]`.
+
+        Args:
+            x: see `forward`.
+            t: see `forward`.
+            layer: name of the layer, as in `net.named_modules()`; None for the network's method `features`.
+
+        Raises:
+            ValueError: the network has no such layer, or the layer returns no tensor.
+        """
+        if layer is not None:
+            check_layer(self.net, layer)
+        return features_of(self.net, self.normalise(x), self.task_argument(t), layer)
 
     def normalise(self, x: Any) -> Any:
         """Return inputs as the network takes them; see `Preprocessing.normalise`."""
@@ -263,8 +303,10 @@ class Algorithm(pl.LightningModule):
         Raises:
             ValueError: there is no such array, or it has no floats `[1, ...]`.
         """
+        like = next(self.net.parameters())
+        x, t = blank_input(self.needed_spec(), like), torch.zeros(1, dtype=torch.int64, device=like.device)
         with evaluating(self.net), torch.no_grad():
-            outputs = call_network(self.net, blank_input(self.needed_spec(), next(self.net.parameters())))
+            outputs = call_network(self.net, x, self.task_argument(t))
         leaf = output_leaf(outputs, name)
         if not leaf.is_floating_point() or leaf.shape[:1] != (1,):
             raise ValueError(

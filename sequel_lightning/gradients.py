@@ -236,10 +236,12 @@ def call_with(module: nn.Module, params: Params, *inputs: Any, **named: Any) -> 
     return functional_call(module, params, inputs, named)
 
 
-def functional_network(net: nn.Module, params: Params, x: Tree) -> Any:
-    """Return what a network computes for inputs with these values of its parameters."""
-    named = isinstance(x, Mapping)
-    return functional_call(net, params, () if named else (x,), dict(x) if named else None)
+def functional_network(net: nn.Module, params: Params, x: Tree, t: Tensor | None = None) -> Any:
+    """Return what a network computes for inputs with these values of its parameters; see `call_network`."""
+    named: dict[str, Any] = {} if t is None else {"t": t}
+    if isinstance(x, Mapping):
+        return functional_call(net, params, (), {**x, **named})
+    return functional_call(net, params, (x,), named)
 
 
 class QuadraticPenalty(torch.autograd.Function):
@@ -276,12 +278,13 @@ def close(actual: Params, expected: Params, tolerance: float) -> bool:
     )
 
 
-def check_functional_call(model: ContinualModule, x: Tree) -> None:
+def check_functional_call(model: ContinualModule, x: Tree, t: Tensor) -> None:
     """Check that `functional_call` and the network with other weights have the same gradients.
 
     Args:
         model: its network is checked in evaluation mode, and stays as it is.
         x: inputs `[B, ...]`.
+        t: task indices `[B]`.
 
     Raises:
         ValueError: the gradients differ, as with activation checkpointing, or `functional_call` fails.
@@ -291,10 +294,11 @@ def check_functional_call(model: ContinualModule, x: Tree) -> None:
     reason = "its gradients are not those of the network with these weights"
     with evaluating(model), traces.generators(), native_rnn(model.net):
         with traces.buffers(), holding(model, other) as params:
-            expected = backward(_sum_of_squares(model.network(first)), params, model)
+            expected = backward(_sum_of_squares(model.network(first, t[:1])), params, model)
         try:
             with traces.buffers():
-                outputs = functional_network(model.net, other, model.normalise(first))
+                task = model.task_argument(t[:1])
+                outputs = functional_network(model.net, other, model.normalise(first), task)
                 loss = _sum_of_squares(outputs)
                 (actual,) = gradients(loss, other)
             if close(actual, expected, tolerance=0.01):

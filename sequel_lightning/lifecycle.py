@@ -34,7 +34,7 @@ from sequel_lightning.consolidation import (
     save_state,
     take_best,
 )
-from sequel_lightning.networks import evaluating
+from sequel_lightning.networks import evaluating, start_task
 from sequel_lightning.optimizers import named_state
 from sequel_lightning.trees import ParameterTree
 
@@ -62,6 +62,7 @@ class TaskLifecycle:
         self.resumes = False  # whether the fit was given a checkpoint
         self.started_at: int | None = None  # steps done when the task started, if in this process
         self.num_steps = 0  # of the current task; 0 if it is not known
+        self.network_tasks = 1  # tasks for which the network's `start_task` was called, from 0
         self.carried_optimizer: dict[str, Any] | None = None  # its state, for the next task
         self.consolidated_at: str | None = None  # fingerprint of the weights before the end-of-task work
         self.saved: SavedState | None = None  # during the evaluation of a checkpoint
@@ -133,6 +134,17 @@ class TaskLifecycle:
             raise unfinished_task(
                 module, "another fit" if coming is None else f"a fit on task {coming.index}"
             )
+
+    def start_network(self, index: int) -> None:
+        """Call the network's `start_task` for each task up to this one for which it was not called."""
+        module = self.module
+        for task in range(self.network_tasks, index + 1):
+            start_task(module.net, task)
+            for name in module.network_copies:
+                copied: nn.Module = getattr(module, name)
+                start_task(copied, task)
+                copied.requires_grad_(False)
+        self.network_tasks = max(self.network_tasks, index + 1)
 
     def start_fit(self) -> None:
         """Check the Trainer and the task; hooks that Lightning called earlier may belong to a tuner."""

@@ -59,7 +59,7 @@ class ContinualModule(Algorithm, LoadHook):
         ...         return super().loss(outputs, batch) + 0.01 * norm
         >>> module = Ridge(MLP(), torch.optim.SGD)
         >>> module.algorithm_hparams
-        NaiveHParams(lr_decay=1.0, min_lr=0.0, reset_optimizer=True, consolidate='last')
+        NaiveHParams(lr_decay=1.0, min_lr=0.0, reset_optimizer=True, consolidate='last', task_given=False)
     """
 
     def memory_bytes(self) -> int:
@@ -120,6 +120,7 @@ class ContinualModule(Algorithm, LoadHook):
             ValueError: the fit would leave the task before it unconsolidated, or cannot use the optimizer.
         """
         self.lifecycle.check_unfinished()
+        self.lifecycle.start_network(self.lifecycle.current_index())
         return configured_optimizer(self)
 
     def on_fit_start(self) -> None:

@@ -180,13 +180,13 @@ def forward(module: ContinualModule, samples: Sequence[ReplayBatch], together: b
 
 
 def one_pass(
-    module: ContinualModule, samples: Sequence[ReplayBatch], network: Callable[[Any], Any]
+    module: ContinualModule, samples: Sequence[ReplayBatch], network: Callable[[Any, Tensor], Any]
 ) -> list[Outputs]:
     """Return outputs and losses of samples, at least one, that go through the network in one pass."""
     batch = joined(samples) if len(samples) > 1 else Batch(*samples[0][:3])
-    outputs = network(batch.x)
+    outputs = network(batch.x, batch.t)
     masked = module.masked(outputs, batch.t)
-    model = given(masked, batch.x, lambda x: module.masked(network(x), batch.t))
+    model = given(masked, batch.x, lambda x: module.masked(network(x, batch.t), batch.t))
     losses = sample_losses(module.objective, model, batch)
     weights = None if module.objective.weight is None else module.objective.weight(batch)
     sizes = [len(s.t) for s in samples]

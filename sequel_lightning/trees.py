@@ -105,11 +105,16 @@ class SumTree(ParameterTree):
 def adopt_names(module: Any, state_dict: Mapping[str, Tensor], prefix: str = "") -> None:
     """Let each `ParameterTree` of a module hold the parameters that it holds in a checkpoint.
 
+    The network's `start_task` is called for the tasks of the checkpoint before, as it may add parameters.
+
     Args:
         module: a ContinualModule.
         state_dict: of the checkpoint, which is loaded afterwards.
         prefix: of the module's names in it.
     """
+    index = state_dict.get(f"{prefix}task_index")
+    if index is not None:
+        module.lifecycle.start_network(int(index))
     params = dict(module.net.named_parameters())
     for name, tree in module.named_modules():
         if isinstance(tree, ParameterTree):

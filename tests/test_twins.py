@@ -64,7 +64,7 @@ CONTAINERS = {
 }
 """Functions of the Flax files that are a LightningModule's in the other plug-in."""
 COMMON = [name for name, hparams in BACKBONES.items() if len(hparams.modes) == len(PLUGINS)]
-NETWORKS = {"MLP", "CNN", "Block", "ResNet18"}
+NETWORKS = {"MLP", "CNN", "Block", "ResNet18", "TaskHeads"}
 """Classes whose docstrings differ, because torch needs to know image_shape or the channels of the input."""
 TRANSLATED = {"jax.Array": "Tensor", "jax.Array | None": "Tensor | None"}
 

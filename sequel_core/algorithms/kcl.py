@@ -61,11 +61,6 @@ class KCLHParams(AlgorithmHParams):
         "lambda, gamma and beta at evaluation: `own`, those of the task of the sample; `current`, those of "
         "the latest task (the official code)",
     )
-    task_given: bool = setting(
-        False,
-        "give predictions the task of each sample in the domain scenario too, in which other methods do not "
-        "get it; results record this",
-    )
 
     def check_stream(self, spec: StreamSpec) -> None:
         """Raise ValueError if there are no classes, or predictions do not get the task of each sample."""
@@ -82,10 +77,6 @@ class KCLHParams(AlgorithmHParams):
                 "its own classifier; set task_given=true, which results record, or use scenario=task or "
                 "another method"
             )
-
-    def knows_task(self, spec: StreamSpec) -> bool:
-        """Return whether predictions get the task of each sample; see `task_given`."""
-        return super().knows_task(spec) or (spec.scenario == "domain" and self.task_given)
 
     def per_class(self, task: Task) -> int:
         """Return the number of samples per class in the coreset of a task.

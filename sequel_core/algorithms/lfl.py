@@ -15,7 +15,8 @@ class LFLHParams(AlgorithmHParams):
 
         L = CE(f(x), y) + lambda_e/2 * mean_n ||h(x_n; theta) - h(x_n; theta_old)||^2
 
-    h is the last hidden layer. theta_old are the weights at the end of the previous task.
+    h is the last hidden layer, or the output of `layer`. theta_old are the weights at the end of the previous
+    task.
 
     Example:
         >>> from sequel_core import LFLHParams
@@ -28,4 +29,7 @@ class LFLHParams(AlgorithmHParams):
     lfl_lambda: float = setting(
         0.001, "strength lambda_e of the penalty lambda_e/2 * ||h(x) - h_old(x)||^2", ge=0
     )
-    freeze_head: bool = setting(True, "do not train the last layer after the first task")
+    freeze_head: bool = setting(True, "do not train the last layer, `head`, after the first task")
+    layer: str | None = setting(
+        None, "name of the layer whose output is h, such as `dense_0`; null for the network's method features"
+    )

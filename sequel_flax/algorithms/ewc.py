@@ -38,7 +38,7 @@ from sequel_flax.trainable import Selection
 
 def outputs_at(params: Params, model: Model, x: Any, t: jax.Array) -> Any:
     """Return what the network returns at the weights given, in evaluation mode, masked to the tasks."""
-    outputs = network(model.ts, params, model.state, x)
+    outputs = network(model.ts, params, model.state, x, t)
     return for_objective(model, Batch(x, None, t), outputs)(x)
 
 

@@ -78,8 +78,8 @@ def training_loss(
     seen = bundle.seen_classes(state.stream)
     past = seen & ~bundle.task_classes(state.stream)
     outputs = seen if hparams.outputs == "seen" else jnp.ones_like(seen)
-    logits, stats = bundle.training_forward(ts, params, state, batch.x)
-    old = bundle.network(ts, memory.old, state, batch.x, stats=memory.statistics)
+    logits, stats = bundle.training_forward(ts, params, state, batch.x, batch.t)
+    old = bundle.network(ts, memory.old, state, batch.x, batch.t, stats=memory.statistics)
     loss = sigmoid_loss(logits, targets(old, batch.y, past), outputs)
     return loss, (bundle.masked(state.stream, logits, batch.t), stats)
 

@@ -212,7 +212,7 @@ def lamaml(
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         meta_plan, cropped = planned(state.memory.memory, batch, MetaPlan), trained_on(state, batch)
         network = Model(ts, state, objective_of(objective, state.stream))
-        outputs, _ = training_forward(ts, ts.params, state, cropped.x)
+        outputs, _ = training_forward(ts, ts.params, state, cropped.x, cropped.t)
         net = for_objective(network, cropped, outputs)
 
         def glance_step(carry: Any, plan: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Any, jax.Array]:

@@ -6,7 +6,8 @@ h is the last hidden layer, theta_old are the weights at the end of the last tas
 current task. The old network runs in evaluation mode. With `freeze_head`, the last layer does not change
 after the first task: it gets no gradient and no weight decay, and gradient clipping does not count it.
 
-The network needs a method `features(x)`, the last hidden layer, and a last layer called `head`.
+The network needs a method `features(x)`, the last hidden layer, and a last layer called `head`. With `layer`,
+h is the output of the layer of that name; `freeze_head` still needs `head`.
 
 Mirror: sequel_lightning/algorithms/lfl.py
 """
@@ -30,15 +31,14 @@ from sequel_flax.bundle import (
     Stats,
     StepOutputs,
     check_head,
-    feature_width,
+    check_layer,
+    features,
     frozen_network,
-    head_logits,
     loss_of_outputs,
     make_algorithm,
-    network,
     objective_of,
+    outputs_and_features,
     train_step,
-    training_forward,
     with_head_of,
     without_head_gradient,
 )
@@ -65,9 +65,10 @@ def head_is_frozen(state: LFLState, hparams: LFLHParams) -> jax.Array:
     return (state.learned > 0) & hparams.freeze_head
 
 
-def old_features(ts: TrainState, state: State, x: Any) -> Any:
-    """Return the last hidden layer of the old network, in evaluation mode."""
-    return network(ts, state.memory.anchor, state, x, method="features", stats=state.memory.statistics)
+def old_features(ts: TrainState, state: State, batch: Batch, layer: str | None) -> Any:
+    """Return h of the old network, in evaluation mode."""
+    old = state.memory
+    return features(ts, old.anchor, state, batch.x, batch.t, layer=layer, stats=old.statistics)
 
 
 def training_loss(
@@ -76,10 +77,9 @@ def training_loss(
     """Return the training loss of a batch, shape (), and what the network returned for it."""
     ts, state = model.ts, model.state
     params = without_head_gradient(params, head_is_frozen(state.memory, hparams))
-    features, stats = training_forward(ts, params, state, batch.x, method="features")
-    outputs = head_logits(ts, params, stats, features)
+    (outputs, h), stats = outputs_and_features(ts, params, state, batch.x, batch.t, layer=hparams.layer)
     loss, outputs = loss_of_outputs(model, batch, outputs)
-    distance = feature_distance(features, old_features(ts, state, batch.x))
+    distance = feature_distance(h, old_features(ts, state, batch, hparams.layer))
     loss = loss + state.memory.learned * hparams.lfl_lambda * distance
     return loss, (outputs, stats)
 
@@ -96,8 +96,8 @@ def lfl(
         objective: what the network is trained and scored on; None for the one that fits the targets.
 
     Raises:
-        ValueError: in `init`, if the network has no method `features` or no last layer `head`, or if the
-            objective does not take what `head` returns.
+        ValueError: in `init`, if the network has no method `features`, no layer `layer`, or no last layer
+            `head`, or if the objective does not take what `head` returns.
 
     Example:
         >>> import optax
@@ -121,8 +121,9 @@ def lfl(
     """
 
     def init_memory(ts: TrainState, spec: StreamSpec) -> LFLState:
-        feature_width(ts, spec, "lfl")
-        check_head(ts, spec, objective, "lfl")
+        check_layer(ts, spec, hparams)
+        if hparams.layer is None:
+            check_head(ts, spec, objective, "lfl")
         return LFLState(*frozen_network(ts), jnp.zeros((), jax.tree.leaves(ts.params)[0].dtype))
 
     def loss(ts: TrainState, params: Params, state: State, batch: Batch) -> tuple[jax.Array, Any]:

@@ -30,7 +30,7 @@ from sequel_flax.trainable import Selection
 
 def squared_norm(params: Params, model: Model, batch: Batch) -> jax.Array:
     """Return the sum over a batch of ||f(x)||^2, in evaluation mode, shape ()."""
-    outputs = network(model.ts, params, model.state, batch.x)
+    outputs = network(model.ts, params, model.state, batch.x, batch.t)
     f = output_leaf(outputs, model.hparams.output)
     norms = (f.reshape(len(f), -1) ** 2).sum(1)
     return jnp.where(batch.t >= 0, norms, 0).sum()  # t is -1 for padding

@@ -107,8 +107,10 @@ def add_gradient(
     batch = Batch(*samples[:3])
 
     def summed_loss(params: Params) -> jax.Array:
-        outputs = network(model.ts, params, model.state, batch.x)
-        net = for_objective(model, batch, outputs, lambda x: network(model.ts, params, model.state, x))
+        def call(x: Any) -> Any:
+            return network(model.ts, params, model.state, x, batch.t)
+
+        net = for_objective(model, batch, call(batch.x), call)
         return sum_of_first(losses_of(model.objective, net, batch), samples.count)
 
     gradient = jax.grad(summed_loss)(interpolate(start, end, place))

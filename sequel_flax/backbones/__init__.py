@@ -18,12 +18,12 @@ from sequel_core.stream.plan import initial_weights
 from sequel_core.stream.trees import specs_text
 from sequel_flax.backbones.cnn import CNN
 from sequel_flax.backbones.gru import GRU
-from sequel_flax.backbones.mlp import MLP
+from sequel_flax.backbones.mlp import MLP, TaskHeads
 from sequel_flax.backbones.normalisation import BatchNorm
 from sequel_flax.backbones.resnet import ResNet18, ResNet18Thin
 from sequel_flax.backbones.transformer import Transformer
 from sequel_flax.bundle import blank_input, called
-from sequel_flax.foreign import adapted
+from sequel_flax.foreign import adapted, takes_task
 
 __all__ = [
     "BACKBONES",
@@ -33,6 +33,7 @@ __all__ = [
     "BatchNorm",
     "ResNet18",
     "ResNet18Thin",
+    "TaskHeads",
     "Transformer",
     "initial_params",
     "initial_variables",
@@ -84,10 +85,11 @@ def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "f
     model, x = adapted(model, spec.x), blank_input(spec, dtype)
     if isinstance(model, CNN | ResNet18):
         _ = spec.image_shape  # an error if inputs are not images
-    init = partial(called, partial(model.init, jax.random.key(seed), train=False), x)
+    task = {"t": jnp.zeros(1, jnp.int32)} if takes_task(model.apply, x) else {}
+    init = partial(called, partial(model.init, jax.random.key(seed), train=False, **task), x)
     shapes = jax.eval_shape(init)
     outputs = jax.eval_shape(
-        lambda variables: called(partial(model.apply, variables, train=False), x), shapes
+        lambda variables: called(partial(model.apply, variables, train=False, **task), x), shapes
     )
     if spec.labelled and getattr(outputs, "shape", (1, spec.num_classes)) != (1, spec.num_classes):
         inputs = f"images {[1, *spec.image_shape]}" if spec.images else f"inputs {specs_text(spec.x)}"
@@ -95,7 +97,8 @@ def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "f
             f"the model must return logits [B, {spec.num_classes}] for {inputs}, got"
             f" {list(outputs.shape)} for B=1; set num_classes={spec.num_classes}"
         )
-    if not isinstance(model, tuple(BACKBONES.values())):
+    trunk = model.trunk if isinstance(model, TaskHeads) else model
+    if not isinstance(trunk, tuple(BACKBONES.values())):
 
         def converted(leaf: Any) -> Any:
             return jnp.asarray(leaf, dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

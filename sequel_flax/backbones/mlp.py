@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 
@@ -45,3 +47,37 @@ class MLP(nn.Module):
         """Return outputs `[B, num_classes]` of images `[B, H, W, C]`, or of other arrays `[B, ...]`."""
         logits: jax.Array = self.head(self.features(x, train))
         return logits
+
+
+class TaskHeads(nn.Module):
+    """A linear head for each task on a shared network; it takes the task of each sample.
+
+    It needs an algorithm with `task_given=True`, or the task scenario.
+
+    Args:
+        trunk: The shared network, a module that returns features `[B, D]`.
+        num_classes: Number of outputs of a head.
+        num_tasks: Number of heads.
+
+    Example:
+        >>> net = TaskHeads(MLP(widths=(8,), num_classes=6), num_classes=10, num_tasks=3)
+        >>> x, t = jnp.zeros((2, 8, 8, 1)), jnp.array([0, 2])
+        >>> net.init_with_output(jax.random.key(0), x, t)[0].shape
+        (2, 10)
+    """
+
+    trunk: nn.Module
+    num_classes: int
+    num_tasks: int
+
+    def setup(self) -> None:
+        """Create the heads, with the names of the Lightning network."""
+        for k in range(self.num_tasks):
+            setattr(self, f"head_{k}", nn.Dense(self.num_classes))
+
+    def __call__(self, x: Any, t: jax.Array, train: bool = False) -> jax.Array:
+        """Return outputs `[B, num_classes]` of inputs `[B, ...]` by the heads of their tasks t `[B]`."""
+        trunk: Any = self.trunk
+        features = trunk(x, train=train)
+        outputs = jnp.stack([getattr(self, f"head_{k}")(features) for k in range(self.num_tasks)], axis=1)
+        return outputs[jnp.arange(len(t)), t]

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.stream.task import Batch
 from sequel_lightning.exemplars import ExemplarModule
-from sequel_lightning.networks import evaluating, frozen_network
+from sequel_lightning.networks import call_network, evaluating, frozen_network
 from sequel_lightning.replay import Memory, planned
 from sequel_lightning.trees import Params
 
@@ -70,11 +70,11 @@ def training_loss(module: ICaRL, batch: Batch, hparams: ICaRLHParams) -> tuple[T
     seen = module.seen_classes()
     past = seen & ~module.task_classes()
     outputs = seen if hparams.outputs == "seen" else torch.ones_like(seen)
-    logits = module.network(batch.x)
+    logits = module.network(batch.x, batch.t)
     old = logits.detach()  # not used if there are no past classes
     if past.any():
         with evaluating(module.old), torch.no_grad():
-            old = module.old(module.normalise(batch.x))
+            old = call_network(module.old, module.normalise(batch.x), module.task_argument(batch.t))
     loss = sigmoid_loss(logits, targets(old, batch.y, past), outputs)
     return loss, module.masked(logits, batch.t)
 
@@ -99,6 +99,7 @@ class ICaRL(ExemplarModule):
     """
 
     hparams_class = ICaRLHParams
+    network_copies = ("old",)
     algorithm_hparams: ICaRLHParams
 
     def init_memory(self) -> None:

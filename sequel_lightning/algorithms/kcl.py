@@ -105,7 +105,7 @@ def training_loss(module: KCL, batch: Batch, hparams: KCLHParams) -> tuple[Tenso
     """Return the training loss of a batch, shape (), and its logits `[B, num_classes]`."""
     k, x, y = module.current_coreset()
     memory, extra, rff = module.state, module.kcl, hparams.kernel_type == "rff"
-    h, core = module.features(batch.x), module.features(x)
+    h, core = module.kernel_features(batch.x), module.kernel_features(x)
     starts = torch.from_numpy(batch.plan.starts).to(h.device) if rff else None
     with torch.autocast(h.device.type, enabled=False):
         classes = module.spec.num_classes
@@ -119,14 +119,14 @@ def training_loss(module: KCL, batch: Batch, hparams: KCLHParams) -> tuple[Tenso
 
 def predict(module: KCL, x: Tensor, t: Tensor, hparams: KCLHParams) -> Tensor:
     """Return the logits `[B, num_classes]` by the coreset of each sample's task, 0 if it has not begun."""
-    memory, extra, h = module.state, module.kcl, module.features(x)
+    memory, extra, h = module.state, module.kcl, module.kernel_features(x)
     owners = memory.coreset.t[:: hparams.core_size]
     logits = h.new_zeros(len(x), module.spec.num_classes)
     for j in t.unique().tolist():
         if owners[j] == j:
             images, y = coreset_of(memory.coreset, j, hparams.core_size)
             k = j if hparams.task_parameters == "own" else int(module.task_index)
-            core, classes, rows = module.features(images), logits.shape[1], t == j
+            core, classes, rows = module.kernel_features(images), logits.shape[1], t == j
             with torch.autocast(h.device.type, enabled=False):
                 new, _ = task_logits(extra, memory, hparams, core, y, k, h[rows], memory.fixed, classes)
             logits[rows] = new
@@ -190,7 +190,7 @@ class KCL(CoresetModule):
         """What is kept of all tasks."""
         return KCLState(self.contents, self.noise, self.basis_phase, self.fixed)
 
-    def features(self, x: Tensor) -> Tensor:
+    def kernel_features(self, x: Tensor) -> Tensor:
         """Return the normalised features `[n, H]` of images."""
         h = self.net.features(self.normalise(x)).to(self.kcl.lmd.dtype)
         return kernels.normalised(h, self.algorithm_hparams.normalisation)

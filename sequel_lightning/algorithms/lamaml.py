@@ -86,8 +86,8 @@ def clip_by_norm(gradient: Params, norm: float | None) -> Params:
 def sample_loss(params: Params, model: Model, samples: ReplayBatch) -> Tensor:
     """Return the mean loss of samples at the weights given, in training mode, shape ()."""
 
-    def network(x: Any) -> Any:
-        return functional_network(model.net, params, model.normalise(x))
+    def network(x: Any, t: Tensor) -> Any:
+        return functional_network(model.net, params, model.normalise(x), model.task_argument(t))
 
     (outputs,) = one_pass(model, [samples], network)
     return mean_loss(outputs)
@@ -181,14 +181,14 @@ class LaMAML(ReplayModule):
     def training_loss(self, batch: Batch) -> tuple[Tensor, Any]:
         """Take all glances at a batch; return M of the first, and the batch's outputs before it."""
         if not self._checked:
-            check_functional_call(self, batch.x)
+            check_functional_call(self, batch.x, batch.t)
             self._checked = True
         hparams, batch = self.algorithm_hparams, self.planned(batch)
         (_, reads, orders, _), x = planned(self.contents, batch, MetaPlan), cropped(batch).x
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         with torch.no_grad():
-            outputs = self.network(x)
+            outputs = self.network(x, batch.t)
         params, losses = self.params(), []
         for k, order in enumerate(torch.from_numpy(orders).to(batch.t.device, torch.int64)):
             ordered = rows(batch._replace(x=x), order)

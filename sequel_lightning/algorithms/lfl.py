@@ -6,7 +6,8 @@ h is the last hidden layer, theta_old are the weights at the end of the last tas
 current task. The old network runs in evaluation mode. With `freeze_head`, the last layer does not change
 after the first task: it gets no gradient and no weight decay, and gradient clipping does not count it.
 
-The network needs a method `features(x)`, the last hidden layer, and a last layer called `head`.
+The network needs a method `features(x)`, the last hidden layer, and a last layer called `head`. With `layer`,
+h is the output of the layer of that name; `freeze_head` still needs `head`.
 
 Mirror: sequel_flax/algorithms/lfl.py
 """
@@ -18,19 +19,19 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from sequel_core.algorithms.lfl import LFLHParams
 from sequel_core.stream.task import Batch
 from sequel_lightning.module import ContinualModule
 from sequel_lightning.networks import (
-    apply_head,
-    call_network,
-    check_features,
     check_head,
+    check_layers,
     evaluating,
+    features_of,
     frozen_network,
+    outputs_and_features,
 )
 from sequel_lightning.trees import Params
 
@@ -55,20 +56,20 @@ def head_is_frozen(state: LFLState, hparams: LFLHParams) -> Tensor:
 
 
 @torch.no_grad()
-def old_features(module: LFL, x: Any) -> Any:
-    """Return the last hidden layer of the old network, in evaluation mode."""
+def old_features(module: LFL, batch: Batch, layer: str | None) -> Any:
+    """Return h of the old network, in evaluation mode."""
     with evaluating(module.old):
-        return call_network(module.old.features, x)
+        return features_of(module.old, module.normalise(batch.x), module.task_argument(batch.t), layer)
 
 
 def training_loss(module: LFL, batch: Batch, hparams: LFLHParams) -> tuple[Tensor, Any]:
     """Return the training loss of a batch, shape (), and what the network returned for it."""
-    x = module.normalise(batch.x)
-    features = call_network(module.net.features, x)
-    outputs = module.masked(apply_head(module.net, features), batch.t)
+    x, t = module.normalise(batch.x), module.task_argument(batch.t)
+    outputs, h = outputs_and_features(module.net, x, t, hparams.layer)
+    outputs = module.masked(outputs, batch.t)
     loss = module.loss(outputs, batch)
     if module.learned > 0:
-        distance = feature_distance(features, old_features(module, x))
+        distance = feature_distance(h, old_features(module, batch, hparams.layer))
         loss = loss + module.added(hparams.lfl_lambda * distance)
     return loss, outputs
 
@@ -77,8 +78,8 @@ class LFL(ContinualModule):
     """Less-forgetting learning; see `help(LFLHParams)` for its settings.
 
     Raises:
-        ValueError: the network has no method `features` or no last layer `head`, or the objective does not
-            take what `head` returns.
+        ValueError: the network has no method `features`, no layer `layer`, or no last layer `head`, or the
+            objective does not take what `head` returns.
 
     Example:
         >>> import torch
@@ -94,18 +95,17 @@ class LFL(ContinualModule):
 
     hparams_class = LFLHParams
     has_penalty = True
+    network_copies = ("old",)
     algorithm_hparams: LFLHParams
     net: Any
     learned: Tensor
 
-    def check_net(self, net: nn.Module) -> None:
-        """Raise ValueError if the network lacks `features` or `head`."""
-        check_features(net, "lfl")
-
     def init_memory(self) -> None:
         """Start with a copy of the network; no task has been learned."""
         super().init_memory()
-        check_head(self.net, self.spec, self.objective, "lfl")
+        check_layers(self.net, self.algorithm_hparams)
+        if self.algorithm_hparams.layer is None:
+            check_head(self.net, self.spec, self.objective, "lfl")
         self.old: Any = copy.deepcopy(self.net).requires_grad_(False)
         like = next(self.net.parameters())
         self.register_buffer("learned", torch.zeros((), dtype=like.dtype, device=like.device))

@@ -30,7 +30,8 @@ from sequel_lightning.trees import Params
 
 def squared_norm(params: Params, model: Any, batch: Batch) -> Tensor:
     """Return the sum over a batch of ||f(x)||^2, in evaluation mode, shape ()."""
-    outputs = call_network(partial(call_with, model.net, params), model.normalise(batch.x))
+    call = partial(call_with, model.net, params)
+    outputs = call_network(call, model.normalise(batch.x), model.task_argument(batch.t))
     f = output_leaf(outputs, model.algorithm_hparams.output)
     norms: Tensor = (f.reshape(len(f), -1) ** 2).sum(1)
     return norms.sum()

@@ -10,7 +10,7 @@ from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.plan import initial_weights
 from sequel_lightning.backbones.cnn import CNN
 from sequel_lightning.backbones.gru import GRU
-from sequel_lightning.backbones.mlp import MLP
+from sequel_lightning.backbones.mlp import MLP, TaskHeads
 from sequel_lightning.backbones.resnet import ResNet18, ResNet18Thin
 from sequel_lightning.backbones.torchvision import TorchvisionModel
 from sequel_lightning.backbones.transformer import Transformer
@@ -22,6 +22,7 @@ __all__ = [
     "MLP",
     "ResNet18",
     "ResNet18Thin",
+    "TaskHeads",
     "TorchvisionModel",
     "Transformer",
     "canonical_weights",
@@ -101,9 +102,10 @@ def initialise(net: nn.Module, seed: int) -> nn.Module:
         >>> torch.equal(a.head.weight, b.head.weight)
         True
     """
+    trunk = net.trunk if isinstance(net, TaskHeads) else net
     if isinstance(net, TorchvisionModel):
         net.initialise(seed)
-    elif isinstance(net, tuple(BACKBONES.values())):
+    elif isinstance(trunk, tuple(BACKBONES.values())):
         for name, p in _arrays(net).items():
             path = canonical_name(net, name)
             owner = net.get_submodule(name.rpartition(".")[0])

@@ -6,6 +6,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 
@@ -59,3 +60,35 @@ class MLP(nn.Sequential):
         """Return logits `[B, num_classes]` of images `[B, C, H, W]` or other inputs `[B, ...]`."""
         logits: Tensor = self.head(self.features(x))
         return logits
+
+
+class TaskHeads(nn.Module):
+    """A linear head for each task on a shared network; it takes the task of each sample.
+
+    It needs settings with `task_given=True`, or the task scenario.
+
+    Args:
+        trunk: the shared network, a module that returns features `[B, width]`.
+        width: number of features.
+        num_classes: outputs of a head.
+        num_tasks: number of heads.
+
+    Example:
+        >>> import torch
+        >>> from sequel_lightning import MLP, TaskHeads
+        >>> net = TaskHeads(MLP((8,), num_classes=6), width=6, num_classes=10, num_tasks=3)
+        >>> net(torch.zeros(2, 1, 28, 28), torch.tensor([0, 2])).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, trunk: nn.Module, width: int, num_classes: int, num_tasks: int) -> None:
+        super().__init__()
+        self.trunk, self.num_tasks = trunk, num_tasks
+        for k in range(num_tasks):
+            self.add_module(f"head_{k}", nn.Linear(width, num_classes))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return outputs `[B, num_classes]` of inputs `[B, ...]` by the heads of their tasks t `[B]`."""
+        features = self.trunk(x)
+        outputs = torch.stack([getattr(self, f"head_{k}")(features) for k in range(self.num_tasks)], dim=1)
+        return outputs[torch.arange(len(t), device=t.device), t.long()]

@@ -104,9 +104,7 @@ def test_a_wrong_method_fails(check: Check, message: str, tmp_path: Path) -> Non
 
 
 def test_bad_arguments() -> None:
-    with pytest.raises(
-        ValueError, match=r"optimizer must be one of sgd, .*, got 'adma'; did you mean"
-    ):
+    with pytest.raises(ValueError, match=r"optimizer must be one of sgd, .*, got 'adma'; did you mean"):
         check_parity(IMITATE, "adma", implementations=OURS)
     with pytest.raises(ValueError, match="implementation is needed for imitate, which is not built in"):
         check_parity(IMITATE, benchmark=SHORT)
