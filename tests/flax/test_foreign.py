@@ -237,7 +237,7 @@ class NoImages(nn.Module):
     ("model", "message"),
     [
         (Needy(), r"Needy\.__call__ must accept .* missing a required argument: 'labels'; give other"),
-        (NNXNeedy(), "use_running_average, rngs; got .* missing a required argument: 'carry'"),
+        (NNXNeedy(), "use_running_average, t, rngs; got .* missing a required argument: 'carry'"),
         (NoImages(), r"must accept the inputs as its first argument.* got \(\*, train: "),
         (Body, "must be an instance of a linen or an NNX module with a __call__, got the class Body"),
         (NNXBody, "got the class NNXBody"),
