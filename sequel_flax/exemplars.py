@@ -101,9 +101,11 @@ def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> jax.Arr
     The head also predicts during a task, because the means belong to the weights at its end.
     """
     memory, mask = state.memory, state.stream.mask
-    near = nearest_mean(embed(ts, ts.params, state, x), memory.means, memory.has_mean)
-    known = (memory.has_mean[None] if mask is None else memory.has_mean[None] & mask[t]).any(1, keepdims=True)
+    head = masked(state.stream, network(ts, ts.params, state, x, t), t)
+    near = masked(
+        state.stream, nearest_mean(embed(ts, ts.params, state, x), memory.means, memory.has_mean), t
+    )
+    known = (memory.has_mean[None] if mask is None else memory.has_mean & mask[t]).any(1, keepdims=True)
     ready = known & (memory.learned >= 0) & (memory.learned == state.stream.task)
-    logits = network(ts, ts.params, state, x, t)
-    scores: jax.Array = masked(state.stream, jnp.where(ready, near, logits), t)
+    scores: jax.Array = jnp.where(ready, near, head)
     return scores

@@ -117,12 +117,12 @@ class Algorithm(pl.LightningModule):
         super().__init__()
         check_factory(optimizer)
         check_arguments(net, spec)
-        self.check_net(net)
         self.algorithm_hparams = check_hparams(type(self), hparams, spec)
         self.objective = chosen_objective(objective, spec)
         check_metrics(metrics, self.objective.score.key)
         self.check_objective(self.objective)
         start_task(net, 0)
+        self.check_net(net)
         self.gives_task = takes_task(net, self.algorithm_hparams, spec)
         check_network(net, spec, self.objective, self.gives_task)
         self.net = net
@@ -152,7 +152,7 @@ class Algorithm(pl.LightningModule):
     # -- what subclasses override, in the order of the Flax bundle
 
     def check_net(self, net: nn.Module) -> None:
-        """Raise ValueError if the method cannot train this network; the constructor calls it first."""
+        """Raise ValueError if the method cannot train this network; the settings are set by then."""
 
     def check_objective(self, objective: Objective) -> None:
         """Raise ValueError if the method cannot use the objective; the settings are set by then."""

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sequel_core.algorithms.lfl import LFLHParams
@@ -100,10 +100,13 @@ class LFL(ContinualModule):
     net: Any
     learned: Tensor
 
+    def check_net(self, net: nn.Module) -> None:
+        """Raise ValueError if the network lacks the layers that the settings name."""
+        check_layers(net, self.algorithm_hparams)
+
     def init_memory(self) -> None:
         """Start with a copy of the network; no task has been learned."""
         super().init_memory()
-        check_layers(self.net, self.algorithm_hparams)
         if self.algorithm_hparams.layer is None:
             check_head(self.net, self.spec, self.objective, "lfl")
         self.old: Any = copy.deepcopy(self.net).requires_grad_(False)
