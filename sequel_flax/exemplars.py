@@ -105,7 +105,7 @@ def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> jax.Arr
     near = masked(
         state.stream, nearest_mean(embed(ts, ts.params, state, x), memory.means, memory.has_mean), t
     )
-    known = (memory.has_mean[None] if mask is None else memory.has_mean & mask[t]).any(1, keepdims=True)
+    known = (memory.has_mean[None] if mask is None else memory.has_mean[None] & mask[t]).any(1, keepdims=True)
     ready = known & (memory.learned >= 0) & (memory.learned == state.stream.task)
     scores: jax.Array = jnp.where(ready, near, head)
     return scores
