@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from sequel_core.settings import Settings, setting
+from sequel_core.stream.plan import Init
 
 MAX_UNITS = 100_000
 """Largest width of a layer: two such layers would take 40 GB."""
@@ -14,12 +15,23 @@ MAX_TOKENS = 10_000_000
 VOCAB_SIZE = "number of different token ids, which are 0 to vocab_size - 1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BackboneHParams(Settings):
     """Settings of a built-in backbone; the base class of the others."""
 
     type: ClassVar[str]
     modes: ClassVar[tuple[str, ...]] = ("pytorch", "jax")
+
+    init: Init = setting(
+        "torch",
+        "distribution of the initial weights: `torch`, U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for weights and "
+        "biases; `xavier` (Glorot & Bengio 2010) and `kaiming` (He et al. 2015), uniform with zero biases; "
+        "embeddings are drawn as with `torch`",
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of the network's constructor: all settings but `init`."""
+        return {name: value for name, value in vars(self).items() if name != "init"}
 
 
 @dataclass(frozen=True)
@@ -187,6 +199,9 @@ class ResNet18ThinHParams(ResNet18HParams):
 class TorchvisionHParams(BackboneHParams):
     """Settings of a classification model of torchvision, whose last dense layer is replaced.
 
+    Raises:
+        ValueError: a setting has the wrong type, or init is given.
+
     Example:
         >>> from sequel_core.backbones import TorchvisionHParams
         >>> TorchvisionHParams(model="resnet50").weights is None
@@ -198,6 +213,14 @@ class TorchvisionHParams(BackboneHParams):
 
     model: str = setting("mobilenet_v3_small", "name of the model, one of torchvision.models.list_models()")
     weights: str | None = setting(None, "pretrained weights, for example DEFAULT; null for random weights")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init != "torch":
+            raise ValueError(
+                f"init must be torch for a model of torchvision, which initialises itself, got {self.init}; "
+                "drop init"
+            )
 
 
 @dataclass(frozen=True)

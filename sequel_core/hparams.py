@@ -249,7 +249,13 @@ class ExemplarHParams(AlgorithmHParams):
         "paper) or `ceil` (the official code)",
     )
     flip: bool = setting(
-        False, "compute class means over the exemplars and their mirror images, for colour images"
+        False,
+        "compute class means over the exemplars and their mirror images (the official code, for CIFAR-100); "
+        "mirror images of digits are other symbols",
+    )
+    normalise_features: bool = setting(
+        True,
+        "scale features and class means to unit length (the paper); false to use them as they are (Mammoth)",
     )
 
     def slots(self, num_sets: int) -> int:
@@ -322,6 +328,9 @@ class TrainingHParams(Settings):
     """
 
     batch_size: int = setting(10, "number of training samples per step", ge=1)
+    drop_last: bool = setting(
+        True, "drop the incomplete last batch of an epoch; false to train on it, as most published code does"
+    )
     eval_batch_size: int = setting(1000, "number of samples per evaluation step", ge=1)
     epochs_per_task: int | tuple[int, ...] = setting(
         1, "number of epochs per task, or a list with one number for each task", ge=1

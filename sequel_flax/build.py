@@ -25,6 +25,7 @@ from sequel_core.experiment.target import TARGET, Target
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
 from sequel_core.objectives import ObjectiveHParams
 from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.plan import Init
 from sequel_flax._compat import write_errors_left_to_the_caller
 from sequel_flax.algorithms import ALGORITHMS
 from sequel_flax.backbones import BACKBONES
@@ -46,6 +47,7 @@ def make_learner(
     objective: Objective | None = None,
     loggers: Sequence[MetricWriter] = (),
     implementation: Callable[..., Algorithm] | None = None,
+    init: Init = "torch",
     **options: Any,
 ) -> FlaxLearner:
     """Return a learner for an algorithm, chosen by the class of its settings.
@@ -63,6 +65,7 @@ def make_learner(
         loggers: Metric writers.
         implementation: A user-defined algorithm, called as `implementation(hparams, seed=...)`; None for the
             built-in one, or that of an installed package, see `sequel_core.entry_points`.
+        init: The distribution of the initial weights of a built-in network: `torch`, `xavier` or `kaiming`.
         options: `hooks` and `steps_per_call` of `FlaxLearner`, and `trainable`, the parameters to train: a
             predicate over paths, a tree of bools, or an NNX filter.
 
@@ -102,6 +105,7 @@ def make_learner(
         training,
         metrics=metrics,
         writers=loggers,
+        init=init,
         **options,
     )
 
@@ -175,7 +179,7 @@ def build_learner(
         sizes: dict[str, Any] = {"num_classes": benchmark.num_classes}
         if config.backbone.type in FOR_TOKENS:
             sizes["per_token"] = benchmark.spec.per_token
-        model = BACKBONES[config.backbone.type](**vars(config.backbone), **sizes)
+        model = BACKBONES[config.backbone.type](**config.backbone.arguments(), **sizes)
     if "optimizer" in targets:
         optimizer = user_optimizer(targets["optimizer"])
     else:
@@ -189,6 +193,7 @@ def build_learner(
         loggers=[build_logger(name, chosen, run_dir) for name, chosen in config.logger.items()],
         implementation=targets["algo"].function if "algo" in targets else None,
         objective=user_objective(config, benchmark),
+        init=config.backbone.init,
         hooks=callbacks,
     )
 

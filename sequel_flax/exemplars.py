@@ -2,9 +2,9 @@
 
     y*(x) = argmin_c ||h(x) - mu_c||, mu_c the mean of h over the exemplars of class c
 
-h is the network's last hidden layer; h(x), h of each exemplar and mu_c are scaled to unit length. At the end
-of a task the memory is divided among the classes again (`sequel_core.stream.exemplars.renewed_exemplars`).
-iCaRL uses these functions.
+h is the network's last hidden layer; h(x), h of each exemplar and mu_c are scaled to unit length if
+normalise_features is true. At the end of a task the memory is divided among the classes again
+(`sequel_core.stream.exemplars.renewed_exemplars`). iCaRL uses these functions.
 
 Mirror: sequel_lightning/exemplars.py
 """
@@ -41,9 +41,11 @@ def init_exemplars(
     return memory, jnp.zeros(shape, jax.tree.leaves(ts.params)[0].dtype), jnp.zeros(shape[0], bool)
 
 
-def embed(ts: TrainState, params: Params, state: State, x: jax.Array) -> jax.Array:
-    """Return h of images `[B, D]` in evaluation mode, scaled to unit length unless it is 0."""
-    features = network(ts, params, state, x, method="features")
+def embed(ts: TrainState, params: Params, state: State, x: jax.Array, normalise: bool) -> jax.Array:
+    """Return h of images `[B, D]` in evaluation mode; scaled to unit length, unless it is 0, to normalise."""
+    features: jax.Array = network(ts, params, state, x, method="features")
+    if not normalise:
+        return features
     norm = jnp.linalg.norm(features, axis=1, keepdims=True)
     scaled: jax.Array = features / jnp.where(norm > 0, norm, 1)
     return scaled
@@ -69,9 +71,11 @@ def renew(
     def embed_batch(blocks: jax.Array) -> jax.Array:
         """Return h of images `[n, B, H, W, C]`, a block at a time, shape `[n, B, D]`."""
         if is_traced((ts, blocks)):
-            embedded: jax.Array = jax.lax.map(lambda x: embed(ts, params, state, x), blocks)
+            embedded: jax.Array = jax.lax.map(
+                lambda x: embed(ts, params, state, x, hparams.normalise_features), blocks
+            )
             return embedded
-        return jnp.stack([_embed(ts, params, state, x) for x in blocks])
+        return jnp.stack([_embed(ts, params, state, x, hparams.normalise_features) for x in blocks])
 
     def choose(mask: Any, task: Any, stored: Any, new: Any, features: Any) -> Any:
         samples = (Samples(*row) for row in zip(*new, strict=True))
@@ -87,24 +91,23 @@ def renew(
     order = np.minimum(np.arange(rows * -(-slots // rows)), slots - 1).reshape(rows, -1)
     views = (exemplars.x, exemplars.x[:, :, ::-1]) if hparams.flip else (exemplars.x,)
     embedded = [(f := embed_batch(view[order])).reshape(-1, f.shape[-1])[:slots] for view in views]
-    count = partial(class_means, num_classes=len(memory.means))
+    count = partial(class_means, num_classes=len(memory.means), normalise=hparams.normalise_features)
     means, has_mean = on_host(count, (memory.means, memory.has_mean), embedded, exemplars.y, exemplars.t)
     return exemplars, means, has_mean
 
 
-_embed = jax.jit(embed)
+_embed = jax.jit(embed, static_argnames="normalise")
 
 
-def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array) -> jax.Array:
+def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array, hparams: ExemplarHParams) -> jax.Array:
     """Return the nearest-mean scores, or the logits of the head for a task without means.
 
     The head also predicts during a task, because the means belong to the weights at its end.
     """
     memory, mask = state.memory, state.stream.mask
     head = masked(state.stream, network(ts, ts.params, state, x, t), t)
-    near = masked(
-        state.stream, nearest_mean(embed(ts, ts.params, state, x), memory.means, memory.has_mean), t
-    )
+    features = embed(ts, ts.params, state, x, hparams.normalise_features)
+    near = masked(state.stream, nearest_mean(features, memory.means, memory.has_mean), t)
     known = (memory.has_mean[None] if mask is None else memory.has_mean[None] & mask[t]).any(1, keepdims=True)
     ready = known & (memory.learned >= 0) & (memory.learned == state.stream.task)
     scores: jax.Array = jnp.where(ready, near, head)

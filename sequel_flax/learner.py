@@ -55,6 +55,7 @@ def initial_train_state(
     tx: optax.GradientTransformation,
     spec: StreamSpec,
     training: TrainingHParams,
+    init: plan.Init = "torch",
 ) -> TrainState:
     """Return the train state before the first task.
 
@@ -64,6 +65,7 @@ def initial_train_state(
         tx: The optimizer.
         spec: The specification of the benchmark.
         training: The seed, the dtype and gradient clipping are used.
+        init: The distribution of the initial weights of a built-in network.
 
     Returns:
         A TrainState; a `BatchStatsTrainState` if the network has variables besides its parameters.
@@ -85,7 +87,7 @@ def initial_train_state(
         tx = optax.chain(clip_by_global_norm(training.grad_clip), tx)
     if algorithm.trained.trainable is not None:
         tx = optax.masked(tx, lambda params: algorithm.trained.mask_of(params, model))
-    variables = initial_variables(model, spec, training.seed, training.dtype)
+    variables = initial_variables(model, spec, training.seed, training.dtype, init)
     train_state: Any = TrainState if [*variables] == ["params"] else BatchStatsTrainState
     ts = algorithm.prepare(train_state.create(apply_fn=model.apply, tx=tx, **variables), spec)
     strong: TrainState = strong_types(ts)
@@ -187,6 +189,7 @@ class FlaxLearner:
         steps_per_call: The maximum number of steps in one compiled call, >= 1; 1 dispatches each step. None
             chooses 1 for a network with convolutions on a CPU, where XLA runs them slowly in loops, and 50
             otherwise.
+        init: The distribution of the initial weights of a built-in network; see `initial_variables`.
 
     Raises:
         ValueError: The model or the optimizer does not fit the settings, `steps_per_call` is below 1, or a
@@ -220,6 +223,7 @@ class FlaxLearner:
         writers: Sequence[MetricWriter] = (),
         hooks: Sequence[Hook] = (),
         steps_per_call: int | None = None,
+        init: plan.Init = "torch",
     ) -> None:
         self.objective = algorithm.objective or build_objective(ObjectiveHParams(), spec)
         self.score = self.objective.score
@@ -233,7 +237,7 @@ class FlaxLearner:
         self.spec = spec
         self.hparams.check(spec, self.training)
         self.model = adapted(model, spec.x)
-        self.ts: Any = initial_train_state(algorithm, self.model, tx, spec, self.training)
+        self.ts: Any = initial_train_state(algorithm, self.model, tx, spec, self.training, init)
         self.state = strong_types(algorithm.init(self.ts, spec))
         self.planner = algorithm.planner(spec, self.state)
         self._position: TaskPosition | None = None  # None between tasks
@@ -257,8 +261,12 @@ class FlaxLearner:
         training = self.training
         check_position(self.planner, self.state.position)
         split = self.algorithm.training_split(self.state, task.train)
-        plan.check_batch_size(task.index, len(split), training.batch_size)
-        epochs, steps_per_epoch = training.epochs(task.index), len(split) // training.batch_size
+        size, drop_last = training.batch_size, training.drop_last
+        plan.check_batch_size(task.index, len(split), size, drop_last)
+        epochs, steps_per_epoch = (
+            training.epochs(task.index),
+            plan.steps_per_epoch(len(split), size, drop_last),
+        )
         info = {"task": task.index, "task_steps": epochs * steps_per_epoch}
         self._call("before_task", info)
         if self._position is None:
@@ -327,9 +335,16 @@ class FlaxLearner:
 
         No call goes past a multiple of an interval. A step for which a hook is due has its own call.
         """
-        size = self.training.batch_size
-        order = plan.epoch_batches(self.training.seed, schedule.task, epoch, len(schedule.split), size)
-        for samples in plan.take_in_chunks(schedule.split, order[done % schedule.steps_per_epoch :]):
+        training, start = self.training, done % schedule.steps_per_epoch
+        for samples in plan.training_batches(
+            training.seed,
+            schedule.task,
+            epoch,
+            schedule.split,
+            training.batch_size,
+            training.drop_last,
+            start,
+        ):
             chunk = as_batch(samples)
             most = self._steps.steps_per_call or self._choose_steps_per_call(rows(chunk, 0))
             k, count = 0, len(chunk.t)

@@ -24,6 +24,7 @@ from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHPar
 from sequel_core.objectives import ObjectiveHParams
 from sequel_core.stream import plan
 from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.plan import Init
 from sequel_lightning.algorithms import ALGORITHMS
 from sequel_lightning.backbones import BACKBONES, initialise
 from sequel_lightning.learner import SEEDS, TORCH_DTYPES, LightningLearner
@@ -77,6 +78,7 @@ def make_learner(
     objective: Objective | None = None,
     loggers: Sequence[Logger] = (),
     implementation: Callable[..., ContinualModule] | None = None,
+    init: Init = "torch",
     **options: Any,
 ) -> LightningLearner:
     """Return a learner for the algorithm that the settings belong to.
@@ -93,6 +95,7 @@ def make_learner(
         loggers: loggers of Lightning.
         implementation: a user-defined subclass of ContinualModule; None for the built-in one, or that of an
             installed package, see `sequel_core.entry_points`.
+        init: the distribution of the initial weights of a built-in network: `torch`, `xavier` or `kaiming`.
         options: further arguments of `LightningLearner`: `trainer`, `callbacks`.
 
     Returns:
@@ -119,7 +122,7 @@ def make_learner(
     implementation = implementation or ALGORITHMS.get(hparams.name)
     if implementation is None:
         implementation = entry_points.implementation(hparams, "pytorch")
-    net = initialise(model.to(TORCH_DTYPES[training.dtype]), training.seed)
+    net = initialise(model.to(TORCH_DTYPES[training.dtype]), training.seed, init)
     given = {} if objective is None else {"objective": objective}
     module = implementation(net, optimizer, hparams, benchmark.spec, metrics, training.seed, **given)
     if not isinstance(module, ContinualModule):
@@ -189,7 +192,7 @@ def build_learner(
     if "backbone" in user_code:
         model = user_backbone(user_code["backbone"], config.training.seed, **sizes)
     else:
-        model = BACKBONES[config.backbone.type](**vars(config.backbone), **sizes)
+        model = BACKBONES[config.backbone.type](**config.backbone.arguments(), **sizes)
     if "optimizer" in user_code:
         optimizer = user_optimizer(user_code["optimizer"])
     else:
@@ -208,6 +211,7 @@ def build_learner(
         objective=objective,
         loggers=[build_logger(name, chosen, run_dir) for name, chosen in config.logger.items()],
         implementation=user_code["algo"].function if "algo" in user_code else None,
+        init=config.backbone.init,
         callbacks=callbacks,
         trainer={**config.trainer, "default_root_dir": os.fspath(run_dir)},
     )

@@ -62,7 +62,8 @@ class PlannedBatches:
         return self._joined
 
     def __len__(self) -> int:
-        return max(1, len(self._split) // self._datamodule.batch_size)
+        module = self._datamodule
+        return max(1, plan.steps_per_epoch(len(self._split), module.batch_size, module.drop_last))
 
     def __iter__(self) -> Iterator[tuple[Tree, Tree, torch.Tensor]]:
         module = self._datamodule
@@ -70,9 +71,16 @@ class PlannedBatches:
         resume, self._resume = self._resume, None
         self._position = resume["position"] if resume is not None and resume["epoch"] == self._epoch else 0
         split = self._split
-        order = plan.epoch_batches(module.seed, module.task.index, self._epoch, len(split), module.batch_size)
         images = is_image(split.x_spec)
-        for samples in plan.take_in_chunks(split, order[self._position :]):
+        for samples in plan.training_batches(
+            module.seed,
+            module.task.index,
+            self._epoch,
+            split,
+            module.batch_size,
+            module.drop_last,
+            self._position,
+        ):
             x, y, t = as_batch(samples, images)[:3]
             for batch in zip(steps_of(x), steps_of(y), t, strict=True):
                 self._position += 1
@@ -116,15 +124,16 @@ class TaskDataModule(pl.LightningDataModule):
 
     Args:
         task: for example `benchmark.tasks[0]`.
-        batch_size: training samples per step, >= 1; the incomplete last batch of an epoch is dropped.
+        batch_size: training samples per step, >= 1.
         eval_batch_size: samples per validation or test step, >= 1.
         seed: of the order of batches, >= 0.
         validate_on: tasks whose validation samples are scored, for example `benchmark.tasks[: i + 1]` to
             measure forgetting during task i; by default those of the task itself.
+        drop_last: whether the incomplete last batch of an epoch is dropped.
 
     Raises:
-        ValueError: the task has fewer training samples than a batch, or a task of `validate_on` has no
-            validation samples.
+        ValueError: the task has fewer training samples than a batch and drop_last is true, or a task of
+            `validate_on` has no validation samples.
 
     Example:
         >>> from sequel_benchmarks import RotatedDigits
@@ -141,6 +150,7 @@ class TaskDataModule(pl.LightningDataModule):
         eval_batch_size: int = 1000,
         seed: int = 0,
         validate_on: Sequence[Task] = (),
+        drop_last: bool = True,
     ) -> None:
         super().__init__()
         for other in validate_on:
@@ -150,11 +160,12 @@ class TaskDataModule(pl.LightningDataModule):
                     "the benchmark with validation=0.1, for example"
                 )
         self.validate_on = tuple(validate_on)
-        plan.check_batch_size(task.index, len(task.train), batch_size)
+        plan.check_batch_size(task.index, len(task.train), batch_size, drop_last)
         self.task = task
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.seed = seed
+        self.drop_last = drop_last
 
     def train_dataloader(self) -> Any:
         """Return the planned training batches."""

@@ -2,9 +2,9 @@
 
     y*(x) = argmin_c ||h(x) - mu_c||, mu_c the mean of h over the exemplars of class c
 
-h is the network's last hidden layer; h(x), h of each exemplar and mu_c are scaled to unit length. At the end
-of a task the memory is divided among the classes again (`sequel_core.stream.exemplars.renewed_exemplars`).
-iCaRL uses these functions.
+h is the network's last hidden layer; h(x), h of each exemplar and mu_c are scaled to unit length if
+normalise_features is true. At the end of a task the memory is divided among the classes again
+(`sequel_core.stream.exemplars.renewed_exemplars`). iCaRL uses these functions.
 
 Mirror: sequel_flax/exemplars.py
 """
@@ -29,10 +29,12 @@ from sequel_lightning.replay import Memory, empty_memory, stored_samples
 from sequel_lightning.trees import StateTree
 
 
-def embed(module: Any, x: Tensor) -> Tensor:
-    """Return h of images `[B, D]` in evaluation mode, scaled to unit length unless it is 0."""
+def embed(module: Any, x: Tensor, normalise: bool) -> Tensor:
+    """Return h of images `[B, D]` in evaluation mode; scaled to unit length, unless it is 0, to normalise."""
     with evaluating(module.net):
-        features = module.net.features(module.normalise(x)).to(module.means.dtype)
+        features: Tensor = module.net.features(module.normalise(x)).to(module.means.dtype)
+    if not normalise:
+        return features
     norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
     unit: Tensor = features / norm.where(norm > 0, 1)
     return unit
@@ -57,7 +59,7 @@ def renew(
 
     def embed_batch(x: Tensor) -> FloatArray:
         with torch.no_grad():
-            features = embed(module, x).cpu()
+            features = embed(module, x, hparams.normalise_features).cpu()
         if features.dtype == torch.bfloat16:  # which NumPy does not have
             features = features.float()
         array: FloatArray = features.numpy()
@@ -78,7 +80,9 @@ def renew(
         held=stored_samples(module.contents),
         candidates=((samples_of(batch), embed_batch(batch.x)) for batch in batches),
     )
-    means, has_mean = exemplar_means(embed_array, samples, len(module.means), hparams.flip)
+    means, has_mean = exemplar_means(
+        embed_array, samples, len(module.means), hparams.flip, hparams.normalise_features
+    )
     x, y, t = map(torch.from_numpy, samples)
     return (
         Memory(x.movedim(-1, 1) if images else x, y, t, None),
@@ -87,7 +91,7 @@ def renew(
     )
 
 
-def predict(module: ExemplarModule, x: Tensor, t: Tensor | None) -> Tensor:
+def predict(module: ExemplarModule, x: Tensor, t: Tensor | None, hparams: ExemplarHParams) -> Tensor:
     """Return the nearest-mean scores, or the logits of the head for a task without means.
 
     The head also predicts during a task, because the means belong to the weights at its end.
@@ -95,7 +99,8 @@ def predict(module: ExemplarModule, x: Tensor, t: Tensor | None) -> Tensor:
     if module.learned < 0 or module.learned != module.task_index:
         head: Tensor = module.forward(x, t)
         return head
-    near: Tensor = module.masked(nearest_mean(embed(module, x), module.means, module.has_mean), t)
+    features = embed(module, x, hparams.normalise_features)
+    near: Tensor = module.masked(nearest_mean(features, module.means, module.has_mean), t)
     mask = module.preprocessing.mask
     known = (module.has_mean[None] if mask is None else module.has_mean & mask[t]).any(1, keepdim=True)
     return near if known.all() else near.where(known, module.forward(x, t))
@@ -156,7 +161,7 @@ class ExemplarModule(ContinualModule):
 
     def predict(self, x: Tensor, t: Tensor | None = None) -> Tensor:
         """Return the nearest-mean scores, or the logits of the head for a task without means."""
-        return predict(self, x, t)
+        return predict(self, x, t, self.algorithm_hparams)
 
     def alternatives(self, x: Tensor, t: Tensor | None = None) -> dict[str, Tensor]:
         """Return the logits of the head."""

@@ -138,7 +138,13 @@ class LightningLearner:
         """Train on one task, then consolidate it; see `sequel_core.runs.learner.Learner`."""
         training = self.training
         check_monitors(self.callbacks, task)
-        data = TaskDataModule(task, training.batch_size, training.eval_batch_size, training.seed)
+        data = TaskDataModule(
+            task,
+            training.batch_size,
+            training.eval_batch_size,
+            training.seed,
+            drop_last=training.drop_last,
+        )
         torch.manual_seed(int(plan.words(training.seed, "dropout", task.index, count=1)[0]) % SEEDS)
         watcher = _Watcher(task, training, monitor, self.module.running_metrics, bool(self.callbacks))
         self.trainer = self._make_trainer(training.epochs(task.index), watcher)

@@ -89,7 +89,7 @@ def stream_for(network: BackboneHParams, scenario: Scenario) -> Benchmark:
 
 def learner(mode: str, hparams: AlgorithmHParams, network: BackboneHParams, scenario: Scenario) -> Learner:
     benchmark, optimizer = stream_for(network, scenario), OptimizerHParams(lr=0.01)
-    arguments: dict[str, Any] = {**vars(network), "num_classes": benchmark.num_classes}
+    arguments: dict[str, Any] = {**network.arguments(), "num_classes": benchmark.num_classes}
     if mode == "jax":
         ours = sequel_flax.backbones.BACKBONES[network.type](**arguments)
         tx = sequel_flax.build_optimizer(optimizer)

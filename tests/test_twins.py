@@ -283,4 +283,4 @@ def test_backbones_take_the_same_settings(name: str) -> None:
     shared = [parameter for parameter in ours if parameter not in ("parent", "name")]  # those two are linen's
     assert shared == [parameter for parameter in theirs if parameter in shared]
     assert {p: ours[p].default for p in shared} == {p: theirs[p].default for p in shared}
-    assert vars(BACKBONES[name]()).keys() <= set(shared)
+    assert BACKBONES[name]().arguments().keys() <= set(shared)

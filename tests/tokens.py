@@ -33,7 +33,7 @@ def token_network(run: TokenRun, package: Any, **settings: Any) -> Any:
     hparams = token_hparams(run.partition(" ")[0], **settings)
     benchmark = tokens(run)
     return package.backbones.BACKBONES[hparams.type](
-        **vars(hparams), num_classes=benchmark.num_classes, per_token=benchmark.spec.per_token
+        **hparams.arguments(), num_classes=benchmark.num_classes, per_token=benchmark.spec.per_token
     )
 
 

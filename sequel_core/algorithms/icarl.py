@@ -17,7 +17,8 @@ class ICaRLHParams(ExemplarHParams):
         y*(x) = argmin_c ||h(x) - mu_c||, with mu_c the mean of the exemplars of class c
 
     S are the classes seen so far. The target q is the output of the previous network for classes of past
-    tasks, and the label for classes of the current task. h is the last hidden layer, scaled to unit length.
+    tasks, and the label for classes of the current task. h is the last hidden layer, scaled to unit length
+    (normalise_features).
 
     Example:
         >>> from sequel_core import ICaRLHParams

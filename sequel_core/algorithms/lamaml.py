@@ -68,6 +68,11 @@ class LaMAMLHParams(ReplayHParams):
         """Raise ValueError if memory, inner steps or clipping do not fit the stream or the training."""
         super().check(spec, training)
         self.check_parts(training.batch_size)
+        if self.n_inner_updates is not None and not training.drop_last:
+            raise ValueError(
+                f"n_inner_updates={self.n_inner_updates} needs whole batches, got drop_last=false; set "
+                "drop_last=true or leave n_inner_updates out"
+            )
         if training.grad_clip is not None:
             raise ValueError(
                 f"grad_clip_norm replaces grad_clip in lamaml, got grad_clip={training.grad_clip}; leave "

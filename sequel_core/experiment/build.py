@@ -333,7 +333,7 @@ def build_benchmark(config: ExperimentConfig) -> Benchmark:
         config.algo.check(benchmark.spec, config.training)
         stages = list(config.algo.training_tasks(benchmark, config.training.seed))
     for task in stages:
-        check_batch_size(task.index, len(task.train), config.training.batch_size)
+        check_batch_size(task.index, len(task.train), config.training.batch_size, config.training.drop_last)
     empty = next((task.index for task in benchmark.tasks if len(task.validation) == 0), None)
     if config.evaluate_on == "validation" and empty is not None:
         raise ValueError(

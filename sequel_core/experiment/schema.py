@@ -115,7 +115,10 @@ class ExperimentConfig(Settings):
     callbacks: tuple[Target, ...] = ()
     user_code: Mapping[str, Target] = field(default_factory=dict)
     evaluate_every: EvaluateEvery = setting(
-        "task", "when to evaluate: `task`, `epoch` or a number of steps", ge=1
+        "task",
+        "when to evaluate: `task`, after each task; `end`, after the last one only; `epoch` or a number of "
+        "steps, also during training",
+        ge=1,
     )
     evaluate_on: EvaluateOn = setting("test", "split to evaluate on: `test` or `validation`")
     evaluate_future: bool = setting(False, "evaluate also tasks not seen yet, for forward transfer")

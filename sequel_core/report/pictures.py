@@ -95,8 +95,8 @@ def _numbers(value: Estimate, scale: float, digits: int | None) -> list[str]:
 
 
 def over_stream(study: Study) -> list[Picture]:
-    """Draw the average score on the tasks seen so far; no picture if all streams have one task."""
-    groups = [group for group in drawn(study) if len(group.matrix()) > 1]
+    """Draw the average score on the tasks seen so far, of the groups that were evaluated after each task."""
+    groups = [group for group in drawn(study) if group.evaluated_along]
     if not groups:
         return []
     estimates = [group.over_stream() for group in groups]
@@ -159,7 +159,7 @@ def matrices(study: Study) -> list[tuple[Group, list[Picture]]]:
         matrix, name = group.matrix(), f"{place:02}_{_slug(group.label)}"
         runs = f"mean of {len(group.finished)} runs" if len(group.finished) > 1 else "one run"
         pictures = [_matrix(f"matrix_{name}", f"{score.title} matrix, {runs}", matrix, score)]
-        if len(matrix) > 1:
+        if group.evaluated_along:
             title = f"{score.title} on each task over time, {runs}"
             pictures.append(_tasks(f"tasks_{name}", title, group.finished, score))
         groups.append((group, pictures))

@@ -121,8 +121,9 @@ class Run:
 
     @property
     def trained(self) -> int:
-        """Number of tasks after which the run was evaluated."""
-        return int(np.isfinite(self.result.matrix).any(axis=1).sum()) if self.result.matrix.size else 0
+        """Number of tasks trained before the last evaluation."""
+        evaluated = np.isfinite(self.result.matrix).any(axis=-1)
+        return int(np.flatnonzero(evaluated).max(initial=-1)) + 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,6 +160,11 @@ class Group:
         """Return the mean matrix `[T, T]` of the finished runs, of which there must be one."""
         mean: FloatArray = np.mean([run.result.matrix for run in self.finished], axis=0)
         return mean
+
+    @property
+    def evaluated_along(self) -> bool:
+        """Whether the finished runs were evaluated after each of several tasks."""
+        return len(self.matrix()) > 1 and bool(np.isfinite(np.diagonal(self.matrix())).all())
 
     def over_stream(self) -> list[Estimate]:
         """Return the average score on the tasks seen so far, after each task, over the finished runs."""

@@ -300,7 +300,13 @@ def _learner_trial(
         check_name("settings", name, SETTINGS)
     if model.step:
         raise ValueError(f"learners must be new, got one after {model.step} steps; make another")
-    check_run(model, benchmark, settings.get("evaluate_every", "task"), settings.get("evaluate_on", "test"))
+    check_run(
+        model,
+        benchmark,
+        settings.get("evaluate_every", "task"),
+        settings.get("evaluate_on", "test"),
+        settings.get("evaluate_future", False),
+    )
 
     def start(run_dir: Path) -> Result:
         return run(model, benchmark, run_dir=run_dir, progress=progress, **settings)

@@ -104,11 +104,12 @@ class Display:
         self._average = float(np.mean(row[: after + 1]))
 
     def finish(self, task: Task, row: FloatArray) -> None:
-        """Print a line with the scores `[T]` measured after a task."""
+        """Print a line with the scores `[T]` measured after a task; nan if it was not evaluated."""
         self.evaluated(task.index, row)
         number, value, average = task.index + 1, self._text(row[task.index]), self._text(self._average)
         line = f"task {number}/{len(self._benchmark)} {task.name}: "
-        line += f"{self._score.name} {value}, average {average} over {number} seen"
+        measured = f"{self._score.name} {value}, average {average} over {number} seen"
+        line += "trained" if math.isnan(row[task.index]) else measured
         if self._last and self._last.task_step < self._last.task_steps:
             line += ", stopped early" + (f" in {self._epoch(self._last)}" if self._epochs > 1 else "")
         to_file = not self._console.is_terminal  # lines in a file are not wrapped

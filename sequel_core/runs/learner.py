@@ -18,7 +18,7 @@ from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Task
 
-EvaluateEvery = Literal["task", "epoch"] | int
+EvaluateEvery = Literal["end", "task", "epoch"] | int
 EvaluateOn = Literal["test", "validation"]
 Mode = Literal["pytorch", "jax"]
 
@@ -76,7 +76,7 @@ class FitMonitor(NamedTuple):
 
     on_progress: Callable[[Progress], None]  # every log_every_n_steps and at the end of each epoch
     on_evaluate: Callable[[], None]  # when due by evaluate_every
-    evaluate_every: EvaluateEvery = "task"  # "task": not during training; "epoch"; or a number of steps
+    evaluate_every: EvaluateEvery = "task"  # "end" and "task": not during training
     on_checkpoint: Callable[[], None] = lambda: None  # when due; an exception ends the run
     checkpoint_every: int | None = None  # steps of the task
     checkpoint_due: Callable[[], bool] = lambda: False  # whether a checkpoint is due now, whatever the step

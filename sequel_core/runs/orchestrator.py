@@ -58,7 +58,9 @@ def run(
         benchmark: the stream that the learner was made for.
         run_dir: an empty or new directory; None for a new one under `runs/`.
         evaluate_every: `"task"` to evaluate after each task; `"epoch"` or a number of steps >= 1 to evaluate
-            also during training. The matrix always holds the scores after each task.
+            also during training; `"end"` to evaluate after the last task only. The matrix holds the scores
+            after each task; with `"end"` the other rows are nan, and so are forgetting and other metrics
+            that need them.
         evaluate_on: split that the matrix is measured on, `"test"` or `"validation"`. If all tasks
             have the other split too, it is evaluated once, at the end.
         evaluate_future: evaluate all tasks instead of those seen so far, and also the untrained network.
@@ -100,7 +102,7 @@ def run(
     """
     from sequel_core.runs.console import Display  # rich, which is slow to import
 
-    check_run(learner, benchmark, evaluate_every, evaluate_on)
+    check_run(learner, benchmark, evaluate_every, evaluate_on, evaluate_future)
     if resume not in (True, False, "auto"):
         raise ValueError(f"resume must be True, False or 'auto', got {resume!r}")
     settings = masked(_describe(learner, benchmark) if config is None else config)
@@ -126,7 +128,11 @@ def run(
 
 
 def check_run(
-    learner: Learner, benchmark: Benchmark, evaluate_every: EvaluateEvery, evaluate_on: EvaluateOn
+    learner: Learner,
+    benchmark: Benchmark,
+    evaluate_every: EvaluateEvery,
+    evaluate_on: EvaluateOn,
+    evaluate_future: bool,
 ) -> None:
     """Check the arguments of `run`.
 
@@ -140,15 +146,22 @@ def check_run(
             f"benchmark {benchmark.name} has {spec.num_classes} and {shapes_text(spec.x)}; "
             "make it with this benchmark"
         )
-    if evaluate_every not in ("task", "epoch") and not (type(evaluate_every) is int and evaluate_every > 0):
+    named = ("end", "task", "epoch")
+    if evaluate_every not in named and not (type(evaluate_every) is int and evaluate_every > 0):
         raise ValueError(
-            f"evaluate_every must be task, epoch or a number of steps >= 1, got {evaluate_every!r}"
+            f"evaluate_every must be end, task, epoch or a number of steps >= 1, got {evaluate_every!r}"
+        )
+    if evaluate_every == "end" and evaluate_future:
+        raise ValueError(
+            "evaluate_future needs an evaluation after every task, got evaluate_every=end; use "
+            "evaluate_every=task"
         )
     if evaluate_on not in get_args(EvaluateOn):
         raise ValueError(f"evaluate_on must be test or validation, got {evaluate_on!r}")
     for task in learner.hparams.training_tasks(benchmark, learner.training.seed):
-        plan.check_batch_size(task.index, len(task.train), learner.training.batch_size)
-        learner.training.epochs(task.index)
+        training = learner.training
+        plan.check_batch_size(task.index, len(task.train), training.batch_size, training.drop_last)
+        training.epochs(task.index)
     for task in benchmark.tasks:
         if evaluate_on == "validation" and not len(task.validation):
             raise ValueError(
@@ -233,7 +246,8 @@ class _Stream:
             with state.stopwatch.measure("train"):
                 learner.fit_task(task, monitor)
             state.position = Position(task.index, "train")
-        self._evaluate(seen, after=task.index)
+        if evaluate_every != "end" or task.index == len(self._benchmark) - 1:
+            self._evaluate(seen, after=task.index)
         state.position = Position(task.index, "evaluate")
         self._display.finish(task, state.matrix[task.index])
         for callback in callbacks:

@@ -30,7 +30,7 @@ def herding(features: FloatArray, count: int) -> IntArray:
     several rows within `TIE` of the best is chosen.
 
     Args:
-        features: of unit length or 0, `[n, D]`.
+        features: `[n, D]`; of unit length or 0 in the paper.
         count: number of rows, >= 0.
 
     Example:
@@ -67,8 +67,8 @@ def renewed_exemplars(
         mask: classes of each task, bool `[T, num_classes]`.
         task: index of the task that ends.
         held: exemplars of past tasks, in that order.
-        candidates: batches of the task's samples, each sample once, with features of unit length `[n, D]`;
-            samples of other tasks are ignored.
+        candidates: batches of the task's samples, each sample once, with features `[n, D]`; samples of other
+            tasks are ignored.
     """
     images, labels, features = list(held.x), list(held.y), []
     for (x, y, t), f in candidates:
@@ -97,39 +97,44 @@ def renewed_exemplars(
 
 
 def exemplar_means(
-    embed: Callable[[Any], FloatArray], exemplars: Samples, num_classes: int, flip: bool
+    embed: Callable[[Any], FloatArray],
+    exemplars: Samples,
+    num_classes: int,
+    flip: bool,
+    normalise: bool = True,
 ) -> tuple[FloatArray, BoolArray]:
-    """Return the mean feature of each class, of unit length `[num_classes, D]`, and which classes have it.
+    """Return the mean feature of each class `[num_classes, D]`, and which classes have it.
 
     Args:
-        embed: returns features of unit length `[n, D]` of images `[n, H, W, C]`.
+        embed: returns features `[n, D]` of images `[n, H, W, C]`.
         exemplars: in their slots, as `renewed_exemplars` returns them.
         num_classes: number of rows; the mean of a class without exemplars is 0.
         flip: average with the mean over horizontally flipped images.
+        normalise: scale the means to unit length.
     """
     blocks = [exemplars.x[start : start + EMBEDDED] for start in range(0, len(exemplars.y), EMBEDDED)]
     views = (blocks, [block[:, :, ::-1] for block in blocks]) if flip else (blocks,)
     features = [np.concatenate([embed(block) for block in view]) for view in views]
-    return class_means(features, exemplars.y, exemplars.t, num_classes)
+    return class_means(features, exemplars.y, exemplars.t, num_classes, normalise)
 
 
 def class_means(
-    features: Sequence[FloatArray], y: IntArray, t: IntArray, num_classes: int
+    features: Sequence[FloatArray], y: IntArray, t: IntArray, num_classes: int, normalise: bool = True
 ) -> tuple[FloatArray, BoolArray]:
     """Return the means of `exemplar_means` from features that are already computed.
 
     Args:
-        features: of unit length `[slots, D]`, one array for the images and, with flip, one for the flipped
-            images.
+        features: `[slots, D]`, one array for the images and, with flip, one for the flipped images.
         y: label of each slot `[slots]`.
         t: task of each slot `[slots]`, -1 if it is empty.
         num_classes: number of rows.
+        normalise: scale the means to unit length.
     """
     owner = (y == np.arange(num_classes)[:, None]) & (t >= 0)  # [num_classes, slots]
     weights = owner / np.maximum(owner.sum(axis=1, keepdims=True), 1)
     means = sum(weights @ view for view in features) / len(features)
     norm = np.linalg.norm(means, axis=1, keepdims=True)
-    return means / np.where(norm > 0, norm, 1), owner.any(axis=1)
+    return means / np.where(normalise & (norm > 0), norm, 1), owner.any(axis=1)
 
 
 def joined_with_samples(split: AnySplit, samples: Samples) -> AnySplit:

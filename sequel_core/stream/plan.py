@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sequel_core.settings import check_name
 from sequel_core.stream.arrays import BoolArray, FloatArray, IntArray
 from sequel_core.stream.task import AnySplit, Samples, Task
 from sequel_core.stream.trees import leaves, tree_map
@@ -24,6 +25,9 @@ CHUNK_BYTES = 1 << 22
 BLOCK_NUMBERS = 4096
 
 T = TypeVar("T")
+
+Init = Literal["torch", "xavier", "kaiming"]
+"""Distributions of initial weights; see `initial_weights`."""
 
 
 def words(*key: object, count: int, start: int = 0) -> NDArray[np.uint64]:
@@ -81,13 +85,18 @@ def permutation(*key: object, count: int) -> IntArray:
     return np.argsort(words(*key, count=count), kind="stable").astype(np.int64)
 
 
-def check_batch_size(task: int, num_samples: int, batch_size: int) -> None:
-    """Raise ValueError if a task has less than one whole batch."""
-    if batch_size > num_samples:
+def check_batch_size(task: int, num_samples: int, batch_size: int, drop_last: bool = True) -> None:
+    """Raise ValueError if the batches of a task are dropped because there is no whole one."""
+    if drop_last and batch_size > num_samples:
         raise ValueError(
             f"batch_size must be <= the samples of a task, got {batch_size} with {num_samples} training "
-            f"samples in task {task}; lower batch_size or raise subset"
+            f"samples in task {task}; lower batch_size, raise subset or set drop_last=false"
         )
+
+
+def steps_per_epoch(num_samples: int, batch_size: int, drop_last: bool = True) -> int:
+    """Return the number of batches of an epoch; without `drop_last` the last one may be incomplete."""
+    return num_samples // batch_size if drop_last else -(-num_samples // batch_size)
 
 
 def epoch_batches(seed: int, task: int, epoch: int, num_samples: int, batch_size: int) -> IntArray:
@@ -102,6 +111,23 @@ def epoch_batches(seed: int, task: int, epoch: int, num_samples: int, batch_size
     steps = num_samples // batch_size
     order = permutation(seed, "batches", task, epoch, count=num_samples)
     return order[: steps * batch_size].reshape(steps, batch_size)
+
+
+def training_batches(
+    seed: int, task: int, epoch: int, split: AnySplit, batch_size: int, drop_last: bool = True, start: int = 0
+) -> Iterator[Samples]:
+    """Yield the batches of one epoch in chunks, from step `start` on; see `epoch_batches`.
+
+    Yields:
+        Samples `[steps, batch_size, ...]`; without `drop_last` the incomplete last batch is a chunk of its
+        own, `[1, rest, ...]`.
+    """
+    rest = 0 if drop_last else len(split) % batch_size
+    if rest < len(split):
+        yield from take_in_chunks(split, epoch_batches(seed, task, epoch, len(split), batch_size)[start:])
+    if rest:
+        order = permutation(seed, "batches", task, epoch, count=len(split))
+        yield from take_in_chunks(split, order[None, -rest:])
 
 
 def consolidation_batches(seed: int, task: Task, batch_size: int) -> Iterator[Samples]:
@@ -167,20 +193,42 @@ def one_ahead(take: Callable[[int], T], starts: range) -> Iterator[T]:
             yield following.result()
 
 
-def initial_weights(seed: int, path: str, shape: tuple[int, ...], fan_in: int) -> FloatArray:
+def check_built_in(init: Init, built_in: bool) -> None:
+    """Raise ValueError if initial weights are chosen for a network that is not built in."""
+    if init != "torch" and not built_in:
+        raise ValueError(f"init={init} is for built-in networks; drop it and initialise your own network")
+
+
+def initial_weights(
+    seed: int, path: str, shape: tuple[int, ...], fan_in: int, init: Init = "torch"
+) -> FloatArray:
     """Return the initial values of one array of a built-in backbone.
 
-    They are drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as in torch's layers.
+    They are drawn from U(-b, b):
+
+    - `torch`: b = 1 / sqrt(fan_in) for kernels and biases, as in torch's layers;
+    - `xavier` (Glorot & Bengio 2010): b = sqrt(6 / (fan_in + fan_out)), biases are 0;
+    - `kaiming` (He et al. 2015): b = sqrt(6 / fan_in), biases are 0.
 
     Args:
         seed: of the run.
         path: the array's name in the canonical layout, for example `dense_0/kernel`.
         shape: in the canonical layout (Flax's: `[in, out]`, `[H, W, in, out]`).
         fan_in: inputs of one output unit; biases use their kernel's.
+        init: the distribution.
 
     Returns:
         float64 of the given shape.
+
+    Raises:
+        ValueError: init is unknown.
     """
+    check_name("init", init, get_args(Init))
     bound = float(1.0 / np.sqrt(fan_in))
+    if init != "torch":
+        if len(shape) == 1:
+            return np.zeros(shape)
+        fan_out = int(np.prod(shape)) // shape[-2]
+        bound = float(np.sqrt(6.0 / (fan_in + fan_out if init == "xavier" else fan_in)))
     draws = uniform(seed, "initial weights", path, count=int(np.prod(shape, dtype=np.int64)))
     return ((2.0 * draws - 1.0) * bound).reshape(shape)

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from sequel_core.hparams import Dtype
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import StreamSpec
-from sequel_core.stream.plan import initial_weights
+from sequel_core.stream.plan import Init, check_built_in, initial_weights
 from sequel_core.stream.trees import specs_text
 from sequel_flax.backbones.cnn import CNN
 from sequel_flax.backbones.gru import GRU
@@ -51,7 +51,9 @@ BACKBONES: dict[str, type[nn.Module]] = {
 }
 
 
-def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "float32") -> Variables:
+def initial_variables(
+    model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "float32", init: Init = "torch"
+) -> Variables:
     """Return the initial variables of a network.
 
     Those of a built-in network come from the plan, those of another linen module from `model.init`, and those
@@ -62,6 +64,7 @@ def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "f
         spec: The specification of the benchmark.
         seed: The seed of the run.
         dtype: The dtype of the variables that are floats.
+        init: The distribution of the weights of a built-in network; see `initial_weights`.
 
     Returns:
         A dict with the tree `params`, and the other collections of variables if there are any, for example
@@ -69,7 +72,8 @@ def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "f
 
     Raises:
         ValueError: The inputs do not fit the model, it does not return logits `[B, num_classes]` for class
-            labels, or `dtype` is float64 and 64-bit JAX is disabled.
+            labels, `dtype` is float64 and 64-bit JAX is disabled, or `init` is given for a network that is
+            not built in.
 
     Example:
         >>> from sequel_benchmarks import RotatedDigits
@@ -83,11 +87,14 @@ def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "f
             'dtype=float64 needs 64-bit JAX; call jax.config.update("jax_enable_x64", True) first'
         )
     model, x = adapted(model, spec.x), blank_input(spec, dtype)
+    trunk = model.trunk if isinstance(model, TaskHeads) else model
+    built_in = isinstance(trunk, tuple(BACKBONES.values()))
+    check_built_in(init, built_in)
     if isinstance(model, CNN | ResNet18):
         _ = spec.image_shape  # an error if inputs are not images
     task = {"t": jnp.zeros(1, jnp.int32)} if takes_task(model.apply, x) else {}
-    init = partial(called, partial(model.init, jax.random.key(seed), train=False, **task), x)
-    shapes = jax.eval_shape(init)
+    make = partial(called, partial(model.init, jax.random.key(seed), train=False, **task), x)
+    shapes = jax.eval_shape(make)
     outputs = jax.eval_shape(
         lambda variables: called(partial(model.apply, variables, train=False, **task), x), shapes
     )
@@ -97,22 +104,23 @@ def initial_variables(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "f
             f"the model must return logits [B, {spec.num_classes}] for {inputs}, got"
             f" {list(outputs.shape)} for B=1; set num_classes={spec.num_classes}"
         )
-    trunk = model.trunk if isinstance(model, TaskHeads) else model
-    if not isinstance(trunk, tuple(BACKBONES.values())):
+    if not built_in:
 
         def converted(leaf: Any) -> Any:
             return jnp.asarray(leaf, dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-        return {name: jax.tree.map(converted, tree) for name, tree in init().items()}
+        return {name: jax.tree.map(converted, tree) for name, tree in make().items()}
     variables = {}
     for collection, tree in shapes.items():
         leaves = flatten_dict(tree, sep="/")
-        arrays = {path: jnp.asarray(_initial(leaves, path, seed), dtype) for path in leaves}
+        arrays = {path: jnp.asarray(_initial(leaves, path, seed, init), dtype) for path in leaves}
         variables[collection] = unflatten_dict(arrays, sep="/")
     return variables
 
 
-def initial_params(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "float32") -> Any:
+def initial_params(
+    model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "float32", init: Init = "torch"
+) -> Any:
     """Return the initial parameters of a network; see `initial_variables`.
 
     Args:
@@ -120,6 +128,7 @@ def initial_params(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "floa
         spec: The specification of the benchmark.
         seed: The seed of the run.
         dtype: The dtype of the parameters.
+        init: The distribution of the weights of a built-in network; see `initial_weights`.
 
     Returns:
         The tree of parameters.
@@ -133,15 +142,15 @@ def initial_params(model: Any, spec: StreamSpec, seed: int, dtype: Dtype = "floa
         >>> sorted(initial_params(MLP(widths=(8,)), spec, seed=0))
         ['dense_0', 'head']
     """
-    return initial_variables(model, spec, seed, dtype)["params"]
+    return initial_variables(model, spec, seed, dtype, init)["params"]
 
 
-def _initial(leaves: dict[str, Any], path: str, seed: int) -> FloatArray:
+def _initial(leaves: dict[str, Any], path: str, seed: int, init: Init) -> FloatArray:
     """Return the initial value of an array: the plan's in a dense layer or an embedding, else 1 or 0."""
     layer, _, name = path.rpartition("/")
     shape, kernel = leaves[path].shape, leaves.get(f"{layer}/kernel")
     if kernel is not None:
-        return initial_weights(seed, path, shape, kernel.size // kernel.shape[-1])
+        return initial_weights(seed, path, shape, kernel.size // kernel.shape[-1], init)
     if name == "embedding":
         return initial_weights(seed, path, shape, shape[-1])
     return np.full(shape, 1.0 if name in ("scale", "var") else 0.0)

@@ -8,7 +8,6 @@ Mirror: sequel_lightning/backbones/cnn.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from functools import partial
 
 import jax
@@ -61,7 +60,7 @@ class CNN(nn.Module):
 
     def setup(self) -> None:
         """Create the layers, with the names of the Lightning network."""
-        self.settings = CNNHParams(**{spec.name: getattr(self, spec.name) for spec in fields(CNNHParams)})
+        self.settings = CNNHParams(**{name: getattr(self, name) for name in CNNHParams().arguments()})
         for i, channels in enumerate(self.channels):
             conv = nn.Conv(
                 channels,

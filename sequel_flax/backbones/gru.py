@@ -11,8 +11,6 @@ Mirror: sequel_lightning/backbones/gru.py.
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -67,7 +65,7 @@ class GRU(nn.Module):
 
     def setup(self) -> None:
         """Create the layers, with the names of the Lightning network."""
-        GRUHParams(**{spec.name: getattr(self, spec.name) for spec in fields(GRUHParams)})
+        GRUHParams(**{name: getattr(self, name) for name in GRUHParams().arguments()})
         self.token_embedding = nn.Embed(self.vocab_size, self.hidden_size)
         for i in range(self.num_layers):
             setattr(self, f"input_{i}", nn.Dense(3 * self.hidden_size))

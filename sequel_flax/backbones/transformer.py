@@ -13,7 +13,6 @@ Mirror: sequel_lightning/backbones/transformer.py.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from functools import partial
 
 import jax
@@ -128,7 +127,7 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         """Create the layers, with the names of the Lightning network."""
-        TransformerHParams(**{spec.name: getattr(self, spec.name) for spec in fields(TransformerHParams)})
+        TransformerHParams(**{name: getattr(self, name) for name in TransformerHParams().arguments()})
         self.token_embedding = nn.Embed(self.vocab_size, self.hidden_size)
         self.position_embedding = nn.Embed(self.max_length, self.hidden_size)
         for i in range(self.num_layers):

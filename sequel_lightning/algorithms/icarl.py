@@ -5,7 +5,7 @@
     y*(x) = argmin_c ||h(x) - mu_c||, mu_c the mean of the exemplars of class c                 (algorithm 1)
 
 S are the classes seen so far. f_old is the network at the end of the last task, in evaluation mode. h is the
-last hidden layer; h(x), h of each exemplar and mu_c are scaled to unit length.
+last hidden layer; h(x), h of each exemplar and mu_c are scaled to unit length (normalise_features).
 
 A task trains on its samples and on all exemplars. A user-defined loop or loader has to join them
 (`training_split`). At the end of the task, the mem_size exemplars are divided among the classes again. If

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sequel_core.stream.arrays import FloatArray
-from sequel_core.stream.plan import initial_weights
+from sequel_core.stream.plan import Init, check_built_in, initial_weights
 from sequel_lightning.backbones.cnn import CNN
 from sequel_lightning.backbones.gru import GRU
 from sequel_lightning.backbones.mlp import MLP, TaskHeads
@@ -83,7 +83,7 @@ def canonical_weights(net: nn.Module) -> dict[str, FloatArray]:
 
 
 @torch.no_grad()
-def initialise(net: nn.Module, seed: int) -> nn.Module:
+def initialise(net: nn.Module, seed: int, init: Init = "torch") -> nn.Module:
     """Set a built-in network to the initial weights of a seed, which are the same in both frameworks.
 
     A model of torchvision is initialised as torchvision does it. Any other network stays as it is.
@@ -91,9 +91,13 @@ def initialise(net: nn.Module, seed: int) -> nn.Module:
     Args:
         net: a network, changed in place.
         seed: of the run, >= 0.
+        init: the distribution of the weights; see `initial_weights`.
 
     Returns:
         The network.
+
+    Raises:
+        ValueError: init is unknown, or it is given for a network that is not built in.
 
     Example:
         >>> import torch
@@ -103,9 +107,11 @@ def initialise(net: nn.Module, seed: int) -> nn.Module:
         True
     """
     trunk = net.trunk if isinstance(net, TaskHeads) else net
+    built_in = isinstance(trunk, tuple(BACKBONES.values())) and not isinstance(trunk, TorchvisionModel)
+    check_built_in(init, built_in)
     if isinstance(net, TorchvisionModel):
         net.initialise(seed)
-    elif isinstance(trunk, tuple(BACKBONES.values())):
+    elif built_in:
         for name, p in _arrays(net).items():
             path = canonical_name(net, name)
             owner = net.get_submodule(name.rpartition(".")[0])
@@ -118,10 +124,10 @@ def initialise(net: nn.Module, seed: int) -> nn.Module:
             fan_in = owner.weight[0].numel()
             if path.endswith("/kernel"):
                 shape = (*p.shape[2:], p.shape[1], p.shape[0])
-                values = initial_weights(seed, path, shape, fan_in)
+                values = initial_weights(seed, path, shape, fan_in, init)
                 values = values.transpose(-1, -2, *range(values.ndim - 2))
             else:
-                values = initial_weights(seed, path, tuple(p.shape), fan_in)
+                values = initial_weights(seed, path, tuple(p.shape), fan_in, init)
             p.copy_(torch.from_numpy(np.ascontiguousarray(values)))
     return net
 

@@ -46,7 +46,7 @@ def ran(path: Path, *writers: Any) -> Result:
     benchmark = RotatedDigits(num_tasks=TASKS, subset=5 * STEPS)
     learner = make_learner(
         NaiveHParams(),
-        MLP(**vars(MLPHParams(widths=(8,))), num_classes=10),
+        MLP(**MLPHParams(widths=(8,)).arguments(), num_classes=10),
         build_optimizer(OptimizerHParams(lr=0.05)),
         benchmark,
         TrainingHParams(batch_size=5, log_every_n_steps=EVERY),

@@ -379,7 +379,7 @@ def test_bad_learners_before_anything_is_done(digits: Benchmark, tmp_path: Path)
         "settings must be one of .* got 'evaluate_evry'; did you mean evaluate_every", [new], evaluate_evry=1
     )
     check_error(
-        "evaluate_every must be task, epoch or a number of steps >= 1, got 0", [new], evaluate_every=0
+        "evaluate_every must be end, task, epoch or a number of steps >= 1, got 0", [new], evaluate_every=0
     )
     check_error("evaluate_on=validation needs validation samples", [new], evaluate_on="validation")
     config = compose(SMALL).config

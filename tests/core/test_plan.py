@@ -180,6 +180,28 @@ def test_evaluation_reads_every_sample_once_in_order_and_pads() -> None:
     np.testing.assert_array_equal(counted, split.x)
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(23, [10, 10, 3]), (20, [10, 10]), (4, [4])])
+def test_the_incomplete_last_batch_is_a_chunk_of_its_own(count: int, sizes: list[int]) -> None:
+    """Its samples are the end of the order of the epoch; the whole batches are those of `drop_last`."""
+    split = Split(np.arange(count)[:, None] * 1.0, np.zeros(count, np.int64))
+    batches = [
+        x[:, 0].astype(int).tolist()
+        for samples in plan.training_batches(1, 2, 3, split, 10, drop_last=False)
+        for x in samples.x
+    ]
+    assert [len(batch) for batch in batches] == sizes
+    assert len(sizes) == plan.steps_per_epoch(count, 10, drop_last=False)
+    order = np.argsort(plan.words(1, "batches", 2, 3, count=count), kind="stable").tolist()
+    assert [i for batch in batches for i in batch] == order
+    if count >= 10:
+        assert batches[: count // 10] == plan.epoch_batches(1, 2, 3, count, 10).tolist()
+        resumed = [x for s in plan.training_batches(1, 2, 3, split, 10, False, start=1) for x in s.x]
+        assert [x[:, 0].astype(int).tolist() for x in resumed] == batches[1:]
+    else:
+        with pytest.raises(ValueError, match="lower batch_size, raise subset or set drop_last=false"):
+            next(plan.training_batches(1, 2, 3, split, 10))
+
+
 def test_initial_weights_have_the_distribution_of_torch() -> None:
     weights = plan.initial_weights(0, "dense_0/kernel", (100, 200), fan_in=100)
     assert weights.shape == (100, 200)

@@ -141,6 +141,20 @@ def test_every_method_does_the_same_in_the_fast_path(
     assert_same(everything(resumed.module), everything(quick.learner.module))
 
 
+@pytest.mark.slow
+@every_algorithm
+def test_every_method_does_the_same_with_the_incomplete_last_batch(
+    hparams: AlgorithmHParams, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    benchmark = own_stream(hparams, num_tasks=2)
+    options = {"training": {"drop_last": False}}
+    make = lambda: made(benchmark, module(benchmark, hparams), **options)  # noqa: E731
+    quick = assert_same_runs(benchmark, make, monkeypatch, tmp_path).learner
+    exemplars = 12 if hparams.name == "icarl" else 0  # of the first task, in the second
+    sizes = [len(task.train) + exemplars * task.index for task in benchmark.tasks]
+    assert quick.step == sum(2 * -(-size // BATCH) for size in sizes)
+
+
 def scheduled(params: Any, interval: str = "step") -> Any:
     optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
@@ -168,8 +182,9 @@ LBFGS = partial(torch.optim.LBFGS, lr=0.1, max_iter=3)  # which computes the gra
         (LBFGS, {}),
         (ADAM, {"training": {"dtype": "float64"}}),
         (ADAM, {"trainer": {"limit_train_batches": 4}}),
+        (ADAM, {"training": {"drop_last": False}}),
     ],
-    ids=["norm", "value", "scheduler", "epochs", "plateau", "lbfgs", "float64", "limit"],
+    ids=["norm", "value", "scheduler", "epochs", "plateau", "lbfgs", "float64", "limit", "incomplete"],
 )
 def test_what_the_fast_path_supports(
     optimizer: Any, options: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -246,12 +261,15 @@ def test_a_request_to_stop_is_followed_after_the_step(
     assert steps == [3, 3]
 
 
+@pytest.mark.parametrize(
+    ("drop_last", "expected"), [(True, [(1, 4), (6, 9)]), (False, [(1, 5), (7, 11)])], ids=["whole", "all"]
+)
 def test_only_the_first_and_the_last_step_of_an_epoch_are_lightnings(
-    monkeypatch: pytest.MonkeyPatch,
+    drop_last: bool, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     benchmark = stream(1)
     taken: list[tuple[int, int]] = []
-    learner = made(benchmark, module(benchmark))
+    learner = made(benchmark, module(benchmark), training={"drop_last": drop_last})
     take = fast._Steps.take
 
     def noted(self: Any, batches: Any) -> None:
@@ -261,7 +279,7 @@ def test_only_the_first_and_the_last_step_of_an_epoch_are_lightnings(
 
     monkeypatch.setattr(fast._Steps, "take", noted)
     learner.fit_task(benchmark.tasks[0], FitMonitor(lambda _: None, lambda: None))
-    assert taken == [(1, 4), (6, 9)]  # of 5 steps in each of 2 epochs
+    assert taken == expected  # of 5 whole batches and an incomplete one in each of 2 epochs
 
 
 class Hooked(Naive):

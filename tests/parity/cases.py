@@ -79,6 +79,7 @@ CASES: list[tuple[AlgorithmHParams, str]] = [
     (ICaRLHParams(mem_size=100, quota="ceil", flip=True, **CARRY), "adam"),
     (ICaRLHParams(mem_size=60, outputs="all", flip=True), "clipping"),
     (ICaRLHParams(mem_size=45, quota="ceil", outputs="all", **DECAY), "two epochs"),
+    (ICaRLHParams(mem_size=60, normalise_features=False), "sgd"),
     # lambda far from 0, where |lambda| turns about and rounding errors double every few steps
     (KCLHParams(**GIVEN, core_size=10, d_rn_f=33, tau=1, normalisation="minmax", lmd=-2, **CARRY), "adam"),
     (KCLHParams(**GIVEN, core_size=20, d_rn_f=64, tau=0.1, lmd=10), "sgd"),

@@ -13,14 +13,21 @@ import numpy as np
 import optax
 import pytest
 import torch
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import sequel_flax
 import sequel_flax.backbones
+import sequel_flax.build
 import sequel_lightning.backbones
-from sequel_core.backbones import BACKBONES, CNNHParams, ResNet18HParams
+import sequel_lightning.build
+from sequel_core.backbones import BACKBONES, CNNHParams, MLPHParams, ResNet18HParams, TorchvisionHParams
+from sequel_core.experiment.build import build_benchmark
+from sequel_core.experiment.compose import compose
+from sequel_core.runs.learner import Learner
 from sequel_core.stream.arrays import FloatArray, IntArray
 from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.plan import Init, initial_weights
 from sequel_core.stream.trees import LeafSpec
 from sequel_flax.backbones import BatchNorm, initial_variables
 from sequel_lightning.backbones import canonical_weights, initialise
@@ -227,6 +234,80 @@ def test_the_same_initial_weights(name: str) -> None:
             assert np.abs(values).max() <= bound
         elif "norm" in path:
             assert (values == path.endswith(("/scale", "/var"))).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "init"),
+    [
+        ("mlp", "xavier"),
+        ("mlp", "kaiming"),
+        ("cnn", "xavier"),
+        ("cnn", "kaiming"),
+        pytest.param("resnet18_thin", "xavier", marks=pytest.mark.slow),
+        pytest.param("resnet18_thin", "kaiming", marks=pytest.mark.slow),
+    ],
+)
+def test_other_initial_weights(name: str, init: Init) -> None:
+    """The same in both frameworks; the bounds and the moments of the papers, in NumPy; zero biases."""
+    widths: dict[str, Settings] = {"mlp": {"widths": (40, 30)}, "cnn": {"channels": (8, 16)}}
+    settings: Settings = widths.get(name, {"channels": 4})
+    size = {"num_classes": CLASSES, "image_shape": (SIZE, SIZE, 3)}
+    net = sequel_lightning.backbones.BACKBONES[name](**settings, **size)
+    ours = canonical_weights(initialise(net.double(), 5, init))
+    model = sequel_flax.backbones.BACKBONES[name](**settings, num_classes=CLASSES)
+    variables = initial_variables(model, spec(), 5, "float64", init)
+    flat = {path: a for tree in variables.values() for path, a in flatten_dict(tree, sep="/").items()}
+    assert flat.keys() == ours.keys()
+    for path, values in ours.items():
+        np.testing.assert_array_equal(values, flat[path])
+        if path.endswith("/kernel"):
+            *kernel, fan_in, fan_out = values.shape
+            fan_in, fan_out = (int(np.prod(kernel)) * fan for fan in (fan_in, fan_out))
+            variance = 2 / (fan_in + fan_out) if init == "xavier" else 2 / fan_in  # of Glorot, of He
+            assert np.abs(values).max() <= np.sqrt(3 * variance)  # U(-b, b) has variance b^2 / 3
+            assert np.abs(values).max() > 0.9 * np.sqrt(3 * variance)
+            z = values.size**0.5 * (values.var() / variance - 1) / np.sqrt(0.8)  # kurtosis 9 / 5
+            assert abs(z) < 4
+        elif path.endswith("/bias"):
+            assert not values.any()
+
+
+@pytest.mark.parametrize("init", ["torch", "xavier"])
+def test_initial_weights_of_heads_for_each_task(init: Init) -> None:
+    trunk = sequel_lightning.MLP((8,), 6, image_shape=(SIZE, SIZE, 3))
+    net = sequel_lightning.TaskHeads(trunk, width=6, num_classes=CLASSES, num_tasks=2)
+    ours = canonical_weights(initialise(net.double(), 5, init))
+    model = sequel_flax.TaskHeads(sequel_flax.MLP((8,), 6), num_classes=CLASSES, num_tasks=2)
+    flat = flatten_dict(initial_variables(model, spec(), 5, "float64", init)["params"], sep="/")
+    assert flat.keys() == ours.keys() >= {"trunk/dense_0/kernel", "head_0/kernel", "head_1/bias"}
+    for path, values in ours.items():
+        np.testing.assert_array_equal(values, flat[path])
+    bound = np.sqrt(6 / 16) if init == "xavier" else np.sqrt(1 / 6)
+    assert 0.9 * bound < np.abs(ours["head_1/kernel"]).max() <= bound
+    assert ours["head_1/bias"].any() == (init == "torch")
+
+
+def test_other_initial_weights_are_for_built_in_networks() -> None:
+    with pytest.raises(ValueError, match="init=xavier is for built-in networks; drop it"):
+        initialise(torch.nn.Linear(2, 2), 0, "xavier")
+    with pytest.raises(ValueError, match="init=kaiming is for built-in networks; drop it"):
+        initial_variables(nn.Dense(CLASSES), spec(), 0, init="kaiming")
+    with pytest.raises(ValueError, match="init must be torch for a model of torchvision"):
+        TorchvisionHParams(init="xavier")
+    with pytest.raises(ValueError, match=r"init must be one of .*lecun"):
+        MLPHParams(init="lecun")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["pytorch", "jax"])
+def test_an_experiment_sets_the_initial_weights(mode: str, tmp_path: Path) -> None:
+    config = compose([f"mode={mode}", "benchmark=rotateddigits", "backbone.init=xavier", "logger=[]"]).config
+    benchmark = build_benchmark(config)
+    build = {"pytorch": sequel_lightning.build, "jax": sequel_flax.build}[mode]
+    learner: Learner = build.build_learner(config, benchmark, tmp_path)
+    weights = learner.weights()
+    expected = initial_weights(0, "head/kernel", weights["head/kernel"].shape, 256, "xavier")
+    np.testing.assert_allclose(weights["head/kernel"], expected, rtol=1e-6)
+    assert not weights["head/bias"].any()
 
 
 def test_the_published_numbers_of_parameters() -> None:

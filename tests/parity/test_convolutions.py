@@ -95,7 +95,7 @@ def stream_of(hparams: AlgorithmHParams) -> Benchmark:
 
 def learners(hparams: AlgorithmHParams, network: str) -> list[Learner]:
     backbone, benchmark = NETWORKS[network], stream_of(hparams)
-    settings: dict[str, Any] = {**vars(backbone), "num_classes": benchmark.num_classes}
+    settings: dict[str, Any] = {**backbone.arguments(), "num_classes": benchmark.num_classes}
     shape = benchmark.image_shape
     theirs = sequel_lightning.backbones.BACKBONES[backbone.type](**settings, image_shape=shape)
     factory = sequel_lightning.build_optimizer(SGD)

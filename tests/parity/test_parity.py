@@ -33,6 +33,7 @@ from sequel_core.testing.parity import (
     Stream,
     difference,
     stream,
+    train,
     trained,
     training,
 )
@@ -66,6 +67,20 @@ def marked(
 @pytest.mark.parametrize(("hparams", "optimizer"), marked([*CASES, *LONG], 0))
 def test_same_weights_in_both_frameworks(hparams: AlgorithmHParams, optimizer: str) -> None:
     check_parity(hparams, optimizer, tolerance=bar(hparams))
+
+
+INCOMPLETE = [case for case in CASES if getattr(case[0], "n_inner_updates", None) is None]
+"""Cases that can train on the 2 samples that are left of 205 batches of 7."""
+
+
+@pytest.mark.parametrize(("hparams", "optimizer"), marked(INCOMPLETE, 0, ("er",)))
+def test_same_weights_with_the_incomplete_last_batch(hparams: AlgorithmHParams, optimizer: str) -> None:
+    settings, changes = OPTIMIZERS[optimizer]
+    torch_ = train(torch_learner(hparams, settings, drop_last=False, **changes), stream())
+    flax_ = train(flax_learner(hparams, settings, steps_per_call=8, drop_last=False, **changes), stream())
+    assert torch_.step == flax_.step
+    assert difference(flax_.weights(), torch_.weights()) < bar(hparams)
+    assert difference(torch_.weights(), trained("pytorch", hparams, optimizer)) > 1e-4
 
 
 TARGETS: tuple[Targets, ...] = ("classes", "labels", "values")

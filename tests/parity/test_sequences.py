@@ -20,6 +20,7 @@ import sequel_lightning.backbones
 from sequel_core.backbones import BACKBONES
 from sequel_core.stream.arrays import FloatArray, IntArray
 from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.plan import Init
 from sequel_core.stream.task import Batch
 from sequel_core.stream.trees import LeafSpec
 from sequel_flax.backbones import initial_variables
@@ -227,6 +228,28 @@ def test_the_same_initial_weights(name: str, settings: Settings) -> None:
             assert np.abs(values).max() * np.sqrt(fan_in) <= 1
         elif "norm" in path:
             assert (values == path.endswith("/scale")).all()
+
+
+@pytest.mark.parametrize("init", ["xavier", "kaiming"])
+@pytest.mark.parametrize(("name", "settings"), [CASES[0], CASES[4]], ids=["transformer", "gru"])
+def test_other_initial_weights(name: str, settings: Settings, init: Init) -> None:
+    """The same in both frameworks; the bounds of the papers; zero biases, and the usual embeddings."""
+    networks = [sequel_lightning.backbones.BACKBONES[name](**settings, num_classes=CLASSES) for _ in range(2)]
+    usual = canonical_weights(initialise(networks[0].double(), seed=5))
+    weights = canonical_weights(initialise(networks[1].double(), 5, init))
+    model = sequel_flax.backbones.BACKBONES[name](**settings, num_classes=CLASSES)
+    flat = flatten_dict(initial_variables(model, spec(True), 5, "float64", init)["params"], sep="/")
+    assert flat.keys() == weights.keys()
+    for path, values in weights.items():
+        np.testing.assert_array_equal(values, flat[path])
+        if path.endswith("/kernel"):
+            fan_in, fan_out = values.shape
+            bound = np.sqrt(6 / (fan_in + fan_out if init == "xavier" else fan_in))
+            assert 0.8 * bound < np.abs(values).max() <= bound
+        elif path.endswith("/bias"):
+            assert not values.any()
+        else:
+            np.testing.assert_array_equal(values, usual[path])
 
 
 # -- dropout

@@ -136,6 +136,7 @@ CASES = [
     Case("incremental", ICaRLHParams(mem_size=21, quota="ceil"), HIGH_RATE, CLIPPED_MORE),
     Case("masked", ICaRLHParams(mem_size=23, outputs="all", lr_decay=0.7), ADAM),
     Case("incremental", ICaRLHParams(mem_size=30, flip=True, **NO_RESET), MOMENTUM, EPOCHS),
+    Case("incremental", ICaRLHParams(mem_size=40, normalise_features=False), SGD),
     Case("rotated", KCLHParams(**RFF, tau=0.2, lmd=0.3, lr_decay=0.8), MOMENTUM),
     Case("masked", KCLHParams(**RFF, tau=0.1, normalisation="minmax", task_parameters="current"), ADAM),
     Case("masked", KCLHParams(**RBF, bandwidth=0.5), SGD, CLIPPED),

@@ -7,7 +7,8 @@
     predict  argmin_c |phi(x) - mu_c / |mu_c||, mu_c the mean of phi over the exemplars of c
     flip     mu_c is averaged with the same mean over mirror images (official code)
 
-Each class of each task has its own set of exemplars.
+With normalise_features=False phi(x) = h(x), and mu_c is not scaled. Each class of each task has its own set
+of exemplars.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ class ICaRL(Reference):
     def phi(self, theta: Weights, samples: Samples) -> FloatArray:
         """Return the features `[N, H]`, scaled to unit length unless they are all 0."""
         h = network.logits(theta, self.inputs(samples).x)[1][-1]
+        if not self.hparams.normalise_features:
+            return h
         lengths = np.linalg.norm(h, axis=1, keepdims=True)
         return np.asarray(np.divide(h, lengths, out=np.zeros_like(h), where=lengths > 0))
 
@@ -97,7 +100,7 @@ class ICaRL(Reference):
         mean = self.phi(theta, samples).mean(axis=0)
         if self.hparams.flip:
             mean = (mean + self.phi(theta, samples._replace(x=samples.x[:, :, ::-1])).mean(axis=0)) / 2
-        return np.asarray(mean / np.linalg.norm(mean))
+        return np.asarray(mean / np.linalg.norm(mean)) if self.hparams.normalise_features else mean
 
     def predict(self, theta: Weights, samples: Samples) -> FloatArray:
         if self.last_ended != self.task:

@@ -47,7 +47,7 @@ def make_network(benchmark: Benchmark, backbone: str) -> Any:
     threadpool_limits(1, "blas")  # as in a run
     if backbone == "mlp":
         return MLP(WIDTHS, benchmark.num_classes)
-    return BACKBONES[backbone](**vars(BACKBONE_HPARAMS[backbone]()), num_classes=benchmark.num_classes)
+    return BACKBONES[backbone](**BACKBONE_HPARAMS[backbone]().arguments(), num_classes=benchmark.num_classes)
 
 
 def skip_end_task(learner: FlaxLearner) -> None:

@@ -47,7 +47,7 @@ def make_network(benchmark: Benchmark, backbone: str) -> nn.Module:
     if backbone == "mlp":
         torch.set_num_threads(1)  # as in a run
         return initialise(MLP(WIDTHS, **sizes), seed=0)
-    return initialise(BACKBONES[backbone](**vars(BACKBONE_HPARAMS[backbone]()), **sizes), seed=0)
+    return initialise(BACKBONES[backbone](**BACKBONE_HPARAMS[backbone]().arguments(), **sizes), seed=0)
 
 
 def skip_end_task(learner: LightningLearner) -> None:
