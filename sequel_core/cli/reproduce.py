@@ -1,4 +1,4 @@
-"""`sequel reproduce`: a shipped experiment with several seeds, compared with the published number."""
+"""`sequel reproduce`: an experiment, or the rows of a table, compared with the published numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib import metadata, resources
+from importlib import import_module, metadata, resources
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +23,7 @@ from sequel_core.experiment.aliases import alias
 from sequel_core.experiment.build import build_benchmark
 from sequel_core.experiment.compose import compose
 from sequel_core.experiment.overrides import CONFIGS, experiments, quoted
+from sequel_core.experiment.published import tables
 from sequel_core.experiment.schema import DOCUMENTATION, ExperimentConfig
 from sequel_core.runs import learner
 from sequel_core.runs.directory import numbered
@@ -50,7 +51,7 @@ def main(args: Sequence[str]) -> int:
     """Run the command line of `sequel reproduce`.
 
     Returns:
-        0 if every mode reached the published number; 1 if a mode missed it or a run failed.
+        0 if every mode reached the published number, or the table has no unexplained difference; else 1.
 
     Raises:
         ValueError: invalid input; raised before any work is done.
@@ -61,24 +62,49 @@ def main(args: Sequence[str]) -> int:
     lines = [f"  {name:<{width}}  {stated(expected)}" for name, expected in known.items()]
     parser = Parser(
         prog="sequel reproduce",
-        description="Run a shipped experiment over several seeds and compare it with the published number.\n"
-        "Finished runs are kept and reused.",
-        epilog="experiments, with the published average accuracy:\n" + "\n".join(lines),
+        description="Run a shipped experiment, or the rows of a published table, over several seeds and\n"
+        "compare them with the published numbers. Finished runs are kept and reused.",
+        epilog="experiments, with the published average accuracy:\n"
+        + "\n".join(lines)
+        + f"\ntables: {', '.join(tables())}, or a YAML file of yours",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = f"one of the experiments below; short: {', '.join(short)}"
+    names = f"an experiment or a table, see below; short: {', '.join(short)}"
     parser.add_argument("name", nargs="?", default="", metavar="NAME", help=names)
-    parser.add_argument("--mode", default="both", help="pytorch, jax or both (default: both)")
+    parser.add_argument("--mode", help="pytorch, jax or both (default: both; jax for a table)")
+    parser.add_argument("--rows", default="", help="rows of a table, separated by commas; * and ? match")
+    margin = "largest harmless difference (default: 1.5, or the published standard deviation if larger)"
+    parser.add_argument("--margin", type=float, help=f"of a table: {margin}")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (default: 3)")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder (default: {RESULTS})")
     parser.add_argument("--data-dir", help="folder (default: SEQUEL_DATA_DIR, or the user's cache directory)")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_args(args)
-    check_name("NAME", options.name, [*short, *known])
-    mode = alias("mode", options.mode)
+    is_table = options.name in tables() or options.name.endswith((".yaml", ".yml"))
+    if not is_table:
+        check_name("NAME", options.name, [*short, *known, *tables()])
+        if options.rows or options.margin is not None:
+            raise ValueError(
+                f"--rows and --margin are for tables, got the experiment {options.name}; drop them"
+            )
+    mode = alias("mode", options.mode or ("jax" if is_table else "both"))
     check_name("--mode", mode, [*PLUGINS, "both"])
     place = [] if options.data_dir is None else [f"benchmark.data_dir={quoted(options.data_dir)}"]
     modes = list(PLUGINS) if mode == "both" else [cast(Mode, mode)]
+    if is_table:
+        command = import_module("sequel_core.cli.tables").reproduce_table
+        rows = [text.strip() for text in options.rows.split(",") if text.strip()]
+        exit_code: int = command(
+            options.name,
+            rows,
+            modes[::-1],
+            options.seeds,
+            options.results,
+            place,
+            options.margin,
+            options.quiet,
+        )
+        return exit_code
     experiment = short.get(options.name, options.name)
     return reproduce(experiment, modes, options.seeds, options.results, place, quiet=options.quiet)
 
@@ -123,7 +149,7 @@ def reproduce(
         raise ValueError(f"results must be a directory, got the file {results}; choose another path")
     folder = results / experiment
     runs = _composed(experiment, modes, seeds, overrides)
-    _check([config for config in runs.values() if kept(folder, _stem(config)) is None])
+    check_pending(folder, list(runs.values()))
     config = next(iter(runs.values()))
     expected = config.expected
 
@@ -132,7 +158,9 @@ def reproduce(
     say(f"{experiment}, compared with: {config.source or 'no source given'}")
     say(f"protocol: {config.comment or 'none given'}")
     say(f"expected average accuracy: {stated(expected)}, reached if at least {_floor(expected):g} %")
-    rows = [_row(mode, {s: runs[mode, s] for s in range(seeds)}, folder, say, not quiet) for mode in modes]
+    rows = [
+        run_seeds(mode, {s: runs[mode, s] for s in range(seeds)}, folder, say, not quiet) for mode in modes
+    ]
     console.print(_table(experiment, rows, expected))
     verdicts = {row.mode: verdict(measured(row), expected) for row in rows}
     above = [mode for mode, outcome in verdicts.items() if outcome == "above"]
@@ -163,8 +191,9 @@ def _composed(
     return runs
 
 
-def _check(pending: Sequence[ExperimentConfig]) -> None:
+def check_pending(folder: Path, configs: Sequence[ExperimentConfig]) -> None:
     """Raise ValueError if a framework or the data of the runs to start is missing."""
+    pending = [config for config in configs if kept(folder, _stem(config)) is None]
     for mode in dict.fromkeys(config.mode for config in pending):
         learner.plugin(mode)
     if pending:
@@ -236,7 +265,7 @@ def _stem(config: ExperimentConfig) -> str:
     return f"{config.mode}_seed{config.training.seed}_{fingerprint(config)}"
 
 
-def _row(
+def run_seeds(
     mode: Mode,
     runs: Mapping[int, ExperimentConfig],
     folder: Path,

@@ -1,0 +1,273 @@
+"""`sequel reproduce TABLE`: the rows of a published table with several seeds, and a verdict for each."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sequel_core.cli.reproduce import Row, check_pending, fingerprint, run_seeds
+from sequel_core.experiment.compose import compose
+from sequel_core.experiment.published import PublishedRow, PublishedTable, read_table
+from sequel_core.runs.formatting import number
+from sequel_core.runs.learner import Mode
+from sequel_core.runs.metrics import summarise
+from sequel_core.runs.results import Result
+from sequel_core.runs.statistics import Equivalence, equivalence, interval
+from sequel_core.runs.versions import loaded_versions
+
+MARGIN = 1.5
+"""Default margin of equivalence, in the unit of the table."""
+
+NOT_EXPRESSIBLE = "cannot be expressed"
+
+
+NOT_AT_THE_END = [key for key, value in summarise([[math.nan] * 2, [0.5] * 2]).items() if math.isnan(value)]
+"""Metrics that one evaluation at the end of the stream does not give."""
+
+
+class Measured(NamedTuple):
+    """A row of the table in one framework."""
+
+    mode: Mode
+    values: Mapping[int, float]  # by seed
+    failures: Sequence[str]
+    margin: float
+    result: Equivalence
+    seconds: float  # of all seeds
+    fingerprint: str  # of the settings with seed 0
+
+
+def reproduce_table(
+    name: str,
+    patterns: Sequence[str],
+    modes: Sequence[Mode],
+    seeds: int,
+    results: Path,
+    overrides: Sequence[str] = (),
+    margin: float | None = None,
+    quiet: bool = False,
+) -> int:
+    """Run the rows of a published table, reuse finished runs, and write measured beside published values.
+
+    The verdict of a row is that of the first mode: two one-sided tests at level 5 % (see `equivalence`).
+
+    Args:
+        name: a shipped table, or the path of a YAML file.
+        patterns: names of rows, with `*` and `?`; empty for all.
+        modes: the frameworks.
+        seeds: number of seeds, >= 1; they are 0, 1, ...
+        results: folder; the runs are `<table>/<mode>_seed<k>_<fingerprint>`, which rows with equal settings
+            share, and the table is `<table>/table.json`.
+        overrides: Hydra overrides of all rows.
+        margin: largest harmless difference; None for the larger of 1.5 and the published standard deviation.
+        quiet: print nothing but errors.
+
+    Returns:
+        The exit code: 1 if a run failed, or if a verified row differs and its cause is not in the file.
+
+    Raises:
+        ValueError: invalid input; nothing is run.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds must be >= 1, got {seeds}")
+    if margin is not None and not margin > 0:
+        raise ValueError(f"margin must be > 0, got {margin}")
+    table = read_table(name)
+    chosen = _chosen(table, patterns)
+    folder = results / Path(name).stem
+    composed = cache(lambda settings: compose(settings).config)  # rows may share settings
+    configs = {
+        key: {
+            mode: {s: composed(_settings(table, row, mode, s, overrides)) for s in range(seeds)}
+            for mode in modes
+        }
+        for key, row in chosen.items()
+        if not row.not_expressible
+    }
+    for key, by_mode in configs.items():
+        group = [config for by_seed in by_mode.values() for config in by_seed.values()]
+        if chosen[key].metric in NOT_AT_THE_END and any(one.evaluate_every == "end" for one in group):
+            raise ValueError(
+                f"rows.{key}: metric={chosen[key].metric} needs an evaluation after every task, got "
+                "evaluate_every=end; use evaluate_every=task"
+            )
+        check_pending(folder, group)
+    console = Console(quiet=quiet)
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say(f"{table.title}, {table.source}")
+    say(f"protocol: {table.protocol}")
+    measured: dict[str, list[Measured]] = {}
+    for key, by_mode in configs.items():
+        runs = [run_seeds(mode, group, folder, say, not quiet) for mode, group in by_mode.items()]
+        prints = [fingerprint(group[0]) for group in by_mode.values()]
+        row_of = partial(_measured, table=table, row=chosen[key], margin=margin)
+        measured[key] = [row_of(run, fingerprint=text) for run, text in zip(runs, prints, strict=True)]
+        _write(folder / "table.json", name, table, chosen, measured)
+    console.print(_printed(table, chosen, measured))
+    for line in _notes(chosen, measured):
+        say(line)
+    say(f"the runs and table.json are in {folder}")
+    failed = any(one.failures for rows in measured.values() for one in rows)
+    red = any(
+        rows[0].result.verdict in ("above", "below")
+        and chosen[key].evidence == "verified"
+        and not chosen[key].cause
+        for key, rows in measured.items()
+    )
+    return 1 if failed or red else 0
+
+
+def _chosen(table: PublishedTable, patterns: Sequence[str]) -> dict[str, PublishedRow]:
+    """Return the rows whose names match a pattern; all without patterns."""
+    for pattern in patterns:
+        if not any(fnmatchcase(key, pattern) for key in table.rows):
+            raise ValueError(f"--rows must match a row, got {pattern}; the rows are {', '.join(table.rows)}")
+    matching = {k: row for k, row in table.rows.items() if any(fnmatchcase(k, p) for p in patterns)}
+    return matching if patterns else table.rows
+
+
+def _settings(
+    table: PublishedTable, row: PublishedRow, mode: Mode, seed: int, overrides: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the overrides of one run."""
+    stream = [f"benchmark.seed={seed}"] if table.stream_varies else []
+    return (*table.settings, *row.settings, *overrides, f"mode={mode}", f"seed={seed}", *stream)
+
+
+def _measured(
+    run: Row, table: PublishedTable, row: PublishedRow, margin: float | None, fingerprint: str
+) -> Measured:
+    """Compare the runs of a row in one framework with the published value."""
+    values = {seed: _value(result, row.metric) for seed, result in run.results.items()}
+    std = table.deviation(row)
+    bound = max(MARGIN, std) if margin is None else margin
+    published = math.nan if row.value is None else row.value
+    result = equivalence(list(values.values()), published, bound, std, row.runs or 0)
+    seconds = sum(result.summary["seconds"]["total"] for result in run.results.values())
+    return Measured(run.mode, values, run.failures, bound, result, seconds, fingerprint)
+
+
+def _value(result: Result, metric: str) -> float:
+    """Return a number of the summary, in percent if the score is a fraction."""
+    value = result.number(metric)
+    if math.isnan(value):
+        raise ValueError(
+            f"metric must be a number of the summary, got {metric}, which {result.run_dir} lacks; correct "
+            "the table, finished runs are kept"
+        )
+    return 100 * value if result.score.fraction else value
+
+
+def _published(row: PublishedRow) -> str:
+    spread = "" if row.spread is None else f" ({row.spread:g})"
+    return f"{'-' if row.value is None else format(row.value, 'g')}{spread}"
+
+
+def _printed(
+    table: PublishedTable, chosen: Mapping[str, PublishedRow], measured: Mapping[str, Sequence[Measured]]
+) -> Table:
+    """Return the measured values beside the published ones."""
+    printed = Table(
+        title=f"verdicts: 90 % interval of the difference against the margin; spread: {table.spread}",
+        title_justify="left",
+        padding=0,
+    )
+    for column in ("row", "evidence", "mode", "seeds"):
+        printed.add_column(column, overflow="fold")
+    for column in ("measured", "95 % interval", "published", "difference", "margin", "seconds"):
+        printed.add_column(column, justify="right")
+    printed.add_column("verdict")
+    for key, row in chosen.items():
+        for one in measured.get(key, ()):
+            values = list(one.values.values())
+            bounds = interval(values)
+            printed.add_row(
+                escape(key),
+                row.evidence,
+                one.mode,
+                str(len(values)),
+                number(float(np.mean(values)) if values else math.nan),
+                "-" if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}",
+                _published(row),
+                number(one.result.difference),
+                f"{one.margin:g}",
+                f"{one.seconds:.0f}",
+                ", ".join(one.failures) or one.result.verdict,
+            )
+        if row.not_expressible:
+            empty = ["-"] * 4
+            printed.add_row(
+                escape(key), row.evidence, "-", "-", "-", "-", _published(row), *empty[:3], NOT_EXPRESSIBLE
+            )
+    return printed
+
+
+def _notes(chosen: Mapping[str, PublishedRow], measured: Mapping[str, Sequence[Measured]]) -> list[str]:
+    """Return the counts of the verdicts, and what is known of rows that are not equivalent."""
+    verdicts = {key: rows[0].result.verdict for key, rows in measured.items()}
+    words = {key: verdicts.get(key, NOT_EXPRESSIBLE) for key in chosen}
+    lines = []
+    for evidence in ("verified", "recalled"):
+        counts = Counter(words[key] for key, row in chosen.items() if row.evidence == evidence)
+        if counts:
+            counted = "" if evidence == "verified" else ", which do not count until the paper is read"
+            text = ", ".join(f"{count} {word}" for word, count in counts.items())
+            lines.append(f"{evidence} rows{counted}: {text}")
+    for key, row in chosen.items():
+        known = {"differs": row.differs, "cause": row.cause, NOT_EXPRESSIBLE: row.not_expressible}
+        if words[key] != "equivalent":
+            lines += [f"{key}: {what}: {text}" for what, text in known.items() if text]
+        if words[key] == "inconclusive":
+            lines.append(f"{key}: more seeds are needed")
+    return lines
+
+
+def _write(
+    path: Path,
+    name: str,
+    table: PublishedTable,
+    chosen: Mapping[str, PublishedRow],
+    measured: Mapping[str, Sequence[Measured]],
+) -> None:
+    """Write the table as JSON."""
+
+    def of(one: Measured) -> dict[str, Any]:
+        values = {str(seed): value for seed, value in one.values.items()}
+        numbers = {"margin": one.margin, "seconds": one.seconds, "fingerprint": one.fingerprint}
+        result = one.result._asdict() | {"interval": list(one.result.interval)}
+        return {"values": values, "failures": list(one.failures), **numbers, **result}
+
+    rows = {
+        key: {**row.model_dump(mode="json"), "measured": {one.mode: of(one) for one in measured.get(key, ())}}
+        for key, row in chosen.items()
+    }
+    plain = {
+        "table": Path(name).stem,
+        **table.model_dump(mode="json", exclude={"rows"}),
+        "versions": loaded_versions(),
+        "machine": platform.machine(),
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_without_nan(plain), indent=2) + "\n", encoding="utf-8")
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a tree in which nan, which JSON lacks, is None."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,126 @@
+"""Published tables: rows of settings and results, in `configs/tables/<name>.yaml` or a user's file."""
+
+from __future__ import annotations
+
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sequel_core.experiment.overrides import CONFIGS
+
+Spread = Literal["standard deviation", "standard error", "95 % interval"]
+
+
+class PublishedRow(BaseModel):
+    """One row of a published table.
+
+    Args:
+        settings: Hydra overrides, after those of the table.
+        metric: name of a number of `summary.json`, for example `average_accuracy` or `forgetting`.
+        value: the published mean; percent if the score is a fraction, such as the accuracy. None if the row
+            has a reason in `not_expressible`.
+        spread: the published spread, of the kind that the table states; None if it is unknown.
+        runs: number of published runs; None if it is unknown.
+        location: where the value is in the paper.
+        evidence: `verified` in a source that was read, or `recalled`. Recalled rows are not counted.
+        differs: what is known to differ from the published protocol.
+        cause: why the measured value differs, tested by changing one thing.
+        not_expressible: why the row cannot be run.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    settings: tuple[str, ...] = ()
+    metric: str = "average_accuracy"
+    value: float | None = None
+    spread: float | None = None
+    runs: int | None = None
+    location: str
+    evidence: Literal["verified", "recalled"]
+    differs: str = ""
+    cause: str = ""
+    not_expressible: str = ""
+
+
+class PublishedTable(BaseModel):
+    """A published table.
+
+    Args:
+        title: paper and table.
+        source: URL of the paper.
+        protocol: stream, masks, class order and angles, training and evaluation.
+        spread: what the spread of the rows is.
+        stream_varies: whether each seed has its own stream (`benchmark.seed`), as in the paper.
+        settings: Hydra overrides of all rows.
+        rows: by name.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str
+    source: str
+    protocol: str
+    spread: Spread = "standard deviation"
+    stream_varies: bool = False
+    settings: tuple[str, ...] = ()
+    rows: dict[str, PublishedRow]
+
+    def deviation(self, row: PublishedRow) -> float:
+        """Return the standard deviation of the published runs of a row; 0 if it is unknown."""
+        if row.spread is None:
+            return 0.0
+        if self.spread == "standard deviation":
+            return row.spread
+        if row.runs is None or row.runs < 2:
+            return 0.0
+        if self.spread == "standard error":
+            return row.spread * math.sqrt(row.runs)
+        from scipy.special import stdtrit  # slow to import
+
+        return row.spread * math.sqrt(row.runs) / float(stdtrit(row.runs - 1, 0.975))
+
+
+def tables() -> list[str]:
+    """Return the names of the shipped tables."""
+    files = resources.files(CONFIGS).joinpath("tables").iterdir()
+    return sorted(path.name.removesuffix(".yaml") for path in files if path.name.endswith(".yaml"))
+
+
+def read_table(name: str) -> PublishedTable:
+    """Return a shipped table, or that of a file.
+
+    Args:
+        name: one of `tables()`, or the path of a YAML file.
+
+    Raises:
+        ValueError: the file cannot be read, a key is unknown or missing, or a value has the wrong type.
+
+    Example:
+        >>> table = read_table("sequel")
+        >>> table.rows["code3_mcsgd"].value
+        82.3
+    """
+    file = resources.files(CONFIGS).joinpath("tables", f"{name}.yaml") if name in tables() else Path(name)
+    try:
+        values: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"table must be a readable YAML file, got {name}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"table must be a mapping of keys, got {name} with a {type(values).__name__}")
+    try:
+        table = PublishedTable.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{name}: {key}: {first['msg']}, got {first['input']!r}") from None
+    for key, row in table.rows.items():
+        if (row.value is None) != bool(row.not_expressible):
+            raise ValueError(
+                f"{name}: rows.{key} must have a value or a reason in not_expressible, and not both, got "
+                f"value={row.value} and not_expressible={row.not_expressible!r}"
+            )
+    return table

@@ -1,0 +1,199 @@
+"""`sequel reproduce TABLE`: values from the run directories, verdicts against SciPy; with a NumPy learner."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+import sequel_lightning  # noqa: F401 - declares the operators of torchvision, which Lightning imports
+from sequel_core.cli import main
+from sequel_core.experiment.compose import compose
+from sequel_core.experiment.published import PublishedRow, PublishedTable, read_table, tables
+from sequel_core.runs.results import load_result
+from tests.cli.conftest import Plugin
+
+DIGITS = ["benchmark=rotateddigits", "benchmark.num_tasks=2", "benchmark.per_task_rotation=90"]
+DIGITS += ["benchmark.subset=200", "optimizer.lr=0.1"]
+KNOWN = {"location": "table 1", "evidence": "verified"}
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+def table_of(path: Path, rows: dict[str, dict[str, Any]], **changes: Any) -> str:
+    content = {
+        "title": "A paper, table 1",
+        "source": "https://example.org",
+        "protocol": "two rotations of the digits",
+        "stream_varies": True,
+        "settings": DIGITS,
+        "rows": {name: KNOWN | row for name, row in rows.items()},
+    }
+    path.write_text(yaml.safe_dump(content | changes))
+    return str(path)
+
+
+def accuracies(folder: Path) -> list[float]:
+    paths = sorted(folder.glob("jax_seed*"))
+    return [100 * load_result(path).matrix[-1].mean() for path in paths]
+
+
+def test_verdicts_are_scipys_and_rows_share_runs(
+    numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reproduce", table_of(tmp_path / "first.yaml", {"er": {"value": 5}}), "--seeds", "4"]) == 1
+    measured = accuracies(tmp_path / "reproduced" / "first")
+    assert len({round(value, 6) for value in measured}) == 4  # each seed has its own stream
+    mean, std = float(np.mean(measured)), float(np.std(measured, ddof=1))
+    rows: dict[str, dict[str, Any]] = {
+        "same": {"value": round(mean, 2), "spread": std, "runs": 5},
+        "high": {"value": mean + 20, "spread": 0.5, "runs": 5},
+        "low": {"value": mean - 20, "evidence": "recalled"},
+        "never": {"value": None, "not_expressible": "it needs a time machine", "evidence": "recalled"},
+    }
+    path = table_of(tmp_path / "first.yaml", rows)
+    capsys.readouterr()
+    assert main(["reproduce", path, "--seeds", "4"]) == 1
+    out = capsys.readouterr().out
+    assert len(numpy_plugin.built) == 4  # all were reused
+    written = json.loads((tmp_path / "reproduced" / "first" / "table.json").read_text())
+    results = {name: row["measured"].get("jax") for name, row in written["rows"].items()}
+    for name, sign in (("same", 0), ("high", -1), ("low", 1)):
+        row, result = rows[name], results[name]
+        assert list(result["values"].values()) == pytest.approx(measured)
+        assert result["difference"] == pytest.approx(mean - row["value"])
+        margin = max(1.5, row.get("spread", 0))
+        assert result["margin"] == margin
+        sides = [
+            stats.ttest_ind_from_stats(
+                mean,
+                std,
+                4,
+                row["value"] + bound,
+                row.get("spread", 0),
+                row.get("runs", 2),
+                equal_var=False,
+                alternative=side,
+            ).pvalue
+            for bound, side in ((-margin, "greater"), (margin, "less"))
+        ]
+        assert result["p"] == pytest.approx(max(sides), abs=1e-9)
+        assert result["verdict"] == (
+            ["equivalent", "above", "below"][sign] if max(sides) < 0.05 or sign else "inconclusive"
+        )
+    assert results["never"] is None
+    assert "verified rows: " in out
+    assert "recalled rows, which do not count until the paper is read: 1 above, 1 cannot be expressed" in out
+    assert "never: cannot be expressed: it needs a time machine" in out
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
+    cells = next(line for line in lines if line[:1] == ["high"])
+    assert cells[1:5] == ["verified", "jax", "4", f"{mean:.2f}"]
+    half = stats.t.ppf(0.975, 3) * std / 2
+    assert cells[5] == f"{mean - half:.2f} to {mean + half:.2f}"
+    assert cells[-1] == "below"
+
+
+def test_rows_modes_margins_and_exit_codes(
+    numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cause in the file, a recalled row and an inconclusive row do not make a table red."""
+    rows: dict[str, dict[str, Any]] = {
+        "explained": {"value": 99.0, "cause": "the stream is easier", "differs": "the angles"},
+        "recalled": {"value": 99.0, "evidence": "recalled"},
+        "red": {"value": 99.0},
+        "forgotten": {"value": 0.0, "metric": "forgetting", "settings": ["evaluate_every=task"]},
+    }
+    path = table_of(tmp_path / "digits.yaml", rows)
+    assert main(["reproduce", path, "--rows", "explained,rec*", "--seeds", "3"]) == 0
+    assert "explained: cause: the stream is easier" in capsys.readouterr().out
+    assert main(["reproduce", path, "--rows", "red", "--seeds", "3"]) == 1
+    assert main(["reproduce", path, "--rows", "red", "--seeds", "1"]) == 0
+    assert "red: more seeds are needed" in capsys.readouterr().out
+    assert main(["reproduce", path, "--rows", "red", "--seeds", "3", "--margin", "98"]) == 0
+    assert len(numpy_plugin.built) == 3
+    assert (
+        main(["reproduce", path, "--rows", "forg*", "--seeds", "3", "--mode", "both", "--margin", "99"]) == 0
+    )
+    assert {config.mode for config in numpy_plugin.built} == {"jax", "pytorch"}
+    folder = tmp_path / "reproduced" / "digits"
+    written = json.loads((folder / "table.json").read_text())["rows"]["forgotten"]["measured"]
+    assert list(written) == ["jax", "pytorch"]
+    expected = [100 * load_result(folder / p.name).forgetting for p in sorted(folder.glob("pytorch_seed*"))]
+    assert list(written["pytorch"]["values"].values()) == pytest.approx(expected)
+
+
+def test_a_published_spread_becomes_a_standard_deviation() -> None:
+    row = PublishedRow(value=50, spread=2.0, runs=9, location="table 1", evidence="verified")
+    plain: dict[str, Any] = {"title": "a", "source": "b", "protocol": "c", "rows": {"row": row}}
+    deviations = {
+        spread: PublishedTable(**plain, spread=spread).deviation(row)
+        for spread in ("standard deviation", "standard error", "95 % interval")
+    }
+    assert deviations["standard deviation"] == 2
+    assert deviations["standard error"] == 6
+    assert deviations["95 % interval"] == pytest.approx(2 * 3 / stats.t.ppf(0.975, 8))
+    assert PublishedTable(**plain).deviation(row.model_copy(update={"spread": None})) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "line", "message"),
+    [
+        ({"a": {"value": 1}}, {"titel": "x"}, [], r"bad.yaml: titel: Extra inputs are not permitted"),
+        ({"a": {"value": "x"}}, {}, [], r"bad.yaml: rows.a.value: Input should be a valid number"),
+        ({"a": {}}, {}, [], r"rows.a must have a value or a reason in not_expressible, and not both, got"),
+        ({"a": {"value": 1}}, {}, ["--rows", "b"], r"--rows must match a row, got b; the rows are a"),
+        ({"a": {"value": 1}}, {}, ["--margin", "0"], r"margin must be > 0, got 0"),
+        ({"a": {"value": 1}}, {}, ["--seeds", "0"], r"seeds must be >= 1, got 0"),
+        (
+            {"a": {"value": 1, "metric": "forgetting", "settings": ["evaluate_every=end"]}},
+            {},
+            [],
+            r"rows.a: metric=forgetting needs an evaluation after every task, got evaluate_every=end",
+        ),
+        ({"a": {"value": 1, "settings": ["algo=nive"]}}, {}, [], r"did you mean naive"),
+    ],
+)
+def test_errors(
+    rows: dict[str, dict[str, Any]],
+    changes: dict[str, Any],
+    line: list[str],
+    message: str,
+    numpy_plugin: Plugin,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["reproduce", table_of(tmp_path / "bad.yaml", rows, **changes), *line]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "reproduced").exists()
+
+
+def test_options_of_tables_need_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "naive", "--rows", "a"]) == 2
+    assert (
+        "--rows and --margin are for tables, got the experiment naive; drop them" in capsys.readouterr().err
+    )
+
+
+def test_the_shipped_tables() -> None:
+    """Every row composes; the default run composes some of the long tables."""
+    assert tables() == ["der", "sequel"]
+    for name in tables():
+        table = read_table(name)
+        for key in list(table.rows)[:: 1 + len(table.rows) // 6]:
+            composed = compose([*table.settings, *table.rows[key].settings, "mode=jax"])
+            assert composed.notes == []
+            assert composed.config.training.drop_last == (name == "sequel")
+
+
+@pytest.mark.slow
+def test_every_row_of_the_shipped_tables_composes_in_both_modes() -> None:
+    for table in map(read_table, tables()):
+        for row in table.rows.values():
+            for mode in ("jax", "pytorch"):
+                assert compose([*table.settings, *row.settings, f"mode={mode}"]).notes == []
