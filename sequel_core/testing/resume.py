@@ -137,7 +137,7 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 def assert_same_arrays(path: Path, wanted: Path) -> None:
     """Raise AssertionError if two files do not hold bit-identical arrays."""
-    with np.load(path) as actual, np.load(wanted) as arrays:
+    with np.load(path, allow_pickle=False) as actual, np.load(wanted, allow_pickle=False) as arrays:
         _check_equal(sorted(actual.files), sorted(arrays.files), "arrays")
         for name in arrays.files:
             np.testing.assert_array_equal(actual[name], arrays[name], err_msg=name)

@@ -21,12 +21,14 @@ from sequel_benchmarks import (
 )
 from sequel_benchmarks.streams import PermutedOptions, RotatedOptions, SplitOptions
 from sequel_benchmarks.tabular import TabularOptions
+from sequel_benchmarks.tokens import MarkovOptions, MarkovSettings
 
 NAMED = {("breastcancer", "feature"), ("diabetes", "feature"), ("wine", "scenario")}  # have another default
 SETTINGS: dict[str, Any] = {
     "split": SplitSettings,
     "permuted": PermutedSettings,
     "rotated": RotatedSettings,
+    "markov": MarkovSettings,
 } | dict.fromkeys(TABLES, TabularSettings)
 
 
@@ -37,6 +39,7 @@ SETTINGS: dict[str, Any] = {
         (PermutedSettings, PermutedOptions),
         (RotatedSettings, RotatedOptions),
         (TabularSettings, TabularOptions),
+        (MarkovSettings, MarkovOptions),
     ],
 )
 def test_options_are_the_fields_of_the_settings(settings: Any, options: Any) -> None:
@@ -61,7 +64,7 @@ def test_signature_and_docstring_list_every_argument(name: str) -> None:
             assert parameter.default == spec.default
     described = [line.strip() for line in (inspect.getdoc(cls) or "").splitlines()]
     assert all(sum(line.startswith(f"{key}: ") for line in described) == 1 for key in parameters)
-    assert ("data_dir" in parameters) == (name not in ("splitimagefolder", *TABLES) and "digits" not in name)
+    assert ("data_dir" in parameters) == (name.endswith(("mnist", "cifar10", "cifar100", "tinyimagenet")))
 
 
 def test_unknown_arguments_are_rejected() -> None:

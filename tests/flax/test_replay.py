@@ -236,7 +236,7 @@ BYTES = [
     (MCSGDHParams(mem_size=60), 60 * 72 + 2 * 910 * 4 + 4),  # w_bar, w_hat, and a step
     (MCSGDHParams(mem_size=60, lmc_policy="online"), 60 * 72 + 4 * 910 * 4 + 4),  # and the moving w_bar
     (LaMAMLHParams(**SIZES), 60 * 72 + 910 * 4),  # and a learning rate per weight
-    (ICaRLHParams(mem_size=60), 60 * 72 + 910 * 4 + 10 * 12 * 4 + 10 + 4 + 30),  # means, which, when, classes
+    (ICaRLHParams(mem_size=60), 60 * 72 + 910 * 4 + 10 * 12 * 4 + 10 + 4),  # means, which, when
     (KCLHParams(core_size=20, kernel_type="rbf", task_given=True), 60 * 72),
     (  # noise; phases, positions
         KCLHParams(core_size=20, d_rn_f=16, task_given=True),

@@ -190,7 +190,7 @@ def test_errors_before_training() -> None:
         (lambda: attach.ER(mem_size=5), "mem_batch_size must be <= the 5 samples of the memory"),
         (lambda: attach.ER(memory="class_balanced"), r"needs classes=\.\.\., the labels of each task"),
         (lambda: attach.AGEM(), r"memory=ring of attach.AGEM needs num_tasks=\.\.\."),
-        (lambda: attach.AGEM(mem_size=1000, num_tasks=3), "must divide into the 3 equal parts"),
+        (lambda: attach.AGEM(mem_size=1001, num_tasks=3), "must divide into the 3 equal parts"),
         (lambda: attach.DER(outputs, alpha=-1.0), "alpha must be >= 0"),
     ):
         with pytest.raises(ValueError, match=message):
