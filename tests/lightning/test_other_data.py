@@ -621,19 +621,35 @@ class LoRA(nn.Module):
         return result
 
 
-@pytest.mark.parametrize("hparams", [EWCHParams(ewc_lambda=10.0), DERPP, SI], ids=lambda h: h.name)
-def test_adapters_of_a_frozen_network(hparams: AlgorithmHParams) -> None:
-    torch.manual_seed(0)
-    net = nn.Sequential(
+def lora() -> nn.Module:
+    return nn.Sequential(
         LoRA(nn.Linear(FEATURES, 550), 2),
         nn.ReLU(),
         LoRA(nn.Linear(550, 550), 2),
         nn.ReLU(),
         LoRA(nn.Linear(550, 3), 2),
     )
-    frozen = {k: p.detach().clone() for k, p in net.named_parameters() if not p.requires_grad}
+
+
+def peft_lora() -> nn.Module:
+    """Return a network with adapters of the package peft."""
+    peft = pytest.importorskip("peft")
+    net = nn.Sequential(
+        nn.Linear(FEATURES, 550), nn.ReLU(), nn.Linear(550, 550), nn.ReLU(), nn.Linear(550, 3)
+    )
+    adapted: nn.Module = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["0", "2", "4"]))
+    return adapted
+
+
+@pytest.mark.parametrize("make", [lora, peft_lora], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("hparams", [EWCHParams(ewc_lambda=10.0), DERPP, SI], ids=lambda h: h.name)
+def test_adapters_of_a_frozen_network(hparams: AlgorithmHParams, make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    net = make()
+    before = {k: p.detach().clone() for k, p in net.named_parameters()}
+    frozen = {k for k, p in net.named_parameters() if not p.requires_grad}
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    assert sum(p.numel() for p in net.parameters()) > 300_000 > 50 * trained
+    assert sum(p.numel() for p in net.parameters()) > 300_000 > 50 * trained > 0
     three = table().tasks * 2
     tasks = tuple(replace(task, index=i) for i, task in enumerate(three[:3]))
     stream = replace(table(), tasks=tasks)
@@ -641,8 +657,7 @@ def test_adapters_of_a_frozen_network(hparams: AlgorithmHParams) -> None:
     made = LightningLearner(module, TrainingHParams(batch_size=SIZE))
     for task in stream.tasks:
         made.fit_task(task, SILENT)
-    for k, p in net.named_parameters():
-        assert k not in frozen or torch.equal(p, frozen[k])
+    assert {k for k, p in net.named_parameters() if torch.equal(p, before[k])} == frozen
     if hparams.name == "ewc":
         assert sum(a.numel() for tree in module.state for a in tree.values()) == 2 * trained
         assert made.memory_bytes() == 4 * 2 * trained
