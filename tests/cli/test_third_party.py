@@ -82,6 +82,7 @@ def test_a_run_by_name_gives_the_same_numbers_in_both_modes(install: Install) ->
         "min_lr": 0.0,
         "reset_optimizer": True,
         "strength": 50.0,
+        "task_given": False,
     }
 
 

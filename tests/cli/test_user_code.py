@@ -68,6 +68,7 @@ def test_one_file_of_user_code_gives_the_same_numbers_in_both_modes(package: Pat
         "min_lr": 0.0,
         "reset_optimizer": True,
         "strength": 0.3,
+        "task_given": False,
     }
     assert torch.config["optimizer"] == {"_target_": "outside.pytorch_code.SGD", "lr": 0.1}
     assert flax.config["optimizer"] == {"_target_": "outside.jax_code.SGD", "learning_rate": 0.1}

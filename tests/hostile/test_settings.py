@@ -40,6 +40,7 @@ DEFAULTS = {
 }
 UNCHECKED = {  # any text; torchvision, Lightning and the network's outputs decide which is valid
     "backbone.model", "backbone.weights", "trainer.accelerator", "trainer.strategy", "trainer.precision",
+    "algo.layer",
     "algo.output",
 }  # fmt: skip
 
