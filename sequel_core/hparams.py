@@ -131,7 +131,7 @@ class MemoryHParams(AlgorithmHParams):
     )
     mem_device: MemoryDevice = setting(
         "auto",
-        "where the memory is: `auto`, on the device of the network; `cpu`, in host memory, from which the "
+        "device of the memory: `auto`, that of the network; `cpu`, host memory, from which the "
         "samples of a step are copied to the device",
     )
     mem_dtype: MemoryDtype = setting(

@@ -25,7 +25,7 @@ class PublishedRow(BaseModel):
             has a reason in `not_expressible`.
         spread: the published spread, of the kind that the table states; None if it is unknown.
         runs: number of published runs; None if it is unknown.
-        location: where the value is in the paper.
+        location: table, figure or page of the value in the paper.
         evidence: `verified` in a source that was read, or `recalled`. Recalled rows are not counted.
         differs: what is known to differ from the published protocol.
         cause: why the measured value differs, tested by changing one thing.
