@@ -21,7 +21,7 @@ from sequel_flax.objectives import build_objective, losses_of, metric_outputs
 
 
 class Evaluator:
-    """Evaluates an algorithm on samples; it compiles once for each batch size.
+    """Evaluates an algorithm on samples; the test and validation splits of a stream share one compilation.
 
     Args:
         algorithm: The algorithm; its `predict` and `alternatives` are used.
@@ -61,7 +61,7 @@ class Evaluator:
             The score and the mean loss.
         """
         size = self._batch_size
-        while size // 2 >= len(samples):  # few shapes to compile, and at most half of a batch is padding
+        while size // 2 >= max(len(samples), self._spec.max_evaluated):
             size //= 2
         measured = []
         metric = None if self.objective.metric is None else self.objective.metric()

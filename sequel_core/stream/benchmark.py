@@ -34,6 +34,7 @@ class StreamSpec(NamedTuple):
     normalisation: Normalisation = Normalisation()  # of uint8 images, applied in the step
     augmentation: Augmentation = Augmentation()  # of training images, applied in the step
     y: Tree = LeafSpec((), "int64")  # the LeafSpec of each leaf of the targets
+    max_evaluated: int = 0  # samples of the largest test or validation split; 0 if it is not known
 
     @property
     def masks_logits(self) -> bool:
@@ -226,6 +227,7 @@ class Benchmark:
             self.normalisation,
             self.augmentation,
             first.y_spec,
+            max(len(split) for task in self.tasks for split in (task.test, task.validation)),
         )
 
     def joined(self, i: int) -> Task:

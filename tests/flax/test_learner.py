@@ -1,5 +1,7 @@
 """FlaxLearner: dropout, divergence, evaluation, user-defined modules and metrics, writers."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.runs.learner import DivergenceError, FitMonitor, Progress
 from sequel_core.stream.arrays import FloatArray
-from sequel_core.stream.benchmark import Scenario
+from sequel_core.stream.benchmark import Benchmark, Scenario
 from sequel_flax import MLP, naive
+from sequel_flax.evaluation import as_batch
 from sequel_flax.writers import SilentWriter
 from tests.flax.parts import (
     SILENT,
@@ -177,6 +180,22 @@ def test_evaluation_counts_every_sample_once(scenario: Scenario) -> None:
     assert result.masked_score == (masked.argmax(1) == y).sum() / len(y)
     np.testing.assert_allclose(result.loss, -log_p[np.arange(len(y)), y].mean(), rtol=1e-5)
     assert (result.masked_score > result.score) is (scenario == "class")
+
+
+def test_splits_of_all_sizes_are_evaluated_by_one_program(compiled: Counter[str], tmp_path: Path) -> None:
+    sizes = (3, 70, 31)
+    tasks = tuple(
+        replace(task, test=task.train.head(size), validation=task.test.head(size // 3))
+        for task, size in zip(rotated(subset=80).tasks, sizes, strict=True)
+    )
+    stream = Benchmark("uneven", tasks, num_classes=10, scenario="domain")
+    model = learner(NaiveHParams(), stream)
+    result = run(model, stream, run_dir=tmp_path, evaluate_future=True, progress=False)
+    assert compiled["jit(_traced_measure)"] == 1
+    for row, task in zip(result.matrix.T, tasks, strict=True):
+        batch = as_batch(task.test.take(np.arange(len(task.test))))
+        logits = np.asarray(model.algorithm.predict(model.ts, model.state, batch.x, jnp.asarray(batch.t)))
+        assert row[-1] == (logits.argmax(1) == batch.y).mean()
 
 
 def test_masked_logits_have_no_gradient() -> None:
