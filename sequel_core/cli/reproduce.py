@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from importlib import import_module, metadata, resources
 from pathlib import Path
@@ -19,14 +20,15 @@ from rich.table import Table
 
 from sequel_core.cli.arguments import Parser
 from sequel_core.cli.run import execute, record_failure, stated
-from sequel_core.experiment.aliases import alias
+from sequel_core.experiment.aliases import SECTIONS, alias
 from sequel_core.experiment.build import build_benchmark
 from sequel_core.experiment.compose import compose
 from sequel_core.experiment.overrides import CONFIGS, experiments, quoted
 from sequel_core.experiment.published import tables
-from sequel_core.experiment.schema import DOCUMENTATION, ExperimentConfig
+from sequel_core.experiment.schema import CLASSES, DOCUMENTATION, ExperimentConfig, settings
 from sequel_core.runs import learner
 from sequel_core.runs.directory import numbered
+from sequel_core.runs.files import plain
 from sequel_core.runs.formatting import number
 from sequel_core.runs.learner import PLUGINS, DivergenceError, Mode
 from sequel_core.runs.results import TASK_GIVEN, Result, load_result
@@ -203,11 +205,19 @@ def check_pending(folder: Path, configs: Sequence[ExperimentConfig]) -> None:
 def fingerprint(config: ExperimentConfig) -> str:
     """Return eight hexadecimal digits that identify a run: a hash of its settings and the library version.
 
-    The data folder and fields that only document the experiment are ignored.
+    The data folder, fields that only document the experiment and settings with their default value are
+    ignored, so that a setting which a later version adds does not invalidate a finished run.
     """
-    plain = {key: value for key, value in config.plain().items() if key not in DOCUMENTATION}
-    plain["benchmark"].pop("data_dir", None)
-    text = json.dumps([metadata.version("sequel-cl"), plain], sort_keys=True)
+    values = {key: value for key, value in config.plain().items() if key not in DOCUMENTATION}
+    values["benchmark"].pop("data_dir", None)
+    for section, key in {**dict.fromkeys(CLASSES, ""), **SECTIONS}.items():
+        if section not in config.user_code:
+            known = settings(section, values[section].get(key, ""))
+            defaults = {one.key: plain(one.key, one.default) for one in known}
+            values[section] = {k: v for k, v in values[section].items() if k == key or v != defaults.get(k)}
+    defaults = {spec.name: spec.default for spec in fields(ExperimentConfig)}
+    values = {key: value for key, value in values.items() if value != defaults.get(key)}
+    text = json.dumps([metadata.version("sequel-cl"), values], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

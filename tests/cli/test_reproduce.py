@@ -2,6 +2,7 @@
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -21,9 +22,12 @@ from sequel_core.cli.reproduce import (
     verdict,
 )
 from sequel_core.experiment.compose import compose
+from sequel_core.experiment.schema import CLASSES
+from sequel_core.hparams import TrainingHParams
 from sequel_core.runs import learner
 from sequel_core.runs.results import load_result
 from sequel_core.runs.statistics import interval
+from sequel_core.settings import setting
 from tests.cli.conftest import Plugin
 
 EXPERIMENT = "naive_rotateddigits"
@@ -351,6 +355,20 @@ def test_which_settings_change_the_fingerprint(monkeypatch: pytest.MonkeyPatch) 
     assert len({first, *others}) == 5
     monkeypatch.setattr(metadata, "version", lambda _: "99")
     assert of() != first
+
+
+def test_a_new_setting_keeps_the_fingerprint_of_finished_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class LaterHParams(TrainingHParams):
+        warm_up: int = setting(0, "number of steps before training")
+
+    def of(*overrides: str) -> str:
+        return fingerprint(compose(["+experiment=naive_rotatedmnist", *overrides]).config)
+
+    before = of()
+    monkeypatch.setitem(CLASSES, "training", LaterHParams)
+    assert of() == of("training.warm_up=0") == before
+    assert of("training.warm_up=1") != before
 
 
 def test_a_run_prints_the_number_with_its_spread(
