@@ -119,6 +119,8 @@ class CompiledSteps:
         )
         self._algorithm = algorithm
         self._metrics = metrics
+        # `choose` and the step share one trace.
+        self._train_step = jax.jit(algorithm.train_step, inline=True)
         self._step = jax.jit(self._traced_step, donate_argnums=(0, 1, 2))
         self._loop = jax.jit(self._traced_loop, donate_argnums=(0, 1, 2))
         self._add = jax.jit(self._with_step)
@@ -128,7 +130,7 @@ class CompiledSteps:
         if self.steps_per_call is None:
             self.steps_per_call = STEPS_PER_LOOP
             if jax.default_backend() == "cpu":
-                traced = jax.make_jaxpr(self._algorithm.train_step)(ts, state, batch)
+                traced = self._train_step.trace(ts, state, batch).jaxpr
                 self.steps_per_call = 1 if "conv_general_dilated" in str(traced) else STEPS_PER_LOOP
         return self.steps_per_call
 
@@ -161,7 +163,7 @@ class CompiledSteps:
 
     def _traced_step(self, ts: TrainState, state: State, running: RunningMetrics, batch: Batch) -> Carry:
         step = ts.step
-        ts, state, outputs = self._algorithm.train_step(ts, state, batch)
+        ts, state, outputs = self._train_step(ts, state, batch)
         return ts, state, self._with_step(running, outputs, step)
 
     def _with_step(self, running: RunningMetrics, outputs: StepOutputs, step: Any) -> RunningMetrics:
