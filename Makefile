@@ -2,6 +2,7 @@
 # make test   the same install, then ruff, mypy and pytest
 # make bench  training steps per second, compared with hand-written loops; make bench ARGS=--help lists the options
 # make slow   the tests that take minutes each
+# make tables docs/tables.md and the results of README.md, from the measured values in docs/tables/
 # make adapters  tests with streams of Avalanche and Continuum, in a separate environment
 # make clu    tests with clu's writers, which need TensorFlow, in a separate environment
 # make clean  remove what these commands made; runs/ stays
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FILES := $(VENV)/.package-files
 
-.PHONY: run test bench slow adapters clu install clean FORCE
+.PHONY: run test bench slow tables adapters clu install clean FORCE
 .DELETE_ON_ERROR:
 
 run: install
@@ -30,6 +31,9 @@ bench: install
 
 slow: install
 	$(BIN)/pytest -m slow
+
+tables: install
+	$(BIN)/python -m tests.measured
 
 # Continuum needs six, but does not declare it.
 adapters:

@@ -79,15 +79,17 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--margin", type=float, help=f"of a table: {margin}")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (default: 3)")
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder (default: {RESULTS})")
+    recorded = "of a table: JSON file to which the values per seed are added; a CSV file is written beside it"
+    parser.add_argument("--record", type=Path, metavar="FILE", help=recorded)
     parser.add_argument("--data-dir", help="folder (default: SEQUEL_DATA_DIR, or the user's cache directory)")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_args(args)
     is_table = options.name in tables() or options.name.endswith((".yaml", ".yml"))
     if not is_table:
         check_name("NAME", options.name, [*short, *known, *tables()])
-        if options.rows or options.margin is not None:
+        if options.rows or options.margin is not None or options.record:
             raise ValueError(
-                f"--rows and --margin are for tables, got the experiment {options.name}; drop them"
+                f"--rows, --margin and --record are for tables, got the experiment {options.name}; drop them"
             )
     mode = alias("mode", options.mode or ("jax" if is_table else "both"))
     check_name("--mode", mode, [*PLUGINS, "both"])
@@ -105,6 +107,7 @@ def main(args: Sequence[str]) -> int:
             place,
             options.margin,
             options.quiet,
+            options.record,
         )
         return exit_code
     experiment = short.get(options.name, options.name)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -19,19 +17,14 @@ from rich.table import Table
 
 from sequel_core.cli.reproduce import Row, check_pending, fingerprint, run_seeds
 from sequel_core.experiment.compose import compose
-from sequel_core.experiment.published import PublishedRow, PublishedTable, read_table
+from sequel_core.experiment.measured import measured_before, metric_value, record
+from sequel_core.experiment.published import NOT_EXPRESSIBLE, PublishedRow, PublishedTable, read_table
+from sequel_core.runs.files import write_json
 from sequel_core.runs.formatting import number
 from sequel_core.runs.learner import Mode
 from sequel_core.runs.metrics import summarise
-from sequel_core.runs.results import Result
-from sequel_core.runs.statistics import Equivalence, equivalence, interval
-from sequel_core.runs.versions import loaded_versions
-
-MARGIN = 1.5
-"""Default margin of equivalence, in the unit of the table."""
-
-NOT_EXPRESSIBLE = "cannot be expressed"
-
+from sequel_core.runs.statistics import Equivalence, interval
+from sequel_core.runs.versions import loaded_versions, machine
 
 NOT_AT_THE_END = [key for key, value in summarise([[math.nan] * 2, [0.5] * 2]).items() if math.isnan(value)]
 """Metrics that one evaluation at the end of the stream does not give."""
@@ -58,6 +51,7 @@ def reproduce_table(
     overrides: Sequence[str] = (),
     margin: float | None = None,
     quiet: bool = False,
+    recorded: Path | None = None,
 ) -> int:
     """Run the rows of a published table, reuse finished runs, and write measured beside published values.
 
@@ -73,6 +67,7 @@ def reproduce_table(
         overrides: Hydra overrides of all rows.
         margin: largest harmless difference; None for the larger of 1.5 and the published standard deviation.
         quiet: print nothing but errors.
+        recorded: JSON file to which the values per seed are added, see `sequel_core.experiment.measured`.
 
     Returns:
         The exit code: 1 if a run failed, or if a verified row differs and its cause is not in the file.
@@ -84,9 +79,11 @@ def reproduce_table(
         raise ValueError(f"seeds must be >= 1, got {seeds}")
     if margin is not None and not margin > 0:
         raise ValueError(f"margin must be > 0, got {margin}")
-    table = read_table(name)
+    table, stem = read_table(name), Path(name).stem
     chosen = _chosen(table, patterns)
-    folder = results / Path(name).stem
+    if recorded is not None:
+        measured_before(recorded, stem)
+    folder = results / stem
     composed = cache(lambda settings: compose(settings).config)  # rows may share settings
     configs = {
         key: {
@@ -114,14 +111,18 @@ def reproduce_table(
         prints = [fingerprint(group[0]) for group in by_mode.values()]
         row_of = partial(_measured, table=table, row=chosen[key], margin=margin)
         measured[key] = [row_of(run, fingerprint=text) for run, text in zip(runs, prints, strict=True)]
-        _write(folder / "table.json", name, table, chosen, measured)
+        _write(folder / "table.json", stem, table, chosen, measured)
+        if recorded is not None:
+            record(recorded, stem, table, {key: {run.mode: run.results for run in runs}})
     console.print(_printed(table, chosen, measured))
     for line in _notes(chosen, measured):
         say(line)
     say(f"the runs and table.json are in {folder}")
+    if recorded is not None:
+        say(f"recorded in {recorded} and {recorded.with_suffix('.csv').name}")
     failed = any(one.failures for rows in measured.values() for one in rows)
     red = any(
-        rows[0].result.verdict in ("above", "below")
+        rows[0].result.verdict.startswith("different")
         and chosen[key].evidence == "verified"
         and not chosen[key].cause
         for key, rows in measured.items()
@@ -150,24 +151,10 @@ def _measured(
     run: Row, table: PublishedTable, row: PublishedRow, margin: float | None, fingerprint: str
 ) -> Measured:
     """Compare the runs of a row in one framework with the published value."""
-    values = {seed: _value(result, row.metric) for seed, result in run.results.items()}
-    std = table.deviation(row)
-    bound = max(MARGIN, std) if margin is None else margin
-    published = math.nan if row.value is None else row.value
-    result = equivalence(list(values.values()), published, bound, std, row.runs or 0)
+    values = {seed: metric_value(result, row.metric) for seed, result in run.results.items()}
+    bound, result = table.compare(row, list(values.values()), margin)
     seconds = sum(result.summary["seconds"]["total"] for result in run.results.values())
     return Measured(run.mode, values, run.failures, bound, result, seconds, fingerprint)
-
-
-def _value(result: Result, metric: str) -> float:
-    """Return a number of the summary, in percent if the score is a fraction."""
-    value = result.number(metric)
-    if math.isnan(value):
-        raise ValueError(
-            f"metric must be a number of the summary, got {metric}, which {result.run_dir} lacks; correct "
-            "the table, finished runs are kept"
-        )
-    return 100 * value if result.score.fraction else value
 
 
 def _published(row: PublishedRow) -> str:
@@ -218,25 +205,34 @@ def _notes(chosen: Mapping[str, PublishedRow], measured: Mapping[str, Sequence[M
     """Return the counts of the verdicts, and what is known of rows that are not equivalent."""
     verdicts = {key: rows[0].result.verdict for key, rows in measured.items()}
     words = {key: verdicts.get(key, NOT_EXPRESSIBLE) for key in chosen}
-    lines = []
+    lines: list[str] = []
     for evidence in ("verified", "recalled"):
         counts = Counter(words[key] for key, row in chosen.items() if row.evidence == evidence)
         if counts:
             counted = "" if evidence == "verified" else ", which do not count until the paper is read"
-            text = ", ".join(f"{count} {word}" for word, count in counts.items())
+            text = "; ".join(f"{count} {word}" for word, count in counts.items())
             lines.append(f"{evidence} rows{counted}: {text}")
     for key, row in chosen.items():
         known = {"differs": row.differs, "cause": row.cause, NOT_EXPRESSIBLE: row.not_expressible}
         if words[key] != "equivalent":
             lines += [f"{key}: {what}: {text}" for what, text in known.items() if text]
         if words[key] == "inconclusive":
-            lines.append(f"{key}: more seeds are needed")
+            lines.append(f"{key}: {seeds_needed(measured[key][0].result)}")
     return lines
+
+
+def seeds_needed(result: Equivalence) -> str:
+    """Return how many seeds an inconclusive row needs, in words."""
+    if math.isnan(result.p):
+        return "more seeds are needed, at least 2"
+    if result.seeds_needed is None:
+        return "no number of seeds up to 1,000 decides, at this mean and spread"
+    return f"more seeds are needed, about {result.seeds_needed}"
 
 
 def _write(
     path: Path,
-    name: str,
+    stem: str,
     table: PublishedTable,
     chosen: Mapping[str, PublishedRow],
     measured: Mapping[str, Sequence[Measured]],
@@ -254,20 +250,11 @@ def _write(
         for key, row in chosen.items()
     }
     plain = {
-        "table": Path(name).stem,
+        "table": stem,
         **table.model_dump(mode="json", exclude={"rows"}),
         "versions": loaded_versions(),
-        "machine": platform.machine(),
+        "machine": machine(),
         "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_without_nan(plain), indent=2) + "\n", encoding="utf-8")
-
-
-def _without_nan(value: Any) -> Any:
-    """Return a tree in which nan, which JSON lacks, is None."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    write_json(path, plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sequel_core.experiment.overrides import CONFIGS
+from sequel_core.runs.statistics import Equivalence, equivalence
+
+MARGIN = 1.5
+"""Default margin of equivalence, in the unit of the table."""
+
+NOT_EXPRESSIBLE = "cannot be expressed"
+"""The verdict of a row that cannot be run."""
 
 Spread = Literal["standard deviation", "standard error", "95 % interval"]
 
@@ -82,6 +90,25 @@ class PublishedTable(BaseModel):
         from scipy.special import stdtrit  # slow to import
 
         return row.spread * math.sqrt(row.runs) / float(stdtrit(row.runs - 1, 0.975))
+
+    def compare(
+        self, row: PublishedRow, values: Sequence[float], margin: float | None = None
+    ) -> tuple[float, Equivalence]:
+        """Compare measured values with the published one.
+
+        Args:
+            row: of this table.
+            values: measured, one per seed.
+            margin: largest harmless difference; None for the larger of 1.5 and the published standard
+                deviation.
+
+        Returns:
+            The margin and the result, see `sequel_core.runs.statistics.equivalence`.
+        """
+        std = self.deviation(row)
+        bound = max(MARGIN, std) if margin is None else margin
+        published = math.nan if row.value is None else row.value
+        return bound, equivalence(values, published, bound, std, row.runs or 0)
 
 
 def tables() -> list[str]:

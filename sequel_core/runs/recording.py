@@ -15,7 +15,7 @@ from sequel_core.runs.learner import EvaluateOn, Evaluation, Learner, Progress
 from sequel_core.runs.memory import peak_memory_bytes
 from sequel_core.runs.results import SCORE
 from sequel_core.runs.state import RunState
-from sequel_core.runs.versions import loaded_versions
+from sequel_core.runs.versions import commit, loaded_versions, machine
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.task import Task
@@ -143,6 +143,8 @@ class Recorder:
                 "peak_memory_bytes": peak_memory_bytes(),
                 "threads": learner.threads(),
                 "versions": loaded_versions(),
+                "machine": machine(),
+                "commit": commit(),
             }
         )
 

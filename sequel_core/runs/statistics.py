@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -239,7 +240,10 @@ def pairs_needed(num_comparisons: int = 1, level: float = LEVEL) -> int:
     return math.ceil(math.log2(2 * num_comparisons / level))
 
 
-Verdict = Literal["equivalent", "above", "below", "inconclusive"]
+Verdict = Literal["equivalent", "different, above", "different, below", "inconclusive"]
+
+MAX_SEEDS = 1000
+"""More seeds than that are no remedy."""
 
 
 class Equivalence(NamedTuple):
@@ -249,6 +253,7 @@ class Equivalence(NamedTuple):
     difference: float  # measured - published
     interval: Interval  # 90 % of the difference
     p: float  # of the two one-sided tests (TOST): the larger one
+    seeds_needed: int | None  # least number of seeds with which it is not inconclusive, see `equivalence`
 
 
 def equivalence(
@@ -260,8 +265,11 @@ def equivalence(
     known. All verdicts follow from the 90 % interval of the difference:
 
     - equivalent: it lies within (-margin, margin), so p < 0.05;
-    - above, below: it lies outside of [-margin, margin];
+    - different, above or below: it lies outside of [-margin, margin];
     - inconclusive: it contains a bound of the margin, or there are fewer than two values.
+
+    `seeds_needed` assumes that mean and standard deviation stay what they are. It is None with fewer than two
+    values, and if more than 1,000 seeds were needed, for example because of the spread of the published runs.
 
     Args:
         values: measured, one per seed.
@@ -284,14 +292,18 @@ def equivalence(
         raise ValueError(f"margin must be > 0, got {margin}; give the largest harmless difference")
     difference = float(np.mean(values)) - published if len(values) else math.nan
     if len(values) < 2:
-        return Equivalence("inconclusive", difference, (math.nan, math.nan), math.nan)
+        return Equivalence("inconclusive", difference, (math.nan, math.nan), math.nan, None)
     from scipy.special import stdtr, stdtrit
 
-    squares = [float(np.var(values, ddof=1)) / len(values), std**2 / runs if runs > 1 else 0.0]
-    error, freedom = math.sqrt(sum(squares)), len(values) - 1.0
-    if error:
-        freedom = sum(squares) ** 2 / (squares[0] ** 2 / freedom + squares[1] ** 2 / max(runs - 1, 1))
-    half = error * float(stdtrit(freedom, 1 - LEVEL))
+    def welch(seeds: int) -> tuple[float, float, float]:
+        """Return the standard error, the degrees of freedom and half of the 90 % interval."""
+        squares = [float(np.var(values, ddof=1)) / seeds, std**2 / runs if runs > 1 else 0.0]
+        error, freedom = math.sqrt(sum(squares)), seeds - 1.0
+        if error:
+            freedom = sum(squares) ** 2 / (squares[0] ** 2 / freedom + squares[1] ** 2 / max(runs - 1, 1))
+        return error, freedom, error * float(stdtrit(freedom, 1 - LEVEL))
+
+    error, freedom, half = welch(len(values))
     low, high = difference - half, difference + half
     excess = abs(difference) - margin
     p = float(stdtr(freedom, excess / error)) if error else float(excess >= 0)
@@ -299,8 +311,11 @@ def equivalence(
     if -margin < low and high < margin:
         verdict = "equivalent"
     elif low > margin or high < -margin:
-        verdict = "above" if difference > 0 else "below"
-    return Equivalence(verdict, difference, (low, high), p)
+        verdict = "different, above" if difference > 0 else "different, below"
+    seeds = range(2, MAX_SEEDS + 1)
+    at = bisect_left(seeds, True, key=lambda n: welch(n)[2] < abs(excess))
+    needed = seeds[at] if at < len(seeds) else None
+    return Equivalence(verdict, difference, (low, high), p, needed)
 
 
 class Ranks(NamedTuple):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 PACKAGE = "sequel-cl"
@@ -38,6 +40,34 @@ def loaded_versions() -> dict[str, str]:
     """Return the versions of Python, this package and the numerical libraries imported so far, by name."""
     loaded = [name for name, module in MODULES.items() if module in sys.modules]
     return {"python": platform.python_version(), **{name: _version(name) for name in loaded}}
+
+
+@cache
+def machine() -> str:
+    """Return the architecture and the processor; processors of other kinds may round differently."""
+    name = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # only Linux has it
+        lines = []
+    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if {"model name", "cpu family", "model"} <= values.keys():
+        name = f"{values['model name']} (family {values['cpu family']}, model {values['model']})"
+    return " ".join(part for part in (platform.machine(), name) if part)
+
+
+@cache
+def commit() -> str | None:
+    """Return the git commit that this package is at, with `-dirty` for other changes; None if installed."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def version_written_by(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str | None:

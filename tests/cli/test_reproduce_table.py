@@ -1,5 +1,6 @@
 """`sequel reproduce TABLE`: values from the run directories, verdicts against SciPy; with a NumPy learner."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from scipy import stats
 import sequel_lightning  # noqa: F401 - declares the operators of torchvision, which Lightning imports
 from sequel_core.cli import main
 from sequel_core.experiment.compose import compose
+from sequel_core.experiment.measured import read_measured
 from sequel_core.experiment.published import PublishedRow, PublishedTable, read_table, tables
 from sequel_core.runs.results import load_result
+from sequel_core.runs.versions import commit, machine
 from tests.cli.conftest import Plugin
 
 DIGITS = ["benchmark=rotateddigits", "benchmark.num_tasks=2", "benchmark.per_task_rotation=90"]
@@ -84,19 +87,19 @@ def test_verdicts_are_scipys_and_rows_share_runs(
             for bound, side in ((-margin, "greater"), (margin, "less"))
         ]
         assert result["p"] == pytest.approx(max(sides), abs=1e-9)
-        assert result["verdict"] == (
-            ["equivalent", "above", "below"][sign] if max(sides) < 0.05 or sign else "inconclusive"
-        )
+        expected = ["equivalent", "different, above", "different, below"][sign]
+        assert result["verdict"] == (expected if max(sides) < 0.05 or sign else "inconclusive")
     assert results["never"] is None
     assert "verified rows: " in out
-    assert "recalled rows, which do not count until the paper is read: 1 above, 1 cannot be expressed" in out
+    counted = "1 different, above; 1 cannot be expressed"
+    assert f"recalled rows, which do not count until the paper is read: {counted}" in out
     assert "never: cannot be expressed: it needs a time machine" in out
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
     cells = next(line for line in lines if line[:1] == ["high"])
     assert cells[1:5] == ["verified", "jax", "4", f"{mean:.2f}"]
     half = stats.t.ppf(0.975, 3) * std / 2
     assert cells[5] == f"{mean - half:.2f} to {mean + half:.2f}"
-    assert cells[-1] == "below"
+    assert cells[-1] == "different, below"
 
 
 def test_rows_modes_margins_and_exit_codes(
@@ -114,7 +117,7 @@ def test_rows_modes_margins_and_exit_codes(
     assert "explained: cause: the stream is easier" in capsys.readouterr().out
     assert main(["reproduce", path, "--rows", "red", "--seeds", "3"]) == 1
     assert main(["reproduce", path, "--rows", "red", "--seeds", "1"]) == 0
-    assert "red: more seeds are needed" in capsys.readouterr().out
+    assert "red: more seeds are needed, at least 2" in capsys.readouterr().out
     assert main(["reproduce", path, "--rows", "red", "--seeds", "3", "--margin", "98"]) == 0
     assert len(numpy_plugin.built) == 3
     assert (
@@ -175,9 +178,46 @@ def test_errors(
 
 def test_options_of_tables_need_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "naive", "--rows", "a"]) == 2
-    assert (
-        "--rows and --margin are for tables, got the experiment naive; drop them" in capsys.readouterr().err
-    )
+    message = "--rows, --margin and --record are for tables, got the experiment naive; drop them"
+    assert message in capsys.readouterr().err
+
+
+def test_recorded_values_are_added_to_a_file(
+    numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs of other seeds, rows and modes stay; those of a row with other settings do not."""
+    rows: dict[str, dict[str, Any]] = {"er": {"value": 50, "spread": 2.0}, "naive": {"value": 50}}
+    path, file = table_of(tmp_path / "digits.yaml", rows), tmp_path / "out" / "measured.json"
+    line = ["reproduce", path, "--margin", "90", "--record", str(file)]
+    assert main([*line, "--rows", "er", "--seeds", "3"]) == 0
+    assert main([*line, "--rows", "*", "--seeds", "2", "--mode", "pytorch"]) == 0
+    measured = read_measured(file)
+    measured.check(read_table(path))
+    folder = tmp_path / "reproduced" / "digits"
+    assert {(key, mode): list(row.runs) for key, by in measured.rows.items() for mode, row in by.items()} == {
+        ("er", "jax"): [0, 1, 2],
+        ("er", "pytorch"): [0, 1],
+        ("naive", "pytorch"): [0, 1],
+    }
+    assert list(measured.rows["er"]["jax"].values.values()) == accuracies(folder)
+    lines = list(csv.DictReader(file.with_suffix(".csv").read_text().splitlines()))
+    assert [float(line["value"]) for line in lines[:3]] == accuracies(folder)
+    summary = json.loads(next(folder.glob("jax_seed0*/summary.json")).read_text())
+    assert lines[0]["machine"] == summary["machine"] == machine()
+    assert (lines[0]["seed"], lines[0]["metric"]) == ("0", "average_accuracy")
+    assert lines[0]["numpy"] == np.__version__
+    assert summary["commit"] == commit()
+    table_of(tmp_path / "digits.yaml", rows | {"er": {"value": 50, "settings": ["optimizer.lr=0.2"]}})
+    with pytest.raises(ValueError, match=r"digits: the settings of er have changed; measure it again"):
+        measured.check(read_table(path))
+    assert main([*line, "--rows", "er", "--seeds", "1"]) == 0
+    assert list(read_measured(file).rows["er"]["jax"].runs) == [0]
+    table_of(tmp_path / "other.yaml", rows)
+    assert main(["reproduce", str(tmp_path / "other.yaml"), "--seeds", "1", "--record", str(file)]) == 2
+    assert "must be a file of the table other, got one of digits" in capsys.readouterr().err
+    file.write_text('{"table": "digits", "rows": {"er": 1}}')
+    assert main(line) == 2
+    assert f"{file} is damaged: rows.er: Input should be a valid dictionary" in capsys.readouterr().err
 
 
 def test_the_shipped_tables() -> None:

@@ -148,8 +148,8 @@ def test_equivalence_is_scipys_welch_test(std: float, runs: int) -> None:
 
 def test_verdicts() -> None:
     assert equivalence([80.0, 80.2, 79.9], 80.0, 1.5).verdict == "equivalent"
-    assert equivalence([84.0, 84.2, 83.9], 80.0, 1.5).verdict == "above"
-    assert equivalence([76.0, 76.2, 75.9], 80.0, 1.5).verdict == "below"
+    assert equivalence([84.0, 84.2, 83.9], 80.0, 1.5).verdict == "different, above"
+    assert equivalence([76.0, 76.2, 75.9], 80.0, 1.5).verdict == "different, below"
     assert equivalence([84.0, 78.2, 81.9], 80.0, 1.5).verdict == "inconclusive"
     assert equivalence([84.0, 84.2, 83.9], 80.0, 1.5, std=9.0, runs=3).verdict == "inconclusive"
     assert equivalence([80.0], 80.0, 1.5).verdict == "inconclusive"
@@ -158,6 +158,21 @@ def test_verdicts() -> None:
     assert equivalence([80.5, 80.5], 80.0, 1.0).verdict == "equivalent"
     with pytest.raises(ValueError, match=r"margin must be > 0, got 0"):
         equivalence([80.0, 81.0], 80.0, 0)
+
+
+def test_seeds_needed_by_an_inconclusive_row() -> None:
+    """The least n with t(0.95, n - 1) s / sqrt(n) < | |difference| - margin |."""
+    values = [80.0, 83.0, 81.0, 79.0]
+    std = float(np.std(values, ddof=1))
+    for published in (80.0, 82.5, 79.0):
+        excess = abs(abs(np.mean(values) - published) - 1.5)
+        fits = (n for n in range(2, 1001) if stats.t.ppf(0.95, n - 1) * std / math.sqrt(n) < excess)
+        assert equivalence(values, published, 1.5).seeds_needed == next(fits, None)
+    assert equivalence(values, 79.25, 1.5).seeds_needed is None  # exactly on the margin
+    assert (
+        equivalence(values, 80.0, 1.5, std=20.0, runs=3).seeds_needed is None
+    )  # the published mean is vague
+    assert equivalence([80.0], 80.0, 1.5).seeds_needed is None
 
 
 def test_ranks_of_demsar() -> None:
@@ -219,5 +234,5 @@ def test_the_false_positive_rate_of_equivalence(std: float, runs: int) -> None:
         values = list(rng.normal(1.5, 1, size=10))
         verdicts.append(equivalence(values, float(published.mean()), 1.5, spread, runs).verdict)
     assert at_most(verdicts.count("equivalent"), 0.05, trials)
-    assert at_most(verdicts.count("above"), 0.05, trials)
+    assert at_most(verdicts.count("different, above"), 0.05, trials)
     assert verdicts.count("equivalent") > 0.03 * trials

@@ -1,0 +1,160 @@
+"""Writes docs/tables.md and the numbers of verdicts in README.md: `make tables`."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from sequel_core.cli.tables import seeds_needed
+from sequel_core.experiment.measured import MeasuredRow, MeasuredTable, as_csv, measured_before
+from sequel_core.experiment.published import NOT_EXPRESSIBLE, PublishedRow, PublishedTable, read_table, tables
+from sequel_core.runs.formatting import markdown_table, number
+from sequel_core.runs.learner import Mode
+from sequel_core.runs.statistics import Equivalence, Verdict, interval
+from tests.pages import README, ROOT
+
+FOLDER = ROOT / "docs" / "tables"
+PAGE = ROOT / "docs" / "tables.md"
+START, END = "<!-- tables -->\n", "<!-- /tables -->"
+NOT_MEASURED = "not measured"
+MODES: tuple[Mode, ...] = ("jax", "pytorch")
+NAMES = {"jax": "JAX", "pytorch": "PyTorch"}
+
+INTRODUCTION = """# Published tables
+
+Do not edit this page: `make tables` writes it from `configs/tables/*.yaml` and the measured values in
+`docs/tables/`, to which `sequel reproduce TABLE --record FILE` adds
+([Command line](command-line.md#published-tables)).
+
+- Accuracies are in percent. Means are followed by their 95 % interval over seeds.
+- Verdicts compare the mean in JAX with the published mean, by two one-sided tests at level 5 %. The margin is
+  1.5 points, or the published standard deviation if that is larger. A row measured only in PyTorch has the
+  verdict of PyTorch.
+- Rows in italics do not count: their published value was recalled and not read in the paper.
+"""
+
+
+def measured_tables() -> dict[str, MeasuredTable]:
+    """Return the measured values of the shipped tables, without values for those that were not measured."""
+    return {name: measured_before(FOLDER / f"{name}.json", name) for name in tables()}
+
+
+def result_of(
+    table: PublishedTable, row: PublishedRow, by_mode: dict[Mode, MeasuredRow]
+) -> Equivalence | None:
+    """Return the verdict on the first framework that was measured."""
+    first = next((by_mode[mode] for mode in MODES if mode in by_mode), None)
+    return None if first is None else table.compare(row, list(first.values.values()))[1]
+
+
+def verdict(row: PublishedRow, result: Equivalence | None) -> str:
+    if row.not_expressible:
+        return NOT_EXPRESSIBLE
+    return NOT_MEASURED if result is None else result.verdict
+
+
+def mean(row: MeasuredRow | None) -> str:
+    if row is None:
+        return "-"
+    values = list(row.values.values())
+    bounds, seeds = interval(values), f"{len(values)} seed" + ("s" if len(values) > 1 else "")
+    spread = seeds if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}, {seeds}"
+    return f"{np.mean(values):.2f} ({spread})"
+
+
+def published(row: PublishedRow) -> str:
+    return "-" if row.value is None else f"{row.value:g}" + (f" ({row.spread:g})" if row.spread else "")
+
+
+def seconds(by_mode: dict[Mode, MeasuredRow]) -> str:
+    """Return the mean seconds of a run in each framework."""
+    spent = [np.mean([run.seconds for run in by_mode[m].runs.values()]) for m in MODES if m in by_mode]
+    return ", ".join(f"{value:.0f}" for value in spent) or "-"
+
+
+def section(name: str, table: PublishedTable, measured: MeasuredTable) -> Iterator[str]:
+    """Yield the lines of a table's section."""
+    yield f"\n## {name}\n\n{table.title}, <{table.source}>. Protocol: {table.protocol.strip()}\n"
+    yield f"The spread in parentheses is the {table.spread} of the published runs."
+    if measured.rows:
+        yield f"Every run: [JSON](tables/{name}.json), [CSV](tables/{name}.csv)."
+    yield ""
+    rows = []
+    for key, row in table.rows.items():
+        by_mode = measured.rows.get(key, {})
+        margin, result = table.compare(row, [])[0], result_of(table, row, by_mode)
+        mark = "*" if row.evidence == "recalled" else ""
+        cells = [f"{mark}{key}{mark}", *(mean(by_mode.get(mode)) for mode in MODES), published(row)]
+        difference = math.nan if result is None else result.difference
+        rows.append([*cells, number(difference), f"{margin:g}", verdict(row, result), seconds(by_mode)])
+    columns = ["published", "difference", "margin", "verdict", "seconds per run"]
+    yield markdown_table(["row", *(NAMES[mode] for mode in MODES), *columns], rows)
+    yield ""
+    for key, row in table.rows.items():
+        yield from notes(key, row, result_of(table, row, measured.rows.get(key, {})))
+
+
+def notes(key: str, row: PublishedRow, result: Equivalence | None) -> Iterator[str]:
+    """Yield what is known of a row that is not equivalent."""
+    if result is not None and result.verdict == "equivalent":
+        return
+    if result is not None and result.verdict == "inconclusive":
+        yield f"- {key}: {seeds_needed(result)}."
+    known = {"differs": row.differs, "cause": row.cause, NOT_EXPRESSIBLE: row.not_expressible}
+    for what, text in known.items():
+        if text:
+            yield f"- {key}, {what}: {' '.join(text.split())}"
+
+
+def counts(table: PublishedTable, measured: MeasuredTable, evidence: str) -> Counter[str]:
+    """Count the verdicts of the verified or of the recalled rows."""
+    rows = {key: row for key, row in table.rows.items() if row.evidence == evidence}
+    return Counter(
+        verdict(row, result_of(table, row, measured.rows.get(key, {}))) for key, row in rows.items()
+    )
+
+
+def summary(measured: dict[str, MeasuredTable], page: str = "") -> Iterator[str]:
+    """Yield the numbers of verdicts of all tables, with links to their sections of a page."""
+    columns = (*get_args(Verdict), NOT_EXPRESSIBLE, NOT_MEASURED)
+    rows = []
+    for name, values in measured.items():
+        table = read_table(name)
+        for evidence in ("verified", "recalled"):
+            counted = counts(table, values, evidence)
+            if counted:
+                cells = [str(counted.get(column, 0)) for column in columns]
+                rows.append([f"[{name}]({page}#{name})", evidence, *cells])
+    yield markdown_table(["table", "rows", *columns], rows)
+
+
+def page() -> str:
+    """Return the text of docs/tables.md."""
+    measured = measured_tables()
+    lines = [INTRODUCTION, *summary(measured)]
+    for name, values in measured.items():
+        lines += section(name, read_table(name), values)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def readme() -> str:
+    """Return README.md with the numbers of verdicts of the tables."""
+    written = "\n".join(summary(measured_tables(), "docs/tables.md"))
+    before, _, rest = README.read_text(encoding="utf-8").partition(START)
+    return f"{before}{START}{written}\n{END}{rest.partition(END)[2]}"
+
+
+def files() -> dict[Path, str]:
+    """Return the content of every generated file."""
+    written = {FOLDER / f"{n}.csv": as_csv(m, read_table(n)) for n, m in measured_tables().items() if m.rows}
+    return {PAGE: page(), README: readme(), **written}
+
+
+if __name__ == "__main__":
+    for path, text in files().items():
+        path.write_text(text, encoding="utf-8")

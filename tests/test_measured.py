@@ -1,0 +1,101 @@
+"""The committed measured tables: hashes, the generated pages, and a row of each table that is run again."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import sequel_lightning  # noqa: F401 - declares the operators of torchvision, which Lightning imports
+from sequel_core.cli.run import execute
+from sequel_core.experiment.compose import compose
+from sequel_core.experiment.measured import MeasuredRow, MeasuredTable, metric_value, read_measured
+from sequel_core.experiment.published import read_table, tables
+from tests.measured import FOLDER, files
+
+PATHS = sorted(FOLDER.glob("*.json"))
+TABLES = [path.stem for path in PATHS]
+SLOW: set[str] = set()
+"""Tables of which the cheapest row takes more than about ten seconds."""
+
+
+def test_every_file_is_that_of_a_shipped_table_and_as_its_runs_recorded_it() -> None:
+    assert TABLES
+    assert set(TABLES) <= set(tables())
+    for path in PATHS:
+        measured = read_measured(path)
+        assert measured.table == path.stem
+        measured.check(read_table(path.stem))
+
+
+def test_the_generated_files_are_up_to_date() -> None:
+    for path, text in files().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `make tables`"
+
+
+def test_files_edited_by_hand_are_detected() -> None:
+    """Every number of a run, the settings and the published value."""
+    name = TABLES[0]
+    table, measured = read_table(name), read_measured(PATHS[0])
+    key, by_mode = next(iter(measured.rows.items()))
+    mode, row = next(iter(by_mode.items()))
+    seed, run = next(iter(row.runs.items()))
+
+    def with_run(**changes: Any) -> MeasuredTable:
+        runs = {**row.runs, seed: run.model_copy(update=changes)}
+        rows = {**measured.rows, key: {**by_mode, mode: row.model_copy(update={"runs": runs})}}
+        return measured.model_copy(update={"rows": rows})
+
+    with_run().check(table)
+    message = rf"{name}: {key}, {mode}, seed {seed} must be as the run recorded it"
+    for changes in ({"value": run.value + 1e-9}, {"seconds": run.seconds + 1}):
+        with pytest.raises(ValueError, match=message):
+            with_run(**changes).check(table)
+    where = measured.environments[run.environment].model_copy(update={"machine": "another"})
+    environments = [*measured.environments[: run.environment], where]
+    environments += measured.environments[run.environment + 1 :]
+    with pytest.raises(ValueError, match=message):
+        measured.model_copy(update={"environments": environments}).check(table)
+    moved = {seed + 1000 if s == seed else s: one for s, one in row.runs.items()}
+    rows = {**measured.rows, key: {mode: row.model_copy(update={"runs": moved})}}
+    with pytest.raises(ValueError, match=rf"seed {seed + 1000} must be as the run recorded it"):
+        measured.model_copy(update={"rows": rows}).check(table)
+    published = table.rows[key]
+    for edits, part in (
+        ({"value": 1.0}, rf"the published value of {key} must be that at the time"),
+        ({"settings": (*published.settings, "seed=1")}, rf"the settings of {key} have changed"),
+        ({"metric": "forgetting"}, rf"the settings of {key} have changed"),
+    ):
+        edited = {**table.rows, key: published.model_copy(update=edits)}
+        with pytest.raises(ValueError, match=part):
+            measured.check(table.model_copy(update={"rows": edited}))
+
+
+def cheapest(measured: MeasuredTable) -> tuple[str, MeasuredRow]:
+    """Return the row whose runs take the least time in JAX."""
+    rows = {key: by_mode["jax"] for key, by_mode in measured.rows.items() if "jax" in by_mode}
+    return min(rows.items(), key=lambda item: float(np.mean([run.seconds for run in item[1].runs.values()])))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in TABLES]
+)
+def test_a_row_that_is_run_again_is_within_the_prediction_interval(name: str, tmp_path: Path) -> None:
+    """99 %: mean -+ t(0.995, n - 1) s sqrt(1 + 1 / n). With equal versions and machines it is bit-equal."""
+    table, measured = read_table(name), read_measured(FOLDER / f"{name}.json")
+    key, recorded = cheapest(measured)
+    row, (seed, run) = table.rows[key], next(iter(recorded.runs.items()))
+    stream = [f"benchmark.seed={seed}"] if table.stream_varies else []
+    settings = [*table.settings, *row.settings, "mode=jax", f"seed={seed}", *stream]
+    result = execute(compose(settings).config, tmp_path / "run", progress=False)
+    value, values = metric_value(result, row.metric), list(recorded.values.values())
+    half = stats.t.ppf(0.995, len(values) - 1) * np.std(values, ddof=1) * math.sqrt(1 + 1 / len(values))
+    assert abs(value - np.mean(values)) <= half
+    where, here = measured.environments[run.environment], result.summary
+    versions = {name: version for name, version in here["versions"].items() if name in where.versions}
+    if (here["machine"], here["threads"], versions) == (where.machine, where.threads, where.versions):
+        assert value == run.value
