@@ -55,13 +55,13 @@ def test_files_edited_by_hand_are_detected() -> None:
     for changes in ({"value": run.value + 1e-9}, {"seconds": run.seconds + 1}):
         with pytest.raises(ValueError, match=message):
             with_run(**changes).check(table)
-    where = measured.environments[run.environment].model_copy(update={"machine": "another"})
-    environments = [*measured.environments[: run.environment], where]
+    elsewhere = measured.environments[run.environment].model_copy(update={"machine": "another"})
+    environments = [*measured.environments[: run.environment], elsewhere]
     environments += measured.environments[run.environment + 1 :]
     with pytest.raises(ValueError, match=message):
         measured.model_copy(update={"environments": environments}).check(table)
-    moved = {seed + 1000 if s == seed else s: one for s, one in row.runs.items()}
-    rows = {**measured.rows, key: {mode: row.model_copy(update={"runs": moved})}}
+    other_seeds = {seed + 1000 if s == seed else s: one for s, one in row.runs.items()}
+    rows = {**measured.rows, key: {mode: row.model_copy(update={"runs": other_seeds})}}
     with pytest.raises(ValueError, match=rf"seed {seed + 1000} must be as the run recorded it"):
         measured.model_copy(update={"rows": rows}).check(table)
     published = table.rows[key]
@@ -95,7 +95,11 @@ def test_a_row_that_is_run_again_is_within_the_prediction_interval(name: str, tm
     value, values = metric_value(result, row.metric), list(recorded.values.values())
     half = stats.t.ppf(0.995, len(values) - 1) * np.std(values, ddof=1) * math.sqrt(1 + 1 / len(values))
     assert abs(value - np.mean(values)) <= half
-    where, here = measured.environments[run.environment], result.summary
-    versions = {name: version for name, version in here["versions"].items() if name in where.versions}
-    if (here["machine"], here["threads"], versions) == (where.machine, where.threads, where.versions):
+    recorded_in, here = measured.environments[run.environment], result.summary
+    versions = {name: version for name, version in here["versions"].items() if name in recorded_in.versions}
+    if (here["machine"], here["threads"], versions) == (
+        recorded_in.machine,
+        recorded_in.threads,
+        recorded_in.versions,
+    ):
         assert value == run.value

@@ -289,8 +289,9 @@ def as_csv(measured: MeasuredTable, table: PublishedTable) -> str:
     for key, by_mode in measured.rows.items():
         for mode, row in by_mode.items():
             for seed, run in row.runs.items():
-                where = measured.environments[run.environment]
+                environment = measured.environments[run.environment]
                 cells: Sequence[Any] = (measured.table, key, mode, seed, table.rows[key].metric, run.value)
-                place = (run.seconds, where.threads, where.machine, where.commit)
-                writer.writerow([*cells, *place, *(where.versions.get(name, "") for name in names)])
+                place = (run.seconds, environment.threads, environment.machine, environment.commit)
+                versions = [environment.versions.get(name, "") for name in names]
+                writer.writerow([*cells, *place, *versions])
     return text.getvalue()
