@@ -43,6 +43,12 @@ class StreamSettings(Settings):
     validation: float = setting(
         0.0, "fraction of the training samples to hold out, before `subset` is applied", ge=0, lt=1
     )
+    test_subset: int | None = setting(
+        None,
+        "number of test samples per task, the first ones, in the order of the data set; None for all. The "
+        "code of GEM (https://arxiv.org/abs/1706.08840) and La-MAML leaves out the last one",
+        ge=1,
+    )
     seed: int = setting(
         0, "seed of orders, permutations, angles and subsets; separate from the training seed", ge=0
     )
@@ -59,6 +65,7 @@ class StreamOptions(TypedDict, total=False):
 
     subset: int | None
     validation: float
+    test_subset: int | None
     seed: int
 
 
@@ -293,7 +300,9 @@ def split(data: DataSet, settings: SplitSettings | None = None) -> Benchmark:
                 classes=tuple(range(first, first + size)),
                 train=Split(data.train_images, train_labels, t, choose(rows, settings, t)),
                 validation=Split(data.train_images, train_labels, t, held_out),
-                test=Split(data.test_images, test_labels, t, np.flatnonzero(test_tasks == t)),
+                test=Split(
+                    data.test_images, test_labels, t, first_rows(np.flatnonzero(test_tasks == t), settings, t)
+                ),
             )
         )
     num_classes = size if settings.scenario == "domain" else data.num_classes
@@ -378,6 +387,9 @@ def _mapped_tasks(
     """Return one task of all samples per pixel map. All tasks hold out the same images for validation."""
     all_rows = np.arange(len(data.train_labels), dtype=np.int64)
     rows, held_out = hold_out(all_rows, settings, 0)
+    test_rows = None
+    if settings.test_subset is not None:
+        test_rows = first_rows(np.arange(len(data.test_labels), dtype=np.int64), settings, 0)
     tasks = []
     for t, (pixel_map, name) in enumerate(zip(maps, names, strict=True)):
         uses_all = settings.subset is None and len(held_out) == 0
@@ -389,7 +401,7 @@ def _mapped_tasks(
                 classes=tuple(range(data.num_classes)),
                 train=Split(data.train_images, data.train_labels, t, train_rows, pixel_map),
                 validation=Split(data.train_images, data.train_labels, t, held_out, pixel_map),
-                test=Split(data.test_images, data.test_labels, t, None, pixel_map),
+                test=Split(data.test_images, data.test_labels, t, test_rows, pixel_map),
             )
         )
     return tasks
@@ -418,6 +430,16 @@ def choose(rows: IntArray, settings: StreamSettings, task: int) -> IntArray:
         )
     order = plan.permutation(settings.seed, "subset", task, count=len(rows))
     return np.sort(rows[order[: settings.subset]])
+
+
+def first_rows(rows: IntArray, settings: StreamSettings, task: int) -> IntArray:
+    """Return the first `test_subset` of a task's test rows, or all rows if it is None."""
+    if settings.test_subset is not None and settings.test_subset > len(rows):
+        raise ValueError(
+            f"test_subset must be <= the test samples of a task, got {settings.test_subset} with {len(rows)} "
+            f"in task {task}"
+        )
+    return rows[: settings.test_subset]
 
 
 def _benchmark(

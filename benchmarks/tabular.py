@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sequel_benchmarks.streams import StreamOptions, StreamSettings, choose, hold_out
+from sequel_benchmarks.streams import StreamOptions, StreamSettings, choose, first_rows, hold_out
 from sequel_benchmarks.tables import Table
 from sequel_core.settings import as_text, check_name, setting
 from sequel_core.stream.arrays import IntArray
@@ -105,7 +105,7 @@ def tabular(table: Table, settings: TabularSettings) -> Benchmark:
     tasks = []
     for t, name in enumerate(division.names):
         rows, held_out = hold_out(np.flatnonzero(division.train == t), settings, t)
-        test_rows = np.flatnonzero(division.test == t)
+        test_rows = first_rows(np.flatnonzero(division.test == t), settings, t)
         classes: tuple[int, ...] = ()
         if table.class_names is not None and settings.feature is not None:
             classes = tuple(range(len(table.class_names)))

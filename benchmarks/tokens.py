@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sequel_benchmarks.streams import StreamOptions, StreamSettings, choose, hold_out
+from sequel_benchmarks.streams import StreamOptions, StreamSettings, choose, first_rows, hold_out
 from sequel_core.settings import setting
 from sequel_core.stream import plan
 from sequel_core.stream.arrays import FloatArray, IntArray
@@ -128,7 +128,7 @@ def markov_chains(settings: MarkovSettings) -> Benchmark:
                 classes=tuple(range(first, first + num_chains)) if by_chain else (),
                 train=Split(*train, t, choose(rows, settings, t)),
                 validation=Split(*train, t, held_out),
-                test=Split(*test, t),
+                test=Split(*test, t, first_rows(np.arange(settings.test_samples), settings, t)),
             )
         )
     num_classes = settings.num_tokens

@@ -155,6 +155,11 @@ class MemoryHParams(AlgorithmHParams):
         """Number of samples per replay batch; 0 if steps do not read the memory."""
         return 0
 
+    @property
+    def replacement(self) -> bool:
+        """Whether a replay batch is drawn with replacement."""
+        return False
+
     def slots(self, num_tasks: int) -> int:
         """Return the number of slots of the memory."""
         per_task = self.per_task_memory_samples
@@ -213,12 +218,22 @@ class ReplayHParams(MemoryHParams):
         32
     """
 
-    mem_batch_size: int = setting(10, "number of samples per replay batch, drawn without replacement", ge=1)
+    mem_batch_size: int = setting(10, "number of samples per replay batch", ge=1)
+    mem_replacement: bool = setting(
+        False,
+        "draw a replay batch with replacement, at most as many samples as the memory holds (the code of MER, "
+        "https://arxiv.org/abs/1810.11910, and of La-MAML, https://arxiv.org/abs/2007.13904)",
+    )
 
     @property
     def drawn(self) -> int:
         """Number of samples per replay batch."""
         return self.mem_batch_size
+
+    @property
+    def replacement(self) -> bool:
+        """Whether a replay batch is drawn with replacement."""
+        return self.mem_replacement
 
     def check_memory(self, spec: StreamSpec, batch_size: int) -> None:
         """Do the part of `check` that depends on the number of samples per step."""
@@ -335,7 +350,14 @@ class TrainingHParams(Settings):
     epochs_per_task: int | tuple[int, ...] = setting(
         1, "number of epochs per task, or a list with one number for each task", ge=1
     )
-    grad_clip: float | None = setting(None, "largest global norm of the gradient; null for no clipping", gt=0)
+    grad_clip: float | None = setting(
+        None, "largest norm or value of the gradient, see grad_clip_algorithm; null for no clipping", gt=0
+    )
+    grad_clip_algorithm: Literal["norm", "value"] = setting(
+        "norm",
+        "what grad_clip bounds: `norm`, the norm of the whole gradient; `value`, each of its values (the "
+        "code of the DER paper for SI, https://arxiv.org/abs/2004.07211)",
+    )
     dtype: Dtype = setting("float32", "type of the weights and of all arithmetic: `float32` or `float64`")
     seed: int = setting(0, "seed of initial weights, batches and dropout", ge=0)
     log_every_n_steps: int = setting(

@@ -84,7 +84,8 @@ def initial_train_state(
         (8, 10)
     """
     if training.grad_clip is not None:
-        tx = optax.chain(clip_by_global_norm(training.grad_clip), tx)
+        by_value = training.grad_clip_algorithm == "value"
+        tx = optax.chain((optax.clip if by_value else clip_by_global_norm)(training.grad_clip), tx)
     if algorithm.trained.trainable is not None:
         tx = optax.masked(tx, lambda params: algorithm.trained.mask_of(params, model))
     variables = initial_variables(model, spec, training.seed, training.dtype, init)

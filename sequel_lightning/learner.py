@@ -290,6 +290,7 @@ class LightningLearner:
         ours = {
             "max_epochs": "training.epochs_per_task",
             "gradient_clip_val": "training.grad_clip",
+            "gradient_clip_algorithm": "training.grad_clip_algorithm",
             "log_every_n_steps": "training.log_every_n_steps",
             "logger": "loggers",
             "callbacks": "callbacks",
@@ -310,6 +311,7 @@ class LightningLearner:
             "limit_val_batches": None if self.callbacks else 0,
             **{name: value for name, value in trainer.items() if (name, value) != ("profiler", None)},
             "gradient_clip_val": training.grad_clip,
+            "gradient_clip_algorithm": training.grad_clip_algorithm,
             "log_every_n_steps": training.log_every_n_steps,
         }
 

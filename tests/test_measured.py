@@ -92,7 +92,7 @@ def test_a_row_that_is_run_again_is_within_the_prediction_interval(name: str, tm
     stream = [f"benchmark.seed={seed}"] if table.stream_varies else []
     settings = [*table.settings, *row.settings, "mode=jax", f"seed={seed}", *stream]
     result = execute(compose(settings).config, tmp_path / "run", progress=False)
-    value, values = metric_value(result, row.metric), list(recorded.values.values())
+    value, values = metric_value(result, row), list(recorded.values.values())
     half = stats.t.ppf(0.995, len(values) - 1) * np.std(values, ddof=1) * math.sqrt(1 + 1 / len(values))
     assert abs(value - np.mean(values)) <= half
     recorded_in, here = measured.environments[run.environment], result.summary

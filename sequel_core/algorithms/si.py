@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.settings import setting
@@ -29,3 +29,8 @@ class SIHParams(AlgorithmHParams):
     si_lambda: float = setting(0.1, "strength c of the penalty c * sum Omega (theta - theta*)^2", ge=0)
     xi: float = setting(0.1, "damping xi in the denominator of the importances", gt=0)
     clamp: bool = setting(False, "set negative importances to zero, as the official code does")
+    path_gradient: Literal["loss", "total"] = setting(
+        "loss",
+        "gradient in the path integral omega: `loss`, that of the loss (the paper); `total`, also that of "
+        "the penalty (the code of the DER paper, https://arxiv.org/abs/2004.07211)",
+    )

@@ -11,11 +11,13 @@ import csv
 import hashlib
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -24,6 +26,7 @@ from sequel_core.experiment.published import PublishedRow, PublishedTable
 from sequel_core.experiment.schema import DOCUMENTATION
 from sequel_core.runs.files import read_json, write_bytes, write_json
 from sequel_core.runs.learner import Mode
+from sequel_core.runs.metrics import summarise
 from sequel_core.runs.results import Result
 
 COLUMNS = ("table", "row", "mode", "seed", "metric", "value", "seconds", "threads", "machine", "commit")
@@ -144,7 +147,8 @@ def settings_hash(table: PublishedTable, row: PublishedRow) -> str:
     names = [text.partition("=")[2] for text in settings if text.startswith("+experiment=")]
     files = [yaml.safe_load(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8")) for name in names]
     experiments = [{k: v for k, v in values.items() if k not in DOCUMENTATION} for values in files]
-    return _hash([settings, row.metric, table.stream_varies, experiments])
+    tasks = [] if row.tasks is None else [row.tasks]
+    return _hash([settings, row.metric, table.stream_varies, experiments, *tasks])
 
 
 def run_hash(settings: str, mode: Mode, seed: int, run: MeasuredRun, environment: Environment) -> str:
@@ -224,7 +228,7 @@ def record(
                 if environment not in environments:
                     environments.append(environment)
                 runs[seed] = MeasuredRun(
-                    value=metric_value(result, row.metric),
+                    value=metric_value(result, row),
                     seconds=round(result.number("seconds", "total"), 2),
                     environment=environments.index(environment),
                     hash="",
@@ -265,13 +269,20 @@ def _without_unused(table: MeasuredTable) -> MeasuredTable:
     return MeasuredTable.model_validate(plain | {"environments": [plain["environments"][i] for i in used]})
 
 
-def metric_value(result: Result, metric: str) -> float:
-    """Return a number of the summary, in percent if the score is a fraction.
+def metric_value(result: Result, row: PublishedRow) -> float:
+    """Return the metric of a row, in percent if the score is a fraction.
 
     Raises:
-        ValueError: the summary has no such number.
+        ValueError: the run has no such number or no such task.
     """
+    metric, tasks = row.metric, row.tasks
     value = result.number(metric)
+    if tasks is not None:
+        count = len(result.matrix)
+        if not (tasks and min(tasks) >= 0 and max(tasks) < count):
+            raise ValueError(f"tasks must be numbers from 0 to {count - 1}, got {list(tasks)}")
+        part = result.matrix[np.ix_(tasks, tasks)]
+        value = summarise(part, score=result.score).get(metric, math.nan)
     if value != value:
         raise ValueError(
             f"metric must be a number of the summary, got {metric}, which {result.run_dir} lacks; correct "

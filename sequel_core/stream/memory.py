@@ -228,6 +228,7 @@ class MemoryPlanner:
         self._early, self._draws = draws, draws + later_draws
         self._drawn = hparams.drawn if self.slots else 0
         self._policy = policy(hparams, spec, past_only)
+        self._choose = independent if hparams.replacement else distinct
         self._known = {(int(y), int(t)) for t, y in np.argwhere(spec.groups)}
         self._keep, self._pick = (plan.Uniforms(seed, f"memory {name}") for name in ("writes", "reads"))
         self._steps = 0
@@ -289,7 +290,7 @@ class MemoryPlanner:
         """Write the slots of `draws` in place, `[draws, R]`."""
         readable = self._policy.readable(task)
         for k, slots in enumerate(draws):
-            chosen = distinct(u[k * self._drawn : (k + 1) * self._drawn], len(readable))
+            chosen = self._choose(u[k * self._drawn : (k + 1) * self._drawn], len(readable))
             slots[: len(chosen)] = [readable[slot] for slot in chosen]
 
     def _check_known_labels(self, labels: NDArray[Any], tasks: NDArray[Any]) -> None:
@@ -363,6 +364,16 @@ def distinct(u: Sequence[float], population: int) -> list[int]:
         j = int(x * (top + 1))
         chosen.add(top if j in chosen else j)
     return sorted(chosen)
+
+
+def independent(u: Sequence[float], population: int) -> list[int]:
+    """Return `min(len(u), population)` independent uniform numbers below `population`, ascending.
+
+    Args:
+        u: random numbers, uniform in [0, 1).
+        population: >= 0.
+    """
+    return sorted(int(x * population) for x in u[:population])
 
 
 def memory_stream(samples: Samples, tasks: Collection[int] | None = None) -> JoinedSplit:

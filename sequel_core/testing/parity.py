@@ -41,6 +41,7 @@ OPTIMIZERS: dict[str, tuple[OptimizerHParams, dict[str, Any]]] = {
     "adam and weight decay": (OptimizerHParams(type="adam", lr=0.002, weight_decay=0.01), {}),
     "adamw": (OptimizerHParams(type="adamw", lr=0.002, weight_decay=0.1), {}),
     "clipping": (SGD, {"grad_clip": 0.5}),
+    "clipping by value": (SGD, {"grad_clip": 0.02, "grad_clip_algorithm": "value"}),
     "two epochs": (SGD, {"epochs_per_task": (1, 2, 1)}),
 }
 """Name: optimizer, and what differs in the training settings."""

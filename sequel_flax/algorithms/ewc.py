@@ -72,6 +72,13 @@ def batch_likelihood(params: Params, model: Model, batch: Batch) -> jax.Array:
     return negative_log_likelihood(params, model, batch) / jnp.sqrt(jnp.sum(batch.t >= 0))
 
 
+def weighted_likelihood(params: Params, model: Model, batch: Batch) -> jax.Array:
+    """Return sqrt(p(y | x)) * -log p(y | x), summed over a batch, shape (); p has no gradient."""
+    nll: Any = model.objective.nll
+    likelihood: jax.Array = nll(lambda x: outputs_at(params, model, x, batch.t), batch)
+    return (jnp.exp(-jax.lax.stop_gradient(likelihood) / 2) * likelihood).sum()
+
+
 def with_uniforms(batches: Iterable[Batch], model: Model, seed: int, task: int) -> Iterator[Batch]:
     """Yield the batches of a task with uniform numbers in place of y, of its shape."""
     start, dtype = 0, jnp.promote_types(model.state.stream.scale.dtype, jnp.float32)
@@ -102,8 +109,12 @@ def diagonal_fisher(
         losses = [_outcome_likelihoods]
     elif hparams.fisher == "batch":
         losses = [batch_likelihood]
-    per_batch = hparams.fisher == "batch"
-    return mean_gradients(params, model, batches, losses, jnp.square, hparams.fisher_samples, per_batch)
+    elif hparams.fisher == "weighted":
+        losses = [weighted_likelihood]
+    one, per_batch = hparams.fisher == "mean", hparams.fisher in ("batch", "mean")
+    contribution = jnp.positive if one else jnp.square
+    total = mean_gradients(params, model, batches, losses, contribution, hparams.fisher_samples, per_batch)
+    return jax.tree.map(jnp.square, total) if one else total
 
 
 def _outcome_likelihoods(params: Params, model: Model, batch: Batch) -> jax.Array:

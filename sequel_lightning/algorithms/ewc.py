@@ -72,6 +72,13 @@ def batch_likelihood(params: Params, model: Model, batch: Batch) -> Tensor:
     return negative_log_likelihood(params, model, batch) / math.sqrt(len(batch.t))
 
 
+def weighted_likelihood(params: Params, model: Model, batch: Batch) -> Tensor:
+    """Return sqrt(p(y | x)) * -log p(y | x), summed over a batch, shape (); p has no gradient."""
+    nll: Any = model.objective.nll
+    likelihood: Tensor = nll(lambda x: outputs_at(params, model, x, batch.t), batch)
+    return ((-likelihood.detach() / 2).exp() * likelihood).sum()
+
+
 def with_uniforms(batches: Iterable[Batch], model: Model, seed: int, task: int) -> Iterator[Batch]:
     """Yield the batches of a task with uniform numbers in place of y, of its shape."""
     start, dtype = 0, sum_dtype(next(model.net.parameters()).dtype)
@@ -104,8 +111,12 @@ def diagonal_fisher(
         losses = [partial(outcome_likelihood, k=k) for k in range(num_outcomes(params, model, first))]
     elif hparams.fisher == "batch":
         losses = [batch_likelihood]
-    per_batch = hparams.fisher == "batch"
-    return mean_gradients(params, model, batches, losses, torch.square, hparams.fisher_samples, per_batch)
+    elif hparams.fisher == "weighted":
+        losses = [weighted_likelihood]
+    one, per_batch = hparams.fisher == "mean", hparams.fisher in ("batch", "mean")
+    contribution = torch.positive if one else torch.square
+    total = mean_gradients(params, model, batches, losses, contribution, hparams.fisher_samples, per_batch)
+    return {k: g.square() for k, g in total.items()} if one else total
 
 
 def check_likelihood(objective: Objective, hparams: EWCHParams) -> None:

@@ -142,6 +142,18 @@ def test_subset_and_validation(seed: int, validation: float, subset: int | None,
     assert len(joined.validation) == sum(len(task.validation) for task in stream.tasks[:2])
 
 
+def test_test_subset_keeps_the_first_test_samples() -> None:
+    data = recognisable_data()
+    common: dict[str, Any] = {"num_tasks": 3}
+    schemes: list[Any] = [(split, SplitSettings), (permute, PermutedSettings), (rotate, RotatedSettings)]
+    for make, cls in schemes:
+        whole, part = (make(data, cls(**common, test_subset=n)) for n in (None, 7))
+        for a, b in zip(whole.tasks, part.tasks, strict=True):
+            np.testing.assert_array_equal(everything(a, "test").x[:7], everything(b, "test").x)
+            assert everything(a, "test").y[:7].tolist() == everything(b, "test").y.tolist()
+            np.testing.assert_array_equal(everything(a, "train").x, everything(b, "train").x)
+
+
 def signature(stream: Benchmark) -> bytes:
     return b"".join(everything(task, "train").x.tobytes() for task in stream.tasks)
 
@@ -211,6 +223,7 @@ def test_settings_are_plain_and_rebuild_the_stream() -> None:
         "num_tasks": 2,
         "scenario": "task",
         "subset": 50,
+        "test_subset": None,
         "validation": 0.0,
         "inputs": "standardised",
         "seed": 3,
@@ -294,6 +307,12 @@ def test_split_tasks_share_arrays() -> None:
             "subset must be <= the training samples of a task, got 1439 with 1438",
         ),
         (RotatedDigits, {"subset": 1400, "validation": 0.5}, "got 1400 with 719"),
+        (
+            SplitDigits,
+            {"test_subset": 1000},
+            "test_subset must be <= the test samples of a task, got 1000 with 7",
+        ),
+        (RotatedDigits, {"test_subset": 0}, "test_subset must be .*>= 1.*got 0"),
         (RotatedDigits, {"subset": 0}, "subset must be .*>= 1.*got 0"),
         (RotatedDigits, {"validation": 1.0}, "validation must be >= 0 and < 1, got 1.0"),
         (RotatedDigits, {"validation": -0.1}, "validation must be >= 0 and < 1, got -0.1"),

@@ -13,9 +13,9 @@ from scipy import stats
 import sequel_lightning  # noqa: F401 - declares the operators of torchvision, which Lightning imports
 from sequel_core.cli import main
 from sequel_core.experiment.compose import compose
-from sequel_core.experiment.measured import read_measured
+from sequel_core.experiment.measured import metric_value, read_measured
 from sequel_core.experiment.published import PublishedRow, PublishedTable, read_table, tables
-from sequel_core.runs.results import load_result
+from sequel_core.runs.results import Result, load_result
 from sequel_core.runs.versions import commit, machine
 from tests.cli.conftest import Plugin
 
@@ -95,14 +95,11 @@ def test_verdicts_are_scipys_and_rows_share_runs(
     assert f"recalled rows, which do not count until the paper is read: {counted}" in out
     assert "never: cannot be expressed: it needs a time machine" in out
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
-    at = next(i for i, cells in enumerate(lines) if cells[:1] == ["high"])
-    half, gap = stats.t.ppf(0.975, 3) * std / 2, f"{-20:.2f}"
-    seconds = f"{results['high']['seconds']:.0f}"
-    cells = ["high", "jax", f"{mean:.2f} ({std:.2f})", f"{mean + 20:g} (0.5)", gap, seconds, "different,"]
-    assert lines[at] == cells
-    interval, margin = f"{mean - half:.2f} to {mean + half:.2f}", "margin 1.5"
-    assert lines[at + 1] == ["", "4 seeds", interval, "", margin, "", "below"]
-    assert [line[0] for line in lines if line[:1] in (["low"], ["recalled"])][:2] == ["low", "recalled"]
+    cells = next(line for line in lines if line[:1] == ["high"])
+    assert cells[1:5] == ["verified", "jax", "4", f"{mean:.2f}"]
+    half = stats.t.ppf(0.975, 3) * std / 2
+    assert cells[5] == f"{mean - half:.2f} to {mean + half:.2f}"
+    assert cells[-1] == "different, below"
 
 
 def test_rows_modes_margins_and_exit_codes(
@@ -147,6 +144,18 @@ def test_a_published_spread_becomes_a_standard_deviation() -> None:
     assert PublishedTable(**plain).deviation(row.model_copy(update={"spread": None})) == 0
 
 
+def test_a_metric_over_some_of_the_tasks() -> None:
+    matrix = np.array([[0.9, np.nan, np.nan], [0.5, 0.8, np.nan], [0.2, 0.6, 0.7]])
+    result = Result(None, {}, matrix, {"average_accuracy": 0.5})
+    common: dict[str, Any] = {"value": 1, "location": "table 1", "evidence": "recalled"}
+    assert metric_value(result, PublishedRow(**common)) == 50
+    assert metric_value(result, PublishedRow(**common, tasks=(1, 2))) == pytest.approx(65)
+    row = PublishedRow(**common, tasks=(1, 2), metric="forgetting")
+    assert metric_value(result, row) == pytest.approx(20)
+    with pytest.raises(ValueError, match=r"tasks must be numbers from 0 to 2, got \[3\]"):
+        metric_value(result, PublishedRow(**common, tasks=(3,)))
+
+
 @pytest.mark.parametrize(
     ("rows", "changes", "line", "message"),
     [
@@ -156,7 +165,6 @@ def test_a_published_spread_becomes_a_standard_deviation() -> None:
         ({"a": {"value": 1}}, {}, ["--rows", "b"], r"--rows must match a row, got b; the rows are a"),
         ({"a": {"value": 1}}, {}, ["--margin", "0"], r"margin must be > 0, got 0"),
         ({"a": {"value": 1}}, {}, ["--seeds", "0"], r"seeds must be >= 1, got 0"),
-        ({"a": {"value": 1}}, {}, ["--jobs", "0"], r"jobs must be >= 1, got 0"),
         (
             {"a": {"value": 1, "metric": "forgetting", "settings": ["evaluate_every=end"]}},
             {},
@@ -178,45 +186,6 @@ def test_errors(
     assert main(["reproduce", table_of(tmp_path / "bad.yaml", rows, **changes), *line]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "reproduced").exists()
-
-
-def test_masks_class_order_and_angles(
-    numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows: dict[str, dict[str, Any]] = {"class": {"value": 50}, "task": {"value": 50, "masks": "test"}}
-    path = table_of(tmp_path / "digits.yaml", rows, masks="none", angles="0 and 90", class_order="none")
-    assert main(["reproduce", path, "--rows", "class", "--seeds", "1"]) == 0
-    assert "masks: none\nclass order: none\nangles: 0 and 90\n" in capsys.readouterr().out
-    assert main(["reproduce", path, "--seeds", "1"]) == 0
-    assert "masks: none (class); test (task)\n" in capsys.readouterr().out
-    path = table_of(tmp_path / "digits.yaml", rows, masks="sometimes")
-    assert main(["reproduce", path]) == 2
-    assert "masks: Input should be 'none', 'test' or 'training and test'" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_runs_in_processes_are_the_same_and_do_not_stop_each_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    rows: dict[str, dict[str, Any]] = {
-        "bad": {"value": 50, "settings": ["optimizer.lr=1e30"]},
-        "good": {"value": 50, "settings": ["algo=er"]},
-    }
-    path = table_of(tmp_path / "digits.yaml", rows)
-    values = {}
-    for jobs in ("1", "2"):
-        folder = tmp_path / jobs
-        assert main(["reproduce", path, "--jobs", jobs, "--seeds", "2", "--results", str(folder)]) == 1
-        out = capsys.readouterr().out
-        written = json.loads((folder / "digits" / "table.json").read_text())["rows"]
-        values[jobs] = written["good"]["measured"]["jax"]["values"]
-        assert written["bad"]["measured"]["jax"]["failures"] == ["seed 0 diverged", "seed 1 diverged"]
-    assert values["1"] == values["2"] != {}
-    assert "/4] bad, jax, seed 0: diverged" in out
-    assert "[4/4] good, jax, seed " in out
-    assert main(["reproduce", path, "--jobs", "2", "--seeds", "2", "--results", "2", "--rows", "good"]) == 1
-    assert capsys.readouterr().out.count("reused from") == 2
 
 
 def test_options_of_tables_need_a_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,18 @@ def test_settings_cannot_be_changed() -> None:
     [
         (EWCHParams, {"ewc_lambda": -1.0}, "ewc_lambda must be >= 0, got -1.0"),
         (EWCHParams, {"gamma": 1.1}, "gamma must be >= 0 and <= 1, got 1.1"),
+        (
+            EWCHParams,
+            {"fisher": "label"},
+            "fisher must be one of empirical, sampled, exact, batch, mean, weighted, got 'label'",
+        ),
+        (SIHParams, {"path_gradient": "all"}, "path_gradient must be one of loss, total, got 'all'"),
+        (
+            TrainingHParams,
+            {"grad_clip_algorithm": "l2"},
+            "grad_clip_algorithm must be one of norm, value, got 'l2'",
+        ),
+        (ERHParams, {"mem_replacement": 1}, "mem_replacement must be true or false, got 1"),
         (EWCHParams, {"fisher_samples": 0}, "fisher_samples must be >= 1, got 0"),
         (EWCHParams, {"accumulation": "sum"}, "accumulation must be one of separate, online, got 'sum'"),
         (NaiveHParams, {"lr_decay": 0}, "lr_decay must be > 0 and <= 1, got 0.0"),

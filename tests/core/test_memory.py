@@ -23,6 +23,7 @@ from sequel_core.stream.memory import (
     Reservoir,
     StepPlan,
     distinct,
+    independent,
     joined_with_memory,
     memory_stream,
 )
@@ -332,6 +333,24 @@ def test_distinct_numbers_are_ascending_and_below_the_population(u: list[float],
     assert len(chosen) == min(len(u), population)
     assert chosen == sorted({*chosen})
     assert all(0 <= k < population for k in chosen)
+
+
+def test_independent_over_all_possible_draws_gives_every_sequence_equally_often() -> None:
+    drawn = Counter(tuple(independent([(j + 0.5) / 4, (k + 0.5) / 4], 4)) for j in range(4) for k in range(4))
+    pairs = [tuple(sorted(pair)) for pair in product(range(4), repeat=2)]
+    assert drawn == Counter(pairs)
+    assert independent([0.1, 0.9, 0.99], 2) == [0, 1]  # at most as many as there are
+    assert independent([0.1], 0) == []
+
+
+def test_a_batch_with_replacement_holds_a_sample_twice() -> None:
+    hparams = ERHParams(mem_size=4, mem_batch_size=4, mem_replacement=True)
+    spec = spec_of([0, 1])
+    planner = MemoryPlanner(hparams, spec, seed=0)
+    reads = planner.next(np.zeros((400, 1), np.int64), np.zeros((400, 1), np.int64)).reads[4:, 0]
+    assert reads.max() == 3
+    repeats = [len({*row}) for row in reads.tolist()]
+    assert np.mean(repeats) == pytest.approx(4 * (1 - 0.75**4), abs=0.15)  # expected distinct of 4 draws
 
 
 @pytest.mark.parametrize(

@@ -346,8 +346,11 @@ def _linear_fisher(made: FlaxLearner, fisher: str) -> Any:
     if fisher == "exact":
         return np.einsum("nd,nc->dc", x.astype(np.float64) ** 2, q * (1 - q)) / N
     residual = q - np.eye(4)[y]
-    if fisher == "empirical":
-        return np.einsum("nd,nc->dc", x.astype(np.float64) ** 2, residual**2) / N
+    if fisher in ("empirical", "weighted"):
+        weights = q[np.arange(N), y][:, None] if fisher == "weighted" else 1
+        return np.einsum("nd,nc->dc", x.astype(np.float64) ** 2, weights * residual**2) / N
+    if fisher == "mean":
+        return (x.T @ residual / N) ** 2
     return sum(SIZE * (x[k : k + SIZE].T @ residual[k : k + SIZE] / SIZE) ** 2 for k in range(0, N, SIZE)) / N
 
 
@@ -358,7 +361,7 @@ def fisher_of(made: FlaxLearner, hparams: EWCHParams, objective: Objective) -> A
     return np.asarray(tree["head"]["kernel"])
 
 
-@pytest.mark.parametrize("fisher", ["empirical", "exact", "batch"])
+@pytest.mark.parametrize("fisher", ["empirical", "exact", "batch", "mean", "weighted"])
 def test_fisher_of_a_linear_classifier(fisher: Any) -> None:
     """Label smoothing and class weights do not change it: `nll` has neither."""
     hparams = EWCHParams(fisher=fisher, fisher_samples=None)

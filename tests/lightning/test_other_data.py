@@ -343,6 +343,22 @@ def test_the_exact_fisher_of_classes() -> None:
     assert_equal(actual, by_hand(net, samples, every_class))
 
 
+def test_the_weighted_fisher_has_the_probability_of_the_label_as_weight() -> None:
+    actual, net, samples = fisher_of("classes", "weighted")
+
+    def weighted(f: Tensor, y: Any) -> Any:
+        return [(F.cross_entropy(f, y[None]), f.detach().softmax(1)[0, y])]
+
+    assert_equal(actual, by_hand(net, samples, weighted))
+
+
+def test_the_fisher_of_the_mean_is_the_square_of_one_gradient() -> None:
+    actual, net, (x, y) = fisher_of("classes", "mean")
+    net.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    assert_equal(actual, {k: p.grad**2 for k, p in net.named_parameters()})
+
+
 def test_the_exact_fisher_of_values() -> None:
     actual, net, samples = fisher_of("values", "exact")
     assert_equal(actual, by_hand(net, samples, lambda f, y: [(f[0, d], 1) for d in range(OUTPUTS)]))

@@ -42,7 +42,10 @@ CASES: list[tuple[AlgorithmHParams, str]] = [
     (EWCHParams(ewc_lambda=10, accumulation="online", gamma=0.8, fisher_samples=50), "sgd"),
     (EWCHParams(ewc_lambda=50, accumulation="online", gamma=0.8, fisher_samples=50, **CARRY), "momentum"),
     *((SIHParams(si_lambda=0.3), name) for name in ("sgd", "momentum", "adam and weight decay", "clipping")),
+    (EWCHParams(ewc_lambda=200, fisher="mean", fisher_samples=20), "sgd"),
+    (EWCHParams(ewc_lambda=20, fisher="weighted", fisher_samples=101), "sgd"),
     (SIHParams(si_lambda=1, xi=0.01, clamp=True, **CARRY), "adam"),
+    (SIHParams(si_lambda=0.3, path_gradient="total"), "clipping by value"),
     (MASHParams(mas_lambda=0.01, mas_samples=101), "sgd"),
     (MASHParams(mas_lambda=0.01, **CARRY), "adam"),
     (MASHParams(mas_lambda=0.05, gradients="batch", mas_samples=100), "clipping"),
@@ -57,6 +60,7 @@ CASES: list[tuple[AlgorithmHParams, str]] = [
     (AGEMHParams(memory="task_quota", mem_size=60, mem_batch_size=60, **CARRY), "momentum"),
     (ERHParams(mem_size=50, mem_batch_size=9), "sgd"),
     (ERHParams(mem_size=50, mem_batch_size=50), "clipping"),
+    (ERHParams(mem_size=50, mem_batch_size=9, mem_replacement=True), "sgd"),
     (ERHParams(memory="ring", mem_size=60, mem_batch_size=7), "momentum"),
     (ERHParams(memory="class_balanced", mem_size=50, mem_batch_size=7, **CARRY), "adam"),
     (ERHParams(memory="task_quota", per_task_memory_samples=20, mem_batch_size=7), "sgd"),
@@ -93,7 +97,7 @@ LONG: list[tuple[AlgorithmHParams, str]] = [
     *(
         (EWCHParams(ewc_lambda=20, fisher_samples=101), name)
         for name in OPTIMIZERS
-        if name not in ("momentum", "adamw", "clipping")
+        if name not in ("momentum", "adamw", "clipping", "clipping by value")
     ),
     (AGEMHParams(memory="class_quota", mem_size=60, mem_batch_size=20), "adam"),
     (ERHParams(memory="task_balanced", mem_size=50, mem_batch_size=7), "two epochs"),

@@ -38,6 +38,7 @@ MOMENTUM = OptimizerHParams(lr=0.02, momentum=0.9, weight_decay=0.01)
 ADAM = OptimizerHParams(type="adam", lr=0.005, weight_decay=0.01)
 TRAINING = TrainingHParams(batch_size=7, dtype="float64", seed=5, log_every_n_steps=1)
 CLIPPED = replace(TRAINING, grad_clip=0.8)
+BY_VALUE = replace(TRAINING, grad_clip=0.05, grad_clip_algorithm="value")
 CLIPPED_MORE = replace(TRAINING, grad_clip=0.1)
 EPOCHS = replace(TRAINING, epochs_per_task=(1, 2, 1))
 BATCH_6 = replace(TRAINING, batch_size=6)
@@ -95,7 +96,10 @@ CASES = [
     Case("masked", EWCHParams(ewc_lambda=30, fisher_samples=50), SGD),
     Case("rotated", EWCHParams(**ONLINE_EWC, ewc_lambda=30, gamma=0.6, fisher_samples=50), SGD),
     Case("rotated", EWCHParams(**ONLINE_EWC, ewc_lambda=10, fisher_samples=40, **NO_RESET), MOMENTUM),
+    Case("rotated", EWCHParams(ewc_lambda=200, fisher="mean", fisher_samples=10), SGD),
+    Case("incremental", EWCHParams(ewc_lambda=30, fisher="weighted", fisher_samples=50), SGD, BY_VALUE),
     Case("rotated", SIHParams(si_lambda=1, xi=0.01, lr_decay=0.8), MOMENTUM),
+    Case("masked", SIHParams(si_lambda=6, xi=0.01, path_gradient="total"), SGD, BY_VALUE),
     Case("masked", SIHParams(si_lambda=3, xi=0.01, clamp=True, **NO_RESET), ADAM),
     Case("incremental", SIHParams(si_lambda=0.3, xi=0.02), SGD, CLIPPED),
     Case("rotated", MASHParams(mas_lambda=0.1, lr_decay=0.8), MOMENTUM),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sequel_core.hparams import OptimizerHParams
+from sequel_core.hparams import OptimizerHParams, TrainingHParams
 from tests.reference.network import Weights, dot
 
 
@@ -42,6 +42,14 @@ class Optimizer:
                 update = (m / (1 - h.beta1**self.steps)) / (np.sqrt(v / (1 - h.beta2**self.steps)) + h.eps)
             new[k] = theta[k] - rate * update
         return new
+
+
+def clip(gradient: Weights, training: TrainingHParams) -> Weights:
+    """Return the gradient, clipped as the training settings say."""
+    bound = training.grad_clip
+    if bound is None or training.grad_clip_algorithm == "norm":
+        return clip_by_norm(gradient, bound)
+    return {k: g.clip(-bound, bound) for k, g in gradient.items()}
 
 
 def clip_by_norm(gradient: Weights, max_norm: float | None) -> Weights:

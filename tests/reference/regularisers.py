@@ -3,7 +3,8 @@
 EWC (Kirkpatrick 2017, eq. 3)  L = CE + sum_k lambda/2 sum_i F_{k,i} (theta_i - theta*_{k,i})^2
 online EWC (Schwarz 2018)      L = CE + lambda/2 sum_i F_i (theta_i - theta*_i)^2, F <- gamma F + F_k
 SI (Zenke 2017)                L = CE + c sum_i Omega_i (theta_i - theta*_i)^2
-                               step: omega <- omega - (dCE/dtheta) (theta_new - theta)
+                               step: omega <- omega - (dCE/dtheta) (theta_new - theta); the code of the DER
+                               paper has dL/dtheta in place of dCE/dtheta
                                task: Omega <- Omega + omega / ((theta - theta_start)^2 + xi), omega <- 0
 MAS (Aljundi 2018)             L = CE + lambda sum_i Omega_i (theta_i - theta*_i)^2
                                task: Omega <- Omega + 1/N sum_n |d ||f(x_n)||^2 / dtheta|
@@ -73,13 +74,20 @@ class EWC(Reference):
         self.terms = [Term(theta, {k: self.hparams.gamma * past[k] + f for k, f in fisher.items()})]
 
     def fisher(self, theta: Weights, task: Task) -> Weights:
-        """Return the mean over samples of the squared gradient of each sample."""
+        """Return the mean over samples of the squared gradient of each, weighted by p(y | x) if asked for.
+
+        With `fisher=mean`, return the square of the mean over samples of the gradient.
+        """
         x, y, mask = self.consolidation(task, self.hparams.fisher_samples)
         total = network.zeros(theta)
+        if self.hparams.fisher == "mean":
+            return {k: g**2 for k, g in network.gradient(theta, x, y, mask).items()}
+        log_p = -network.losses(network.logits(theta, x)[0], y, mask)
+        weights = np.exp(log_p) if self.hparams.fisher == "weighted" else np.ones(len(y))
         for n in range(len(y)):
             row = slice(n, n + 1)
             g = network.gradient(theta, x[row], y[row], None if mask is None else mask[row])
-            total = {k: f + g[k] ** 2 for k, f in total.items()}
+            total = {k: f + weights[n] * g[k] ** 2 for k, f in total.items()}
         return {k: f / len(y) for k, f in total.items()}
 
 
@@ -121,7 +129,8 @@ class SI(Quadratic):
         self.path, self.theta_start = network.zeros(theta), theta
 
     def end_step(self, theta: Weights, new: Weights, samples: Samples) -> None:
-        _, g = self.task_loss(theta, samples)
+        total = self.hparams.path_gradient == "total"
+        _, g = (self.objective if total else self.task_loss)(theta, samples)
         self.path = {k: w - g[k] * (new[k] - theta[k]) for k, w in self.path.items()}
 
     def end_task(self, theta: Weights, task: Task) -> None:

@@ -24,7 +24,7 @@ from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.task import AnySplit, JoinedSplit, Samples, Task
 from tests.reference import network
 from tests.reference.network import Weights
-from tests.reference.optimizers import Optimizer, clip_by_norm
+from tests.reference.optimizers import Optimizer, clip
 
 
 class Stage(NamedTuple):
@@ -119,7 +119,7 @@ class Reference:
     ) -> tuple[float, Weights]:
         """Take a step; return its loss and the new weights."""
         loss, gradient = self.objective(theta, samples)
-        return loss, optimizer.step(theta, clip_by_norm(gradient, self.training.grad_clip), rate)
+        return loss, optimizer.step(theta, clip(gradient, self.training), rate)
 
     def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
         """Return the loss and its gradient. A weight without a gradient is not trained."""
