@@ -12,6 +12,8 @@ MAX_UNITS = 100_000
 """Largest width of a layer: two such layers would take 40 GB."""
 MAX_LAYERS = 1000
 MAX_TOKENS = 10_000_000
+CLASSIFIER = "last layer: `linear`, or `cosine`, 10 times the cosines of features and class weights, no bias"
+Classifier = Literal["linear", "cosine"]
 VOCAB_SIZE = "number of different token ids, which are 0 to vocab_size - 1"
 
 
@@ -48,6 +50,7 @@ class MLPHParams(BackboneHParams):
 
     widths: tuple[int, ...] = setting((256, 256), "number of units of each hidden layer", ge=1, le=MAX_UNITS)
     dropout: float = setting(0.0, "probability of dropping a hidden unit, in training", ge=0, lt=1)
+    classifier: Classifier = setting("linear", CLASSIFIER)
 
 
 def _check_groups(norm: str, groups: int, channels: tuple[int, ...]) -> None:
@@ -105,6 +108,7 @@ class CNNHParams(BackboneHParams):
         only=("norm", "group"),
     )
     dropout: float = setting(0.0, "probability of dropping a hidden unit, in training", ge=0, lt=1)
+    classifier: Classifier = setting("linear", CLASSIFIER)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -169,6 +173,7 @@ class ResNet18HParams(BackboneHParams):
     dropout: float = setting(
         0.0, "probability of dropping a unit between the two convolutions of a block, in training", ge=0, lt=1
     )
+    classifier: Classifier = setting("linear", CLASSIFIER)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -44,6 +44,7 @@ from sequel_flax.bundle import (
     make_algorithm,
     objective_of,
     training_forward,
+    with_masked_logits,
 )
 from sequel_flax.objectives import Objective, losses_of, output_leaf
 from sequel_flax.placement import placed
@@ -67,6 +68,7 @@ class ReplayBatch(NamedTuple):
     t: jax.Array  # task indices [N]
     stored: Any  # outputs that the memory holds [N, ...]; None where it holds none
     count: Any  # number of samples that count; the samples after them are padding
+    classes: Any = None  # classes whose logits the loss is over, bool [num_classes]; None for all
 
 
 class Outputs(NamedTuple):
@@ -202,10 +204,15 @@ def one_pass(
     for s, mask, part_arrays in zip(samples, counts, parts, strict=True):
         part, batch = jax.tree.unflatten(structure, part_arrays), Batch(s.x, s.y, s.t)
         net = for_objective(model, batch, part, partial(_outputs_of, call, s.t, mask))
-        losses = losses_of(model.objective, net, batch)
+        losses = losses_of(model.objective, over_classes(net, s.classes), batch)
         weights = None if model.objective.weight is None else model.objective.weight(batch)
         outputs.append(Outputs(part, net(s.x), losses, weights, s.stored, s.count))
     return outputs, after
+
+
+def over_classes(model: Callable[[Any], Any], classes: Any) -> Callable[[Any], Any]:
+    """Return a model whose logits are masked to some classes, bool `[num_classes]`; None for all classes."""
+    return model if classes is None else lambda x: with_masked_logits(model(x), classes[None])
 
 
 def _outputs_of(call: Callable[..., Any], t: Any, counts: Any, x: Any) -> Any:
@@ -284,6 +291,7 @@ def replay(
     past_only: bool = False,
     together: bool = False,
     keep_outputs: bool = False,
+    loss_classes: Callable[[State, Batch], jax.Array | None] = lambda state, batch: None,
     trainable: Selection = None,
     objective: Objective | None = None,
     **parts: Any,
@@ -298,6 +306,8 @@ def replay(
         past_only: whether draws are from past tasks only.
         together: whether the batch and the draws have one pass; see `forward`.
         keep_outputs: whether the memory holds the outputs for its samples; see the setting `output`.
+        loss_classes: of the state and the batch, the classes that the loss of the batch is over, bool
+            `[num_classes]`; None for all.
         trainable: which parameters are trained; see `make_algorithm`.
         objective: what the network is trained on; see `make_algorithm`.
         parts: arguments of `make_algorithm` that replace those of this function.
@@ -309,15 +319,16 @@ def replay(
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         check_augmented(state, batch)
-        samples = draws(state.memory, batch)
+        current, *past = draws(state.memory, batch)
+        samples = [current._replace(classes=loss_classes(state, batch)), *past]
         model = Model(ts, state, objective_of(objective, state.stream), hparams)
 
         def loss_fn(params: Params) -> tuple[jax.Array, tuple[Outputs, Stats]]:
-            (current, *others), stats = forward(params, model, samples, together)
-            return loss(current, others), (current, stats)
+            (outputs, *others), stats = forward(params, model, samples, together)
+            return loss(outputs, others), (outputs, stats)
 
-        (value, (current, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
-        return written(model, batch, value, current, advance(ts, gradient, stats))
+        (value, (outputs, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
+        return written(model, batch, value, outputs, advance(ts, gradient, stats))
 
     def make_planner(spec: StreamSpec) -> Planner:
         return MemoryPlanner(hparams, spec, seed, num_draws, past_only)

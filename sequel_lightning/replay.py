@@ -31,6 +31,7 @@ from sequel_lightning.data import are_images
 from sequel_lightning.module import ContinualModule
 from sequel_lightning.objectives import given, map_outputs, output_leaf, sample_losses
 from sequel_lightning.placement import MemoryTree, to_device
+from sequel_lightning.preprocessing import mask_outputs
 from sequel_lightning.trees import named_tensors, tree_of
 
 Slots = NDArray[np.integer[Any]]
@@ -53,6 +54,7 @@ class ReplayBatch(NamedTuple):
     t: Tensor  # task indices [N]
     stored: Any  # outputs that the memory holds [N, ...]; None if it holds none
     count: Any  # number of samples that count; the samples after them are padding
+    classes: Any = None  # classes whose logits the loss is over, bool [num_classes]; None for all
 
 
 class Outputs(NamedTuple):
@@ -187,13 +189,18 @@ def one_pass(
     outputs = network(batch.x, batch.t)
     masked = module.masked(outputs, batch.t)
     model = given(masked, batch.x, lambda x: module.masked(network(x, batch.t), batch.t))
-    losses = sample_losses(module.objective, model, batch)
+    losses = sample_losses(module.objective, over_classes(model, samples[0].classes), batch)
     weights = None if module.objective.weight is None else module.objective.weight(batch)
     sizes = [len(s.t) for s in samples]
     parts = _split_rows(outputs, sizes)
     shown = parts if masked is outputs else _split_rows(masked, sizes)
     split = zip(parts, shown, _split_rows(losses, sizes), _split_rows(weights, sizes), samples, strict=True)
     return [Outputs(out, seen, values, scale, s.stored, s.count) for out, seen, values, scale, s in split]
+
+
+def over_classes(model: Callable[[Any], Any], classes: Any) -> Callable[[Any], Any]:
+    """Return a model whose logits are masked to some classes, bool `[num_classes]`; None for all classes."""
+    return model if classes is None else lambda x: mask_outputs(model(x), classes[None])
 
 
 def _split_rows(outputs: Any, sizes: Sequence[int]) -> list[Any]:
@@ -288,6 +295,10 @@ class ReplayModule(ContinualModule):
         """Return the training loss, shape ()."""
         raise TypeError(f"{type(self).__name__} has to override replay_loss(batch, draws)")
 
+    def loss_classes(self, batch: Batch) -> Tensor | None:
+        """Return the classes that the loss of the batch is over, bool `[num_classes]`; None for all."""
+        return None
+
     @property
     def state(self) -> Any:
         """What the method keeps: the memory, for most."""
@@ -303,16 +314,17 @@ class ReplayModule(ContinualModule):
     def training_loss(self, batch: Batch) -> tuple[Tensor, Any]:
         """Return the loss of the batch and the draws, and the batch's outputs; then write the batch."""
         batch = self.planned(batch)
-        self.samples = draws(self.contents, batch)
-        current, *past = forward(
+        current, *past = draws(self.contents, batch)
+        self.samples = [current._replace(classes=self.loss_classes(batch)), *past]
+        outputs, *others = forward(
             self, self.samples if self.draws_in_loss else self.samples[:1], self.together
         )
-        loss = self.replay_loss(current, past)
+        loss = self.replay_loss(outputs, others)
         if self.has_penalty:
             with torch.no_grad():
-                self.added(loss - mean_loss(current))
-        self.write_batch(batch, current.outputs)
-        return loss, current.masked
+                self.added(loss - mean_loss(outputs))
+        self.write_batch(batch, outputs.outputs)
+        return loss, outputs.masked
 
     def write_batch(self, batch: Batch, outputs: Any) -> None:
         """Write the batch to the memory, with what the network returned for it."""

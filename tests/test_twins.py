@@ -116,6 +116,7 @@ def test_the_same_files(folder: str) -> None:
     ours, theirs = FOLDERS[folder]
     assert ours.keys() == theirs.keys()
     tables = {"algorithms": list(ALGORITHMS), "backbones": [FILE_NAMES.get(name, name) for name in COMMON]}
+    tables["backbones"].append("heads")
     tables[SHARED] = [name.removesuffix(".py") for name in SHARED_FILES]
     assert {f"{name}.py" for name in tables[folder]} == ours.keys() - {"__init__.py"}
 

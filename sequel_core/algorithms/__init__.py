@@ -6,6 +6,7 @@ from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
@@ -31,6 +32,7 @@ ALGORITHMS: dict[str, type[AlgorithmHParams]] = {
         StableSGDHParams,
         AGEMHParams,
         ERHParams,
+        ERACEHParams,
         DERHParams,
         DERppHParams,
         MCSGDHParams,

@@ -42,6 +42,8 @@ NAMES = {
         "stablesgd": "stable_sgd",
         "stable-sgd": "stable_sgd",
         "a-gem": "agem",
+        "er-ace": "er_ace",
+        "erace": "er_ace",
         "mc-sgd": "mcsgd",
         "la-maml": "lamaml",
     },

@@ -8,6 +8,7 @@ from sequel_flax.algorithms.agem import agem
 from sequel_flax.algorithms.der import der
 from sequel_flax.algorithms.derpp import derpp
 from sequel_flax.algorithms.er import er
+from sequel_flax.algorithms.er_ace import er_ace
 from sequel_flax.algorithms.ewc import ewc
 from sequel_flax.algorithms.icarl import icarl
 from sequel_flax.algorithms.joint import joint
@@ -27,6 +28,7 @@ __all__ = [
     "der",
     "derpp",
     "er",
+    "er_ace",
     "ewc",
     "icarl",
     "joint",
@@ -50,6 +52,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "stable_sgd": stable_sgd,
     "agem": agem,
     "er": er,
+    "er_ace": er_ace,
     "der": der,
     "derpp": derpp,
     "icarl": icarl,

@@ -14,6 +14,7 @@ import jax
 from flax import linen as nn
 
 from sequel_core.backbones import CNNHParams
+from sequel_flax.backbones.heads import CLASSIFIERS
 from sequel_flax.backbones.normalisation import normalisation, normalised
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -39,6 +40,7 @@ class CNN(nn.Module):
         norm_groups: Number of groups of group normalisation; it divides the channels.
         num_classes: Number of outputs.
         dropout: Probability of dropping a hidden unit, in [0, 1).
+        classifier: The last layer, "linear" or "cosine".
 
     Example:
         >>> import jax.numpy as jnp
@@ -57,6 +59,7 @@ class CNN(nn.Module):
     norm_groups: int = 4
     num_classes: int = 10
     dropout: float = 0.0
+    classifier: str = "linear"
 
     def setup(self) -> None:
         """Create the layers, with the names of the Lightning network."""
@@ -75,7 +78,7 @@ class CNN(nn.Module):
         for i, width in enumerate(self.linear_widths):
             setattr(self, f"dense_{i}", nn.Dense(width))
         self.drop = nn.Dropout(self.dropout)
-        self.head = nn.Dense(self.num_classes)
+        self.head = CLASSIFIERS[self.classifier](self.num_classes)
 
     def features(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Return the last hidden layer `[B, D]` of images `[B, H, W, C]`."""

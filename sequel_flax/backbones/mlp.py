@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from sequel_flax.backbones.heads import CLASSIFIERS
+
 
 class MLP(nn.Module):
     """Hidden dense layers with ReLU and dropout, and a linear head.
@@ -17,6 +19,7 @@ class MLP(nn.Module):
         widths: Units of each hidden layer.
         num_classes: Number of outputs.
         dropout: Probability of dropping a hidden unit, in [0, 1).
+        classifier: The last layer, "linear" or "cosine".
 
     Example:
         >>> import jax.numpy as jnp
@@ -27,13 +30,14 @@ class MLP(nn.Module):
     widths: Sequence[int] = (256, 256)
     num_classes: int = 10
     dropout: float = 0.0
+    classifier: str = "linear"
 
     def setup(self) -> None:
         """Create the layers, with the names of the Lightning network."""
         for i, width in enumerate(self.widths):
             setattr(self, f"dense_{i}", nn.Dense(width))
             setattr(self, f"Dropout_{i}", nn.Dropout(self.dropout))
-        self.head = nn.Dense(self.num_classes)
+        self.head = CLASSIFIERS[self.classifier](self.num_classes)
 
     def features(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Return the last hidden layer `[B, D]` of images `[B, H, W, C]`, or of other arrays `[B, ...]`."""

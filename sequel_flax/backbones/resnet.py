@@ -12,6 +12,7 @@ import jax
 from flax import linen as nn
 
 from sequel_core.backbones import ResNet18HParams
+from sequel_flax.backbones.heads import CLASSIFIERS
 from sequel_flax.backbones.normalisation import normalisation, normalised
 
 STAGES = 4
@@ -76,6 +77,7 @@ class ResNet18(nn.Module):
         norm_groups: Number of groups of group normalisation; it divides the channels.
         num_classes: Number of outputs.
         dropout: Probability of dropping a unit between the convolutions of a block, in [0, 1).
+        classifier: The last layer, "linear" or "cosine".
 
     Example:
         >>> import jax.numpy as jnp
@@ -90,10 +92,12 @@ class ResNet18(nn.Module):
     norm_groups: int = 4
     num_classes: int = 10
     dropout: float = 0.0
+    classifier: str = "linear"
 
     def setup(self) -> None:
         """Create the layers, with the names of the Lightning network."""
-        ResNet18HParams(self.channels, self.norm, self.norm_groups, self.dropout)  # type: ignore[arg-type]
+        settings = (self.channels, self.norm, self.norm_groups, self.dropout, self.classifier)
+        ResNet18HParams(*settings)  # type: ignore[arg-type]
         self.conv_0 = nn.Conv(self.channels, (3, 3), padding=1, use_bias=False)
         self.norm_0 = normalisation(self.norm, self.norm_groups)
         for stage in range(STAGES):
@@ -108,7 +112,7 @@ class ResNet18(nn.Module):
                     self.dropout,
                 )
                 setattr(self, f"stage_{stage}_block_{block}", layer)
-        self.head = nn.Dense(self.num_classes)
+        self.head = CLASSIFIERS[self.classifier](self.num_classes)
 
     def features(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Return the last hidden layer `[B, D]` of images `[B, H, W, C]`."""

@@ -6,6 +6,7 @@ from sequel_lightning.algorithms.agem import AGEM
 from sequel_lightning.algorithms.der import DER
 from sequel_lightning.algorithms.derpp import DERpp
 from sequel_lightning.algorithms.er import ER
+from sequel_lightning.algorithms.er_ace import ERACE
 from sequel_lightning.algorithms.ewc import EWC
 from sequel_lightning.algorithms.icarl import ICaRL
 from sequel_lightning.algorithms.joint import Joint
@@ -24,6 +25,7 @@ __all__ = [
     "ALGORITHMS",
     "DER",
     "ER",
+    "ERACE",
     "EWC",
     "KCL",
     "LFL",
@@ -48,6 +50,7 @@ ALGORITHMS: dict[str, type[ContinualModule]] = {
     "stable_sgd": StableSGD,
     "agem": AGEM,
     "er": ER,
+    "er_ace": ERACE,
     "der": DER,
     "derpp": DERpp,
     "icarl": ICaRL,

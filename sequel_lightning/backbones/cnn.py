@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sequel_core.backbones import CNNHParams
+from sequel_lightning.backbones.heads import CLASSIFIERS
 from sequel_lightning.backbones.normalisation import normalisation
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -40,6 +41,7 @@ class CNN(nn.Module):
         num_classes: outputs.
         dropout: probability that a hidden unit is dropped, in [0, 1).
         image_shape: (H, W, C) of the images.
+        classifier: the last layer, linear or cosine.
 
     Raises:
         ValueError: a setting out of range, or images too small for the layers.
@@ -65,6 +67,7 @@ class CNN(nn.Module):
         num_classes: int = 10,
         dropout: float = 0.0,
         image_shape: tuple[int, int, int] = (28, 28, 1),
+        classifier: str = "linear",
     ) -> None:
         super().__init__()
         self.settings = CNNHParams(
@@ -77,6 +80,7 @@ class CNN(nn.Module):
             norm,  # type: ignore[arg-type]
             norm_groups,
             dropout,
+            classifier,  # type: ignore[arg-type]
         )
         height, width, last = self.settings.feature_shape(image_shape)
         fan_in = image_shape[-1]
@@ -91,7 +95,7 @@ class CNN(nn.Module):
         for i, fan_out in enumerate(linear_widths):
             self.add_module(f"dense_{i}", nn.Linear(fan_in, fan_out))
             fan_in = fan_out
-        self.head = nn.Linear(fan_in, num_classes)
+        self.head = CLASSIFIERS[classifier](fan_in, num_classes)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as images come; faster
 
     def features(self, x: Tensor) -> Tensor:

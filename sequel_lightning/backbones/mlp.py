@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sequel_lightning.backbones.heads import CLASSIFIERS
+
 
 class MLP(nn.Sequential):
     """Hidden layers of ReLU units, each followed by dropout, and a linear head.
@@ -18,6 +20,7 @@ class MLP(nn.Sequential):
         num_classes: outputs.
         dropout: probability that a hidden unit is dropped, in [0, 1).
         image_shape: (H, W, C) of the images, or the shape of other inputs, such as (F,).
+        classifier: the last layer, linear or cosine.
 
     Example:
         >>> import torch
@@ -35,6 +38,7 @@ class MLP(nn.Sequential):
         num_classes: int = 10,
         dropout: float = 0.0,
         image_shape: tuple[int, ...] = (28, 28, 1),
+        classifier: str = "linear",
     ) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         fan_in = math.prod(image_shape)
@@ -44,7 +48,7 @@ class MLP(nn.Sequential):
             if dropout:
                 layers[f"dropout_{i}"] = nn.Dropout(dropout)
             fan_in = width
-        layers["head"] = nn.Linear(fan_in, num_classes)
+        layers["head"] = CLASSIFIERS[classifier](fan_in, num_classes)
         super().__init__(layers)
         self.images = len(image_shape) == 3
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sequel_core.backbones import ResNet18HParams
+from sequel_lightning.backbones.heads import CLASSIFIERS
 from sequel_lightning.backbones.normalisation import normalisation
 
 STAGES = 4
@@ -78,6 +79,7 @@ class ResNet18(nn.Module):
         num_classes: outputs.
         dropout: probability that a unit between the convolutions of a block is dropped, in [0, 1).
         image_shape: (H, W, C) of the images.
+        classifier: the last layer, linear or cosine.
 
     Raises:
         ValueError: a setting out of range.
@@ -98,9 +100,10 @@ class ResNet18(nn.Module):
         num_classes: int = 10,
         dropout: float = 0.0,
         image_shape: tuple[int, int, int] = (32, 32, 3),
+        classifier: str = "linear",
     ) -> None:
         super().__init__()
-        ResNet18HParams(channels, norm, norm_groups, dropout)  # type: ignore[arg-type]
+        ResNet18HParams(channels, norm, norm_groups, dropout, classifier)  # type: ignore[arg-type]
         self.conv_0 = nn.Conv2d(image_shape[-1], channels, 3, 1, 1, bias=False)
         self.norm_0 = normalisation(norm, channels, norm_groups)
         fan_in = channels
@@ -111,7 +114,7 @@ class ResNet18(nn.Module):
                 layer = Block(fan_in, fan_out, 2 if changes else 1, changes, norm, norm_groups, dropout)
                 self.add_module(f"stage_{stage}_block_{block}", layer)
                 fan_in = fan_out
-        self.head = nn.Linear(fan_in, num_classes)
+        self.head = CLASSIFIERS[classifier](fan_in, num_classes)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as images come; faster
 
     def features(self, x: Tensor) -> Tensor:
@@ -149,5 +152,6 @@ class ResNet18Thin(ResNet18):
         num_classes: int = 10,
         dropout: float = 0.0,
         image_shape: tuple[int, int, int] = (32, 32, 3),
+        classifier: str = "linear",
     ) -> None:
-        super().__init__(channels, norm, norm_groups, num_classes, dropout, image_shape)
+        super().__init__(channels, norm, norm_groups, num_classes, dropout, image_shape, classifier)

@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 
 from sequel_core.algorithms.der import DERHParams
+from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.task import Batch
 from sequel_flax.algorithms.agem import project
 from sequel_flax.algorithms.der import output_distance
+from sequel_flax.algorithms.er_ace import batch_classes
 from sequel_flax.algorithms.lfl import feature_distance
 from sequel_flax.algorithms.si import SIState, accumulate_path_integral, consolidate
+from sequel_flax.objectives import cross_entropy, losses_of
 from sequel_flax.quadratic import QuadraticState, penalty
 from sequel_flax.quadratic import consolidate as consolidate_quadratic
-from sequel_flax.replay import Outputs, mean_loss
+from sequel_flax.replay import Outputs, mean_loss, over_classes
 
 pytestmark = pytest.mark.usefixtures("_double_precision")
 
@@ -111,6 +115,25 @@ def test_mean_loss_of_weighted_samples(rng: np.random.Generator) -> None:
     expected = (losses[0].sum() + losses[1, :2].sum()) / total
     assert float(mean_loss(batch, draw)) == pytest.approx(expected)
     assert float(mean_loss(draw._replace(count=0))) == 0
+
+
+@pytest.mark.parametrize("classes", ["batch", "unseen"])
+def test_rows_of_other_classes_get_no_gradient(classes: str, rng: np.random.Generator) -> None:
+    """Classes 0 to 3 have been seen, 4 and 5 have not; the batch has 1 and 3."""
+    y, seen = jnp.array([1, 3, 3]), jnp.arange(6) < 4
+    kept = batch_classes(y, seen, ERACEHParams(classes=classes))  # type: ignore[arg-type]
+    assert kept.tolist() == [False, True, False, True, classes == "unseen", classes == "unseen"]
+    logits, batch = jnp.asarray(rng.normal(size=(3, 6))), Batch(jnp.zeros(3), y, jnp.zeros(3, int))
+
+    def loss(logits: jax.Array, kept: jax.Array | None) -> jax.Array:
+        return losses_of(cross_entropy(), over_classes(lambda x: logits, kept), batch).mean()
+
+    gradient = jax.grad(loss)(logits, kept)
+    assert (gradient[:, ~kept] == 0).all()
+    p = np.exp(np.where(kept, logits, -np.inf))
+    expected = (p / p.sum(1, keepdims=True) - np.eye(6)[y]) / 3
+    np.testing.assert_allclose(gradient, expected, atol=1e-14)
+    assert loss(logits, jnp.ones(6, bool)) == loss(logits, None)
 
 
 def test_feature_distance(rng: np.random.Generator) -> None:

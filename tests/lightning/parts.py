@@ -19,6 +19,7 @@ from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
@@ -63,6 +64,7 @@ EVERY: tuple[AlgorithmHParams, ...] = (
     StableSGDHParams(),
     AGEM,
     ER,
+    ERACEHParams(mem_size=9, mem_batch_size=6),
     DERHParams(mem_size=9, mem_batch_size=6),
     DERPP,
     ICARL,

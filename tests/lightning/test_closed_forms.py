@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from sequel_core.algorithms.der import DERHParams
+from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.stream.arrays import FloatArray
+from sequel_core.stream.task import Batch
 from sequel_lightning import quadratic
-from sequel_lightning.algorithms import agem, der, lfl, si
-from sequel_lightning.replay import Outputs, mean_loss
+from sequel_lightning.algorithms import agem, der, er_ace, lfl, si
+from sequel_lightning.objectives import cross_entropy, sample_losses
+from sequel_lightning.replay import Outputs, mean_loss, over_classes
 
 Tree = dict[str, FloatArray]
 SHAPES = {"dense.weight": (3, 4), "dense.bias": (3,), "head.weight": (2, 3)}
@@ -84,6 +87,26 @@ def test_mean_loss_is_of_all_samples_that_count(rng: np.random.Generator) -> Non
     weighted = (losses[0].sum() + losses[1, :2].sum()) / (w[0].sum() + w[1, :2].sum())
     assert float(mean_loss(batch, draw)) == pytest.approx(weighted, rel=1e-12)
     assert float(mean_loss(draw._replace(count=0))) == 0
+
+
+@pytest.mark.parametrize("classes", ["batch", "unseen"])
+def test_rows_of_other_classes_get_no_gradient(classes: str, rng: np.random.Generator) -> None:
+    """Classes 0 to 3 have been seen, 4 and 5 have not; the batch has 1 and 3."""
+    y, seen = torch.tensor([1, 3, 3]), torch.arange(6) < 4
+    kept = er_ace.batch_classes(y, seen, ERACEHParams(classes=classes))  # type: ignore[arg-type]
+    assert kept.tolist() == [False, True, False, True, classes == "unseen", classes == "unseen"]
+    logits = torch.from_numpy(rng.normal(size=(3, 6))).requires_grad_()
+    batch = Batch(torch.zeros(3), y, torch.zeros(3, dtype=torch.int64))
+
+    def loss(kept: Tensor | None) -> Tensor:
+        return sample_losses(cross_entropy(), over_classes(lambda x: logits, kept), batch).mean()
+
+    (gradient,) = torch.autograd.grad(loss(kept), logits)
+    assert (gradient[:, ~kept] == 0).all()
+    p = np.exp(np.where(kept, logits.detach(), -np.inf))
+    expected = (p / p.sum(1, keepdims=True) - np.eye(6)[y]) / 3
+    np.testing.assert_allclose(gradient, expected, atol=1e-14)
+    assert loss(torch.ones(6, dtype=torch.bool)) == loss(None)
 
 
 def test_feature_distance(rng: np.random.Generator) -> None:

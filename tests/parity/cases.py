@@ -9,6 +9,7 @@ from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
@@ -64,6 +65,8 @@ CASES: list[tuple[AlgorithmHParams, str]] = [
     (ERHParams(memory="ring", mem_size=60, mem_batch_size=7), "momentum"),
     (ERHParams(memory="class_balanced", mem_size=50, mem_batch_size=7, **CARRY), "adam"),
     (ERHParams(memory="task_quota", per_task_memory_samples=20, mem_batch_size=7), "sgd"),
+    (ERACEHParams(mem_size=50, mem_batch_size=9), "sgd"),
+    (ERACEHParams(classes="unseen", memory="class_balanced", mem_size=50, **CARRY), "momentum"),
     (DERHParams(mem_size=50, mem_batch_size=9), "sgd"),
     (DERHParams(mem_size=50, mem_batch_size=7, alpha=0.5, distance="mean", **CARRY), "momentum"),
     (DERHParams(memory="class_quota", mem_size=60, mem_batch_size=7), "clipping"),

@@ -50,7 +50,7 @@ CNN: list[Settings] = [
         "linear_widths": (7, 5),
     },
     {"channels": (4,), "stride": 1, "activation": "tanh"},
-    {"channels": (4, 6), "kernel_size": 1, "activation": "sigmoid"},
+    {"channels": (4, 6), "kernel_size": 1, "activation": "sigmoid", "classifier": "cosine"},
 ]
 CASES: list[tuple[str, Settings, bool]] = [
     *(("cnn", settings, True) for settings in CNN),

@@ -20,6 +20,7 @@ from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
@@ -67,9 +68,10 @@ METHODS: list[AlgorithmHParams] = [
     JointHParams(),
     StableSGDHParams(lr_decay=0.7),
     DERHParams(mem_size=20, mem_batch_size=7),
+    ERACEHParams(mem_size=20, mem_batch_size=7),
 ]
 
-SLOW = {"naive", "si", "mas", "joint", "stable_sgd", "der", "derpp"}  # computed like others
+SLOW = {"naive", "si", "mas", "joint", "stable_sgd", "der", "derpp", "er_ace"}  # computed like others
 QUICK = {"cnn batch": {method.name for method in METHODS} - SLOW, "cnn group": {"derpp"}}
 """What runs by default; the rest is `slow`."""
 

@@ -6,6 +6,7 @@ from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
@@ -24,7 +25,7 @@ from tests.reference.exemplars import ICaRL
 from tests.reference.kernels import KCL
 from tests.reference.meta import LaMAML
 from tests.reference.regularisers import EWC, LFL, MAS, SI
-from tests.reference.replay import AGEM, DER, ER, DERpp
+from tests.reference.replay import AGEM, DER, ER, ERACE, DERpp
 from tests.reference.streams import Joint, Reference, StableSGD
 
 REFERENCES: dict[type[AlgorithmHParams], type[Reference]] = {
@@ -37,6 +38,7 @@ REFERENCES: dict[type[AlgorithmHParams], type[Reference]] = {
     StableSGDHParams: StableSGD,
     AGEMHParams: AGEM,
     ERHParams: ER,
+    ERACEHParams: ERACE,
     DERHParams: DER,
     DERppHParams: DERpp,
     MCSGDHParams: MCSGD,

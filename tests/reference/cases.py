@@ -13,6 +13,7 @@ from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
@@ -117,6 +118,9 @@ CASES = [
     Case("rotated", ERHParams(**MEMORY, memory="ring"), MOMENTUM),
     Case("incremental", ERHParams(**MEMORY, memory="class_balanced"), SGD, CLIPPED),
     Case("masked", ERHParams(memory="task_quota", per_task_memory_samples=20, mem_batch_size=9), SGD),
+    Case("rotated", ERACEHParams(**MEMORY), SGD),
+    Case("incremental", ERACEHParams(**MEMORY, classes="unseen", memory="class_balanced"), MOMENTUM),
+    Case("masked", ERACEHParams(**MEMORY), SGD, CLIPPED),
     Case("rotated", DERHParams(**MEMORY, alpha=0.3), SGD),
     Case("masked", DERHParams(**MEMORY, alpha=1.5, distance="mean", memory="task_balanced"), MOMENTUM),
     Case("incremental", DERppHParams(**MEMORY, alpha=0.2, memory="class_balanced"), SGD, CLIPPED),

@@ -3,6 +3,7 @@
     A-GEM (Chaudhry 2019a)  g <- g - (g.g_ref / g_ref.g_ref) g_ref if g.g_ref < 0,
                             g_ref the gradient of CE on samples of past tasks
     ER (Chaudhry 2019b)     L = CE(batch and replayed samples, averaged together)
+    ER-ACE (Caccia 2022)    L = CE(batch; softmax over the classes of the batch) + CE(replayed samples)
     DER (Buzzega 2020)      L = CE(batch) + alpha mean_r ||z_r - f(x_r)||^2, z_r = f(x_r) when it was stored
     DER++ (Buzzega 2020)    L = DER + beta CE(second draw)
 
@@ -19,6 +20,7 @@ from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.lamaml import MetaPlan, MetaPlanner
 from sequel_core.hparams import MemoryHParams
 from sequel_core.stream.arrays import FloatArray, IntArray
@@ -111,6 +113,27 @@ class ER(Replay):
 
     def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
         return self.task_loss(theta, concatenate(samples, self.contents(self.read_slots(0))))
+
+
+class ERACE(Replay):
+    """Experience replay with asymmetric cross-entropy."""
+
+    hparams: ERACEHParams
+
+    def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
+        x, y, task_mask = self.inputs(samples)
+        mask = np.zeros((len(y), self.benchmark.num_classes), np.bool_)
+        mask[:, y] = True
+        if self.hparams.classes == "unseen":
+            mask[:, ~self.benchmark.mask[: samples.t[0] + 1].any(axis=0)] = True
+        if task_mask is not None:
+            mask &= task_mask
+        loss, gradient = network.loss(theta, x, y, mask), network.gradient(theta, x, y, mask)
+        slots = self.read_slots(0)
+        if len(slots) == 0:
+            return loss, gradient
+        replay_loss, replay_gradient = self.task_loss(theta, self.contents(slots))
+        return loss + replay_loss, network.plus(gradient, replay_gradient)
 
 
 class DER(Replay):

@@ -16,6 +16,7 @@ from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
@@ -49,6 +50,7 @@ METHODS: dict[str, AlgorithmHParams] = {
         StableSGDHParams(lr_decay=0.7),
         AGEMHParams(mem_size=30, mem_batch_size=8),
         ERHParams(mem_size=25, mem_batch_size=6, **CARRY),
+        ERACEHParams(mem_size=25, mem_batch_size=6, **CARRY),
         DERHParams(mem_size=25, mem_batch_size=6),
         DERppHParams(mem_size=25, mem_batch_size=6, **CARRY),
         MCSGDHParams(mem_size=30, lmc_batch_size=8, lmc_epochs=1),

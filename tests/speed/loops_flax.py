@@ -251,6 +251,17 @@ def er(network: Network, params: Any, hparams: Any, stored: Samples) -> tuple[St
     return sgd(loss_fn), memory(params, hparams, stored)
 
 
+def er_ace(network: Network, params: Any, hparams: Any, stored: Samples) -> tuple[Step, Any]:
+    def loss_fn(params: Any, kept: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
+        logits = network(params, x)
+        present = jax.nn.one_hot(y, logits.shape[1], dtype=bool).any(0)
+        old_x, old_y, _ = read(kept, 1, len(y))
+        loss = cross_entropy(jnp.where(present[None], logits, -1e9), y)
+        return loss + cross_entropy(network(params, old_x), old_y), write(kept, x=x, y=y)
+
+    return sgd(loss_fn), memory(params, hparams, stored)
+
+
 def der(network: Network, params: Any, hparams: Any, stored: Samples) -> tuple[Step, Any]:
     def loss_fn(params: Any, kept: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
         old_x, _, old_logits = read(kept, 1, len(y))
@@ -386,6 +397,7 @@ LOOPS: dict[str, Callable[..., tuple[Step, Any]]] = {
     "si": si,
     "lfl": lfl,
     "er": er,
+    "er_ace": er_ace,
     "der": der,
     "derpp": der,
     "agem": agem,

@@ -230,6 +230,18 @@ class ER(Replay):
         return loss
 
 
+class ERACE(Replay):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self.logits(x)
+        present = F.one_hot(y, logits.shape[1]).bool().any(0)
+        old_x, old_y, _ = self.read(len(y))
+        loss = F.cross_entropy(logits.masked_fill(~present, -1e9), y)
+        loss = loss + F.cross_entropy(self.logits(old_x), old_y)
+        self.write(x, y)
+        return loss
+
+
 class DER(Replay):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
@@ -362,6 +374,7 @@ LOOPS: dict[str, type[Naive]] = {
     "si": SI,
     "lfl": LFL,
     "er": ER,
+    "er_ace": ERACE,
     "der": DER,
     "derpp": DER,
     "agem": AGEM,
