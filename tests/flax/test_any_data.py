@@ -21,6 +21,7 @@ from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.kcl import KCLHParams
@@ -500,8 +501,8 @@ def test_outputs_that_are_stored_may_be_named() -> None:
 # -- errors
 
 
-def test_icarl_and_kcl_need_class_labels() -> None:
-    for hparams in (ICaRLHParams(mem_size=20), KCLHParams(core_size=8, task_given=True)):
+def test_methods_that_need_class_labels() -> None:
+    for hparams in (ICaRLHParams(mem_size=20), KCLHParams(core_size=8, task_given=True), ERACEHParams()):
         with pytest.raises(ValueError, match=f"{hparams.name} needs targets that are class labels"):
             make_learner(hparams, MLP((8,), 3), sgd(), VALUES)
         with pytest.raises(ValueError, match=f"{hparams.name} needs an objective for class labels"):

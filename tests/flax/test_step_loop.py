@@ -41,7 +41,7 @@ LIKE_OTHERS = ("naive", "joint", "si", "mas", "lfl", "stable_sgd", "agem", "er",
 """Compiled like another method."""
 
 
-SLOW_IN_A_LOOP = {"lamaml", "mcsgd", "kcl", "der", "derpp", "icarl", "mas", "lfl"}
+SLOW_IN_A_LOOP = {"lamaml", "mcsgd", "kcl", "der", "derpp", "er_ace", "icarl", "mas", "lfl"}
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,20 @@ from tests.flax.parts import (
 )
 
 HEAD = {"stem": {"kernel": False, "bias": False}, "head": {"kernel": True, "bias": True}}
-SLOW = ("joint", "stable_sgd", "der", "derpp", "mas", "er", "icarl", "kcl", "lamaml", "mcsgd", "naive")
+SLOW = (
+    "joint",
+    "stable_sgd",
+    "der",
+    "derpp",
+    "mas",
+    "er",
+    "er_ace",
+    "icarl",
+    "kcl",
+    "lamaml",
+    "mcsgd",
+    "naive",
+)
 
 
 def stem_only(path: tuple[str, ...]) -> bool:

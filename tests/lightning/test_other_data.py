@@ -135,7 +135,7 @@ def fits_without_classes(hparams: AlgorithmHParams) -> AlgorithmHParams:
     return replace(hparams, memory=changes[hparams.name]) if hparams.name in changes else hparams  # type: ignore[call-arg]
 
 
-ANY = [fits_without_classes(h) for h in EVERY if h.name not in ("kcl", "icarl")]
+ANY = [fits_without_classes(h) for h in EVERY if h.name not in ("kcl", "icarl", "er_ace")]
 any_method = pytest.mark.parametrize("hparams", ANY, ids=lambda h: f"{h.name}{getattr(h, 'lmc_policy', '')}")
 
 
