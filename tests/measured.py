@@ -67,10 +67,6 @@ def mean(row: MeasuredRow | None) -> str:
     return f"{np.mean(values):.2f} ({spread})"
 
 
-def published(row: PublishedRow) -> str:
-    return "-" if row.value is None else f"{row.value:g}" + (f" ({row.spread:g})" if row.spread else "")
-
-
 def seconds(by_mode: dict[Mode, MeasuredRow]) -> str:
     """Return the mean seconds of a run in each framework."""
     spent = [np.mean([run.seconds for run in by_mode[m].runs.values()]) for m in MODES if m in by_mode]
@@ -80,6 +76,7 @@ def seconds(by_mode: dict[Mode, MeasuredRow]) -> str:
 def section(name: str, table: PublishedTable, measured: MeasuredTable) -> Iterator[str]:
     """Yield the lines of a table's section."""
     yield f"\n## {name}\n\n{table.title}, <{table.source}>. Protocol: {table.protocol.strip()}\n"
+    yield "".join(f"- {what}: {text}.\n" for what, text in table.details(table.rows).items())
     yield f"The spread in parentheses is the {table.spread} of the published runs."
     if measured.rows:
         yield f"Every run: [JSON](tables/{name}.json), [CSV](tables/{name}.csv)."
@@ -89,7 +86,7 @@ def section(name: str, table: PublishedTable, measured: MeasuredTable) -> Iterat
         by_mode = measured.rows.get(key, {})
         margin, result = table.compare(row, [])[0], result_of(table, row, by_mode)
         mark = "*" if row.evidence == "recalled" else ""
-        cells = [f"{mark}{key}{mark}", *(mean(by_mode.get(mode)) for mode in MODES), published(row)]
+        cells = [f"{mark}{key}{mark}", *(mean(by_mode.get(mode)) for mode in MODES), row.published]
         difference = math.nan if result is None else result.difference
         rows.append([*cells, number(difference), f"{margin:g}", verdict(row, result), seconds(by_mode)])
     columns = ["published", "difference", "margin", "verdict", "seconds per run"]

@@ -6,7 +6,8 @@ import argparse
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from importlib import import_module, metadata, resources
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sequel_core.cli.arguments import Parser
+from sequel_core.cli.processes import Processes, new_directory
 from sequel_core.cli.run import execute, record_failure, stated
 from sequel_core.experiment.aliases import SECTIONS, alias
 from sequel_core.experiment.build import build_benchmark
@@ -27,7 +29,6 @@ from sequel_core.experiment.overrides import CONFIGS, experiments, quoted
 from sequel_core.experiment.published import tables
 from sequel_core.experiment.schema import CLASSES, DOCUMENTATION, ExperimentConfig, settings
 from sequel_core.runs import learner
-from sequel_core.runs.directory import numbered
 from sequel_core.runs.files import plain
 from sequel_core.runs.formatting import number
 from sequel_core.runs.learner import PLUGINS, DivergenceError, Mode
@@ -78,6 +79,8 @@ def main(args: Sequence[str]) -> int:
     margin = "largest harmless difference (default: 1.5, or the published standard deviation if larger)"
     parser.add_argument("--margin", type=float, help=f"of a table: {margin}")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (default: 3)")
+    jobs = "number of runs at a time, each in a process of its own (default: 1, in this process)"
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help=jobs)
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder (default: {RESULTS})")
     recorded = "of a table: JSON file to which the values per seed are added; a CSV file is written beside it"
     parser.add_argument("--record", type=Path, metavar="FILE", help=recorded)
@@ -108,10 +111,13 @@ def main(args: Sequence[str]) -> int:
             options.margin,
             options.quiet,
             options.record,
+            options.jobs,
         )
         return exit_code
     experiment = short.get(options.name, options.name)
-    return reproduce(experiment, modes, options.seeds, options.results, place, quiet=options.quiet)
+    return reproduce(
+        experiment, modes, options.seeds, options.results, place, options.quiet, jobs=options.jobs
+    )
 
 
 def published() -> dict[str, Mapping[str, Any]]:
@@ -131,6 +137,7 @@ def reproduce(
     results: Path,
     overrides: Sequence[str] = (),
     quiet: bool = False,
+    jobs: int = 1,
 ) -> int:
     """Run an experiment with several seeds, reuse finished runs, and compare them with the published number.
 
@@ -141,6 +148,7 @@ def reproduce(
         results: folder of the runs, `<experiment>/<mode>_seed<k>_<fingerprint>`.
         overrides: Hydra overrides, for example for a smaller stream.
         quiet: print nothing but errors.
+        jobs: number of runs at a time, >= 1. With more than one, each is in a process of its own.
 
     Returns:
         The exit code: 1 if a mode missed the number or a run failed, else 0.
@@ -148,8 +156,7 @@ def reproduce(
     Raises:
         ValueError: invalid input; nothing is run.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds must be >= 1, got {seeds}")
+    check_counts(seeds, jobs)
     if results.exists() and not results.is_dir():
         raise ValueError(f"results must be a directory, got the file {results}; choose another path")
     folder = results / experiment
@@ -163,9 +170,10 @@ def reproduce(
     say(f"{experiment}, compared with: {config.source or 'no source given'}")
     say(f"protocol: {config.comment or 'none given'}")
     say(f"expected average accuracy: {stated(expected)}, reached if at least {_floor(expected):g} %")
-    rows = [
-        run_seeds(mode, {s: runs[mode, s] for s in range(seeds)}, folder, say, not quiet) for mode in modes
-    ]
+    by_mode = {mode: {s: runs[mode, s] for s in range(seeds)} for mode in modes}
+    labelled = {f"{mode}, seed {seed}": config for (mode, seed), config in runs.items()}
+    with start_missing(folder, labelled, jobs, say) as processes:
+        rows = [run_seeds(m, group, folder, say, not quiet, processes) for m, group in by_mode.items()]
     console.print(_table(experiment, rows, expected))
     verdicts = {row.mode: verdict(measured(row), expected) for row in rows}
     above = [mode for mode, outcome in verdicts.items() if outcome == "above"]
@@ -194,6 +202,13 @@ def _composed(
             f"{dict(expected)}; use one of {', '.join(published())}"
         )
     return runs
+
+
+def check_counts(seeds: int, jobs: int) -> None:
+    """Raise ValueError unless both are at least 1."""
+    for name, value in (("seeds", seeds), ("jobs", jobs)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
 
 
 def check_pending(folder: Path, configs: Sequence[ExperimentConfig]) -> None:
@@ -236,19 +251,6 @@ def kept(folder: Path, stem: str) -> Result | None:
     return None
 
 
-def new_directory(folder: Path, stem: str) -> Path:
-    """Make the first directory of this name that does not exist; safe for concurrent processes."""
-
-    def made(path: Path) -> bool:
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            return False
-        return True
-
-    return next(path for path in numbered(folder / stem) if made(path))
-
-
 def verdict(mean: float, expected: Mapping[str, Any]) -> str:
     """Return `reached`, `missed` (also for nan) or `above`: higher than chance explains.
 
@@ -278,21 +280,43 @@ def _stem(config: ExperimentConfig) -> str:
     return f"{config.mode}_seed{config.training.seed}_{fingerprint(config)}"
 
 
+@contextmanager
+def start_missing(
+    folder: Path, labelled: Mapping[str, ExperimentConfig], jobs: int, say: Callable[[str], None]
+) -> Iterator[Processes | None]:
+    """Start the runs that have not finished in processes of their own; None with one job."""
+    if jobs == 1:
+        yield None
+        return
+    missing: dict[str, tuple[str, ExperimentConfig]] = {}
+    for label, config in labelled.items():
+        if kept(folder, _stem(config)) is None:
+            missing.setdefault(_stem(config), (label, config))
+    with Processes(folder, missing, jobs, say) as processes:
+        yield processes
+
+
 def run_seeds(
     mode: Mode,
     runs: Mapping[int, ExperimentConfig],
     folder: Path,
     say: Callable[[str], None],
     progress: bool,
+    processes: Processes | None = None,
 ) -> Row:
     """Run the seeds of a mode, or read finished runs; a failed run does not stop the others."""
     results, failures = {}, []
     for seed, config in runs.items():
-        result = kept(folder, _stem(config))
-        if result is not None:
+        name = _stem(config)
+        outcome = processes.wait(name) if processes else None
+        result = kept(folder, name)
+        if result is not None and outcome is None:
             say(f"{mode}, seed {seed}: reused from {result.run_dir}")
-        else:
-            path = new_directory(folder, _stem(config))
+        elif result is None and outcome is not None:
+            failures.append(f"seed {seed} {outcome}")
+            continue
+        elif result is None:
+            path = new_directory(folder, name)
             say(f"{mode}, seed {seed}: running in {path}")
             try:
                 result = execute(config, path, progress)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sequel_core.cli.reproduce import Row, check_pending, fingerprint, run_seeds
+from sequel_core.cli.reproduce import Row, check_counts, check_pending, fingerprint, run_seeds, start_missing
 from sequel_core.experiment.compose import compose
 from sequel_core.experiment.measured import measured_before, metric_value, record
 from sequel_core.experiment.published import NOT_EXPRESSIBLE, PublishedRow, PublishedTable, read_table
@@ -52,6 +52,7 @@ def reproduce_table(
     margin: float | None = None,
     quiet: bool = False,
     recorded: Path | None = None,
+    jobs: int = 1,
 ) -> int:
     """Run the rows of a published table, reuse finished runs, and write measured beside published values.
 
@@ -68,6 +69,7 @@ def reproduce_table(
         margin: largest harmless difference; None for the larger of 1.5 and the published standard deviation.
         quiet: print nothing but errors.
         recorded: JSON file to which the values per seed are added, see `sequel_core.experiment.measured`.
+        jobs: number of runs at a time, >= 1. With more than one, each is in a process of its own.
 
     Returns:
         The exit code: 1 if a run failed, or if a verified row differs and its cause is not in the file.
@@ -75,8 +77,7 @@ def reproduce_table(
     Raises:
         ValueError: invalid input; nothing is run.
     """
-    if seeds < 1:
-        raise ValueError(f"seeds must be >= 1, got {seeds}")
+    check_counts(seeds, jobs)
     if margin is not None and not margin > 0:
         raise ValueError(f"margin must be > 0, got {margin}")
     table, stem = read_table(name), Path(name).stem
@@ -105,15 +106,24 @@ def reproduce_table(
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     say(f"{table.title}, {table.source}")
     say(f"protocol: {table.protocol}")
+    for what, text in table.details(chosen).items():
+        say(f"{what}: {text}")
     measured: dict[str, list[Measured]] = {}
-    for key, by_mode in configs.items():
-        runs = [run_seeds(mode, group, folder, say, not quiet) for mode, group in by_mode.items()]
-        prints = [fingerprint(group[0]) for group in by_mode.values()]
-        row_of = partial(_measured, table=table, row=chosen[key], margin=margin)
-        measured[key] = [row_of(run, fingerprint=text) for run, text in zip(runs, prints, strict=True)]
-        _write(folder / "table.json", stem, table, chosen, measured)
-        if recorded is not None:
-            record(recorded, stem, table, {key: {run.mode: run.results for run in runs}})
+    labelled = {
+        f"{key}, {mode}, seed {seed}": config
+        for key, by_mode in configs.items()
+        for mode, group in by_mode.items()
+        for seed, config in group.items()
+    }
+    with start_missing(folder, labelled, jobs, say) as processes:
+        for key, by_mode in configs.items():
+            runs = [run_seeds(m, group, folder, say, not quiet, processes) for m, group in by_mode.items()]
+            prints = [fingerprint(group[0]) for group in by_mode.values()]
+            row_of = partial(_measured, table=table, row=chosen[key], margin=margin)
+            measured[key] = [row_of(run, fingerprint=text) for run, text in zip(runs, prints, strict=True)]
+            _write(folder / "table.json", stem, table, chosen, measured)
+            if recorded is not None:
+                record(recorded, stem, table, {key: {run.mode: run.results for run in runs}})
     console.print(_printed(table, chosen, measured))
     for line in _notes(chosen, measured):
         say(line)
@@ -157,47 +167,41 @@ def _measured(
     return Measured(run.mode, values, run.failures, bound, result, seconds, fingerprint)
 
 
-def _published(row: PublishedRow) -> str:
-    spread = "" if row.spread is None else f" ({row.spread:g})"
-    return f"{'-' if row.value is None else format(row.value, 'g')}{spread}"
-
-
 def _printed(
     table: PublishedTable, chosen: Mapping[str, PublishedRow], measured: Mapping[str, Sequence[Measured]]
 ) -> Table:
-    """Return the measured values beside the published ones."""
+    """Return the measured values beside the published ones, in 80 columns."""
     printed = Table(
-        title=f"verdicts: 90 % interval of the difference against the margin; spread: {table.spread}",
+        title="measured: mean (standard deviation) and 95 % interval; verdict: 90 % interval of the "
+        f"difference against the margin; published: mean ({table.spread})",
         title_justify="left",
         padding=0,
+        show_lines=True,
     )
-    for column in ("row", "evidence", "mode", "seeds"):
-        printed.add_column(column, overflow="fold")
-    for column in ("measured", "95 % interval", "published", "difference", "margin", "seconds"):
+    printed.add_column("row", overflow="fold")
+    printed.add_column("mode")
+    for column in ("measured", "published", "difference", "seconds"):
         printed.add_column(column, justify="right")
     printed.add_column("verdict")
     for key, row in chosen.items():
+        label = escape(key) + ("" if row.evidence == "verified" else "\nrecalled")
         for one in measured.get(key, ()):
             values = list(one.values.values())
             bounds = interval(values)
+            mean = number(float(np.mean(values)) if values else math.nan)
+            if bounds is not None:
+                mean += f" ({np.std(values, ddof=1):.2f})\n{bounds[0]:.2f} to {bounds[1]:.2f}"
             printed.add_row(
-                escape(key),
-                row.evidence,
-                one.mode,
-                str(len(values)),
-                number(float(np.mean(values)) if values else math.nan),
-                "-" if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}",
-                _published(row),
-                number(one.result.difference),
-                f"{one.margin:g}",
+                label,
+                f"{one.mode}\n{len(values)} seed" + ("" if len(values) == 1 else "s"),
+                mean,
+                row.published,
+                f"{number(one.result.difference)}\nmargin {one.margin:g}",
                 f"{one.seconds:.0f}",
-                ", ".join(one.failures) or one.result.verdict,
+                "\n".join(one.failures) or one.result.verdict.replace(", ", ",\n"),
             )
         if row.not_expressible:
-            empty = ["-"] * 4
-            printed.add_row(
-                escape(key), row.evidence, "-", "-", "-", "-", _published(row), *empty[:3], NOT_EXPRESSIBLE
-            )
+            printed.add_row(label, "-", "-", row.published, "-", "-", NOT_EXPRESSIBLE)
     return printed
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,9 @@ NOT_EXPRESSIBLE = "cannot be expressed"
 
 Spread = Literal["standard deviation", "standard error", "95 % interval"]
 
+Masks = Literal["none", "test", "training and test"]
+"""When outputs of classes that are not of the sample's task are masked."""
+
 
 class PublishedRow(BaseModel):
     """One row of a published table.
@@ -36,6 +39,7 @@ class PublishedRow(BaseModel):
         spread: the published spread, of the kind that the table states; None if it is unknown.
         runs: number of published runs; None if it is unknown.
         location: table, figure or page of the value in the paper.
+        masks: if not those of the table; `test` for metrics of masked predictions (`masked_...`).
         evidence: `verified` in a source that was read, or `recalled`. Recalled rows are not counted.
         differs: what is known to differ from the published protocol.
         cause: why the measured value differs, tested by changing one thing.
@@ -51,10 +55,18 @@ class PublishedRow(BaseModel):
     spread: float | None = None
     runs: int | None = None
     location: str
+    masks: Masks | None = None
     evidence: Literal["verified", "recalled"]
     differs: str = ""
     cause: str = ""
     not_expressible: str = ""
+
+    @property
+    def published(self) -> str:
+        """The published mean with its spread, as text."""
+        return (
+            "-" if self.value is None else f"{self.value:g}" + (f" ({self.spread:g})" if self.spread else "")
+        )
 
 
 class PublishedTable(BaseModel):
@@ -63,7 +75,10 @@ class PublishedTable(BaseModel):
     Args:
         title: paper and table.
         source: URL of the paper.
-        protocol: stream, masks, class order and angles, training and evaluation.
+        protocol: stream, training and evaluation.
+        masks: when outputs of classes of other tasks are masked: `none`, `test` or `training and test`.
+        class_order: how classes are assigned to tasks.
+        angles: of rotated streams.
         spread: what the spread of the rows is.
         stream_varies: whether each seed has its own stream (`benchmark.seed`), as in the paper.
         settings: Hydra overrides of all rows.
@@ -75,6 +90,9 @@ class PublishedTable(BaseModel):
     title: str
     source: str
     protocol: str
+    masks: Masks | None = None
+    class_order: str = ""
+    angles: str = ""
     spread: Spread = "standard deviation"
     stream_varies: bool = False
     settings: tuple[str, ...] = ()
@@ -94,6 +112,22 @@ class PublishedTable(BaseModel):
 
         return row.spread * math.sqrt(row.runs) / float(stdtrit(row.runs - 1, 0.975))
 
+    def details(self, rows: Mapping[str, PublishedRow]) -> dict[str, str]:
+        """Return what the table says of masks, class order and angles, as text.
+
+        Args:
+            rows: those that are shown; masks are given for each if they differ.
+        """
+        masks = {key: self._masks(row) or "not stated" for key, row in rows.items()}
+        names = {when: [key for key in masks if masks[key] == when] for when in dict.fromkeys(masks.values())}
+        several = [f"{when} ({_listed(keys)})" for when, keys in names.items()]
+        text = "; ".join(several) if len(names) > 1 else "".join(names)
+        known = {"masks": text, "class order": self.class_order, "angles": self.angles}
+        return {key: value for key, value in known.items() if value and value != "not stated"}
+
+    def _masks(self, row: PublishedRow) -> Masks | None:
+        return row.masks or ("test" if row.metric.startswith("masked_") else self.masks)
+
     def compare(
         self, row: PublishedRow, values: Sequence[float], margin: float | None = None
     ) -> tuple[float, Equivalence]:
@@ -112,6 +146,11 @@ class PublishedTable(BaseModel):
         bound = max(MARGIN, std) if margin is None else margin
         published = math.nan if row.value is None else row.value
         return bound, equivalence(values, published, bound, std, row.runs or 0)
+
+
+def _listed(keys: Sequence[str]) -> str:
+    """Return up to three names, or the first and the last of more."""
+    return ", ".join(keys if len(keys) < 4 else (keys[0], "...", keys[-1]))
 
 
 def tables() -> list[str]:

@@ -13,10 +13,10 @@ import pytest
 
 from sequel_core.cli import main
 from sequel_core.cli import reproduce as command
+from sequel_core.cli.processes import new_directory
 from sequel_core.cli.reproduce import (
     fingerprint,
     kept,
-    new_directory,
     published,
     reproduce,
     verdict,

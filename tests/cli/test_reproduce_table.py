@@ -95,11 +95,14 @@ def test_verdicts_are_scipys_and_rows_share_runs(
     assert f"recalled rows, which do not count until the paper is read: {counted}" in out
     assert "never: cannot be expressed: it needs a time machine" in out
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines()]
-    cells = next(line for line in lines if line[:1] == ["high"])
-    assert cells[1:5] == ["verified", "jax", "4", f"{mean:.2f}"]
-    half = stats.t.ppf(0.975, 3) * std / 2
-    assert cells[5] == f"{mean - half:.2f} to {mean + half:.2f}"
-    assert cells[-1] == "different, below"
+    at = next(i for i, cells in enumerate(lines) if cells[:1] == ["high"])
+    half, gap = stats.t.ppf(0.975, 3) * std / 2, f"{-20:.2f}"
+    seconds = f"{results['high']['seconds']:.0f}"
+    cells = ["high", "jax", f"{mean:.2f} ({std:.2f})", f"{mean + 20:g} (0.5)", gap, seconds, "different,"]
+    assert lines[at] == cells
+    interval, margin = f"{mean - half:.2f} to {mean + half:.2f}", "margin 1.5"
+    assert lines[at + 1] == ["", "4 seeds", interval, "", margin, "", "below"]
+    assert [line[0] for line in lines if line[:1] in (["low"], ["recalled"])][:2] == ["low", "recalled"]
 
 
 def test_rows_modes_margins_and_exit_codes(
@@ -165,6 +168,7 @@ def test_a_metric_over_some_of_the_tasks() -> None:
         ({"a": {"value": 1}}, {}, ["--rows", "b"], r"--rows must match a row, got b; the rows are a"),
         ({"a": {"value": 1}}, {}, ["--margin", "0"], r"margin must be > 0, got 0"),
         ({"a": {"value": 1}}, {}, ["--seeds", "0"], r"seeds must be >= 1, got 0"),
+        ({"a": {"value": 1}}, {}, ["--jobs", "0"], r"jobs must be >= 1, got 0"),
         (
             {"a": {"value": 1, "metric": "forgetting", "settings": ["evaluate_every=end"]}},
             {},
@@ -186,6 +190,45 @@ def test_errors(
     assert main(["reproduce", table_of(tmp_path / "bad.yaml", rows, **changes), *line]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "reproduced").exists()
+
+
+def test_masks_class_order_and_angles(
+    numpy_plugin: Plugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: dict[str, dict[str, Any]] = {"class": {"value": 50}, "task": {"value": 50, "masks": "test"}}
+    path = table_of(tmp_path / "digits.yaml", rows, masks="none", angles="0 and 90", class_order="none")
+    assert main(["reproduce", path, "--rows", "class", "--seeds", "1"]) == 0
+    assert "masks: none\nclass order: none\nangles: 0 and 90\n" in capsys.readouterr().out
+    assert main(["reproduce", path, "--seeds", "1"]) == 0
+    assert "masks: none (class); test (task)\n" in capsys.readouterr().out
+    path = table_of(tmp_path / "digits.yaml", rows, masks="sometimes")
+    assert main(["reproduce", path]) == 2
+    assert "masks: Input should be 'none', 'test' or 'training and test'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_runs_in_processes_are_the_same_and_do_not_stop_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows: dict[str, dict[str, Any]] = {
+        "bad": {"value": 50, "settings": ["optimizer.lr=1e30"]},
+        "good": {"value": 50, "settings": ["algo=er"]},
+    }
+    path = table_of(tmp_path / "digits.yaml", rows)
+    values = {}
+    for jobs in ("1", "2"):
+        folder = tmp_path / jobs
+        assert main(["reproduce", path, "--jobs", jobs, "--seeds", "2", "--results", str(folder)]) == 1
+        out = capsys.readouterr().out
+        written = json.loads((folder / "digits" / "table.json").read_text())["rows"]
+        values[jobs] = written["good"]["measured"]["jax"]["values"]
+        assert written["bad"]["measured"]["jax"]["failures"] == ["seed 0 diverged", "seed 1 diverged"]
+    assert values["1"] == values["2"] != {}
+    assert "/4] bad, jax, seed 0: diverged" in out
+    assert "[4/4] good, jax, seed " in out
+    assert main(["reproduce", path, "--jobs", "2", "--seeds", "2", "--results", "2", "--rows", "good"]) == 1
+    assert capsys.readouterr().out.count("reused from") == 2
 
 
 def test_options_of_tables_need_a_table(capsys: pytest.CaptureFixture[str]) -> None:
