@@ -129,6 +129,41 @@ def given(batches: Iterable[Batch]) -> Iterator[Batch]:
         )
 
 
+_PER_NETWORK: list[Any] = []
+
+
+def jit_per_network(function: Callable[..., Any], **options: Any) -> Any:
+    """Return `jax.jit(function, **options)`, for a function of a module that takes a network as an argument.
+
+    JAX keeps a program for each network that it was called with, and the network, too. `release_programs`
+    frees them.
+
+    Args:
+        function: The function.
+        **options: Options of `jax.jit`.
+
+    Example:
+        >>> double = jit_per_network(lambda x: 2 * x)
+        >>> int(double(3))
+        6
+    """
+    compiled = jax.jit(function, **options)
+    _PER_NETWORK.append(compiled)
+    return compiled
+
+
+def release_programs() -> None:
+    """Free the programs of every function of `jit_per_network`; a later call compiles again.
+
+    Example:
+        >>> double = jit_per_network(lambda x: 2 * x)
+        >>> double(3), release_programs()
+        (Array(6, dtype=int32, weak_type=True), None)
+    """
+    for compiled in _PER_NETWORK:
+        compiled.clear_cache()
+
+
 def is_traced(tree: Any) -> bool:
     """Return whether a tree has a leaf that is traced, so that its value is not known.
 

@@ -23,7 +23,7 @@ from sequel_core.hparams import ExemplarHParams
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.exemplars import EMBEDDED, class_means, renewed_exemplars
 from sequel_core.stream.task import Batch, Samples
-from sequel_flax.boundaries import is_traced, on_host
+from sequel_flax.boundaries import is_traced, jit_per_network, on_host
 from sequel_flax.bundle import Params, State, feature_width, masked, network
 from sequel_flax.replay import Memory, empty_memory
 
@@ -96,7 +96,7 @@ def renew(
     return exemplars, means, has_mean
 
 
-_embed = jax.jit(embed, static_argnames="normalise")
+_embed = jit_per_network(embed, static_argnames="normalise")
 
 
 def predict(ts: TrainState, state: State, x: jax.Array, t: jax.Array, hparams: ExemplarHParams) -> jax.Array:

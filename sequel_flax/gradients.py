@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from sequel_core.stream.task import Batch
-from sequel_flax.boundaries import select
+from sequel_flax.boundaries import jit_per_network, select
 from sequel_flax.bundle import Model, Params
 
 Loss = Callable[[Params, Model, Batch], jax.Array]
@@ -81,7 +81,7 @@ def _add_each(total: Params, params: Params, loss: Any, values: Any, add: Any) -
     return jax.lax.fori_loop(0, len(unit), lambda k, total: add(total, gradient_of(unit[k])[0]), total)
 
 
-@partial(jax.jit, static_argnames=("width", "losses", "contribution"), donate_argnums=0)
+@partial(jit_per_network, static_argnames=("width", "losses", "contribution"), donate_argnums=0)
 def add_gradient(
     total: Params,
     params: Params,

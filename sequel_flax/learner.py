@@ -28,6 +28,7 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.planner import check_position
 from sequel_core.stream.task import AnySplit, Batch, Samples, Task
 from sequel_flax.backbones import initial_variables
+from sequel_flax.boundaries import release_programs
 from sequel_flax.bundle import Algorithm, BatchStatsTrainState, collections
 from sequel_flax.checkpoints import Saver, restored
 from sequel_flax.evaluation import Evaluator
@@ -471,7 +472,8 @@ class FlaxLearner:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def close(self, failed: bool = False) -> None:
-        """Wait for checkpoints, and close the writers and hooks."""
+        """Wait for checkpoints, close the writers and hooks, and free compiled programs."""
         self._saver.close()
         self.writers.each(lambda writer: close_writer(writer, failed))
         self.hooks.close()
+        release_programs()

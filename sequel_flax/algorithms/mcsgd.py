@@ -32,7 +32,7 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_flax import bundle
 from sequel_flax.augmentation import without_draws
-from sequel_flax.boundaries import StartPlan, repeated, select
+from sequel_flax.boundaries import StartPlan, jit_per_network, repeated, select
 from sequel_flax.bundle import (
     Algorithm,
     Model,
@@ -99,7 +99,7 @@ def connection_step(moving: Moving, model: Model, lines: Lines, hparams: MCSGDHP
     return momentum_step(moving, gradient, hparams)
 
 
-@jax.jit
+@jit_per_network
 def add_gradient(
     total: Params, model: Model, start: Params, end: Params, place: float, factor: Any, samples: ReplayBatch
 ) -> Params:
