@@ -11,6 +11,7 @@ Mirror: sequel_lightning/objectives.py
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -459,7 +460,12 @@ def build_objective(hparams: ObjectiveHParams, spec: StreamSpec) -> Objective:
         >>> build_objective(ObjectiveHParams(), spec).score.name
         'squared error'
     """
-    hparams = hparams.resolved(spec)
+    return _built_in(hparams.resolved(spec))
+
+
+@cache
+def _built_in(hparams: ObjectiveHParams) -> Objective:
+    """Return always the same objective for equal settings: JAX keeps what is compiled for each."""
     if hparams.type == "cross_entropy":
         return cross_entropy(hparams.label_smoothing, hparams.class_weights, hparams.reduce)
     if hparams.type == "token_cross_entropy":

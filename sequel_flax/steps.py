@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import clu.metrics
@@ -26,6 +26,7 @@ TrainMetrics = clu.metrics.Collection.create(
 """Metrics of the training batches of class labels."""
 
 
+@cache  # because JAX keeps every class of metrics
 def train_metrics(objective: Objective) -> type[clu.metrics.Collection]:
     """Return the metrics of the training batches: the mean loss, and the score if it has values per sample.
 

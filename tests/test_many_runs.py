@@ -1,0 +1,60 @@
+"""Many runs in one process: no run's data, plans, network, learner or compiled programs remain."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.extend
+import pytest
+
+from sequel_core.cli import main
+
+HELD = ("sequel_core.stream.", "sequel_benchmarks.", "sequel_core.runs.", "sequel_lightning.", "torch.")
+LEARNERS = ("sequel_flax.learner", "sequel_flax.evaluation", "sequel_flax.steps")
+SMALL = ("benchmark=rotateddigits", "benchmark.num_tasks=2", "benchmark.subset=60", "backbone.width=8")
+
+
+def run(mode: str, algo: str, run_dir: Path, k: int) -> None:
+    arguments = [f"mode={mode}", f"algo={algo}", *SMALL, f"seed={k}", f"run_dir={run_dir / f'{algo}{k}'}"]
+    assert main(["run", "-q", *arguments, *(["algo.mem_size=20"] if algo == "mcsgd" else [])]) == 0
+
+
+def remaining() -> Counter[str]:
+    """Count the objects of these packages, JAX's arrays and its compiled programs."""
+    gc.collect()
+    modules = [(str(type(item).__module__), type(item).__qualname__) for item in gc.get_objects()]
+    counts = Counter(f"{module}.{name}" for module, name in modules if module.startswith((*HELD, *LEARNERS)))
+    counts["arrays"] = len(jax.live_arrays())
+    counts["programs"] = len(jax.extend.backend.get_backend().live_executables())
+    return counts
+
+
+def check(mode: str, algorithms: tuple[str, ...], repeats: int, folder: Path) -> None:
+    for k in range(2):
+        for algo in algorithms:
+            run(mode, algo, folder, k)
+    before = remaining()
+    for k in range(2, 2 + repeats):
+        for algo in algorithms:
+            run(mode, algo, folder, k)
+    assert remaining() - before == Counter()
+
+
+@pytest.mark.parametrize("mode", ["pytorch", "jax"])
+def test_nothing_of_a_run_remains(mode: str, tmp_path: Path) -> None:
+    check(mode, ("ewc",), 1, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["pytorch", "jax"])
+def test_nothing_of_many_runs_of_many_methods_remains(mode: str, tmp_path: Path) -> None:
+    check(mode, ("ewc", "mas", "er", "icarl", "mcsgd", "lamaml"), 2, tmp_path)
+
+
+def test_programs_are_freed_if_there_are_many(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sequel_flax.build.MAX_PROGRAMS", 0)
+    run("jax", "naive", tmp_path, 0)
+    assert remaining()["programs"] == 0
