@@ -53,6 +53,7 @@ from sequel_flax.boundaries import given
 from sequel_flax.bundle import Model
 from sequel_flax.objectives import output_leaf
 from tests.flax.parts import SILENT, flat, settings, sgd
+from tests.quick import some
 
 N, D, SIZE = 24, 6, 8
 
@@ -103,7 +104,7 @@ def trained(
     return made
 
 
-@pytest.mark.parametrize("hparams", EVERY, ids=lambda hparams: hparams.name)
+@pytest.mark.parametrize("hparams", some(EVERY, ("naive", "ewc", "derpp"), lambda hparams: hparams.name))
 def test_every_method_trains_on_tables_of_values(hparams: AlgorithmHParams) -> None:
     """The score is the mean squared error of the outputs, computed here in NumPy."""
     made = trained(hparams, VALUES)
@@ -120,7 +121,7 @@ def test_every_method_trains_on_tables_of_values(hparams: AlgorithmHParams) -> N
 
 
 @pytest.mark.parametrize("benchmark", [ONE_VALUE, SEVERAL, LABELS], ids=["one value", "several", "labels"])
-@pytest.mark.parametrize("name", ["ewc", "derpp"])
+@pytest.mark.parametrize("name", some(["ewc", "derpp"], ["derpp"]))
 def test_targets_of_any_type(name: str, benchmark: Benchmark) -> None:
     hparams = next(hparams for hparams in EVERY if hparams.name == name)
     made = trained(hparams, benchmark)
@@ -176,7 +177,7 @@ MIXED = stream(lambda rng: np.arange(N) % 4, 4, mixed_inputs, (0, 1, 2, 3))
 
 
 @pytest.mark.parametrize("model", [Mixed, NNXMixed])
-@pytest.mark.parametrize("name", ["naive", "ewc", "derpp", "agem", "lamaml"])
+@pytest.mark.parametrize("name", some(["naive", "ewc", "derpp", "agem", "lamaml"], ["ewc", "derpp"]))
 def test_dicts_are_passed_as_keywords(name: str, model: Any) -> None:
     """Words of 64 bits are kept exactly, in 32 bits and without a warning."""
     hparams = next(hparams for hparams in EVERY if hparams.name == name)
@@ -209,7 +210,7 @@ def masked_inputs(rng: np.random.Generator) -> Any:
     return {"words": rng.integers(0, 9, (N, 3)), "mask": np.arange(3) < rng.integers(1, 4, (N, 1))}
 
 
-@pytest.mark.parametrize("name", ["er", "derpp", "agem", "mcsgd", "lamaml"])
+@pytest.mark.parametrize("name", some(["er", "derpp", "agem", "mcsgd", "lamaml"], ["derpp", "agem"]))
 def test_empty_slots_do_not_reach_the_network(name: str) -> None:
     """An empty memory has masks without any word, whose mean and gradient are nan."""
     hparams = next(hparams for hparams in EVERY if hparams.name == name)
@@ -303,7 +304,7 @@ TAGS = stream(
 )
 
 
-@pytest.mark.parametrize("name", ["naive", "ewc", "er", "derpp", "mcsgd"])
+@pytest.mark.parametrize("name", some(["naive", "ewc", "er", "derpp", "mcsgd"], ["ewc", "derpp"]))
 def test_tokens(name: str) -> None:
     hparams = next(hparams for hparams in EVERY if hparams.name == name)
     made = trained(hparams, TAGS, Tagger())
@@ -396,7 +397,9 @@ def absolute(outputs: Any, y: Any) -> jax.Array:
     return jnp.abs(outputs - y).sum(1)
 
 
-@pytest.mark.parametrize("name", ["naive", "si", "mas", "er", "agem", "mcsgd", "lamaml", "lfl"])
+@pytest.mark.parametrize(
+    "name", some(["naive", "si", "mas", "er", "agem", "mcsgd", "lamaml", "lfl"], ["si", "mas", "er", "agem"])
+)
 def test_a_user_defined_loss_is_used_everywhere(name: str) -> None:
     """The shorthand and the general form give the same weights, which are those of no built-in loss."""
     hparams = next(hparams for hparams in EVERY if hparams.name == name)

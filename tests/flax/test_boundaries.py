@@ -45,7 +45,7 @@ TX = sgd(0.05)
 SMALL_STEPS = sgd(0.001)  # for KCL, whose solves amplify rounding errors, more with larger steps
 NET = Layered(width=6)
 METHODS = tuple(replace(h, mem_size=160) if isinstance(h, AGEMHParams) else h for h in EVERY)
-CHEAP = ("agem", "icarl")
+CHEAP = ("agem",)
 
 
 def initial(algorithm: Algorithm, seed: int) -> tuple[TrainState, State]:

@@ -36,19 +36,13 @@ from tests.flax.parts import (
     stream_for,
     user_loop,
 )
+from tests.quick import some
 
-LIKE_OTHERS = ("naive", "joint", "si", "mas", "lfl", "stable_sgd", "agem", "er", "der")
+LIKE_OTHERS = ("naive", "joint", "si", "mas", "lfl", "stable_sgd", "agem", "er", "der", "derpp", "icarl")
 """Compiled like another method."""
 
 
-SLOW_IN_A_LOOP = {"lamaml", "mcsgd", "kcl", "der", "derpp", "er_ace", "icarl", "mas", "lfl"}
-
-
-@pytest.mark.parametrize(
-    "hparams",
-    [pytest.param(h, marks=[pytest.mark.slow] if h.name in SLOW_IN_A_LOOP else []) for h in EVERY],
-    ids=lambda h: h.name,
-)
+@pytest.mark.parametrize("hparams", some(EVERY, ("naive", "joint", "ewc", "agem"), lambda h: h.name))
 def test_a_plain_loop_equals_a_run(hparams: AlgorithmHParams, compiled: Counter[str], tmp_path: Path) -> None:
     """A plain loop, which may donate buffers, and the compiled loop of the learner, which compiles once."""
     donated: Any = {} if isinstance(hparams, NaiveHParams) else {"donate_argnums": (0, 1)}

@@ -31,6 +31,7 @@ from sequel_flax.transforms import (
     output_sensitivity,
     si,
 )
+from tests.quick import some
 
 W: Any = {"w": np.ones(2)}
 V: Any = {"v": np.ones(3), "w": np.ones(2)}
@@ -168,10 +169,9 @@ CASES: dict[str, tuple[Algorithm, MakeTx, MakeTx, Importance | None]] = {
 }
 
 
-@pytest.mark.parametrize(("algorithm", "tx", "with_penalty", "importance"), CASES.values(), ids=CASES)
-def test_a_loop_with_nnx_ends_like_the_bundle(
-    algorithm: Algorithm, tx: MakeTx, with_penalty: MakeTx, importance: Importance | None
-) -> None:
+@pytest.mark.parametrize("case", some(CASES, ["ewc within MultiSteps", "si"]))
+def test_a_loop_with_nnx_ends_like_the_bundle(case: str) -> None:
+    algorithm, tx, with_penalty, importance = CASES[case]
     expected = bundle_weights(algorithm, tx())
     actual = nnx_weights(with_penalty(), importance)
     for a, e in zip(actual, expected, strict=True):

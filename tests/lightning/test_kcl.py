@@ -61,10 +61,10 @@ def fail(trainer: pl.Trainer, hook: str) -> None:
     [
         pytest.param(replace(RFF, reset_optimizer=False), MOMENTUM, id="rff carry"),
         pytest.param(replace(RFF, lr_decay=0.8), ADAM, id="rff adam", marks=pytest.mark.slow),
-        pytest.param(RBF, MOMENTUM, id="rbf"),
+        pytest.param(RBF, MOMENTUM, id="rbf", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("task", [0, 1])
+@pytest.mark.parametrize("task", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_resume_at_any_moment_is_bit_identical(
     hparams: KCLHParams, optimizer: Any, task: int, tmp_path: Path
 ) -> None:

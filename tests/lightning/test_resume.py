@@ -45,7 +45,7 @@ EPOCHS = 2
 HOOKS = ("on_train_batch_end", "on_validation_end", "on_train_epoch_end", "on_train_end")
 
 
-@pytest.mark.parametrize("task", [0, 1])
+@pytest.mark.parametrize("task", [pytest.param(0, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize(
     ("hparams", "optimizer", "validation"),
     [

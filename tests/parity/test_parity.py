@@ -49,6 +49,7 @@ from tests.parity.cases import (
     scanned,
     torch_learner,
 )
+from tests.quick import some
 
 
 def marked(
@@ -89,11 +90,12 @@ TARGETS: tuple[Targets, ...] = ("classes", "labels", "values")
 def on_tables() -> list[Any]:
     """Return the cases as parameters; by default each method has one of the three types of targets."""
     cases = [(t, i % 3 == k, case) for k, t in enumerate(TARGETS) for i, case in enumerate(EVERY_TARGET)]
+    labelled = [("classes", case[0].name != "lamaml", case) for case in LABELLED]
     return [
         pytest.param(
             targets, *case, id=f"{targets} {name_of(case)}", marks=[] if default else [pytest.mark.slow]
         )
-        for targets, default, case in [*cases, *(("classes", True, case) for case in LABELLED)]
+        for targets, default, case in [*cases, *labelled]
     ]
 
 
@@ -102,12 +104,14 @@ def test_same_weights_on_tables(targets: Targets, hparams: AlgorithmHParams, opt
     check_parity(hparams, optimizer, targets, tolerance=bar(hparams))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer", some(OPTIMIZERS, ["nesterov and weight decay", "adam and weight decay", "adamw", "clipping"])
+)
 def test_same_weights_with_every_optimizer(optimizer: str) -> None:
     check_parity(NaiveHParams(), optimizer)
 
 
-@pytest.mark.parametrize(("hparams", "optimizer"), marked(CASES, 1, ("icarl", "kcl", "lamaml", "mcsgd")))
+@pytest.mark.parametrize(("hparams", "optimizer"), marked(CASES, 1, ("kcl", "mcsgd")))
 def test_scanned_steps_are_the_dispatched_steps(hparams: AlgorithmHParams, optimizer: str) -> None:
     """By default with the second case of methods that differ most; the one above takes everyone's first.
 

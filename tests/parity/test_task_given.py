@@ -35,6 +35,7 @@ SMALL: dict[str, dict[str, Any]] = {
     **{name: {"mem_size": 100, "mem_batch_size": 4} for name in ("agem", "er", "der", "derpp")},
 }
 HPARAMS: dict[str, AlgorithmHParams] = {name: cls(**SMALL.get(name, {})) for name, cls in ALGORITHMS.items()}
+QUICK = [(name, "class") for name in ("naive", "lfl", "derpp", "icarl", "mcsgd", "lamaml")]
 MODES = pytest.mark.parametrize("mode", ["pytorch", "jax"])
 
 
@@ -87,7 +88,7 @@ def by_task(mode: str, hparams: AlgorithmHParams, scenario: Scenario) -> list[di
 @pytest.mark.parametrize(
     ("name", "scenario"),
     [
-        pytest.param(name, scenario, marks=[pytest.mark.slow] if scenario == "domain" else [])
+        pytest.param(name, scenario, marks=[] if (name, scenario) in QUICK else [pytest.mark.slow])
         for name in HPARAMS
         for scenario in ("domain", "class")
         if name != "kcl"

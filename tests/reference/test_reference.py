@@ -104,8 +104,22 @@ def assert_close(weights: Weights, expected: Weights, tolerance: float) -> None:
         assert np.linalg.norm(weights[name] - array) <= tolerance * np.linalg.norm(array), name
 
 
-@FRAMEWORKS
-@pytest.mark.parametrize("case", case_parameters(CASES))
+def in_each_framework() -> list[Any]:
+    """Return cases with a framework. By default JAX, which compiles for seconds, has one case per method."""
+    parameters, seen = [], set()
+    for case in case_parameters(CASES):
+        name = case.values[0].hparams.name
+        parameters.append(
+            pytest.param(torch_learner, *case.values, id=f"{case.id}-lightning", marks=case.marks)
+        )
+        marks = [pytest.mark.slow] if name in seen else case.marks
+        parameters.append(pytest.param(flax_learner, *case.values, id=f"{case.id}-flax", marks=marks))
+        if not case.marks:
+            seen.add(name)
+    return parameters
+
+
+@pytest.mark.parametrize(("framework", "case"), in_each_framework())
 def test_weights_after_every_task_and_losses_of_every_step(framework: Make, case: Case) -> None:
     reference, expected = run_reference(case)
     learner: Any = framework(*case)

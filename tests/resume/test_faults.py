@@ -20,6 +20,7 @@ from sequel_core.runs.results import load_result
 from sequel_core.testing.resume import assert_same_records
 from tests.disks import enlarge, small_disk, write_protected
 from tests.events import scalars
+from tests.quick import some
 from tests.resume.faulty import After, write_files
 from tests.resume.short_runs import MODES
 
@@ -79,7 +80,7 @@ def test_a_disk_that_is_full_at_any_write(mode: str, run: Run, tmp_path: Path) -
     assert size > 10 * ROOM
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", some(MODES, ["jax"]))
 def test_a_disk_that_can_only_be_read_all_at_once(mode: str, run: Run, tmp_path: Path) -> None:
     assert run(mode, tmp_path / "straight", *DIGITS) == (0, "")
     disk = tmp_path / "disk"
@@ -97,7 +98,7 @@ def test_a_disk_that_can_only_be_read_all_at_once(mode: str, run: Run, tmp_path:
         assert_same_records(disk / "run", tmp_path / "straight")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", some(MODES, ["pytorch"]))
 def test_data_that_go_while_it_runs(mode: str, run: Run, tmp_path: Path) -> None:
     write_files(tmp_path / "data")
     line = ["benchmark._target_=tests.resume.faulty.of_files", f"benchmark.folder={tmp_path / 'data'}", *HARM]

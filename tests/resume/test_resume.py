@@ -15,9 +15,18 @@ from sequel_core.testing import check_resume
 from sequel_core.testing.resume import EVERYTHING, assert_same_end, cut_back, go
 from tests.resume.short_runs import METHODS, MODES, dropout, learner, stream
 
+QUICK = ("ewc", "derpp", "icarl", "kcl", "mcsgd", "lamaml")
+"""By default JAX has these methods, because it compiles for seconds, and PyTorch all of them."""
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("method", METHODS)
+
+@pytest.mark.parametrize(
+    ("mode", "method"),
+    [
+        pytest.param(mode, method, marks=[pytest.mark.slow] if mode == "jax" and method not in QUICK else [])
+        for method in METHODS
+        for mode in MODES
+    ],
+)
 def test_every_method_goes_on_in_the_middle_of_a_task(mode: Mode, method: str, tmp_path: Path) -> None:
     check_resume(METHODS[method], tmp_path, modes=[mode], benchmark=stream(method), dropout=dropout(method))
 
