@@ -10,7 +10,6 @@ from typing import get_args
 
 import numpy as np
 
-from sequel_core.cli.tables import seeds_needed
 from sequel_core.experiment.measured import MeasuredRow, MeasuredTable, as_csv, measured_before
 from sequel_core.experiment.published import NOT_EXPRESSIBLE, PublishedRow, PublishedTable, read_table, tables
 from sequel_core.runs.formatting import markdown_table, number
@@ -93,19 +92,8 @@ def section(name: str, table: PublishedTable, measured: MeasuredTable) -> Iterat
     yield markdown_table(["row", *(NAMES[mode] for mode in MODES), *columns], rows)
     yield ""
     for key, row in table.rows.items():
-        yield from notes(key, row, result_of(table, row, measured.rows.get(key, {})))
-
-
-def notes(key: str, row: PublishedRow, result: Equivalence | None) -> Iterator[str]:
-    """Yield what is known of a row that is not equivalent."""
-    if result is not None and result.verdict == "equivalent":
-        return
-    if result is not None and result.verdict == "inconclusive":
-        yield f"- {key}: {seeds_needed(result)}."
-    known = {"differs": row.differs, "cause": row.cause, NOT_EXPRESSIBLE: row.not_expressible}
-    for what, text in known.items():
-        if text:
-            yield f"- {key}, {what}: {' '.join(text.split())}"
+        result = result_of(table, row, measured.rows.get(key, {}))
+        yield from (f"- {key}: {note}" for note in row.notes(result))
 
 
 def counts(table: PublishedTable, measured: MeasuredTable, evidence: str) -> Counter[str]:

@@ -18,7 +18,13 @@ from rich.table import Table
 from sequel_core.cli.reproduce import Row, check_counts, check_pending, fingerprint, run_seeds, start_missing
 from sequel_core.experiment.compose import compose
 from sequel_core.experiment.measured import measured_before, metric_value, record
-from sequel_core.experiment.published import NOT_EXPRESSIBLE, PublishedRow, PublishedTable, read_table
+from sequel_core.experiment.published import (
+    NOT_EXPRESSIBLE,
+    TABLE,
+    PublishedRow,
+    PublishedTable,
+    read_table,
+)
 from sequel_core.runs.files import write_json
 from sequel_core.runs.formatting import number
 from sequel_core.runs.learner import Mode
@@ -121,13 +127,13 @@ def reproduce_table(
             prints = [fingerprint(group[0]) for group in by_mode.values()]
             row_of = partial(_measured, table=table, row=chosen[key], margin=margin)
             measured[key] = [row_of(run, fingerprint=text) for run, text in zip(runs, prints, strict=True)]
-            _write(folder / "table.json", stem, table, chosen, measured)
+            _write(folder / TABLE, stem, table, chosen, measured)
             if recorded is not None:
                 record(recorded, stem, table, {key: {run.mode: run.results for run in runs}})
     console.print(_printed(table, chosen, measured))
     for line in _notes(chosen, measured):
         say(line)
-    say(f"the runs and table.json are in {folder}")
+    say(f"the runs and {TABLE} are in {folder}")
     if recorded is not None:
         say(f"recorded in {recorded} and {recorded.with_suffix('.csv').name}")
     failed = any(one.failures for rows in measured.values() for one in rows)
@@ -217,21 +223,9 @@ def _notes(chosen: Mapping[str, PublishedRow], measured: Mapping[str, Sequence[M
             text = "; ".join(f"{count} {word}" for word, count in counts.items())
             lines.append(f"{evidence} rows{counted}: {text}")
     for key, row in chosen.items():
-        known = {"differs": row.differs, "cause": row.cause, NOT_EXPRESSIBLE: row.not_expressible}
-        if words[key] != "equivalent":
-            lines += [f"{key}: {what}: {text}" for what, text in known.items() if text]
-        if words[key] == "inconclusive":
-            lines.append(f"{key}: {seeds_needed(measured[key][0].result)}")
+        result = measured[key][0].result if key in measured else None
+        lines += [f"{key}: {note}" for note in row.notes(result)]
     return lines
-
-
-def seeds_needed(result: Equivalence) -> str:
-    """Return how many seeds an inconclusive row needs, in words."""
-    if math.isnan(result.p):
-        return "more seeds are needed, at least 2"
-    if result.seeds_needed is None:
-        return "no number of seeds up to 1,000 decides, at this mean and spread"
-    return f"more seeds are needed, about {result.seeds_needed}"
 
 
 def _write(

@@ -12,10 +12,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sequel_core.experiment.overrides import CONFIGS
-from sequel_core.runs.statistics import Equivalence, equivalence
+from sequel_core.runs.statistics import MAX_SEEDS, Equivalence, equivalence
 
 MARGIN = 1.5
 """Default margin of equivalence, in the unit of the table."""
+
+TABLE = "table.json"
+"""File with the measured and the published values, which `sequel reproduce TABLE` writes."""
 
 NOT_EXPRESSIBLE = "cannot be expressed"
 """The verdict of a row that cannot be run."""
@@ -67,6 +70,20 @@ class PublishedRow(BaseModel):
         return (
             "-" if self.value is None else f"{self.value:g}" + (f" ({self.spread:g})" if self.spread else "")
         )
+
+    def notes(self, result: Equivalence | None) -> list[str]:
+        """Return what is known of a row that is not equivalent.
+
+        Args:
+            result: of `PublishedTable.compare`; None if the row was not measured.
+        """
+        if result is not None and result.verdict == "equivalent":
+            return []
+        known = {"differs": self.differs, "cause": self.cause, NOT_EXPRESSIBLE: self.not_expressible}
+        texts = [f"{what}: {' '.join(text.split())}" for what, text in known.items() if text]
+        if result is not None and result.verdict == "inconclusive":
+            texts.append(_seeds_needed(result))
+        return texts
 
 
 class PublishedTable(BaseModel):
@@ -146,6 +163,15 @@ class PublishedTable(BaseModel):
         bound = max(MARGIN, std) if margin is None else margin
         published = math.nan if row.value is None else row.value
         return bound, equivalence(values, published, bound, std, row.runs or 0)
+
+
+def _seeds_needed(result: Equivalence) -> str:
+    """Return how many seeds an inconclusive row needs, in words."""
+    if math.isnan(result.p):
+        return "more seeds are needed, at least 2"
+    if result.seeds_needed is None:
+        return f"no number of seeds up to {MAX_SEEDS:,} decides, at this mean and spread"
+    return f"more seeds are needed, about {result.seeds_needed}"
 
 
 def _listed(keys: Sequence[str]) -> str:
