@@ -10,6 +10,7 @@ from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.gdumb import GDumbHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
@@ -48,6 +49,7 @@ __all__ = [
     "ERACEHParams",
     "ERHParams",
     "EWCHParams",
+    "GDumbHParams",
     "ICaRLHParams",
     "JointHParams",
     "KCLHParams",

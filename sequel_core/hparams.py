@@ -17,7 +17,9 @@ Dtype = Literal["float32", "float64"]
 
 MemoryDevice = Literal["auto", "cpu"]
 MemoryDtype = Literal["auto", "float16", "bfloat16", "float32"]
-MemoryPolicy = Literal["reservoir", "ring", "class_balanced", "task_balanced", "task_quota", "class_quota"]
+MemoryPolicy = Literal[
+    "reservoir", "ring", "class_balanced", "task_balanced", "task_quota", "class_quota", "greedy"
+]
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class MemoryHParams(AlgorithmHParams):
         "which samples are kept: `reservoir`, a uniform sample of the stream; `ring`, the latest of each "
         "class of each task; `class_balanced`, equally many of each class seen so far; `task_balanced`, "
         "equally many of each task seen so far; `task_quota`, a uniform sample of each task; `class_quota`, "
-        "a uniform sample of each class of each task. The two quotas are replayed from the next task on",
+        "a uniform sample of each class of each task; `greedy`, samples of classes with less than an equal "
+        "share (GDumb). The two quotas are replayed from the next task on",
     )
     mem_size: int = setting(
         200,
@@ -177,7 +180,7 @@ class MemoryHParams(AlgorithmHParams):
     def check_stream(self, spec: StreamSpec) -> None:
         """Raise ValueError if the memory is divided among classes and the stream has none."""
         super().check_stream(spec)
-        if self.memory in ("class_balanced", "class_quota"):
+        if self.memory in ("class_balanced", "class_quota", "greedy"):
             self.check_labels(spec, f"memory={self.memory} of {self.name}")
 
     def check(self, spec: StreamSpec, training: TrainingHParams) -> None:
@@ -245,6 +248,35 @@ class ReplayHParams(MemoryHParams):
                 f"mem_batch_size must be <= the {size} samples of the memory, got {self.mem_batch_size}; "
                 f"lower mem_batch_size or raise {name}"
             )
+
+
+@dataclass(frozen=True)
+class PhaseHParams(AlgorithmHParams):
+    """Settings of methods with a second training phase at the end of each task, on samples of their memory.
+
+        g = the gradient of the mean loss, shortened to the norm phase_grad_clip, + phase_weight_decay * theta
+        v = phase_momentum * v + g, theta = theta - learning rate * v
+
+    The optimizer starts with v = 0 in each task. See `sequel_core.stream.phase`.
+
+    Example:
+        >>> from sequel_core.hparams import PhaseHParams
+        >>> PhaseHParams(phase_lr=0.1).phase_learning_rate(epoch=3)
+        0.1
+    """
+
+    phase_epochs: int = setting(100, "number of epochs of the second phase", ge=1)
+    phase_batch_size: int = setting(16, "number of samples per step of the second phase", ge=1)
+    phase_lr: float = setting(0.05, "learning rate of the second phase", ge=0)
+    phase_momentum: float = setting(0.9, "momentum of the second phase", ge=0, lt=1)
+    phase_weight_decay: float = setting(0.0, "coefficient of the weight decay of the second phase", ge=0)
+    phase_grad_clip: float | None = setting(
+        None, "largest global norm of the gradient in the second phase; null for no clipping", gt=0
+    )
+
+    def phase_learning_rate(self, epoch: int) -> float:
+        """Return the learning rate of an epoch (from 0) of the second phase."""
+        return self.phase_lr
 
 
 @dataclass(frozen=True)

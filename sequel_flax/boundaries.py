@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sequel_core.stream.phase import PhaseSteps
 from sequel_core.stream.task import Batch
 
 
@@ -37,6 +38,42 @@ class StartPlan(NamedTuple):
     task: Any
     samples: Any = ()
     num_steps: Any = np.int32(0)
+
+
+class SecondPhase(NamedTuple):
+    """A second training phase at the end of a task, on samples that the method keeps.
+
+    Args:
+        steps: `steps(state)` returns the steps that are left, as NumPy arrays.
+        start: `start(ts, state)` is called before the first of them.
+        step: `step(ts, state, one)` takes one of the steps, `one`, as `train_step` does. It can be compiled.
+        epochs: The number of epochs, of equal numbers of steps.
+
+    Example:
+        >>> SecondPhase(steps=len, start=max, step=min, epochs=1).steps([1, 2])
+        2
+    """
+
+    steps: Callable[[Any], PhaseSteps]
+    start: Callable[[Any, Any], tuple[Any, Any]]
+    step: Callable[[Any, Any, PhaseSteps], tuple[Any, Any, dict[str, Any]]]
+    epochs: int
+
+
+class PhaseEnd(NamedTuple):
+    """The plan for the end of a task that has a second phase.
+
+    Args:
+        steps: The steps of the second phase that are left.
+        plan: The plan of the method for the end of the task, after the phase.
+
+    Example:
+        >>> PhaseEnd(steps=(), plan=()).plan
+        ()
+    """
+
+    steps: Any
+    plan: Any
 
 
 def stack_plans(plans: Sequence[Any]) -> Any:
@@ -192,7 +229,7 @@ def select(flag: Any, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(flag, a, b), new, old)
 
 
-def repeated(count: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+def repeated(count: Any, body: Callable[[Any, Any], Any], carry: Any, loop: bool = False) -> Any:
     """Return the carry after `carry = body(k, carry)` for k = 0, ..., count - 1.
 
     If the count is not traced, each iteration is dispatched on its own, because XLA runs convolutions slowly
@@ -202,12 +239,13 @@ def repeated(count: Any, body: Callable[[Any, Any], Any], carry: Any) -> Any:
         count: The number of iterations, which may be traced.
         body: A function of the iteration and the carry that returns the next carry.
         carry: The initial carry.
+        loop: Whether to compile a loop even if the count is not traced.
 
     Example:
         >>> repeated(4, lambda k, total: total + k, 0)
         6
     """
-    if is_traced(count):
+    if is_traced(count) or (loop and count):
         return jax.lax.fori_loop(0, count, body, carry)
     for k in range(int(count)):
         carry = body(k, carry)

@@ -16,7 +16,7 @@ using it. `(ts, state)` hold everything that later steps depend on, so saving th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from sequel_core.hparams import AlgorithmHParams
 from sequel_core.objectives import ObjectiveHParams
 from sequel_core.stream.augmentation import AugmentedPlan, augmenting
 from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.images import Augmentation
 from sequel_core.stream.planner import NoPlanner, Planner, check_steps, resumed
 from sequel_core.stream.task import AnySplit, Batch, Task
 from sequel_core.stream.trees import (
@@ -45,7 +46,7 @@ from sequel_core.stream.trees import (
     tree_map,
 )
 from sequel_flax import augmentation, objectives
-from sequel_flax.boundaries import StartPlan, given, is_traced, select
+from sequel_flax.boundaries import PhaseEnd, SecondPhase, StartPlan, given, is_traced, repeated, select
 from sequel_flax.foreign import as_called, recording, takes_task, task_argument, with_row_mask
 from sequel_flax.objectives import Objective, build_objective, mean_loss, output_leaf
 from sequel_flax.optimizers import get_learning_rates, with_learning_rates
@@ -107,7 +108,8 @@ class StreamState(NamedTuple):
         shift: The offset that normalises uint8 images, `[1, 1, 1, C]`.
         dropout_key: A key that is folded with `ts.step` in every step.
         learning_rates: Those of the first task; () if they cannot be read from the optimizer.
-        augmented: () if training samples are augmented, else None.
+        augmented: The padding of the crops of training samples, and 1 if they are flipped, int32 `[2]`; None
+            if they are not augmented.
         blank: Inputs and targets of one sample, zeros in the shapes and dtypes of the stream, `[1, ...]`.
         classes: The classes of each task in every scenario, bool `[T, num_classes]`; all without labels.
         first_step: `ts.step` at the start of the current task, int32 ().
@@ -125,7 +127,7 @@ class StreamState(NamedTuple):
     shift: jax.Array
     dropout_key: jax.Array
     learning_rates: tuple[jax.Array, ...]
-    augmented: tuple[()] | None
+    augmented: jax.Array | None
     blank: tuple[Any, Any]
     classes: Any = None
     first_step: Any = 0
@@ -256,6 +258,8 @@ class Algorithm(NamedTuple):
         trained: The parameters that are trained.
         objective: What the network is trained and scored on; None for the built-in objective that fits the
             targets of the stream.
+        second_phase: A second training phase at the end of a task, of which `end_task` takes the steps that
+            are left; None for a method without one.
 
     Example:
         >>> import optax
@@ -293,6 +297,7 @@ class Algorithm(NamedTuple):
     alternatives: Alternatives
     trained: Trained
     objective: Objective | None = None
+    second_phase: SecondPhase | None = None
 
 
 def plan_start(state: State, task: Task) -> StartPlan:
@@ -368,6 +373,7 @@ def make_algorithm(
     extra_parameters: tuple[str, ...] = (),
     training_split: TrainingSplit = lambda state, split: split,
     alternatives: Alternatives = lambda *_: {},
+    second_phase: SecondPhase | None = None,
 ) -> Algorithm:
     """Return the algorithm of a method.
 
@@ -399,6 +405,8 @@ def make_algorithm(
         extra_parameters: The names of these parameters. They are always trained.
         training_split: The samples that a task is trained on.
         alternatives: Further predictions that are reported.
+        second_phase: A second training phase at the end of a task. The memory then has a field `phase_step`,
+            the number of its steps that were taken, int32 ().
 
     Returns:
         The algorithm.
@@ -416,6 +424,11 @@ def make_algorithm(
     trained = Trained(trainable, fills or {}, extra_parameters)
     start = trained.changes(apply_start or partial(_apply_start, hparams=hparams))
     finish = trained.changes(apply_end)
+    if second_phase is not None:
+        second_phase = second_phase._replace(
+            start=trained.changes(second_phase.start), step=trained.changes(second_phase.step)
+        )
+        plan_end, finish = _end_after_phase(second_phase, plan_end, finish)
     whole = None if end_task is None else trained.changes(end_task)
     start_plan, end_plan = _checked_start(plan_start), _checked_end(plan_end, objective)
     if objective is not None:
@@ -455,6 +468,7 @@ def make_algorithm(
         alternatives=trained.reads(alternatives),
         trained=trained,
         objective=objective,
+        second_phase=second_phase,
     )
 
 
@@ -559,6 +573,27 @@ def to_batch(batch: AnyBatch, state: State, objective: Objective | None = None) 
 
 def _end_in_parts(plan: PlanEnd, finish: Apply) -> Callable[..., Any]:
     return lambda ts, state, batches: finish(ts, state, plan(state, batches))
+
+
+def _end_after_phase(phase: SecondPhase, plan: PlanEnd, finish: Apply) -> tuple[PlanEnd, Apply]:
+    """Return both parts of the end of a task, which take the steps of its second phase that are left."""
+    step = jax.jit(phase.step)
+
+    def plan_end(state: State, batches: Iterable[Batch]) -> PhaseEnd:
+        return PhaseEnd(phase.steps(state), plan(state, batches))
+
+    def apply_end(ts: TrainState, state: State, end: PhaseEnd) -> tuple[TrainState, State]:
+        ts, state = select(state.memory.phase_step == 0, phase.start(ts, state), (ts, state))
+        steps = jax.tree.map(jnp.asarray, end.steps)
+
+        def take(k: Any, carry: Any) -> Any:
+            return step(*carry, jax.tree.map(lambda a: a[k], steps))[:2]
+
+        ts, state = repeated(len(steps.slots), take, (ts, state), loop=is_traced((ts, end)))
+        memory = state.memory._replace(phase_step=jnp.zeros((), jnp.int32))
+        return finish(ts, state._replace(memory=memory), end.plan)
+
+    return plan_end, apply_end
 
 
 def _check_accumulation(opt_state: Any, objective: Objective) -> None:
@@ -732,7 +767,7 @@ def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, see
             f"lr_decay={hparams.lr_decay} needs an optimizer whose learning rate can be set; build it with "
             "optax.inject_hyperparams(optax.sgd)(learning_rate=0.1) and no schedule, or use lr_decay=1"
         )
-    dtype = jax.tree.leaves(ts.params)[0].dtype
+    dtype, (padding, flip) = jax.tree.leaves(ts.params)[0].dtype, astuple(spec.augmentation)
     return StreamState(
         task=jnp.asarray(-1, jnp.int32),
         mask=jnp.asarray(spec.mask) if spec.masks_logits else None,
@@ -740,13 +775,30 @@ def init_stream(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams, see
         shift=jnp.asarray(spec.normalisation.shift, dtype).reshape(1, 1, 1, -1),
         dropout_key=jax.random.PRNGKey(seed),
         learning_rates=tuple(map(jnp.array, learning_rates)),
-        augmented=() if spec.augmentation else None,
+        augmented=jnp.asarray([padding, flip], jnp.int32) if padding or flip else None,
         blank=(_zeros(spec.x), _zeros(spec.y)),
         classes=jnp.array(spec.mask),
         first_step=jnp.asarray(0, jnp.int32),
         num_steps=jnp.asarray(0, jnp.int32),
         task_given=() if hparams.knows_task(spec) else None,
     )
+
+
+def augmentation_of(stream: StreamState) -> Augmentation:
+    """Return the augmentation of the stream's training samples.
+
+    Args:
+        stream: The stream's part of the state.
+
+    Example:
+        >>> stream = StreamState(jnp.int32(-1), None, 1.0, 0.0, None, (), augmented=None, blank=())
+        >>> augmentation_of(stream._replace(augmented=jnp.array([4, 1])))
+        Augmentation(padding=4, flip=True)
+    """
+    if stream.augmented is None:
+        return Augmentation()
+    padding, flip = np.asarray(stream.augmented).tolist()
+    return Augmentation(padding, bool(flip))
 
 
 def check_task_given(ts: TrainState, spec: StreamSpec, hparams: AlgorithmHParams) -> None:
@@ -1155,12 +1207,33 @@ def advance(ts: TrainState, gradient: Params, stats: Stats) -> TrainState:
         >>> advance(ts, {"w": jnp.ones(1)}, {}).params["w"].tolist()
         [0.5]
     """
+    after: TrainState = ts.apply_gradients(grads=gradient, **_fields(stats))
+    return after
+
+
+def with_network(ts: TrainState, params: Params, stats: Stats) -> TrainState:
+    """Return the train state with other parameters and variables; the optimizer's state is unchanged.
+
+    Args:
+        ts: The train state.
+        params: The parameters.
+        stats: The other variables of the network.
+
+    Example:
+        >>> import optax
+        >>> ts = TrainState.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=optax.sgd(0.5))
+        >>> with_network(ts, {"w": jnp.zeros(1)}, {}).params["w"].tolist()
+        [0.0]
+    """
+    after: TrainState = ts.replace(params=params, **_fields(stats))
+    return after
+
+
+def _fields(stats: Stats) -> dict[str, Any]:
+    """Return the variables of a network as fields of a train state."""
     others = {name: tree for name, tree in stats.items() if name != "batch_stats"}
     changed = {"batch_stats": stats["batch_stats"]} if "batch_stats" in stats else {}
-    if others:
-        changed["collections"] = others
-    after: TrainState = ts.apply_gradients(grads=gradient, **changed)
-    return after
+    return {**changed, "collections": others} if others else changed
 
 
 def trained_on(state: State, batch: Batch) -> Batch:

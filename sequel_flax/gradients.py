@@ -101,3 +101,12 @@ def add_gradient(
 def scale(tree: Params, factor: float) -> Params:
     """Return the tree times a factor, in the same memory."""
     return optax.tree_utils.tree_scale(factor, tree)
+
+
+def clip_by_norm(gradient: Params, norm: float | None) -> Params:
+    """Return the gradient, scaled down if its norm is above `norm`; unchanged if `norm` is None."""
+    if norm is None:
+        return gradient
+    length = optax.tree_utils.tree_norm(gradient)
+    factor = jnp.minimum(1.0, norm / (length + 1e-6))
+    return jax.tree.map(lambda g: factor.astype(g.dtype) * g, gradient)

@@ -28,7 +28,7 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.planner import check_position
 from sequel_core.stream.task import AnySplit, Batch, Samples, Task
 from sequel_flax.backbones import initial_variables
-from sequel_flax.boundaries import release_programs
+from sequel_flax.boundaries import SecondPhase, release_programs
 from sequel_flax.bundle import Algorithm, BatchStatsTrainState, collections
 from sequel_flax.checkpoints import Saver, restored
 from sequel_flax.evaluation import Evaluator
@@ -126,6 +126,7 @@ class TaskSchedule(NamedTuple):
         learning_rate: The learning rate; nan if it cannot be read from the optimizer.
         intervals: A call takes no step past a multiple of one of these numbers of steps.
         score: The name of the score among the metrics of the training batches.
+        before: The number of epochs and of steps of the task before these, in a second phase.
 
     Example:
         >>> schedule = TaskSchedule(1, None, 2, steps_per_epoch=5, first=10, learning_rate=0.1, intervals=())
@@ -141,6 +142,7 @@ class TaskSchedule(NamedTuple):
     learning_rate: float
     intervals: tuple[int, ...]
     score: str = "accuracy"
+    before: tuple[int, int] = (0, 0)
 
     @property
     def steps(self) -> int:
@@ -155,17 +157,18 @@ class TaskSchedule(NamedTuple):
         """
         running = jax.device_get(running)  # NumPy computes them: JAX would dispatch each operation alone
         if running.first_bad_step != NEVER:
-            step_of_task = int(running.first_bad_step) - self.first
-            raise DivergenceError(self.task, *divmod(step_of_task, self.steps_per_epoch))
+            epoch, step = divmod(int(running.first_bad_step) - self.first, self.steps_per_epoch)
+            raise DivergenceError(self.task, self.before[0] + epoch, step)
         return {name: float(value) for name, value in running.metrics.compute().items()}
 
     def progress(self, values: dict[str, float], epoch: int, done: int) -> Progress:
         """Return a report of the metrics since the last one; `values` is the result of `read`."""
+        epochs_before, steps_before = self.before
         return Progress(
             step=self.first + done,
-            epoch=epoch,
-            task_step=done,
-            task_steps=self.steps,
+            epoch=epochs_before + epoch,
+            task_step=steps_before + done,
+            task_steps=steps_before + self.steps,
             loss=values.pop("loss", math.nan),
             score=values.pop(self.score, math.nan),
             learning_rate=self.learning_rate,
@@ -230,6 +233,10 @@ class FlaxLearner:
         self.objective = algorithm.objective or build_objective(ObjectiveHParams(), spec)
         self.score = self.objective.score
         self._steps = CompiledSteps(algorithm, metrics or train_metrics(self.objective), steps_per_call)
+        if algorithm.second_phase is not None:
+            step: Any = algorithm.second_phase.step
+            taken = algorithm._replace(train_step=step)
+            self._phase_steps = CompiledSteps(taken, metrics or train_metrics(self.objective), steps_per_call)
         self.writers = Loggers(writers)
         self.hooks = Hooks(hooks, self.writers)
         self.shows_progress = self.hooks.show_progress
@@ -283,6 +290,8 @@ class FlaxLearner:
         )
         for epoch in range(self._position.done // steps_per_epoch, epochs):
             self._fit_epoch(schedule, epoch, self._position, monitor)
+        if self.algorithm.second_phase is not None:
+            self._fit_second_phase(self.algorithm.second_phase, schedule, self._position, monitor)
         samples = plan.consolidation_batches(training.seed, task, training.batch_size)
         batches = (jax.device_put(as_batch(chunk)) for chunk in samples)
         self.ts, self.state = strong_types(self.algorithm.end_task(self.ts, self.state, batches))
@@ -310,6 +319,45 @@ class FlaxLearner:
                 self._call("after_epoch", {**schedule.read(of_epoch), **info})
             self._position = TaskPosition(schedule.task, done, running)
             monitor.after_step(done, schedule.steps, epoch_end)
+
+    def _fit_second_phase(
+        self, phase: SecondPhase, schedule: TaskSchedule, position: TaskPosition, monitor: FitMonitor
+    ) -> None:
+        """Train in the second phase of a task, from a position to its end; hooks are not called."""
+        before, done, running = schedule.steps, position.done - schedule.steps, position.running
+        if done == 0:
+            self.ts, self.state = strong_types(phase.start(self.ts, self.state))
+        steps = phase.steps(self.state)
+        left = len(steps.slots)
+        count = done + left
+        second = schedule._replace(
+            epochs=phase.epochs,
+            steps_per_epoch=count // phase.epochs,
+            first=schedule.first + before,
+            before=(schedule.epochs, before),
+        )
+        for part, size in self._phase_calls(second, steps, done):
+            carry = (self.ts, self.state, running)
+            self.ts, self.state, running = self._phase_steps(carry, part, size)
+            done += size
+            epoch_end = done % second.steps_per_epoch == 0
+            if epoch_end or (before + done) % self.training.log_every_n_steps == 0:
+                values, running = second.read(running), self._steps.no_metrics
+                rate = float(steps.learning_rate[left - (count - done) - 1])
+                report = second.progress(values, (done - 1) // second.steps_per_epoch, done)
+                monitor.on_progress(report._replace(learning_rate=rate))
+            self._position = TaskPosition(schedule.task, before + done, running)
+            monitor.after_step(before + done, before + count, epoch_end)
+
+    def _phase_calls(self, schedule: TaskSchedule, steps: Any, done: int) -> Iterator[tuple[Any, int]]:
+        """Yield the steps of each compiled call of a second phase, and their number; see `_calls`."""
+        start, count = 0, len(steps.slots)
+        while start < count:
+            most = self._phase_steps.choose(self.ts, self.state, rows(steps, start))
+            size = min(most, count - start, schedule.steps_per_epoch - done % schedule.steps_per_epoch)
+            size = min(size, *(n - (schedule.before[1] + done) % n for n in schedule.intervals))
+            yield self._phase_steps.arranged(rows(steps, slice(start, start + size))), size
+            start, done = start + size, done + size
 
     def _take(
         self,

@@ -52,11 +52,13 @@ def train_metrics(objective: Objective) -> type[clu.metrics.Collection]:
             return cls(total=jnp.zeros((), jnp.float32), count=jnp.zeros((), count))
 
         @classmethod
-        def from_model_output(cls, *, logits: Any, labels: Any, **_: Any) -> Any:
+        def from_model_output(cls, *, logits: Any, labels: Any, counts: Any = None, **_: Any) -> Any:
             scores = score_values(logits, labels)
             weights: Any = jnp.ones_like(scores)
             if weight_of is not None:
                 weights = weight_of(Batch(None, labels, None)).astype(scores.dtype)
+            if counts is not None:  # of each sample [B], false for padding
+                weights = weights * counts.reshape(-1, *[1] * (weights.ndim - 1))
             return cls(total=(weights * scores).sum(), count=weights.sum())
 
     created: type[clu.metrics.Collection] = clu.metrics.Collection.create(

@@ -17,6 +17,7 @@ from sequel_core.hparams import AlgorithmHParams
 from sequel_core.objectives import ObjectiveHParams
 from sequel_core.stream.augmentation import augmenting
 from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.phase import PhaseSteps
 from sequel_core.stream.planner import NoPlanner
 from sequel_core.stream.task import AnySplit, Batch
 from sequel_lightning.accumulation import Accumulation
@@ -53,11 +54,13 @@ class Algorithm(NetworkModule):
     hparams_class: type[AlgorithmHParams]
     clipping_setting: str = ""  # the method's setting that clips gradients, if it takes its steps itself
     has_penalty = False  # whether the method adds terms to the task's own loss, see `added`
+    has_second_phase = False  # whether the method trains on samples of its memory at the end of a task
     objective_elsewhere: str = ""  # what else than the training step takes the loss from the objective
     path_integrals: ClassVar[tuple[str, ...]] = ()  # trees that are summed over all steps of a task
     moving_trees: ClassVar[tuple[str, ...]] = ()  # other trees that change with the weights at every step
     network_copies: ClassVar[tuple[str, ...]] = ()  # copies of the network that the method keeps
     phase: Tensor
+    phase_step: Tensor
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -128,6 +131,8 @@ class Algorithm(NetworkModule):
         self.automatic_optimization = not self.clipping_setting
         self.register_buffer("task_index", torch.tensor(-1))
         self.register_buffer("phase", torch.tensor(IDLE))
+        if self.has_second_phase:  # its steps in the current task that were taken
+            self.register_buffer("phase_step", torch.tensor(0, dtype=torch.int32))
         self.preprocessing = Preprocessing(
             spec, next(net.parameters()), self.algorithm_hparams.name, self.objective.classification
         )
@@ -181,6 +186,24 @@ class Algorithm(NetworkModule):
     def loss_weight(self, batch: Batch) -> Any:
         """Return the weight of a batch's training loss in a mean over accumulated batches, shape ()."""
         return weight_of(self.objective, batch, len(batch.t))
+
+    def phase_steps(self) -> PhaseSteps:
+        """Return the steps of the second phase that are left."""
+        raise TypeError(f"{type(self).__name__} has a second phase, so it has to override phase_steps()")
+
+    def start_phase(self) -> None:
+        """Begin the second phase of the task."""
+
+    def take_phase_step(self, step: PhaseSteps) -> tuple[Tensor, Any, Batch]:
+        """Take a step of the second phase.
+
+        Args:
+            step: one of `phase_steps()`.
+
+        Returns:
+            The loss, shape (), the outputs of the network, and the samples of the step.
+        """
+        raise TypeError(f"{type(self).__name__} has a second phase, so it has to override take_phase_step()")
 
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Consolidate the task, from batches of its training samples, each sample once."""

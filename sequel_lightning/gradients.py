@@ -225,6 +225,15 @@ def backward(loss: Tensor, params: Params, model: nn.Module) -> Params:
             p.grad = gradient
 
 
+def clip_by_norm(gradient: Params, norm: float | None) -> Params:
+    """Return the gradient, scaled down if its norm is above `norm`; unchanged if `norm` is None."""
+    if norm is None:
+        return gradient
+    length = torch.stack([g.norm() for g in gradient.values()]).norm()
+    factor = (norm / (length + 1e-6)).clamp(max=1)
+    return {k: factor * g for k, g in gradient.items()}
+
+
 def call_with(module: nn.Module, params: Params, *inputs: Any, **named: Any) -> Any:
     """Return what a module computes with these values of its parameters.
 

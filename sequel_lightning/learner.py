@@ -48,7 +48,7 @@ from sequel_lightning.networks import evaluating, modes_kept_at_errors
 from sequel_lightning.objectives import given
 from sequel_lightning.preprocessing import mask_outputs
 from sequel_lightning.replay import Memory, stored_samples
-from sequel_lightning.reporting import Report, RunningMetrics
+from sequel_lightning.reporting import PhasePosition, Report, RunningMetrics
 from sequel_lightning.scores import ScoreSums, sums_of
 from sequel_lightning.trees import adopt_names
 
@@ -407,6 +407,28 @@ class _Watcher(Callback):
         epoch_end = batch_idx + 1 == steps_per_epoch
         monitor = self._noting if self._postpones and epoch_end else self._monitor
         monitor.after_step(done, steps_per_epoch * self._epochs, epoch_end)
+
+    def after_phase_step(self, position: PhasePosition, report: Report | None) -> None:
+        """Do the same after a step of a second phase."""
+        before, done, count = position[:3]
+        self._postponed = False  # the evaluations of the phase replace it
+        if report is not None:
+            if report.first_bad_step is not None:
+                epoch, step = divmod(done - report.first_bad_step, position.steps_per_epoch)
+                raise DivergenceError(self.task.index, self._epochs + epoch, step)
+            self._monitor.on_progress(
+                Progress(
+                    step=self._running_metrics.steps_done,
+                    epoch=self._epochs + (done - 1) // position.steps_per_epoch,
+                    task_step=before + done,
+                    task_steps=before + count,
+                    loss=report.loss,
+                    score=report.score,
+                    learning_rate=position.learning_rate,
+                    extra=report.extra,
+                )
+            )
+        self._monitor.after_step(before + done, before + count, position.epoch_end)
 
 
 def check_tensors(path: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

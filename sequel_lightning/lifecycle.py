@@ -19,6 +19,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, LearningRateFinder, ModelPruning, WeightAveraging
 from torch import Tensor, nn
 
+from sequel_core.stream.phase import PhaseSteps
 from sequel_core.stream.task import Batch, Task
 from sequel_lightning._compat import attached_trainer, before_batch_transfer, set_logging_step
 from sequel_lightning.consolidation import (
@@ -35,6 +36,7 @@ from sequel_lightning.consolidation import (
     take_best,
 )
 from sequel_lightning.networks import evaluating, start_task
+from sequel_lightning.objectives import map_outputs
 from sequel_lightning.optimizers import named_state
 from sequel_lightning.trees import ParameterTree
 
@@ -155,6 +157,8 @@ class TaskLifecycle:
         self.fitting = not trainer.fast_dev_run  # type: ignore[attr-defined]
         if self.fitting and module.algorithm_hparams.consolidate == "best":
             check_best_keeper(module, self.resumes)
+        if self.resumes and self.phase_steps_taken():
+            trainer.should_stop = True  # the steps before the second phase may have been stopped early
 
     def start_task(self) -> None:
         """Start the next task, unless this fit resumes one."""
@@ -201,7 +205,8 @@ class TaskLifecycle:
     def end_training(self) -> None:
         """Consolidate the task whose training has ended."""
         if self.fitting and self.module.phase == TRAINING:
-            self.module.reporting.check_labels()
+            if not self.phase_steps_taken():
+                self.module.reporting.check_labels()
             self.consolidate()
 
     def end_fit(self) -> None:
@@ -211,10 +216,10 @@ class TaskLifecycle:
 
     def consolidate(self) -> None:
         """Do the end-of-task work on the Trainer's data, and keep the optimizer's state if asked for."""
-        module = self.module
-        if module.algorithm_hparams.consolidate == "best":
+        module, taken = self.module, self.phase_steps_taken()
+        if module.algorithm_hparams.consolidate == "best" and not taken:
             take_best(module)
-        read = module.running_metrics.steps_done - module.running_metrics.task_start
+        read = module.running_metrics.steps_done - module.running_metrics.task_start - taken
         self.end_task(consolidation_batches(module.trainer, read))
         optimizers = module.trainer.optimizers
         if not module.algorithm_hparams.reset_optimizer and len(optimizers) == 1:
@@ -224,14 +229,42 @@ class TaskLifecycle:
         """Do the end-of-task work on batches as a loader yields them."""
         module, trainer = self.module, attached_trainer(self.module)
         self.follow_trained()
-        weights = fingerprint(module)
-        context = nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
-        with evaluating(module), torch.enable_grad(), context:
+        weights = self.consolidated_at if self.phase_steps_taken() else fingerprint(module)
+        self.consolidated_at = weights  # for checkpoints of the second phase
+        context = nullcontext if trainer is None else trainer.precision_plugin.forward_context
+        if module.has_second_phase:
+            with torch.enable_grad(), context():
+                self.fit_second_phase()
+        with evaluating(module), torch.enable_grad(), context():
             prepared = map(self.prepared, batches)
             labels, labelled = module.preprocessing.allowed_labels, module.preprocessing.labelled
             module.end_task(checked_batches(prepared, int(module.task_index), labels, labelled))
-        self.consolidated_at, self.saved = weights, None
+        self.saved = None
         module.phase.fill_(CONSOLIDATED)
+
+    def fit_second_phase(self) -> None:
+        """Take the steps of the second phase that are left."""
+        module, running, done = self.module, self.module.running_metrics, self.phase_steps_taken()
+        set_generators(self.generators)  # of a checkpoint from after the last step before the phase
+        self.generators = []
+        if done:
+            running.move(module.device)
+        else:
+            running.clear()
+            module.start_phase()
+        steps = module.phase_steps()
+        count = done + len(steps.slots)
+        for k, (slots, rate) in enumerate(zip(steps.slots, steps.learning_rate, strict=True)):
+            crops = () if isinstance(steps.crops, tuple) else steps.crops[k]
+            loss, outputs, samples = module.take_phase_step(PhaseSteps(slots, rate, crops))
+            running.add(loss.detach(), map_outputs(Tensor.detach, outputs), samples)
+            module.phase_step.add_(1)
+            module.reporting.after_phase_step(done + k + 1, count, float(rate))
+        module.phase_step.zero_()
+
+    def phase_steps_taken(self) -> int:
+        """Return the number of steps of the current task's second phase that were taken."""
+        return int(self.module.phase_step) if self.module.has_second_phase else 0
 
     def prepared(self, batch: Any) -> Batch:
         """Return a loader's batch as a training step gets it: after the batch hooks, on the device."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from sequel_core.hparams import PhaseHParams
 from sequel_core.stream.task import Batch, Task
-from sequel_lightning._compat import logging_step
+from sequel_lightning._compat import attached_trainer, logging_step
 from sequel_lightning.batches import check_batch, check_tasks, first_wrong, wrong_label
 from sequel_lightning.objectives import Objective, given, metric_outputs, scores_of
 from sequel_lightning.scores import TaskScores
@@ -195,6 +196,26 @@ class RunningMetrics:
             self.counts = Counts(*(tensor.to(device) for tensor in self.counts))
 
 
+class PhasePosition(NamedTuple):
+    """The position within a second phase after one of its steps."""
+
+    before: int  # steps of the task before the phase
+    done: int  # steps of the phase
+    total: int  # steps of the phase
+    epochs: int  # of the phase
+    learning_rate: float  # of the step
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of steps of an epoch of the phase."""
+        return self.total // self.epochs
+
+    @property
+    def epoch_end(self) -> bool:
+        """Whether the step was the last of its epoch."""
+        return self.done % self.steps_per_epoch == 0
+
+
 class FitObserver(Protocol):
     """Observes a fit: `LightningLearner` sets one as `module.reporting.observer` for the time of a task.
 
@@ -207,6 +228,9 @@ class FitObserver(Protocol):
 
     def after_step(self, trainer: pl.Trainer, batch_idx: int, report: Report | None) -> None:
         """Called after each optimizer step, with the report that the step made, if it made one."""
+
+    def after_phase_step(self, position: PhasePosition, report: Report | None) -> None:
+        """Called after each step of a second phase, with the report that the step made, if it made one."""
 
 
 class Reporting:
@@ -272,6 +296,30 @@ class Reporting:
         """Pass the step to the observer, unless it is a tuner's."""
         if self.observer is not None and self.module.lifecycle.fitting:
             self.observer.after_step(self.module.trainer, batch_idx, self.module.running_metrics.report)
+
+    def after_phase_step(self, done: int, count: int, learning_rate: float) -> None:
+        """Report a step of a second phase, at the log interval and at the end of an epoch.
+
+        Args:
+            done: steps of the phase, with this one.
+            count: steps of the phase in total.
+            learning_rate: of the step.
+        """
+        module, running, trainer = self.module, self.module.running_metrics, attached_trainer(self.module)
+        before = running.steps_done - running.task_start - done
+        epochs = cast(PhaseHParams, module.algorithm_hparams).phase_epochs
+        position = PhasePosition(before, done, count, epochs, learning_rate)
+        interval = 0 if trainer is None else trainer.log_every_n_steps
+        report = None
+        if position.epoch_end or (interval and (before + done) % interval == 0):
+            report = running.make_report({})
+        if self.observer is not None:
+            self.observer.after_phase_step(position, report)
+        elif report is not None:
+            self.warn(report)
+            scores = {"train/loss": report.loss, f"train/{self.objective.score.key}": report.score}
+            for logger in module.loggers:
+                logger.log_metrics(scores, step=running.steps_done)
 
     def make_report(self) -> None:
         """Log the means since the last report; an observer logs them itself."""

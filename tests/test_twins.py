@@ -55,7 +55,7 @@ SINGLE = {"backbones": ({"normalisation.py"}, {"normalisation.py", "torchvision.
 """Files of one plug-in only: torch has the layers and takes any module, Flax has no torchvision."""
 FILE_NAMES = {"resnet18": "resnet", "resnet18_thin": "resnet"}
 SHARED = "."
-SHARED_FILES = {"coresets.py", "exemplars.py", "kernels.py", "quadratic.py", "replay.py"}
+SHARED_FILES = {"coresets.py", "exemplars.py", "kernels.py", "quadratic.py", "replay.py", "second_phase.py"}
 CONTAINERS = {
     "coresets.py": ("plan_start", "apply_start", "start_task"),
     "exemplars.py": ("init_exemplars",),
@@ -167,6 +167,8 @@ SHARE = 0.6
 BELOW: dict[str, tuple[float, str]] = {
     "agem.py": (0.2, "Lightning projects the gradient in a hook of its optimizer step"),
     "si.py": (0.2, "Lightning spreads the step over three hooks, and calls fused kernels"),
+    "gdumb.py": (0.05, "its equations are in second_phase.py; torch trains in place"),
+    "lamaml.py": (0.56, "Lightning takes its steps in `training_loss`, Flax in `train_step`"),
     "coresets.py": (0.0, "only Lightning's module takes coresets from a user's own loop, with its checks"),
     "replay.py": (0.37, "Flax carries padding, statistics and dropout keys along, torch writes in place"),
     "exemplars.py": (0.3, "Flax chooses exemplars on the host, from within compiled functions"),

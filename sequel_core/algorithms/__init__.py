@@ -8,6 +8,7 @@ from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.gdumb import GDumbHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
@@ -35,6 +36,7 @@ ALGORITHMS: dict[str, type[AlgorithmHParams]] = {
         ERACEHParams,
         DERHParams,
         DERppHParams,
+        GDumbHParams,
         MCSGDHParams,
         LaMAMLHParams,
         ICaRLHParams,

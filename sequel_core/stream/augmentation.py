@@ -51,7 +51,7 @@ class AugmentingPlanner:
         inner, shape = self._planner.next(y, t), np.shape(t)
         drawn = inner.reads.shape if hasattr(inner, "reads") else (*shape[:-1], 0, 0)
         crops = [
-            self._crops(name, size, start)
+            random_crops(self._augmentation, size, self._seed, f"crops of {name}", start=start)
             for name, size, start in (("batch", shape, self._seen), ("reads", drawn, self._read))
         ]
         steps = int(np.prod(shape[:-1], dtype=np.int64))
@@ -62,15 +62,6 @@ class AugmentingPlanner:
         method = inner.position if inner else np.empty((steps, 0), np.int32)
         position = np.concatenate([counts.astype(np.int32), method.reshape(steps, method.shape[-1])], axis=1)
         return AugmentedPlan(inner, crops[0], crops[1], position.reshape(*shape[:-1], position.shape[1]))
-
-    def _crops(self, name: str, shape: tuple[int, ...], start: int) -> NDArray[np.int32]:
-        """Return the crops `[*shape, 3]` of the random stream `name`, from item `start` on."""
-        count, padding = int(np.prod(shape)), self._augmentation.padding
-        u = plan.uniform(self._seed, f"crops of {name}", count=NUMBERS * count, start=NUMBERS * start)
-        crops = np.floor(u.reshape(count, NUMBERS) * [2 * padding + 1, 2 * padding + 1, 2]).astype(np.int32)
-        crops -= np.asarray([padding, padding, 0], np.int32)
-        crops[:, 2] *= self._augmentation.flip
-        return crops.reshape(*shape, NUMBERS)
 
     @property
     def state(self) -> IntArray:
@@ -97,6 +88,18 @@ class AugmentingPlanner:
         """Continue from a saved position."""
         self._steps, self._seen, self._read = map(int, position[:3])
         self._planner.resume(position[3:])
+
+
+def random_crops(
+    augmentation: Augmentation, shape: tuple[int, ...], *key: object, start: int = 0
+) -> NDArray[np.int32]:
+    """Return the crops `[*shape, 3]` of the random stream `key`, from item `start` on."""
+    count, padding = int(np.prod(shape)), augmentation.padding
+    u = plan.uniform(*key, count=NUMBERS * count, start=NUMBERS * start)
+    crops = np.floor(u.reshape(count, NUMBERS) * [2 * padding + 1, 2 * padding + 1, 2]).astype(np.int32)
+    crops -= np.asarray([padding, padding, 0], np.int32)
+    crops[:, 2] *= augmentation.flip
+    return crops.reshape(*shape, NUMBERS)
 
 
 def augmenting(planner: Planner, spec: StreamSpec, seed: int) -> Planner:

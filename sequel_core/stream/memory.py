@@ -188,6 +188,56 @@ class Balanced:
         self._used = sum(map(len, self._members))
 
 
+class Greedy:
+    """GDumb's sampler (Prabhu, Torr & Dokania 2020, algorithm 1): equally many samples of each class seen.
+
+    A sample is kept if its class is new, or has fewer than size / (classes seen) samples in the memory. If
+    the memory is full, it replaces a random sample of the largest class.
+
+    Args:
+        size: number of slots, >= 1.
+        groups: number of classes.
+    """
+
+    def __init__(self, size: int, groups: int) -> None:
+        self._size, self._groups = size, groups
+        # whether each class was seen; then the class of each slot
+        self.state = np.full(groups + size, -1, np.int32)
+        self.state[:groups] = 0
+        self._members: list[list[int]] = [[] for _ in range(groups)]  # slots, ascending
+        self._used = 0
+
+    def slot(self, y: int, t: int, u: float) -> int:
+        """Return the slot of a sample of class y."""
+        is_new = not self.state[y]
+        self.state[y] = 1
+        seen = int(self.state[: self._groups].sum())
+        if not is_new and len(self._members[y]) * seen >= self._size:
+            return self._size
+        if self._used < self._size:
+            slot = self._used
+            self._used += 1
+        else:
+            most = max(map(len, self._members))
+            largest = [members for members in self._members if len(members) == most]
+            which, place = divmod(int(u * most * len(largest)), most)
+            slot = largest[which].pop(place)
+        insort(self._members[y], slot)
+        self.state[self._groups + slot] = y
+        return slot
+
+    def readable(self, t: int) -> Sequence[int]:
+        """Return the slots that hold a sample."""
+        return range(self._used)
+
+    def resume(self, state: IntArray) -> None:
+        """Continue from a saved state."""
+        self.state[:] = state
+        owner = self.state[self._groups :].tolist()
+        self._members = [[s for s, of in enumerate(owner) if of == y] for y in range(self._groups)]
+        self._used = sum(map(len, self._members))
+
+
 class MemoryPlanner:
     """Planner of replay methods.
 
@@ -332,10 +382,12 @@ class MemoryPlanner:
 def policy(hparams: MemoryHParams, spec: StreamSpec, past_only: bool) -> Policy:
     """Return a new policy of the type that the settings name."""
     size = hparams.slots(spec.num_tasks)
-    if past_only and hparams.memory in ("reservoir", "class_balanced", "task_balanced"):
+    if past_only and hparams.memory in ("reservoir", "class_balanced", "task_balanced", "greedy"):
         raise ValueError(f"past_only needs a memory with parts, got memory={hparams.memory}; use memory=ring")
     if hparams.memory == "reservoir":
         return Reservoir(size)
+    if hparams.memory == "greedy":
+        return Greedy(size, spec.groups.shape[1])
     if hparams.memory in ("class_balanced", "task_balanced"):
         by_task = hparams.memory == "task_balanced"
         return Balanced(size, spec.num_tasks if by_task else spec.groups.shape[1], by_task)

@@ -10,6 +10,7 @@ from sequel_flax.algorithms.derpp import derpp
 from sequel_flax.algorithms.er import er
 from sequel_flax.algorithms.er_ace import er_ace
 from sequel_flax.algorithms.ewc import ewc
+from sequel_flax.algorithms.gdumb import gdumb
 from sequel_flax.algorithms.icarl import icarl
 from sequel_flax.algorithms.joint import joint
 from sequel_flax.algorithms.kcl import kcl
@@ -30,6 +31,7 @@ __all__ = [
     "er",
     "er_ace",
     "ewc",
+    "gdumb",
     "icarl",
     "joint",
     "kcl",
@@ -55,6 +57,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "er_ace": er_ace,
     "der": der,
     "derpp": derpp,
+    "gdumb": gdumb,
     "icarl": icarl,
     "lamaml": lamaml,
     "kcl": kcl,

@@ -48,6 +48,7 @@ from sequel_flax.bundle import (
     trained_on,
     training_forward,
 )
+from sequel_flax.gradients import clip_by_norm
 from sequel_flax.objectives import Objective
 from sequel_flax.placement import placed
 from sequel_flax.replay import (
@@ -87,15 +88,6 @@ def inner_sgd_step(params: Params, rates: Params, gradient: Params) -> Params:
 def clip_by_value(gradient: Params, bound: float | None) -> Params:
     """Return the gradient with all values in [-bound, bound]; unchanged if `bound` is None."""
     return gradient if bound is None else jax.tree.map(lambda g: jnp.clip(g, -bound, bound), gradient)
-
-
-def clip_by_norm(gradient: Params, norm: float | None) -> Params:
-    """Return the gradient, scaled down if its norm is above `norm`; unchanged if `norm` is None."""
-    if norm is None:
-        return gradient
-    length = optax.tree_utils.tree_norm(gradient)
-    factor = jnp.minimum(1.0, norm / (length + 1e-6))
-    return jax.tree.map(lambda g: factor.astype(g.dtype) * g, gradient)
 
 
 def sample_loss(params: Params, model: NumberedModel, samples: ReplayBatch) -> jax.Array:

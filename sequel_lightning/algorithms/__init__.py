@@ -8,6 +8,7 @@ from sequel_lightning.algorithms.derpp import DERpp
 from sequel_lightning.algorithms.er import ER
 from sequel_lightning.algorithms.er_ace import ERACE
 from sequel_lightning.algorithms.ewc import EWC
+from sequel_lightning.algorithms.gdumb import GDumb
 from sequel_lightning.algorithms.icarl import ICaRL
 from sequel_lightning.algorithms.joint import Joint
 from sequel_lightning.algorithms.kcl import KCL
@@ -33,6 +34,7 @@ __all__ = [
     "MCSGD",
     "SI",
     "DERpp",
+    "GDumb",
     "ICaRL",
     "Joint",
     "LaMAML",
@@ -53,6 +55,7 @@ ALGORITHMS: dict[str, type[ContinualModule]] = {
     "er_ace": ERACE,
     "der": DER,
     "derpp": DERpp,
+    "gdumb": GDumb,
     "icarl": ICaRL,
     "lamaml": LaMAML,
     "kcl": KCL,

@@ -36,7 +36,7 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch
 from sequel_lightning.augmentation import cropped
 from sequel_lightning.batches import joined, pieces, rows
-from sequel_lightning.gradients import check_functional_call, functional_network, gradients
+from sequel_lightning.gradients import check_functional_call, clip_by_norm, functional_network, gradients
 from sequel_lightning.networks import check_no_batch_stats
 from sequel_lightning.quadratic import Model
 from sequel_lightning.replay import (
@@ -72,15 +72,6 @@ def inner_sgd_step(params: Params, rates: Params, gradient: Params) -> Params:
 def clip_by_value(gradient: Params, bound: float | None) -> Params:
     """Return the gradient with all values in [-bound, bound]; unchanged if `bound` is None."""
     return gradient if bound is None else tree_map(lambda g: g.clamp(-bound, bound), gradient)
-
-
-def clip_by_norm(gradient: Params, norm: float | None) -> Params:
-    """Return the gradient, scaled down if its norm is above `norm`; unchanged if `norm` is None."""
-    if norm is None:
-        return gradient
-    length = torch.stack([g.norm() for g in gradient.values()]).norm()
-    factor = (norm / (length + 1e-6)).clamp(max=1)
-    return tree_map(lambda g: factor * g, gradient)
 
 
 def sample_loss(params: Params, model: Model, samples: ReplayBatch) -> Tensor:

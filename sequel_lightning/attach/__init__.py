@@ -37,6 +37,7 @@ NOT_ATTACHED = {
     "Joint": "it trains on all tasks at once; give the Trainer a loader of torch's ConcatDataset",
     "StableSGD": "it is a choice of dropout and learning rates; set them in your module",
     "ERACE": "it masks logits within the loss of your module; use sequel_lightning.ERACE",
+    "GDumb": "it trains the network anew after each task; use sequel_lightning.GDumb",
     "ICaRL": "it replaces the head of the network by class means; use sequel_lightning.ICaRL",
     "KCL": "it replaces the head of the network by a kernel; use sequel_lightning.KCL",
     "LaMAML": "it takes inner steps that replace the optimizer's; use sequel_lightning.LaMAML",

@@ -19,6 +19,7 @@ from sequel_core.stream.arrays import BoolArray, IntArray
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.images import Normalisation
 from sequel_core.stream.memory import (
+    Greedy,
     MemoryPlanner,
     Reservoir,
     StepPlan,
@@ -83,7 +84,9 @@ def group_of(memory: MemoryPolicy, y: int, t: int) -> tuple[int, ...]:
     """Return the group whose slots a sample may use: (), (task,), (class,) or (task, class)."""
     if memory == "reservoir":
         return ()
-    return {"task_quota": (t,), "task_balanced": (t,), "class_balanced": (y,)}.get(memory, (t, y))
+    return {"task_quota": (t,), "task_balanced": (t,), "class_balanced": (y,), "greedy": (y,)}.get(
+        memory, (t, y)
+    )
 
 
 def _reference_memories(
@@ -98,7 +101,16 @@ def _reference_memories(
     for k, (label, task, x) in enumerate(zip(y, t, u, strict=True)):
         group = group_of(memory, label, task)
         seen[group] += 1
-        if memory not in BALANCED:  # Vitter 1985, algorithm R, or a ring, in the part of the group
+        if memory == "greedy":  # Prabhu 2020, algorithm 1: a class is added to below its equal share
+            sizes = Counter(g for g, sample in zip(owner, held, strict=True) if sample >= 0)
+            largest = [g for g in parts if sizes[g] == max(sizes.values(), default=0)]
+            slots = [slot for g in largest for slot in range(size) if owner[slot] == g]
+            place = int(x * len(slots))
+            if -1 in held:
+                slots, place = [held.index(-1)], 0
+            if seen[group] > 1 and sizes[group] >= size / len(seen):
+                slots = []
+        elif memory not in BALANCED:  # Vitter 1985, algorithm R, or a ring, in the part of the group
             slots = [parts.index(group) * quota + i for i in range(quota)]
             n = seen[group]
             place = n - 1 if n <= quota else (n - 1) % quota if memory == "ring" else int(x * n)
@@ -379,12 +391,13 @@ def test_reads_hold_different_samples_of_earlier_steps(
 
 
 @pytest.mark.parametrize(
-    ("memory", "past_only"), [*product(("ring", *QUOTAS), [True]), *product(POLICIES, [False])]
+    ("memory", "past_only"),
+    [*product(("ring", *QUOTAS), [True]), *product([m for m in POLICIES if m != "greedy"], [False])],
 )
 def test_a_draw_as_large_as_the_memory_reads_all_available_samples(
     memory: MemoryPolicy, past_only: bool
 ) -> None:
-    # two samples per step, two per class and task: all are kept; the last step is of task 0 again
+    # two samples per step, two per class and task: all but `greedy` keep all; the last step is of task 0
     y = [[0, 1], [1, 0], [2, 3], [3, 2], [1, 4], [4, 1], [0, 0]]
     t = [[0, 0], [0, 0], [1, 1], [1, 1], [2, 2], [2, 2], [0, 0]]
     write, reads, _ = planner_of(memory, read=SIZE, past_only=past_only).next(y, t)
@@ -695,3 +708,39 @@ def test_a_batch_that_raises_does_not_change_the_state() -> None:
     with pytest.raises(ValueError, match="must be in the stream's spec"):
         planner.next([0, 99], [0, 0])
     np.testing.assert_array_equal(planner.state, before)
+
+
+@given(st.permutations([0] * 5 + [1] * 5 + [2] * 5), st.lists(st.floats(0, 1, exclude_max=True), min_size=15))
+def test_greedy_memory_is_balanced_in_any_order(labels: list[int], u: list[float]) -> None:
+    policy = Greedy(9, 3)
+    owner: dict[int, int] = {}
+    for y, x in zip(labels, u, strict=False):
+        owner[policy.slot(y, 0, x)] = y
+    owner.pop(9, None)
+    assert sorted(Counter(owner.values()).items()) == [(0, 3), (1, 3), (2, 3)]
+
+
+@given(st.lists(st.integers(0, 4), max_size=60), st.integers(1, 12), st.integers(0, 60))
+def test_greedy_memory_keeps_what_the_paper_says(labels: list[int], size: int, cut: int) -> None:
+    """Sizes of classes; in a memory that is smaller than the number of classes they depend on ties."""
+    policy = Greedy(size, 5)
+    owner: dict[int, int] = {}
+    for n, y in enumerate(labels):
+        if n == cut:  # a saved position
+            state, policy = policy.state.astype(np.int64), Greedy(size, 5)
+            policy.resume(state)
+        before = sum(c == y for c in owner.values())
+        new = y not in labels[:n]
+        slot = policy.slot(y, 0, (n * 0.37) % 1)
+        kept = new or before < size / len(set(labels[: n + 1]))
+        assert (slot < size) is kept
+        if kept:
+            if slot in owner:
+                counts = Counter(owner.values())
+                assert len(owner) == size
+                assert counts[owner[slot]] == max(counts.values())
+            else:
+                assert slot == len(owner)
+            owner[slot] = y
+    assert policy.readable(0) == range(len(owner))
+    assert policy.state[5 : 5 + len(owner)].tolist() == [owner[k] for k in range(len(owner))]

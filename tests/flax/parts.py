@@ -22,6 +22,7 @@ from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.gdumb import GDumbHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
@@ -55,6 +56,7 @@ DERPP = DERppHParams(mem_size=20, mem_batch_size=6, memory="class_balanced")
 MCSGD = MCSGDHParams(per_task_memory_samples=10, lmc_batch_size=4, lmc_lr=0.1)
 ONLINE = replace(MCSGD, lmc_policy="online")
 LAMAML = LaMAMLHParams(mem_size=20, mem_batch_size=6, glances=2, sync_update=True, lr_alpha=0.05)
+GDUMB = GDumbHParams(mem_size=9, phase_epochs=2, phase_batch_size=4)
 ICARL = ICaRLHParams(mem_size=50)  # one of each class of each of five tasks
 EVERY: tuple[AlgorithmHParams, ...] = (
     NaiveHParams(lr_decay=0.8),
@@ -70,6 +72,7 @@ EVERY: tuple[AlgorithmHParams, ...] = (
     ERACEHParams(mem_size=20, mem_batch_size=6),
     DER,
     DERPP,
+    GDUMB,
     ICARL,
     MCSGD,
     ONLINE,

@@ -21,6 +21,7 @@ from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.gdumb import GDumbHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
@@ -52,6 +53,7 @@ DERPP = DERppHParams(mem_size=9, mem_batch_size=6, memory="class_balanced")
 MCSGD = MCSGDHParams(per_task_memory_samples=6, lmc_batch_size=4, lmc_lr=0.1)
 ONLINE = replace(MCSGD, lmc_policy="online")
 LAMAML = LaMAMLHParams(mem_size=9, mem_batch_size=6, glances=2, sync_update=True, lr_alpha=0.05)
+GDUMB = GDumbHParams(mem_size=9, phase_epochs=2, phase_batch_size=4)
 ICARL = ICaRLHParams(mem_size=12)
 EVERY: tuple[AlgorithmHParams, ...] = (
     NaiveHParams(),
@@ -67,12 +69,13 @@ EVERY: tuple[AlgorithmHParams, ...] = (
     ERACEHParams(mem_size=9, mem_batch_size=6),
     DERHParams(mem_size=9, mem_batch_size=6),
     DERPP,
+    GDUMB,
     ICARL,
     MCSGD,
     ONLINE,
     LAMAML,
 )
-STATEFUL = (SI, LFL, AGEM, ER, DERPP, ICARL, MCSGD, ONLINE, LAMAML)  # they keep more than importances
+STATEFUL = (SI, LFL, AGEM, ER, DERPP, GDUMB, ICARL, MCSGD, ONLINE, LAMAML)  # they keep more than importances
 every_algorithm = pytest.mark.parametrize("hparams", EVERY, ids=lambda hparams: hparams.name)
 
 

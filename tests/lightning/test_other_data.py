@@ -131,7 +131,7 @@ def fitted(made: LightningLearner, targets: str) -> LightningLearner:
 
 def fits_without_classes(hparams: AlgorithmHParams) -> AlgorithmHParams:
     """Return the settings with a memory that needs no classes."""
-    changes = {"agem": "task_quota", "derpp": "reservoir"}
+    changes = {"agem": "task_quota", "derpp": "reservoir", "gdumb": "reservoir"}
     return replace(hparams, memory=changes[hparams.name]) if hparams.name in changes else hparams  # type: ignore[call-arg]
 
 

@@ -193,7 +193,7 @@ def test_a_search_and_a_dry_run_leave_no_trace(hparams: AlgorithmHParams, tmp_pa
     learn(model, benchmark, 2, fast_dev_run=3)
     after = everything(model)["tensors"]
     changed = [k for k, v in before.items() if not torch.equal(after[k], v)]
-    assert changed
+    assert bool(changed) is (hparams.name != "gdumb")  # which trains at the end of a task only
     assert all(k.startswith("net.") for k in changed)
 
 

@@ -11,6 +11,7 @@ from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.gdumb import GDumbHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
@@ -73,6 +74,13 @@ CASES: list[tuple[AlgorithmHParams, str]] = [
     (DERppHParams(mem_size=50, mem_batch_size=9), "sgd"),
     (DERppHParams(mem_size=50, mem_batch_size=7, alpha=0.5, beta=1, distance="mean"), "adam"),
     (DERppHParams(memory="ring", mem_size=60, mem_batch_size=7), "nesterov and weight decay"),
+    (GDumbHParams(mem_size=50, phase_epochs=4, phase_lr=0.02, phase_weight_decay=0.01), "momentum"),
+    (
+        GDumbHParams(
+            memory="reservoir", mem_size=60, phase_epochs=5, phase_batch_size=9, phase_grad_clip=0.5
+        ),
+        "adam",
+    ),
     (MCSGDHParams(mem_size=60, lmc_batch_size=16, lmc_lr=0.2), "momentum"),
     (
         MCSGDHParams(

@@ -22,6 +22,7 @@ from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.gdumb import GDumbHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
@@ -61,6 +62,7 @@ METHODS: list[AlgorithmHParams] = [
     MASHParams(mas_lambda=0.01, mas_samples=15),
     LFLHParams(lfl_lambda=0.1),
     AGEMHParams(mem_size=20, mem_batch_size=7),
+    GDumbHParams(mem_size=20, phase_epochs=4, phase_batch_size=6),
     MCSGDHParams(mem_size=20, lmc_line_samples=3, lmc_batch_size=8),
     LaMAMLHParams(mem_size=20, mem_batch_size=7, n_inner_updates=2, glances=2),
     ICaRLHParams(mem_size=20),

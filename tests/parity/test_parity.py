@@ -70,8 +70,13 @@ def test_same_weights_in_both_frameworks(hparams: AlgorithmHParams, optimizer: s
     check_parity(hparams, optimizer, tolerance=bar(hparams))
 
 
-INCOMPLETE = [case for case in CASES if getattr(case[0], "n_inner_updates", None) is None]
-"""Cases that can train on the 2 samples that are left of 205 batches of 7."""
+INCOMPLETE = [
+    case
+    for case in CASES
+    if getattr(case[0], "n_inner_updates", None) is None and getattr(case[0], "memory", "") != "greedy"
+]
+"""Cases that can train on the 2 samples that are left of 205 batches of 7; a full greedy memory has no use
+for them."""
 
 
 @pytest.mark.parametrize(("hparams", "optimizer"), marked(INCOMPLETE, 0, ("er",)))

@@ -8,6 +8,7 @@ from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.gdumb import GDumbHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
@@ -24,6 +25,7 @@ from tests.reference.connectivity import MCSGD
 from tests.reference.exemplars import ICaRL
 from tests.reference.kernels import KCL
 from tests.reference.meta import LaMAML
+from tests.reference.phases import GDumb
 from tests.reference.regularisers import EWC, LFL, MAS, SI
 from tests.reference.replay import AGEM, DER, ER, ERACE, DERpp
 from tests.reference.streams import Joint, Reference, StableSGD
@@ -41,6 +43,7 @@ REFERENCES: dict[type[AlgorithmHParams], type[Reference]] = {
     ERACEHParams: ERACE,
     DERHParams: DER,
     DERppHParams: DERpp,
+    GDumbHParams: GDumb,
     MCSGDHParams: MCSGD,
     LaMAMLHParams: LaMAML,
     ICaRLHParams: ICaRL,

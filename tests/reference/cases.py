@@ -15,6 +15,7 @@ from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.gdumb import GDumbHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
@@ -47,6 +48,7 @@ BATCH_6 = replace(TRAINING, batch_size=6)
 ONLINE_EWC: dict[str, Any] = {"accumulation": "online"}
 NO_RESET: dict[str, Any] = {"reset_optimizer": False}
 MEMORY: dict[str, Any] = {"mem_size": 60, "mem_batch_size": 9}
+PHASE: dict[str, Any] = {"mem_size": 50, "phase_epochs": 4, "phase_batch_size": 9, "phase_lr": 0.02}
 LMC: dict[str, Any] = {"mem_size": 66, "lmc_batch_size": 8, "lmc_line_samples": 4, "lmc_init_position": 0.4}
 ONLINE_LMC: dict[str, Any] = {
     "mem_size": 66,
@@ -125,6 +127,9 @@ CASES = [
     Case("masked", DERHParams(**MEMORY, alpha=1.5, distance="mean", memory="task_balanced"), MOMENTUM),
     Case("incremental", DERppHParams(**MEMORY, alpha=0.2, memory="class_balanced"), SGD, CLIPPED),
     Case("masked", DERppHParams(**MEMORY, alpha=1.5, beta=0.8, distance="mean"), ADAM),
+    Case("rotated", GDumbHParams(**PHASE), MOMENTUM),
+    Case("masked", GDumbHParams(**PHASE, memory="reservoir", phase_grad_clip=0.3), SGD),
+    Case("incremental", GDumbHParams(**PHASE, phase_weight_decay=0.01, phase_momentum=0.5), ADAM),
     Case("rotated", MCSGDHParams(**LMC, lmc_lr=0.3, lmc_epochs=2, lr_decay=0.8), MOMENTUM),
     Case("rotated", MCSGDHParams(**LMC, **PLAIN_LMC, lmc_policy="online"), SGD),
     Case("masked", MCSGDHParams(**LMC, **EPOCH_LMC, memory="class_quota", lmc_gradient="prefix"), ADAM),

@@ -80,6 +80,8 @@ class Reference:
                 losses.append(loss)
                 self.end_step(theta, new, samples)
                 theta = new
+            more, theta = self.second_phase(theta, task)
+            losses += more
             self.end_task(theta, task)
             weights = self.evaluated_weights(theta)
             past = self.benchmark.tasks[: task.index + 1]
@@ -127,6 +129,10 @@ class Reference:
 
     def end_step(self, theta: Weights, new: Weights, samples: Samples) -> None:
         """Update the state of the method after a step from `theta` to `new`."""
+
+    def second_phase(self, theta: Weights, task: Task) -> tuple[list[float], Weights]:
+        """Return the loss of each step of a second training phase, and the weights after it."""
+        return [], theta
 
     def end_task(self, theta: Weights, task: Task) -> None:
         """Update the state of the method after a task that ended at `theta`."""

@@ -18,6 +18,7 @@ from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.gdumb import GDumbHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
@@ -53,6 +54,7 @@ METHODS: dict[str, AlgorithmHParams] = {
         ERACEHParams(mem_size=25, mem_batch_size=6, **CARRY),
         DERHParams(mem_size=25, mem_batch_size=6),
         DERppHParams(mem_size=25, mem_batch_size=6, **CARRY),
+        GDumbHParams(mem_size=30, phase_epochs=7, phase_batch_size=8, **CARRY),
         MCSGDHParams(mem_size=30, lmc_batch_size=8, lmc_epochs=1),
         LaMAMLHParams(mem_size=25, glances=2, mem_batch_size=6),
         ICaRLHParams(mem_size=30, **CARRY),

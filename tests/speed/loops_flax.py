@@ -299,6 +299,13 @@ def mcsgd(network: Network, params: Any, hparams: Any, stored: Samples) -> tuple
     return sgd(loss_fn), memory(params, hparams, stored)
 
 
+def gdumb(network: Network, params: Any, hparams: Any, stored: Samples) -> tuple[Step, Any]:
+    def step(params: Any, kept: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any, jax.Array]:
+        return params, write(kept, x=x, y=y), cross_entropy(network(params, x), y)
+
+    return step, memory(params, hparams, stored)
+
+
 def icarl(network: Network, params: Any, hparams: Any, stored: Samples) -> tuple[Step, Any]:
     def loss_fn(params: Any, kept: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
         logits, old = network(params, x), jax.nn.sigmoid(network(kept["old"], x))
@@ -402,6 +409,7 @@ LOOPS: dict[str, Callable[..., tuple[Step, Any]]] = {
     "derpp": der,
     "agem": agem,
     "mcsgd": mcsgd,
+    "gdumb": gdumb,
     "icarl": icarl,
     "kcl": kcl,
     "lamaml": lamaml,

@@ -242,6 +242,15 @@ class ERACE(Replay):
         return loss
 
 
+class GDumb(Replay):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        with torch.no_grad():
+            loss = F.cross_entropy(self.logits(x), y)
+        self.write(x, y)
+        return loss.requires_grad_()
+
+
 class DER(Replay):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
@@ -379,6 +388,7 @@ LOOPS: dict[str, type[Naive]] = {
     "derpp": DER,
     "agem": AGEM,
     "mcsgd": MCSGD,
+    "gdumb": GDumb,
     "icarl": ICaRL,
     "kcl": KCL,
     "lamaml": LaMAML,
