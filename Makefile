@@ -53,7 +53,8 @@ install: $(STAMP)
 # A strict editable install links each file, so it is repeated when a file is added or removed. $(FILES) is rewritten
 # only if the list of files has changed.
 $(STAMP): pyproject.toml constraints.txt $(FILES)
-	$(BIN)/pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict --editable '.[all,dev]'
+	@echo "Installing into $(VENV); the first time takes minutes"
+	$(BIN)/pip install --constraint constraints.txt --config-settings editable_mode=strict --editable '.[all,dev]'
 	touch $@
 
 $(FILES): FORCE | $(BIN)/python

@@ -13,10 +13,12 @@ Digits are the 1,797 images of 8 x 8 pixels that come with scikit-learn. Tabular
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -285,17 +287,31 @@ def _fetched(name: str, folder: Path | None, num_classes: int | None, *arrays: N
 @cache
 def _digits() -> Arrays:
     """Return scikit-learn's digits. A fixed fifth of each class is the test set."""
-    from sklearn.datasets import load_digits  # imported here because it takes a second
-
-    bunch = load_digits()
-    images = np.rint(bunch.images[..., None] * (255 / 16)).astype(np.uint8)
-    labels = bunch.target.astype(np.int64)
+    rows = _digit_rows()
+    images = np.rint(rows[:, :-1].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    labels = rows[:, -1].astype(np.int64)
     is_test = np.zeros(len(labels), np.bool_)
     for label in range(NUM_CLASSES["digits"]):
-        rows = np.flatnonzero(labels == label)
-        order = plan.permutation("digits", "test", label, count=len(rows))
-        is_test[rows[order[: round(len(rows) / 5)]]] = True
+        members = np.flatnonzero(labels == label)
+        order = plan.permutation("digits", "test", label, count=len(members))
+        is_test[members[order[: round(len(members) / 5)]]] = True
     arrays = Arrays(images[~is_test], labels[~is_test], images[is_test], labels[is_test])
     for array in arrays:
         array.flags.writeable = False  # all streams share these arrays
     return arrays
+
+
+def _digit_rows() -> NDArray[np.float64]:
+    """Return 64 pixels and the label of each digit, `[1797, 65]`.
+
+    The file of scikit-learn (seen in 1.9) is read without importing scikit-learn, which takes a second.
+    """
+    spec = find_spec("sklearn")
+    path = Path(spec.origin if spec and spec.origin else "").parent / "datasets" / "data" / "digits.csv.gz"
+    if path.is_file():
+        with gzip.open(path, "rt") as file:
+            return np.loadtxt(file, delimiter=",")
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return np.column_stack([bunch.data, bunch.target])

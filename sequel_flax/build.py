@@ -11,7 +11,6 @@ from typing import Any
 
 import clu.metrics
 import jax
-import jax.extend
 import optax
 import scipy.linalg  # noqa: F401 - whose LAPACK jaxlib calls
 from flax import linen as nn
@@ -34,10 +33,8 @@ from sequel_flax.bundle import Algorithm
 from sequel_flax.learner import FlaxLearner
 from sequel_flax.objectives import Objective, build_objective
 from sequel_flax.optimizers import build_optimizer
+from sequel_flax.programs import kept_on_disk, released
 from sequel_flax.writers import WRITERS, MetricWriter
-
-MAX_PROGRAMS = 200
-"""The number of compiled programs that a process keeps between runs; a run has about 20 to 100."""
 
 
 def make_learner(
@@ -125,9 +122,9 @@ def process_settings(config: ExperimentConfig) -> Iterator[None]:
       factorisations. They are too small for several threads, which compete with those of XLA: on two cores a
       step took three times as long.
     - Failed writes of checkpoints are raised as exceptions, and orbax does not log them as well.
+    - Compiled programs are kept in the user's cache directory; see `sequel_flax.programs.kept_on_disk`.
 
-    At the end, JAX's compiled programs are freed if there are more than `MAX_PROGRAMS`. Each new shape adds
-    some, and JAX keeps them.
+    After every tenth run of a process, its compiled programs are freed.
 
     Args:
         config: The configuration of the experiment.
@@ -143,18 +140,14 @@ def process_settings(config: ExperimentConfig) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(write_errors_left_to_the_caller())
-        stack.callback(_limit_programs)
+        stack.enter_context(released())
+        stack.enter_context(kept_on_disk())
         if not {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"} & os.environ.keys():
             stack.enter_context(threadpool_limits(1, "blas"))
         if config.training.dtype == "float64" and not jax.config.read("jax_enable_x64"):
             jax.config.update("jax_enable_x64", True)  # for all threads
             stack.callback(jax.config.update, "jax_enable_x64", False)
         yield
-
-
-def _limit_programs() -> None:
-    if len(jax.extend.backend.get_backend().live_executables()) > MAX_PROGRAMS:
-        jax.clear_caches()
 
 
 def build_learner(

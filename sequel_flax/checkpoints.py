@@ -9,15 +9,16 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 
 from sequel_flax._compat import error_number
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 ITEM = "state"
 
@@ -52,6 +53,8 @@ class Saver:
         Raises:
             OSError: The tree cannot be written. The returned function may raise it too.
         """
+        import orbax.checkpoint as ocp  # imported here because it takes a while
+
         if self._manager is None or Path(self._manager.directory) != path.parent.absolute():
             self.close()
             self._manager = ocp.CheckpointManager(
@@ -113,6 +116,9 @@ def restored(path: Path, like: Any) -> Any:
         ...     saver.close()
         [1.0, 1.0]
     """
+    import orbax.checkpoint as ocp
+    from etils import epath
+
     folder, expected = epath.Path(path.absolute()) / ITEM, _storable(like)
     metadata = ocp.StandardCheckpointHandler().metadata(folder).tree
     check_leaves(path, _described(metadata), _described(expected))

@@ -54,7 +54,7 @@ def test_nothing_of_many_runs_of_many_methods_remains(mode: str, tmp_path: Path)
     check(mode, ("ewc", "mas", "er", "icarl", "mcsgd", "lamaml"), 2, tmp_path)
 
 
-def test_programs_are_freed_if_there_are_many(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("sequel_flax.build.MAX_PROGRAMS", 0)
+def test_programs_are_freed_after_some_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sequel_flax.programs.RUNS_PER_RELEASE", 1)
     run("jax", "naive", tmp_path, 0)
     assert remaining()["programs"] == 0
