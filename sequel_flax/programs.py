@@ -35,7 +35,8 @@ def kept_on_disk() -> Iterator[None]:
         ...     int(jax.jit(lambda x: x + 1)(2))
         3
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    settings = jax.config.values
+    if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
         yield
         return
     folder = program_folder()
@@ -46,7 +47,7 @@ def kept_on_disk() -> Iterator[None]:
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: getattr(jax.config, name) for name in options}
+    before = {name: settings[name] for name in options}
     with warnings.catch_warnings():
         message = "Error (reading|writing) persistent compilation cache entry"
         warnings.filterwarnings("ignore", message=message)

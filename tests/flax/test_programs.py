@@ -23,7 +23,7 @@ SMALL = ("benchmark=rotateddigits", "benchmark.num_tasks=2", "benchmark.subset=6
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Turn off the cache of the tests, and return the folder of the command's cache."""
-    before = jax.config.jax_compilation_cache_dir
+    before = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
@@ -61,10 +61,10 @@ def test_programs_are_read_from_disk(folder: Path, hits: Counter[str]) -> None:
 
 def test_nothing_is_kept_outside_the_context(folder: Path) -> None:
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, name) for name in names]
+    before = [jax.config.values[name] for name in names]
     with kept_on_disk():
         pass
-    assert [getattr(jax.config, name) for name in names] == before
+    assert [jax.config.values[name] for name in names] == before
     assert cube() == 27
     assert not folder.exists()
 
