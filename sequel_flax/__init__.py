@@ -60,6 +60,7 @@ from sequel_flax.objectives import (
     token_cross_entropy,
 )
 from sequel_flax.optimizers import build_optimizer
+from sequel_flax.together import run_together
 
 __all__ = [
     "ALGORITHMS",
@@ -106,6 +107,7 @@ __all__ = [
     "naive",
     "process_settings",
     "reservoir",
+    "run_together",
     "seen_classes",
     "si",
     "squared_error",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sequel_core.backbones import FOR_TOKENS
 from sequel_core.experiment.build import SUPPLIED
 from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.experiment.target import TARGET, Target
-from sequel_core.hparams import AlgorithmHParams, TrainingHParams
+from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
 from sequel_core.objectives import ObjectiveHParams
 from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.plan import Init
@@ -32,7 +33,7 @@ from sequel_flax.backbones import BACKBONES
 from sequel_flax.bundle import Algorithm
 from sequel_flax.learner import FlaxLearner
 from sequel_flax.objectives import Objective, build_objective
-from sequel_flax.optimizers import build_optimizer
+from sequel_flax.optimizers import build_optimizer as build_optimizer
 from sequel_flax.programs import kept_on_disk, released
 from sequel_flax.writers import WRITERS, MetricWriter
 
@@ -40,7 +41,7 @@ from sequel_flax.writers import WRITERS, MetricWriter
 def make_learner(
     hparams: AlgorithmHParams,
     model: nn.Module | nnx.Module,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | OptimizerHParams,
     benchmark: Benchmark,
     training: TrainingHParams | None = None,
     *,
@@ -57,7 +58,8 @@ def make_learner(
         hparams: Settings of the algorithm, for example `EWCHParams(ewc_lambda=1)`.
         model: A linen or an NNX module. A built-in network has the plan's initial weights for
             `training.seed`, another linen module those of `model.init`, and an NNX module its current ones.
-        optimizer: For example `optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)`.
+        optimizer: For example `optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)`, or the settings of a
+            built-in one.
         benchmark: The stream of tasks.
         training: Batch size, epochs, clipping, seed and dtype; None for the defaults.
         metrics: Metrics of the training batches; None for the loss and the score.
@@ -95,10 +97,11 @@ def make_learner(
     trainable = options.pop("trainable", None)
     given = {"trainable": trainable, "objective": objective}
     selection = {name: value for name, value in given.items() if value is not None}
-    algorithm = implementation(hparams, seed=training.seed, **selection)
+    implementation = partial(implementation, seed=training.seed, **selection)
+    algorithm = implementation(hparams)
     if not isinstance(algorithm, Algorithm):
         raise ValueError(f"implementation must give an Algorithm, got a {type(algorithm).__name__}")
-    return FlaxLearner(
+    learner = FlaxLearner(
         algorithm,
         model,
         optimizer,
@@ -109,6 +112,8 @@ def make_learner(
         init=init,
         **options,
     )
+    learner.implementation = implementation
+    return learner
 
 
 @contextmanager
@@ -186,10 +191,9 @@ def build_learner(
         if config.backbone.type in FOR_TOKENS:
             sizes["per_token"] = benchmark.spec.per_token
         model = BACKBONES[config.backbone.type](**config.backbone.arguments(), **sizes)
+    optimizer: Any = config.optimizer
     if "optimizer" in targets:
         optimizer = user_optimizer(targets["optimizer"])
-    else:
-        optimizer = build_optimizer(config.optimizer)
     return make_learner(
         config.algo,
         model,

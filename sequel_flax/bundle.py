@@ -260,6 +260,7 @@ class Algorithm(NamedTuple):
             targets of the stream.
         second_phase: A second training phase at the end of a task, of which `end_task` takes the steps that
             are left; None for a method without one.
+        mappable: Whether `plan_end` and `apply_end` do all that `end_task` does.
 
     Example:
         >>> import optax
@@ -298,6 +299,7 @@ class Algorithm(NamedTuple):
     trained: Trained
     objective: Objective | None = None
     second_phase: SecondPhase | None = None
+    mappable: bool = True
 
 
 def plan_start(state: State, task: Task) -> StartPlan:
@@ -334,7 +336,7 @@ def apply_start(
         fresh = ts.tx.init(ts.params)
         old, new = (_structure(tree) for tree in (opt_state, fresh))  # differ if other parameters are trained
         opt_state = select(state.stream.task < 0, opt_state, fresh) if old == new else fresh
-    if hparams.lr_decay != 1.0:
+    if is_traced(hparams.lr_decay) or hparams.lr_decay != 1.0:
         rates = [
             jnp.asarray(base * hparams.learning_rate_factor(plan.task, base), base.dtype)
             for base in state.stream.learning_rates
@@ -469,6 +471,7 @@ def make_algorithm(
         trained=trained,
         objective=objective,
         second_phase=second_phase,
+        mappable=second_phase is None and (end_task is None or apply_end is not unchanged),
     )
 
 

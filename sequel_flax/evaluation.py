@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
+from numpy.typing import NDArray
 
 from sequel_core.objectives import ObjectiveHParams
 from sequel_core.runs.learner import Evaluation
@@ -17,7 +18,7 @@ from sequel_core.stream import plan
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import AnySplit, Batch, Samples
 from sequel_flax.bundle import Algorithm, State, with_masked_logits
-from sequel_flax.objectives import build_objective, losses_of, metric_outputs
+from sequel_flax.objectives import Objective, build_objective, losses_of, metric_outputs
 
 
 class Evaluator:
@@ -60,34 +61,48 @@ class Evaluator:
         Returns:
             The score and the mean loss.
         """
+        totals = Totals(self.objective)
+        for batch, valid in self.batches(samples):
+            sums, outputs = self._measure(ts, state, batch, valid)
+            totals.add(sums, outputs, batch.y, valid)
+        return totals.evaluation(len(samples))
+
+    def batches(self, samples: AnySplit) -> Iterator[tuple[Batch, NDArray[np.bool_]]]:
+        """Yield batches of equal size, and which of their samples are valid, bool `[B]`.
+
+        Args:
+            samples: The samples, such as `task.test`.
+        """
+        for chunk, valid in plan.evaluation_batches(samples, self.batch_size(samples)):
+            yield as_batch(chunk), valid
+
+    def batch_size(self, samples: AnySplit) -> int:
+        """Return the number of samples of each of `batches`."""
         size = self._batch_size
         while size // 2 >= max(len(samples), self._spec.max_evaluated):
             size //= 2
-        measured = []
-        metric = None if self.objective.metric is None else self.objective.metric()
-        for chunk, valid in plan.evaluation_batches(samples, size):
-            batch = as_batch(chunk)
-            sums, outputs = self._measure(ts, state, batch, valid)
-            measured.append(sums)
-            if metric is not None:
-                outputs, y = _first(int(valid.sum()), (outputs, batch.y))
-                metric = metric.merge(
-                    type(metric).from_model_output(logits=metric_outputs(outputs), labels=y)
-                )
-        sums = jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)), *jax.device_get(measured))
-        loss = _quotient(*sums["loss"])
-        score = _quotient(*sums["score"]) if metric is None else float(metric.compute())
-        masked_score = _quotient(*sums["masked"]) if "masked" in sums else math.nan
-        alternatives = {name: _quotient(*parts) for name, parts in sums["alternatives"].items()}
-        return Evaluation(score, len(samples), loss, masked_score, alternatives)
+        return size
 
     def _traced_measure(
         self, ts: TrainState, state: State, batch: Batch, valid: jax.Array
     ) -> tuple[dict[str, Any], Any]:
-        """Return sums over the valid samples, each with the sum of weights, and the outputs for a metric."""
-        objective, predict = self.objective, self._algorithm.predict
+        return self.measure(self._algorithm, ts, state, batch, valid)
+
+    def measure(
+        self, algorithm: Algorithm, ts: TrainState, state: State, batch: Batch, valid: jax.Array
+    ) -> tuple[dict[str, Any], Any]:
+        """Return sums over the valid samples, each with the sum of weights, and the outputs for a metric.
+
+        Args:
+            algorithm: The algorithm.
+            ts: The train state.
+            state: The state of the algorithm.
+            batch: The batch.
+            valid: The samples that count, bool `[B]`.
+        """
+        objective, predict = self.objective, algorithm.predict
         outputs = predict(ts, state, batch.x, batch.t)
-        others = self._algorithm.alternatives(ts, state, batch.x, batch.t)
+        others = algorithm.alternatives(ts, state, batch.x, batch.t)
 
         def net(x: Any) -> Any:
             return outputs if x is batch.x else predict(ts, state, x, batch.t)
@@ -109,8 +124,46 @@ class Evaluator:
         sums["score"] = scores(outputs)
         sums["alternatives"] = {name: scores(o) for name, o in others.items()}
         if objective.classification:
-            sums["masked"] = scores(with_masked_logits(outputs, jnp.asarray(self._spec.mask)[batch.t]))
+            sums["masked"] = scores(with_masked_logits(outputs, state.stream.classes[batch.t]))
         return sums, ()
+
+
+class Totals:
+    """Adds up what `Evaluator.measure` returns for the batches of a split.
+
+    Args:
+        objective: What the network is scored on.
+
+    Example:
+        >>> from sequel_flax import cross_entropy
+        >>> totals = Totals(cross_entropy())
+        >>> totals.add({"loss": (3.0, 2), "score": (1.0, 2), "alternatives": {}}, (), np.zeros(2), np.ones(2))
+        >>> totals.evaluation(2).loss
+        1.5
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self._metric = None if objective.metric is None else objective.metric()
+        self._measured: list[dict[str, Any]] = []
+
+    def add(self, sums: dict[str, Any], outputs: Any, y: Any, valid: NDArray[np.bool_]) -> None:
+        """Add a batch; the first two arguments are the result of `Evaluator.measure`."""
+        self._measured.append(sums)
+        if self._metric is not None:
+            outputs, y = _first(int(valid.sum()), (outputs, y))
+            self._metric = self._metric.merge(
+                type(self._metric).from_model_output(logits=metric_outputs(outputs), labels=y)
+            )
+
+    def evaluation(self, total: int) -> Evaluation:
+        """Return the score and the mean loss of `total` samples."""
+        measured = jax.device_get(self._measured)
+        sums = jax.tree.map(lambda *parts: float(np.sum(parts, dtype=np.float64)), *measured)
+        loss = _quotient(*sums["loss"])
+        score = _quotient(*sums["score"]) if self._metric is None else float(self._metric.compute())
+        masked_score = _quotient(*sums["masked"]) if "masked" in sums else math.nan
+        alternatives = {name: _quotient(*parts) for name, parts in sums["alternatives"].items()}
+        return Evaluation(score, total, loss, masked_score, alternatives)
 
 
 def _first(count: int, tree: Any) -> Any:

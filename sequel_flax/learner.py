@@ -18,7 +18,7 @@ from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict
 from numpy.typing import NDArray
 
-from sequel_core.hparams import TrainingHParams
+from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
 from sequel_core.objectives import ObjectiveHParams
 from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
 from sequel_core.runs.loggers import Loggers
@@ -29,14 +29,14 @@ from sequel_core.stream.planner import check_position
 from sequel_core.stream.task import AnySplit, Batch, Samples, Task
 from sequel_flax.backbones import initial_variables
 from sequel_flax.boundaries import SecondPhase, release_programs
-from sequel_flax.bundle import Algorithm, BatchStatsTrainState, collections
+from sequel_flax.bundle import Algorithm, BatchStatsTrainState, State, collections
 from sequel_flax.checkpoints import Saver, restored
 from sequel_flax.evaluation import Evaluator
 from sequel_flax.evaluation import as_batch as as_batch
 from sequel_flax.foreign import adapted
 from sequel_flax.hooks import Hook, Hooks
 from sequel_flax.objectives import build_objective
-from sequel_flax.optimizers import clip_by_global_norm, get_learning_rate
+from sequel_flax.optimizers import build_optimizer, clip_by_global_norm, get_learning_rate
 from sequel_flax.replay import Memory, stored_samples
 from sequel_flax.steps import (
     NEVER,
@@ -53,7 +53,7 @@ from sequel_flax.writers import MetricWriter, close_writer, resume_writer, write
 def initial_train_state(
     algorithm: Algorithm,
     model: Any,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | OptimizerHParams,
     spec: StreamSpec,
     training: TrainingHParams,
     init: plan.Init = "torch",
@@ -63,7 +63,7 @@ def initial_train_state(
     Args:
         algorithm: The algorithm. Only its trained parameters are given to the optimizer.
         model: A network with the interface of `adapted`.
-        tx: The optimizer.
+        tx: The optimizer, or the settings of a built-in one.
         spec: The specification of the benchmark.
         training: The seed, the dtype and gradient clipping are used.
         init: The distribution of the initial weights of a built-in network.
@@ -84,16 +84,45 @@ def initial_train_state(
         >>> ts.params["head"]["kernel"].shape
         (8, 10)
     """
-    if training.grad_clip is not None:
-        by_value = training.grad_clip_algorithm == "value"
-        tx = optax.chain((optax.clip if by_value else clip_by_global_norm)(training.grad_clip), tx)
-    if algorithm.trained.trainable is not None:
-        tx = optax.masked(tx, lambda params: algorithm.trained.mask_of(params, model))
+    tx = complete_optimizer(algorithm, model, tx, training)
     variables = initial_variables(model, spec, training.seed, training.dtype, init)
     train_state: Any = TrainState if [*variables] == ["params"] else BatchStatsTrainState
     ts = algorithm.prepare(train_state.create(apply_fn=model.apply, tx=tx, **variables), spec)
     strong: TrainState = strong_types(ts)
     return strong
+
+
+def complete_optimizer(
+    algorithm: Algorithm,
+    model: Any,
+    tx: optax.GradientTransformation | OptimizerHParams,
+    training: TrainingHParams,
+) -> optax.GradientTransformation:
+    """Return the optimizer of a train state: with clipping, and for the trained parameters only.
+
+    Args:
+        algorithm: The algorithm.
+        model: The network.
+        tx: The optimizer, or the settings of a built-in one.
+        training: The settings of gradient clipping are used.
+
+    Example:
+        >>> from sequel_core.algorithms.naive import NaiveHParams
+        >>> from sequel_flax import naive
+        >>> clipped, sgd = TrainingHParams(grad_clip=1.0), OptimizerHParams(lr=0.5)
+        >>> tx = complete_optimizer(naive(NaiveHParams()), None, sgd, clipped)
+        >>> updates, _ = tx.update({"w": jax.numpy.full(1, 8.0)}, tx.init({"w": jax.numpy.zeros(1)}))
+        >>> round(float(updates["w"][0]), 3)
+        -0.5
+    """
+    if isinstance(tx, OptimizerHParams):
+        tx = build_optimizer(tx)
+    if training.grad_clip is not None:
+        by_value = training.grad_clip_algorithm == "value"
+        tx = optax.chain((optax.clip if by_value else clip_by_global_norm)(training.grad_clip), tx)
+    if algorithm.trained.trainable is not None:
+        tx = optax.masked(tx, lambda params: algorithm.trained.mask_of(params, model))
+    return tx
 
 
 class TaskPosition(NamedTuple):
@@ -176,6 +205,26 @@ class TaskSchedule(NamedTuple):
         )
 
 
+def planned(algorithm: Algorithm, spec: StreamSpec, state: State, batch: Batch) -> Batch:
+    """Return a batch with the plan of the step after a state; no planner is advanced.
+
+    Args:
+        algorithm: The algorithm.
+        spec: The specification of the benchmark.
+        state: The state of the algorithm.
+        batch: A batch without a plan.
+
+    Example:
+        >>> from sequel_core.algorithms.naive import NaiveHParams
+        >>> from sequel_benchmarks import RotatedDigits
+        >>> from sequel_flax import State, naive
+        >>> spec, batch = RotatedDigits(num_tasks=2, subset=20).spec, Batch(None, np.zeros(1), np.zeros(1))
+        >>> planned(naive(NaiveHParams()), spec, State(None, ()), batch).plan
+        ()
+    """
+    return batch._replace(plan=algorithm.planner(spec, state).next(batch.y, batch.t))
+
+
 class FlaxLearner:
     """Trains an algorithm on the tasks of a stream; `sequel_core.run` calls it.
 
@@ -183,7 +232,8 @@ class FlaxLearner:
         algorithm: For example `ewc(EWCHParams())`.
         model: A linen or an NNX module, called with inputs `[B, ...]`; `sequel_flax.adapted` describes how it
             receives its mode.
-        tx: The optimizer. `lr_decay` needs one made with `optax.inject_hyperparams`.
+        tx: The optimizer, or the settings of a built-in one. `lr_decay` needs one made with
+            `optax.inject_hyperparams`.
         spec: The specification of the benchmark, `benchmark.spec`.
         training: Batch size, epochs, clipping, seed and dtype; None for the defaults.
         metrics: A `clu.metrics.Collection` class, called with `loss`, `logits` (what the network returns) and
@@ -220,7 +270,7 @@ class FlaxLearner:
         self,
         algorithm: Algorithm,
         model: nn.Module | nnx.Module,
-        tx: optax.GradientTransformation,
+        tx: optax.GradientTransformation | OptimizerHParams,
         spec: StreamSpec,
         training: TrainingHParams | None = None,
         *,
@@ -230,9 +280,11 @@ class FlaxLearner:
         steps_per_call: int | None = None,
         init: plan.Init = "torch",
     ) -> None:
+        self.optimizer, self.metrics, self.steps_per_call = tx, metrics, steps_per_call
+        self.implementation: Callable[[AlgorithmHParams], Algorithm] | None = None  # made the algorithm
         self.objective = algorithm.objective or build_objective(ObjectiveHParams(), spec)
         self.score = self.objective.score
-        self._steps = CompiledSteps(algorithm, metrics or train_metrics(self.objective), steps_per_call)
+        self.steps = CompiledSteps(algorithm, metrics or train_metrics(self.objective), steps_per_call)
         if algorithm.second_phase is not None:
             step: Any = algorithm.second_phase.step
             taken = algorithm._replace(train_step=step)
@@ -251,7 +303,7 @@ class FlaxLearner:
         self.planner = algorithm.planner(spec, self.state)
         self._position: TaskPosition | None = None  # None between tasks
         self._saver = Saver()
-        self._evaluator = Evaluator(algorithm, spec, self.training.eval_batch_size)
+        self.evaluator = Evaluator(algorithm, spec, self.training.eval_batch_size)
 
     @property
     def step(self) -> int:
@@ -279,9 +331,8 @@ class FlaxLearner:
         info = {"task": task.index, "task_steps": epochs * steps_per_epoch}
         self._call("before_task", info)
         if self._position is None:
-            started = self.algorithm.start_task(self.ts, self.state, task, info["task_steps"])
-            self.ts, self.state = strong_types(started)
-            self._position = TaskPosition(task.index, 0, self._steps.no_metrics)
+            self._start_task(task, info["task_steps"])
+            self._position = TaskPosition(task.index, 0, self.steps.no_metrics)
         first, rate = self.step - self._position.done, get_learning_rate(self.ts.opt_state)
         learning_rate = math.nan if rate is None else float(rate)
         intervals = (training.log_every_n_steps, *monitor.intervals)
@@ -293,17 +344,23 @@ class FlaxLearner:
         if self.algorithm.second_phase is not None:
             self._fit_second_phase(self.algorithm.second_phase, schedule, self._position, monitor)
         samples = plan.consolidation_batches(training.seed, task, training.batch_size)
-        batches = (jax.device_put(as_batch(chunk)) for chunk in samples)
-        self.ts, self.state = strong_types(self.algorithm.end_task(self.ts, self.state, batches))
+        self._end_task(as_batch(chunk) for chunk in samples)
         self._position = None
         self._call("after_task", info)
+
+    def _start_task(self, task: Task, num_steps: int) -> None:
+        self.ts, self.state = strong_types(self.algorithm.start_task(self.ts, self.state, task, num_steps))
+
+    def _end_task(self, batches: Iterator[Batch]) -> None:
+        on_device = map(jax.device_put, batches)
+        self.ts, self.state = strong_types(self.algorithm.end_task(self.ts, self.state, on_device))
 
     def _fit_epoch(
         self, schedule: TaskSchedule, epoch: int, position: TaskPosition, monitor: FitMonitor
     ) -> None:
         """Train from a position to the end of an epoch."""
         _, done, running = position
-        info, of_epoch = {"task": schedule.task, "epoch": epoch}, self._steps.no_metrics
+        info, of_epoch = {"task": schedule.task, "epoch": epoch}, self.steps.no_metrics
         self._call("before_epoch", info)
         for batches, steps in self._calls(schedule, epoch, done):
             running = self._take(schedule, info, running, batches, steps, done)
@@ -313,7 +370,7 @@ class FlaxLearner:
                 values = schedule.read(running)
                 if self.hooks:
                     of_epoch = merge_on_host(of_epoch, running)
-                running = self._steps.no_metrics
+                running = self.steps.no_metrics
                 monitor.on_progress(schedule.progress(values, epoch, done))
             if epoch_end and self.hooks:
                 self._call("after_epoch", {**schedule.read(of_epoch), **info})
@@ -342,7 +399,7 @@ class FlaxLearner:
             done += size
             epoch_end = done % second.steps_per_epoch == 0
             if epoch_end or (before + done) % self.training.log_every_n_steps == 0:
-                values, running = second.read(running), self._steps.no_metrics
+                values, running = second.read(running), self.steps.no_metrics
                 rate = float(steps.learning_rate[left - (count - done) - 1])
                 report = second.progress(values, (done - 1) // second.steps_per_epoch, done)
                 monitor.on_progress(report._replace(learning_rate=rate))
@@ -371,14 +428,16 @@ class FlaxLearner:
         """Take steps in one compiled call; return the running metrics."""
         hooks = self.hooks.due(schedule.first + done + 1)
         if not hooks:
-            self.ts, self.state, running = self._steps((self.ts, self.state, running), batches, steps)
-            return running
-        batch = batches if self._steps.steps_per_call == 1 else rows(batches, 0)
+            return self._train(running, batches, steps)
+        batch = batches if self.steps.steps_per_call == 1 else rows(batches, 0)
         self._call("before_step", info, batch, hooks)
-        carry = (self.ts, self.state, self._steps.no_metrics)
-        self.ts, self.state, alone = self._steps(carry, batches, steps)
+        alone = self._train(self.steps.no_metrics, batches, steps)
         self._call("after_step", {**schedule.read(alone), **info}, batch, hooks)
         return merge_on_host(running, alone)
+
+    def _train(self, running: RunningMetrics, batches: Batch, steps: int) -> RunningMetrics:
+        self.ts, self.state, running = self.steps((self.ts, self.state, running), batches, steps)
+        return running
 
     def _calls(self, schedule: TaskSchedule, epoch: int, done: int) -> Iterator[tuple[Batch, int]]:
         """Yield the batches of each compiled call of an epoch, and their number.
@@ -396,20 +455,17 @@ class FlaxLearner:
             start,
         ):
             chunk = as_batch(samples)
-            most = self._steps.steps_per_call or self._choose_steps_per_call(rows(chunk, 0))
+            most = self.steps.steps_per_call or self.steps.choose(
+                self.ts, self.state, planned(self.algorithm, self.spec, self.state, rows(chunk, 0))
+            )
             k, count = 0, len(chunk.t)
             while k < count:
                 steps = min(most, count - k, *(n - done % n for n in schedule.intervals))
                 steps = self.hooks.steps_until_due(schedule.first + done + 1, steps)
                 part = rows(chunk, slice(k, k + steps))
                 part = part._replace(plan=self.planner.next(part.y, part.t))
-                yield self._steps.arranged(part), steps
+                yield self.steps.arranged(part), steps
                 k, done = k + steps, done + steps
-
-    def _choose_steps_per_call(self, batch: Batch) -> int:
-        planner = self.algorithm.planner(self.spec, self.state)  # the learner's own is not advanced
-        planned = batch._replace(plan=planner.next(batch.y, batch.t))
-        return self._steps.choose(self.ts, self.state, planned)
 
     def _call(
         self,
@@ -427,7 +483,7 @@ class FlaxLearner:
         """Measure the score and the loss on a split of a task; see `sequel_core.runs.learner.Learner`."""
         info = {"task": task.index, "split": split}
         self._call("before_evaluation", info)
-        result = self._evaluator(self.ts, self.state, task.split(split))
+        result = self.evaluator(self.ts, self.state, task.split(split))
         key = self.score.key
         scores = {key: result.score, "loss": result.loss}
         if not math.isnan(result.masked_score):
@@ -501,7 +557,7 @@ class FlaxLearner:
 
     def _tree(self) -> dict[str, Any]:
         """Return everything that later steps depend on."""
-        task, done, running = self._position or (-1, 0, self._steps.no_metrics)
+        task, done, running = self._position or (-1, 0, self.steps.no_metrics)
         return {"ts": self.ts, "state": self.state, "position": np.array([task, done]), "tally": running}
 
     def weights(self) -> dict[str, FloatArray]:

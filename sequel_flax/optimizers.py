@@ -32,16 +32,19 @@ def build_optimizer(hparams: OptimizerHParams) -> optax.GradientTransformation:
         0.1
     """
 
+    def used(number: Any) -> bool:
+        return isinstance(number, jax.core.Tracer) or number != 0
+
     def sgd(learning_rate: float) -> optax.GradientTransformation:
-        steps = [optax.add_decayed_weights(hparams.weight_decay)] if hparams.weight_decay else []
-        if hparams.momentum:
+        steps = [optax.add_decayed_weights(hparams.weight_decay)] if used(hparams.weight_decay) else []
+        if used(hparams.momentum):
             steps.append(optax.trace(hparams.momentum, nesterov=hparams.nesterov))
         return optax.chain(*steps, optax.scale_by_learning_rate(learning_rate))
 
     def adam(learning_rate: float) -> optax.GradientTransformation:
         moments = optax.scale_by_adam(hparams.beta1, hparams.beta2, hparams.eps)
         steps = [moments]
-        if hparams.weight_decay:
+        if used(hparams.weight_decay):
             decay = optax.add_decayed_weights(hparams.weight_decay)
             steps = [decay, moments] if hparams.type == "adam" else [moments, decay]
         return optax.chain(*steps, optax.scale_by_learning_rate(learning_rate))

@@ -42,7 +42,7 @@ def penalty(params: Params, anchor: Params, importance: Params) -> jax.Array:
     return penalty
 
 
-@partial(jax.jit, static_argnames=("separate", "gamma"))
+@partial(jax.jit, static_argnames="separate")
 def consolidate(
     params: Params, state: QuadraticState, importance: Params, separate: bool = False, gamma: float = 1.0
 ) -> QuadraticState:

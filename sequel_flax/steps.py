@@ -13,7 +13,7 @@ import numpy as np
 from flax.training.train_state import TrainState
 
 from sequel_core.stream.task import Batch
-from sequel_flax.bundle import Algorithm, State, StepOutputs
+from sequel_flax.bundle import Algorithm, AnyStep, State, StepOutputs
 from sequel_flax.objectives import Objective
 from sequel_flax.placement import keeps_on_host
 
@@ -121,12 +121,12 @@ class CompiledSteps:
             RunningMetrics(strong_types(metrics.empty()), jnp.asarray(NEVER, jnp.int32))
         )
         self._algorithm = algorithm
-        self._metrics = metrics
+        self.metrics = metrics
         # `choose` and the step share one trace.
         self._train_step = jax.jit(algorithm.train_step, inline=True)
         self._step = jax.jit(self._traced_step, donate_argnums=(0, 1, 2))
         self._loop = jax.jit(self._traced_loop, donate_argnums=(0, 1, 2))
-        self._add = jax.jit(self._with_step)
+        self._add = jax.jit(partial(_with_step, metrics))
 
     def choose(self, ts: TrainState, state: State, batch: Batch) -> int:
         """Return the maximum number of steps in one call, chosen for a batch if it was None."""
@@ -164,28 +164,65 @@ class CompiledSteps:
         after: Carry = self._step(*carry, batches) if single else self._loop(*carry, batches, steps)
         return after
 
-    def _traced_step(self, ts: TrainState, state: State, running: RunningMetrics, batch: Batch) -> Carry:
-        step = ts.step
-        ts, state, outputs = self._train_step(ts, state, batch)
-        return ts, state, self._with_step(running, outputs, step)
+    def _traced_step(self, *carry_and_batch: Any) -> Carry:
+        return one_step(self._train_step, self.metrics, *carry_and_batch)
 
-    def _with_step(self, running: RunningMetrics, outputs: StepOutputs, step: Any) -> RunningMetrics:
-        """Return the running metrics with those of a step."""
-        merged = running.metrics.merge(self._metrics.single_from_model_output(**outputs))
-        metrics = jax.tree.map(lambda old, new: new.astype(old.dtype), running.metrics, merged)
-        bad_step = jnp.where(jnp.isfinite(outputs["loss"]), NEVER, step).astype(jnp.int32)
-        return RunningMetrics(metrics, jnp.minimum(running.first_bad_step, bad_step))
+    def _traced_loop(self, *carry_and_batches: Any) -> Carry:
+        return steps_in_loop(self._train_step, self.metrics, *carry_and_batches)
 
-    def _traced_loop(
-        self, ts: TrainState, state: State, running: RunningMetrics, batches: Batch, steps: int
-    ) -> Carry:
-        """Take the first `steps` of the batches. Another number of steps does not compile again."""
 
-        def body(k: int, carry: Carry) -> Carry:
-            return self._traced_step(*carry, rows(batches, k))
+def one_step(
+    train_step: AnyStep,
+    metrics: type[clu.metrics.Collection],
+    ts: TrainState,
+    state: State,
+    running: RunningMetrics,
+    batch: Batch,
+) -> Carry:
+    """Take one step; a pure function of the last four arguments.
 
-        end: Carry = jax.lax.fori_loop(0, steps, body, (ts, state, running))
-        return end
+    Args:
+        train_step: The step of the algorithm.
+        metrics: The class of the metrics.
+        ts: The train state.
+        state: The state of the algorithm.
+        running: The metrics of earlier steps.
+        batch: The batch.
+    """
+    step = ts.step
+    ts, state, outputs = train_step(ts, state, batch)
+    return ts, state, _with_step(metrics, running, outputs, step)
+
+
+def steps_in_loop(
+    train_step: AnyStep,
+    metrics: type[clu.metrics.Collection],
+    ts: TrainState,
+    state: State,
+    running: RunningMetrics,
+    batches: Batch,
+    steps: int,
+) -> Carry:
+    """Take the first `steps` of the batches `[n, B, ...]`. Another number does not compile again.
+
+    The other arguments are those of `one_step`.
+    """
+
+    def body(k: int, carry: Carry) -> Carry:
+        return one_step(train_step, metrics, *carry, rows(batches, k))
+
+    end: Carry = jax.lax.fori_loop(0, steps, body, (ts, state, running))
+    return end
+
+
+def _with_step(
+    metrics: type[clu.metrics.Collection], running: RunningMetrics, outputs: StepOutputs, step: Any
+) -> RunningMetrics:
+    """Return the running metrics with those of a step."""
+    merged = running.metrics.merge(metrics.single_from_model_output(**outputs))
+    values = jax.tree.map(lambda old, new: new.astype(old.dtype), running.metrics, merged)
+    bad_step = jnp.where(jnp.isfinite(outputs["loss"]), NEVER, step).astype(jnp.int32)
+    return RunningMetrics(values, jnp.minimum(running.first_bad_step, bad_step))
 
 
 def rows(batch: Batch, index: int | slice) -> Batch:

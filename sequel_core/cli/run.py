@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -352,6 +353,10 @@ def _sweep(arguments: Sequence[str], console: Console, show: bool, test: bool, r
     def start(given: DictConfig) -> float:  # launchers pickle it, and a console cannot be pickled
         return job(given, quiet, resume)
 
+    vars(start)["together"] = partial(_together, quiet=quiet, resume=resume)  # for hydra/launcher=vmap
+    if any(text.lstrip("+") == "hydra/launcher=vmap" for text in asked.hydra):
+        import_module("sequel_core.cli.together").check_together([item.config for item in jobs])
+
     with _reserved(asked.run_dir or str(new_path("_sweep")), resume) as directory:
         _launch(start, [*overrides, *asked.hydra, f"hydra.sweep.dir={quoted(str(directory))}", "--multirun"])
         directory.joinpath("multirun.yaml").unlink(missing_ok=True)
@@ -360,6 +365,10 @@ def _sweep(arguments: Sequence[str], console: Console, show: bool, test: bool, r
     if other_sweeper:
         rows = [Job(path, {}) for path in sorted(directory.iterdir()) if path.is_dir()]
     return rank(rows, directory, console)
+
+
+def _together(jobs: Any, width: int | None, quiet: bool, resume: Resume) -> Any:
+    return import_module("sequel_core.cli.together").run_jobs(jobs, width, quiet=quiet, resume=resume)
 
 
 def _validates(config: ExperimentConfig) -> bool:

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 """Ctrl-C, `kill`, and the signals that SLURM sends before a job's time is over (its option `--signal`)."""
@@ -33,6 +33,8 @@ class InterruptedRunError(Exception):
 class Signals:
     """Records the last signal received; a second Ctrl-C raises KeyboardInterrupt at once."""
 
+    _active: ClassVar[Signals | None] = None  # of the main thread
+
     def __init__(self) -> None:
         self.received: int | None = None
 
@@ -43,16 +45,24 @@ class Signals:
 
     @contextmanager
     def recorded(self) -> Iterator[Signals]:
-        """Record signals while active; no effect outside the main thread, the only one with handlers."""
+        """Record signals while active.
+
+        Only the main thread has handlers. In another thread, this yields what the main thread records, if it
+        does.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield Signals._active or self
+            return
         previous: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            for name in NAMES:
-                number = getattr(signal, name, None)  # Windows lacks some
-                if number is not None:
-                    previous[number] = signal.signal(number, self._record)
+        outer, Signals._active = Signals._active, self
+        for name in NAMES:
+            number = getattr(signal, name, None)  # Windows lacks some
+            if number is not None:
+                previous[number] = signal.signal(number, self._record)
         try:
             yield self
         finally:
+            Signals._active = outer
             for number, handler in previous.items():
                 signal.signal(number, handler)
 

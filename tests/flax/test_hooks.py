@@ -242,13 +242,13 @@ def test_only_step_hooks_split_compiled_calls(monkeypatch: pytest.MonkeyPatch) -
     def lengths(*hooks: Hook) -> list[int]:
         model = learner(NaiveHParams(), hooks=hooks, steps_per_call=50)
         taken: list[int] = []
-        loop = model._steps._loop
+        loop = model.steps._loop
 
         def counting(*args: Any) -> Any:
             taken.append(args[-1])
             return loop(*args)
 
-        monkeypatch.setattr(model._steps, "_loop", counting)
+        monkeypatch.setattr(model.steps, "_loop", counting)
         model.fit_task(rotated().tasks[0], SILENT)
         return taken
 

@@ -18,6 +18,7 @@ FOLDERS = {  # folder of the repository -> name in the wheel
     "sequel_flax": "sequel_flax",
     "benchmarks": "sequel_benchmarks",
     "configs": "sequel_configs",
+    "hydra_plugins": "hydra_plugins",  # a namespace that other packages share
 }
 
 
@@ -92,7 +93,8 @@ def test_the_wheel_contains_all_source_files_and_no_others(contents: set[str]) -
     }
     assert {name for name in contents if ".dist-info/" not in name} == expected
     assert {name.partition("/")[0] for name in expected} == set(FOLDERS.values())
-    assert {f"{FOLDERS[folder]}/py.typed" for folder in FOLDERS if folder != "configs"} <= expected
+    typed = set(FOLDERS.values()) - {"sequel_configs", "hydra_plugins"}
+    assert {f"{folder}/py.typed" for folder in typed} <= expected
     assert {"sequel_configs/config.yaml", "sequel_configs/algo/ewc.yaml"} <= expected
 
 

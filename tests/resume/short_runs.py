@@ -135,6 +135,14 @@ def job(mode: Mode, method: str, run_dir: Path, kill_at: int | None, results: An
     benchmark = stream(method)
     made: Any = learner(mode, method, benchmark)
     made.evaluate, made.save = moments.around(made.evaluate), moments.around(made.save)
+    count(moments)
+    go(made, benchmark, run_dir, CHECKPOINT)
+    if results is not None:
+        results.put(moments.count)
+
+
+def count(moments: Moments) -> None:
+    """Count the moments at which this process writes a file or takes steps."""
     append: Any = partial(moments.within_line, append=RunDirectory.append_metrics)
     after_step = FitMonitor.after_step
     RunDirectory.append_metrics = lambda self, record: append(self, record)  # type: ignore[method-assign]
@@ -142,16 +150,13 @@ def job(mode: Mode, method: str, run_dir: Path, kill_at: int | None, results: An
     Checkpoints._finish = moments.around(Checkpoints._finish)  # type: ignore[method-assign]
     sequel_core.runs.checkpoints._remove = moments.around(sequel_core.runs.checkpoints._remove)
     sequel_core.runs.files.write_bytes = moments.within_write
-    go(made, benchmark, run_dir, CHECKPOINT)
-    if results is not None:
-        results.put(moments.count)
 
 
-def start(*args: Any) -> tuple[int | None, int]:
+def start(*args: Any, target: Callable[..., None] = job) -> tuple[int | None, int]:
     """Do a job in a new process; return its exit code and, if it finished, its number of moments."""
     context = multiprocessing.get_context("forkserver")
     results = context.SimpleQueue()
-    process = context.Process(target=job, args=(*args, results))
+    process = context.Process(target=target, args=(*args, results))
     process.start()
     process.join()
     return process.exitcode, 0 if results.empty() else results.get()
