@@ -50,6 +50,7 @@ def write_report(
     png: str | Path | None = None,
     markdown: str | Path | None = None,
     force: bool = False,
+    budget: str = "",
 ) -> Study:
     """Write a report of runs as an HTML file that needs no other files and no network.
 
@@ -62,6 +63,7 @@ def write_report(
         png: folder for the figures, which is created if it does not exist; None writes no figures.
         markdown: file for the tables, with links to the figures if `png` is given; None writes no tables.
         force: overwrite files that are not reports; reports are always replaced.
+        budget: what every run could use, in words; empty if the runs have no common budget.
 
     Returns:
         The runs; its `notes` name the directories that could not be read.
@@ -87,7 +89,7 @@ def write_report(
     notes_of_tables: list[str] = []
     published = read_published(directories, notes_of_tables)
     study = replace(study, notes=[*study.notes, *notes_of_tables])
-    report = _Report(study, published)
+    report = _Report(study, published, budget)
     files = {html: report.html().encode()}
     if folder is not None:
         figures = {folder / f"{picture.name}.png": _png(picture) for picture in report.pictures}
@@ -130,8 +132,9 @@ def _check_file(name: str, path: Path, force: bool) -> None:
 class _Report:
     """The tables and figures of a report."""
 
-    def __init__(self, study: Study, published: Sequence[Published] = ()) -> None:
+    def __init__(self, study: Study, published: Sequence[Published] = (), budget: str = "") -> None:
         self.study = study
+        self.budget = f"Budget: {budget}." if budget else ""
         self.published = published
         bar_chart, score = pictures.bar_chart, study.score
         title = f"Average {score.name} after the last task"
@@ -192,6 +195,7 @@ class _Report:
         return {
             "subject": "; ".join(subject) or "runs",
             "runs": "; ".join([runs, *(f"{count} {status}" for status, count in others.items())]) + ".",
+            "budget": self.budget,
             "best": f"{which.title()} average {score.name}: {text}." if text else "",
             "which": which,
             "splits": " and ".join(dict.fromkeys(group.settings["evaluate_on"] for group in study.groups)),
@@ -264,6 +268,7 @@ class _Report:
         parts = [
             f"<!-- {MARK} -->\n# SequeL report",
             _escaped(f"{summary['subject']}. {summary['runs']}{best}"),
+            _escaped(summary["budget"]),
             *(f"- skipped: {_escaped(note)}" for note in self.study.notes),
             *(part for one in self.published for part in _markdown_published(one)),
             "## Results",

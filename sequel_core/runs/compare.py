@@ -20,6 +20,7 @@ from rich.table import Column, Table
 from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.objectives import Score
 from sequel_core.runs import learner
+from sequel_core.runs.budget import Budget, parse_budget, within_budget
 from sequel_core.runs.directory import CONFIG, RunDirectory, numbered
 from sequel_core.runs.formatting import number, scaling, score_text
 from sequel_core.runs.learner import PLUGINS, Learner, Mode
@@ -91,6 +92,7 @@ class Comparison:
         differences: one per label and seed that finished in both frameworks.
         tests: by framework, the comparison of every two labels with at least two common seeds.
         report: the HTML file; None if no run has recorded anything.
+        budget: what every run could use; None without a budget.
 
     Example:
         >>> from pathlib import Path
@@ -106,11 +108,12 @@ class Comparison:
     differences: tuple[Difference, ...]
     tests: Mapping[Mode, Sequence[PairedTest]]
     report: Path | None
+    budget: Budget | None = None
 
     def __rich__(self) -> Group:
         """Return the tables."""
         score = common_score(run.result.score for run in self.runs if run.result)
-        tables = [_table(self.rows, score)]
+        tables = [_table(self.rows, score, self.budget)]
         if self.differences:
             tables.append(_difference_table(self.differences, score))
             if any(run.result and run.result.config["training"]["dtype"] == "float32" for run in self.runs):
@@ -125,6 +128,7 @@ def compare(
     *,
     run_dir: str | Path | None = None,
     progress: bool = True,
+    budget: str | None = None,
     **settings: Any,
 ) -> Comparison:
     """Run experiments one after another and compare their results.
@@ -144,6 +148,8 @@ def compare(
         benchmark: the stream; only for learners.
         run_dir: an empty or new directory; None for a new one under `runs/`.
         progress: False to print nothing.
+        budget: only for overrides and configurations, what every run may use: `steps=N`, `seconds=S` or
+            `memory=SIZE`, see `sequel_core.runs.budget.within_budget`. Tables and report state it.
         settings: only for learners, arguments of `sequel_core.run`: `evaluate_every`, `evaluate_on`,
             `evaluate_future`, `callbacks`, `checkpoint`.
 
@@ -174,20 +180,45 @@ def compare(
         overrides = [runs] if isinstance(runs, str) else [str(text) for text in runs]
         runs, notes, composed_run_dir = _composed(overrides)
         run_dir = composed_run_dir if run_dir is None else run_dir
-    trials = _trials(runs, benchmark, settings, "bars" if progress else False)
+    shown: Shown = "bars" if progress else False
+    allowed = None if budget is None else parse_budget(budget)
+    trials = _trials(runs, benchmark, settings, shown)
     print_notes(console, notes)
+    if allowed is not None:
+        trials = _trials(within_budget(_by_label(runs), allowed, say), benchmark, settings, shown)
     directory = RunDirectory.create(run_dir).path
     done: list[Run] = []
     for trial in trials:
         done.append(_run_trial(trial, directory, say))
     recorded = [item.directory for item in done if (item.directory / CONFIG).is_file()]
     report = directory / REPORT if recorded else None
-    comparison = Comparison(directory, tuple(done), _rows(done), _differences(done), _tests(done), report)
+    for item in done:
+        missed = allowed.missed(item.result) if allowed is not None and item.result else ""
+        if missed:
+            say(f"note: {item.label}, {item.mode}, seed {item.seed} {missed}, which is not {allowed}")
+    differences = () if allowed is not None and allowed.quantity == "seconds" else _differences(done)
+    comparison = Comparison(
+        directory, tuple(done), _rows(done), differences, _tests(done), report, budget=allowed
+    )
     console.print(comparison)
     if report:
-        write_report(recorded, report)
+        write_report(recorded, report, budget="" if allowed is None else str(allowed))
         say(f"report: {report}")
     return comparison
+
+
+def _by_label(runs: Sequence[Any] | Mapping[str, Any]) -> dict[str, list[ExperimentConfig]]:
+    """Return the configurations of a comparison by label."""
+    labelled: dict[str, list[ExperimentConfig]] = {}
+    for label, group in runs.items() if isinstance(runs, Mapping) else [("", runs)]:
+        for one in group if isinstance(group, Sequence) else [group]:
+            if not isinstance(one, ExperimentConfig):
+                raise ValueError(
+                    f"budget is for overrides and configurations, got a {type(one).__name__}; a learner is "
+                    "already built: set its epochs or its memory yourself"
+                )
+            labelled.setdefault(label or one.algo.name, []).append(one)
+    return labelled
 
 
 class _Trial(NamedTuple):
@@ -409,15 +440,18 @@ def _largest(
 _left, _right = partial(Column, overflow="fold"), partial(Column, overflow="fold", justify="right")
 
 
-def _table(rows: Sequence[Row], score: Score) -> Table:
+def _table(rows: Sequence[Row], score: Score, budget: Budget | None = None) -> Table:
     several, unit = any(len(row.seeds) > 1 for row in rows), "%" if score.fraction else ""
     heads = (f"average\n{score.name}\n{unit}", f"\nforget-\nting {unit}", f"learning\n{score.name}\n{unit}")
     columns = [
         *map(_left, ("run", "mode", "seeds")),
         *map(_right, (*heads, "\n\nseconds", "\n\nsteps/s", "\n\nmemory")),
     ]
-    title = "mean over seeds ± half of the 95 % confidence interval" if several else None
-    table = Table(*columns, title=title, title_justify="left", padding=0)  # fits into 80 columns
+    titles = [] if budget is None else [str(budget)]
+    titles += ["mean over seeds ± half of the 95 % confidence interval"] if several else []
+    table = Table(
+        *columns, title="\n".join(titles) or None, title_justify="left", padding=0
+    )  # fits into 80 columns
     for k, row in enumerate(rows):
         seeds = ", ".join(map(str, row.seeds)) or "-"
         seeds += f"; failed: {', '.join(map(str, row.failed))}" if row.failed else ""

@@ -23,7 +23,7 @@ SMALL = ["benchmark.num_tasks=2", "benchmark.subset=100"]
 def plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ScriptedPlugin:
     made = ScriptedPlugin()
     monkeypatch.setattr(learner, "plugin", lambda mode: made)
-    monkeypatch.setattr(report, "write_report", lambda directories, path: Path(path).touch())
+    monkeypatch.setattr(report, "write_report", lambda directories, path, **_: Path(path).touch())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
     return made

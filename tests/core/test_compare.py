@@ -32,7 +32,9 @@ SMALL = ["benchmark=rotateddigits", "benchmark.num_tasks=2", "benchmark.subset=1
 def reported(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Path], Path]]:
     """Keep what reports are asked for, in place of writing them, which takes seconds."""
     asked: list[tuple[list[Path], Path]] = []
-    monkeypatch.setattr(report, "write_report", lambda directories, path: asked.append((directories, path)))
+    monkeypatch.setattr(
+        report, "write_report", lambda directories, path, **_: asked.append((directories, path))
+    )
     return asked
 
 
