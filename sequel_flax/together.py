@@ -35,8 +35,8 @@ from sequel_core.stream.task import AnySplit, Batch, Task
 from sequel_flax.boundaries import stack_plans
 from sequel_flax.coroutines import Coroutine, Finished
 from sequel_flax.evaluation import Totals
-from sequel_flax.learner import FlaxLearner
 from sequel_flax.grouping import Group, Numbers, grouped, numbers_of, with_numbers
+from sequel_flax.learner import FlaxLearner
 from sequel_flax.steps import RunningMetrics, one_step, steps_in_loop, strong_types
 
 RECORD = "together.json"
