@@ -34,7 +34,8 @@ Do not edit this page: `make tables` writes it from `configs/tables/*.yaml` and 
 - Verdicts compare the mean in JAX with the published mean, by two one-sided tests at level 5 %. The margin is
   1.5 points, or the published standard deviation if that is larger. A row measured only in PyTorch has the
   verdict of PyTorch.
-- Rows in italics do not count: their published value was recalled and not read in the paper.
+- Rows in italics do not count: their published value was recalled and not read in the paper. Their numbers are
+  in parentheses.
 """
 
 
@@ -104,24 +105,23 @@ def counts(table: PublishedTable, measured: MeasuredTable, evidence: str) -> Cou
     )
 
 
-def summary(measured: dict[str, MeasuredTable], page: str = "") -> Iterator[str]:
-    """Yield the numbers of verdicts of all tables, with links to their sections of a page."""
+def summary(measured: dict[str, MeasuredTable], page: str = "") -> str:
+    """Return the numbers of verdicts of all tables, with links to their sections of a page."""
     columns = (*get_args(Verdict), NOT_EXPRESSIBLE, NOT_MEASURED)
     rows = []
     for name, values in measured.items():
-        table = read_table(name)
-        for evidence in ("verified", "recalled"):
-            counted = counts(table, values, evidence)
-            if counted:
-                cells = [str(counted.get(column, 0)) for column in columns]
-                rows.append([f"[{name}]({page}#{name})", evidence, *cells])
-    yield markdown_table(["table", "rows", *columns], rows)
+        verified, recalled = (counts(read_table(name), values, e) for e in ("verified", "recalled"))
+        cells = [
+            (verified[column] or "", f"({recalled[column]})" * bool(recalled[column])) for column in columns
+        ]
+        rows.append([f"[{name}]({page}#{name})", *(" ".join(filter(None, map(str, cell))) for cell in cells)])
+    return markdown_table(["table", *columns], rows)
 
 
 def page() -> str:
     """Return the text of docs/tables.md."""
     measured = measured_tables()
-    lines = [INTRODUCTION, *summary(measured)]
+    lines = [INTRODUCTION, summary(measured)]
     for name, values in measured.items():
         lines += section(name, read_table(name), values)
     return "\n".join(lines).rstrip() + "\n"
@@ -129,7 +129,7 @@ def page() -> str:
 
 def readme() -> str:
     """Return README.md with the numbers of verdicts of the tables."""
-    written = "\n".join(summary(measured_tables(), "docs/tables.md"))
+    written = summary(measured_tables(), "docs/tables.md")
     before, _, rest = README.read_text(encoding="utf-8").partition(START)
     return f"{before}{START}{written}\n{END}{rest.partition(END)[2]}"
 
