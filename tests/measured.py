@@ -34,8 +34,8 @@ Do not edit this page: `make tables` writes it from `configs/tables/*.yaml` and 
 - Verdicts compare the mean in JAX with the published mean, by two one-sided tests at level 5 %. The margin is
   1.5 points, or the published standard deviation if that is larger. A row measured only in PyTorch has the
   verdict of PyTorch.
-- Rows in italics do not count: their published value was recalled and not read in the paper. Their numbers are
-  in parentheses.
+- Rows in italics do not count: their published value was recalled and not read in the paper. Their numbers
+  are in parentheses.
 """
 
 
