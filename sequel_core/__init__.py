@@ -11,13 +11,16 @@ from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.gdumb import GDumbHParams
+from sequel_core.algorithms.gem import GEMHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.algorithms.lamaml import LaMAMLHParams
 from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.lwf import LwFHParams
 from sequel_core.algorithms.mas import MASHParams
 from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.mir import MIRHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
@@ -50,6 +53,7 @@ __all__ = [
     "ERHParams",
     "EWCHParams",
     "GDumbHParams",
+    "GEMHParams",
     "ICaRLHParams",
     "JointHParams",
     "KCLHParams",
@@ -57,8 +61,10 @@ __all__ = [
     "LaMAMLHParams",
     "LeafSpec",
     "Learner",
+    "LwFHParams",
     "MASHParams",
     "MCSGDHParams",
+    "MIRHParams",
     "NaiveHParams",
     "Normalisation",
     "ObjectiveHParams",

@@ -18,7 +18,7 @@ Dtype = Literal["float32", "float64"]
 MemoryDevice = Literal["auto", "cpu"]
 MemoryDtype = Literal["auto", "float16", "bfloat16", "float32"]
 MemoryPolicy = Literal[
-    "reservoir", "ring", "class_balanced", "task_balanced", "task_quota", "class_quota", "greedy"
+    "reservoir", "ring", "task_ring", "class_balanced", "task_balanced", "task_quota", "class_quota", "greedy"
 ]
 
 
@@ -118,7 +118,8 @@ class MemoryHParams(AlgorithmHParams):
     memory: MemoryPolicy = setting(
         "reservoir",
         "which samples are kept: `reservoir`, a uniform sample of the stream; `ring`, the latest of each "
-        "class of each task; `class_balanced`, equally many of each class seen so far; `task_balanced`, "
+        "class of each task; `task_ring`, the latest of each task; `class_balanced`, equally many of each "
+        "class seen so far; `task_balanced`, "
         "equally many of each task seen so far; `task_quota`, a uniform sample of each task; `class_quota`, "
         "a uniform sample of each class of each task; `greedy`, samples of classes with less than an equal "
         "share (GDumb). The two quotas are replayed from the next task on",
@@ -173,7 +174,7 @@ class MemoryHParams(AlgorithmHParams):
 
     def parts(self, spec: StreamSpec) -> int:
         """Return the number of parts of fixed, equal size that the memory has; 1 if it is not divided."""
-        if self.memory == "task_quota":
+        if self.memory in ("task_quota", "task_ring"):
             return spec.num_tasks
         return int(spec.groups.sum()) if self.memory in ("ring", "class_quota") else 1
 
@@ -204,7 +205,7 @@ class MemoryHParams(AlgorithmHParams):
             step = math.lcm(parts, unit)
             totals = [k * step for k in (size // step, size // step + 1, size // step + 2)]
             fits = [str(total // unit) for total in totals if total >= max(batch_size, self.drawn)]
-            unit_name = "task" if self.memory == "task_quota" else "class of each task"
+            unit_name = "task" if self.memory.startswith("task_") else "class of each task"
             raise ValueError(
                 f"{name} must divide into the {parts} equal parts of memory={self.memory}, one for each "
                 f"{unit_name}, {got}; use {' or '.join(fits[:2]) or f'a multiple of {step // unit}'}"

@@ -83,6 +83,7 @@ class Outputs(NamedTuple):
 
 
 Loss = Callable[[Outputs, Sequence[Outputs]], jax.Array]
+Choice = Callable[[Params, Model, list[ReplayBatch]], list[ReplayBatch]]
 
 
 def empty_memory(
@@ -291,7 +292,7 @@ def replay(
     past_only: bool = False,
     together: bool = False,
     keep_outputs: bool = False,
-    loss_classes: Callable[[State, Batch], jax.Array | None] = lambda state, batch: None,
+    choose: Choice = lambda params, model, samples: samples,
     trainable: Selection = None,
     objective: Objective | None = None,
     **parts: Any,
@@ -306,8 +307,7 @@ def replay(
         past_only: whether draws are from past tasks only.
         together: whether the batch and the draws have one pass; see `forward`.
         keep_outputs: whether the memory holds the outputs for its samples; see the setting `output`.
-        loss_classes: of the state and the batch, the classes that the loss of the batch is over, bool
-            `[num_classes]`; None for all.
+        choose: what a step trains on, from its batch and its draws.
         trainable: which parameters are trained; see `make_algorithm`.
         objective: what the network is trained on; see `make_algorithm`.
         parts: arguments of `make_algorithm` that replace those of this function.
@@ -319,16 +319,15 @@ def replay(
 
     def train_step(ts: TrainState, state: State, batch: Batch) -> tuple[TrainState, State, StepOutputs]:
         check_augmented(state, batch)
-        current, *past = draws(state.memory, batch)
-        samples = [current._replace(classes=loss_classes(state, batch)), *past]
         model = Model(ts, state, objective_of(objective, state.stream), hparams)
+        samples = choose(ts.params, model, draws(state.memory, batch))
 
         def loss_fn(params: Params) -> tuple[jax.Array, tuple[Outputs, Stats]]:
-            (outputs, *others), stats = forward(params, model, samples, together)
-            return loss(outputs, others), (outputs, stats)
+            (current, *others), stats = forward(params, model, samples, together)
+            return loss(current, others), (current, stats)
 
-        (value, (outputs, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
-        return written(model, batch, value, outputs, advance(ts, gradient, stats))
+        (value, (current, stats)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(ts.params)
+        return written(model, batch, value, current, advance(ts, gradient, stats))
 
     def make_planner(spec: StreamSpec) -> Planner:
         return MemoryPlanner(hparams, spec, seed, num_draws, past_only)

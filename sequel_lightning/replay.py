@@ -295,9 +295,9 @@ class ReplayModule(ContinualModule):
         """Return the training loss, shape ()."""
         raise TypeError(f"{type(self).__name__} has to override replay_loss(batch, draws)")
 
-    def loss_classes(self, batch: Batch) -> Tensor | None:
-        """Return the classes that the loss of the batch is over, bool `[num_classes]`; None for all."""
-        return None
+    def chosen(self, samples: list[ReplayBatch]) -> list[ReplayBatch]:
+        """Return what a step trains on, from its batch and its draws; the network has not been called yet."""
+        return samples
 
     @property
     def state(self) -> Any:
@@ -314,17 +314,16 @@ class ReplayModule(ContinualModule):
     def training_loss(self, batch: Batch) -> tuple[Tensor, Any]:
         """Return the loss of the batch and the draws, and the batch's outputs; then write the batch."""
         batch = self.planned(batch)
-        current, *past = draws(self.contents, batch)
-        self.samples = [current._replace(classes=self.loss_classes(batch)), *past]
-        outputs, *others = forward(
+        self.samples = self.chosen(draws(self.contents, batch))
+        current, *past = forward(
             self, self.samples if self.draws_in_loss else self.samples[:1], self.together
         )
-        loss = self.replay_loss(outputs, others)
+        loss = self.replay_loss(current, past)
         if self.has_penalty:
             with torch.no_grad():
-                self.added(loss - mean_loss(outputs))
-        self.write_batch(batch, outputs.outputs)
-        return loss, outputs.masked
+                self.added(loss - mean_loss(current))
+        self.write_batch(batch, current.outputs)
+        return loss, current.masked
 
     def write_batch(self, batch: Batch, outputs: Any) -> None:
         """Write the batch to the memory, with what the network returned for it."""

@@ -33,6 +33,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "kcl": {"core_size": 4, "d_rn_f": 16},
     "icarl": {"mem_size": 12},
     "gdumb": {"mem_size": 12, "phase_epochs": 1},
+    "gem": {"mem_size": 12},
+    "mir": {"mem_size": 12, "mem_batch_size": 4, "num_candidates": 8},
     **{name: {"mem_size": 12, "mem_batch_size": 4} for name in ("agem", "er", "er_ace", "der", "derpp")},
 }
 HPARAMS: dict[str, AlgorithmHParams] = {name: cls(**SMALL.get(name, {})) for name, cls in ALGORITHMS.items()}

@@ -9,13 +9,16 @@ from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.gdumb import GDumbHParams
+from sequel_core.algorithms.gem import GEMHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.algorithms.lamaml import LaMAMLHParams
 from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.lwf import LwFHParams
 from sequel_core.algorithms.mas import MASHParams
 from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.mir import MIRHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
@@ -27,9 +30,11 @@ ALGORITHMS: dict[str, type[AlgorithmHParams]] = {
         NaiveHParams,
         JointHParams,
         EWCHParams,
+        GEMHParams,
         SIHParams,
         MASHParams,
         LFLHParams,
+        LwFHParams,
         StableSGDHParams,
         AGEMHParams,
         ERHParams,
@@ -38,6 +43,7 @@ ALGORITHMS: dict[str, type[AlgorithmHParams]] = {
         DERppHParams,
         GDumbHParams,
         MCSGDHParams,
+        MIRHParams,
         LaMAMLHParams,
         ICaRLHParams,
         KCLHParams,

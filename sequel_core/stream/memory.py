@@ -87,6 +87,7 @@ class Parts:
 
     def __init__(self, table: IntArray, quota: int, size: int, ring: bool, past_only: bool) -> None:
         self._table = table.tolist()
+        self._parts = [sorted({part for part in row if part >= 0}) for row in self._table]
         parts = int(table.max()) + 1
         self._quota, self._ring, self._past_only = quota, ring, past_only
         self._size = size
@@ -119,6 +120,14 @@ class Parts:
             ]
             self._readable_for = t
         return self._readable
+
+    def held(self, task: int) -> Sequence[int]:
+        """Return the slots that hold a sample of a task."""
+        return [
+            part * self._quota + k
+            for part in self._parts[task]
+            for k in range(min(self._seen[part], self._quota))
+        ]
 
     def resume(self, state: IntArray) -> None:
         """Continue from a saved state."""
@@ -247,6 +256,8 @@ class MemoryPlanner:
         seed: seed of the run.
         draws: number of independent draws from the memory at each step, before the step writes to it.
         past_only: read the samples of past tasks only; needs a memory with parts.
+        per_task: draw k of a step is from the samples of task k, empty for the current task; `draws` is then
+            the number of tasks. It needs a memory with parts.
         later_draws: number of further draws, after the step has written to the memory.
 
     Raises:
@@ -270,14 +281,18 @@ class MemoryPlanner:
         draws: int = 1,
         past_only: bool = False,
         later_draws: int = 0,
+        per_task: bool = False,
     ) -> None:
+        draws = spec.num_tasks if per_task else draws
         hparams.check_memory(spec, batch_size=1)
         self.slots = hparams.slots(spec.num_tasks)
         self._none = max(self.slots, 1)  # arrays of a memory have at least one slot
         self._hparams, self._spec = hparams, spec
         self._early, self._draws = draws, draws + later_draws
-        self._drawn = hparams.drawn if self.slots else 0
-        self._policy = policy(hparams, spec, past_only)
+        largest = self.slots // spec.num_tasks if per_task else self.slots
+        self._drawn = min(hparams.drawn, largest)
+        self._policy = policy(hparams, spec, past_only or per_task)
+        self._held = self._policy.held if per_task and isinstance(self._policy, Parts) else None
         self._choose = independent if hparams.replacement else distinct
         self._known = {(int(y), int(t)) for t, y in np.argwhere(spec.groups)}
         self._keep, self._pick = (plan.Uniforms(seed, f"memory {name}") for name in ("writes", "reads"))
@@ -340,6 +355,8 @@ class MemoryPlanner:
         """Write the slots of `draws` in place, `[draws, R]`."""
         readable = self._policy.readable(task)
         for k, slots in enumerate(draws):
+            if self._held is not None:
+                readable = [] if k == task else self._held(k)
             chosen = self._choose(u[k * self._drawn : (k + 1) * self._drawn], len(readable))
             slots[: len(chosen)] = [readable[slot] for slot in chosen]
 
@@ -393,12 +410,12 @@ def policy(hparams: MemoryHParams, spec: StreamSpec, past_only: bool) -> Policy:
         return Balanced(size, spec.num_tasks if by_task else spec.groups.shape[1], by_task)
     groups = spec.groups
     table = np.full(groups.shape, -1, np.int64)
-    if hparams.memory == "task_quota":
+    if hparams.memory in ("task_quota", "task_ring"):
         table[groups] = np.nonzero(groups)[0]
     else:
         table[groups] = np.arange(groups.sum())
     quota = size // hparams.parts(spec)
-    ring = hparams.memory == "ring"
+    ring = hparams.memory in ("ring", "task_ring")
     return Parts(table, quota, size, ring, past_only or not ring)
 
 
@@ -411,6 +428,8 @@ def distinct(u: Sequence[float], population: int) -> list[int]:
         u: random numbers, uniform in [0, 1).
         population: >= 0.
     """
+    if len(u) >= population:
+        return list(range(population))
     chosen: set[int] = set()
     for x, top in zip(u, range(max(0, population - len(u)), population), strict=False):
         j = int(x * (top + 1))

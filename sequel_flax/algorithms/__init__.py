@@ -11,13 +11,16 @@ from sequel_flax.algorithms.er import er
 from sequel_flax.algorithms.er_ace import er_ace
 from sequel_flax.algorithms.ewc import ewc
 from sequel_flax.algorithms.gdumb import gdumb
+from sequel_flax.algorithms.gem import gem
 from sequel_flax.algorithms.icarl import icarl
 from sequel_flax.algorithms.joint import joint
 from sequel_flax.algorithms.kcl import kcl
 from sequel_flax.algorithms.lamaml import lamaml
 from sequel_flax.algorithms.lfl import lfl
+from sequel_flax.algorithms.lwf import lwf
 from sequel_flax.algorithms.mas import mas
 from sequel_flax.algorithms.mcsgd import mcsgd
+from sequel_flax.algorithms.mir import mir
 from sequel_flax.algorithms.naive import naive
 from sequel_flax.algorithms.si import si
 from sequel_flax.algorithms.stable_sgd import stable_sgd
@@ -32,13 +35,16 @@ __all__ = [
     "er_ace",
     "ewc",
     "gdumb",
+    "gem",
     "icarl",
     "joint",
     "kcl",
     "lamaml",
     "lfl",
+    "lwf",
     "mas",
     "mcsgd",
+    "mir",
     "naive",
     "si",
     "stable_sgd",
@@ -48,9 +54,11 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "naive": naive,
     "joint": joint,
     "ewc": ewc,
+    "gem": gem,
     "si": si,
     "mas": mas,
     "lfl": lfl,
+    "lwf": lwf,
     "stable_sgd": stable_sgd,
     "agem": agem,
     "er": er,
@@ -62,4 +70,5 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "lamaml": lamaml,
     "kcl": kcl,
     "mcsgd": mcsgd,
+    "mir": mir,
 }

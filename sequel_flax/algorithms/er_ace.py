@@ -21,10 +21,9 @@ from functools import partial
 import jax
 
 from sequel_core.algorithms.er_ace import ERACEHParams
-from sequel_core.stream.task import Batch
-from sequel_flax.bundle import Algorithm, State, seen_classes
+from sequel_flax.bundle import Algorithm, Model, Params, seen_classes
 from sequel_flax.objectives import Objective, check_classification
-from sequel_flax.replay import Outputs, mean_loss, replay
+from sequel_flax.replay import Outputs, ReplayBatch, mean_loss, replay
 from sequel_flax.trainable import Selection
 
 
@@ -79,14 +78,15 @@ def er_ace(
         (40, 10)
     """
 
-    def loss_classes(state: State, batch: Batch) -> jax.Array:
-        return batch_classes(batch.y, seen_classes(state.stream), hparams)
+    def chosen(params: Params, model: Model, samples: list[ReplayBatch]) -> list[ReplayBatch]:
+        kept = batch_classes(samples[0].y, seen_classes(model.state.stream), hparams)
+        return [samples[0]._replace(classes=kept), *samples[1:]]
 
     return replay(
         hparams,
         seed,
         replay_loss,
-        loss_classes=loss_classes,
+        choose=chosen,
         trainable=trainable,
         objective=objective,
         check=partial(check_classification, method=hparams.name),

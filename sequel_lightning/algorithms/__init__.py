@@ -9,13 +9,16 @@ from sequel_lightning.algorithms.er import ER
 from sequel_lightning.algorithms.er_ace import ERACE
 from sequel_lightning.algorithms.ewc import EWC
 from sequel_lightning.algorithms.gdumb import GDumb
+from sequel_lightning.algorithms.gem import GEM
 from sequel_lightning.algorithms.icarl import ICaRL
 from sequel_lightning.algorithms.joint import Joint
 from sequel_lightning.algorithms.kcl import KCL
 from sequel_lightning.algorithms.lamaml import LaMAML
 from sequel_lightning.algorithms.lfl import LFL
+from sequel_lightning.algorithms.lwf import LwF
 from sequel_lightning.algorithms.mas import MAS
 from sequel_lightning.algorithms.mcsgd import MCSGD
+from sequel_lightning.algorithms.mir import MIR
 from sequel_lightning.algorithms.naive import Naive
 from sequel_lightning.algorithms.si import SI
 from sequel_lightning.algorithms.stable_sgd import StableSGD
@@ -28,16 +31,19 @@ __all__ = [
     "ER",
     "ERACE",
     "EWC",
+    "GEM",
     "KCL",
     "LFL",
     "MAS",
     "MCSGD",
+    "MIR",
     "SI",
     "DERpp",
     "GDumb",
     "ICaRL",
     "Joint",
     "LaMAML",
+    "LwF",
     "Naive",
     "StableSGD",
 ]
@@ -46,9 +52,11 @@ ALGORITHMS: dict[str, type[ContinualModule]] = {
     "naive": Naive,
     "joint": Joint,
     "ewc": EWC,
+    "gem": GEM,
     "si": SI,
     "mas": MAS,
     "lfl": LFL,
+    "lwf": LwF,
     "stable_sgd": StableSGD,
     "agem": AGEM,
     "er": ER,
@@ -60,4 +68,5 @@ ALGORITHMS: dict[str, type[ContinualModule]] = {
     "lamaml": LaMAML,
     "kcl": KCL,
     "mcsgd": MCSGD,
+    "mir": MIR,
 }

@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sequel_core.algorithms.er_ace import ERACEHParams
-from sequel_core.stream.task import Batch
 from sequel_lightning.objectives import Objective, check_classification
-from sequel_lightning.replay import Outputs, ReplayModule, mean_loss
+from sequel_lightning.replay import Outputs, ReplayBatch, ReplayModule, mean_loss
 
 
 def replay_loss(batch: Outputs, draws: Sequence[Outputs]) -> Tensor:
@@ -70,6 +69,7 @@ class ERACE(ReplayModule):
         """Return the training loss, shape ()."""
         return replay_loss(batch, draws)
 
-    def loss_classes(self, batch: Batch) -> Tensor:
-        """Return the classes that the loss of the batch is over, bool `[num_classes]`."""
-        return batch_classes(batch.y, self.seen_classes(), self.algorithm_hparams)
+    def chosen(self, samples: list[ReplayBatch]) -> list[ReplayBatch]:
+        """Return the samples, with the classes that the loss of the batch is over."""
+        kept = batch_classes(samples[0].y, self.seen_classes(), self.algorithm_hparams)
+        return [samples[0]._replace(classes=kept), *samples[1:]]

@@ -38,9 +38,12 @@ NOT_ATTACHED = {
     "StableSGD": "it is a choice of dropout and learning rates; set them in your module",
     "ERACE": "it masks logits within the loss of your module; use sequel_lightning.ERACE",
     "GDumb": "it trains the network anew after each task; use sequel_lightning.GDumb",
+    "GEM": "it draws from each past task, which with_replay cannot; use attach.AGEM or sequel_lightning.GEM",
     "ICaRL": "it replaces the head of the network by class means; use sequel_lightning.ICaRL",
     "KCL": "it replaces the head of the network by a kernel; use sequel_lightning.KCL",
     "LaMAML": "it takes inner steps that replace the optimizer's; use sequel_lightning.LaMAML",
+    "LwF": "its loss depends on the classes of past tasks; use sequel_lightning.LwF",
+    "MIR": "it chooses the replayed samples by their losses; use sequel_lightning.MIR",
     "MCSGD": "it trains further weights after each task; use sequel_lightning.MCSGD",
 }
 """The methods that are no callbacks, and why."""

@@ -13,6 +13,7 @@ from scipy.stats import chi2
 
 from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.gem import GEMHParams
 from sequel_core.hparams import MemoryPolicy
 from sequel_core.stream import plan
 from sequel_core.stream.arrays import BoolArray, IntArray
@@ -84,9 +85,13 @@ def group_of(memory: MemoryPolicy, y: int, t: int) -> tuple[int, ...]:
     """Return the group whose slots a sample may use: (), (task,), (class,) or (task, class)."""
     if memory == "reservoir":
         return ()
-    return {"task_quota": (t,), "task_balanced": (t,), "class_balanced": (y,), "greedy": (y,)}.get(
-        memory, (t, y)
-    )
+    return {
+        "task_quota": (t,),
+        "task_ring": (t,),
+        "task_balanced": (t,),
+        "class_balanced": (y,),
+        "greedy": (y,),
+    }.get(memory, (t, y))
 
 
 def _reference_memories(
@@ -113,7 +118,7 @@ def _reference_memories(
         elif memory not in BALANCED:  # Vitter 1985, algorithm R, or a ring, in the part of the group
             slots = [parts.index(group) * quota + i for i in range(quota)]
             n = seen[group]
-            place = n - 1 if n <= quota else (n - 1) % quota if memory == "ring" else int(x * n)
+            place = n - 1 if n <= quota else (n - 1) % quota if "ring" in memory else int(x * n)
         elif -1 in held:
             slots, place = [held.index(-1)], 0
         else:  # Chrysakis & Moens 2020, algorithm 1: a class is full if it is or was the largest
@@ -503,7 +508,7 @@ def test_the_plan_depends_on_the_seed(memory: MemoryPolicy) -> None:
     first, again, other = (planner_of(memory, seed).next(y, t) for seed in (0, 0, 1))
     assert_same(again, first)
     assert not np.array_equal(other.reads, first.reads)
-    assert np.array_equal(other.write, first.write) == (memory == "ring")  # a ring is deterministic
+    assert np.array_equal(other.write, first.write) == ("ring" in memory)  # a ring is deterministic
 
 
 # Settings
@@ -583,6 +588,21 @@ def test_the_memory_must_divide_into_its_parts(
     assert str(error.value).endswith(f"; use {' or '.join(map(str, totals))}")
     for total in totals:
         assert planner_of(memory, size=total).slots == total
+
+
+def test_draw_k_is_from_the_samples_of_task_k() -> None:
+    """With as many reads as a task has slots, they are all of its samples; none in the task itself."""
+    hparams = GEMHParams(memory="task_quota", mem_size=SIZE)
+    y, t = stream_of(steps=10, batch=3)
+    plan_ = MemoryPlanner(hparams, SPEC, 0, per_task=True).next(y, t)
+    assert plan_.reads.shape == (30, 3, SIZE // 3)
+    held = memories(plan_.write, SIZE)
+    for step, reads in enumerate(plan_.reads):
+        for task, slots in enumerate(reads):
+            expected = [s for s in range(SIZE) if held[step][s] >= 0 and t.ravel()[held[step][s]] == task]
+            assert [s for s in slots if s < SIZE] == (expected if task != t[step][0] else [])
+    with pytest.raises(ValueError, match="past_only needs a memory with parts, got memory=reservoir"):
+        MemoryPlanner(ERHParams(), SPEC, 0, per_task=True)
 
 
 def test_the_samples_of_each_task_must_divide_into_its_classes() -> None:

@@ -23,12 +23,15 @@ from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.gem import GEMHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.algorithms.lamaml import LaMAMLHParams
 from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.lwf import LwFHParams
 from sequel_core.algorithms.mas import MASHParams
 from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.mir import MIRHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.hparams import AlgorithmHParams
@@ -82,7 +85,10 @@ EVERY: list[AlgorithmHParams] = [
     DERHParams(**SIZES),
     DERppHParams(**SIZES),
     AGEMHParams(mem_batch_size=4, mem_size=16),
+    GEMHParams(mem_size=16),
     LFLHParams(lfl_lambda=0.1),
+    LwFHParams(lwf_lambda=0.1),
+    MIRHParams(**SIZES, num_candidates=8),
     MCSGDHParams(mem_size=16, lmc_batch_size=4, lmc_line_samples=2),
     LaMAMLHParams(**SIZES, glances=1),
 ]

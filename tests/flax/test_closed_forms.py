@@ -11,18 +11,22 @@ import pytest
 
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
+from sequel_core.algorithms.gem import GEMHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.task import Batch
 from sequel_flax.algorithms.agem import project
 from sequel_flax.algorithms.der import output_distance
 from sequel_flax.algorithms.er_ace import batch_classes
+from sequel_flax.algorithms.gem import solve_dual, task_weights
 from sequel_flax.algorithms.lfl import feature_distance
+from sequel_flax.algorithms.lwf import past_heads, softmax_distillation
 from sequel_flax.algorithms.si import SIState, accumulate_path_integral, consolidate
 from sequel_flax.objectives import cross_entropy, losses_of
 from sequel_flax.quadratic import QuadraticState, penalty
 from sequel_flax.quadratic import consolidate as consolidate_quadratic
 from sequel_flax.replay import Outputs, mean_loss, over_classes
+from tests.reference.replay import nonnegative_minimum
 
 pytestmark = pytest.mark.usefixtures("_double_precision")
 
@@ -142,6 +146,54 @@ def test_feature_distance(rng: np.random.Generator) -> None:
     assert float(actual) == pytest.approx(
         np.sum([(a - b) @ (a - b) for a, b in zip(h, old, strict=True)]) / 12
     )
+
+
+def test_the_dual_of_gem_is_the_minimum_over_all_active_sets(rng: np.random.Generator) -> None:
+    """Also with tasks without samples, equal gradients, more tasks than parameters and one large gradient."""
+    solve = jax.jit(solve_dual)
+    positive = 0
+    for trial in range(60):
+        references, g = rng.normal(size=(4, 2 + trial % 6)), rng.normal(size=2 + trial % 6)
+        if trial % 3 == 1:
+            references[1], references[2] = 2 * references[0], 0
+        references[3] *= 1000 if trial % 3 == 2 else 1
+        gram, linear = references @ references.T, references @ g
+        v = np.asarray(solve(jnp.asarray(gram), jnp.asarray(linear)))
+        expected = nonnegative_minimum(gram, linear)
+        assert (v >= 0).all()
+        least, value = (0.5 * w @ gram @ w + linear @ w for w in (expected, v))
+        assert value == pytest.approx(least, rel=1e-10, abs=1e-12)
+        assert (references @ (g + v @ references)).min() > -1e-10 * max(1, np.abs(references).max())
+        positive += (v > 0).sum() > 1
+    assert positive > 10
+
+
+@pytest.mark.parametrize("rule", ["add", "bound"])
+def test_the_margin_of_gem(rule: str) -> None:
+    """Two orthogonal gradients of length 1, of which the first is violated: v = (2, 0) without a margin."""
+    hparams, gram = GEMHParams(margin=0.5, margin_rule=rule), np.eye(2)  # type: ignore[arg-type]
+    violated, agreeing = np.array([-2.0, 1.0]), np.array([2.0, 1.0])
+    weights = [task_weights(jnp.asarray(gram), jnp.asarray(b), hparams) for b in (violated, agreeing)]
+    assert weights[0].tolist() == pytest.approx([2.5, 0.5] if rule == "add" else [2, 0.5], rel=1e-12)
+    assert weights[1].tolist() == [0, 0]
+
+
+CLASSES_OF_TASKS = np.array([[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], bool)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_distillation_of_past_heads(separate: bool, rng: np.random.Generator) -> None:
+    """Cross-entropy of softmaxes over the classes of each past task, or of all of them; NumPy, T = 2."""
+    heads = past_heads(jnp.asarray(CLASSES_OF_TASKS), jnp.int32(2), separate)
+    logits, old = (jnp.asarray(a) for a in 3 * rng.normal(size=(2, 4, 5)))
+    expected = 0.0
+    for columns in ([0, 1], [2, 3]) if separate else ([0, 1, 2, 3],):
+        p, q = (np.exp(np.asarray(z)[:, columns] / 2) for z in (logits, old))
+        p, q = (e / e.sum(1, keepdims=True) for e in (p, q))
+        expected -= (q * np.log(p)).sum() / 4
+    assert float(softmax_distillation(logits, old, heads, 2.0)) == pytest.approx(expected, rel=1e-12)
+    gradient = jax.grad(softmax_distillation)(logits, logits, heads, 2.0)
+    assert (gradient == 0).all()
 
 
 def test_path_integral_adds_minus_the_gradient_times_the_step(rng: np.random.Generator) -> None:

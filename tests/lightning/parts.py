@@ -22,13 +22,16 @@ from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.gdumb import GDumbHParams
+from sequel_core.algorithms.gem import GEMHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.algorithms.lamaml import LaMAMLHParams
 from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.lwf import LwFHParams
 from sequel_core.algorithms.mas import MASHParams
 from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.mir import MIRHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
@@ -62,15 +65,18 @@ EVERY: tuple[AlgorithmHParams, ...] = (
     SI,
     MASHParams(mas_lambda=0.1),
     LFL,
+    LwFHParams(),
     KCL,
     StableSGDHParams(),
     AGEM,
+    GEMHParams(mem_size=12),
     ER,
     ERACEHParams(mem_size=9, mem_batch_size=6),
     DERHParams(mem_size=9, mem_batch_size=6),
     DERPP,
     GDUMB,
     ICARL,
+    MIRHParams(mem_size=9, mem_batch_size=4, num_candidates=6),
     MCSGD,
     ONLINE,
     LAMAML,

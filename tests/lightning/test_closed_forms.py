@@ -9,13 +9,15 @@ from torch import Tensor
 
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
+from sequel_core.algorithms.gem import GEMHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.task import Batch
 from sequel_lightning import quadratic
-from sequel_lightning.algorithms import agem, der, er_ace, lfl, si
+from sequel_lightning.algorithms import agem, der, er_ace, gem, lfl, lwf, si
 from sequel_lightning.objectives import cross_entropy, sample_losses
 from sequel_lightning.replay import Outputs, mean_loss, over_classes
+from tests.reference.replay import nonnegative_minimum
 
 Tree = dict[str, FloatArray]
 SHAPES = {"dense.weight": (3, 4), "dense.bias": (3,), "head.weight": (2, 3)}
@@ -115,6 +117,55 @@ def test_feature_distance(rng: np.random.Generator) -> None:
     assert float(actual) == pytest.approx(
         np.sum([(a - b) @ (a - b) for a, b in zip(h, old, strict=True)]) / 12
     )
+
+
+def test_the_dual_of_gem_is_the_minimum_over_all_active_sets(rng: np.random.Generator) -> None:
+    """Also with tasks without samples, equal gradients, more tasks than parameters and one large gradient."""
+    positive = 0
+    for trial in range(60):
+        references, g = rng.normal(size=(4, 2 + trial % 6)), rng.normal(size=2 + trial % 6)
+        if trial % 3 == 1:
+            references[1], references[2] = 2 * references[0], 0
+        references[3] *= 1000 if trial % 3 == 2 else 1
+        gram, linear = references @ references.T, references @ g
+        v = gem.solve_dual(gram, linear)
+        expected = nonnegative_minimum(gram, linear)
+        assert (v >= 0).all()
+        least, value = (0.5 * w @ gram @ w + linear @ w for w in (expected, v))
+        assert value == pytest.approx(least, rel=1e-10, abs=1e-12)
+        assert (references @ (g + v @ references)).min() > -1e-10 * max(1, np.abs(references).max())
+        positive += (v > 0).sum() > 1
+    assert positive > 10
+
+
+@pytest.mark.parametrize("rule", ["add", "bound"])
+def test_the_margin_of_gem(rule: str) -> None:
+    """Two orthogonal gradients of length 1, of which the first is violated: v = (2, 0) without a margin."""
+    hparams, gram = GEMHParams(margin=0.5, margin_rule=rule), np.eye(2)  # type: ignore[arg-type]
+    violated, agreeing = np.array([-2.0, 1.0]), np.array([2.0, 1.0])
+    weights = [gem.task_weights(gram, b, hparams) for b in (violated, agreeing)]
+    assert weights[0].tolist() == pytest.approx([2.5, 0.5] if rule == "add" else [2, 0.5], rel=1e-12)
+    assert weights[1].tolist() == [0, 0]
+
+
+CLASSES_OF_TASKS = np.array([[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], bool)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_distillation_of_past_heads(separate: bool, rng: np.random.Generator) -> None:
+    """Cross-entropy of softmaxes over the classes of each past task, or of all of them; NumPy, T = 2."""
+    heads = lwf.past_heads(torch.from_numpy(CLASSES_OF_TASKS), torch.tensor(2), separate)
+    logits, old = (torch.from_numpy(a) for a in 3 * rng.normal(size=(2, 4, 5)))
+    expected = 0.0
+    for columns in ([0, 1], [2, 3]) if separate else ([0, 1, 2, 3],):
+        p, q = (np.exp(z.numpy()[:, columns] / 2) for z in (logits, old))
+        p, q = (e / e.sum(1, keepdims=True) for e in (p, q))
+        expected -= (q * np.log(p)).sum() / 4
+    assert float(lwf.softmax_distillation(logits, old, heads, 2.0)) == pytest.approx(expected, rel=1e-12)
+    logits.requires_grad_()
+    loss = lwf.softmax_distillation(logits, logits.detach(), heads, 2.0)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert (gradient == 0).all()
 
 
 def test_path_integral_adds_minus_the_gradient_times_the_step(rng: np.random.Generator) -> None:

@@ -12,13 +12,16 @@ from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.gdumb import GDumbHParams
+from sequel_core.algorithms.gem import GEMHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.algorithms.lamaml import LaMAMLHParams
 from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.lwf import LwFHParams
 from sequel_core.algorithms.mas import MASHParams
 from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.mir import MIRHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
@@ -55,11 +58,16 @@ CASES: list[tuple[AlgorithmHParams, str]] = [
     (LFLHParams(lfl_lambda=0.1), "clipping"),
     (LFLHParams(lfl_lambda=0.05, **CARRY), "adam"),
     (LFLHParams(lfl_lambda=0.1, freeze_head=False), "sgd"),
+    (LwFHParams(lwf_lambda=2), "momentum"),
+    (LwFHParams(distillation="distance", lwf_lambda=0.1, **CARRY), "adam"),
     (StableSGDHParams(lr_decay=0.7), "momentum"),
     (StableSGDHParams(lr_decay=0.5, decay_first=False), "adam"),
     (AGEMHParams(mem_size=60, mem_batch_size=20), "sgd"),
     (AGEMHParams(mem_size=120, mem_batch_size=64), "clipping"),
     (AGEMHParams(memory="task_quota", mem_size=60, mem_batch_size=60, **CARRY), "momentum"),
+    (GEMHParams(mem_size=60), "sgd"),
+    (GEMHParams(memory="task_quota", mem_size=60, mem_batch_size=9, margin=0, **CARRY), "momentum"),
+    (GEMHParams(mem_size=60, margin_rule="bound", ridge=0.001), "clipping"),
     (ERHParams(mem_size=50, mem_batch_size=9), "sgd"),
     (ERHParams(mem_size=50, mem_batch_size=50), "clipping"),
     (ERHParams(mem_size=50, mem_batch_size=9, mem_replacement=True), "sgd"),
@@ -80,6 +88,11 @@ CASES: list[tuple[AlgorithmHParams, str]] = [
             memory="reservoir", mem_size=60, phase_epochs=5, phase_batch_size=9, phase_grad_clip=0.5
         ),
         "adam",
+    ),
+    (MIRHParams(mem_size=50, mem_batch_size=9, num_candidates=20), "sgd"),
+    (
+        MIRHParams(memory="ring", mem_size=60, mem_batch_size=7, virtual_lr=0.5, loss="sum", **CARRY),
+        "momentum",
     ),
     (MCSGDHParams(mem_size=60, lmc_batch_size=16, lmc_lr=0.2), "momentum"),
     (
@@ -152,6 +165,9 @@ EVERY_TARGET: list[tuple[AlgorithmHParams, str]] = [
     (DERHParams(mem_size=50, mem_batch_size=9), "momentum"),
     (DERppHParams(mem_size=50, mem_batch_size=9), "clipping"),
     (AGEMHParams(memory="task_quota", mem_size=60, mem_batch_size=20), "sgd"),
+    (LwFHParams(lwf_lambda=0.5), "momentum"),
+    (GEMHParams(mem_size=60, mem_batch_size=9), "sgd"),
+    (MIRHParams(mem_size=50, mem_batch_size=9, num_candidates=20), "sgd"),
 ]
 LABELLED: list[tuple[AlgorithmHParams, str]] = [
     (LFLHParams(lfl_lambda=0.1), "momentum"),

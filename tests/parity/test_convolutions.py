@@ -23,13 +23,16 @@ from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.gdumb import GDumbHParams
+from sequel_core.algorithms.gem import GEMHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.algorithms.lamaml import LaMAMLHParams
 from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.lwf import LwFHParams
 from sequel_core.algorithms.mas import MASHParams
 from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.mir import MIRHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
@@ -71,6 +74,9 @@ METHODS: list[AlgorithmHParams] = [
     StableSGDHParams(lr_decay=0.7),
     DERHParams(mem_size=20, mem_batch_size=7),
     ERACEHParams(mem_size=20, mem_batch_size=7),
+    LwFHParams(lwf_lambda=2, temperature=1),
+    MIRHParams(mem_size=20, mem_batch_size=7, num_candidates=12),
+    GEMHParams(mem_size=20),
 ]
 
 QUICK = {"cnn batch": {"ewc", "icarl"}, "cnn group": {"derpp"}}

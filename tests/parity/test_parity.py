@@ -15,9 +15,12 @@ from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.gem import GEMHParams
 from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.lwf import LwFHParams
 from sequel_core.algorithms.mas import MASHParams
 from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.mir import MIRHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
@@ -132,8 +135,9 @@ ZERO = [
     SIHParams(si_lambda=0),
     MASHParams(mas_lambda=0, mas_samples=20),
     LFLHParams(lfl_lambda=0, freeze_head=False),
+    LwFHParams(lwf_lambda=0),
     StableSGDHParams(lr_decay=1),
-    *(cls(mem_size=0) for cls in (AGEMHParams, ERHParams, DERHParams, DERppHParams)),
+    *(cls(mem_size=0) for cls in (AGEMHParams, GEMHParams, ERHParams, MIRHParams, DERHParams, DERppHParams)),
     DERHParams(alpha=0, mem_size=50, mem_batch_size=7),
     DERppHParams(alpha=0, beta=0, mem_size=50, mem_batch_size=7),
     MCSGDHParams(lmc_init_position=1, lmc_lr=0, mem_size=60),
@@ -157,6 +161,14 @@ def test_same_weights_in_every_scenario(
 def test_a_usual_strength_moves_the_weights(hparams: AlgorithmHParams, optimizer: str) -> None:
     naive = None if hparams.name != "stable_sgd" else NaiveHParams(reset_optimizer=hparams.reset_optimizer)
     check_effect(hparams, optimizer, modes=["jax"], naive=naive)
+
+
+@pytest.mark.parametrize("mode", BOTH)
+def test_mir_is_er_if_all_candidates_are_replayed(mode: Mode) -> None:
+    mir = trained(mode, MIRHParams(mem_size=50, mem_batch_size=9, num_candidates=9), "sgd")
+    er = trained(mode, ERHParams(mem_size=50, mem_batch_size=9), "sgd")
+    for name, array in er.items():
+        np.testing.assert_array_equal(mir[name], array)
 
 
 def zero_id(hparams: AlgorithmHParams) -> str:

@@ -9,13 +9,16 @@ from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.gdumb import GDumbHParams
+from sequel_core.algorithms.gem import GEMHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.algorithms.lamaml import LaMAMLHParams
 from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.lwf import LwFHParams
 from sequel_core.algorithms.mas import MASHParams
 from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.mir import MIRHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
@@ -26,8 +29,8 @@ from tests.reference.exemplars import ICaRL
 from tests.reference.kernels import KCL
 from tests.reference.meta import LaMAML
 from tests.reference.phases import GDumb
-from tests.reference.regularisers import EWC, LFL, MAS, SI
-from tests.reference.replay import AGEM, DER, ER, ERACE, DERpp
+from tests.reference.regularisers import EWC, LFL, MAS, SI, LwF
+from tests.reference.replay import AGEM, DER, ER, ERACE, GEM, MIR, DERpp
 from tests.reference.streams import Joint, Reference, StableSGD
 
 REFERENCES: dict[type[AlgorithmHParams], type[Reference]] = {
@@ -37,13 +40,16 @@ REFERENCES: dict[type[AlgorithmHParams], type[Reference]] = {
     SIHParams: SI,
     MASHParams: MAS,
     LFLHParams: LFL,
+    LwFHParams: LwF,
     StableSGDHParams: StableSGD,
     AGEMHParams: AGEM,
+    GEMHParams: GEM,
     ERHParams: ER,
     ERACEHParams: ERACE,
     DERHParams: DER,
     DERppHParams: DERpp,
     GDumbHParams: GDumb,
+    MIRHParams: MIR,
     MCSGDHParams: MCSGD,
     LaMAMLHParams: LaMAML,
     ICaRLHParams: ICaRL,

@@ -16,13 +16,16 @@ from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.gdumb import GDumbHParams
+from sequel_core.algorithms.gem import GEMHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.algorithms.lamaml import LaMAMLHParams
 from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.lwf import LwFHParams
 from sequel_core.algorithms.mas import MASHParams
 from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.mir import MIRHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
@@ -111,11 +114,22 @@ CASES = [
     Case("rotated", LFLHParams(lfl_lambda=0.3, **NO_RESET), MOMENTUM),
     Case("masked", LFLHParams(lfl_lambda=0.3), SGD, CLIPPED),
     Case("incremental", LFLHParams(lfl_lambda=0.3, freeze_head=False), ADAM),
+    Case("rotated", LwFHParams(lwf_lambda=2, **NO_RESET), MOMENTUM),
+    Case("masked", LwFHParams(lwf_lambda=0.5, temperature=1), SGD, CLIPPED),
+    Case("incremental", LwFHParams(lwf_lambda=3), ADAM),
+    Case("incremental", LwFHParams(distillation="sigmoid"), HIGH_RATE),
+    Case("masked", LwFHParams(distillation="sigmoid", lr_decay=0.8), MOMENTUM),
+    Case("values", LwFHParams(lwf_lambda=0.3), SGD),
+    Case("labels", LwFHParams(distillation="distance", lwf_lambda=0.2), ADAM),
     Case("rotated", StableSGDHParams(lr_decay=0.7), MOMENTUM),
     Case("masked", StableSGDHParams(lr_decay=0.6, min_lr=0.02, decay_first=False), SGD),
     Case("rotated", AGEMHParams(mem_size=60, mem_batch_size=30), MOMENTUM),
     Case("rotated", AGEMHParams(**MEMORY, memory="task_quota"), SGD, CLIPPED),
     Case("masked", AGEMHParams(**MEMORY, memory="class_quota"), ADAM),
+    Case("rotated", GEMHParams(mem_size=60), MOMENTUM),
+    Case("rotated", GEMHParams(**MEMORY, memory="task_quota", margin=0), SGD, CLIPPED),
+    Case("masked", GEMHParams(mem_size=60, margin_rule="bound", ridge=0.05, margin=0.3), SGD),
+    Case("values", GEMHParams(mem_size=60), SGD),
     Case("rotated", ERHParams(**MEMORY), SGD, EPOCHS),
     Case("rotated", ERHParams(**MEMORY, memory="ring"), MOMENTUM),
     Case("incremental", ERHParams(**MEMORY, memory="class_balanced"), SGD, CLIPPED),
@@ -123,6 +137,10 @@ CASES = [
     Case("rotated", ERACEHParams(**MEMORY), SGD),
     Case("incremental", ERACEHParams(**MEMORY, classes="unseen", memory="class_balanced"), MOMENTUM),
     Case("masked", ERACEHParams(**MEMORY), SGD, CLIPPED),
+    Case("rotated", MIRHParams(**MEMORY, num_candidates=25, lr_decay=0.8), MOMENTUM),
+    Case("incremental", MIRHParams(**MEMORY, num_candidates=20, loss="sum", virtual_lr=0.3), SGD, CLIPPED),
+    Case("masked", MIRHParams(**MEMORY, num_candidates=20, memory="class_balanced"), ADAM),
+    Case("values", MIRHParams(**MEMORY, num_candidates=20), SGD),
     Case("rotated", DERHParams(**MEMORY, alpha=0.3), SGD),
     Case("masked", DERHParams(**MEMORY, alpha=1.5, distance="mean", memory="task_balanced"), MOMENTUM),
     Case("incremental", DERppHParams(**MEMORY, alpha=0.2, memory="class_balanced"), SGD, CLIPPED),

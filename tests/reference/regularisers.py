@@ -9,18 +9,26 @@ SI (Zenke 2017)                L = CE + c sum_i Omega_i (theta_i - theta*_i)^2
 MAS (Aljundi 2018)             L = CE + lambda sum_i Omega_i (theta_i - theta*_i)^2
                                task: Omega <- Omega + 1/N sum_n |d ||f(x_n)||^2 / dtheta|
 LFL (Jung 2016)                L = CE + lambda/2 mean_n ||h(x_n; theta) - h(x_n; theta_old)||^2
+LwF (Li & Hoiem 2016)          L = CE - lambda mean_n sum_c q_nc log p_nc,
+                               p = softmax(f / T), q = softmax(f_old / T)
+                               over the classes of each past task (heads), or of all past tasks (one head)
+       any loss                L + lambda mean_n ||f(x_n) - f_old(x_n)||^2
+LwF.MC (Rebuffi 2017)          L = mean_n mean_c BCE(sigmoid(f_nc), q_nc) over seen classes c,
+                               q = sigmoid(f_old) for past classes, else the label
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.lwf import LwFHParams
 from sequel_core.algorithms.mas import MASHParams
 from sequel_core.algorithms.si import SIHParams
+from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.task import Samples, Task
 from tests.reference import network
 from tests.reference.network import Weights
@@ -165,6 +173,62 @@ class MAS(Quadratic):
             g = network.backward(theta, inputs, 2 * f)
             total = {k: s + abs(g[k]) for k, s in total.items()}
         return {k: s / len(x) for k, s in total.items()}
+
+
+class LwF(Reference):
+    """Learning without forgetting, and LwF.MC. Samples are not augmented here."""
+
+    hparams: LwFHParams
+    old: Weights | None
+
+    def start(self, theta: Weights) -> None:
+        self.old = None
+
+    def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
+        inputs, task = self.inputs(samples), int(samples.t[0])
+        f, layers = network.logits(theta, inputs.x)
+        old = None if self.old is None else network.logits(self.old, inputs.x)[0]
+        if self.hparams.distillation == "sigmoid":
+            value, d_logits = self.sigmoid_term(f, old, inputs.y, task)
+            return value, network.backward(theta, layers, d_logits)
+        loss, gradient = self.task_loss(theta, samples)
+        if old is None:
+            return loss, gradient
+        labels = inputs.y.dtype.kind in "iu"
+        if self.hparams.distillation == "distance" or not labels:
+            value, d_logits = float(((f - old) ** 2).sum()) / len(f), 2 * (f - old) / len(f)
+        else:
+            value, d_logits = self.softmax_terms(f, old, task)
+        penalty_gradient = network.backward(theta, layers, self.hparams.lwf_lambda * d_logits)
+        return loss + self.hparams.lwf_lambda * value, network.plus(gradient, penalty_gradient)
+
+    def softmax_terms(self, f: FloatArray, old: FloatArray, task: int) -> tuple[float, FloatArray]:
+        """Return L_d summed over the heads, and its gradient by the logits."""
+        past, scale = self.benchmark.mask[:task], self.hparams.temperature
+        heads = past if self.benchmark.scenario == "task" else np.any(past, axis=0)[None]
+        value, d_logits = 0.0, np.zeros_like(f)
+        for head in heads:
+            log_p, log_q = (network.log_softmax(a[:, head] / scale, None) for a in (f, old))
+            value -= float((np.exp(log_q) * log_p).sum()) / len(f)
+            d_logits[:, head] += (np.exp(log_p) - np.exp(log_q)) / scale / len(f)
+        return value, d_logits
+
+    def sigmoid_term(
+        self, f: FloatArray, old: FloatArray | None, y: Any, task: int
+    ) -> tuple[float, FloatArray]:
+        """Return the mean binary cross-entropy over seen classes, and its gradient by the logits."""
+        current, seen = self.benchmark.mask[task], self.benchmark.mask[: task + 1].any(axis=0)
+        target = np.eye(f.shape[1])[y]
+        past = seen & ~current
+        if old is not None:
+            target[:, past] = 1 / (1 + np.exp(-old[:, past]))
+        terms = np.logaddexp(0, f) - target * f
+        count = len(f) * seen.sum()
+        d_logits = np.where(seen, 1 / (1 + np.exp(-f)) - target, 0) / count
+        return float(terms[:, seen].sum()) / count, d_logits
+
+    def end_task(self, theta: Weights, task: Task) -> None:
+        self.old = theta
 
 
 class LFL(Reference):

@@ -2,8 +2,13 @@
 
     A-GEM (Chaudhry 2019a)  g <- g - (g.g_ref / g_ref.g_ref) g_ref if g.g_ref < 0,
                             g_ref the gradient of CE on samples of past tasks
+    GEM (Lopez-Paz 2017)    g <- g + sum_k v_k g_k if some g.g_k < 0, g_k the gradient of CE on samples
+                            of past task k; v >= 0 minimises |g + sum_k v_k g_k|, plus margin
     ER (Chaudhry 2019b)     L = CE(batch and replayed samples, averaged together)
     ER-ACE (Caccia 2022)    L = CE(batch; softmax over the classes of the batch) + CE(replayed samples)
+    MIR (Aljundi 2019)      theta_v = theta - lr dCE(batch)/dtheta; of the read samples, the k with
+                            the largest CE(x; theta_v) - CE(x; theta) are replayed:
+                            L = CE(batch and these together)
     DER (Buzzega 2020)      L = CE(batch) + alpha mean_r ||z_r - f(x_r)||^2, z_r = f(x_r) when it was stored
     DER++ (Buzzega 2020)    L = DER + beta CE(second draw)
 
@@ -12,6 +17,7 @@ The plan of the library decides which slots are written and read. Their contents
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import ClassVar
 
 import numpy as np
@@ -21,7 +27,9 @@ from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
+from sequel_core.algorithms.gem import GEMHParams
 from sequel_core.algorithms.lamaml import MetaPlan, MetaPlanner
+from sequel_core.algorithms.mir import MIRHParams
 from sequel_core.hparams import MemoryHParams
 from sequel_core.stream.arrays import FloatArray, IntArray
 from sequel_core.stream.memory import MemoryPlanner, StepPlan
@@ -106,6 +114,43 @@ def project(g: Weights, g_ref: Weights) -> Weights:
     return {k: a - scale * g_ref[k] for k, a in g.items()}
 
 
+class GEM(Replay):
+    """Gradient episodic memory."""
+
+    hparams: GEMHParams
+
+    def make_planner(self) -> MemoryPlanner:
+        return MemoryPlanner(self.hparams, self.benchmark.spec, self.training.seed, per_task=True)
+
+    def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
+        loss, gradient = self.task_loss(theta, samples)
+        slots = [self.read_slots(k) for k in range(len(self.step_plan.reads))]
+        past = [self.task_loss(theta, self.contents(s))[1] for s in slots if len(s)]
+        products = np.array([network.dot(gradient, g) for g in past])
+        if not (products < 0).any():
+            return loss, gradient
+        gram = np.array([[network.dot(a, b) for b in past] for a in past])
+        gram += self.hparams.ridge * np.eye(len(past))
+        margin = np.full(len(past), self.hparams.margin)
+        shift = margin if self.hparams.margin_rule == "bound" else 0 * margin
+        v = margin + nonnegative_minimum(gram, products + gram @ shift)
+        for weight, g in zip(v, past, strict=True):
+            gradient = network.plus(gradient, {k: weight * a for k, a in g.items()})
+        return loss, gradient
+
+
+def nonnegative_minimum(a: FloatArray, b: FloatArray) -> FloatArray:
+    """Return the v >= 0 that minimises 1/2 v^T A v + b^T v, by trying each set of positive numbers."""
+    best = np.zeros(len(b))
+    for size in range(1, len(b) + 1):
+        for some in map(list, combinations(range(len(b)), size)):
+            v = np.zeros(len(b))
+            v[some] = -np.linalg.lstsq(a[np.ix_(some, some)], b[some])[0]
+            if (v >= 0).all() and 0.5 * v @ a @ v + b @ v < 0.5 * best @ a @ best + b @ best:
+                best = v
+    return best
+
+
 class ER(Replay):
     """Experience replay."""
 
@@ -133,6 +178,28 @@ class ERACE(Replay):
         if len(slots) == 0:
             return loss, gradient
         replay_loss, replay_gradient = self.task_loss(theta, self.contents(slots))
+        return loss + replay_loss, network.plus(gradient, replay_gradient)
+
+
+class MIR(Replay):
+    """Maximally interfered retrieval."""
+
+    hparams: MIRHParams
+
+    def objective(self, theta: Weights, samples: Samples) -> tuple[float, Weights]:
+        loss, gradient = self.task_loss(theta, samples)
+        slots = self.read_slots(0)
+        if len(slots) == 0:
+            return loss, gradient
+        rate = self.hparams.virtual_lr or self.learning_rate(int(samples.t[0]))
+        virtual = {k: p - rate * gradient[k] for k, p in theta.items()}
+        x, y, mask = self.inputs(self.contents(slots))
+        after, before = (network.losses(network.logits(w, x)[0], y, mask) for w in (virtual, theta))
+        best = np.argsort(-(after - before), kind="stable")[: self.hparams.mem_batch_size]
+        replayed = self.contents(slots[np.sort(best)])
+        if self.hparams.loss == "mean":
+            return self.task_loss(theta, concatenate(samples, replayed))
+        replay_loss, replay_gradient = self.task_loss(theta, replayed)
         return loss + replay_loss, network.plus(gradient, replay_gradient)
 
 

@@ -19,13 +19,16 @@ from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.gdumb import GDumbHParams
+from sequel_core.algorithms.gem import GEMHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.algorithms.lamaml import LaMAMLHParams
 from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.lwf import LwFHParams
 from sequel_core.algorithms.mas import MASHParams
 from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.mir import MIRHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
@@ -48,13 +51,16 @@ METHODS: dict[str, AlgorithmHParams] = {
         SIHParams(si_lambda=0.3, **CARRY),
         MASHParams(mas_lambda=0.01, mas_samples=20, **CARRY),
         LFLHParams(lfl_lambda=0.05),
+        LwFHParams(**CARRY),
         StableSGDHParams(lr_decay=0.7),
         AGEMHParams(mem_size=30, mem_batch_size=8),
+        GEMHParams(mem_size=30, **CARRY),
         ERHParams(mem_size=25, mem_batch_size=6, **CARRY),
         ERACEHParams(mem_size=25, mem_batch_size=6, **CARRY),
         DERHParams(mem_size=25, mem_batch_size=6),
         DERppHParams(mem_size=25, mem_batch_size=6, **CARRY),
         GDumbHParams(mem_size=30, phase_epochs=7, phase_batch_size=8, **CARRY),
+        MIRHParams(mem_size=25, mem_batch_size=6, num_candidates=12, **CARRY),
         MCSGDHParams(mem_size=30, lmc_batch_size=8, lmc_epochs=1),
         LaMAMLHParams(mem_size=25, glances=2, mem_batch_size=6),
         ICaRLHParams(mem_size=30, **CARRY),

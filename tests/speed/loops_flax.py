@@ -210,6 +210,16 @@ def lfl(network: Network, params: Any, hparams: Any, stored: Samples) -> tuple[S
     return sgd(loss_fn), {"old": params}
 
 
+def lwf(network: Network, params: Any, hparams: Any, stored: Samples) -> tuple[Step, Any]:
+    def loss_fn(params: Any, kept: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
+        logits, temperature = network(params, x), hparams["temperature"]
+        q = jax.nn.softmax(network(kept["old"], x) / temperature)
+        distillation = -jnp.mean(jnp.sum(q * jax.nn.log_softmax(logits / temperature), 1))
+        return cross_entropy(logits, y) + hparams["lwf_lambda"] * distillation, kept
+
+    return sgd(loss_fn), {"old": params}
+
+
 # Methods that keep samples.
 
 
@@ -258,6 +268,23 @@ def er_ace(network: Network, params: Any, hparams: Any, stored: Samples) -> tupl
         old_x, old_y, _ = read(kept, 1, len(y))
         loss = cross_entropy(jnp.where(present[None], logits, -1e9), y)
         return loss + cross_entropy(network(params, old_x), old_y), write(kept, x=x, y=y)
+
+    return sgd(loss_fn), memory(params, hparams, stored)
+
+
+def mir(network: Network, params: Any, hparams: Any, stored: Samples) -> tuple[Step, Any]:
+    def losses(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return -jnp.take_along_axis(jax.nn.log_softmax(network(params, x)), y[:, None], 1)[:, 0]
+
+    def loss_fn(params: Any, kept: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
+        old_x, old_y, _ = read(kept, 1, hparams["num_candidates"])
+        now = jax.lax.stop_gradient(params)
+        virtual = descend(now, jax.grad(lambda p: losses(p, x, y).mean())(now))
+        scores = losses(virtual, old_x, old_y) - losses(now, old_x, old_y)
+        best = jax.lax.top_k(scores, hparams["mem_batch_size"])[1]
+        both = jnp.concatenate([x, old_x[best]]), jnp.concatenate([y, old_y[best]])
+        loss, after = network.loss(params, kept, *both)
+        return loss, write(after, x=x, y=y)
 
     return sgd(loss_fn), memory(params, hparams, stored)
 
@@ -403,11 +430,14 @@ LOOPS: dict[str, Callable[..., tuple[Step, Any]]] = {
     "mas": ewc,
     "si": si,
     "lfl": lfl,
+    "lwf": lwf,
     "er": er,
     "er_ace": er_ace,
+    "mir": mir,
     "der": der,
     "derpp": der,
     "agem": agem,
+    "gem": agem,
     "mcsgd": mcsgd,
     "gdumb": gdumb,
     "icarl": icarl,

@@ -196,6 +196,21 @@ class LFL(Naive):
         return loss
 
 
+class LwF(Naive):
+    def __init__(self, net: nn.Module, *args: Any) -> None:
+        super().__init__(net, *args)
+        self.old: Any = copy.deepcopy(net).requires_grad_(False)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        logits, temperature = self.logits(x), self.settings["temperature"]
+        with torch.no_grad():
+            q = (self.old(self.pixels(x)) / temperature).softmax(1)
+        distillation = -(q * (logits / temperature).log_softmax(1)).sum(1).mean()
+        loss: Tensor = F.cross_entropy(logits, y) + self.settings["lwf_lambda"] * distillation
+        return loss
+
+
 # Methods that keep samples.
 
 
@@ -249,6 +264,23 @@ class GDumb(Replay):
             loss = F.cross_entropy(self.logits(x), y)
         self.write(x, y)
         return loss.requires_grad_()
+
+
+class MIR(Replay):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        params = dict(self.net.named_parameters())
+        gradient = torch.autograd.grad(F.cross_entropy(self.logits(x), y), list(params.values()))
+        old_x, old_y, _ = self.read(self.settings["num_candidates"])
+        with torch.no_grad():
+            virtual = {k: p - RATE * g for (k, p), g in zip(params.items(), gradient, strict=True)}
+            pixels = self.pixels(old_x)
+            before = F.cross_entropy(self.net(pixels), old_y, reduction="none")
+            after = F.cross_entropy(functional_call(self.net, virtual, (pixels,)), old_y, reduction="none")
+        best = (after - before).topk(self.settings["mem_batch_size"]).indices
+        loss = F.cross_entropy(self.logits(torch.cat([x, old_x[best]])), torch.cat([y, old_y[best]]))
+        self.write(x, y)
+        return loss
 
 
 class DER(Replay):
@@ -382,11 +414,14 @@ LOOPS: dict[str, type[Naive]] = {
     "mas": EWC,
     "si": SI,
     "lfl": LFL,
+    "lwf": LwF,
     "er": ER,
     "er_ace": ERACE,
+    "mir": MIR,
     "der": DER,
     "derpp": DER,
     "agem": AGEM,
+    "gem": AGEM,
     "mcsgd": MCSGD,
     "gdumb": GDumb,
     "icarl": ICaRL,
