@@ -189,5 +189,5 @@ def gem(
     def make_planner(spec: StreamSpec) -> Planner:
         return MemoryPlanner(hparams, spec, seed, per_task=True)
 
-    planned = {"train_step": train_step, "make_planner": make_planner}
+    planned: dict[str, Any] = {"train_step": train_step, "make_planner": make_planner}
     return replay(hparams, seed, batch_loss, trainable=trainable, objective=objective, **planned)
