@@ -81,6 +81,8 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 (default: 3)")
     jobs = "number of runs at a time, each in a process of its own (default: 1, in this process)"
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help=jobs)
+    together = "in JAX, run the seeds of a row at once, in one compiled program"
+    parser.add_argument("--together", action="store_true", help=together)
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder (default: {RESULTS})")
     recorded = "of a table: JSON file to which the values per seed are added; a CSV file is written beside it"
     parser.add_argument("--record", type=Path, metavar="FILE", help=recorded)
@@ -112,11 +114,19 @@ def main(args: Sequence[str]) -> int:
             options.quiet,
             options.record,
             options.jobs,
+            options.together,
         )
         return exit_code
     experiment = short.get(options.name, options.name)
     return reproduce(
-        experiment, modes, options.seeds, options.results, place, options.quiet, jobs=options.jobs
+        experiment,
+        modes,
+        options.seeds,
+        options.results,
+        place,
+        options.quiet,
+        options.jobs,
+        options.together,
     )
 
 
@@ -138,6 +148,7 @@ def reproduce(
     overrides: Sequence[str] = (),
     quiet: bool = False,
     jobs: int = 1,
+    together: bool = False,
 ) -> int:
     """Run an experiment with several seeds, reuse finished runs, and compare them with the published number.
 
@@ -149,6 +160,7 @@ def reproduce(
         overrides: Hydra overrides, for example for a smaller stream.
         quiet: print nothing but errors.
         jobs: number of runs at a time, >= 1. With more than one, each is in a process of its own.
+        together: in JAX, run the seeds at once, in one compiled program; only with jobs=1.
 
     Returns:
         The exit code: 1 if a mode missed the number or a run failed, else 0.
@@ -156,7 +168,7 @@ def reproduce(
     Raises:
         ValueError: invalid input; nothing is run.
     """
-    check_counts(seeds, jobs)
+    check_counts(seeds, jobs, together)
     if results.exists() and not results.is_dir():
         raise ValueError(f"results must be a directory, got the file {results}; choose another path")
     folder = results / experiment
@@ -173,7 +185,10 @@ def reproduce(
     by_mode = {mode: {s: runs[mode, s] for s in range(seeds)} for mode in modes}
     labelled = {f"{mode}, seed {seed}": config for (mode, seed), config in runs.items()}
     with start_missing(folder, labelled, jobs, say) as processes:
-        rows = [run_seeds(m, group, folder, say, not quiet, processes) for m, group in by_mode.items()]
+        rows = [
+            run_seeds(mode, group, folder, say, not quiet, processes, together)
+            for mode, group in by_mode.items()
+        ]
     console.print(_table(experiment, rows, expected))
     verdicts = {row.mode: verdict(measured(row), expected) for row in rows}
     above = [mode for mode, outcome in verdicts.items() if outcome == "above"]
@@ -204,11 +219,13 @@ def _composed(
     return runs
 
 
-def check_counts(seeds: int, jobs: int) -> None:
-    """Raise ValueError unless both are at least 1."""
+def check_counts(seeds: int, jobs: int, together: bool) -> None:
+    """Raise ValueError unless both numbers are at least 1, and jobs is 1 for runs at once."""
     for name, value in (("seeds", seeds), ("jobs", jobs)):
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
+    if together and jobs > 1:
+        raise ValueError(f"jobs must be 1 with --together, got {jobs}; use one of the two")
 
 
 def check_pending(folder: Path, configs: Sequence[ExperimentConfig]) -> None:
@@ -303,12 +320,24 @@ def run_seeds(
     say: Callable[[str], None],
     progress: bool,
     processes: Processes | None = None,
+    together: bool = False,
 ) -> Row:
-    """Run the seeds of a mode, or read finished runs; a failed run does not stop the others."""
+    """Run the seeds of a mode, or read finished runs; a failed run does not stop the others.
+
+    Args:
+        mode: the framework.
+        runs: configurations by seed.
+        folder: of the runs.
+        say: prints a line.
+        progress: see `sequel_core.run`.
+        processes: in which the missing runs were started, if they were.
+        together: run the missing seeds at once, if the mode is `jax`.
+    """
     results, failures = {}, []
+    at_once = _run_together(runs, folder, say, progress) if together and mode == "jax" else {}
     for seed, config in runs.items():
         name = _stem(config)
-        outcome = processes.wait(name) if processes else None
+        outcome = processes.wait(name) if processes else at_once.get(seed)
         result = kept(folder, name)
         if result is not None and outcome is None:
             say(f"{mode}, seed {seed}: reused from {result.run_dir}")
@@ -323,12 +352,33 @@ def run_seeds(
             except InterruptedRunError:
                 raise
             except Exception as error:
-                record_failure(error, path)
-                how = "diverged" if isinstance(error, DivergenceError) else "failed"
-                failures.append(f"seed {seed} {how}")
+                failures.append(f"seed {seed} {_failure(error, path)}")
                 continue
         results[seed] = result
     return Row(mode, results, failures)
+
+
+def _run_together(
+    runs: Mapping[int, ExperimentConfig], folder: Path, say: Callable[[str], None], progress: bool
+) -> dict[int, str]:
+    """Run the missing seeds of a row at once, if there are several; return how each one ended, by seed."""
+    missing = {seed: config for seed, config in runs.items() if kept(folder, _stem(config)) is None}
+    if len(missing) < 2:
+        return {}
+    paths = [new_directory(folder, _stem(config)) for config in missing.values()]
+    say(f"jax, seeds {', '.join(map(str, missing))}: running at once in {folder}")
+    execute_together = import_module("sequel_core.cli.together").execute_together
+    outcomes = execute_together(list(missing.values()), paths, progress=progress)
+    return {
+        seed: _failure(outcome, path) if isinstance(outcome, Exception) else "finished"
+        for seed, outcome, path in zip(missing, outcomes, paths, strict=True)
+    }
+
+
+def _failure(error: Exception, path: Path) -> str:
+    """Write the reason into the directory of a run; return `diverged` or `failed`."""
+    record_failure(error, path)
+    return "diverged" if isinstance(error, DivergenceError) else "failed"
 
 
 def _table(experiment: str, rows: Sequence[Row], expected: Mapping[str, Any]) -> Table:

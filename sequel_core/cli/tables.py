@@ -17,7 +17,7 @@ from rich.table import Table
 
 from sequel_core.cli.reproduce import Row, check_counts, check_pending, fingerprint, run_seeds, start_missing
 from sequel_core.experiment.compose import compose
-from sequel_core.experiment.measured import measured_before, metric_value, record
+from sequel_core.experiment.measured import measured_before, metric_value, record, seconds_of
 from sequel_core.experiment.published import (
     NOT_EXPRESSIBLE,
     TABLE,
@@ -59,6 +59,7 @@ def reproduce_table(
     quiet: bool = False,
     recorded: Path | None = None,
     jobs: int = 1,
+    together: bool = False,
 ) -> int:
     """Run the rows of a published table, reuse finished runs, and write measured beside published values.
 
@@ -76,6 +77,7 @@ def reproduce_table(
         quiet: print nothing but errors.
         recorded: JSON file to which the values per seed are added, see `sequel_core.experiment.measured`.
         jobs: number of runs at a time, >= 1. With more than one, each is in a process of its own.
+        together: in JAX, run the seeds of a row at once, in one compiled program; only with jobs=1.
 
     Returns:
         The exit code: 1 if a run failed, or if a verified row differs and its cause is not in the file.
@@ -83,7 +85,7 @@ def reproduce_table(
     Raises:
         ValueError: invalid input; nothing is run.
     """
-    check_counts(seeds, jobs)
+    check_counts(seeds, jobs, together)
     if margin is not None and not margin > 0:
         raise ValueError(f"margin must be > 0, got {margin}")
     table, stem = read_table(name), Path(name).stem
@@ -123,7 +125,10 @@ def reproduce_table(
     }
     with start_missing(folder, labelled, jobs, say) as processes:
         for key, by_mode in configs.items():
-            runs = [run_seeds(m, group, folder, say, not quiet, processes) for m, group in by_mode.items()]
+            runs = [
+                run_seeds(mode, group, folder, say, not quiet, processes, together)
+                for mode, group in by_mode.items()
+            ]
             prints = [fingerprint(group[0]) for group in by_mode.values()]
             row_of = partial(_measured, table=table, row=chosen[key], margin=margin)
             measured[key] = [row_of(run, fingerprint=text) for run, text in zip(runs, prints, strict=True)]
@@ -169,7 +174,7 @@ def _measured(
     """Compare the runs of a row in one framework with the published value."""
     values = {seed: metric_value(result, row) for seed, result in run.results.items()}
     bound, result = table.compare(row, list(values.values()), margin)
-    seconds = sum(result.summary["seconds"]["total"] for result in run.results.values())
+    seconds = sum(map(seconds_of, run.results.values()))
     return Measured(run.mode, values, run.failures, bound, result, seconds, fingerprint)
 
 

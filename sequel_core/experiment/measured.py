@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,22 @@ from sequel_core.runs.learner import Mode
 from sequel_core.runs.metrics import summarise
 from sequel_core.runs.results import Result
 
-COLUMNS = ("table", "row", "mode", "seed", "metric", "value", "seconds", "threads", "machine", "commit")
+TOGETHER = "together.json"
+"""File in the directory of a run that was computed with others, in one compiled program of JAX."""
+
+COLUMNS = (
+    "table",
+    "row",
+    "mode",
+    "seed",
+    "metric",
+    "value",
+    "seconds",
+    "threads",
+    "together",
+    "machine",
+    "commit",
+)
 """Columns of the CSV file; those of the versions follow."""
 
 
@@ -41,6 +56,7 @@ class Environment(BaseModel):
         threads: number of threads used for arithmetic.
         commit: git commit of this package; None if it was not a git checkout.
         versions: of Python, this package and the numerical libraries.
+        together: number of runs in the compiled program that computed them; None for runs of their own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +65,7 @@ class Environment(BaseModel):
     threads: int
     commit: str | None
     versions: dict[str, str]
+    together: int | None = None
 
 
 class MeasuredRun(BaseModel):
@@ -56,7 +73,7 @@ class MeasuredRun(BaseModel):
 
     Args:
         value: of the row's metric, in percent if the score is a fraction.
-        seconds: of the whole run.
+        seconds: of the whole run; of runs at once, each one's share.
         environment: index into `MeasuredTable.environments`.
         hash: see `run_hash`.
     """
@@ -153,7 +170,9 @@ def settings_hash(table: PublishedTable, row: PublishedRow) -> str:
 
 def run_hash(settings: str, mode: Mode, seed: int, run: MeasuredRun, environment: Environment) -> str:
     """Return a hash of everything that is recorded of a run."""
-    return _hash([settings, mode, seed, run.value, run.seconds, environment.model_dump()])
+    return _hash(
+        [settings, mode, seed, run.value, run.seconds, environment.model_dump(exclude_defaults=True)]
+    )
 
 
 def _published(row: PublishedRow) -> dict[str, float | int | None]:
@@ -229,7 +248,7 @@ def record(
                     environments.append(environment)
                 runs[seed] = MeasuredRun(
                     value=metric_value(result, row),
-                    seconds=round(result.number("seconds", "total"), 2),
+                    seconds=round(seconds_of(result), 2),
                     environment=environments.index(environment),
                     hash="",
                 )
@@ -254,7 +273,19 @@ def _environment(result: Result) -> Environment:
         threads=summary["threads"],
         commit=summary.get("commit"),
         versions=summary["versions"],
+        together=_together(result),
     )
+
+
+def _together(result: Result) -> int | None:
+    """Return the number of runs that a run was computed with, in one compiled program; None if alone."""
+    path = None if result.run_dir is None else result.run_dir / TOGETHER
+    return None if path is None or not path.is_file() else len(read_json(path.read_bytes())["members"])
+
+
+def seconds_of(result: Result) -> float:
+    """Return the seconds of a run; of runs at once, its share of the time that all of them took."""
+    return result.number("seconds", "total") / (_together(result) or 1)
 
 
 def _without_unused(table: MeasuredTable) -> MeasuredTable:
@@ -301,8 +332,8 @@ def as_csv(measured: MeasuredTable, table: PublishedTable) -> str:
         for mode, row in by_mode.items():
             for seed, run in row.runs.items():
                 environment = measured.environments[run.environment]
-                cells: Sequence[Any] = (measured.table, key, mode, seed, table.rows[key].metric, run.value)
-                place = (run.seconds, environment.threads, environment.machine, environment.commit)
+                cells = (measured.table, key, mode, seed, table.rows[key].metric, run.value, run.seconds)
+                place = (environment.threads, environment.together, environment.machine, environment.commit)
                 versions = [environment.versions.get(name, "") for name in names]
                 writer.writerow([*cells, *place, *versions])
     return text.getvalue()

@@ -169,6 +169,7 @@ def test_a_metric_over_some_of_the_tasks() -> None:
         ({"a": {"value": 1}}, {}, ["--margin", "0"], r"margin must be > 0, got 0"),
         ({"a": {"value": 1}}, {}, ["--seeds", "0"], r"seeds must be >= 1, got 0"),
         ({"a": {"value": 1}}, {}, ["--jobs", "0"], r"jobs must be >= 1, got 0"),
+        ({"a": {"value": 1}}, {}, ["--jobs", "2", "--together"], r"jobs must be 1 with --together, got 2"),
         (
             {"a": {"value": 1, "metric": "forgetting", "settings": ["evaluate_every=end"]}},
             {},
@@ -216,15 +217,17 @@ def test_runs_in_processes_are_the_same_and_do_not_stop_each_other(
         "good": {"value": 50, "settings": ["algo=er"]},
     }
     path = table_of(tmp_path / "digits.yaml", rows)
-    values = {}
-    for jobs in ("1", "2"):
-        folder = tmp_path / jobs
-        assert main(["reproduce", path, "--jobs", jobs, "--seeds", "2", "--results", str(folder)]) == 1
+    values, file = {}, tmp_path / "measured.json"
+    for name, how in (("1", []), ("at once", ["--together", "--record", str(file)]), ("2", ["--jobs", "2"])):
+        folder = tmp_path / name
+        assert main(["reproduce", path, *how, "--seeds", "2", "--results", str(folder)]) == 1
         out = capsys.readouterr().out
         written = json.loads((folder / "digits" / "table.json").read_text())["rows"]
-        values[jobs] = written["good"]["measured"]["jax"]["values"]
+        values[name] = written["good"]["measured"]["jax"]["values"]
         assert written["bad"]["measured"]["jax"]["failures"] == ["seed 0 diverged", "seed 1 diverged"]
     assert values["1"] == values["2"] != {}
+    assert values["at once"] == pytest.approx(values["1"], abs=0.5)  # rounding, which training amplifies
+    assert [place.together for place in read_measured(file).environments] == [2]
     assert "/4] bad, jax, seed 0: diverged" in out
     assert "[4/4] good, jax, seed " in out
     assert main(["reproduce", path, "--jobs", "2", "--seeds", "2", "--results", "2", "--rows", "good"]) == 1
