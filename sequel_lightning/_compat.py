@@ -134,6 +134,11 @@ def foreach_add_(tensors: Sequence[Tensor], others: Sequence[Tensor], alpha: flo
     torch._foreach_add_(list(tensors), list(others), alpha=alpha)
 
 
+def foreach_add(tensors: Sequence[Tensor], others: Sequence[Tensor], alpha: float = 1) -> list[Tensor]:
+    """Return each tensor plus `alpha` times another: `_foreach_add`."""
+    return list(torch._foreach_add(list(tensors), list(others), alpha=alpha))
+
+
 def foreach_sub(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
     """Return the difference of each pair of tensors: `_foreach_sub`."""
     return list(torch._foreach_sub(list(tensors), list(others)))

@@ -253,6 +253,16 @@ def functional_network(net: nn.Module, params: Params, x: Tree, t: Tensor | None
     return functional_call(net, params, (x,), named)
 
 
+def quadratic_penalty(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], importances: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """Return 1/2 * sum_i F_i (theta_i - theta*_i)^2, shape (), and its gradient, F (theta - theta*)."""
+    distance = foreach_sub([p.to(f.dtype) for p, f in zip(params, importances, strict=True)], anchors)
+    gradient = foreach_mul(importances, distance)
+    terms = [torch.dot(g.flatten(), d.flatten()) for g, d in zip(gradient, distance, strict=True)]
+    return 0.5 * torch.stack(terms).sum(), gradient
+
+
 class QuadraticPenalty(torch.autograd.Function):
     """1/2 * sum_i F_i (theta_i - theta*_i)^2 with an explicit gradient, F (theta - theta*).
 
@@ -264,12 +274,8 @@ class QuadraticPenalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, n: int, *tensors: Tensor) -> Tensor:
         """Return the penalty, shape ()."""
-        importances = tensors[2 * n :]
-        params = [p.to(f.dtype) for p, f in zip(tensors[:n], importances, strict=True)]
-        distance = foreach_sub(params, tensors[n : 2 * n])
-        ctx.gradient = foreach_mul(importances, distance)
-        terms = [torch.dot(g.flatten(), d.flatten()) for g, d in zip(ctx.gradient, distance, strict=True)]
-        return 0.5 * torch.stack(terms).sum()
+        penalty, ctx.gradient = quadratic_penalty(tensors[:n], tensors[n : 2 * n], tensors[2 * n :])
+        return penalty
 
     @staticmethod
     def backward(ctx: Any, *factors: Tensor) -> Any:

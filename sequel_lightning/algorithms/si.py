@@ -25,9 +25,9 @@ from torch.optim import Optimizer
 
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.stream.task import Batch
-from sequel_lightning._compat import foreach_add_, foreach_mul_, foreach_sub
+from sequel_lightning._compat import foreach_add, foreach_add_, foreach_mul_, foreach_sub
+from sequel_lightning.gradients import quadratic_penalty
 from sequel_lightning.module import ContinualModule
-from sequel_lightning.quadratic import penalty
 from sequel_lightning.trees import ParameterTree, Params, SumTree, restricted
 
 
@@ -44,7 +44,8 @@ def accumulate_path_integral(path: Params, gradient: Params, before: Params, aft
     names = list(path)
     change = foreach_sub([after[k].to(path[k].dtype) for k in names], [before[k] for k in names])
     foreach_mul_(change, [gradient[k] for k in names])
-    return dict(zip(names, foreach_sub([path[k] for k in names], change), strict=True))
+    foreach_add_(list(path.values()), change, alpha=-1)  # in place
+    return path
 
 
 def consolidate(params: Params, state: SIState, hparams: SIHParams) -> SIState:
@@ -85,6 +86,7 @@ class SI(ContinualModule):
         self.anchor = ParameterTree(self.params(), torch.clone)
         self.importance, self.path = (SumTree(self.params()) for _ in range(2))
         self._gradient: Params = {}  # of the path integral, at the current step
+        self._penalty_gradient: Params = {}  # without its factor, at the current weights
 
     @property
     def state(self) -> SIState:
@@ -99,21 +101,30 @@ class SI(ContinualModule):
         """Return the mean loss plus the penalty, shape (); only the mean loss has a gradient here."""
         with torch.no_grad():
             params = self._trained_params or self.params()
-            value = penalty(params, self.anchor.get(), self.importance.get())
+            value, self._penalty_gradient = self._penalty(params)
         return super().loss(outputs, batch) + self.added(self.strength * value)
+
+    def _penalty(self, params: Params) -> tuple[Tensor, Params]:
+        """Return the penalty without its factor, shape (), and its gradient."""
+        trees = (restricted(tree.get(), params).values() for tree in (self.anchor, self.importance))
+        value, gradient = quadratic_penalty(list(params.values()), *map(list, trees))
+        return value, dict(zip(params, gradient, strict=True))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Add the gradient of the penalty, before clipping; store the gradient of the path integral."""
-        anchor, importance = self.anchor.get(), self.importance.get()
-        params = self._trained_params
-        gradient = {k: p.grad for k, p in params.items() if p.grad is not None}
-        loss_gradient = {k: g.clone() for k, g in gradient.items()}
-        weights = [params[k].detach().to(importance[k].dtype) for k in gradient]
-        penalty_gradient = foreach_sub(weights, [anchor[k] for k in gradient])
-        foreach_mul_(penalty_gradient, [importance[k] for k in gradient])
-        foreach_add_(list(gradient.values()), penalty_gradient, alpha=self.strength)
-        total = self.algorithm_hparams.path_gradient == "total"
-        self._gradient = {k: g.clone() for k, g in gradient.items()} if total else loss_gradient
+        params = {k: p for k, p in self._trained_params.items() if p.grad is not None}
+        loss_gradient: Params = {k: p.grad for k, p in params.items() if p.grad is not None}
+        with torch.no_grad():
+            of_penalty = self._penalty_gradient or self._penalty(params)[1]
+            total = foreach_add(
+                list(loss_gradient.values()), [of_penalty[k] for k in params], alpha=self.strength
+            )
+        for p, gradient in zip(params.values(), total, strict=True):
+            p.grad = gradient.to(p.dtype)  # the loss gradient itself is kept
+        self._penalty_gradient = {}
+        if self.algorithm_hparams.path_gradient == "total":
+            loss_gradient = {k: p.grad.clone() for k, p in params.items() if p.grad is not None}
+        self._gradient = loss_gradient
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -124,7 +135,7 @@ class SI(ContinualModule):
         if self.lifecycle.fitting:
             path = restricted(self.path.get(), self._gradient)
             after = {k: p.detach() for k, p in self._trained_params.items()}
-            self.path.set(accumulate_path_integral(path, self._gradient, before, after))
+            accumulate_path_integral(path, self._gradient, before, after)
 
     def end_task(self, batches: Iterable[Batch]) -> None:
         """Add the importances of the task, and set the anchor to the weights at its end."""
