@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from sequel_core.report import write_report
+from sequel_core.report.published import read_published
 from tests.report.directories import ONE, write_run
 
 ROW: dict[str, Any] = {
@@ -83,10 +84,19 @@ def test_tables_are_shown_with_verdicts_and_causes(tmp_path: Path) -> None:
         (json.dumps({**TABLE, "rows": {"er": 1}}), "table.json is damaged: "),
         (json.dumps({**TABLE, "rows": {"er": {**ROW, "value": 1, "measured": {"jax": []}}}}), "is damaged: "),
     ],
+    ids=["no JSON", "no rows", "title", "row", "measured"],
 )
 def test_a_damaged_table_is_skipped(content: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "table.json").write_text(content)
+    notes: list[str] = []
+    assert read_published([tmp_path], notes) == []
+    assert reason in notes[0]
+    assert len(notes) == 1
+
+
+def test_a_report_notes_a_damaged_table(tmp_path: Path) -> None:
     write_run(tmp_path / "runs" / "one", ONE)
-    (tmp_path / "runs" / "table.json").write_text(content)
+    (tmp_path / "runs" / "table.json").write_text("{}")
     [note] = write_report([tmp_path / "runs"], tmp_path / "report.html").notes
-    assert reason in note
+    assert "table.json is damaged" in note
     assert "Published tables" not in (tmp_path / "report.html").read_text()
