@@ -32,6 +32,7 @@ from sequel_core.stream import plan
 from sequel_core.stream.benchmark import Benchmark, Scenario
 from sequel_core.stream.images import Normalisation
 from sequel_core.stream.task import Split, Task
+from tests.speed.startup import measure_starts, start_table
 
 LOOPS: dict[Mode, str] = {"pytorch": "tests.speed.loops_lightning", "jax": "tests.speed.loops_flax"}
 """The module with the hand-written loops of each mode. Its table `LOOPS` has a row for each algorithm."""
@@ -39,6 +40,7 @@ LOOPS: dict[Mode, str] = {"pytorch": "tests.speed.loops_lightning", "jax": "test
 RATE = 0.01
 WIDTHS = (256, 256)
 MEMORY = 1000
+EVALUATED = 10_000
 SILENT = FitMonitor(on_progress=lambda progress: None, on_evaluate=lambda: None)
 LOGGERS = ("console", "csv", "tensorboard")
 """The loggers that `--logging` measures: those that write to the local machine."""
@@ -118,9 +120,12 @@ def main(args: Sequence[str] | None = None) -> None:
         help=f"measure what the loggers {', '.join(LOGGERS)} cost: compare with no logger, instead of with "
         "hand-written loops",
     )
+    add("--evaluation", action="store_true", help="measure images per second of evaluation instead")
+    add("--startup", action="store_true", help="measure first and second starts of `sequel run` instead")
     add("--json", type=Path, metavar="FILE", help="file to write the rows to")
     options = parser.parse_args(args)
     network = NETWORKS[options.backbone]
+    rows: list[Row]
     for algo in options.algo or ():
         if algo not in network.algos:
             parser.error(
@@ -129,15 +134,31 @@ def main(args: Sequence[str] | None = None) -> None:
             )
     if options.json is not None and not options.json.parent.is_dir():
         parser.error(f"--json must be in a directory that exists, got {options.json}")
+    if options.startup:
+        starts = measure_starts(options.mode, options.rounds)
+        Console().print(start_table(starts, options.rounds))
+        write(options.json, starts)
+        return
+    if options.evaluation:
+        pairs = [(algo, mode) for mode in options.mode for algo in options.algo or ("naive",)]
+        rows = [row for algo, mode in pairs for row in measure_evaluation(algo, mode, options.rounds)]
+        Console().print(evaluation_table(rows, options.rounds))
+        write(options.json, rows)
+        return
     algos = options.algo or network.algos
     cases = [(algo, mode, size) for mode in options.mode for size in options.batch_size for algo in algos]
-    rows: list[Row] = []
+    rows = []
     for algo, mode, size in track(cases, "measuring", transient=True):
         steps = options.steps or network.steps[mode]
         rows += measure(algo, mode, size, steps, options.rounds, options.backbone, options.logging)
     Console().print(table(rows, options.rounds, options.backbone, options.logging))
-    if options.json is not None:
-        options.json.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
+    write(options.json, rows)
+
+
+def write(file: Path | None, rows: Sequence[Any]) -> None:
+    """Write rows to a JSON file, if there is one."""
+    if file is not None:
+        file.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
 
 
 def positive(text: str) -> int:
@@ -259,6 +280,45 @@ def make_contenders(
     if mode == "pytorch" and hparams.name != "naive":
         contenders["sequel, naive"] = make_learner(NaiveHParams())[1]
     return contenders
+
+
+def measure_evaluation(algo: str, mode: Mode, rounds: int) -> list[Row]:
+    """Return images per second of evaluation, beside a loop over batches of the same size."""
+    plugin(mode)
+    loops = import_module(LOOPS[mode])
+    hparams, size = settings(algo, 10), 1000
+    benchmark = stream(hparams, EVALUATED)
+    task = replace(benchmark.tasks[1], test=benchmark.tasks[1].train)
+    network, optimizer = (
+        loops.make_network(benchmark, "mlp"),
+        loops.build_optimizer(OptimizerHParams(lr=RATE)),
+    )
+    learner = loops.make_learner(
+        hparams, network, optimizer, benchmark, TrainingHParams(eval_batch_size=size)
+    )
+    plain = loops.evaluation(learner, benchmark, task.test.take(np.arange(len(task.test))), size)
+    contenders: Contenders = {"sequel": lambda: learner.evaluate(task, "test").score, "loop": plain}
+    if len({round(score() * len(task.test)) for score in contenders.values()}) > 1:  # compiles and warms up
+        raise RuntimeError("the loop and the learner have different scores")
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, evaluate in contenders.items():
+            start = time.perf_counter()
+            evaluate()
+            times[name].append(time.perf_counter() - start)
+    rates = {name: len(task.test) / median(turns) for name, turns in times.items()}
+    return [Row(algo, mode, size, rates["sequel"], "hand-written", rates["sequel"] / rates["loop"])]
+
+
+def evaluation_table(rows: Sequence[Row], rounds: int) -> Table:
+    """Return rows of `measure_evaluation` as a table for the terminal."""
+    title = f"Images per second of evaluation, {NETWORKS['mlp'].title}, batches of 1000, median of {rounds}"
+    made = Table(title=title)
+    for name in ("algorithm", "mode", "images/s", "to a hand-written loop"):
+        made.add_column(name)
+    for row in rows:
+        made.add_row(row.algo, row.mode, f"{row.steps_per_second:,.0f}", f"{row.ratio:.2f}")
+    return made
 
 
 def table(rows: Sequence[Row], rounds: int, backbone: str, logging: bool = False) -> Table:

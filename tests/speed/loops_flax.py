@@ -96,6 +96,26 @@ def contenders(
     return {"JAX step, dispatched": dispatched} | ({"JAX step, scanned": scanned} if scans else {})
 
 
+def evaluation(
+    learner: FlaxLearner, benchmark: Benchmark, samples: Samples, size: int
+) -> Callable[[], float]:
+    """Return a function that computes the accuracy on samples, whose number is a multiple of `size`."""
+    pixels = Network(learner.model, benchmark.normalisation).pixels
+    x = samples.x.reshape(-1, size, *benchmark.image_shape)
+    y = samples.y.astype(np.int32).reshape(-1, size)
+
+    @jax.jit
+    def count(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        logits: jax.Array = learner.model.apply({"params": params}, pixels(x))
+        return (logits.argmax(1) == y).sum()
+
+    def accuracy() -> float:
+        counts = [count(learner.ts.params, *batch) for batch in zip(x, y, strict=True)]
+        return float(sum(map(int, counts))) / len(samples.y)
+
+    return accuracy
+
+
 def hand_written(
     learner: FlaxLearner, normalisation: Normalisation, stored: Samples
 ) -> tuple[Step, Any, Any]:

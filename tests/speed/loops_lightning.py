@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -83,6 +84,21 @@ def contenders(
         return time.perf_counter() - begin
 
     return {"bare LightningModule": bare, "PyTorch loop": plain}
+
+
+def evaluation(
+    learner: LightningLearner, benchmark: Benchmark, samples: Samples, size: int
+) -> Callable[[], float]:
+    """Return a function that computes the accuracy on samples."""
+    module = Naive(learner.module.net, benchmark.normalisation, {}, *as_batch(samples)[:2]).eval()
+    batches = list(zip(*(a.split(size) for a in as_batch(samples)[:2]), strict=True))
+
+    @torch.inference_mode()
+    def accuracy() -> float:
+        counts = [(module.logits(x).argmax(1) == y).sum() for x, y in batches]
+        return float(torch.stack(counts).sum()) / len(samples.y)
+
+    return accuracy
 
 
 class Batches(list[Any]):

@@ -57,6 +57,24 @@ def test_every_algorithm_has_rows(algo: str, mode: str, tmp_path: Path) -> None:
     assert all(row["algo"] == algo and row["steps_per_second"] > 0 and row["ratio"] > 0 for row in rows)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_evaluation_has_rows(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learner and the loop have the same score, or an error is raised."""
+    monkeypatch.setattr(bench, "EVALUATED", 2000)
+    main(["--evaluation", "--mode", mode, "--rounds", "1", "--json", str(tmp_path / "rows.json")])
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert (row["algo"], row["mode"]) == ("naive", mode)
+    assert min(row["steps_per_second"], row["ratio"]) > 0
+
+
+@pytest.mark.slow
+def test_starts_have_rows(tmp_path: Path) -> None:
+    main(["--startup", "--rounds", "1", "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["mode"] for row in rows] == MODES
+    assert all(min(row["first"], row["second"]) > 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_a_fresh_process_measures() -> None:
     """By default `test_every_algorithm_has_rows` runs the same command in this process."""
