@@ -19,7 +19,7 @@ from tests.measured import FOLDER, files
 
 PATHS = sorted(FOLDER.glob("*.json"))
 TABLES = [path.stem for path in PATHS]
-SLOW = {"mcsgd", "sequel", "si"}
+SLOW = {"lamaml", "mcsgd", "sequel", "si"}
 """Tables of which the cheapest row takes more than about ten seconds."""
 
 
