@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,7 +110,7 @@ class Program:
         self._end = self._compiled(self._traced_end, 0)
         self._loop = self._compiled(self._traced_loop, 0, 0, None)
         self._single = self._compiled(self._traced_step, 0, 0)
-        self._measure = jax.jit(jax.vmap(self._traced_measure))
+        self._measure = jax.jit(self._traced_measure)
 
     def _compiled(self, function: Callable[..., Any], *axes: int | None) -> Callable[..., Any]:
         return jax.jit(jax.vmap(function, in_axes=(0, 0, 0, *axes)), donate_argnums=(1, 2))
@@ -216,22 +215,20 @@ class Program:
         return {k: jax.tree.map(lambda a, k=k: a[k], after) for k in calls}
 
     def evaluate(self, splits: Mapping[int, AnySplit], others: Sequence[int]) -> dict[int, Evaluation]:
-        """Evaluate runs on their samples."""
+        """Evaluate runs on their samples, one after the other: batches are so large that a map is slower."""
         totals = {k: Totals(self.evaluator.objective) for k in splits}
-        samples = [*splits.values()]
-        distinct = samples[:1] if all(part is samples[0] for part in samples) else samples
-        for parts in zip_longest(*map(self.evaluator.batches, distinct)):
-            present = next(part for part in parts if part is not None)
-            of_runs = dict(zip(splits, parts if len(distinct) > 1 else parts * len(splits), strict=True))
-            batch, valid = zip(*(of_runs.get(k) or present for k in range(self.width)), strict=True)
-            stacked = self._stacked()
-            sums, outputs = self._measure(self.numbers, *stacked, _stack_arrays(batch), np.stack(valid))
-            sums = jax.device_get(sums)
-            for k in splits:
-                if of_runs[k] is not None:
-                    sums_of_run, outputs_of_run = jax.tree.map(lambda a, k=k: a[k], (sums, outputs))
-                    totals[k].add(sums_of_run, outputs_of_run, batch[k].y, valid[k])
+        numbers = {k: {name: values[k] for name, values in self.numbers.items()} for k in splits}
+        of_split = {id(samples): [k for k in splits if splits[k] is samples] for samples in splits.values()}
+        for places in of_split.values():
+            for batch, valid in self.evaluator.batches(splits[places[0]]):
+                for k in places:
+                    sums, outputs = self._measure(numbers[k], *self._as_leader(k), batch, valid)
+                    totals[k].add(sums, outputs, batch.y, valid)
         return {k: total.evaluation(len(splits[k])) for k, total in totals.items()}
+
+    def _as_leader(self, k: int) -> Any:
+        """Return the states of the run in a place, in the structure of those of the first run."""
+        return jax.tree.unflatten(self._structures[0], jax.tree.leaves(self.read(k)))
 
     def _padded(self, values: Mapping[int, Any]) -> list[Any]:
         """Return a value for each place, that of the first run where there is none."""
