@@ -120,7 +120,7 @@ def _parts(learner: FlaxLearner) -> dict[str, Any]:
     spec, trained = learner.spec, learner.algorithm.trained
     trees = learner.ts.params, learner.ts.opt_state, collections(learner.ts), learner.state
     return {
-        "the end of a task, which cannot be traced": id(learner) if alone else None,
+        "the method, whose runs have a program each": id(learner) if alone else None,
         "the network": learner.model,
         "the parameters that are trained": trained.trainable,
         "the objective": learner.algorithm.objective,
