@@ -560,8 +560,8 @@ def _described(groups: Sequence[Group], programs: Sequence[Seats]) -> str:
     runs = sum(len(seats.places) for seats in programs)
     if len(programs) == 1:
         return f"{runs} runs at once, in one program"
-    widths = ", ".join(str(len(seats.places)) for seats in programs)
-    line = f"{runs} runs in {len(programs)} programs, of {widths} runs"
+    widths = " + ".join(str(len(seats.places)) for seats in programs)
+    line = f"{runs} runs in {len(programs)} programs ({widths} runs)"
     reasons = ", ".join(dict.fromkeys(group.reason for group in groups if group.reason))
     return f"{line}: they differ in {reasons}" if reasons else f"{line}: more would need too much memory"
 
