@@ -235,7 +235,7 @@ BAD = [
     (["algo=er", "algo.mem_sise=3"],
      "algo.mem_sise is not a setting of er; did you mean algo.mem_size (>= 0)?"),
     (["algo=ewc", "algo.mem_size=3"],
-     "algo.mem_size is not a setting of ewc; it belongs to agem, er, der, derpp"),
+     "algo.mem_size is not a setting of ewc; it belongs to agem, gem, er, er_ace, mir, der, derpp"),
     (["mode=jaxx"], "mode must be one of pytorch, jax, got 'jaxx'; did you mean jax?"),
     (
         ["algo=ewc", "algo.ewc_lamda=1"],

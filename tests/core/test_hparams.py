@@ -135,8 +135,8 @@ def test_settings_cannot_be_changed() -> None:
         (
             ERHParams,
             {"memory": "fifo"},
-            "memory must be one of reservoir, ring, class_balanced, task_balanced, task_quota, class_quota, "
-            "got 'fifo'",
+            "memory must be one of reservoir, ring, task_ring, class_balanced, task_balanced, task_quota, "
+            "class_quota, greedy, got 'fifo'",
         ),
         *(
             (AGEMHParams, {"memory": memory}, f"one of ring, task_quota, class_quota, got '{memory}'")
