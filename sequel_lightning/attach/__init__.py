@@ -42,7 +42,7 @@ NOT_ATTACHED = {
     "ICaRL": "it replaces the head of the network by class means; use sequel_lightning.ICaRL",
     "KCL": "it replaces the head of the network by a kernel; use sequel_lightning.KCL",
     "LaMAML": "it takes inner steps that replace the optimizer's; use sequel_lightning.LaMAML",
-    "LwF": "its loss depends on the classes of past tasks; use sequel_lightning.LwF",
+    "LwF": "it needs the classes of past tasks; use sequel_lightning.LwF",
     "MIR": "it chooses the replayed samples by their losses; use sequel_lightning.MIR",
     "MCSGD": "it trains further weights after each task; use sequel_lightning.MCSGD",
 }
