@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.bic import BiCHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
@@ -45,6 +46,7 @@ __all__ = [
     "Augmentation",
     "Batch",
     "Benchmark",
+    "BiCHParams",
     "Comparison",
     "DERHParams",
     "DERppHParams",

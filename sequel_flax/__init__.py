@@ -6,6 +6,7 @@ from sequel_flax import reservoir, transforms
 from sequel_flax.algorithms import (
     ALGORITHMS,
     agem,
+    bic,
     der,
     derpp,
     er,
@@ -83,6 +84,7 @@ __all__ = [
     "Transformer",
     "adapted",
     "agem",
+    "bic",
     "binary_cross_entropy",
     "build_learner",
     "build_objective",

@@ -468,6 +468,11 @@ def _check(
         raise ValueError(f"width must be >= 1, got {width}; leave it out to use half of the memory")
     defaults = {"evaluate_every": "task", "evaluate_on": "test", "evaluate_future": False}
     for learner, stream, given in zip(learners, benchmarks, arguments, strict=True):
+        if learner.algorithm.second_phase is not None:
+            raise ValueError(
+                f"run_together has no second training phase, which {learner.hparams.name} needs; run each "
+                "learner on its own with sequel_core.run"
+            )
         check_run(learner, stream, *(given.get(name, default) for name, default in defaults.items()))
 
 

@@ -32,6 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mcsgd": {"mem_size": 12, "lmc_line_samples": 2, "lmc_batch_size": 4},
     "kcl": {"core_size": 4, "d_rn_f": 16},
     "icarl": {"mem_size": 12},
+    "bic": {"mem_size": 12, "phase_epochs": 1},
     "gdumb": {"mem_size": 12, "phase_epochs": 1},
     "gem": {"mem_size": 12},
     "mir": {"mem_size": 12, "mem_batch_size": 4, "num_candidates": 8},

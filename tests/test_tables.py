@@ -23,7 +23,7 @@ from tests.reference.cases import CASES as REFERENCE
 from tests.resume.short_runs import METHODS as RESUME
 from tests.speed import loops_flax, loops_lightning
 
-NO_STRENGTH = {"naive", "joint", "er_ace", "gdumb", "lamaml", "icarl", "kcl"}
+NO_STRENGTH = {"naive", "joint", "er_ace", "bic", "gdumb", "lamaml", "icarl", "kcl"}
 """Methods without a setting whose value 0 gives naive finetuning."""
 
 ROOT = Path(__file__).parents[1]

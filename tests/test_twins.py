@@ -167,6 +167,7 @@ SHARE = 0.6
 BELOW: dict[str, tuple[float, str]] = {
     "agem.py": (0.2, "Lightning projects the gradient in a hook of its optimizer step"),
     "si.py": (0.2, "Lightning spreads the step over three hooks, and calls fused kernels"),
+    "bic.py": (0.3, "torch replaces the memories and the correction in place"),
     "gdumb.py": (0.05, "its equations are in second_phase.py; torch trains in place"),
     "lamaml.py": (0.56, "Lightning takes its steps in `training_loss`, Flax in `train_step`"),
     "coresets.py": (0.0, "only Lightning's module takes coresets from a user's own loop, with its checks"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.bic import BiCHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
@@ -43,6 +44,7 @@ ALGORITHMS: dict[str, type[AlgorithmHParams]] = {
         DERHParams,
         DERppHParams,
         GDumbHParams,
+        BiCHParams,
         MCSGDHParams,
         LaMAMLHParams,
         ICaRLHParams,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from sequel_core.settings import setting
 from sequel_core.stream import plan
 from sequel_core.stream.arrays import FloatArray, IntArray, SlotArray
 from sequel_core.stream.benchmark import Benchmark, StreamSpec
+from sequel_core.stream.coresets import with_coreset
 from sequel_core.stream.planner import counted
 from sequel_core.stream.task import Samples, Task
 
@@ -198,30 +199,3 @@ def basis_constants(seed: int, count: int, width: int) -> tuple[NDArray[Any], Fl
     fixed = plan.words(seed, "bases of evaluation", count=count) % NOISE
     noise = noise_table(seed)
     return np.concatenate([noise, noise[: width - 1]]), phase, fixed.astype(np.int32)
-
-
-def with_coreset(task: Task, per_class: int, seed: int) -> Task:
-    """Return a task whose coreset, equally many samples of each class, is removed from its training samples.
-
-    Args:
-        task: the task. The remaining training samples keep their order.
-        per_class: number of samples per class in the coreset, which is sorted by class.
-        seed: training seed.
-
-    Raises:
-        ValueError: a class has no samples left for training.
-    """
-    targets = task.train.targets
-    chosen = []
-    for label in task.classes:
-        rows = np.flatnonzero(targets == label)
-        if len(rows) <= per_class:
-            raise ValueError(
-                f"core_size must leave samples of every class to train on, got {per_class} per class with "
-                f"{len(rows)} of class {label} in task {task.index}; lower core_size or raise subset"
-            )
-        order = plan.permutation(seed, "coreset", task.index, label, count=len(rows))
-        chosen.append(rows[order[:per_class]])
-    core = np.concatenate(chosen)
-    rest = np.setdiff1d(np.arange(len(targets)), core)
-    return replace(task, train=task.train.pick(rest), coreset=task.train.pick(core))

@@ -6,11 +6,10 @@ The frameworks compute the features. Which samples are kept, and in which slot, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from sequel_core.hparams import ExemplarHParams
 from sequel_core.stream.arrays import BoolArray, FloatArray, IntArray
 from sequel_core.stream.memory import memory_stream
 from sequel_core.stream.task import AnySplit, Samples, join
@@ -49,8 +48,20 @@ def herding(features: FloatArray, count: int) -> IntArray:
     return chosen
 
 
+class Quota(Protocol):
+    """The numbers of a memory of exemplars; `ExemplarHParams` has them."""
+
+    def slots(self, num_sets: int) -> int:
+        """Return the number of slots for so many sets."""
+        ...
+
+    def per_set(self, num_sets: int) -> int:
+        """Return the number of exemplars of each set if there are `num_sets` of them."""
+        ...
+
+
 def renewed_exemplars(
-    hparams: ExemplarHParams,
+    hparams: Quota,
     mask: BoolArray,
     task: int,
     held: Samples,
@@ -63,7 +74,7 @@ def renewed_exemplars(
     `herding`.
 
     Args:
-        hparams: settings, with the total number of exemplars.
+        hparams: number of exemplars.
         mask: classes of each task, bool `[T, num_classes]`.
         task: index of the task that ends.
         held: exemplars of past tasks, in that order.
@@ -94,6 +105,33 @@ def renewed_exemplars(
     for slot, k in enumerate(kept):
         x[slot], y[slot], t[slot] = images[k], labels[k], held.t[k] if k < past else task
     return Samples(x, y, t)
+
+
+def renewed_samples(
+    quota: Quota, mask: BoolArray, task: int, held: Samples, new: Iterable[Samples]
+) -> Samples:
+    """Return the samples that a memory holds after it is divided among the sets again.
+
+    It is `renewed_exemplars` without features: the first samples of each class are kept, so that samples in a
+    random order give a random choice.
+
+    Args:
+        quota: number of samples.
+        mask: see `renewed_exemplars`.
+        task: index of the task of the new samples.
+        held: samples of past tasks, as this function returned them, without empty slots.
+        new: batches of samples of the task.
+
+    Example:
+        >>> from sequel_core import ICaRLHParams
+        >>> x, none = np.zeros((6, 2)), np.zeros(0, np.int64)
+        >>> new = Samples(x, np.array([0, 1, 0, 1, 0, 1]), np.zeros(6, np.int64))
+        >>> held = Samples(x[:0], none, none)
+        >>> kept = renewed_samples(ICaRLHParams(mem_size=4), np.ones((1, 2), bool), 0, held, [new])
+        >>> kept.y.tolist()
+        [0, 0, 1, 1]
+    """
+    return renewed_exemplars(quota, mask, task, held, ((s, np.zeros((len(s.y), 1))) for s in new))
 
 
 def exemplar_means(

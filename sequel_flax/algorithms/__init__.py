@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sequel_flax.algorithms.agem import agem
+from sequel_flax.algorithms.bic import bic
 from sequel_flax.algorithms.der import der
 from sequel_flax.algorithms.derpp import derpp
 from sequel_flax.algorithms.er import er
@@ -29,6 +30,7 @@ from sequel_flax.bundle import Algorithm
 __all__ = [
     "ALGORITHMS",
     "agem",
+    "bic",
     "der",
     "derpp",
     "er",
@@ -66,6 +68,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "der": der,
     "derpp": derpp,
     "gdumb": gdumb,
+    "bic": bic,
     "icarl": icarl,
     "lamaml": lamaml,
     "kcl": kcl,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sequel_lightning.algorithms.agem import AGEM
+from sequel_lightning.algorithms.bic import BiC
 from sequel_lightning.algorithms.der import DER
 from sequel_lightning.algorithms.derpp import DERpp
 from sequel_lightning.algorithms.er import ER
@@ -38,6 +39,7 @@ __all__ = [
     "MCSGD",
     "MIR",
     "SI",
+    "BiC",
     "DERpp",
     "GDumb",
     "ICaRL",
@@ -64,6 +66,7 @@ ALGORITHMS: dict[str, type[ContinualModule]] = {
     "der": DER,
     "derpp": DERpp,
     "gdumb": GDumb,
+    "bic": BiC,
     "icarl": ICaRL,
     "lamaml": LaMAML,
     "kcl": KCL,

@@ -37,6 +37,7 @@ NOT_ATTACHED = {
     "Joint": "it trains on all tasks at once; give the Trainer a loader of torch's ConcatDataset",
     "StableSGD": "it is a choice of dropout and learning rates; set them in your module",
     "ERACE": "it masks logits within the loss of your module; use sequel_lightning.ERACE",
+    "BiC": "it corrects the predictions of your module after each task; use sequel_lightning.BiC",
     "GDumb": "it trains the network anew after each task; use sequel_lightning.GDumb",
     "GEM": "it draws from each past task, which with_replay cannot; use attach.AGEM or sequel_lightning.GEM",
     "ICaRL": "it replaces the head of the network by class means; use sequel_lightning.ICaRL",

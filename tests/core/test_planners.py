@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sequel_core.algorithms.kcl import NOISE, BasesPlanner, KCLHParams, noise_table, with_coreset
+from sequel_core.algorithms.kcl import NOISE, BasesPlanner, KCLHParams, noise_table
 from sequel_core.algorithms.lamaml import LaMAMLHParams, MetaPlanner
 from sequel_core.algorithms.mcsgd import MCSGDHParams, connection_batches
 from sequel_core.stream import plan
 from sequel_core.stream.benchmark import StreamSpec
+from sequel_core.stream.coresets import with_coreset
 from sequel_core.stream.images import Normalisation
 from sequel_core.stream.memory import MemoryPlanner
 from sequel_core.stream.task import JoinedSplit, Split, Task

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from sequel_benchmarks import RotatedDigits, SplitDigits
 from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.bic import BiCHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
@@ -59,6 +60,7 @@ DERPP = DERppHParams(mem_size=20, mem_batch_size=6, memory="class_balanced")
 MCSGD = MCSGDHParams(per_task_memory_samples=10, lmc_batch_size=4, lmc_lr=0.1)
 ONLINE = replace(MCSGD, lmc_policy="online")
 LAMAML = LaMAMLHParams(mem_size=20, mem_batch_size=6, glances=2, sync_update=True, lr_alpha=0.05)
+BIC = BiCHParams(mem_size=50, val_fraction=0)  # without a correction: no samples are set aside
 GDUMB = GDumbHParams(mem_size=9, phase_epochs=2, phase_batch_size=4)
 ICARL = ICaRLHParams(mem_size=50)  # one of each class of each of five tasks
 EVERY: tuple[AlgorithmHParams, ...] = (
@@ -77,6 +79,7 @@ EVERY: tuple[AlgorithmHParams, ...] = (
     ERACEHParams(mem_size=20, mem_batch_size=6),
     DER,
     DERPP,
+    BIC,
     GDUMB,
     ICARL,
     MIRHParams(mem_size=20, mem_batch_size=4, num_candidates=8),

@@ -63,7 +63,18 @@ def bytes_of_trees(state: State) -> int:
     return sum(part.nbytes for part in parts if not isinstance(part, Memory))
 
 
-TREES = {"ewc": 2, "mas": 2, "si": 3, "lfl": 1, "lwf": 1, "icarl": 1, "gdumb": 2, "lamaml": 1, "mcsgd": 2}
+TREES = {
+    "ewc": 2,
+    "mas": 2,
+    "si": 3,
+    "lfl": 1,
+    "lwf": 1,
+    "icarl": 1,
+    "bic": 1,
+    "gdumb": 2,
+    "lamaml": 1,
+    "mcsgd": 2,
+}
 """Number of trees with the structure of the parameters that a method keeps, if not 0."""
 
 

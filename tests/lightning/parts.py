@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.bic import BiCHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
@@ -56,6 +57,7 @@ DERPP = DERppHParams(mem_size=9, mem_batch_size=6, memory="class_balanced")
 MCSGD = MCSGDHParams(per_task_memory_samples=6, lmc_batch_size=4, lmc_lr=0.1)
 ONLINE = replace(MCSGD, lmc_policy="online")
 LAMAML = LaMAMLHParams(mem_size=9, mem_batch_size=6, glances=2, sync_update=True, lr_alpha=0.05)
+BIC = BiCHParams(mem_size=12, val_fraction=0)  # without a correction: no samples are set aside
 GDUMB = GDumbHParams(mem_size=9, phase_epochs=2, phase_batch_size=4)
 ICARL = ICaRLHParams(mem_size=12)
 EVERY: tuple[AlgorithmHParams, ...] = (
@@ -74,6 +76,7 @@ EVERY: tuple[AlgorithmHParams, ...] = (
     ERACEHParams(mem_size=9, mem_batch_size=6),
     DERHParams(mem_size=9, mem_batch_size=6),
     DERPP,
+    BIC,
     GDUMB,
     ICARL,
     MIRHParams(mem_size=9, mem_batch_size=4, num_candidates=6),
@@ -81,7 +84,19 @@ EVERY: tuple[AlgorithmHParams, ...] = (
     ONLINE,
     LAMAML,
 )
-STATEFUL = (SI, LFL, AGEM, ER, DERPP, GDUMB, ICARL, MCSGD, ONLINE, LAMAML)  # they keep more than importances
+STATEFUL = (
+    SI,
+    LFL,
+    AGEM,
+    ER,
+    DERPP,
+    BIC,
+    GDUMB,
+    ICARL,
+    MCSGD,
+    ONLINE,
+    LAMAML,
+)  # they keep more than importances
 every_algorithm = pytest.mark.parametrize("hparams", EVERY, ids=lambda hparams: hparams.name)
 
 

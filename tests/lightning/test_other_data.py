@@ -46,7 +46,7 @@ from sequel_lightning import (
     squared_error,
 )
 from sequel_lightning.algorithms.ewc import diagonal_fisher
-from tests.lightning.parts import AGEM, DERPP, EVERY, ICARL, KCL, LAMAML, MCSGD, ONLINE, SI, trainer
+from tests.lightning.parts import AGEM, BIC, DERPP, EVERY, ICARL, KCL, LAMAML, MCSGD, ONLINE, SI, trainer
 
 FEATURES, OUTPUTS, TRAIN, TEST, SIZE = 5, 3, 42, 20, 4
 SGD = partial(torch.optim.SGD, lr=0.02)
@@ -135,7 +135,7 @@ def fits_without_classes(hparams: AlgorithmHParams) -> AlgorithmHParams:
     return replace(hparams, memory=changes[hparams.name]) if hparams.name in changes else hparams  # type: ignore[call-arg]
 
 
-ANY = [fits_without_classes(h) for h in EVERY if h.name not in ("kcl", "icarl", "er_ace")]
+ANY = [fits_without_classes(h) for h in EVERY if h.name not in ("kcl", "icarl", "er_ace", "bic")]
 any_method = pytest.mark.parametrize("hparams", ANY, ids=lambda h: f"{h.name}{getattr(h, 'lmc_policy', '')}")
 
 
@@ -171,7 +171,7 @@ def test_every_method_trains_on_any_data(hparams: AlgorithmHParams, targets: str
     assert results[0].total == TEST
 
 
-@pytest.mark.parametrize("hparams", [KCL, ICARL], ids=lambda h: h.name)
+@pytest.mark.parametrize("hparams", [KCL, ICARL, BIC], ids=lambda h: h.name)
 @pytest.mark.parametrize("targets", ["labels", "values", "tokens"])
 def test_methods_of_classes_reject_other_targets(hparams: AlgorithmHParams, targets: str) -> None:
     with pytest.raises(ValueError, match=f"^{hparams.name} needs targets that are class labels"):

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.bic import BiCHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
@@ -94,6 +95,8 @@ CASES: list[tuple[AlgorithmHParams, str]] = [
         MIRHParams(memory="ring", mem_size=60, mem_batch_size=7, virtual_lr=0.5, loss="sum", **CARRY),
         "momentum",
     ),
+    (BiCHParams(mem_size=90, phase_epochs=5), "momentum"),
+    (BiCHParams(mem_size=80, val_fraction=0.3, temperature=1, phase_epochs=3, **CARRY), "adam"),
     (MCSGDHParams(mem_size=60, lmc_batch_size=16, lmc_lr=0.2), "momentum"),
     (
         MCSGDHParams(

@@ -17,6 +17,7 @@ import sequel_lightning
 from sequel_benchmarks import DataSet, SplitSettings, split
 from sequel_benchmarks.data import available, load
 from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.bic import BiCHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
@@ -66,6 +67,7 @@ METHODS: list[AlgorithmHParams] = [
     LFLHParams(lfl_lambda=0.1),
     AGEMHParams(mem_size=20, mem_batch_size=7),
     GDumbHParams(mem_size=20, phase_epochs=4, phase_batch_size=6),
+    BiCHParams(mem_size=40, phase_epochs=4, phase_batch_size=6),
     MCSGDHParams(mem_size=20, lmc_line_samples=3, lmc_batch_size=8),
     LaMAMLHParams(mem_size=20, mem_batch_size=7, n_inner_updates=2, glances=2),
     ICaRLHParams(mem_size=20),

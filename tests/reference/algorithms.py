@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.bic import BiCHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
@@ -28,7 +29,7 @@ from tests.reference.connectivity import MCSGD
 from tests.reference.exemplars import ICaRL
 from tests.reference.kernels import KCL
 from tests.reference.meta import LaMAML
-from tests.reference.phases import GDumb
+from tests.reference.phases import BiC, GDumb
 from tests.reference.regularisers import EWC, LFL, MAS, SI, LwF
 from tests.reference.replay import AGEM, DER, ER, ERACE, GEM, MIR, DERpp
 from tests.reference.streams import Joint, Reference, StableSGD
@@ -50,6 +51,7 @@ REFERENCES: dict[type[AlgorithmHParams], type[Reference]] = {
     DERppHParams: DERpp,
     GDumbHParams: GDumb,
     MIRHParams: MIR,
+    BiCHParams: BiC,
     MCSGDHParams: MCSGD,
     LaMAMLHParams: LaMAML,
     ICaRLHParams: ICaRL,

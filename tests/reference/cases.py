@@ -10,6 +10,7 @@ import pytest
 
 from sequel_benchmarks import RotatedDigits, SplitDigits
 from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.bic import BiCHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
@@ -52,6 +53,7 @@ ONLINE_EWC: dict[str, Any] = {"accumulation": "online"}
 NO_RESET: dict[str, Any] = {"reset_optimizer": False}
 MEMORY: dict[str, Any] = {"mem_size": 60, "mem_batch_size": 9}
 PHASE: dict[str, Any] = {"mem_size": 50, "phase_epochs": 4, "phase_batch_size": 9, "phase_lr": 0.02}
+FIT: dict[str, Any] = {"phase_epochs": 8, "phase_batch_size": 5, "phase_lr": 0.05}
 LMC: dict[str, Any] = {"mem_size": 66, "lmc_batch_size": 8, "lmc_line_samples": 4, "lmc_init_position": 0.4}
 ONLINE_LMC: dict[str, Any] = {
     "mem_size": 66,
@@ -148,6 +150,11 @@ CASES = [
     Case("rotated", GDumbHParams(**PHASE), MOMENTUM),
     Case("masked", GDumbHParams(**PHASE, memory="reservoir", phase_grad_clip=0.3), SGD),
     Case("incremental", GDumbHParams(**PHASE, phase_weight_decay=0.01, phase_momentum=0.5), ADAM),
+    Case("rotated", BiCHParams(mem_size=90, phase_epochs=3), MOMENTUM),
+    Case("incremental", BiCHParams(mem_size=50, val_fraction=0.3, **FIT, lr_decay=0.8), SGD),
+    Case("incremental", BiCHParams(mem_size=70, temperature=1, **FIT, phase_grad_clip=0.1), ADAM, CLIPPED),
+    Case("masked", BiCHParams(mem_size=60, **FIT, phase_weight_decay=0.1), MOMENTUM),
+    Case("incremental", BiCHParams(mem_size=50, val_fraction=0), SGD),
     Case("rotated", MCSGDHParams(**LMC, lmc_lr=0.3, lmc_epochs=2, lr_decay=0.8), MOMENTUM),
     Case("rotated", MCSGDHParams(**LMC, **PLAIN_LMC, lmc_policy="online"), SGD),
     Case("masked", MCSGDHParams(**LMC, **EPOCH_LMC, memory="class_quota", lmc_gradient="prefix"), ADAM),

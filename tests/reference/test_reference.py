@@ -89,7 +89,7 @@ Make = Callable[..., Learner]
 def stages(learner: Learner, stream: str) -> Iterator[Stage]:
     """Yield the same results as the reference; scores only for methods that do not predict with the head."""
     data = benchmark(stream)
-    predicts = learner.hparams.name in ("icarl", "kcl")
+    predicts = learner.hparams.name in ("bic", "icarl", "kcl")
     for task in learner.hparams.training_tasks(data, learner.training.seed):
         reports: list[Progress] = []
         learner.fit_task(task, FitMonitor(reports.append, lambda: None))
@@ -138,7 +138,7 @@ def test_weights_after_every_task_and_losses_of_every_step(framework: Make, case
     if memory is not None:
         for array, stored in zip(learner.memory_samples(), memory, strict=True):
             np.testing.assert_array_equal(array, stored)
-    if case.hparams.name in ("icarl", "mcsgd"):
+    if case.hparams.name in ("bic", "icarl", "mcsgd"):
         for task in benchmark(case.stream).tasks:
             assert learner.evaluate(task, "test").alternatives == alternatives(reference, expected[-1], task)
 

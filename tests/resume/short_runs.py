@@ -12,7 +12,9 @@ from typing import Any
 
 import sequel_core.runs.checkpoints
 import sequel_core.runs.files
+from sequel_benchmarks import SplitDigits
 from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.bic import BiCHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
@@ -61,6 +63,7 @@ METHODS: dict[str, AlgorithmHParams] = {
         DERppHParams(mem_size=25, mem_batch_size=6, **CARRY),
         GDumbHParams(mem_size=30, phase_epochs=7, phase_batch_size=8, **CARRY),
         MIRHParams(mem_size=25, mem_batch_size=6, num_candidates=12, **CARRY),
+        BiCHParams(mem_size=50, phase_epochs=20, phase_batch_size=4, **CARRY),
         MCSGDHParams(mem_size=30, lmc_batch_size=8, lmc_epochs=1),
         LaMAMLHParams(mem_size=25, glances=2, mem_batch_size=6),
         ICaRLHParams(mem_size=30, **CARRY),
@@ -73,7 +76,12 @@ CHECKPOINT = CheckpointHParams(every_n_steps=4)
 
 
 def stream(method: str = "") -> Benchmark:
-    """Return three rotations of a few digits, 12 steps an epoch; or a table of three tasks."""
+    """Return three rotations of a few digits, 12 steps an epoch; or a table of three tasks.
+
+    BiC corrects classes that are new in a task, so it has pairs of digits.
+    """
+    if method == "bic":
+        return SplitDigits(num_tasks=5, scenario="class", subset=60)
     return table("values", train=60) if method.endswith("on values") else short_stream()
 
 

@@ -353,6 +353,17 @@ def gdumb(network: Network, params: Any, hparams: Any, stored: Samples) -> tuple
     return step, memory(params, hparams, stored)
 
 
+def bic(network: Network, params: Any, hparams: Any, stored: Samples) -> tuple[Step, Any]:
+    def loss_fn(params: Any, kept: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
+        logits, old = network(params, x), network(kept["old"], x)
+        half, temperature = old.shape[1] // 2, hparams["temperature"]
+        target = jax.nn.softmax(old[:, :half] / temperature, axis=1)
+        distance = -(target * jax.nn.log_softmax(logits[:, :half] / temperature, axis=1)).sum(1).mean()
+        return 0.5 * distance + 0.5 * cross_entropy(logits, y), kept
+
+    return sgd(loss_fn), {"old": params}
+
+
 def icarl(network: Network, params: Any, hparams: Any, stored: Samples) -> tuple[Step, Any]:
     def loss_fn(params: Any, kept: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, Any]:
         logits, old = network(params, x), jax.nn.sigmoid(network(kept["old"], x))
@@ -459,6 +470,7 @@ LOOPS: dict[str, Callable[..., tuple[Step, Any]]] = {
     "agem": agem,
     "gem": agem,
     "mcsgd": mcsgd,
+    "bic": bic,
     "gdumb": gdumb,
     "icarl": icarl,
     "kcl": kcl,

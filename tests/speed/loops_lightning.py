@@ -351,6 +351,18 @@ class ICaRL(Naive):
         return F.binary_cross_entropy_with_logits(logits, target)
 
 
+class BiC(ICaRL):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        logits, temperature = self.logits(x), self.settings["temperature"]
+        with torch.no_grad():
+            old = self.old(self.pixels(x))
+        half = old.shape[1] // 2
+        target = F.softmax(old[:, :half] / temperature, dim=1)
+        distance = -(target * F.log_softmax(logits[:, :half] / temperature, dim=1)).sum(1).mean()
+        return 0.5 * distance + 0.5 * F.cross_entropy(logits, y)
+
+
 class KCL(Naive):
     def __init__(self, net: nn.Module, normalisation: Any, settings: Any, x: Tensor, y: Tensor) -> None:
         super().__init__(net, normalisation, settings, x, y)
@@ -439,6 +451,7 @@ LOOPS: dict[str, type[Naive]] = {
     "agem": AGEM,
     "gem": AGEM,
     "mcsgd": MCSGD,
+    "bic": BiC,
     "gdumb": GDumb,
     "icarl": ICaRL,
     "kcl": KCL,
