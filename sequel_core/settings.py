@@ -15,7 +15,7 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, make_dataclass
 from difflib import get_close_matches
 from functools import cache
 from types import UnionType
@@ -146,7 +146,8 @@ class Settings:
         declared = {name: spec for name, spec in vars(cls).items() if isinstance(spec, Field)}
         for name, spec in declared.items():
             spec.name = name  # as `dataclass` does after this method
-        specs = {spec.name: spec for spec in fields(cls)} | declared
+        bases = [base for base in reversed(cls.__mro__[1:]) if is_dataclass(base)]
+        specs = {spec.name: spec for base in bases for spec in fields(base)} | declared
         cls.__doc__ = with_arguments(vars(cls).get("__doc__"), specs.values())
 
     def __post_init__(self) -> None:
