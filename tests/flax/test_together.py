@@ -13,17 +13,23 @@ import pytest
 from sequel_benchmarks import RotatedDigits
 from sequel_core import DivergenceError, run
 from sequel_core.algorithms.agem import AGEMHParams
+from sequel_core.algorithms.bic import BiCHParams
 from sequel_core.algorithms.der import DERHParams
 from sequel_core.algorithms.derpp import DERppHParams
 from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.er_ace import ERACEHParams
 from sequel_core.algorithms.ewc import EWCHParams
+from sequel_core.algorithms.gdumb import GDumbHParams
+from sequel_core.algorithms.gem import GEMHParams
 from sequel_core.algorithms.icarl import ICaRLHParams
 from sequel_core.algorithms.joint import JointHParams
 from sequel_core.algorithms.kcl import KCLHParams
 from sequel_core.algorithms.lamaml import LaMAMLHParams
 from sequel_core.algorithms.lfl import LFLHParams
+from sequel_core.algorithms.lwf import LwFHParams
 from sequel_core.algorithms.mas import MASHParams
 from sequel_core.algorithms.mcsgd import MCSGDHParams
+from sequel_core.algorithms.mir import MIRHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
@@ -56,6 +62,13 @@ MIXED: list[list[AlgorithmHParams]] = [
     [ICaRLHParams(mem_size=60, lr_decay=decay) for decay in (1.0, 0.8, 0.5)],
     [MCSGDHParams(mem_size=60, lmc_batch_size=16, lmc_lr=rate) for rate in (0.05, 0.1, 0.2)],
     [LaMAMLHParams(mem_size=50, glances=2, mem_batch_size=6, lr_alpha=rate) for rate in (0.05, 0.1, 0.2)],
+    [LwFHParams(lwf_lambda=strength, temperature=2 * strength) for strength in (0.5, 1.0, 2.0)],
+    [ERACEHParams(mem_size=50, mem_batch_size=9, lr_decay=decay) for decay in (1.0, 0.8, 0.5)],
+    [
+        MIRHParams(mem_size=50, mem_batch_size=9, num_candidates=20, virtual_lr=rate)
+        for rate in (0.01, 0.05, 0.1)
+    ],
+    [GEMHParams(mem_size=60, margin=margin) for margin in (0.0, 0.3, 0.6)],
     [KCLHParams(task_given=True, core_size=20, d_rn_f=64, tau=tau, lmd=10.0) for tau in (0.1, 0.5, 1.0)],
 ]
 """For each method, settings of three runs in one program."""
@@ -175,6 +188,14 @@ def test_invalid_arguments_raise_before_training(arguments: dict[str, Any], mess
     learners = [learner(NaiveHParams(), DIGITS, seed) for seed in range(2)]
     with pytest.raises(ValueError, match=message):
         run_together(**{"learners": learners, "benchmark": DIGITS, "progress": False, **arguments})
+    assert learners[0].step == 0
+
+
+@pytest.mark.parametrize("hparams", [GDumbHParams(), BiCHParams()], ids=lambda hparams: hparams.name)
+def test_a_method_with_a_second_phase_raises_before_training(hparams: AlgorithmHParams) -> None:
+    learners = [learner(hparams, DIGITS, seed) for seed in range(2)]
+    with pytest.raises(ValueError, match=f"no second training phase, which {hparams.name} needs"):
+        run_together(learners, DIGITS, progress=False)
     assert learners[0].step == 0
 
 
