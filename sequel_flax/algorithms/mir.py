@@ -119,7 +119,8 @@ def mir(
         batch, candidates = samples
         if not len(candidates.t):
             return samples
-        rate = hparams.virtual_lr or get_learning_rates(model.ts.opt_state)[0]
+        given = hparams.virtual_lr
+        rate = get_learning_rates(model.ts.opt_state)[0] if given is None else given
         scores = interference(params, model, batch, candidates, rate)
         return [batch, most_interfered(candidates, scores, hparams.mem_batch_size)]
 
