@@ -241,8 +241,8 @@ def settings(section: str, name: str | Target = "") -> list[Setting]:
         name: one of `choices(section)`, or user code; not used for the sections without choices.
 
     Example:
-        >>> [setting.key for setting in settings("algo", "si")][-3:]
-        ['si_lambda', 'xi', 'clamp']
+        >>> [setting.key for setting in settings("algo", "si")][-4:]
+        ['si_lambda', 'xi', 'clamp', 'path_gradient']
     """
     if section == "logger" and isinstance(name, str):
         text = logger_files().joinpath(f"{name}.yaml").read_text(encoding="utf-8")

@@ -289,8 +289,9 @@ class MemoryPlanner:
         self._none = max(self.slots, 1)  # arrays of a memory have at least one slot
         self._hparams, self._spec = hparams, spec
         self._early, self._draws = draws, draws + later_draws
-        largest = self.slots // spec.num_tasks if per_task else self.slots
-        self._drawn = min(hparams.drawn, largest)
+        self._drawn = hparams.drawn if self.slots else 0
+        if per_task:
+            self._drawn = min(self._drawn, self.slots // spec.num_tasks)
         self._policy = policy(hparams, spec, past_only or per_task)
         self._held = self._policy.held if per_task and isinstance(self._policy, Parts) else None
         self._choose = independent if hparams.replacement else distinct

@@ -170,8 +170,9 @@ def test_distillation_of_past_heads(separate: bool, rng: np.random.Generator) ->
 
 def test_path_integral_adds_minus_the_gradient_times_the_step(rng: np.random.Generator) -> None:
     path, g, before, after = (tree(rng) for _ in range(4))
+    expected = {k: path[k] - g[k] * after[k] + g[k] * before[k] for k in path}
     actual = si.accumulate_path_integral(*map(tensors, (path, g, before, after)))
-    assert_tree(actual, {k: path[k] - g[k] * after[k] + g[k] * before[k] for k in path})
+    assert_tree(actual, expected)
 
 
 @pytest.mark.parametrize("clamp", [False, True])

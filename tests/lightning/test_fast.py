@@ -175,7 +175,7 @@ LBFGS = partial(torch.optim.LBFGS, lr=0.1, max_iter=3)  # which computes the gra
     ("optimizer", "options"),
     [
         (ADAM, {"training": {"grad_clip": 0.1}}),
-        (MOMENTUM, {"training": {"grad_clip": 0.01}, "trainer": {"gradient_clip_algorithm": "value"}}),
+        (MOMENTUM, {"training": {"grad_clip": 0.01, "grad_clip_algorithm": "value"}}),
         (scheduled, {}),
         (partial(scheduled, interval="epoch"), {}),
         (follows_the_loss, {"training": {"log_every_n_steps": 1}}),

@@ -49,7 +49,7 @@ PLAIN = {
 def test_a_spec_as_plain_values_and_back() -> None:
     assert plain_spec(SPEC) == PLAIN
     back = spec_from(yaml.safe_load(yaml.safe_dump(PLAIN)))
-    assert back._replace(mask=SPEC.mask) == SPEC
+    assert back._replace(mask=SPEC.mask, max_evaluated=SPEC.max_evaluated) == SPEC
     assert back.mask.dtype == np.bool_
     np.testing.assert_array_equal(back.mask, SPEC.mask)
 

@@ -249,13 +249,17 @@ def naive_case(case: Case) -> Case:
 def without_each_setting(case: Case) -> dict[str, Case]:
     """Return variants of a case by the name of the setting that is at its default in each.
 
-    The settings in COMMON have no variant. A setting that is only read for one value of the named setting is
-    at its default too.
+    The settings in COMMON have no variant, nor do those that do not change the weights: GDumb does not use
+    the optimizer, and the second phase of BiC changes predictions. A setting that is only read for one value
+    of the named setting is at its default too.
     """
     variants = {}
     for part in ("hparams", "optimizer", "training"):
         settings = getattr(case, part)
         for spec in fields(settings):
+            name = f"{case.hparams.name} {part} {spec.name}"
+            if name.startswith(("gdumb optimizer", "bic hparams phase_")):
+                continue
             if spec.name not in COMMON and spec.default not in (MISSING, getattr(settings, spec.name)):
                 reset = [
                     s for s in fields(settings) if spec.name in (s.name, s.metadata.get("only", ("",))[0])

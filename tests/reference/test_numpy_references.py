@@ -58,11 +58,11 @@ from tests.reference.replay import DER, Replay, project
 from tests.reference.streams import Reference, concatenate
 
 METHOD_CASES = [case for case in CASES if case.hparams.name not in ("naive", "joint", "ewc")]
-# A-GEM and first-order La-MAML do not step along the gradient of a loss.
+# A-GEM, GEM and first-order La-MAML do not step along the gradient of a loss, and GDumb has none for batches.
 DIFFERENTIABLE = [
     case
     for case in METHOD_CASES
-    if case.hparams.name != "agem" and vars(case.hparams).get("second_order", True)
+    if case.hparams.name not in ("agem", "gem", "gdumb") and vars(case.hparams).get("second_order", True)
 ]
 NO_EXTRA_TERM = ("stable_sgd", "mcsgd", "kcl")  # CE alone, or (KCL) CE of other logits than the network's
 

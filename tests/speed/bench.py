@@ -191,25 +191,28 @@ def settings(algo: str, batch_size: int) -> AlgorithmHParams:
     """Return the settings that are measured.
 
     They are the defaults, with replay batches as large as the training batches. La-MAML takes
-    up to 5 inner steps. iCaRL keeps so few exemplars that they hardly add a step.
+    up to 5 inner steps. iCaRL and BiC keep so few exemplars that they hardly add a step. BiC holds out no
+    samples.
     """
     chosen: dict[str, Any] = {}
     if issubclass(ALGORITHMS[algo], ReplayHParams):
         chosen = {"mem_size": MEMORY, "mem_batch_size": batch_size}
     if algo == "lamaml":
         chosen["n_inner_updates"] = max(k for k in range(1, 6) if batch_size % k == 0)
-    if algo == "icarl":
+    if algo in ("icarl", "bic"):
         chosen["mem_size"] = NETWORKS["mlp"].num_classes
     if algo == "kcl":
         chosen["task_given"] = True
+    if algo == "bic":
+        chosen["val_fraction"] = 0.0
     return ALGORITHMS[algo](**chosen)
 
 
 def stream(hparams: AlgorithmHParams, num_samples: int, backbone: str = "mlp") -> Benchmark:
     """Return two tasks of the same random images; the second task is the one that is timed.
 
-    iCaRL's tasks have half of the classes each, so that the old network has classes to distil. KCL's tasks
-    have a coreset in addition.
+    Tasks of iCaRL and BiC have half of the classes each, so that the old network has classes to distil. KCL's
+    tasks have a coreset in addition.
     """
     network = NETWORKS[backbone]
     shape, classes = network.shape, range(network.num_classes)
@@ -219,7 +222,7 @@ def stream(hparams: AlgorithmHParams, num_samples: int, backbone: str = "mlp") -
     pixels = plan.words("bench", "images", count=-(-num_pixels // 8)).view(np.uint8)
     images = pixels[:num_pixels].reshape(num_samples, *shape)
     half = len(classes) // 2
-    halves = hparams.name == "icarl"
+    halves = hparams.name in ("icarl", "bic")
     tasks = []
     for i, part in enumerate((classes[:half], classes[half:]) if halves else (classes, classes)):
         split = Split(images, np.resize(part, num_samples), i)

@@ -41,7 +41,7 @@ MODES: list[Mode] = ["pytorch", "jax"]
 MODULES = {"pytorch": loops_lightning, "jax": loops_flax}
 ROOT = Path(__file__).resolve().parents[2]
 SIZE, SAMPLES, STEPS = 10, 40, 20
-RANDOM = ("er", "der", "derpp", "lamaml")  # the loss includes samples from the memory, which differ
+RANDOM = ("er", "er_ace", "mir", "der", "derpp", "lamaml")  # draws from the memory, which differ
 TRAINING = TrainingHParams(batch_size=SIZE, log_every_n_steps=1)
 
 
@@ -201,7 +201,8 @@ def check(algo: str, mode: Mode, backbone: str, network: Callable[..., Any]) -> 
         assert math.isfinite(losses[0])
     else:  # KCL's bases come from other generators, but there are many of them
         np.testing.assert_allclose(losses[0], expected[0], rtol=0.05 if algo == "kcl" else 1e-5)
-    assert min(losses[-3:]) < 0.95 * losses[0]
+    if algo != "gdumb":  # it learns at the end of the task
+        assert min(losses[-3:]) < 0.95 * losses[0]
 
 
 def first_batch(split: AnySplit) -> Samples:
