@@ -58,7 +58,7 @@ $(STAMP): pyproject.toml constraints.txt $(FILES)
 	touch $@
 
 $(FILES): FORCE | $(BIN)/python
-	@find sequel_core sequel_lightning sequel_flax benchmarks configs -type f \
+	@find hydra_plugins sequel_core sequel_lightning sequel_flax benchmarks configs -type f \
 		\( -name '*.py' -o -name '*.yaml' -o -name '*.html' -o -name '*.css' -o -name py.typed \) | LC_ALL=C sort > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
@@ -70,4 +70,4 @@ $(BIN)/python:
 
 clean:
 	rm -rf $(VENV) $(VENV)-adapters $(VENV)-clu build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
-	find sequel_core sequel_lightning sequel_flax benchmarks configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find hydra_plugins sequel_core sequel_lightning sequel_flax benchmarks configs tests -name __pycache__ -type d -prune -exec rm -rf {} +

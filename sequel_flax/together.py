@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sequel_core.runs.directory import new_path
+from sequel_core.runs.directory import TOGETHER, new_path
 from sequel_core.runs.files import read_json, write_json
 from sequel_core.runs.formatting import score_text
 from sequel_core.runs.learner import Evaluation
@@ -37,9 +37,6 @@ from sequel_flax.evaluation import Totals
 from sequel_flax.grouping import Group, Numbers, grouped, numbers_of, with_numbers
 from sequel_flax.learner import FlaxLearner
 from sequel_flax.steps import RunningMetrics, one_step, steps_in_loop, strong_types
-
-RECORD = "together.json"
-"""The file in a run directory that names the runs of its program, and the width of the program."""
 
 COPIES = 4
 """Copies of its state that a run needs: before and after a step, in a checkpoint, and outside the program."""
@@ -470,8 +467,8 @@ def _check(
     for learner, stream, given in zip(learners, benchmarks, arguments, strict=True):
         if learner.algorithm.second_phase is not None:
             raise ValueError(
-                f"run_together has no second training phase, which {learner.hparams.name} needs; run each "
-                "learner on its own with sequel_core.run"
+                f"runs at once have no second training phase, which {learner.hparams.name} needs; start each "
+                "run on its own, without run_together or hydra/launcher=vmap"
             )
         check_run(learner, stream, *(given.get(name, default) for name, default in defaults.items()))
 
@@ -483,7 +480,7 @@ def _seated(
     recorded: dict[Any, Seats] = {}
     new = []
     for k in group.members:
-        path = paths[k] / RECORD
+        path = paths[k] / TOGETHER
         if resume and path.is_file():
             record = read_json(path.read_bytes())
             key = tuple(record["members"]), record["width"]
@@ -531,7 +528,7 @@ def _run_program(
     coroutines = {}
     for place, k in at.items():
 
-        def record(path: Path = paths[k] / RECORD) -> None:
+        def record(path: Path = paths[k] / TOGETHER) -> None:
             if not path.is_file():
                 write_json(path, {"members": names, "width": seats.width})
 

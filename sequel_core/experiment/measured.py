@@ -24,13 +24,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sequel_core.experiment.overrides import CONFIGS
 from sequel_core.experiment.published import PublishedRow, PublishedTable
 from sequel_core.experiment.schema import DOCUMENTATION
+from sequel_core.runs.directory import TOGETHER
 from sequel_core.runs.files import read_json, write_bytes, write_json
 from sequel_core.runs.learner import Mode
 from sequel_core.runs.metrics import summarise
 from sequel_core.runs.results import Result
-
-TOGETHER = "together.json"
-"""File in the directory of a run that was computed with others, in one compiled program of JAX."""
 
 COLUMNS = (
     "table",

@@ -51,8 +51,8 @@ def parse_budget(text: str) -> Budget:
     """Return the budget that a text gives.
 
     Args:
-        text: `steps=N`, `seconds=S` or `memory=SIZE`, where the size is in bytes or has a unit: kB, MB, GB,
-            KiB, MiB or GiB.
+        text: `steps=N`, `seconds=S` or `memory=SIZE`. SIZE is in bytes, or has a unit: kB, MB, GB, KiB, MiB
+            or GiB.
 
     Raises:
         ValueError: the text is none of these, or the amount is not positive.

@@ -45,6 +45,7 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 WEIGHTS = "weights.npz"
 ERROR = "error.txt"  # why a run of a sweep failed
+TOGETHER = "together.json"  # the runs of one compiled program, and its width
 LOCK = ".lock"
 HOLDER = ".lock.json"  # the process that holds the lock
 
