@@ -14,7 +14,7 @@ import pytest
 
 import sequel_flax
 import sequel_lightning
-from sequel_benchmarks import DataSet, SplitSettings, split
+from sequel_benchmarks import DataSet, SplitDigits, SplitSettings, split
 from sequel_benchmarks.data import available, load
 from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.algorithms.bic import BiCHParams
@@ -104,8 +104,10 @@ def stream_of(hparams: AlgorithmHParams) -> Benchmark:
     return stream("task" if isinstance(hparams, KCLHParams) else "class")
 
 
-def learners(hparams: AlgorithmHParams, network: str) -> list[Learner]:
-    backbone, benchmark = NETWORKS[network], stream_of(hparams)
+def learners(
+    hparams: AlgorithmHParams, network: str, benchmark: Benchmark, training: TrainingHParams = TRAINING
+) -> list[Learner]:
+    backbone = NETWORKS[network]
     settings: dict[str, Any] = {**backbone.arguments(), "num_classes": benchmark.num_classes}
     shape = benchmark.image_shape
     theirs = sequel_lightning.backbones.BACKBONES[backbone.type](**settings, image_shape=shape)
@@ -113,8 +115,8 @@ def learners(hparams: AlgorithmHParams, network: str) -> list[Learner]:
     ours = sequel_flax.backbones.BACKBONES[backbone.type](**settings)
     tx = sequel_flax.build_optimizer(SGD)
     return [
-        sequel_lightning.make_learner(hparams, theirs, factory, benchmark, TRAINING),
-        sequel_flax.make_learner(hparams, ours, tx, benchmark, TRAINING),
+        sequel_lightning.make_learner(hparams, theirs, factory, benchmark, training),
+        sequel_flax.make_learner(hparams, ours, tx, benchmark, training),
     ]
 
 
@@ -139,7 +141,7 @@ CASES = [
 
 @pytest.mark.parametrize(("hparams", "network"), CASES)
 def test_same_weights_and_running_statistics(hparams: AlgorithmHParams, network: str) -> None:
-    torch_, flax_ = learners(hparams, network)
+    torch_, flax_ = learners(hparams, network, stream_of(hparams))
     before = flax_.weights()
     assert difference(torch_.weights(), before) == 0
     ends = [trained(learner) for learner in (torch_, flax_)]
@@ -151,3 +153,33 @@ def test_same_weights_and_running_statistics(hparams: AlgorithmHParams, network:
     (one, two) = (learner.evaluate(first, "test") for learner in (torch_, flax_))
     assert one.score == two.score
     np.testing.assert_allclose(one.loss, two.loss, rtol=1e-8)
+
+
+SIZES: dict[str, Any] = {"mem_size": 50, "mem_batch_size": 9}
+LONG: list[AlgorithmHParams] = [
+    LwFHParams(lwf_lambda=2, temperature=1),
+    LwFHParams(distillation="sigmoid"),
+    ERACEHParams(**SIZES),
+    ERACEHParams(**SIZES, classes="unseen"),
+    MIRHParams(**SIZES, num_candidates=20),
+    MIRHParams(**SIZES, num_candidates=20, loss="sum"),
+    GEMHParams(mem_size=60),
+    GEMHParams(mem_size=60, margin_rule="bound", ridge=0.001),
+    BiCHParams(mem_size=60, phase_epochs=4, phase_batch_size=6),
+    BiCHParams(mem_size=60, phase_epochs=3, val_fraction=0.3, temperature=1),
+    GDumbHParams(mem_size=60, phase_epochs=6),
+    GDumbHParams(mem_size=60, phase_epochs=6, memory="reservoir", phase_lr=0.02),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hparams", LONG, ids=lambda hparams: hparams.name)
+def test_same_weights_after_three_tasks_of_200_steps(hparams: AlgorithmHParams) -> None:
+    digits = SplitDigits(num_tasks=5, scenario="class")
+    ends = []
+    for learner in learners(hparams, "cnn", digits, replace(TRAINING, batch_size=7, epochs_per_task=5)):
+        for task in list(hparams.training_tasks(digits, TRAINING.seed))[:3]:
+            learner.fit_task(task, SILENT)
+        assert learner.step >= 600
+        ends.append(learner.weights())
+    assert difference(*ends) < 1e-10
