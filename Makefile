@@ -1,8 +1,9 @@
 # make run    virtual environment, install, then naive finetuning against EWC in both frameworks, on real images
 # make test   the same install, then ruff, mypy and pytest
+# make docs   the documentation site in build/docs, which any web server can serve
 # make bench  training steps per second, compared with hand-written loops; make bench ARGS=--help lists the options
 # make slow   the tests that take minutes each
-# make tables docs/tables.md and the results of README.md, from the measured values in docs/tables/
+# make tables docs/trust/tables.md and the results of README.md, from the measured values in docs/tables/
 # make adapters  tests with streams of Avalanche and Continuum, in a separate environment
 # make clu    tests with clu's writers, which need TensorFlow, in a separate environment
 # make clean  remove what these commands made; runs/ stays
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FILES := $(VENV)/.package-files
 
-.PHONY: run test bench slow tables adapters clu install clean FORCE
+.PHONY: run test docs bench slow tables adapters clu install clean FORCE
 .DELETE_ON_ERROR:
 
 run: install
@@ -25,6 +26,11 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# Tutorials call the command `sequel`.
+docs: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
+	$(BIN)/python -m tests.site build/docs
 
 bench: install
 	$(BIN)/python -m tests.speed $(ARGS)
@@ -54,7 +60,7 @@ install: $(STAMP)
 # only if the list of files has changed.
 $(STAMP): pyproject.toml constraints.txt $(FILES)
 	@echo "Installing into $(VENV); the first time takes minutes"
-	$(BIN)/pip install --constraint constraints.txt --config-settings editable_mode=strict --editable '.[all,dev]'
+	$(BIN)/pip install --constraint constraints.txt --config-settings editable_mode=strict --editable '.[all,dev,docs]'
 	touch $@
 
 $(FILES): FORCE | $(BIN)/python

@@ -1,4 +1,4 @@
-"""Writes docs/tables.md and the numbers of verdicts in README.md: `make tables`."""
+"""Writes docs/trust/tables.md and the numbers of verdicts in README.md: `make tables`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sequel_core.runs.statistics import Equivalence, Verdict, interval
 from tests.pages import README, ROOT
 
 FOLDER = ROOT / "docs" / "tables"
-PAGE = ROOT / "docs" / "tables.md"
+PAGE = ROOT / "docs" / "trust" / "tables.md"
 START, END = "<!-- tables -->\n", "<!-- /tables -->"
 NOT_MEASURED = "not measured"
 MODES: tuple[Mode, ...] = ("jax", "pytorch")
@@ -28,7 +28,7 @@ INTRODUCTION = """# Published tables
 
 Do not edit this page: `make tables` writes it from `configs/tables/*.yaml` and the measured values in
 `docs/tables/`, to which `sequel reproduce TABLE --record FILE` adds
-([Command line](command-line.md#published-tables)).
+([Command line](../reference/command-line.md#published-tables)).
 
 - Accuracies are in percent. Means are followed by their 95 % interval over seeds.
 - Verdicts compare the mean in JAX with the published mean, by two one-sided tests at level 5 %. The margin is
@@ -79,7 +79,7 @@ def section(name: str, table: PublishedTable, measured: MeasuredTable) -> Iterat
     yield "".join(f"- {what}: {text}.\n" for what, text in table.details(table.rows).items())
     yield f"The spread in parentheses is the {table.spread} of the published runs."
     if measured.rows:
-        yield f"Every run: [JSON](tables/{name}.json), [CSV](tables/{name}.csv)."
+        yield f"Every run: [JSON](../tables/{name}.json), [CSV](../tables/{name}.csv)."
     yield ""
     rows = []
     for key, row in table.rows.items():
@@ -119,7 +119,7 @@ def summary(measured: dict[str, MeasuredTable], page: str = "") -> str:
 
 
 def page() -> str:
-    """Return the text of docs/tables.md."""
+    """Return the text of docs/trust/tables.md."""
     measured = measured_tables()
     lines = [INTRODUCTION, summary(measured)]
     for name, values in measured.items():
@@ -129,7 +129,7 @@ def page() -> str:
 
 def readme() -> str:
     """Return README.md with the numbers of verdicts of the tables."""
-    written = summary(measured_tables(), "docs/tables.md")
+    written = summary(measured_tables(), "docs/trust/tables.md")
     before, _, rest = README.read_text(encoding="utf-8").partition(START)
     return f"{before}{START}{written}\n{END}{rest.partition(END)[2]}"
 

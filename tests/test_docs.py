@@ -21,17 +21,21 @@ from sequel_core.cli import COMMANDS, main
 from tests.pages import PAGES, README, ROOT, anchors, code_blocks, commands, links, run_block
 
 DOCS = ROOT / "docs"
-ELSEWHERE = {"README.md", "examples.md", "logging.md", "user-code.md"}
+ELSEWHERE = {README, *(DOCS / "guides" / f"{name}.md" for name in ("examples", "logging", "user-code"))}
 """Pages whose Python code other tests run: `tests/examples`, and the last test here."""
 
-SCRIPTS = [page for page in PAGES if page.name not in ELSEWHERE and code_blocks(page, "python")]
+SCRIPTS = [page for page in PAGES if page not in ELSEWHERE and code_blocks(page, "python")]
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def test_the_readme_is_short() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
 def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
     for link in links(page):
         path, _, anchor = link.partition("#")
@@ -40,12 +44,7 @@ def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
-def test_the_index_names_every_page() -> None:
-    index = DOCS / "index.md"
-    assert set(links(index)) >= {page.name for page in DOCS.glob("*.md") if page != index}
-
-
-@pytest.mark.parametrize("page", SCRIPTS, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", SCRIPTS, ids=name_of)
 def test_the_python_code_of_a_page_is_a_script(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,13 +56,13 @@ def test_the_python_code_of_a_page_is_a_script(
             names = run_block(page, code, names)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_commands_of_a_page_are_accepted(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those that run experiments are composed, with the experiment file that docs/configuration.md shows."""
+    """Those that run experiments are composed, with the experiment file of docs/guides/configuration.md."""
     monkeypatch.chdir(tmp_path)
-    Path("experiment.yaml").write_text(code_blocks(DOCS / "configuration.md", "yaml")[0])
+    Path("experiment.yaml").write_text(code_blocks(DOCS / "guides" / "configuration.md", "yaml")[0])
     for line in commands(page):
         _, command, *arguments = shlex.split(line)
         assert command in COMMANDS, line
@@ -76,13 +75,15 @@ def test_the_commands_of_a_page_are_accepted(
 
 def test_the_error_that_the_configuration_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "algo=ewc", "algo.ewc_lamda=1"]) == 2
-    (shown,) = code_blocks(DOCS / "configuration.md", "text")
+    (shown,) = code_blocks(DOCS / "guides" / "configuration.md", "text")
     assert capsys.readouterr().err == shown.lstrip("\n")
 
 
 def test_the_methods_page_names_settings_that_exist() -> None:
     rows = (
-        line.split(" | ") for line in (DOCS / "methods.md").read_text().splitlines() if line.count(" | ") == 3
+        line.split(" | ")
+        for line in (DOCS / "methods" / "index.md").read_text().splitlines()
+        if line.count(" | ") == 3
     )
     table = {row[0].strip("|` "): re.findall("`(\\w+)`", row[3]) for row in rows}
     named = {
@@ -103,7 +104,7 @@ def test_the_citation_has_the_version_of_the_package() -> None:
 
 
 def test_the_users_own_code_runs_in_both_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = DOCS / "user-code.md"
+    page = DOCS / "guides" / "user-code.md"
     for code in (*code_blocks(page, "python"), code_blocks(page, "yaml")[0]):
         name, _, content = code.lstrip("\n# ").partition("\n")
         file = tmp_path / name

@@ -1,7 +1,7 @@
 """Every algorithm runs on every backbone in every scenario and both modes, or raises ValueError when created.
 
-The table in docs/methods.md and its summary in the README must equal the result of this file. If they differ,
-the failure shows the table to paste.
+The table in docs/methods/index.md and its summary in the README must equal the result of this file. If they
+differ, the failure shows the table to paste.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def written_table(page: Path, mark: str) -> list[list[str]]:
 
 
 def methods_table() -> dict[str, list[str]]:
-    """Return the cells of the table in docs/methods.md by algorithm."""
-    head, _, *rows = written_table(ROOT / "docs" / "methods.md", "support")
+    """Return the cells of the table in docs/methods/index.md by algorithm."""
+    head, _, *rows = written_table(ROOT / "docs" / "methods" / "index.md", "support")
     assert head == ["`algo=`", *ALL]
     return {name.strip("`"): cells for name, *cells in rows}
 

@@ -27,7 +27,7 @@ POINTS = {
     "sequel.algorithms.pytorch": "lightning:Magnitude",
     "sequel.algorithms.jax": "flax:magnitude",
 }
-PAGE = ROOT / "docs" / "user-code.md"
+PAGE = ROOT / "docs" / "guides" / "user-code.md"
 BOTH = pytest.mark.parametrize("mode", ["pytorch", "jax"])
 SMALL = ["benchmark=rotateddigits", "benchmark.num_tasks=2", "benchmark.subset=60", "backbone.widths=[8]"]
 Install = Callable[..., Path]

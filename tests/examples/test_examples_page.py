@@ -1,4 +1,4 @@
-"""The scripts of docs/examples.md."""
+"""The scripts of docs/guides/examples.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sequel_core import load_result
 from sequel_core.cli import main
 from tests.pages import ROOT, code_blocks, commands, run_block
 
-PAGE = ROOT / "docs" / "examples.md"
+PAGE = ROOT / "docs" / "guides" / "examples.md"
 BERT, TABLE, CHAIN = code_blocks(PAGE, "python")
 
 

@@ -1,4 +1,4 @@
-"""The examples of docs/logging.md, and the event files that they write."""
+"""The examples of docs/guides/logging.md, and the event files that they write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.events import scalars
 from tests.pages import ROOT, code_blocks, run_block
 
-PAGE = ROOT / "docs" / "logging.md"
+PAGE = ROOT / "docs" / "guides" / "logging.md"
 TRAINER, LOOP, CALLBACK = code_blocks(PAGE, "python")
 
 

@@ -518,7 +518,7 @@ class NoMode(nn.Module):
 
 
 def stepped(ts: TrainState, hparams: AlgorithmHParams | None = None, steps: int = 4) -> TrainState:
-    """Return the train state after the loop of docs/flax.md, before `end_task`."""
+    """Return the train state after the loop of docs/guides/flax.md, before `end_task`."""
     hparams, task = hparams or NaiveHParams(), divided("class").tasks[0]
     algorithm, spec = ALGORITHMS[hparams.name](hparams), divided("class").spec
     ts, state = algorithm.start_task(ts, algorithm.init(ts, spec), task)

@@ -1,0 +1,47 @@
+"""Settings of the documentation site: `make docs`."""
+
+from importlib.metadata import version as version_of
+from typing import Any
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
+
+project = "SequeL"
+version = release = version_of("sequel-cl")
+
+extensions = [
+    "myst_nb",  # Markdown pages, and notebooks that are executed
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["**/.ipynb_checkpoints"]
+
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 4  # the anchors of GitHub
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120  # seconds of a cell
+copybutton_prompt_text = "!"  # of shell commands in notebooks
+
+html_theme = "sphinx_book_theme"
+html_title = f"SequeL {release}"
+html_theme_options = {"show_navbar_depth": 1, "use_download_button": False}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_math_renderer = "mathml"
+
+
+def visit_math(translator: Any, node: nodes.Node) -> None:
+    """Write an equation as MathML, which browsers show without a script or a font from elsewhere."""
+    display = "block" if isinstance(node, nodes.math_block) else "inline"
+    translator.body.append(convert(node.astext(), display=display))
+    raise nodes.SkipNode
+
+
+def setup(app: Sphinx) -> None:
+    """Make `html_math_renderer` known to Sphinx."""
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
