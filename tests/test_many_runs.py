@@ -1,16 +1,22 @@
-"""Many runs in one process: no run's data, plans, network, learner or compiled programs remain."""
+"""Many runs in one process: no run's data, plans, network, learner or compiled programs remain.
+
+Each test counts in a new process, because other tests leave objects and programs.
+"""
 
 from __future__ import annotations
 
 import gc
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.extend
 import pytest
 
+import sequel_flax.programs
 from sequel_core.cli import main
+from tests.resume.short_runs import start
 
 HELD = ("sequel_core.stream.", "sequel_benchmarks.", "sequel_core.runs.", "sequel_lightning.", "torch.")
 LEARNERS = ("sequel_flax.learner", "sequel_flax.evaluation", "sequel_flax.steps")
@@ -32,7 +38,8 @@ def remaining() -> Counter[str]:
     return counts
 
 
-def check(mode: str, algorithms: tuple[str, ...], repeats: int, folder: Path) -> None:
+def check(mode: str, algorithms: tuple[str, ...], repeats: int, folder: Path, results: Any) -> None:
+    """Put the objects that remain of further runs into a queue, by name."""
     for k in range(2):
         for algo in algorithms:
             run(mode, algo, folder, k)
@@ -40,21 +47,28 @@ def check(mode: str, algorithms: tuple[str, ...], repeats: int, folder: Path) ->
     for k in range(2, 2 + repeats):
         for algo in algorithms:
             run(mode, algo, folder, k)
-    assert remaining() - before == Counter()
+    results.put(dict(remaining() - before))
+
+
+def check_release(folder: Path, results: Any) -> None:
+    """Put the number of programs after a run that frees them into a queue."""
+    sequel_flax.programs.RUNS_PER_RELEASE = 1
+    run("jax", "naive", folder, 0)
+    results.put(remaining()["programs"])
 
 
 @pytest.mark.parametrize("mode", ["pytorch", "jax"])
 def test_nothing_of_a_run_remains(mode: str, tmp_path: Path) -> None:
-    check(mode, ("ewc",), 1, tmp_path)
+    assert start(mode, ("ewc",), 1, tmp_path, target=check) == (0, {})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["pytorch", "jax"])
 def test_nothing_of_many_runs_of_many_methods_remains(mode: str, tmp_path: Path) -> None:
-    check(mode, ("ewc", "mas", "er", "icarl", "mcsgd", "lamaml"), 2, tmp_path)
+    """The programs are freed after the tenth run of a process, so each process has eight runs."""
+    for methods in (("ewc", "mas"), ("er", "icarl"), ("mcsgd", "lamaml")):
+        assert start(mode, methods, 2, tmp_path, target=check) == (0, {})
 
 
-def test_programs_are_freed_after_some_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("sequel_flax.programs.RUNS_PER_RELEASE", 1)
-    run("jax", "naive", tmp_path, 0)
-    assert remaining()["programs"] == 0
+def test_programs_are_freed_after_some_runs(tmp_path: Path) -> None:
+    assert start(tmp_path, target=check_release) == (0, 0)

@@ -166,11 +166,16 @@ def count(moments: Moments) -> None:
     sequel_core.runs.files.write_bytes = moments.within_write
 
 
-def start(*args: Any, target: Callable[..., None] = job) -> tuple[int | None, int]:
-    """Do a job in a new process; return its exit code and, if it finished, its number of moments."""
+def start(*args: Any, target: Callable[..., None] = job) -> tuple[int | None, Any]:
+    """Do a job in a new process; return its exit code, and what it put into its queue, 0 for nothing.
+
+    A job that has not ended after ten minutes is killed, and its exit code is None.
+    """
     context = multiprocessing.get_context("forkserver")
     results = context.SimpleQueue()
     process = context.Process(target=target, args=(*args, results))
     process.start()
-    process.join()
-    return process.exitcode, 0 if results.empty() else results.get()
+    process.join(600)
+    code = process.exitcode
+    process.kill()
+    return code, 0 if results.empty() else results.get()
