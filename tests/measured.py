@@ -36,6 +36,8 @@ Do not edit this page: `make tables` writes it from `configs/tables/*.yaml` and 
   verdict of PyTorch.
 - Rows in italics do not count: their published value was recalled and not read in the paper. Their numbers
   are in parentheses.
+- Minutes are the sum over all runs of a table, each on one thread. The machine has two cores and had other
+  work at the same time, so a quiet machine needs less.
 """
 
 
@@ -71,6 +73,17 @@ def seconds(by_mode: dict[Mode, MeasuredRow]) -> str:
     """Return the mean seconds of a run in each framework."""
     spent = [np.mean([run.seconds for run in by_mode[m].runs.values()]) for m in MODES if m in by_mode]
     return ", ".join(f"{value:.0f}" for value in spent) or "-"
+
+
+def minutes(table: PublishedTable, measured: MeasuredTable) -> str:
+    """Return the minutes of all runs of a table; rows with equal settings share their runs."""
+    spent = {
+        (table.rows[key].settings, mode, seed): run.seconds
+        for key, by_mode in measured.rows.items()
+        for mode, row in by_mode.items()
+        for seed, run in row.runs.items()
+    }
+    return f"{sum(spent.values()) / 60:.0f}" if spent else ""
 
 
 def section(name: str, table: PublishedTable, measured: MeasuredTable) -> Iterator[str]:
@@ -110,12 +123,14 @@ def summary(measured: dict[str, MeasuredTable], page: str = "") -> str:
     columns = (*get_args(Verdict), NOT_EXPRESSIBLE, NOT_MEASURED)
     rows = []
     for name, values in measured.items():
-        verified, recalled = (counts(read_table(name), values, e) for e in ("verified", "recalled"))
+        table = read_table(name)
+        verified, recalled = (counts(table, values, e) for e in ("verified", "recalled"))
         cells = [
             (verified[column] or "", f"({recalled[column]})" * bool(recalled[column])) for column in columns
         ]
-        rows.append([f"[{name}]({page}#{name})", *(" ".join(filter(None, map(str, cell))) for cell in cells)])
-    return markdown_table(["table", *columns], rows)
+        numbers = [" ".join(filter(None, map(str, cell))) for cell in cells]
+        rows.append([f"[{name}]({page}#{name})", *numbers, minutes(table, values)])
+    return markdown_table(["table", *columns, "minutes"], rows)
 
 
 def page() -> str:
