@@ -51,3 +51,9 @@ def anchors(page: Path) -> set[str]:
     """Return the anchors of the headings, as GitHub makes them."""
     titles = HEADING.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def written_table(page: Path, mark: str) -> list[list[str]]:
+    """Return the cells of the table between two comments of a page, including its two heading rows."""
+    text = page.read_text(encoding="utf-8").partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0]
+    return [line.strip("| ").split(" | ") for line in text.strip().splitlines() if line.startswith("|")]

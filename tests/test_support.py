@@ -24,7 +24,7 @@ from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHPar
 from sequel_core.runs.learner import Learner
 from sequel_core.stream.benchmark import Benchmark, Scenario
 from sequel_core.testing.parity import SILENT
-from tests.pages import README, ROOT
+from tests.pages import README, ROOT, written_table
 from tests.tokens import token_hparams
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -149,12 +149,6 @@ def cell(name: str, column: str) -> str:
 
 def table(columns: list[str]) -> dict[str, list[str]]:
     return {name: [cell(name, column) for column in columns] for name in HPARAMS}
-
-
-def written_table(page: Path, mark: str) -> list[list[str]]:
-    """Return the cells of the table between two comments of a page, including its two heading rows."""
-    text = page.read_text().partition(f"<!-- {mark} -->")[2].partition(f"<!-- /{mark} -->")[0]
-    return [line.strip("| ").split(" | ") for line in text.strip().splitlines() if line.startswith("|")]
 
 
 def methods_table() -> dict[str, list[str]]:
