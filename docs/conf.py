@@ -1,11 +1,15 @@
 """Settings of the documentation site: `make docs`."""
 
+import sys
 from importlib.metadata import version as version_of
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 project = "SequeL"
 version = release = version_of("sequel-cl")
@@ -17,6 +21,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
+    "docs._ext.generated",  # tables from the code and from committed results
 ]
 exclude_patterns = ["**/.ipynb_checkpoints"]
 

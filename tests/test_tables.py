@@ -40,6 +40,7 @@ TABLES: dict[str, Collection[str]] = {
     "ALGORITHMS of sequel_lightning/algorithms/__init__.py": sequel_lightning.ALGORITHMS,
     "ALGORITHMS of sequel_flax/algorithms/__init__.py": sequel_flax.ALGORITHMS,
     "the files of configs/algo": [path.name.removesuffix(".yaml") for path in configs.iterdir()],
+    "the pages of docs/methods": [path.stem for path in (ROOT / "docs" / "methods").glob("*.md")],
     "the support table of docs/methods/index.md": support("docs/methods/index.md"),
     "the support summary of README.md": support("README.md"),
     "CASES of tests/parity/cases.py": [hparams.name for hparams, _ in PARITY],

@@ -42,21 +42,25 @@ def escaped(text: str) -> str:
     return "`".join(parts)
 
 
-def settings_table(choice: str) -> str:
-    """Return the settings of `section=name`; those of a method without the ones that all methods have."""
+def settings_list(choice: str) -> str:
+    """Return the settings of `section=name`; those of a method without the ones that all methods have.
+
+    Each has its default, its range and its meaning.
+    """
     section, _, name = choice.partition("=")
     common = settings("algo", "naive") if section == "algo" else []
     listed = settings(section, name)
-    only = {spec.name: spec.metadata.get("only") for spec in fields(settings_class(section, name))}
-    rows = []
+    specs = fields(settings_class(section, name))
+    only = {spec.name: spec.metadata["only"] for spec in specs if "only" in spec.metadata}
+    parts = []
     for spec in [spec for spec in listed if spec not in common] or listed:
-        text = escaped(spec.help)
-        if only[spec.key]:
+        facts = [escaped(spec.allowed)] if spec.allowed else []
+        if spec.key in only:
             other, *values = only[spec.key]
-            text += f"; only with `{other}={' or '.join(map(as_text, values))}`"
-        default = as_text(spec.default)
-        rows.append([f"`{spec.key}`", f"`{default}`" if default else "", escaped(spec.allowed), text])
-    return markdown_table(["setting", "default", "range", "meaning"], rows)
+            facts.append(f"only with {other}={' or '.join(map(as_text, values))}")
+        head = f"`{spec.key}={as_text(spec.default)}`" + "".join(f"; {fact}" for fact in facts)
+        parts.append(f"{head}\n: {escaped(spec.help)}.")
+    return "\n\n".join(parts)
 
 
 @cache
@@ -191,7 +195,7 @@ def link_to(stem: str) -> str:
 
 
 GENERATED: dict[str, Callable[[str], str]] = {
-    "settings": settings_table,
+    "settings": settings_list,
     "support": support_list,
     "measured": measured_table,
     "published": published_list,
@@ -200,14 +204,13 @@ GENERATED: dict[str, Callable[[str], str]] = {
 
 def setup(app: Any) -> dict[str, bool]:
     """Add the directives; Sphinx calls this."""
-    from docutils.nodes import Node
     from sphinx.util.docutils import SphinxDirective
 
     def directive(text_of: Callable[[str], str]) -> type[SphinxDirective]:
         class Generated(SphinxDirective):
             required_arguments = 1
 
-            def run(self) -> list[Node]:
+            def run(self) -> list[Any]:
                 self.env.note_reread()  # the sources of the text are not files of the documentation
                 return self.parse_text_to_nodes(text_of(self.arguments[0]))
 
