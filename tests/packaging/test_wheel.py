@@ -137,7 +137,7 @@ def test_the_command_works_from_the_wheel(installed: Path, tmp_path: Path) -> No
 
 def test_extras_contain_one_framework_only(project: dict[str, Any]) -> None:
     extras = project["project"]["optional-dependencies"]
-    assert set(extras) == {"lightning", "flax", "wandb", "comet", "all", "dev"}
+    assert set(extras) == {"lightning", "flax", "wandb", "comet", "all", "dev", "docs"}
     names = {extra: " ".join(requirements) for extra, requirements in extras.items()}
     assert "jax" not in names["lightning"]
     assert "flax" not in names["lightning"]
