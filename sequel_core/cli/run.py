@@ -6,12 +6,14 @@ import argparse
 import logging
 import math
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,7 +30,7 @@ from rich.markup import escape
 
 from sequel_core.cli.arguments import Parser
 from sequel_core.cli.ranking import Job, rank
-from sequel_core.cli.sweep import check_streams, combinations, varied
+from sequel_core.cli.sweep import Combination, check_streams, combinations, varied
 from sequel_core.experiment.build import build_benchmark, build_callbacks
 from sequel_core.experiment.compose import compose, other_version_of
 from sequel_core.experiment.overrides import CONFIGS, one_line, quoted, request
@@ -36,10 +38,10 @@ from sequel_core.experiment.schema import SPREAD, ExperimentConfig, settings
 from sequel_core.objectives import ACCURACY
 from sequel_core.runs import learner
 from sequel_core.runs.callbacks import StreamCallback
-from sequel_core.runs.directory import CONFIG, ERROR, RunDirectory, new_path
+from sequel_core.runs.directory import CONFIG, ERROR, RunDirectory, assigned, new_path
 from sequel_core.runs.learner import DivergenceError
 from sequel_core.runs.orchestrator import Resume, Shown
-from sequel_core.runs.results import Result
+from sequel_core.runs.results import Result, with_score
 from sequel_core.runs.signals import InterruptedRunError
 from sequel_core.runs.versions import PACKAGE
 from sequel_core.stream.benchmark import Benchmark
@@ -51,6 +53,15 @@ HELD_OUT = (
 )
 REPEATS = {"mode", "seed", "training.seed", "benchmark.seed"}
 """Settings that only repeat an experiment: a sweep over these needs no validation samples."""
+
+LAUNCHERS = {
+    "joblib": "joblib",
+    "ray": "ray",
+    "slurm": "submitit",
+    "submitit_local": "submitit",
+    "submitit_slurm": "submitit",
+}
+"""Hydra's launchers, and the extra of this package that installs each."""
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # makes hydra.main raise instead of printing and exiting
 EXAMPLES = """examples:
@@ -227,10 +238,12 @@ def job(_: DictConfig, quiet: bool, resume: Resume = False) -> float:
     console.rule(escape(f"run {run_dir.name}: {written}"), align="left")
     try:
         composed = compose(overrides)
-        if context.runtime.choices["hydra/sweeper"] != "basic":  # else they were printed before
+        if context.runtime.choices["hydra/sweeper"] != "jobs":  # else they were printed before
             print_notes(console, composed.notes)
         return ranked_by(execute(composed.config, run_dir, not quiet, resume))
     except InterruptedRunError as error:
+        if error.number != signal.SIGINT and callable(signal.getsignal(error.number)):
+            signal.raise_signal(error.number)  # for a launcher that requeues the job, as submitit does
         raise KeyboardInterrupt from error  # Hydra starts the next run after an Exception
     except Exception as error:
         record_failure(error, run_dir)
@@ -329,6 +342,7 @@ def _print_expected(console: Console, config: ExperimentConfig, result: Result) 
 def _sweep(arguments: Sequence[str], console: Console, show: bool, test: bool, resume: Resume) -> int:
     """Compose and check all jobs, run them through Hydra and print a table."""
     asked = request(arguments, sweep=True)
+    launcher = _launcher(asked.hydra)
     other_sweeper = any(text.lstrip("+").startswith("hydra/sweeper=") for text in asked.hydra)
     overrides = list(asked.overrides)
     jobs = [] if other_sweeper else combinations(overrides)
@@ -347,24 +361,70 @@ def _sweep(arguments: Sequence[str], console: Console, show: bool, test: bool, r
         return 0
     if resume is True or (resume and asked.run_dir is None):
         raise ValueError("resume must be auto for a sweep, with run_dir=DIR; it resumes all runs there")
-    check_streams({str(item): item.config for item in jobs})
+    scores = check_streams({str(item): item.config for item in jobs})
     quiet = console.quiet
 
     def start(given: DictConfig) -> float:  # launchers pickle it, and a console cannot be pickled
         return job(given, quiet, resume)
 
     vars(start)["together"] = partial(_together, quiet=quiet, resume=resume)  # for hydra/launcher=vmap
-    if any(text.lstrip("+") == "hydra/launcher=vmap" for text in asked.hydra):
+    together = launcher == "vmap"
+    if together:
         import_module("sequel_core.cli.together").check_together([item.config for item in jobs])
 
     with _reserved(asked.run_dir or str(new_path("_sweep")), resume) as directory:
-        _launch(start, [*overrides, *asked.hydra, f"hydra.sweep.dir={quoted(str(directory))}", "--multirun"])
+        configs = [with_score(item.config.plain(), score) for item, score in zip(jobs, scores, strict=True)]
+        places = assigned(directory, configs)
+        missing = [k for k, path in enumerate(places) if together or not RunDirectory(path).finished()]
+        if len(missing) < len(jobs):
+            print_notes(console, [f"{len(jobs) - len(missing)} of {len(jobs)} runs are finished"])
+        if not other_sweeper:
+            vars(start)["jobs"] = [_of_launcher(jobs[k], places[k]) for k in missing]
+            overrides.append("hydra/sweeper=jobs")
+        arguments = [*overrides, *asked.hydra, f"hydra.sweep.dir={quoted(str(directory))}", "--multirun"]
+        if missing or other_sweeper:
+            _launch_sweep(start, arguments, directory)
         directory.joinpath("multirun.yaml").unlink(missing_ok=True)
     shown = varied(jobs)
-    rows = [Job(directory / str(i), {key: item.value(key) for key in shown}) for i, item in enumerate(jobs)]
+    rows = [
+        Job(path, {key: item.value(key) for key in shown}) for path, item in zip(places, jobs, strict=True)
+    ]
     if other_sweeper:
-        rows = [Job(path, {}) for path in sorted(directory.iterdir()) if path.is_dir()]
+        paths = [path for path in sorted(directory.iterdir()) if path.is_dir() and path.name[0] != "."]
+        rows = [Job(path, {}) for path in paths]
     return rank(rows, directory, console)
+
+
+def _launcher(hydra_overrides: Sequence[str]) -> str:
+    """Return the name of the launcher; raise ValueError if its package is not installed."""
+    given = [
+        text.partition("=")[2] for text in hydra_overrides if text.lstrip("+").startswith("hydra/launcher=")
+    ]
+    name = given[-1] if given else "basic"
+    extra = LAUNCHERS.get(name)
+    if extra and find_spec(f"hydra_plugins.hydra_{extra}_launcher") is None:
+        raise ValueError(f"hydra/launcher={name} needs a package; run: pip install 'sequel-cl[{extra}]'")
+    return name
+
+
+def _of_launcher(item: Combination, run_dir: Path) -> list[str]:
+    """Return the overrides of a job in the given directory, without the error of an earlier start."""
+    run_dir.joinpath(ERROR).unlink(missing_ok=True)
+    return [*item.overrides, f"hydra.sweep.subdir={quoted(run_dir.name)}"]
+
+
+def _launch_sweep(task: Callable[[DictConfig], float], arguments: Sequence[str], directory: Path) -> None:
+    """Let Hydra start a sweep, and print an error of its launcher, such as that a worker was killed."""
+    try:
+        _launch(task, arguments)
+    except ValueError:
+        raise
+    except Exception as error:
+        print(
+            f"sequel: the launcher failed: {type(error).__name__}: {one_line(error)}; repeat the command "
+            f"with run_dir={directory} resume=auto to run what is missing",
+            file=sys.stderr,
+        )
 
 
 def _together(jobs: Any, width: int | None, quiet: bool, resume: Resume) -> Any:

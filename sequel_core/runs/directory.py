@@ -22,7 +22,7 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -174,8 +174,7 @@ class RunDirectory:
         """
         recorded = _flatten(read_file(self.path / CONFIG))
         given = _flatten(files.plain("config", config))
-        keys = [key for key in sorted(recorded.keys() | given.keys()) if recorded.get(key) != given.get(key)]
-        keys = [key for key in keys if key.partition(".")[0] not in MAY_DIFFER]
+        keys = _differing(recorded, given)
         if keys:
             there, here = (
                 [repr(flat[key]) if key in flat else "not set" for key in keys] for flat in (recorded, given)
@@ -290,6 +289,42 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: value}
     path = f"{prefix}." if prefix else ""
     return {k: v for key, inner in value.items() for k, v in _flatten(inner, f"{path}{key}").items()}
+
+
+def _differing(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ in two flat configurations, without those that may differ."""
+    keys = [key for key in sorted(recorded.keys() | given.keys()) if recorded.get(key) != given.get(key)]
+    return [key for key in keys if key.partition(".")[0] not in MAY_DIFFER]
+
+
+def assigned(directory: Path, configs: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Return the subdirectory of each run of a sweep.
+
+    Args:
+        directory: that of the sweep; it may have runs of an earlier one.
+        configs: the settings of each run.
+
+    Returns:
+        The directory of an earlier run with the same settings, as in `RunDirectory.check_config`, or a number
+        that no run has.
+
+    Raises:
+        ValueError: a `config.yaml` is damaged; the error names it.
+    """
+    earlier = {path.parent.name: _flatten(read_file(path)) for path in sorted(directory.glob(f"*/{CONFIG}"))}
+    taken = set(earlier)
+    free = (str(k) for k in count(len(configs)) if str(k) not in taken)
+    places = []
+    for k, config in enumerate(configs):
+        given = _flatten(files.plain("config", config))
+        names = sorted(earlier, key=lambda name, k=k: name != str(k))  # usually it is the number of the run
+        place = next((name for name in names if not _differing(earlier[name], given)), None)
+        if place is not None:
+            del earlier[place]
+        else:
+            place = str(k) if str(k) not in taken else next(free)
+        places.append(directory / place)
+    return places
 
 
 def _open_no_link(path: str, flags: int) -> int:

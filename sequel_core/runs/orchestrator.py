@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from sequel_core.hparams import CheckpointHParams
-from sequel_core.objectives import ACCURACY
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.checkpoints import Checkpointer
 from sequel_core.runs.directory import RunDirectory
 from sequel_core.runs.learner import DivergenceError, EvaluateEvery, EvaluateOn, FitMonitor, Learner, Progress
 from sequel_core.runs.process import event_errors_left_to_the_caller
 from sequel_core.runs.recording import Recorder
-from sequel_core.runs.results import SCORE, Result, load_result
+from sequel_core.runs.results import Result, load_result, with_score
 from sequel_core.runs.services import masked
 from sequel_core.runs.signals import InterruptedRunError, Signals
 from sequel_core.runs.state import Position, RunState
@@ -105,9 +104,7 @@ def run(
     check_run(learner, benchmark, evaluate_every, evaluate_on, evaluate_future)
     if resume not in (True, False, "auto"):
         raise ValueError(f"resume must be True, False or 'auto', got {resume!r}")
-    settings = masked(_describe(learner, benchmark) if config is None else config)
-    if learner.score != ACCURACY:
-        settings = {**settings, SCORE: learner.score._asdict()}
+    settings = with_score(masked(_describe(learner, benchmark) if config is None else config), learner.score)
     directory = RunDirectory.open(run_dir, settings, resume)
     display = Display(benchmark, learner, progress)
     with directory.locked(), Signals().recorded() as signals, event_errors_left_to_the_caller():

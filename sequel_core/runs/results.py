@@ -26,6 +26,11 @@ TASK_GIVEN = "task given"
 """How tables mark a run whose predictions were given the task of each sample; see `Result.task_given`."""
 
 
+def with_score(settings: Mapping[str, Any], score: Score) -> dict[str, Any]:
+    """Return the settings of a run as `config.yaml` has them: with its score, unless that is the accuracy."""
+    return {**settings, **({} if score == ACCURACY else {SCORE: score._asdict()})}
+
+
 @dataclass(frozen=True, eq=False)
 class Result:
     """The recorded result of a run; `sequel_core.run` and `load_result` return it.

@@ -104,6 +104,53 @@ def test_resume_auto_starts_or_resumes_a_run_and_all_runs_of_a_sweep(
     capsys.readouterr()
 
 
+def test_a_repeated_sweep_runs_what_is_missing_and_finds_finished_runs_by_their_settings(
+    numpy_plugin: Plugin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["run", "-m", *SMALL, "run_dir=sweep", "resume=auto"]
+    assert main([*line, "seed=0,1"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("sweep").glob("?/**/*")}
+    Path("sweep/2").mkdir()
+    Path("sweep/2/error.txt").write_text("no space left\n")
+    stop = Stop(monkeypatch, task=9)  # never
+    capsys.readouterr()
+    assert main([*line, "seed=4,1,5,0"]) == 0
+    assert "note: 2 of 4 runs are finished" in capsys.readouterr().out
+    assert stop.trained == [0, 1, 2, 0, 1, 2]
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    seeds = {path.name: load_result(path).config["training"]["seed"] for path in Path("sweep").glob("?")}
+    assert seeds == {"0": 0, "1": 1, "2": 5, "4": 4}
+    assert not Path("sweep/2/error.txt").exists()
+    rows = Path("sweep/sweep.csv").read_text().splitlines()[1:]
+    assert sorted(row.split(",")[1] for row in rows) == ["0", "1", "2", "4"]
+    assert main([*line, "seed=4,1,5,0"]) == 0  # nothing is missing
+    assert len(stop.trained) == 6
+
+
+def test_an_error_of_a_launcher_is_a_line_that_says_how_to_run_what_is_missing(
+    numpy_plugin: Plugin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def launch(*_: object) -> None:
+        raise RuntimeError("a worker\nwas killed")
+
+    monkeypatch.setattr("sequel_core.cli.run._launch", launch)
+    assert main(["run", "-m", *SMALL, "seed=0,1", "run_dir=sweep"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "sequel: the launcher failed: RuntimeError: a worker was killed; repeat the command with "
+        f"run_dir={Path.cwd() / 'sweep'} resume=auto to run what is missing\n"
+    )
+    assert captured.out.count("not started") == 2
+
+
+def test_a_sweep_may_be_launched_in_parts(numpy_plugin: Plugin, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["run", "-m", *SMALL, "seed=0,1,2"]
+    assert main([*line, "hydra.sweeper.max_batch_size=2", "run_dir=sweep"]) == 0
+    assert [load_result(f"sweep/{k}").config["training"]["seed"] for k in range(3)] == [0, 1, 2]
+    assert main([*line, "hydra.sweeper.max_batch_size=0"]) == 2
+    assert "hydra.sweeper.max_batch_size must be >= 1, got 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -116,6 +163,7 @@ def test_resume_auto_starts_or_resumes_a_run_and_all_runs_of_a_sweep(
             "algo.lr_decay is 1.0 there and 0.5 here; optimizer.lr is 0.01 there and 0.2 here",
         ),
         (["run_dir=done", "resume=auto", *SMALL, "seed=1"], "training.seed is 0 there and 1 here"),
+        (["-m", "seed=0,1", "hydra/launcher=joblib"], "pip install 'sequel-cl[joblib]'"),
         (["-m", "resume=done", "seed=0,1"], "resume must be auto for a sweep"),
         (["run_dir=done", *SMALL], "run_dir must be empty or new"),
     ],
