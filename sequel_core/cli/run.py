@@ -385,14 +385,15 @@ def _sweep(arguments: Sequence[str], console: Console, show: bool, test: bool, r
         if missing or other_sweeper:
             _launch_sweep(start, arguments, directory)
         directory.joinpath("multirun.yaml").unlink(missing_ok=True)
-    shown = varied(jobs)
-    rows = [
-        Job(path, {key: item.value(key) for key in shown}) for path, item in zip(places, jobs, strict=True)
-    ]
-    if other_sweeper:
-        paths = [path for path in sorted(directory.iterdir()) if path.is_dir() and path.name[0] != "."]
-        rows = [Job(path, {}) for path in paths]
-    return rank(rows, directory, console)
+        shown = varied(jobs)
+        rows = [
+            Job(path, {key: item.value(key) for key in shown})
+            for path, item in zip(places, jobs, strict=True)
+        ]
+        if other_sweeper:
+            paths = [path for path in sorted(directory.iterdir()) if path.is_dir() and path.name[0] != "."]
+            rows = [Job(path, {}) for path in paths]
+        return rank(rows, directory, console)
 
 
 def _launcher(hydra_overrides: Sequence[str]) -> str:

@@ -317,7 +317,7 @@ def assigned(directory: Path, configs: Sequence[Mapping[str, Any]]) -> list[Path
     places = []
     for k, config in enumerate(configs):
         given = _flatten(files.plain("config", config))
-        names = sorted(earlier, key=lambda name, k=k: name != str(k))  # usually it is the number of the run
+        names = [*({str(k)} & earlier.keys()), *earlier]  # usually it is the number of the run
         place = next((name for name in names if not _differing(earlier[name], given)), None)
         if place is not None:
             del earlier[place]
