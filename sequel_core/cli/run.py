@@ -342,7 +342,7 @@ def _print_expected(console: Console, config: ExperimentConfig, result: Result) 
 def _sweep(arguments: Sequence[str], console: Console, show: bool, test: bool, resume: Resume) -> int:
     """Compose and check all jobs, run them through Hydra and print a table."""
     asked = request(arguments, sweep=True)
-    launcher = _launcher(asked.hydra)
+    launcher = _launcher(asked.hydra, check=not show)
     other_sweeper = any(text.lstrip("+").startswith("hydra/sweeper=") for text in asked.hydra)
     overrides = list(asked.overrides)
     jobs = [] if other_sweeper else combinations(overrides)
@@ -396,14 +396,14 @@ def _sweep(arguments: Sequence[str], console: Console, show: bool, test: bool, r
         return rank(rows, directory, console)
 
 
-def _launcher(hydra_overrides: Sequence[str]) -> str:
-    """Return the name of the launcher; raise ValueError if its package is not installed."""
+def _launcher(hydra_overrides: Sequence[str], check: bool) -> str:
+    """Return the name of the launcher; with `check`, raise ValueError if its package is not installed."""
     given = [
         text.partition("=")[2] for text in hydra_overrides if text.lstrip("+").startswith("hydra/launcher=")
     ]
     name = given[-1] if given else "basic"
     extra = LAUNCHERS.get(name)
-    if extra and find_spec(f"hydra_plugins.hydra_{extra}_launcher") is None:
+    if check and extra and find_spec(f"hydra_plugins.hydra_{extra}_launcher") is None:
         raise ValueError(f"hydra/launcher={name} needs a package; run: pip install 'sequel-cl[{extra}]'")
     return name
 
