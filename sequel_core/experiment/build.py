@@ -295,10 +295,9 @@ def build_callbacks(config: ExperimentConfig, run_dir: Path) -> tuple[list[Strea
     callbacks = [target.make(directory=os.fspath(run_dir)) for target in config.callbacks]
     for target, callback in zip(config.callbacks, callbacks, strict=True):
         check_callback(target, type(callback), config.mode)
-    for_learner = callback_class(config.mode)
     return (
         [callback for callback in callbacks if isinstance(callback, StreamCallback)],
-        [callback for callback in callbacks if isinstance(callback, for_learner)],
+        [callback for callback in callbacks if isinstance(callback, callback_class(config.mode))],
     )
 
 

@@ -28,7 +28,7 @@ from sequel_core.hparams import (
 from sequel_core.objectives import ObjectiveHParams
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.files import plain
-from sequel_core.runs.learner import EvaluateEvery, EvaluateOn, Mode
+from sequel_core.runs.learner import PLUGINS, EvaluateEvery, EvaluateOn, Mode
 from sequel_core.runs.services import PACKAGES, check_service, masked
 from sequel_core.settings import Settings, allowed, choices_of, setting
 
@@ -196,6 +196,7 @@ def check_callback(target: Target, cls: type, mode: Mode) -> None:
 
 def callback_class(mode: Mode) -> type:
     """Return the class of the callbacks of a mode's training loop."""
+    import_module(PLUGINS[mode])  # first, because it must set up torchvision before any other import of it
     module, _, name = CALLBACKS[mode].rpartition(".")
     cls: type = getattr(import_module(module), name)
     return cls
