@@ -28,7 +28,7 @@ def code_blocks(page: Path, language: str) -> list[str]:
 def run_block(page: Path, code: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
     """Run a Python block, with the global names that earlier blocks left, and return those that it leaves."""
     names = {"__name__": "__main__"} if names is None else names
-    exec(compile(code, str(page), "exec"), names)
+    exec(compile(code, str(page), "exec", dont_inherit=True), names)  # pages have no __future__ imports
     return names
 
 

@@ -24,8 +24,12 @@ ELSEWHERE = {README, *(DOCS / "guides" / f"{name}.md" for name in ("examples", "
 """Pages whose Python code other tests run: `tests/examples`, and the last test here."""
 
 SCRIPTS = [page for page in PAGES if page not in ELSEWHERE and code_blocks(page, "python")]
-ALIKE = {f"docs/methods/{name}.md" for name in ALGORITHMS.keys() - {"ewc", "er"}}
-"""Pages of methods; their code differs in a few words."""
+SLOW = {
+    "docs/guides/many-seeds.md",
+    "docs/guides/own-methods.md",
+    *(f"docs/methods/{name}.md" for name in ALGORITHMS.keys() - {"ewc", "er"}),
+}
+"""Pages that train for long, and pages of methods, whose code differs in a few words."""
 
 
 def name_of(page: Path) -> str:
@@ -45,7 +49,7 @@ def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
-@pytest.mark.parametrize("page", some(SCRIPTS, {name_of(page) for page in SCRIPTS} - ALIKE, name_of))
+@pytest.mark.parametrize("page", some(SCRIPTS, {name_of(page) for page in SCRIPTS} - SLOW, name_of))
 def test_the_python_code_of_a_page_is_a_script(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
