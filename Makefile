@@ -5,6 +5,8 @@
 # make slow   the tests that take minutes each
 # make tables docs/trust/tables.md and the results of README.md, from the measured values in docs/tables/
 # make adapters  tests with streams of Avalanche and Continuum, in a separate environment
+# make launchers  sweeps with Hydra's launchers joblib, submitit and ray, in a separate environment
+# make peers  training steps per second beside Avalanche's, in a separate environment; writes docs/trust/
 # make clu    tests with clu's writers, which need TensorFlow, in a separate environment
 # make clean  remove what these commands made; runs/ stays
 #
@@ -16,7 +18,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FILES := $(VENV)/.package-files
 
-.PHONY: run test docs bench slow tables adapters clu install clean FORCE
+.PHONY: run test docs bench slow tables adapters launchers peers clu install clean FORCE
 .DELETE_ON_ERROR:
 
 run: install
@@ -48,6 +50,23 @@ adapters:
 		--editable '.[all,dev]' avalanche-lib==0.6.0 continuum==1.2.7 six
 	$(VENV)-adapters/bin/pytest -m slow tests/adapters
 
+# Ray's launcher needs cloudpickle < 3, which joblib 1.6 does not accept, and boto3 needs python-dateutil < 3.
+launchers:
+	$(PYTHON) -m venv $(VENV)-launchers
+	grep -vE '^(cloudpickle|joblib|python-dateutil)==' constraints.txt > $(VENV)-launchers/constraints.txt
+	$(VENV)-launchers/bin/pip install --quiet --constraint $(VENV)-launchers/constraints.txt \
+		--config-settings editable_mode=strict --editable '.[all,dev,joblib,submitit,ray]' \
+		'cloudpickle<3' 'joblib<1.6' boto3==1.44.8 ray==2.60.0
+	$(VENV)-launchers/bin/pytest -m slow tests/launchers
+
+# Avalanche installs a package `tests`, which would hide the folder.
+peers:
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict \
+		--editable '.[all,dev]' avalanche-lib==0.6.0
+	rm -rf $(VENV)-peers/lib/python*/site-packages/tests
+	$(VENV)-peers/bin/python -m tests.speed.peers $(ARGS)
+
 clu:
 	$(PYTHON) -m venv $(VENV)-clu
 	$(VENV)-clu/bin/pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict \
@@ -75,5 +94,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(VENV)-adapters $(VENV)-clu build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV)-adapters $(VENV)-launchers $(VENV)-peers $(VENV)-clu build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 	find hydra_plugins sequel_core sequel_lightning sequel_flax benchmarks configs tests -name __pycache__ -type d -prune -exec rm -rf {} +
