@@ -11,6 +11,7 @@ Mirror: sequel_flax/replay.py
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -105,9 +106,21 @@ def memory_dtype(dtype: Any, hparams: MemoryHParams | None) -> Any:
 def read(memory: Memory, slots: Slots) -> ReplayBatch:
     """Return the samples in these slots `[N]`; a slot beyond the last one is padding and does not count."""
     index = torch.from_numpy(slots[slots < len(memory.t)]).to(memory.t.device, torch.int64)
-    x, y, t = (tree_map(itemgetter(index), tree) for tree in memory[:3])
-    stored = None if memory.outputs is None else memory.outputs[index]
+    x, y, t = (tree_map(partial(select_rows, index=index), tree) for tree in memory[:3])
+    stored = None if memory.outputs is None else select_rows(memory.outputs, index)
     return ReplayBatch(x, widened(y), t.long(), stored, len(index))
+
+
+def select_rows(a: Tensor, index: Tensor) -> Tensor:
+    """Return `a[index]`, with the same strides, in half of the time."""
+    if colours_last(a):
+        return a.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return a.index_select(0, index)
+
+
+def colours_last(a: Tensor) -> bool:
+    """Return whether a tensor is a view `[N, C, H, W]` of images `[N, H, W, C]`."""
+    return a.ndim == 4 and a.stride(1) == 1
 
 
 def write(memory: Memory, slots: Slots, batch: Batch, outputs: Any) -> Memory:
@@ -120,7 +133,10 @@ def write(memory: Memory, slots: Slots, batch: Batch, outputs: Any) -> Memory:
     source, index = (torch.from_numpy(rows).to(device, torch.int64) for rows, device in places)
 
     def copy_rows(a: Tensor, b: Tensor) -> None:
-        a[index] = (b.detach() if every else b.detach()[source]).to(a)  # in place
+        rows = (b.detach() if every else select_rows(b.detach(), source)).to(a.device, a.dtype)
+        if colours_last(a):
+            a, rows = a.permute(0, 2, 3, 1), rows.permute(0, 2, 3, 1)
+        a.index_copy_(0, index, rows)  # in place
 
     for tree, new in zip(memory, (batch.x, batch.y, batch.t, outputs), strict=True):
         if tree is not None:
@@ -162,7 +178,8 @@ def mean_loss(*outputs: Outputs) -> Tensor:
 
 def sum_of_first(values: Tensor, count: Any) -> Tensor:
     """Return the sum of the first `count` of the values `[N]`, shape ()."""
-    return values[:count].sum()
+    counted = values if count == len(values) else values[:count]  # a slice costs as much as a sum
+    return counted.sum()
 
 
 def forward(module: ContinualModule, samples: Sequence[ReplayBatch], together: bool) -> list[Outputs]:

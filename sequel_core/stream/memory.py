@@ -13,7 +13,6 @@ from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sequel_core.hparams import MemoryHParams
 from sequel_core.stream import plan
@@ -315,56 +314,54 @@ class MemoryPlanner:
             )
         lead, size = labels.shape[:-1], labels.shape[-1]
         steps = labels.size // size
-        seen = counted("samples", self._seen + labels.size)
-        write = np.full(labels.shape, self._none, np.int32)
-        reads = np.full((*lead, self._draws, self._drawn), self._none, np.int32)
+        counted("samples", self._seen + labels.size)
         position = np.zeros((steps, 2 + len(self._policy.state)), np.int32)
-        position[:, 0] = np.arange(self._steps + 1, self._steps + steps + 1)
-        position[:, 1] = np.arange(self._seen + size, seen + size, size)
-        step_plan = StepPlan(write, reads, position.reshape(*lead, position.shape[1]))
-        if self.slots == 0:
-            self._steps, self._seen = self._steps + steps, seen
-            return step_plan
-        if size > self.slots:
-            self._hparams.check_memory(self._spec, size)
-        self._check_known_labels(labels, tasks)
-        keep = self._keep.take(self._seen, labels.size)
-        pick = self._pick.take(self._steps * self._draws * self._drawn, reads.size)
-        rows = zip(
-            labels.reshape(-1, size).tolist(),
-            tasks.reshape(-1, size).tolist(),
-            write.reshape(-1, size),
-            reads.reshape(steps, self._draws, self._drawn),
-            position[:, 2:],
-            strict=True,
+        rows = labels.reshape(steps, size).tolist(), tasks.reshape(steps, size).tolist()
+        if self.slots:
+            if size > self.slots:
+                self._hparams.check_memory(self._spec, size)
+            self._check_known_labels(*rows)
+        write: list[int] = []  # lists, because small arrays are slow
+        reads: list[int] = []
+        for row_y, row_t, row_position in zip(*rows, position, strict=True):
+            if self.slots:
+                self._plan_step(row_y, row_t, write, reads)
+            self._steps, self._seen = self._steps + 1, self._seen + size
+            row_position[0], row_position[1], row_position[2:] = self._steps, self._seen, self._policy.state
+        if not self.slots:
+            write = [self._none] * labels.size
+        return StepPlan(
+            np.array(write, np.int32).reshape(labels.shape),
+            np.array(reads, np.int32).reshape(*lead, self._draws, self._drawn),
+            position.reshape(*lead, position.shape[1]),
         )
-        for row, (row_y, row_t, row_write, row_reads, row_state) in enumerate(rows):
-            start = row * self._draws * self._drawn
-            self._read(row_t[0], pick[start:], row_reads[: self._early])
-            last = {}
-            for k in range(size):
-                last[self._policy.slot(row_y[k], row_t[k], keep[row * size + k])] = k
-            row_write[list(last.values())] = list(last)
-            if self._early < self._draws:
-                start += self._early * self._drawn
-                self._read(row_t[0], pick[start:], row_reads[self._early :])
-            row_state[:] = self._policy.state
-        self._steps, self._seen = self._steps + steps, seen
-        return step_plan
 
-    def _read(self, task: int, u: Sequence[float], draws: SlotArray) -> None:
-        """Write the slots of `draws` in place, `[draws, R]`."""
+    def _plan_step(self, y: list[int], t: list[int], write: list[int], reads: list[int]) -> None:
+        """Append the slots that the next step writes and reads."""
+        count = self._draws * self._drawn
+        pick = self._pick.take(self._steps * count, count)
+        self._read(t[0], pick, range(self._early), reads)
+        slots = list(map(self._policy.slot, y, t, self._keep.take(self._seen, len(y))))
+        last = {slot: k for k, slot in enumerate(slots)}
+        write += [slot if last[slot] == k else self._none for k, slot in enumerate(slots)]
+        self._read(t[0], pick, range(self._early, self._draws), reads)
+
+    def _read(self, task: int, u: Sequence[float], draws: range, reads: list[int]) -> None:
+        """Append the slots of some draws of a step, padded."""
+        if not draws:
+            return
         readable = self._policy.readable(task)
-        for k, slots in enumerate(draws):
+        for k in draws:
             if self._held is not None:
                 readable = [] if k == task else self._held(k)
             chosen = self._choose(u[k * self._drawn : (k + 1) * self._drawn], len(readable))
-            slots[: len(chosen)] = [readable[slot] for slot in chosen]
+            reads += [readable[slot] for slot in chosen]
+            reads += [self._none] * (self._drawn - len(chosen))
 
-    def _check_known_labels(self, labels: NDArray[Any], tasks: NDArray[Any]) -> None:
-        unknown = {*zip(labels.ravel().tolist(), tasks.ravel().tolist(), strict=True)} - self._known
-        if unknown:
-            y, t = min(unknown)
+    def _check_known_labels(self, labels: list[list[int]], tasks: list[list[int]]) -> None:
+        pairs = {pair for y, t in zip(labels, tasks, strict=True) for pair in zip(y, t, strict=True)}
+        if not pairs <= self._known:
+            y, t = min(pairs - self._known)
             num_tasks, num_classes = self._spec.mask.shape
             raise ValueError(
                 f"labels and tasks must be in the stream's spec, got label {y} in task {t}; the spec has "
