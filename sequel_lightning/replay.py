@@ -106,20 +106,20 @@ def memory_dtype(dtype: Any, hparams: MemoryHParams | None) -> Any:
 def read(memory: Memory, slots: Slots) -> ReplayBatch:
     """Return the samples in these slots `[N]`; a slot beyond the last one is padding and does not count."""
     index = torch.from_numpy(slots[slots < len(memory.t)]).to(memory.t.device, torch.int64)
-    x, y, t = (tree_map(partial(select_rows, index=index), tree) for tree in memory[:3])
-    stored = None if memory.outputs is None else select_rows(memory.outputs, index)
+    x, y, t = (tree_map(partial(_select_rows, index=index), tree) for tree in memory[:3])
+    stored = None if memory.outputs is None else _select_rows(memory.outputs, index)
     return ReplayBatch(x, widened(y), t.long(), stored, len(index))
 
 
-def select_rows(a: Tensor, index: Tensor) -> Tensor:
+def _select_rows(a: Tensor, index: Tensor) -> Tensor:
     """Return `a[index]`, with the same strides, in half of the time."""
-    if colours_last(a):
+    if _channels_last(a):
         return a.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return a.index_select(0, index)
 
 
-def colours_last(a: Tensor) -> bool:
-    """Return whether a tensor is a view `[N, C, H, W]` of images `[N, H, W, C]`."""
+def _channels_last(a: Tensor) -> bool:
+    """Return whether a tensor `[N, C, H, W]` is a view of images `[N, H, W, C]`."""
     return a.ndim == 4 and a.stride(1) == 1
 
 
@@ -133,8 +133,8 @@ def write(memory: Memory, slots: Slots, batch: Batch, outputs: Any) -> Memory:
     source, index = (torch.from_numpy(rows).to(device, torch.int64) for rows, device in places)
 
     def copy_rows(a: Tensor, b: Tensor) -> None:
-        rows = (b.detach() if every else select_rows(b.detach(), source)).to(a.device, a.dtype)
-        if colours_last(a):
+        rows = (b.detach() if every else _select_rows(b.detach(), source)).to(a.device, a.dtype)
+        if _channels_last(a):
             a, rows = a.permute(0, 2, 3, 1), rows.permute(0, 2, 3, 1)
         a.index_copy_(0, index, rows)  # in place
 
