@@ -442,6 +442,31 @@ class CheckpointHParams(Settings):
 
 
 @dataclass(frozen=True)
+class JaxHParams(Settings):
+    """Settings of the devices that JAX uses; only with mode=jax.
+
+    Example:
+        >>> from sequel_core.hparams import JaxHParams
+        >>> JaxHParams(devices=4).runs
+        1
+    """
+
+    devices: int = setting(1, "number of devices that share each batch, of all processes", ge=1)
+    runs: int = setting(
+        1,
+        "number of groups of devices among which hydra/launcher=vmap divides the runs; a divisor of devices",
+        ge=1,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.devices % self.runs:
+            raise ValueError(
+                f"runs must be a divisor of devices={self.devices}, got {self.runs}; use 1 or {self.devices}"
+            )
+
+
+@dataclass(frozen=True)
 class TrainerHParams(Settings):
     """Settings of Lightning's Trainer that an experiment may give; see Lightning's documentation.
 

@@ -35,6 +35,7 @@ from sequel_flax.learner import FlaxLearner
 from sequel_flax.objectives import Objective, build_objective
 from sequel_flax.optimizers import build_optimizer as build_optimizer
 from sequel_flax.programs import kept_on_disk, released
+from sequel_flax.sharding import device_mesh
 from sequel_flax.writers import WRITERS, MetricWriter
 
 
@@ -69,8 +70,8 @@ def make_learner(
         implementation: A user-defined algorithm, called as `implementation(hparams, seed=...)`; None for the
             built-in one, or that of an installed package, see `sequel_core.entry_points`.
         init: The distribution of the initial weights of a built-in network: `torch`, `xavier` or `kaiming`.
-        options: `hooks` and `steps_per_call` of `FlaxLearner`, and `trainable`, the parameters to train: a
-            predicate over paths, a tree of bools, or an NNX filter.
+        options: `hooks`, `steps_per_call` and `devices` of `FlaxLearner`, and `trainable`, the parameters to
+            train: a predicate over paths, a tree of bools, or an NNX filter.
 
     Returns:
         The learner.
@@ -205,6 +206,7 @@ def build_learner(
         objective=user_objective(config, benchmark),
         init=config.backbone.init,
         hooks=callbacks,
+        devices=device_mesh(config.jax.devices, config.jax.runs) or 1,
     )
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
+from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from sequel_core.objectives import ObjectiveHParams
@@ -19,6 +20,7 @@ from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import AnySplit, Batch, Samples
 from sequel_flax.bundle import Algorithm, State, with_masked_logits
 from sequel_flax.objectives import Objective, build_objective, losses_of, metric_outputs
+from sequel_flax.sharding import DATA, copies, sharded
 
 
 class Evaluator:
@@ -27,7 +29,8 @@ class Evaluator:
     Args:
         algorithm: The algorithm; its `predict` and `alternatives` are used.
         spec: The specification of the benchmark, `benchmark.spec`.
-        batch_size: Maximum number of samples per batch, >= 1.
+        batch_size: Maximum number of samples per batch, >= 1; it is rounded up to a multiple of the devices.
+        mesh: The devices that share each batch; None for one device.
 
     Example:
         >>> import optax
@@ -43,12 +46,15 @@ class Evaluator:
         True
     """
 
-    def __init__(self, algorithm: Algorithm, spec: StreamSpec, batch_size: int = 1000) -> None:
+    def __init__(
+        self, algorithm: Algorithm, spec: StreamSpec, batch_size: int = 1000, mesh: Mesh | None = None
+    ) -> None:
         self._algorithm = algorithm
+        self._mesh = mesh
         self._spec = spec
         self._batch_size = batch_size
         self.objective = algorithm.objective or build_objective(ObjectiveHParams(), spec)
-        self._measure = jax.jit(self._traced_measure)
+        self._measure = jax.jit(self._traced_measure, out_shardings=copies(mesh))
 
     def __call__(self, ts: TrainState, state: State, samples: AnySplit) -> Evaluation:
         """Evaluate on samples.
@@ -63,7 +69,7 @@ class Evaluator:
         """
         totals = Totals(self.objective)
         for batch, valid in self.batches(samples):
-            sums, outputs = self._measure(ts, state, batch, valid)
+            sums, outputs = self._measure(ts, state, sharded(batch, self._mesh), valid)
             totals.add(sums, outputs, batch.y, valid)
         return totals.evaluation(len(samples))
 
@@ -81,7 +87,7 @@ class Evaluator:
         size = self._batch_size
         while size // 2 >= max(len(samples), self._spec.max_evaluated):
             size //= 2
-        return size
+        return size if self._mesh is None else -(-size // self._mesh.shape[DATA]) * self._mesh.shape[DATA]
 
     def _traced_measure(
         self, ts: TrainState, state: State, batch: Batch, valid: jax.Array

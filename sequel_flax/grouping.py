@@ -126,6 +126,7 @@ def _parts(learner: FlaxLearner) -> dict[str, Any]:
         "the objective": learner.algorithm.objective,
         "the metrics": learner.metrics,
         "steps_per_call": learner.steps_per_call,
+        "the devices": learner.mesh,
         "the stream": tuple(getattr(spec, name) for name in STREAM),
         "the shapes of the state": (
             jax.tree.structure(trees),

@@ -16,6 +16,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 from numpy.typing import NDArray
 
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
@@ -38,6 +39,7 @@ from sequel_flax.hooks import Hook, Hooks
 from sequel_flax.objectives import build_objective
 from sequel_flax.optimizers import build_optimizer, clip_by_global_norm, get_learning_rate
 from sequel_flax.replay import Memory, stored_samples
+from sequel_flax.sharding import check_batch_size, device_mesh, one_copy, replicated
 from sequel_flax.steps import (
     NEVER,
     CompiledSteps,
@@ -245,10 +247,12 @@ class FlaxLearner:
             chooses 1 for a network with convolutions on a CPU, where XLA runs them slowly in loops, and 50
             otherwise.
         init: The distribution of the initial weights of a built-in network; see `initial_variables`.
+        devices: The number of devices that share each batch, >= 1; or a `jax.sharding.Mesh` with the axis
+            `data`, and perhaps `runs`, over which `run_together` divides runs. It must divide the batch size.
 
     Raises:
-        ValueError: The model or the optimizer does not fit the settings, `steps_per_call` is below 1, or a
-            hook is not a `Hook`.
+        ValueError: The model, the optimizer or the devices do not fit the settings, `steps_per_call` is below
+            1, or a hook is not a `Hook`.
 
     Example:
         >>> from sequel_benchmarks import RotatedDigits
@@ -279,31 +283,37 @@ class FlaxLearner:
         hooks: Sequence[Hook] = (),
         steps_per_call: int | None = None,
         init: plan.Init = "torch",
+        devices: int | Mesh = 1,
     ) -> None:
+        self.training = training or TrainingHParams()
+        self.mesh = device_mesh(devices)
+        self.num_devices = 1 if self.mesh is None else int(self.mesh.size)
+        check_batch_size(self.mesh, self.training.batch_size)
         self.optimizer, self.metrics, self.steps_per_call = tx, metrics, steps_per_call
         self.implementation: Callable[[AlgorithmHParams], Algorithm] | None = None  # made the algorithm
         self.objective = algorithm.objective or build_objective(ObjectiveHParams(), spec)
         self.score = self.objective.score
-        self.steps = CompiledSteps(algorithm, metrics or train_metrics(self.objective), steps_per_call)
+        of_steps: Any = metrics or train_metrics(self.objective), steps_per_call, self.mesh
+        self.steps = CompiledSteps(algorithm, *of_steps)
         if algorithm.second_phase is not None:
             step: Any = algorithm.second_phase.step
-            taken = algorithm._replace(train_step=step)
-            self._phase_steps = CompiledSteps(taken, metrics or train_metrics(self.objective), steps_per_call)
+            self._phase_steps = CompiledSteps(algorithm._replace(train_step=step), *of_steps)
         self.writers = Loggers(writers)
         self.hooks = Hooks(hooks, self.writers)
         self.shows_progress = self.hooks.show_progress
         self.algorithm = algorithm
         self.hparams = algorithm.hparams
-        self.training = training or TrainingHParams()
         self.spec = spec
         self.hparams.check(spec, self.training)
         self.model = adapted(model, spec.x)
-        self.ts: Any = initial_train_state(algorithm, self.model, tx, spec, self.training, init)
-        self.state = strong_types(algorithm.init(self.ts, spec))
+        ts: Any = initial_train_state(algorithm, self.model, tx, spec, self.training, init)
+        self.ts: Any
+        self.state: State
+        self.ts, self.state = replicated((ts, strong_types(algorithm.init(ts, spec))), self.mesh)
         self.planner = algorithm.planner(spec, self.state)
         self._position: TaskPosition | None = None  # None between tasks
         self._saver = Saver()
-        self.evaluator = Evaluator(algorithm, spec, self.training.eval_batch_size)
+        self.evaluator = Evaluator(algorithm, spec, self.training.eval_batch_size, self.mesh)
 
     @property
     def step(self) -> int:
@@ -349,11 +359,15 @@ class FlaxLearner:
         self._call("after_task", info)
 
     def _start_task(self, task: Task, num_steps: int) -> None:
-        self.ts, self.state = strong_types(self.algorithm.start_task(self.ts, self.state, task, num_steps))
+        self._change(self.algorithm.start_task, task, num_steps)
 
     def _end_task(self, batches: Iterator[Batch]) -> None:
-        on_device = map(jax.device_put, batches)
-        self.ts, self.state = strong_types(self.algorithm.end_task(self.ts, self.state, on_device))
+        self._change(self.algorithm.end_task, map(jax.device_put, batches))
+
+    def _change(self, function: Callable[..., Any], *args: Any) -> None:
+        """Set the states to `function(ts, state, *args)`; with several devices, the first one computes it."""
+        states = (self.ts, self.state) if self.mesh is None else one_copy((self.ts, self.state))
+        self.ts, self.state = replicated(strong_types(function(*states, *args)), self.mesh)
 
     def _fit_epoch(
         self, schedule: TaskSchedule, epoch: int, position: TaskPosition, monitor: FitMonitor
@@ -383,7 +397,7 @@ class FlaxLearner:
         """Train in the second phase of a task, from a position to its end; hooks are not called."""
         before, done, running = schedule.steps, position.done - schedule.steps, position.running
         if done == 0:
-            self.ts, self.state = strong_types(phase.start(self.ts, self.state))
+            self._change(phase.start)
         steps = phase.steps(self.state)
         left = len(steps.slots)
         count = done + left
@@ -550,15 +564,16 @@ class FlaxLearner:
     def restore(self, directory: Path) -> None:
         """Read what `save` wrote; see `sequel_core.runs.learner.Learner`."""
         tree = restored(directory, self._tree())
-        self.ts, self.state = tree["ts"], tree["state"]
+        self.ts, self.state = replicated((tree["ts"], tree["state"]), self.mesh)
         self.planner = self.algorithm.planner(self.spec, self.state)
         task, done = map(int, tree["position"])
         self._position = None if task < 0 else TaskPosition(task, done, tree["tally"])
 
     def _tree(self) -> dict[str, Any]:
-        """Return everything that later steps depend on."""
+        """Return everything that later steps depend on; with several devices, as NumPy arrays."""
         task, done, running = self._position or (-1, 0, self.steps.no_metrics)
-        return {"ts": self.ts, "state": self.state, "position": np.array([task, done]), "tally": running}
+        tree = {"ts": self.ts, "state": self.state, "position": np.array([task, done]), "tally": running}
+        return tree if self.mesh is None else jax.device_get(tree)
 
     def weights(self) -> dict[str, FloatArray]:
         """Return parameters and running statistics in the canonical layout, which is that of Flax."""

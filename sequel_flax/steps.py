@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.training.train_state import TrainState
+from jax.sharding import Mesh
 
 from sequel_core.stream.task import Batch
 from sequel_flax.bundle import Algorithm, AnyStep, State, StepOutputs
 from sequel_flax.objectives import Objective
 from sequel_flax.placement import keeps_on_host
+from sequel_flax.sharding import copies, sharded
 
 NEVER = np.iinfo(np.int32).max
 STEPS_PER_LOOP = 50
@@ -94,9 +96,10 @@ class CompiledSteps:
         metrics: The class of the metrics.
         steps_per_call: The maximum number of steps in one call, >= 1. None chooses 1 for a network with
             convolutions on a CPU, where XLA runs them slowly in loops, and 50 otherwise.
+        mesh: The devices that share each batch; None for one device.
 
     Raises:
-        ValueError: `steps_per_call` is below 1, or above 1 with `mem_device=cpu`.
+        ValueError: `steps_per_call` is below 1, or `mem_device=cpu` with more than one step or device.
 
     Example:
         >>> from sequel_core.algorithms.naive import NaiveHParams
@@ -106,7 +109,11 @@ class CompiledSteps:
     """
 
     def __init__(
-        self, algorithm: Algorithm, metrics: type[clu.metrics.Collection], steps_per_call: int | None = None
+        self,
+        algorithm: Algorithm,
+        metrics: type[clu.metrics.Collection],
+        steps_per_call: int | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         if steps_per_call is not None and steps_per_call < 1:
             raise ValueError(f"steps_per_call must be >= 1, got {steps_per_call}")
@@ -116,16 +123,24 @@ class CompiledSteps:
                 "steps_per_call must be 1 with mem_device=cpu, because each step copies samples between the "
                 f"host and the device, got {steps_per_call}; leave it out"
             )
+        if self._on_host and mesh is not None:
+            raise ValueError(
+                "mem_device must be auto with several devices, which each have a copy of the memory, got cpu"
+                "; use mem_device=auto or one device"
+            )
         self.steps_per_call = 1 if self._on_host else steps_per_call
         self.no_metrics = jax.device_get(
             RunningMetrics(strong_types(metrics.empty()), jnp.asarray(NEVER, jnp.int32))
         )
         self._algorithm = algorithm
+        self._mesh = mesh
         self.metrics = metrics
         # `choose` and the step share one trace.
         self._train_step = jax.jit(algorithm.train_step, inline=True)
-        self._step = jax.jit(self._traced_step, donate_argnums=(0, 1, 2))
-        self._loop = jax.jit(self._traced_loop, donate_argnums=(0, 1, 2))
+        carry = (copies(mesh),) * 3
+        options: Any = {"donate_argnums": (0, 1, 2), "out_shardings": copies(mesh)}
+        self._step = jax.jit(self._traced_step, in_shardings=(*carry, None), **options)
+        self._loop = jax.jit(self._traced_loop, in_shardings=(*carry, None, None), **options)
         self._add = jax.jit(partial(_with_step, metrics))
 
     def choose(self, ts: TrainState, state: State, batch: Batch) -> int:
@@ -161,6 +176,7 @@ class CompiledSteps:
             ts, state, outputs = self._algorithm.train_step(ts, state, batches)
             return ts, state, self._add(running, outputs, carry[0].step)
         single = self.steps_per_call == 1
+        batches = sharded(batches, self._mesh, axis=0 if single else 1)
         after: Carry = self._step(*carry, batches) if single else self._loop(*carry, batches, steps)
         return after
 

@@ -36,6 +36,7 @@ from sequel_flax.coroutines import Coroutine, Finished
 from sequel_flax.evaluation import Totals
 from sequel_flax.grouping import Group, Numbers, grouped, numbers_of, with_numbers
 from sequel_flax.learner import FlaxLearner
+from sequel_flax.sharding import RUNS, copies, of_runs, sharded
 from sequel_flax.steps import RunningMetrics, one_step, steps_in_loop, strong_types
 
 COPIES = 4
@@ -93,24 +94,33 @@ class Program:
         self._structures = [jax.tree.structure((learner.ts, learner.state)) for learner in seated]
         self._tx = leader.ts.tx
         leaves = jax.tree.leaves((leader.ts, leader.state))
-        self._stack = jax.jit(lambda leaves: [jnp.broadcast_to(a, (width, *a.shape)) for a in leaves])(leaves)
+        self._mesh = leader.mesh
+        stacked = of_runs(self._mesh, width)
+
+        def stack(leaves: Sequence[Any]) -> list[jax.Array]:
+            return [jnp.broadcast_to(a, (width, *a.shape)) for a in leaves]
+
+        self._stack = jax.jit(stack, out_shardings=stacked)(leaves)
         self._new: dict[int, list[Any]] = {}  # leaves that are not in the stack yet, by place
         self._read: dict[int, Any] = {}  # states that were read from the stack, by place
         for k, learner in learners.items():
             self.write(k, (learner.ts, learner.state))
-        self._slice = jax.jit(lambda leaves, k: [a[k] for a in leaves])
+        self._slice = jax.jit(lambda leaves, k: [a[k] for a in leaves], out_shardings=copies(self._mesh))
         self._set = jax.jit(
             lambda leaves, new, k: [a.at[k].set(b) for a, b in zip(leaves, new, strict=True)],
             donate_argnums=0,
+            out_shardings=stacked,
         )
         self._start = self._compiled(self._traced_start, 0)
         self._end = self._compiled(self._traced_end, 0)
         self._loop = self._compiled(self._traced_loop, 0, 0, None)
         self._single = self._compiled(self._traced_step, 0, 0)
-        self._measure = jax.jit(self._traced_measure)
+        self._measure = jax.jit(self._traced_measure, out_shardings=copies(self._mesh))
 
     def _compiled(self, function: Callable[..., Any], *axes: int | None) -> Callable[..., Any]:
-        return jax.jit(jax.vmap(function, in_axes=(0, 0, 0, *axes)), donate_argnums=(1, 2))
+        sharding = of_runs(self._mesh, self.width)
+        mapped = jax.vmap(function, in_axes=(0, 0, 0, *axes))
+        return jax.jit(mapped, donate_argnums=(1, 2), out_shardings=sharding)
 
     # -- states
 
@@ -203,8 +213,10 @@ class Program:
         metrics, batches, (steps, *_) = zip(*self._padded(calls), strict=True)
         of_leader = jax.tree.structure(self.steps.no_metrics)
         running = [jax.tree.unflatten(of_leader, jax.tree.leaves(values)) for values in metrics]
-        arguments = (_stack_arrays(running), _stack_arrays(batches))
-        if self.steps.steps_per_call == 1:
+        single = self.steps.steps_per_call == 1
+        stacked = sharded(_stack_arrays(batches), self._mesh, axis=1 if single else 2, runs=True)
+        arguments = (_stack_arrays(running), stacked)
+        if single:
             (after,) = self._apply([*calls], others, self._single, *arguments)
         else:
             (after,) = self._apply([*calls], others, self._loop, *arguments, steps)
@@ -219,7 +231,8 @@ class Program:
         for places in of_split.values():
             for batch, valid in self.evaluator.batches(splits[places[0]]):
                 for k in places:
-                    sums, outputs = self._measure(numbers[k], *self._as_leader(k), batch, valid)
+                    placed = sharded(batch, self._mesh)
+                    sums, outputs = self._measure(numbers[k], *self._as_leader(k), placed, valid)
                     totals[k].add(sums, outputs, batch.y, valid)
         return {k: total.evaluation(len(splits[k])) for k, total in totals.items()}
 
@@ -490,10 +503,14 @@ def _seated(
             new.append(k)
     most = width or max_width(learners[group.members[0]])
     parts = [new[k : k + most] for k in range(0, len(new), most)]
-    return [
-        *recorded.values(),
-        *(Seats({k: place for place, k in enumerate(part)}, len(part), group.names) for part in parts),
-    ]
+    mesh = learners[group.members[0]].mesh
+    groups_of_devices = 1 if mesh is None else mesh.shape.get(RUNS, 1)
+
+    def seats_of(part: Sequence[int]) -> Seats:
+        rounded = len(part) if len(part) == 1 else -(-len(part) // groups_of_devices) * groups_of_devices
+        return Seats({k: place for place, k in enumerate(part)}, rounded, group.names)
+
+    return [*recorded.values(), *map(seats_of, parts)]
 
 
 def max_width(learner: FlaxLearner) -> int:

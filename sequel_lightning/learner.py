@@ -92,6 +92,7 @@ class LightningLearner:
     """
 
     mode: Mode = "pytorch"
+    num_devices = 1
 
     def __init__(
         self,

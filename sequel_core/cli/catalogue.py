@@ -20,7 +20,17 @@ from sequel_core.experiment.schema import (
 )
 from sequel_core.settings import as_text, check_name
 
-SECTIONS = ("algo", "benchmark", "backbone", "optimizer", "logger", "training", "checkpoint", "experiment")
+SECTIONS = (
+    "algo",
+    "benchmark",
+    "backbone",
+    "optimizer",
+    "logger",
+    "training",
+    "checkpoint",
+    "jax",
+    "experiment",
+)
 
 
 def main(args: Sequence[str]) -> int:

@@ -21,6 +21,7 @@ from sequel_core.experiment.target import TARGET, Target, hints_of
 from sequel_core.hparams import (
     AlgorithmHParams,
     CheckpointHParams,
+    JaxHParams,
     OptimizerHParams,
     TrainerHParams,
     TrainingHParams,
@@ -38,6 +39,7 @@ CLASSES: dict[str, type[Settings]] = {
     "training": TrainingHParams,
     "checkpoint": CheckpointHParams,
     "trainer": TrainerHParams,
+    "jax": JaxHParams,
 }
 """The settings of the sections that have one class, whatever is selected by `type`."""
 
@@ -80,6 +82,7 @@ class ExperimentConfig(Settings):
         training: batch sizes, epochs, seed, ...
         checkpoint: when checkpoints are written, and how many are kept.
         trainer: settings of Lightning's Trainer, see `TrainerHParams`; only with mode=pytorch.
+        jax: settings of JAX's devices, only with mode=jax.
         logger: settings of each logger by its name, one of `choices("logger")`; or user code, which makes
             a logger of Lightning or, with mode=jax, a metric writer.
         callbacks: user code that makes a StreamCallback, a Lightning callback (mode=pytorch) or a hook
@@ -111,6 +114,7 @@ class ExperimentConfig(Settings):
     training: TrainingHParams = field(default_factory=TrainingHParams)
     checkpoint: CheckpointHParams = field(default_factory=CheckpointHParams)
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    jax: JaxHParams = field(default_factory=JaxHParams)
     logger: Mapping[str, Target | Mapping[str, Any]] = field(default_factory=dict)
     callbacks: tuple[Target, ...] = ()
     user_code: Mapping[str, Target] = field(default_factory=dict)
@@ -136,6 +140,12 @@ class ExperimentConfig(Settings):
             raise ValueError(
                 f"trainer.{changed[0]} is a setting of Lightning's Trainer, got {self.trainer[changed[0]]!r} "
                 "with mode=jax; leave it out or set mode=pytorch"
+            )
+        if self.mode != "jax" and self.jax != JaxHParams():
+            key = "devices" if self.jax.devices > 1 else "runs"
+            raise ValueError(
+                f"jax.{key} is a setting of JAX, got {getattr(self.jax, key)} with mode={self.mode}; leave "
+                "it out or set mode=jax"
             )
         if self.mode not in self.backbone.modes:
             raise ValueError(
@@ -175,6 +185,7 @@ class ExperimentConfig(Settings):
             "training": asdict(self.training),
             "checkpoint": asdict(self.checkpoint),
             "trainer": dict(self.trainer),
+            **({"jax": asdict(self.jax)} if self.mode == "jax" else {}),
             "logger": {k: v.plain() if isinstance(v, Target) else dict(v) for k, v in self.logger.items()},
             **({"callbacks": [target.plain() for target in self.callbacks]} if self.callbacks else {}),
             **{key: getattr(self, key) for key in EVALUATION},
@@ -238,7 +249,7 @@ def settings(section: str, name: str | Target = "") -> list[Setting]:
 
     Args:
         section: `algo`, `benchmark`, `backbone`, `objective`, `optimizer`, `logger`, `training`,
-            `checkpoint` or `trainer`.
+            `checkpoint`, `trainer` or `jax`.
         name: one of `choices(section)`, or user code; not used for the sections without choices.
 
     Example:

@@ -29,7 +29,7 @@ SEEDS = ("seed", "training.seed", "benchmark.seed")
 UNRELATED = ("wandb", "logger", "checkpoint", "benchmark.data_dir", WRITER, *DOCUMENTATION)
 """Settings that do not change the numbers of a run."""
 
-FRAMEWORK_SETTINGS = ("model", "trainer")
+FRAMEWORK_SETTINGS = ("model", "trainer", "jax")
 """Settings that only one framework has, or that the frameworks write differently."""
 
 MODES = {"pytorch": "PyTorch", "jax": "JAX"}

@@ -39,7 +39,7 @@ PARTIAL = rf"{NAME}(\.orbax-checkpoint-tmp.*)?"  # orbax first writes under such
 
 
 class CheckpointWarning(UserWarning):
-    """A damaged checkpoint was skipped, or a run resumes with other versions of its libraries."""
+    """A damaged checkpoint was skipped, or a run resumes with other libraries or devices."""
 
 
 class Checkpoint(NamedTuple):
@@ -75,14 +75,21 @@ class Checkpoint(NamedTuple):
         recorded = self.run.get("versions")
         return version_note(recorded[PACKAGE]) if isinstance(recorded, dict) and PACKAGE in recorded else ""
 
-    def warn_of_versions(self) -> None:
-        """Warn if the checkpoint was written with other versions of libraries that are loaded now."""
+    def warn_of_changes(self, num_devices: int) -> None:
+        """Warn if the checkpoint was written with other versions of loaded libraries, or other devices.
+
+        Args:
+            num_devices: number of devices that share a batch now.
+        """
         now = loaded_versions()
         changed = [
             f"{name} {version} (now {now[name]})"
             for name, version in self.run["versions"].items()
             if name in now and now[name] != version
         ]
+        before = self.run.get("num_devices", num_devices)
+        if before != num_devices:
+            changed.append(f"num_devices {before} (now {num_devices})")
         if changed:
             warnings.warn(
                 f"checkpoint {self.path} was written with {', '.join(changed)}; the run continues, but its "
@@ -239,6 +246,7 @@ class Checkpointer:
                     **self._state.to_dict(),
                     "metrics_bytes": self._directory.metrics_bytes(),
                     "versions": loaded_versions(),
+                    "num_devices": self._learner.num_devices,
                 }
                 self._files.save(self._learner.save, run)
         self._saved_at = time.monotonic()
@@ -279,7 +287,7 @@ class Checkpointer:
             checkpoint.check(len(self._state.matrix), self._learner.score)
             self._load(checkpoint)
             if not self._directory.finished():
-                checkpoint.warn_of_versions()
+                checkpoint.warn_of_changes(self._learner.num_devices)
         self._files.clear(None if checkpoint is None else checkpoint.path)
         return checkpoint is not None
 

@@ -57,6 +57,7 @@ MAY_DIFFER = (
     "wandb",
     "callbacks",
     "checkpoint",
+    "jax",
     "expected",
     "version",
     "source",

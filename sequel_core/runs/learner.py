@@ -117,6 +117,7 @@ class Learner(Protocol):
         score: what `evaluate` measures.
         shows_progress: whether a callback or hook of the user shows a progress bar; the orchestrator then
             shows none.
+        num_devices: the number of devices that share each batch, of all processes.
 
     Example:
         >>> from functools import partial
@@ -137,6 +138,7 @@ class Learner(Protocol):
     spec: StreamSpec
     score: Score = Score()
     shows_progress: bool
+    num_devices: int = 1
 
     @property
     def step(self) -> int:

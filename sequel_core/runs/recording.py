@@ -142,6 +142,7 @@ class Recorder:
                 "checkpoint_bytes": checkpoint_bytes,
                 "peak_memory_bytes": peak_memory_bytes(),
                 "threads": learner.threads(),
+                "num_devices": learner.num_devices,
                 "versions": loaded_versions(),
                 "machine": machine(),
                 "commit": commit(),

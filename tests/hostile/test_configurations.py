@@ -98,7 +98,7 @@ def section(name: str) -> st.SearchStrategy[Any]:
 WHOLE = st.fixed_dictionaries(
     {},
     optional={
-        **{name: section(name) | JUNK for name in (*SECTIONS, "training", "checkpoint", "trainer")},
+        **{name: section(name) | JUNK for name in (*SECTIONS, "training", "checkpoint", "trainer", "jax")},
         **dict.fromkeys(("mode", "seed", "logger", "callbacks", "wandb", "expected", "evaluate_on"), JUNK),
         "evaluate_every": JUNK,
         "source": JUNK,

@@ -17,7 +17,13 @@ from sequel_core.experiment.aliases import SECTIONS, canonical
 from sequel_core.experiment.build import build, build_benchmark
 from sequel_core.experiment.compose import compose, merge
 from sequel_core.experiment.schema import ExperimentConfig, choices, settings
-from sequel_core.hparams import CheckpointHParams, OptimizerHParams, TrainerHParams, TrainingHParams
+from sequel_core.hparams import (
+    CheckpointHParams,
+    JaxHParams,
+    OptimizerHParams,
+    TrainerHParams,
+    TrainingHParams,
+)
 from sequel_core.settings import Settings, allowed
 from tests.hostile.fuzzing import Sandbox
 
@@ -31,6 +37,7 @@ CLASSES: dict[str, tuple[str, type[Settings]]] = {
     "training": ("training", TrainingHParams),
     "checkpoint": ("checkpoint", CheckpointHParams),
     "trainer": ("trainer", TrainerHParams),
+    "jax": ("jax", JaxHParams),
 }
 DEFAULTS = {
     "algo.name": "naive",
@@ -125,7 +132,7 @@ def test_a_configuration_names_the_section_and_the_setting(name: str) -> None:
 
 def misspelled() -> Iterator[tuple[list[str], str]]:
     """Yield command lines in which one key lacks a letter, and the correct key, for every key."""
-    for section in (*SECTIONS, "training", "checkpoint", "trainer", "logger"):
+    for section in (*SECTIONS, "training", "checkpoint", "trainer", "jax", "logger"):
         for name in choices(section) if section in SECTIONS or section == "logger" else [""]:
             prefix = f"logger.{name}" if section == "logger" else section
             line = [f"{section}={name}"] if section in SECTIONS else []
