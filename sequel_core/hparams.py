@@ -451,7 +451,7 @@ class JaxHParams(Settings):
         1
     """
 
-    devices: int = setting(1, "number of devices that share each batch, of all processes", ge=1)
+    devices: int = setting(1, "number of devices that share each batch", ge=1)
     runs: int = setting(
         1,
         "number of groups of devices among which hydra/launcher=vmap divides the runs; a divisor of devices",

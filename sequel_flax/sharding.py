@@ -25,15 +25,15 @@ def device_mesh(devices: int | Mesh, runs: int = 1) -> Mesh | None:
     """Return the mesh of a learner.
 
     Args:
-        devices: The number of devices, >= 1, of all processes; or a mesh with the axis `data`, and perhaps
-            `runs`.
+        devices: The number of devices, >= 1; or a mesh with the axis `data`, and perhaps `runs`.
         runs: The size of the axis `runs`, >= 1; it must divide a number of devices.
 
     Returns:
         A mesh whose axes XLA shards (`AxisType.Auto`); None for one device.
 
     Raises:
-        ValueError: There are fewer devices, a mesh has other axes, or `runs` does not divide the devices.
+        ValueError: There are fewer devices, a mesh has other axes, `runs` does not divide the devices, or
+            `jax.distributed` has started several processes.
 
     Example:
         >>> device_mesh(1) is None
@@ -41,6 +41,11 @@ def device_mesh(devices: int | Mesh, runs: int = 1) -> Mesh | None:
         >>> device_mesh(jax.make_mesh((1,), ("data",))).shape["data"]
         1
     """
+    if devices != 1 and jax.process_count() > 1:
+        raise ValueError(
+            f"devices must be 1 with {jax.process_count()} processes of jax.distributed, got {devices}; use "
+            "one process, which may have several devices"
+        )
     if isinstance(devices, Mesh):
         if DATA not in devices.shape or devices.shape.keys() - {DATA, RUNS}:
             raise ValueError(
@@ -108,15 +113,15 @@ def replicated(tree: Any, mesh: Mesh | None) -> Any:
     """Return a tree whose arrays each device has a copy of.
 
     Args:
-        tree: A tree of arrays. With several processes, it must be equal in all of them.
+        tree: A tree of arrays.
         mesh: The mesh; None for one device, which returns the tree itself.
     """
     sharding = copies(mesh)
-    return tree if sharding is None else _placed(tree, sharding)
+    return tree if sharding is None else jax.device_put(tree, sharding)
 
 
 def one_copy(tree: Any) -> Any:
-    """Return a replicated tree with the copies of the first device of this process.
+    """Return a replicated tree with the copies of the first device.
 
     Args:
         tree: A tree of arrays, which may also be on one device.
@@ -128,10 +133,10 @@ def sharded(batch: Any, mesh: Mesh | None, axis: int = 0, runs: bool = False) ->
     """Return a batch whose samples, and those of each draw from a memory, are divided among the devices.
 
     Samples whose number is not a multiple of the number of devices are replicated, for example those of the
-    last batch of an epoch. A process copies its own rows to its devices.
+    last batch of an epoch.
 
     Args:
-        batch: A `Batch` or `PhaseSteps` of NumPy arrays. With several processes, they must be equal in all.
+        batch: A `Batch` or `PhaseSteps` of NumPy arrays.
         mesh: The mesh; None for one device, which returns the batch itself.
         axis: The axis of the samples.
         runs: Whether the first axis is that of many runs.
@@ -141,7 +146,7 @@ def sharded(batch: Any, mesh: Mesh | None, axis: int = 0, runs: bool = False) ->
 
     def put(tree: Any, axis: int) -> Any:
         spec = PartitionSpec(*[RUNS if runs and k == 0 else None for k in range(axis)], DATA)
-        return jax.tree.map(lambda a: _placed(a, _fitting(a.shape, mesh, spec)), tree)
+        return jax.tree.map(lambda a: jax.device_put(a, _fitting(a.shape, mesh, spec)), tree)
 
     if isinstance(batch, PhaseSteps):
         return replicated(batch, mesh)._replace(slots=put(batch.slots, axis))
@@ -160,17 +165,3 @@ def _fitting(shape: tuple[int, ...], mesh: Mesh, spec: PartitionSpec) -> NamedSh
     pairs = zip(spec, shape, strict=False)
     fits = [name if name in mesh.shape and size % mesh.shape[name] == 0 else None for name, size in pairs]
     return NamedSharding(mesh, PartitionSpec(*fits))
-
-
-def _placed(tree: Any, sharding: NamedSharding) -> Any:
-    """Return a tree of arrays with a sharding; those of one process are copied from its first device."""
-    if sharding.is_fully_addressable:
-        return jax.device_put(tree, sharding)
-
-    def global_array(leaf: Any) -> jax.Array:
-        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
-            return leaf
-        array = np.asarray(leaf)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-    return jax.tree.map(global_array, tree)

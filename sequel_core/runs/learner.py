@@ -117,7 +117,7 @@ class Learner(Protocol):
         score: what `evaluate` measures.
         shows_progress: whether a callback or hook of the user shows a progress bar; the orchestrator then
             shows none.
-        num_devices: the number of devices that share each batch, of all processes.
+        num_devices: the number of devices that share each batch.
 
     Example:
         >>> from functools import partial

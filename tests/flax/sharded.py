@@ -1,13 +1,11 @@
 """Trains on all devices and on one, and prints how they differ: `python -m tests.flax.sharded STEPS NAME...`.
 
-`JAX_PLATFORMS=cpu` and `XLA_FLAGS=--xla_force_host_platform_device_count=4` give a CPU four devices. With
-`PROCESS`, `PROCESSES` and `COORDINATOR` in the environment, it is one of several processes.
+`JAX_PLATFORMS=cpu` and `XLA_FLAGS=--xla_force_host_platform_device_count=4` give a CPU four devices.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -69,12 +67,12 @@ def own_loop(stream: Benchmark, mesh: Mesh) -> dict[str, Any]:
         batches = [
             as_batch(task.train.take(np.arange(k, k + BATCH))) for k in range(0, len(task.train), BATCH)
         ]
-        ts, state = algorithm.start_task(ts, state, task)
+        ts, state = jax.device_put(algorithm.start_task(ts, state, task), copies)
         for x, y, t, _ in batches:
             plan = planner.next(y, t)
             x, y, t = jax.device_put((x, y, t), rows)
             ts, state, _ = step(ts, state, Batch(x, y, t, plan))
-        ts, state = algorithm.end_task(ts, state, batches)
+        ts, state = jax.device_put(algorithm.end_task(ts, state, batches), copies)
     return ended(ts, state, "train_step")
 
 
@@ -111,7 +109,7 @@ def difference(a: Any, b: Any) -> float:
 
 
 def copies_differ(made: FlaxLearner) -> int:
-    """Return the number of arrays of which the devices of this process have different copies."""
+    """Return the number of arrays of which the devices have different copies."""
     differ = 0
     for leaf in jax.tree.leaves((made.ts, made.state)):
         first, *others = (np.asarray(shard.data) for shard in leaf.addressable_shards)
@@ -119,21 +117,8 @@ def copies_differ(made: FlaxLearner) -> int:
     return differ
 
 
-def start_process() -> None:
-    """Join the other processes, if there are any."""
-    if "COORDINATOR" in os.environ:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(
-            os.environ["COORDINATOR"],
-            int(os.environ["PROCESSES"]),
-            int(os.environ["PROCESS"]),
-            initialization_timeout=60,
-        )
-
-
 def main(steps: int, *names: str) -> None:
     """Print a line of JSON for each method."""
-    start_process()
     jax.config.update("jax_enable_x64", True)
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.ewc import EWCHParams
@@ -22,7 +23,7 @@ from sequel_core.hparams import OptimizerHParams, TrainingHParams
 from sequel_core.stream.task import Batch
 from sequel_core.testing.streams import table
 from sequel_flax import MLP, FlaxLearner, make_learner
-from sequel_flax.sharding import device_mesh, sharded
+from sequel_flax.sharding import check_batch_size, device_mesh, sharded
 from tests.flax.parts import SILENT
 from tests.flax.sharded import METHODS
 
@@ -77,6 +78,22 @@ def test_four_devices_with_every_method() -> None:
         check(report)
 
 
+@pytest.mark.slow
+def test_four_devices_with_a_jit_of_the_user() -> None:
+    (report,) = reports("50", "own_loop")
+    assert report["weights"] < 1e-10, report
+    assert report["state"] < 1e-10, report
+    assert report["compiled"] == [1, 1], report
+
+
+@pytest.mark.slow
+def test_many_runs_at_once_in_two_groups_of_two_devices() -> None:
+    (report,) = reports("50", "together")
+    assert report["weights"] < 1e-10, report
+    assert report["state"] < 1e-10, report
+    assert report["compiled"] == [1, 1], report
+
+
 def learner(hparams: Any = ER, batch_size: int = 12, **options: Any) -> FlaxLearner:
     stream = table("classes", train=60)
     training = TrainingHParams(batch_size=batch_size, drop_last=False)
@@ -90,6 +107,7 @@ def trained(made: FlaxLearner) -> FlaxLearner:
     return made
 
 
+@pytest.mark.slow
 def test_a_mesh_of_one_device_is_one_device(compiled: Counter[str]) -> None:
     plain = trained(learner(EWCHParams(ewc_lambda=10))).weights()
     compiled.clear()
@@ -100,8 +118,10 @@ def test_a_mesh_of_one_device_is_one_device(compiled: Counter[str]) -> None:
         np.testing.assert_array_equal(weight, plain[name])
 
 
+@pytest.mark.slow
 def test_a_mesh_saves_and_restores(tmp_path: Path) -> None:
-    made = trained(learner(devices=jax.make_mesh((1,), ("data",))))
+    made = learner(devices=jax.make_mesh((1,), ("data",)))
+    made.fit_task(table("classes", train=60).tasks[0], SILENT)
     made.save(tmp_path / "1")()
     plain = learner()
     plain.restore(tmp_path / "1")
@@ -119,7 +139,6 @@ def test_a_mesh_saves_and_restores(tmp_path: Path) -> None:
 def test_draws_are_divided_and_plans_are_not() -> None:
     made = learner(replace(ER, mem_batch_size=8), batch_size=4, devices=jax.make_mesh((1,), ("data",)))
     task = table("classes", train=60).tasks[0]
-    made.fit_task(task, SILENT)
     x, y, t = task.train.take(np.arange(4))
     batch = sharded(Batch(x, y, t, made.planner.next(y, t)), made.mesh)
     specs = [leaf.sharding.spec for leaf in (batch.x, batch.y, batch.plan.reads, batch.plan.write)]
@@ -143,6 +162,29 @@ def test_draws_are_divided_and_plans_are_not() -> None:
 def test_devices_that_cannot_be_used(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         device_mesh(*arguments)
+
+
+def test_several_processes_cannot_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for devices in (2, jax.make_mesh((1,), ("data",))):
+        with pytest.raises(ValueError, match=r"devices must be 1 with 2 processes of jax.distributed, got "):
+            device_mesh(devices)
+    assert device_mesh(1) is None
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "remedy"),
+    [(10, "use 8 or 12, or 2 devices"), (9, "use 8 or 12, or 1 devices"), (3, "use 4, or 1 devices")],
+    ids=["even", "odd", "below"],
+)
+def test_a_batch_size_that_four_devices_do_not_divide(batch_size: int, remedy: str) -> None:
+    mesh: Any = AbstractMesh((4,), ("data",))
+    message = (
+        f"batch_size must be a multiple of 4, the number of devices that share a batch, got {batch_size}; "
+    )
+    with pytest.raises(ValueError, match=re.escape(message + remedy)):
+        check_batch_size(mesh, batch_size)
+    check_batch_size(mesh, 12)
 
 
 def test_the_memory_cannot_be_in_host_memory() -> None:
