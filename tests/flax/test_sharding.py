@@ -72,9 +72,9 @@ def test_four_devices() -> None:
 
 @pytest.mark.slow
 def test_four_devices_with_every_method() -> None:
-    found = reports("200", seconds=1800)
-    assert [report["method"] for report in found] == [*METHODS]
-    for report in found:
+    measured = reports("200", seconds=1800)
+    assert [report["method"] for report in measured] == [*METHODS]
+    for report in measured:
         check(report)
 
 
