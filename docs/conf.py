@@ -29,6 +29,8 @@ myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4  # the anchors of GitHub
 nb_execution_raise_on_error = True
 nb_execution_timeout = 120  # seconds of a cell
+nb_execution_in_temp = True  # tutorials write run directories
+nb_merge_streams = True
 nb_output_stderr = "remove"  # Lightning's advice and its messages on devices
 copybutton_prompt_text = "!"  # of shell commands in notebooks
 
