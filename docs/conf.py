@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from ipython_pygments_lexers import IPython3Lexer
 from latex2mathml.converter import convert
+from pygments.lexer import bygroups, inherit, using
+from pygments.lexers.shell import BashLexer
+from pygments.token import Operator
 from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 project = "SequeL"
+author = "The SequeL authors"
+html_show_copyright = False
 version = release = version_of("sequel-cl")
 
 extensions = [
@@ -33,10 +39,11 @@ nb_execution_in_temp = True  # tutorials write run directories
 nb_merge_streams = True
 nb_output_stderr = "remove"  # Lightning's advice and its messages on devices
 copybutton_prompt_text = "!"  # of shell commands in notebooks
+copybutton_line_continuation_character = "\\"
 
 html_theme = "sphinx_book_theme"
 html_title = f"SequeL {release}"
-html_theme_options = {"show_navbar_depth": 1, "use_download_button": False}
+html_theme_options = {"show_navbar_depth": 1, "use_download_button": False, "navbar_persistent": []}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
@@ -50,6 +57,13 @@ def visit_math(translator: Any, node: nodes.Node) -> None:
     raise nodes.SkipNode
 
 
+class NotebookLexer(IPython3Lexer):  # type: ignore[misc]
+    """IPython's lexer, which also takes shell commands of several lines."""
+
+    tokens = {"root": [(r"^(!)((?:.*\\\n)*.*\n)", bygroups(Operator, using(BashLexer))), inherit]}
+
+
 def setup(app: Sphinx) -> None:
-    """Make `html_math_renderer` known to Sphinx."""
+    """Make `html_math_renderer` and the lexer known to Sphinx."""
+    app.add_lexer("ipython3", NotebookLexer)
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))

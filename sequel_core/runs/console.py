@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -132,7 +133,8 @@ class Display:
             "seconds",
             f"{seconds['total']:.1f} (train {seconds['train']:.1f}, evaluate {seconds['evaluate']:.1f})",
         )
-        table.add_row("results", escape(str(result.run_dir)))
+        folder, here = result.run_dir, Path.cwd()
+        table.add_row("results", escape(str(folder.relative_to(here) if folder.is_relative_to(here) else folder)))
         self._console.print(table)
 
     def _move_stream(self, task: Task, fraction: float) -> None:
