@@ -3,7 +3,7 @@
 import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from docutils import nodes
 from ipython_pygments_lexers import IPython3Lexer
@@ -60,7 +60,7 @@ def visit_math(translator: Any, node: nodes.Node) -> None:
 class NotebookLexer(IPython3Lexer):  # type: ignore[misc]
     """IPython's lexer, which also takes shell commands of several lines."""
 
-    tokens = {"root": [(r"^(!)((?:.*\\\n)*.*\n)", bygroups(Operator, using(BashLexer))), inherit]}
+    tokens: ClassVar = {"root": [(r"^(!)((?:.*\\\n)*.*\n)", bygroups(Operator, using(BashLexer))), inherit]}
 
 
 def setup(app: Sphinx) -> None:

@@ -134,7 +134,9 @@ class Display:
             f"{seconds['total']:.1f} (train {seconds['train']:.1f}, evaluate {seconds['evaluate']:.1f})",
         )
         folder, here = result.run_dir, Path.cwd()
-        table.add_row("results", escape(str(folder.relative_to(here) if folder.is_relative_to(here) else folder)))
+        if folder is not None and folder.is_relative_to(here):
+            folder = folder.relative_to(here)
+        table.add_row("results", escape(str(folder)))
         self._console.print(table)
 
     def _move_stream(self, task: Task, fraction: float) -> None:
