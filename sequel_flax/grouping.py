@@ -116,14 +116,15 @@ def _settings(learner: FlaxLearner) -> dict[str, Any]:
 
 def _parts(learner: FlaxLearner) -> dict[str, Any]:
     """Return what must be equal besides settings, by the name that is shown."""
-    alone = not learner.algorithm.mappable or keeps_on_host(learner.algorithm)
-    spec, trained = learner.spec, learner.algorithm.trained
+    algorithm = learner.algorithm
+    alone = not algorithm.mappable or algorithm.second_phase is not None or keeps_on_host(algorithm)
+    spec, trained = learner.spec, algorithm.trained
     trees = learner.ts.params, learner.ts.opt_state, collections(learner.ts), learner.state
     return {
         "the method, whose runs have a program each": id(learner) if alone else None,
         "the network": learner.model,
         "the parameters that are trained": trained.trainable,
-        "the objective": learner.algorithm.objective,
+        "the objective": algorithm.objective,
         "the metrics": learner.metrics,
         "steps_per_call": learner.steps_per_call,
         "the devices": learner.mesh,

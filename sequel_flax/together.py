@@ -25,7 +25,7 @@ from sequel_core.runs.files import read_json, write_json
 from sequel_core.runs.formatting import score_text
 from sequel_core.runs.learner import Evaluation
 from sequel_core.runs.memory import available_memory_bytes
-from sequel_core.runs.orchestrator import Resume, check_run, run
+from sequel_core.runs.orchestrator import Resume, Shown, check_run, run
 from sequel_core.runs.process import event_errors_left_to_the_caller
 from sequel_core.runs.results import Result
 from sequel_core.runs.signals import Signals
@@ -449,7 +449,7 @@ def run_together(
     outcomes: list[Any] = [None] * len(learners)
     with Signals().recorded() as signals, event_errors_left_to_the_caller():
         for seats in programs:
-            for k, outcome in _run_program(seats, learners, runs, paths):
+            for k, outcome in _run_program(seats, learners, runs, paths, "bars" if progress else False):
                 outcomes[k] = outcome
                 say(_ended(paths[k], outcome))
             signals.check()
@@ -478,11 +478,6 @@ def _check(
         raise ValueError(f"width must be >= 1, got {width}; leave it out to use half of the memory")
     defaults = {"evaluate_every": "task", "evaluate_on": "test", "evaluate_future": False}
     for learner, stream, given in zip(learners, benchmarks, arguments, strict=True):
-        if learner.algorithm.second_phase is not None:
-            raise ValueError(
-                f"runs at once have no second training phase, which {learner.hparams.name} needs; start each "
-                "run on its own, without run_together or hydra/launcher=vmap"
-            )
         check_run(learner, stream, *(given.get(name, default) for name, default in defaults.items()))
 
 
@@ -533,11 +528,12 @@ def _run_program(
     learners: Sequence[FlaxLearner],
     runs: Sequence[Callable[..., Result]],
     paths: Sequence[Path],
+    shown: Shown,
 ) -> Iterator[tuple[int, Outcome]]:
     """Run the runs of a program; yield the index and the outcome of each at its end."""
     if seats.width == 1:
         for k in seats.places:
-            yield k, _outcome(partial(runs[k], learners[k], progress="bars"))
+            yield k, _outcome(partial(runs[k], learners[k], progress=shown))
         return
     at = {place: k for k, place in seats.places.items()}
     program = Program({place: learners[k] for place, k in at.items()}, seats.names, seats.width)
@@ -550,7 +546,8 @@ def _run_program(
                 write_json(path, {"members": names, "width": seats.width})
 
         member = Member(learners[k], program, place, record)
-        coroutines[place] = Coroutine(partial(_run_member, member, learners[k], runs[k], place == min(at)))
+        of_member = shown if place == min(at) else False
+        coroutines[place] = Coroutine(partial(_run_member, member, learners[k], runs[k], of_member))
         member.ask = coroutines[place].ask
     for place, outcome in program.run(coroutines):
         if isinstance(outcome, BaseException) and not isinstance(outcome, Exception):
@@ -565,10 +562,10 @@ def _outcome(function: Callable[[], Result]) -> Outcome:
         return error
 
 
-def _run_member(member: Member, learner: FlaxLearner, run: Callable[..., Result], shown: bool) -> Result:
+def _run_member(member: Member, learner: FlaxLearner, run: Callable[..., Result], shown: Shown) -> Result:
     """Run a member of a program, and give its learner the state at the end."""
     try:
-        return run(member, progress="bars" if shown else False)
+        return run(member, progress=shown)
     finally:
         learner.ts, learner.state = member.ts, member.state
         learner.planner = member.planner

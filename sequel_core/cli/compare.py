@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   sequel compare algo=naive,ewc,er mode=jax seed=range(5)  algorithms in one framework
   sequel compare algo=ewc algo.ewc_lambda=1,10,100         values of a setting
   sequel compare algo=er,derpp --budget memory=1MB         memories of equal size; or steps=N, seconds=S
+  sequel compare algo=ewc,er mode=jax seed=range(10) --together  all at once in JAX
   sequel compare algo=ewc training.dtype=float64           the same in float64: differences of rounding only
 
 Every combination of comma-separated values is run. Other arguments are those of sequel run; run_dir=DIR is
@@ -39,7 +40,14 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("arguments", nargs="+", metavar="FILE|KEY=VALUE", help="a file and overrides")
     budget = "what every run may use: steps=N, seconds=S (of training) or memory=SIZE, such as memory=4MB"
     parser.add_argument("--budget", metavar="WHAT=AMOUNT", help=budget)
+    together = "run all experiments in JAX at once; those that differ only in numbers share a program"
+    parser.add_argument("--together", action="store_true", help=together)
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_intermixed_args(args)
-    comparison = compare(options.arguments, progress=not options.quiet, budget=options.budget)
+    comparison = compare(
+        options.arguments,
+        progress=not options.quiet,
+        budget=options.budget,
+        together=options.together,
+    )
     return 1 if any(run.result is None for run in comparison.runs) else 0

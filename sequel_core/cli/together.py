@@ -107,8 +107,8 @@ def check_together(configs: Sequence[ExperimentConfig]) -> None:
     dtypes = sorted({config.training.dtype for config in configs})
     if len(dtypes) > 1:
         raise ValueError(
-            f"hydra/launcher=vmap needs the same training.dtype in all runs, got {' and '.join(dtypes)}; "
-            "start one sweep for each"
+            f"runs at once need the same training.dtype, got {' and '.join(dtypes)}; start the runs of each "
+            "dtype separately"
         )
 
 

@@ -129,6 +129,7 @@ def compare(
     run_dir: str | Path | None = None,
     progress: bool = True,
     budget: str | None = None,
+    together: bool = False,
     **settings: Any,
 ) -> Comparison:
     """Run experiments one after another and compare their results.
@@ -150,6 +151,8 @@ def compare(
         progress: False to print nothing.
         budget: only for overrides and configurations, what every run may use: `steps=N`, `seconds=S` or
             `memory=SIZE`, see `sequel_core.runs.budget.within_budget`. Tables and report state it.
+        together: run all experiments in JAX at once, see `sequel_flax.run_together`; not with a budget of
+            seconds.
         settings: only for learners, arguments of `sequel_core.run`: `evaluate_every`, `evaluate_on`,
             `evaluate_future`, `callbacks`, `checkpoint`.
 
@@ -183,13 +186,19 @@ def compare(
     shown: Shown = "bars" if progress else False
     allowed = None if budget is None else parse_budget(budget)
     trials = _trials(runs, benchmark, settings, shown)
+    if together:
+        _check_together(trials, allowed)
     print_notes(console, notes)
     if allowed is not None:
         trials = _trials(within_budget(_by_label(runs), allowed, say), benchmark, settings, shown)
     directory = RunDirectory.create(run_dir).path
+    at_once = [trial for trial in trials if together and trial.mode == "jax"]
     done: list[Run] = []
     for trial in trials:
-        done.append(_run_trial(trial, directory, say))
+        if not together or trial.mode != "jax":
+            done.append(_run_trial(trial, directory, say))
+    if at_once:
+        done += _run_together(at_once, directory, benchmark, settings, say)
     recorded = [item.directory for item in done if (item.directory / CONFIG).is_file()]
     report = directory / REPORT if recorded else None
     for item in done:
@@ -227,6 +236,7 @@ class _Trial(NamedTuple):
     label: str
     mode: Mode
     seed: int
+    experiment: Experiment
     start: Callable[[Path], Result]
 
     @property
@@ -236,21 +246,64 @@ class _Trial(NamedTuple):
 
 def _run_trial(trial: _Trial, parent: Path, say: Callable[[str], None]) -> Run:
     """Run a trial in a new directory; report and record an error instead of raising it."""
-    from sequel_core.cli.run import record_failure
-
-    path, result = _new_directory(parent, trial), None
+    path = _new_directory(parent, trial)
     say(f"{trial.name}: running in {path}")
+    outcome: Result | Exception
     try:
-        result = trial.start(path)
+        outcome = trial.start(path)
     except InterruptedRunError:
         raise
     except Exception as error:
-        record_failure(error, path)
+        outcome = error
+    return _ended(trial, path, outcome, say)
+
+
+def _ended(trial: _Trial, path: Path, outcome: Result | Exception, say: Callable[[str], None]) -> Run:
+    """Report how a trial ended; record an error in its directory."""
+    from sequel_core.cli.run import record_failure
+
+    if isinstance(outcome, Exception):
+        record_failure(outcome, path)
+        return Run(trial.label, trial.mode, trial.seed, path, None)
+    seconds = outcome.summary["seconds"]["total"]
+    average = score_text(outcome.metric("average_score"), outcome.score)
+    say(f"{trial.name}: average {outcome.score.name} {average}, {seconds:.1f} s")
+    return Run(trial.label, trial.mode, trial.seed, path, outcome)
+
+
+def _check_together(trials: Sequence[_Trial], budget: Budget | None) -> None:
+    """Raise ValueError if runs cannot be started at once."""
+    from sequel_core.cli.together import check_together
+
+    in_jax = [trial.experiment for trial in trials if trial.mode == "jax"]
+    if not in_jax:
+        raise ValueError("together is for runs in JAX, got none; add mode=jax, or leave together out")
+    if budget is not None and budget.quantity == "seconds":
+        raise ValueError(
+            f"together needs a budget of steps or memory, got {budget}; runs at once share their seconds"
+        )
+    check_together([experiment for experiment in in_jax if isinstance(experiment, ExperimentConfig)])
+
+
+def _run_together(
+    trials: Sequence[_Trial],
+    parent: Path,
+    benchmark: Benchmark | None,
+    settings: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> list[Run]:
+    """Run trials at once, each in a new directory."""
+    from sequel_core.cli.together import execute_together
+
+    paths = [_new_directory(parent, trial) for trial in trials]
+    say(f"{len(trials)} runs in JAX: running at once in {parent}")
+    experiments: list[Any] = [trial.experiment for trial in trials]
+    if benchmark is None:
+        outcomes = execute_together(experiments, paths, progress=False)
     else:
-        seconds = result.summary["seconds"]["total"]
-        average = score_text(result.metric("average_score"), result.score)
-        say(f"{trial.name}: average {result.score.name} {average}, {seconds:.1f} s")
-    return Run(trial.label, trial.mode, trial.seed, path, result)
+        run_together = learner.plugin("jax").run_together
+        outcomes = run_together(experiments, benchmark, paths, progress=False, **settings)
+    return [_ended(*ended, say) for ended in zip(trials, paths, outcomes, strict=True)]
 
 
 def _composed(overrides: Sequence[str]) -> tuple[dict[str, list[ExperimentConfig]], list[str], str | None]:
@@ -287,7 +340,9 @@ def _trials(
             if isinstance(experiment, ExperimentConfig):
                 start = partial(execute, experiment, progress=progress)
                 label_or_name = label or experiment.algo.name
-                trials.append(_Trial(label_or_name, experiment.mode, experiment.training.seed, start))
+                trials.append(
+                    _Trial(label_or_name, experiment.mode, experiment.training.seed, experiment, start)
+                )
                 configs[trials[-1].name] = experiment
             else:
                 trials.append(_learner_trial(label, experiment, benchmark, settings, progress))
@@ -342,7 +397,7 @@ def _learner_trial(
     def start(run_dir: Path) -> Result:
         return run(model, benchmark, run_dir=run_dir, progress=progress, **settings)
 
-    return _Trial(label or model.hparams.name, model.mode, model.training.seed, start)
+    return _Trial(label or model.hparams.name, model.mode, model.training.seed, model, start)
 
 
 def _new_directory(parent: Path, trial: _Trial) -> Path:

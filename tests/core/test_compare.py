@@ -18,6 +18,7 @@ from sequel_core.algorithms.agem import AGEMHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.experiment.compose import compose
+from sequel_core.hparams import OptimizerHParams, TrainingHParams
 from sequel_core.runs import learner
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.compare import Difference, Row
@@ -165,6 +166,40 @@ def test_both_frameworks_are_equal_in_double_precision_and_the_report_has_them(
     text = comparison.report.read_text()
     assert "PyTorch" in text
     assert "JAX" in text
+
+
+@pytest.mark.slow
+def test_runs_in_jax_at_once_end_like_single_runs(tmp_path: Path) -> None:
+    """From configurations and from learners; PyTorch runs one after another."""
+
+    def learners() -> dict[str, list[Learner]]:
+        jax = learner.plugin("jax")
+        stream, sgd = RotatedDigits(num_tasks=2, subset=100), OptimizerHParams()
+        hparams = {"naive": NaiveHParams(), "ewc": EWCHParams()}
+        return {
+            name: [
+                jax.make_learner(h, jax.MLP((8,), 10), sgd, stream, TrainingHParams(seed=k)) for k in (0, 1)
+            ]
+            for name, h in hparams.items()
+        }
+
+    small: Any = [*SMALL, "algo=naive,ewc", "seed=0,1", "backbone.widths=[8]"]
+    stream = RotatedDigits(num_tasks=2, subset=100)
+    for name, runs, benchmark in (("config", [small] * 2, None), ("made", [learners(), learners()], stream)):
+        alone, at_once = (
+            compare(
+                given, benchmark, run_dir=tmp_path / f"{name}{together}", progress=False, together=together
+            )
+            for given, together in zip(runs, (False, True), strict=True)
+        )
+        assert {run[:3] for run in alone.runs} == {run[:3] for run in at_once.runs}
+        by_name = {run[:3]: run.directory for run in alone.runs}
+        for run in at_once.runs:
+            assert run.result is not None
+            assert (run.directory / "together.json").is_file() == (run.mode == "jax")
+            with np.load(run.directory / "weights.npz") as a, np.load(by_name[run[:3]] / "weights.npz") as b:
+                assert max(np.abs(a[name] - b[name]).max() for name in a.files) < 1e-4
+        assert [row.seeds for row in at_once.rows] == [(0, 1)] * len(alone.rows)
 
 
 def test_labels_of_ones_own(digits: Benchmark, tmp_path: Path) -> None:
@@ -350,6 +385,11 @@ def test_the_parts_are_importable() -> None:
         (["hydra/launcher=basic"], {}, "hydra/launcher=basic is for `sequel run -m`"),
         (["algo=naive"], {"evaluate_on": "test"}, "evaluate_on is for learners, a configuration has its own"),
         (["run_dir=full"], {}, "run_dir must be empty or new, got full"),
+        (["algo=naive", "mode=pytorch"], {"together": True}, "together is for runs in JAX, got none"),
+        (["algo=naive"], {"together": True, "budget": "seconds=5"}, "together needs a budget of steps or "
+         "memory, got "),
+        (["algo=naive", "training.dtype=float32,float64"], {"together": True}, "runs at once need the same "
+         "training.dtype, got float32 and float64"),
         ([3], {}, "runs must hold learners, configurations or overrides, got a int"),
     ],
 )  # fmt: skip

@@ -191,12 +191,20 @@ def test_invalid_arguments_raise_before_training(arguments: dict[str, Any], mess
     assert learners[0].step == 0
 
 
-@pytest.mark.parametrize("hparams", [GDumbHParams(), BiCHParams()], ids=lambda hparams: hparams.name)
-def test_a_method_with_a_second_phase_raises_before_training(hparams: AlgorithmHParams) -> None:
-    learners = [learner(hparams, DIGITS, seed) for seed in range(2)]
-    with pytest.raises(ValueError, match=f"no second training phase, which {hparams.name} needs"):
-        run_together(learners, DIGITS, progress=False)
-    assert learners[0].step == 0
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "hparams", [GDumbHParams(mem_size=40), BiCHParams(mem_size=40)], ids=lambda hparams: hparams.name
+)
+def test_a_method_with_a_second_phase_has_a_program_for_each_run(
+    hparams: AlgorithmHParams, tmp_path: Path
+) -> None:
+    """So its runs are ordinary ones, bit by bit."""
+    members, alone = ([learner(hparams, DIGITS, seed) for seed in range(2)] for _ in range(2))
+    assert [group.members for group in grouped(members, [DIGITS] * 2)] == [[0], [1]]
+    run_together(members, DIGITS, [tmp_path / "0", tmp_path / "1"], progress=False)
+    run(alone[1], DIGITS, run_dir=tmp_path / "alone", progress=False)
+    assert difference(members[1].weights(), alone[1].weights()) == 0
+    assert difference(members[0].weights(), members[1].weights()) > 1e-3
 
 
 @pytest.mark.slow
