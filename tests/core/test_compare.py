@@ -190,7 +190,7 @@ def test_runs_in_jax_at_once_end_like_single_runs(tmp_path: Path) -> None:
             compare(
                 given, benchmark, run_dir=tmp_path / f"{name}{together}", progress=False, together=together
             )
-            for given, together in zip(runs, (False, True), strict=True)
+            for given, flag in zip(runs, (False, True), strict=True)
         )
         assert {run[:3] for run in alone.runs} == {run[:3] for run in at_once.runs}
         by_name = {run[:3]: run.directory for run in alone.runs}
