@@ -187,9 +187,7 @@ def test_runs_in_jax_at_once_end_like_single_runs(tmp_path: Path) -> None:
     stream = RotatedDigits(num_tasks=2, subset=100)
     for name, runs, benchmark in (("config", [small] * 2, None), ("made", [learners(), learners()], stream)):
         alone, at_once = (
-            compare(
-                given, benchmark, run_dir=tmp_path / f"{name}{together}", progress=False, together=together
-            )
+            compare(given, benchmark, run_dir=tmp_path / f"{name}{flag}", progress=False, together=flag)
             for given, flag in zip(runs, (False, True), strict=True)
         )
         assert {run[:3] for run in alone.runs} == {run[:3] for run in at_once.runs}

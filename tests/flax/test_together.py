@@ -81,8 +81,9 @@ OPTIMIZERS = [OptimizerHParams(lr=rate, momentum=m) for rate, m in ((0.05, 0.5),
 
 @pytest.fixture(autouse=True)
 def _double_precision() -> Iterator[None]:
-    with jax.enable_x64(True):
-        yield
+    jax.config.update("jax_enable_x64", True)  # also for the threads of callbacks, unlike jax.enable_x64
+    yield
+    jax.config.update("jax_enable_x64", False)
 
 
 def learner(
