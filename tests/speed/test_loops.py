@@ -45,7 +45,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 """Settings with which importances of 1 have the penalty of the loops, which have no factor."""
 
 SIZE, STEPS = 10, 20
-SMALL = {"mem_size": 100, "mem_batch_size": SIZE}
+SMALL: dict[str, Any] = {"mem_size": 100, "mem_batch_size": SIZE}
 
 
 @pytest.mark.parametrize("name", FROZEN)
@@ -110,8 +110,8 @@ def by_pytorch(learner: Any, benchmark: Benchmark, patch: pytest.MonkeyPatch) ->
             def read(count: int, reads: Any = reads) -> list[Any]:
                 slots = torch.from_numpy(next(reads).astype(np.int64))
                 assert len(slots) == count
-                found = [a[slots] for a in loop.memory]
-                return [*found, None][:3]
+                samples = [a[slots] for a in loop.memory]
+                return [*samples, None][:3]
 
             def write(*new: Any, slots: Any = plans[k].write) -> None:
                 kept = np.flatnonzero(slots < len(loop.memory[1]))
