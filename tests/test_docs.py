@@ -74,7 +74,8 @@ def test_the_commands_of_a_page_are_accepted(
         resumes = any(text.startswith("resume=") and text != "resume=auto" for text in arguments)
         if command in ("run", "compare") and not resumes and "own.yaml" not in arguments:
             multirun = [] if command == "run" else ["-m"]
-            code = main(["run", *multirun, "--cfg", *(text for text in arguments if text != "--check")])
+            given = [text for text in arguments if text not in ("--check", "--together")]
+            code = main(["run", *multirun, "--cfg", *given])
             assert code == 0, f"{line}: {capsys.readouterr().err}"
 
 
