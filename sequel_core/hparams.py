@@ -480,7 +480,8 @@ class TrainerHParams(Settings):
     devices: Literal["auto"] | int | tuple[int, ...] = setting(
         "auto", "auto, a number of devices, -1 for all devices, or a list of device indices", ge=-1
     )
-    strategy: str = setting("auto", "strategy of distributed training; auto, or one for a single device")
+    num_nodes: int = setting(1, "number of machines, each with so many devices", ge=1)
+    strategy: str = setting("auto", "auto, ddp or ddp_spawn: how several devices share each batch")
     precision: str | int = setting("32-true", "precision: 32-true, 64-true, bf16-mixed, ...", ge=1)
     accumulate_grad_batches: int = setting(
         1, "number of batches whose gradients are added up for one step", ge=1

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
 from sequel_core.objectives import ObjectiveHParams
-from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
+from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor, Mode, OneProcess, Progress
 from sequel_core.runs.loggers import Loggers
 from sequel_core.stream import plan
 from sequel_core.stream.arrays import FloatArray
@@ -227,7 +227,7 @@ def planned(algorithm: Algorithm, spec: StreamSpec, state: State, batch: Batch) 
     return batch._replace(plan=algorithm.planner(spec, state).next(batch.y, batch.t))
 
 
-class FlaxLearner:
+class FlaxLearner(OneProcess):
     """Trains an algorithm on the tasks of a stream; `sequel_core.run` calls it.
 
     Args:

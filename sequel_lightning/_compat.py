@@ -94,6 +94,25 @@ def keep_signal_handlers(trainer: pl.Trainer) -> None:
     connector.register_signal_handlers = lambda: None
 
 
+def without_launcher(trainer: pl.Trainer) -> None:
+    """Let a Trainer start no processes, since they run already: `_launcher` of its strategy."""
+    trainer.strategy._launcher = None
+
+
+def starts_scripts(strategy: Any) -> bool:
+    """Return whether a strategy starts processes that run the script again, and none runs yet.
+
+    `strategy.launcher` is then a `_SubprocessScriptLauncher`, the only one with a cluster environment.
+    """
+    environment = getattr(strategy.launcher, "cluster_environment", None)
+    return environment is not None and not environment.creates_processes_externally
+
+
+def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return a checkpoint: `_checkpoint_connector`. `save_checkpoint` waits for all processes, too."""
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+
 def checkpoint_directory(callback: ModelCheckpoint, trainer: pl.Trainer) -> Any:
     """Return the directory that a callback would choose: `_ModelCheckpoint__resolve_ckpt_dir`."""
     checkpoint: Any = callback

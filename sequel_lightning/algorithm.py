@@ -24,6 +24,7 @@ from sequel_lightning.accumulation import Accumulation
 from sequel_lightning.augmentation import cropped
 from sequel_lightning.batches import to_batch
 from sequel_lightning.consolidation import IDLE
+from sequel_lightning.distributed import Ranks
 from sequel_lightning.lifecycle import TaskLifecycle
 from sequel_lightning.network_module import NetworkModule
 from sequel_lightning.networks import (
@@ -140,6 +141,7 @@ class Algorithm(NetworkModule):
         self.reporting = Reporting(self, self.objective)
         self.lifecycle = TaskLifecycle(self)
         self.accumulation = Accumulation()
+        self.ranks = Ranks()
         self._trained_params: Params = {}  # `params()` during a fit, as listing them is slow in deep networks
         self.init_memory()
         self.planner = NoPlanner() if spec is None else augmenting(self.make_planner(spec), spec, seed)

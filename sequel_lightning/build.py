@@ -202,7 +202,7 @@ def build_learner(
     else:  # None is the default of every method, also of user code without the argument
         is_default = config.objective == ObjectiveHParams()
         objective = None if is_default else build_objective(config.objective, spec)
-    return make_learner(
+    made = make_learner(
         config.algo,
         model,
         optimizer,
@@ -215,6 +215,8 @@ def build_learner(
         callbacks=callbacks,
         trainer={**config.trainer, "default_root_dir": os.fspath(run_dir)},
     )
+    made.settings = config.plain()
+    return made
 
 
 def user_backbone(target: Target, seed: int, **sizes: Any) -> nn.Module:

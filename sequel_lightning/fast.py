@@ -19,7 +19,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.precision import DoublePrecision, Precision
 from pytorch_lightning.profilers import PassThroughProfiler
-from pytorch_lightning.strategies import SingleDeviceStrategy
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from sequel_lightning._compat import StepLogs, loaders_batches
@@ -195,7 +195,7 @@ def _unusual_setting(trainer: Any, module: ContinualModule) -> str | None:
         ("profiler", type(trainer.profiler).__name__, type(trainer.profiler) is not NoProfiler),
         ("val_check_interval", trainer.val_check_interval, validates and trainer.val_check_interval != 1.0),
         ("check_val_every_n_epoch", None, validates and trainer.check_val_every_n_epoch is None),
-        ("strategy", type(strategy).__name__, type(strategy) is not SingleDeviceStrategy),
+        ("strategy", type(strategy).__name__, type(strategy) not in (SingleDeviceStrategy, DDPStrategy)),
         ("strategy", type(strategy).__name__, strategy.model is not module),
     ):
         if unusual:

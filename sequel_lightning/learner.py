@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -30,7 +30,7 @@ from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch, Samples, Task
 from sequel_core.stream.trees import tree_map
-from sequel_lightning._compat import keep_signal_handlers
+from sequel_lightning._compat import dump_checkpoint, keep_signal_handlers, starts_scripts, without_launcher
 from sequel_lightning.backbones import canonical_weights
 from sequel_lightning.callbacks import (
     callbacks_of_task,
@@ -40,8 +40,9 @@ from sequel_lightning.callbacks import (
 )
 from sequel_lightning.consolidation import TRAINING, best_keeper
 from sequel_lightning.data import EvaluationBatches, TaskDataModule
+from sequel_lightning.distributed import check_strategy, lost_process_named
 from sequel_lightning.fast import FastSteps, NoProfiler
-from sequel_lightning.lifecycle import check_single_device
+from sequel_lightning.launch import started
 from sequel_lightning.loggers import TrainersLoggers, log_hparams, log_image, log_table, resume_logger
 from sequel_lightning.module import ContinualModule
 from sequel_lightning.networks import evaluating, modes_kept_at_errors
@@ -54,6 +55,7 @@ from sequel_lightning.trees import adopt_names
 
 TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 SEEDS = 2**63
+T = TypeVar("T")
 CHECKPOINT = "lightning.ckpt"
 
 
@@ -125,15 +127,76 @@ class LightningLearner:
             )
         self._settings = self._trainer_settings(dict(trainer or {}))
         self.fast_steps = FastSteps()
+        self._joined = False  # whether the processes of the run communicate
         self._resumed: str | None = None  # the checkpoint that the next task's fit resumes
         self.trainer = self._make_trainer(0)  # of the latest task
         self.shows_progress = self.trainer.progress_bar_callback is not None
-        check_single_device(self.trainer)  # here, before Lightning starts the other processes
+        check_strategy(self.trainer)  # here, before other processes are started
+        self.settings: Mapping[str, Any] | None = None  # of an experiment; see `launch`
 
     @property
     def step(self) -> int:
         """Training steps since the start of the stream."""
         return self.module.running_metrics.steps_done
+
+    @property
+    def main_process(self) -> bool:
+        """Whether this process records the run; the others only train with it."""
+        return self.module.ranks.rank == 0
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices that share each batch, of all processes."""
+        return self.trainer.world_size
+
+    def launch(self, function: Callable[[], T]) -> T:
+        """Call a function in every process; see `sequel_core.runs.learner.OneProcess`.
+
+        With the strategy `ddp`, the other processes run this script again or, if `settings` of an experiment
+        are given, that experiment. With `ddp_spawn`, all processes are new, and this one waits for them.
+
+        Raises:
+            LostProcessError: one of the processes has ended.
+        """
+        strategy = self.trainer.strategy
+        launcher = strategy.launcher
+        if launcher is None or self._joined:
+            return function()
+        if not hasattr(launcher, "cluster_environment"):
+            return self._spawn(function)
+        if self.settings is None or not starts_scripts(strategy):
+            launcher.launch(int)
+            self._join()
+            return function()
+        with started(self.settings, self.trainer):
+            self._join()
+            return function()
+
+    def agree(self, value: T) -> T:
+        """Return the value of the main process, in every process."""
+        if not self._joined:
+            return value
+        with lost_process_named():
+            return self.trainer.strategy.broadcast(value)
+
+    def _join(self) -> None:
+        """Connect this process with the others."""
+        with lost_process_named(), quiet():
+            self.trainer.strategy.setup_environment()
+        self._joined = True
+        self.module.ranks.follow(self.trainer)
+        if not self.main_process:
+            self.loggers = TrainersLoggers(())
+
+    def _spawn(self, function: Callable[[], T]) -> T:
+        """Call a function in new processes, and take over the module of the first one."""
+        launcher: Any = self.trainer.strategy.launcher
+        with lost_process_named():
+            result, state, extra = launcher.launch(_spawned, self, function)
+        adopt_names(self.module, state)
+        self.module.load_state_dict(state)
+        self.module.on_load_checkpoint(extra)
+        return cast(T, result)
 
     def fit_task(self, task: Task, monitor: FitMonitor) -> None:
         """Train on one task, then consolidate it; see `sequel_core.runs.learner.Learner`."""
@@ -177,7 +240,8 @@ class LightningLearner:
         zero = torch.zeros((), dtype=torch.float64, device=device)
         sums: dict[str, ScoreSums] = {}  # of the predictions, of the masked ones, and of alternatives
         samples = task.split(split)
-        with evaluating(module), torch.no_grad(), self.trainer.precision_plugin.forward_context():
+        forward_context = self.trainer.precision_plugin.forward_context
+        with evaluating(module), torch.no_grad(), forward_context(), module.ranks.divided():
             for tensors in EvaluationBatches(samples, self.training.eval_batch_size):
                 batch = Batch(*(tree_map(methodcaller("to", device), tree) for tree in tensors))
                 outputs = module.predict(batch.x, batch.t)
@@ -246,11 +310,7 @@ class LightningLearner:
         strategy = self.trainer.strategy
         if self.trainer.model is None:  # nothing was fitted since the start, or since `restore`
             strategy.connect(self.module)
-        previous_io, strategy.checkpoint_io = strategy.checkpoint_io, StraightToFile()
-        try:
-            self.trainer.save_checkpoint(directory / CHECKPOINT, weights_only=False)
-        finally:
-            strategy.checkpoint_io = previous_io
+        StraightToFile().save_checkpoint(dump_checkpoint(self.trainer), directory / CHECKPOINT)
         return lambda: None
 
     def restore(self, directory: Path) -> None:
@@ -322,7 +382,20 @@ class LightningLearner:
             callbacks[:0] = watchers
         loggers = self.loggers.for_trainer() or False
         with quiet():
-            return pl.Trainer(**self._settings, max_epochs=epochs, callbacks=callbacks, logger=loggers)
+            made = pl.Trainer(**self._settings, max_epochs=epochs, callbacks=callbacks, logger=loggers)
+        if self._joined:
+            without_launcher(made)
+        return made
+
+
+def _spawned(
+    learner: LightningLearner, function: Callable[[], T]
+) -> tuple[T, dict[str, Any], dict[str, Any]]:
+    """Call a function in a new process; return its result and the state of the module."""
+    learner._join()
+    result, extra = function(), {}
+    learner.module.on_save_checkpoint(extra)
+    return result, learner.module.state_dict(), extra
 
 
 class StraightToFile(TorchCheckpointIO):

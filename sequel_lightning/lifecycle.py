@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, LearningRateFinder, ModelPruning, WeightAveraging
 from torch import Tensor, nn
@@ -112,7 +111,7 @@ class TaskLifecycle:
 
     def setup(self, stage: str) -> None:
         """Check the Trainer, and continue the x-axis of its loggers where the last Trainer's ended."""
-        check_single_device(self.module.trainer)
+        self.module.ranks.follow(self.module.trainer)
         self.restore_saved(before_fit=stage == "fit")
         first = int(stage == "fit")  # the number of a fit's first step; Lightning starts every fit at 0
         set_logging_step(self.module.trainer, self.module.running_metrics.steps_done + first)
@@ -152,6 +151,7 @@ class TaskLifecycle:
         """Check the Trainer and the task; hooks that Lightning called earlier may belong to a tuner."""
         module, trainer = self.module, self.module.trainer
         check_unspent(trainer)
+        module.ranks.copy_from_first(module)
         if module.phase != TRAINING:
             self.next_index()
         self.fitting = not trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -233,12 +233,13 @@ class TaskLifecycle:
         self.consolidated_at = weights  # for checkpoints of the second phase
         context = nullcontext if trainer is None else trainer.precision_plugin.forward_context
         if module.has_second_phase:
-            with torch.enable_grad(), context():
+            with torch.enable_grad(), context(), module.ranks.divided():
                 self.fit_second_phase()
-        with evaluating(module), torch.enable_grad(), context():
+        with evaluating(module), torch.enable_grad(), context(), module.ranks.divided():
             prepared = map(self.prepared, batches)
             labels, labelled = module.preprocessing.allowed_labels, module.preprocessing.labelled
             module.end_task(checked_batches(prepared, int(module.task_index), labels, labelled))
+        module.ranks.copy_from_first(module)
         self.saved = None
         module.phase.fill_(CONSOLIDATED)
 
@@ -361,14 +362,6 @@ def unfinished_task(module: Algorithm, fit: str) -> ValueError:
         f'consolidate="best" to consolidate tasks at the weights of the best checkpoint; {call}; or go on '
         "with it: fit(..., ckpt_path=...), or the TaskDataModule of the same task"
     )
-
-
-def check_single_device(trainer: pl.Trainer) -> None:
-    """Raise ValueError for a Trainer of more than one process: importances would differ between them."""
-    if trainer.world_size > 1:
-        raise ValueError(
-            f"data-parallel training is not supported yet, got world_size={trainer.world_size}; use devices=1"
-        )
 
 
 def check_trainer(module: Algorithm, trainer: Any) -> None:

@@ -41,9 +41,9 @@ class ContinualModule(Algorithm, LoadHook):
     arguments.
 
     Raises:
-        ValueError: in `fit`, if the Trainer has nothing left to run or has several processes; if a task
-            before it was never consolidated; if both `lr_decay` and a scheduler set the learning rate; if a
-            batch is neither `(x, y)` nor `(x, y, t)` nor a dict, or a label does not belong to its task.
+        ValueError: in `fit`, if the Trainer has nothing left to run, or a strategy that is not supported; if
+            a task before it was never consolidated; if both `lr_decay` and a scheduler set the learning rate;
+            if a batch is neither `(x, y)` nor `(x, y, t)` nor a dict, or a label does not belong to its task.
 
     Example:
         A method that adds the norm of the weights to the loss:
@@ -138,6 +138,12 @@ class ContinualModule(Algorithm, LoadHook):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of a batch; the means of several steps are logged at the Trainer's log interval."""
+        if self.ranks.size > 1:
+            with self.ranks.divided():
+                return self._training_step(batch, batch_idx)
+        return self._training_step(batch, batch_idx)
+
+    def _training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch, reporting = self.as_batch(batch), self.reporting
         if reporting.unchecked:
             reporting.check_first_batch(batch)
@@ -189,7 +195,8 @@ class ContinualModule(Algorithm, LoadHook):
         """
         if dataloader_idx is not None:
             batch = with_loaders_task(batch, dataloader_idx, self.spec, self.objective.target)
-        self.reporting.add_scores(self.as_batch(batch), batch_idx)
+        with self.ranks.divided():
+            self.reporting.add_scores(self.as_batch(batch), batch_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int | None = None) -> None:
         """Add a batch to the scores of its tasks, as `validation_step` does."""

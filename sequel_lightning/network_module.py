@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from sequel_core.hparams import AlgorithmHParams
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_lightning._compat import attached_trainer
+from sequel_lightning.distributed import Call, Ranks
 from sequel_lightning.lifecycle import TaskLifecycle
 from sequel_lightning.networks import blank_input, call_network, check_layer, evaluating, features_of
 from sequel_lightning.objectives import output_leaf, outputs_text
@@ -28,6 +30,7 @@ class NetworkModule(pl.LightningModule):
     lifecycle: TaskLifecycle
     net: nn.Module
     preprocessing: Preprocessing
+    ranks: Ranks
     running_metrics: RunningMetrics
     spec: StreamSpec | None
     task_index: Tensor
@@ -46,7 +49,11 @@ class NetworkModule(pl.LightningModule):
 
     def network(self, x: Any, t: Tensor | None = None) -> Any:
         """Return what the network returns, unmasked."""
-        return call_network(self.net, self.normalise(x), self.task_argument(t))
+        return self.pass_through(partial(call_network, self.net), self.normalise(x), self.task_argument(t))
+
+    def pass_through(self, call: Call, x: Any, t: Tensor | None) -> Any:
+        """Return `call(x, t)`, a pass through the network, divided among the processes; see `Ranks.call`."""
+        return self.ranks.call(call, self.net, x, t) if self.ranks.dividing else call(x, t)
 
     def task_argument(self, t: Tensor | None) -> Tensor | None:
         """Return the network's argument t `[B]`; None if it is called without it.

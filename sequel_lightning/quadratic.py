@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sequel_core.stream.task import Batch
 from sequel_lightning.batches import rows
+from sequel_lightning.distributed import reduce
 from sequel_lightning.gradients import Contribution, GradientSums, Loss, QuadraticPenalty
 from sequel_lightning.module import ContinualModule
 from sequel_lightning.networks import evaluating
@@ -81,14 +82,19 @@ def mean_gradients(
         samples: N, the first so many samples; None for all.
         per_batch: whether to take one gradient for each batch instead of each sample.
     """
-    sums, count = GradientSums(params, model, contribution, per_batch), 0
-    for batch in batches:
-        wanted = len(batch.t) if samples is None else min(len(batch.t), samples - count)
-        for loss in losses:
-            sums.add(rows(batch, slice(wanted)), loss)
-        count += wanted
-        if count == samples:
-            break
+    sums, count, ranks = GradientSums(params, model, contribution, per_batch), 0, model.ranks
+    divide = ranks.dividing and not per_batch
+    with ranks.divided(False):
+        for batch in batches:
+            wanted = len(batch.t) if samples is None else min(len(batch.t), samples - count)
+            own = slice(ranks.rank, wanted, ranks.size) if divide else slice(wanted)
+            for loss in losses:
+                sums.add(rows(batch, own), loss)
+            count += wanted
+            if count == samples:
+                break
+    if divide:
+        reduce(list(sums.total.values()))
     return {k: f / count for k, f in sums.total.items()}
 
 
@@ -138,7 +144,7 @@ class QuadraticModule(ContinualModule):
             ValueError: this fails.
         """
         try:
-            with evaluating(self):
+            with evaluating(self), self.ranks.divided(False):
                 self.importances(self.frozen_params(), [rows(batch, slice(2))])
         except Exception as error:
             raise ValueError(

@@ -10,7 +10,7 @@ from importlib import import_module, metadata
 from typing import TextIO
 
 from sequel_core.runs.checkpoints import CheckpointWarning
-from sequel_core.runs.learner import DivergenceError
+from sequel_core.runs.learner import DivergenceError, LostProcessError
 from sequel_core.runs.loggers import LoggerWarning
 from sequel_core.runs.signals import InterruptedRunError
 from sequel_core.settings import nearest
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _warnings_on_one_line():
             return _dispatch(arguments)
-    except DivergenceError as error:
+    except (DivergenceError, LostProcessError) as error:
         return _say(FAILED, str(error))
     except InterruptedRunError as error:
         return _say(error.exit_code, str(error))

@@ -39,7 +39,7 @@ from sequel_core.objectives import ACCURACY
 from sequel_core.runs import learner
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.directory import CONFIG, ERROR, RunDirectory, assigned, new_path
-from sequel_core.runs.learner import DivergenceError
+from sequel_core.runs.learner import DivergenceError, LostProcessError
 from sequel_core.runs.orchestrator import Resume, Shown
 from sequel_core.runs.results import Result, with_score
 from sequel_core.runs.signals import InterruptedRunError
@@ -302,7 +302,7 @@ def execute(
 
 def record_failure(error: Exception, run_dir: Path) -> None:
     """Print that a run of several failed and write the reason into its directory; the others continue."""
-    expected = isinstance(error, ValueError | OSError | DivergenceError)
+    expected = isinstance(error, ValueError | OSError | DivergenceError | LostProcessError)
     text = one_line(error) if expected else "".join(traceback.format_exception(error)).rstrip()
     run_dir.joinpath(ERROR).write_text(f"{text}\n")
     print(f"sequel: run {run_dir.name} failed: {one_line(error)}", file=sys.stderr)

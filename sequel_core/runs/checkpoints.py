@@ -223,7 +223,7 @@ class Checkpointer:
         settings: CheckpointHParams,
     ) -> None:
         self._learner, self._directory, self._state, self._signals = learner, directory, state, signals
-        self._enabled = settings.keep > 0
+        self._enabled = settings.keep > 0 and learner.main_process
         self._files = Checkpoints(directory.path, max(1, settings.keep))
         self._minutes = settings.every_minutes
         self._saved_at = time.monotonic()
@@ -282,13 +282,15 @@ class Checkpointer:
         Raises:
             ValueError: the checkpoint does not fit the learner or the stream.
         """
-        checkpoint = self._files.newest()
+        learner = self._learner
+        checkpoint = learner.agree(self._files.newest() if learner.main_process else None)
         if checkpoint is not None:
             checkpoint.check(len(self._state.matrix), self._learner.score)
             self._load(checkpoint)
-            if not self._directory.finished():
-                checkpoint.warn_of_changes(self._learner.num_devices)
-        self._files.clear(None if checkpoint is None else checkpoint.path)
+            if learner.main_process and not self._directory.finished():
+                checkpoint.warn_of_changes(learner.num_devices)
+        if learner.main_process:
+            self._files.clear(None if checkpoint is None else checkpoint.path)
         return checkpoint is not None
 
     def _load(self, checkpoint: Checkpoint) -> None:

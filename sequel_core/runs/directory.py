@@ -53,6 +53,9 @@ LEFTOVERS = r"\.lock(\.json)?|\.(\.lock\.json|config\.yaml)\.[0-9]+"
 """Files that a run leaves if it dies before it writes its configuration; a directory of these is empty."""
 
 MAY_DIFFER = (
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
     "logger",
     "wandb",
     "callbacks",
@@ -64,7 +67,7 @@ MAY_DIFFER = (
     "comment",
     WRITER,
 )
-"""Sections of the configuration that may change when a run is resumed."""
+"""Settings and sections of the configuration that may change when a run is resumed."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ class RunDirectory:
     def check_config(self, config: Mapping[str, Any]) -> None:
         """Compare settings with those that the directory's run was started with.
 
-        The sections in `MAY_DIFFER` are ignored: they document, log or save a run without changing it.
+        What is in `MAY_DIFFER` is ignored: it documents, logs, saves or places a run without changing it.
 
         Raises:
             ValueError: settings differ; the error names them.
@@ -262,6 +265,20 @@ class RunDirectory:
         files.write_bytes(self.path / WEIGHTS, content.getvalue())
 
 
+class ReadDirectory(RunDirectory):
+    """The directory of a run that another process records; nothing is written."""
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Leave the lock to the main process."""
+        yield
+
+    def _leave(self, *args: Any, **options: Any) -> None:
+        """Write nothing."""
+
+    rewind_metrics = write_config = append_metrics = write_matrix = write_summary = write_weights = _leave
+
+
 def numbered(path: Path) -> Iterator[Path]:
     """Yield a path, then the same with `_1`, `_2`, ... at its end."""
     yield path
@@ -295,7 +312,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 def _differing(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """Return the keys whose values differ in two flat configurations, without those that may differ."""
     keys = [key for key in sorted(recorded.keys() | given.keys()) if recorded.get(key) != given.get(key)]
-    return [key for key in keys if key.partition(".")[0] not in MAY_DIFFER]
+    return [key for key in keys if key not in MAY_DIFFER and key.partition(".")[0] not in MAY_DIFFER]
 
 
 def assigned(directory: Path, configs: Sequence[Mapping[str, Any]]) -> list[Path]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ EvaluateEvery = Literal["end", "task", "epoch"] | int
 EvaluateOn = Literal["test", "validation"]
 Mode = Literal["pytorch", "jax"]
 
+T = TypeVar("T")
 PLUGINS: dict[Mode, str] = {"pytorch": "sequel_lightning", "jax": "sequel_flax"}
 """The package of each mode; it is imported by name when it is needed."""
 
@@ -46,6 +47,49 @@ class DivergenceError(RuntimeError):
             "lower optimizer.lr or set training.grad_clip"
         )
         self.position = {"task": task, "epoch": epoch, "step": step}
+
+
+class LostProcessError(RuntimeError):
+    """The processes that train together can no longer communicate, because one of them has ended.
+
+    Args:
+        reason: what the process that raises it has noticed.
+
+    Example:
+        >>> from sequel_core.runs.learner import LostProcessError
+        >>> print(LostProcessError("connection closed"))
+        a process of the run has ended or cannot be reached (connection closed); resume the run
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"a process of the run has ended or cannot be reached ({reason}); resume the run")
+
+
+class OneProcess(Protocol):
+    """The part of a learner that concerns its processes, for a learner that trains in this process alone."""
+
+    @property
+    def main_process(self) -> bool:
+        """Whether this process records the run; the others only train with it."""
+        return True
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices that share each batch, of all processes."""
+        return 1
+
+    def launch(self, function: Callable[[], T]) -> T:
+        """Call a function in every process, which are started if they do not exist; return its result.
+
+        Args:
+            function: takes part in the run; it calls `fit_task`, `evaluate` and `agree` in the same order in
+                every process.
+        """
+        return function()
+
+    def agree(self, value: T) -> T:
+        """Return the value of the main process, in every process."""
+        return value
 
 
 class Evaluation(NamedTuple):
@@ -104,7 +148,7 @@ class FitMonitor(NamedTuple):
             self.on_checkpoint()
 
 
-class Learner(Protocol):
+class Learner(OneProcess, Protocol):
     """A model with an algorithm, in one of the frameworks; all that the orchestrator uses of it.
 
     `sequel_lightning.make_learner` and `sequel_flax.make_learner` make learners.

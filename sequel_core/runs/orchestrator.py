@@ -7,12 +7,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from sequel_core.hparams import CheckpointHParams
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.checkpoints import Checkpointer
-from sequel_core.runs.directory import RunDirectory
+from sequel_core.runs.directory import ReadDirectory, RunDirectory
 from sequel_core.runs.learner import DivergenceError, EvaluateEvery, EvaluateOn, FitMonitor, Learner, Progress
 from sequel_core.runs.process import event_errors_left_to_the_caller
 from sequel_core.runs.recording import Recorder
@@ -99,27 +99,66 @@ def run(
         >>> result.matrix.shape, 0 < result.average_accuracy <= 1
         ((2, 2), True)
     """
-    from sequel_core.runs.console import Display  # rich, which is slow to import
-
     check_run(learner, benchmark, evaluate_every, evaluate_on, evaluate_future)
     if resume not in (True, False, "auto"):
         raise ValueError(f"resume must be True, False or 'auto', got {resume!r}")
     settings = with_score(masked(_describe(learner, benchmark) if config is None else config), learner.score)
-    directory = RunDirectory.open(run_dir, settings, resume)
-    display = Display(benchmark, learner, progress)
-    with directory.locked(), Signals().recorded() as signals, event_errors_left_to_the_caller():
+    options = _Options(
+        None if run_dir is None else Path(run_dir),
+        settings,
+        resume,
+        evaluate_every,
+        evaluate_on,
+        evaluate_future,
+        progress,
+        checkpoint or CheckpointHParams(),
+    )
+    return learner.launch(partial(_run, learner, benchmark, options, callbacks))
+
+
+class _Options(NamedTuple):
+    """Arguments of `run`."""
+
+    run_dir: Path | None
+    settings: dict[str, Any]
+    resume: Resume
+    evaluate_every: EvaluateEvery
+    evaluate_on: EvaluateOn
+    evaluate_future: bool
+    progress: Shown
+    checkpoint: CheckpointHParams
+
+
+def _run(
+    learner: Learner, benchmark: Benchmark, options: _Options, callbacks: Sequence[StreamCallback]
+) -> Result:
+    """Do the run in one of its processes; only the main process records it."""
+    from sequel_core.runs.console import Display  # rich, which is slow to import
+
+    main, settings, resume = learner.main_process, options.settings, learner.agree(options.resume)
+    own = RunDirectory.open(options.run_dir, settings, resume) if main else None
+    path = learner.agree(None if own is None else own.path.absolute())
+    directory = ReadDirectory(path) if own is None else own
+    display = Display(benchmark, learner, options.progress if main else False)
+    with (
+        directory.locked(),
+        Signals(ignored=not main).recorded() as signals,
+        event_errors_left_to_the_caller(),
+    ):
         state = RunState(len(benchmark))
-        checkpoints = Checkpointer(learner, directory, state, signals, checkpoint or CheckpointHParams())
+        checkpoints = Checkpointer(learner, directory, state, signals, options.checkpoint)
         resumed = bool(resume) and checkpoints.restore()
-        if resume and directory.finished():
-            return load_result(directory.path)
+        if resume and learner.agree(directory.finished()):
+            return learner.agree(load_result(directory.path) if main else None)
         if not resumed:
             directory.rewind_metrics(0)
             settings = {**settings, WRITER: loaded_versions()[PACKAGE]}
             directory.write_config(settings)
-        stream = _Stream(learner, benchmark, directory, evaluate_on, state, checkpoints, signals, display)
-        stream.run(settings, resumed, evaluate_every, evaluate_future, callbacks)
-    result = load_result(directory.path)
+        stream = _Stream(
+            learner, benchmark, directory, options.evaluate_on, state, checkpoints, signals, display
+        )
+        stream.run(settings, resumed, options.evaluate_every, options.evaluate_future, callbacks)
+    result = learner.agree(load_result(directory.path) if main else None)
     display.summarise(result)
     return result
 

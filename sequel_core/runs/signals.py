@@ -31,12 +31,17 @@ class InterruptedRunError(Exception):
 
 
 class Signals:
-    """Records the last signal received; a second Ctrl-C raises KeyboardInterrupt at once."""
+    """Records the last signal received; a second Ctrl-C raises KeyboardInterrupt at once.
+
+    Args:
+        ignored: whether signals are ignored, in a process that ends when the main process of its run does.
+    """
 
     _active: ClassVar[Signals | None] = None  # of the main thread
 
-    def __init__(self) -> None:
+    def __init__(self, ignored: bool = False) -> None:
         self.received: int | None = None
+        self._ignored = ignored
 
     def check(self) -> None:
         """Raise InterruptedRunError if a signal was received."""
@@ -67,6 +72,8 @@ class Signals:
                 signal.signal(number, handler)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
+        if self._ignored:
+            return
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number

@@ -77,7 +77,7 @@ class AGEM(ReplayModule):
             return
         params = self._trained_params
         gradient = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in params.items()}
-        with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
+        with torch.enable_grad(), self.trainer.precision_plugin.forward_context(), self.ranks.divided():
             loss = mean_loss(*forward(self, past, together=True))
         (reference,) = gradients(loss, params)
         projected = project(gradient, reference)

@@ -137,7 +137,7 @@ class GEM(ReplayModule):
             return
         params, rows = self._trained_params, []
         for draw in past:
-            with torch.enable_grad(), self.trainer.precision_plugin.forward_context():
+            with torch.enable_grad(), self.trainer.precision_plugin.forward_context(), self.ranks.divided():
                 loss = mean_loss(*forward(self, [draw], together=True))
             rows.append(_flat(gradients(loss, params)[0]))
         gradient = _flat({k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in params.items()})

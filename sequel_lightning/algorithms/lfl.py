@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def old_features(module: LFL, batch: Batch, layer: str | None) -> Any:
 def training_loss(module: LFL, batch: Batch, hparams: LFLHParams) -> tuple[Tensor, Any]:
     """Return the training loss of a batch, shape (), and what the network returned for it."""
     x, t = module.normalise(batch.x), module.task_argument(batch.t)
-    outputs, h = outputs_and_features(module.net, x, t, hparams.layer)
+    outputs, h = module.pass_through(partial(outputs_and_features, module.net, layer=hparams.layer), x, t)
     outputs = module.masked(outputs, batch.t)
     loss = module.loss(outputs, batch)
     if module.learned > 0:

@@ -181,7 +181,7 @@ class MCSGD(ReplayModule):
             state, (current, *past), params = self.state, self.samples, self.frozen_params()
             lines = [(state.w_bar, past), (params, [current])]
             w, velocity = (restricted(tree, params) for tree in state.moving)
-            with evaluating(self):
+            with evaluating(self), self.ranks.divided():
                 self._move(connection_step((w, velocity), self, lines, self.algorithm_hparams))
 
     def end_task(self, batches: Iterable[Batch]) -> None:

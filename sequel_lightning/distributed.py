@@ -1,0 +1,235 @@
+"""Data-parallel training: each process computes some rows of every pass through the network.
+
+Every process has the whole batch, and the same plan, memory and weights. A pass through the network is
+divided: process r of P computes the rows r, r + P, r + 2P, ... The outputs are gathered, so that each process
+has those of all rows, and computes the same loss. In the backward pass, each process computes the gradient of
+its rows, and these are added up. To a method, the network is that of a single process, with the same outputs
+and the same gradients, up to rounding.
+
+A batch that cannot be divided evenly is padded with copies of its last row, whose outputs are discarded and
+whose gradient is 0. The processes therefore draw the same number of random numbers. Batch normalisation is
+over the rows of a process; the running statistics are means over the processes.
+
+Lightning's DDPStrategy starts the processes. Its wrapper `DistributedDataParallel` is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from operator import itemgetter
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor, distributed, nn
+from torch.autograd.function import once_differentiable
+
+from sequel_core.runs.learner import LostProcessError
+from sequel_core.stream.trees import leaves, tree_map
+from sequel_lightning.objectives import map_outputs, named_outputs
+
+Call = Callable[[Any, Tensor | None], Any]
+
+
+class Ranks:
+    """The processes that train a module, and the rank of this one among them.
+
+    Attributes:
+        rank: of this process, 0 <= rank < size.
+        size: number of processes.
+        dividing: whether passes through the network are divided among the processes.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size, self.dividing = 0, 1, False
+
+    def follow(self, trainer: pl.Trainer) -> None:
+        """Follow the processes of a Trainer, and let it train the module without torch's wrapper.
+
+        Raises:
+            ValueError: the Trainer's strategy is not supported.
+        """
+        check_strategy(trainer)
+        self.rank, self.size = trainer.global_rank, trainer.world_size
+        if isinstance(trainer.strategy, DDPStrategy):
+            trainer.strategy.configure_ddp = partial(int)  # type: ignore[method-assign]
+
+    @contextmanager
+    def divided(self, divide: bool = True) -> Iterator[None]:
+        """Divide passes through the network among the processes, or not, within the context.
+
+        All processes must make the same passes there.
+        """
+        before, self.dividing = self.dividing, divide and self.size > 1
+        try:
+            yield
+        finally:
+            self.dividing = before
+
+    # -- a pass through the network
+
+    def call(self, call: Call, net: nn.Module, x: Any, t: Tensor | None) -> Any:
+        """Return what `call(x, t)` returns, a pass through a network; this process computes some of the rows.
+
+        The gradient is that of the network's trained parameters.
+
+        Raises:
+            ValueError: an output has no row for each sample.
+        """
+        num_rows = len(leaves(x)[0])
+        own = self.own_rows(num_rows, leaves(x)[0].device)
+        structure: list[Any] = []
+
+        def compute() -> list[Tensor]:
+            outputs = call(tree_map(itemgetter(own), x), None if t is None else t[own])
+            structure.append(outputs)
+            check_rows(outputs, len(own))
+            average(running_statistics(net), self.size)
+            return [a for _, a in named_outputs(outputs)]
+
+        params = [p for p in net.parameters() if p.requires_grad]
+        gathered = iter(DividedPass.apply(self, compute, num_rows, torch.is_grad_enabled(), *params))  # type: ignore[no-untyped-call]
+        return map_outputs(lambda a: next(gathered), structure[0])
+
+    def own_rows(self, num_rows: int, device: Any) -> Tensor:
+        """Return the indices of the rows of this process; the last row replaces missing ones."""
+        rows = torch.arange(self.rank, self.padded(num_rows), self.size, device=device)
+        return rows.clamp(max=num_rows - 1)
+
+    def padded(self, num_rows: int) -> int:
+        """Return the number of rows of all processes with the padding."""
+        return -(-num_rows // self.size) * self.size
+
+    def gather(self, rows: Tensor, num_rows: int | None = None) -> Tensor:
+        """Return the rows of all processes `[num_rows, ...]`, from those of this one `[n, ...]`.
+
+        Row k of process r is row r + size * k of the result. `num_rows` is size * n if it is None.
+        """
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        with lost_process_named():
+            distributed.all_gather(parts, rows.contiguous())
+        return torch.stack(parts, 1).flatten(0, 1)[:num_rows]
+
+    # -- the state of a module
+
+    def copy_from_first(self, module: nn.Module) -> None:
+        """Give the parameters and buffers on the device of the processes the values of the first process."""
+        if self.size == 1:
+            return
+        device = next(module.parameters()).device
+        with lost_process_named(), torch.no_grad():
+            for tensor in chain(module.parameters(), module.buffers()):
+                if tensor.device == device:
+                    values = tensor.detach().contiguous()
+                    distributed.broadcast(values, 0)
+                    tensor.copy_(values)
+
+
+class DividedPass(torch.autograd.Function):
+    """A pass through a network whose rows are divided among processes; see `Ranks.call`.
+
+    Arguments of `apply`: the processes; a function that computes the outputs of the rows of this process; the
+    number of rows of all processes; whether gradients are wanted; the parameters.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ranks: Ranks,
+        compute: Callable[[], list[Tensor]],
+        num_rows: int,
+        grad: bool,
+        *params: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return the outputs of all rows."""
+        with torch.set_grad_enabled(grad):
+            outputs = compute()
+        ctx.ranks, ctx.outputs, ctx.params, ctx.num_rows = ranks, outputs, params, num_rows
+        gathered = tuple(ranks.gather(a.detach(), num_rows) for a in outputs)
+        constant = (a for a, b in zip(gathered, outputs, strict=True) if not b.requires_grad)
+        ctx.mark_non_differentiable(*constant)
+        return gathered
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        """Return the gradients by the parameters, of all rows; None for a parameter that no process uses."""
+        ranks, params = ctx.ranks, ctx.params
+        own = ranks.own_rows(ctx.num_rows, gradients[0].device)
+        real = torch.arange(len(own), device=own.device) * ranks.size + ranks.rank < ctx.num_rows
+        outputs, given = [], []
+        for output, gradient in zip(ctx.outputs, gradients, strict=True):
+            if output.requires_grad:
+                rows = gradient[own]
+                rows[~real] = 0
+                outputs.append(output)
+                given.append(rows)
+        found = torch.autograd.grad(outputs, params, given, allow_unused=True)
+        used = torch.tensor([g is not None for g in found], dtype=params[0].dtype, device=params[0].device)
+        sums = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+        reduce([*sums, used])
+        everywhere = all(g is not None for g in found)  # then `used` is not read, which would take time
+        numbers = [1] * len(params) if everywhere else used.tolist()
+        result = [g if n else None for g, n in zip(sums, numbers, strict=True)]
+        return None, None, None, None, *result
+
+
+def check_rows(outputs: Any, num_rows: int) -> None:
+    """Raise ValueError for an output of a network without a row for each of its samples."""
+    for name, array in named_outputs(outputs):
+        if array.shape[:1] != (num_rows,):
+            raise ValueError(
+                f"data-parallel training needs outputs with a row for each sample, got {name or 'an output'} "
+                f"of shape {list(array.shape)} for {num_rows} samples; return it from the network without "
+                "reducing it, or use devices=1"
+            )
+
+
+def running_statistics(net: nn.Module) -> list[Tensor]:
+    """Return the running statistics that a pass through a network has updated."""
+    modules = [m for m in net.modules() if m.training and getattr(m, "running_mean", None) is not None]
+    return [buffer for module in modules for buffer in (module.running_mean, module.running_var)]
+
+
+def average(tensors: Sequence[Tensor], size: int) -> None:
+    """Replace tensors by their means over the processes."""
+    if tensors:
+        reduce(tensors)
+        for tensor in tensors:
+            tensor /= size
+
+
+@torch.no_grad()
+def reduce(tensors: Sequence[Tensor]) -> None:
+    """Add up each tensor over the processes, in place; tensors of the same dtype are sent together."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        same = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in same])
+        with lost_process_named():
+            distributed.all_reduce(flat)
+        for tensor, part in zip(same, flat.split([tensor.numel() for tensor in same]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+
+@contextmanager
+def lost_process_named() -> Iterator[None]:
+    """Raise LostProcessError if the processes cannot communicate, because one of them has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise LostProcessError(reason) from error
+
+
+def check_strategy(trainer: pl.Trainer) -> None:
+    """Raise ValueError for a strategy of a Trainer that is not supported."""
+    strategy = trainer.strategy
+    if type(strategy) is not DDPStrategy and not isinstance(strategy, SingleDeviceStrategy):
+        raise ValueError(
+            f"the Trainer's strategy must be ddp, ddp_spawn or one for a single device, got "
+            f"{type(strategy).__name__}; set strategy=ddp"
+        )
