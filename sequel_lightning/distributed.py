@@ -15,6 +15,7 @@ Lightning's DDPStrategy starts the processes. Its wrapper `DistributedDataParall
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +30,7 @@ from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 
 from sequel_core.runs.learner import LostProcessError
+from sequel_core.stream.task import Batch
 from sequel_core.stream.trees import leaves, tree_map
 from sequel_lightning.objectives import map_outputs, named_outputs
 
@@ -53,7 +55,7 @@ class Ranks:
         Raises:
             ValueError: the Trainer's strategy is not supported.
         """
-        check_strategy(trainer)
+        check_strategy(trainer.strategy)
         self.rank, self.size = trainer.global_rank, trainer.world_size
         if isinstance(trainer.strategy, DDPStrategy):
             trainer.strategy.configure_ddp = partial(int)  # type: ignore[method-assign]
@@ -113,6 +115,23 @@ class Ranks:
         with lost_process_named():
             distributed.all_gather(parts, rows.contiguous())
         return torch.stack(parts, 1).flatten(0, 1)[:num_rows]
+
+    def check_same(self, batch: Batch) -> None:
+        """Raise ValueError in every process if the processes have different batches."""
+        if self.size == 1:
+            return
+        code = 0
+        for array in chain(leaves(batch.x), leaves(batch.y), [batch.t]):
+            code = zlib.crc32(array.detach().cpu().reshape(-1).view(torch.uint8).numpy(), code)
+        highest = torch.tensor([code, -code], device=batch.t.device)
+        with lost_process_named():
+            distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+        if highest.sum() != 0:
+            raise ValueError(
+                "batches must be the same in every process, since each batch is divided among the processes, "
+                "got different ones, as from a DistributedSampler; set use_distributed_sampler=False of the "
+                "Trainer, and the same seed for the shuffling of every process"
+            )
 
     # -- the state of a module
 
@@ -225,11 +244,15 @@ def lost_process_named() -> Iterator[None]:
         raise LostProcessError(reason) from error
 
 
-def check_strategy(trainer: pl.Trainer) -> None:
-    """Raise ValueError for a strategy of a Trainer that is not supported."""
-    strategy = trainer.strategy
-    if type(strategy) is not DDPStrategy and not isinstance(strategy, SingleDeviceStrategy):
+def check_strategy(strategy: Any) -> None:
+    """Raise ValueError for a strategy, or the name of a strategy, that is not supported."""
+    if isinstance(strategy, str):
+        name, supported = strategy, strategy == "auto" or strategy.startswith(("ddp", "single"))
+    else:
+        name = type(strategy).__name__
+        supported = type(strategy) is DDPStrategy or isinstance(strategy, SingleDeviceStrategy)
+    if not supported:
         raise ValueError(
-            f"the Trainer's strategy must be ddp, ddp_spawn or one for a single device, got "
-            f"{type(strategy).__name__}; set strategy=ddp"
+            f"the Trainer's strategy must be auto, ddp, ddp_spawn or one for a single device, got {name}; "
+            "set strategy=ddp"
         )

@@ -22,6 +22,8 @@ import torch
 import yaml
 from torch import distributed
 
+from sequel_core.runs.learner import LostProcessError
+
 PROGRAM = "sequel_core.cli.rank"
 PATIENCE = 30.0
 """Seconds in which a process notices by itself that another one has ended; after that it is ended."""
@@ -62,6 +64,10 @@ def started(settings: Mapping[str, Any], trainer: pl.Trainer) -> Iterator[None]:
                 yield
                 for child in children:
                     child.wait(PATIENCE)
+        except LostProcessError as error:
+            for reason in Path(folder).glob("error_*"):
+                raise ValueError(reason.read_text()) from error
+            raise
         finally:
             for child in children:
                 child.kill()
@@ -73,7 +79,7 @@ def started(settings: Mapping[str, Any], trainer: pl.Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def ended_if(lost: Callable[[], bool]) -> Iterator[None]:
+def ended_if(lost: Callable[[], Any]) -> Iterator[None]:
     """End this process some time after `lost()` has become true, even if it waits for another process."""
     done = threading.Event()
 

@@ -131,7 +131,8 @@ class LightningLearner:
         self._resumed: str | None = None  # the checkpoint that the next task's fit resumes
         self.trainer = self._make_trainer(0)  # of the latest task
         self.shows_progress = self.trainer.progress_bar_callback is not None
-        check_strategy(self.trainer)  # here, before other processes are started
+        check_strategy(self.trainer.strategy)  # here, before other processes are started
+        self.num_devices = self.trainer.world_size
         self.settings: Mapping[str, Any] | None = None  # of an experiment; see `launch`
 
     @property
@@ -143,11 +144,6 @@ class LightningLearner:
     def main_process(self) -> bool:
         """Whether this process records the run; the others only train with it."""
         return self.module.ranks.rank == 0
-
-    @property
-    def num_devices(self) -> int:
-        """Number of devices that share each batch, of all processes."""
-        return self.trainer.world_size
 
     def launch(self, function: Callable[[], T]) -> T:
         """Call a function in every process; see `sequel_core.runs.learner.OneProcess`.
@@ -359,6 +355,7 @@ class LightningLearner:
         for name, instead in ours.items():
             if name in trainer:
                 raise ValueError(f"trainer.{name} is set by the learner; use {instead}")
+        check_strategy(trainer.get("strategy", "auto"))
         double = "64-true", "64", 64
         if training.dtype == "float64" and trainer.setdefault("precision", "64-true") not in double:
             raise ValueError(f"dtype=float64 needs trainer.precision=64-true, got {trainer['precision']!r}")
@@ -519,9 +516,11 @@ def check_tensors(path: Path, stored: Mapping[str, Tensor], expected: Mapping[st
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence Lightning's hardware report and advice that does not apply, which repeat for every task."""
-    log = logging.getLogger("pytorch_lightning.utilities.rank_zero")
-    level = log.level
-    log.setLevel(logging.WARNING)
+    names = "pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.distributed"
+    loggers = [*map(logging.getLogger, names), logging.getLogger("lightning_fabric.utilities.rank_zero")]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -529,4 +528,5 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)

@@ -195,8 +195,11 @@ class ContinualModule(Algorithm, LoadHook):
         """
         if dataloader_idx is not None:
             batch = with_loaders_task(batch, dataloader_idx, self.spec, self.objective.target)
+        batch = self.as_batch(batch)
+        if batch_idx == 0:
+            self.ranks.check_same(batch)
         with self.ranks.divided():
-            self.reporting.add_scores(self.as_batch(batch), batch_idx)
+            self.reporting.add_scores(batch, batch_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int | None = None) -> None:
         """Add a batch to the scores of its tasks, as `validation_step` does."""

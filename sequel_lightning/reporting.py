@@ -272,8 +272,12 @@ class Reporting:
             self.metric.reset()
 
     def check_first_batch(self, batch: Batch) -> None:
-        """Raise ValueError for labels that the stream does not have, or a task that has not started."""
+        """Raise ValueError for labels that the stream does not have, or a task that has not started.
+
+        Also raise it for batches that differ between the processes of data-parallel training.
+        """
         self.module.lifecycle.check_started()
+        self.module.ranks.check_same(batch)
         preprocessing = self.module.preprocessing
         known = preprocessing.allowed_labels if self.checks_labels else None
         check_batch(batch, known, preprocessing.labelled)

@@ -23,16 +23,22 @@ def main(arguments: Sequence[str]) -> int:
         arguments: the file with the settings of the experiment, and the directory of the run.
 
     Returns:
-        The exit code: 0 for success, 1 if the run failed; the first process reports the reason, if it is its
-        own.
+        The exit code: 0 for success, 1 if the run failed. The first process prints the reason, which it finds
+        in the folder of the file if it does not have the same error itself. If it has ended, it is printed
+        here.
     """
-    file, run_dir = arguments
+    file, run_dir = map(Path, arguments)
+    first = os.getppid()
     try:
-        execute(compose([file]).config, Path(run_dir), progress=False)
-    except (DivergenceError, LostProcessError):
+        execute(compose([str(file)]).config, run_dir, progress=False)
+    except DivergenceError:
+        return 1
+    except LostProcessError as error:
+        if os.getppid() != first:
+            print(f"sequel: {one_line(error)}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        print(f"sequel: process {os.environ.get('LOCAL_RANK')}: {one_line(error)}", file=sys.stderr)
+        file.with_name(f"error_{os.environ['LOCAL_RANK']}").write_text(one_line(error))
         return 1
     return 0
 

@@ -73,11 +73,6 @@ class OneProcess(Protocol):
         """Whether this process records the run; the others only train with it."""
         return True
 
-    @property
-    def num_devices(self) -> int:
-        """Number of devices that share each batch, of all processes."""
-        return 1
-
     def launch(self, function: Callable[[], T]) -> T:
         """Call a function in every process, which are started if they do not exist; return its result.
 

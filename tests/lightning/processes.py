@@ -74,10 +74,7 @@ def _work(rank: int, size: int, port: int, pipe: Any) -> None:
     names = {"LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     os.environ["OMP_NUM_THREADS"] = "1"
-    store = distributed.TCPStore("127.0.0.1", port, size, rank == 0, timedelta(seconds=TIMEOUT))
-    distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT)
-    )
+    distributed.init_process_group("gloo", "env://", timedelta(seconds=TIMEOUT), size, rank)
     while True:
         job, args = pipe.recv()
         try:

@@ -182,6 +182,31 @@ def test_buffers_of_a_module_can_be_replaced() -> None:
     assert net.running_mean is new
 
 
+def test_whether_a_strategy_starts_scripts_and_how_it_starts_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    scripts = trainer(devices=2, strategy="ddp")
+    assert _compat.starts_scripts(scripts.strategy)
+    assert not _compat.starts_scripts(trainer(devices=2, strategy="ddp_spawn").strategy)
+    assert not _compat.starts_scripts(trainer().strategy)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not _compat.starts_scripts(scripts.strategy)
+    _compat.without_launcher(scripts)
+    assert scripts.strategy.launcher is None
+
+
+def test_the_checkpoint_of_a_trainer(tmp_path: Path) -> None:
+    benchmark = stream()
+    model, new = module(benchmark, NaiveHParams()), trainer()
+    new.fit(model, datamodule=data(benchmark, 0))
+    new.save_checkpoint(tmp_path / "saved.ckpt")
+    expected = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    actual = _compat.dump_checkpoint(new)
+    assert actual.keys() == expected.keys()
+    assert actual["global_step"] == expected["global_step"] == STEPS
+    for name, tensor in expected["state_dict"].items():
+        assert torch.equal(actual["state_dict"][name], tensor)
+
+
 class Hooked(_compat.ConvertHook, _compat.LoadHook):
     """Notes the calls of its hooks; its buffer stays in float32."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader, TensorDataset
 
 from sequel_benchmarks import RotatedDigits, SplitDigits
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
@@ -15,6 +16,8 @@ from sequel_core.stream.benchmark import Benchmark
 from sequel_core.testing.parity import OPTIMIZERS, train
 from sequel_core.testing.resume import tensors
 from sequel_lightning import MLP, build_optimizer, make_learner
+from tests.lightning.parts import BATCH, arrays, module, trainer
+from tests.lightning.parts import stream as tiny
 from tests.lightning.processes import Group
 from tests.parity.cases import CASES, bar, name_of
 
@@ -89,3 +92,32 @@ def check(
 @pytest.mark.slow
 def test_every_method_ends_as_with_one_process(groups: Any, size: int, case: Any) -> None:
     check(groups(size), size, case, None, 2)
+
+
+@pytest.mark.parametrize("name", ["er", "ewc"])
+def test_two_processes_end_as_one(groups: Any, name: str) -> None:
+    case = next(case for case in FIRST if case[0].name == name)
+    check(groups(2), 2, case, 100, 1)
+
+
+def fitted(devices: int, **options: Any) -> dict[str, np.ndarray]:
+    """Fit a task with a Trainer and a DataLoader, as users do; its last batch has an odd number of rows."""
+    benchmark = tiny()
+    model = module(benchmark).double()
+    several = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
+    loader = DataLoader(TensorDataset(*arrays(benchmark, 0)), BATCH - 1)
+    trainer(precision="64-true", **several, **options).fit(model, loader)
+    return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+def test_a_trainer_and_loaders_of_the_user(groups: Any) -> None:
+    expected = fitted(1)
+    for actual in groups(2).do(partial(fitted, use_distributed_sampler=False), 2):
+        assert actual.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_allclose(actual[name], array, rtol=0, atol=1e-10, err_msg=name)
+
+
+def test_a_distributed_sampler_raises(groups: Any) -> None:
+    with pytest.raises(AssertionError, match="got different ones, as from a DistributedSampler"):
+        groups(2).do(fitted, 2)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -336,6 +337,12 @@ def test_gradients_are_clipped_to_the_training_setting() -> None:
     )
 
 
-def test_several_processes_raise_before_any_is_started() -> None:
-    with pytest.raises(ValueError, match="not supported yet, got world_size=2; use devices=1"):
-        learner(stream(), trainer={"accelerator": "cpu", "devices": 2})
+@pytest.mark.parametrize(
+    "strategy",
+    ["fsdp", "deepspeed_stage_2", ModelParallelStrategy()],
+    ids=["fsdp", "deepspeed", "model_parallel"],
+)
+def test_strategies_that_divide_the_network_raise_before_any_process_is_started(strategy: Any) -> None:
+    name = strategy if isinstance(strategy, str) else "ModelParallelStrategy"
+    with pytest.raises(ValueError, match=f"must be auto, ddp, ddp_spawn or .* single device, got {name}"):
+        learner(stream(), trainer={"accelerator": "cpu", "devices": 2, "strategy": strategy})

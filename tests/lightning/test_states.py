@@ -9,7 +9,6 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
-from pytorch_lightning.strategies import SingleDeviceStrategy
 from pytorch_lightning.tuner.tuning import Tuner
 from torch import nn
 
@@ -280,17 +279,6 @@ def test_a_trainer_with_raised_max_epochs_learns_the_next_task() -> None:
         one.fit(model, datamodule=data(benchmark, task))
     assert calls == [0, 1, 2]
     assert model.running_metrics.steps_done == 3 * STEPS
-
-
-def test_two_processes_raise_before_training() -> None:
-    two = SingleDeviceStrategy(device="cpu")
-    two.world_size = 2
-    benchmark = stream()
-    model = module(benchmark)
-    before = everything(model)
-    with pytest.raises(ValueError, match="world_size=2; use devices=1"):
-        learn(model, benchmark, 0, strategy=two)
-    assert_same(everything(model), before)
 
 
 @pytest.mark.parametrize("hparams", [NaiveHParams(lr_decay=0.5), EWCHParams(lr_decay=0.5)])
