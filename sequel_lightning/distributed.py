@@ -18,7 +18,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import chain
 from operator import itemgetter
 from typing import Any
@@ -58,7 +57,8 @@ class Ranks:
         check_strategy(trainer.strategy)
         self.rank, self.size = trainer.global_rank, trainer.world_size
         if isinstance(trainer.strategy, DDPStrategy):
-            trainer.strategy.configure_ddp = partial(int)  # type: ignore[method-assign]
+            strategy: Any = trainer.strategy
+            strategy.configure_ddp = lambda: None
 
     @contextmanager
     def divided(self, divide: bool = True) -> Iterator[None]:
@@ -210,7 +210,8 @@ def check_rows(outputs: Any, num_rows: int) -> None:
 
 def running_statistics(net: nn.Module) -> list[Tensor]:
     """Return the running statistics that a pass through a network has updated."""
-    modules = [m for m in net.modules() if m.training and getattr(m, "running_mean", None) is not None]
+    training: list[Any] = [m for m in net.modules() if m.training]
+    modules = [m for m in training if getattr(m, "running_mean", None) is not None]
     return [buffer for module in modules for buffer in (module.running_mean, module.running_var)]
 
 

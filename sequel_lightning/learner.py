@@ -168,12 +168,12 @@ class LightningLearner:
             self._join()
             return function()
 
-    def agree(self, value: T) -> T:
-        """Return the value of the main process, in every process."""
-        if not self._joined:
-            return value
-        with lost_process_named():
-            return self.trainer.strategy.broadcast(value)
+    def agree(self, value: T | None) -> T:
+        """Return the value of the main process, in every process; the others may pass None."""
+        if self._joined:
+            with lost_process_named():
+                value = self.trainer.strategy.broadcast(value)
+        return cast(T, value)
 
     def _join(self) -> None:
         """Connect this process with the others."""
@@ -390,7 +390,8 @@ def _spawned(
 ) -> tuple[T, dict[str, Any], dict[str, Any]]:
     """Call a function in a new process; return its result and the state of the module."""
     learner._join()
-    result, extra = function(), {}
+    result = function()
+    extra: dict[str, Any] = {}
     learner.module.on_save_checkpoint(extra)
     return result, learner.module.state_dict(), extra
 

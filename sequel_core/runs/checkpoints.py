@@ -283,7 +283,7 @@ class Checkpointer:
             ValueError: the checkpoint does not fit the learner or the stream.
         """
         learner = self._learner
-        checkpoint = learner.agree(self._files.newest() if learner.main_process else None)
+        checkpoint: Checkpoint | None = learner.agree(self._files.newest() if learner.main_process else None)
         if checkpoint is not None:
             checkpoint.check(len(self._state.matrix), self._learner.score)
             self._load(checkpoint)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,8 @@ class LostProcessError(RuntimeError):
 class OneProcess(Protocol):
     """The part of a learner that concerns its processes, for a learner that trains in this process alone."""
 
+    num_devices: int = 1
+
     @property
     def main_process(self) -> bool:
         """Whether this process records the run; the others only train with it."""
@@ -82,9 +84,9 @@ class OneProcess(Protocol):
         """
         return function()
 
-    def agree(self, value: T) -> T:
-        """Return the value of the main process, in every process."""
-        return value
+    def agree(self, value: T | None) -> T:
+        """Return the value of the main process, in every process; the others may pass None."""
+        return cast(T, value)
 
 
 class Evaluation(NamedTuple):
@@ -177,7 +179,6 @@ class Learner(OneProcess, Protocol):
     spec: StreamSpec
     score: Score = Score()
     shows_progress: bool
-    num_devices: int = 1
 
     @property
     def step(self) -> int:

@@ -135,7 +135,8 @@ def _run(
     """Do the run in one of its processes; only the main process records it."""
     from sequel_core.runs.console import Display  # rich, which is slow to import
 
-    main, settings, resume = learner.main_process, options.settings, learner.agree(options.resume)
+    main, settings = learner.main_process, options.settings
+    resume: Resume = learner.agree(options.resume)
     own = RunDirectory.open(options.run_dir, settings, resume) if main else None
     path = learner.agree(None if own is None else own.path.absolute())
     directory = ReadDirectory(path) if own is None else own

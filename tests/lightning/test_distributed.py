@@ -104,7 +104,7 @@ def fitted(devices: int, **options: Any) -> dict[str, np.ndarray]:
     """Fit a task with a Trainer and a DataLoader, as users do; its last batch has an odd number of rows."""
     benchmark = tiny()
     model = module(benchmark).double()
-    several = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
+    several: dict[str, Any] = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
     loader = DataLoader(TensorDataset(*arrays(benchmark, 0)), BATCH - 1)
     trainer(precision="64-true", **several, **options).fit(model, loader)
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
