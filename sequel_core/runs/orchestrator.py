@@ -137,9 +137,9 @@ def _run(
 
     main, settings = learner.main_process, options.settings
     resume: Resume = learner.agree(options.resume)
-    own = RunDirectory.open(options.run_dir, settings, resume) if main else None
-    path = learner.agree(None if own is None else own.path.absolute())
-    directory = ReadDirectory(path) if own is None else own
+    recorded = RunDirectory.open(options.run_dir, settings, resume) if main else None
+    path = learner.agree(None if recorded is None else recorded.path.absolute())
+    directory = ReadDirectory(path) if recorded is None else recorded
     display = Display(benchmark, learner, options.progress if main else False)
     with (
         directory.locked(),
