@@ -83,13 +83,13 @@ class Ranks:
             ValueError: an output has no row for each sample.
         """
         num_rows = len(leaves(x)[0])
-        own = self.own_rows(num_rows, leaves(x)[0].device)
+        indices = self.own_rows(num_rows, leaves(x)[0].device)
         structure: list[Any] = []
 
         def compute() -> list[Tensor]:
-            outputs = call(tree_map(itemgetter(own), x), None if t is None else t[own])
+            outputs = call(tree_map(itemgetter(indices), x), None if t is None else t[indices])
             structure.append(outputs)
-            check_rows(outputs, len(own))
+            check_rows(outputs, len(indices))
             average(running_statistics(net), self.size)
             return [a for _, a in named_outputs(outputs)]
 
@@ -178,20 +178,20 @@ class DividedPass(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """Return the gradients by the parameters, of all rows; None for a parameter that no process uses."""
         ranks, params = ctx.ranks, ctx.params
-        own = ranks.own_rows(ctx.num_rows, gradients[0].device)
-        real = torch.arange(len(own), device=own.device) * ranks.size + ranks.rank < ctx.num_rows
+        indices = ranks.own_rows(ctx.num_rows, gradients[0].device)
+        real = torch.arange(len(indices), device=indices.device) * ranks.size + ranks.rank < ctx.num_rows
         outputs, given = [], []
         for output, gradient in zip(ctx.outputs, gradients, strict=True):
             if output.requires_grad:
-                rows = gradient[own]
+                rows = gradient[indices]
                 rows[~real] = 0
                 outputs.append(output)
                 given.append(rows)
-        found = torch.autograd.grad(outputs, params, given, allow_unused=True)
-        used = torch.tensor([g is not None for g in found], dtype=params[0].dtype, device=params[0].device)
-        sums = [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+        local = torch.autograd.grad(outputs, params, given, allow_unused=True)
+        used = torch.tensor([g is not None for g in local], dtype=params[0].dtype, device=params[0].device)
+        sums = [torch.zeros_like(p) if g is None else g for p, g in zip(params, local, strict=True)]
         reduce([*sums, used])
-        everywhere = all(g is not None for g in found)  # then `used` is not read, which would take time
+        everywhere = all(g is not None for g in local)  # then `used` is not read, which would take time
         numbers = [1] * len(params) if everywhere else used.tolist()
         result = [g if n else None for g, n in zip(sums, numbers, strict=True)]
         return None, None, None, None, *result

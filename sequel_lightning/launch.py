@@ -23,6 +23,7 @@ import yaml
 from torch import distributed
 
 from sequel_core.runs.learner import LostProcessError
+from sequel_lightning._compat import end_process
 
 PROGRAM = "sequel_core.cli.rank"
 PATIENCE = 30.0
@@ -87,7 +88,7 @@ def ended_if(lost: Callable[[], Any]) -> Iterator[None]:
         while not done.wait(1.0):
             if lost() and not done.wait(PATIENCE):
                 print("sequel: a process of the run has ended; resume the run", file=sys.stderr, flush=True)
-                os._exit(1)
+                end_process(1)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -87,9 +87,9 @@ def mean_gradients(
     with ranks.divided(False):
         for batch in batches:
             wanted = len(batch.t) if samples is None else min(len(batch.t), samples - count)
-            own = slice(ranks.rank, wanted, ranks.size) if divide else slice(wanted)
+            share = slice(ranks.rank, wanted, ranks.size) if divide else slice(wanted)
             for loss in losses:
-                sums.add(rows(batch, own), loss)
+                sums.add(rows(batch, share), loss)
             count += wanted
             if count == samples:
                 break
