@@ -94,7 +94,6 @@ class LightningLearner:
     """
 
     mode: Mode = "pytorch"
-    num_devices = 1
 
     def __init__(
         self,
