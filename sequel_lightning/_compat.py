@@ -100,15 +100,6 @@ def without_launcher(trainer: pl.Trainer) -> None:
     trainer.strategy._launcher = None
 
 
-def starts_scripts(strategy: Any) -> bool:
-    """Return whether a strategy starts processes that run the script again, and none runs yet.
-
-    `strategy.launcher` is then a `_SubprocessScriptLauncher`, the only one with a cluster environment.
-    """
-    environment = getattr(strategy.launcher, "cluster_environment", None)
-    return environment is not None and not environment.creates_processes_externally
-
-
 def end_process(code: int) -> None:
     """End this process at once, from any thread: `os._exit`, which is documented despite its name."""
     os._exit(code)

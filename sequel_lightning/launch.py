@@ -30,6 +30,12 @@ PATIENCE = 30.0
 """Seconds in which a process notices by itself that another one has ended; after that it is ended."""
 
 
+def starts_processes(strategy: Any) -> bool:
+    """Return whether a strategy starts processes, and none of them runs yet."""
+    environment = getattr(strategy, "cluster_environment", None)
+    return environment is not None and not environment.creates_processes_externally
+
+
 @contextmanager
 def started(settings: Mapping[str, Any], trainer: pl.Trainer) -> Iterator[None]:
     """Run an experiment in the other processes of this machine within the context.

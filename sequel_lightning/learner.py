@@ -30,7 +30,7 @@ from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.task import Batch, Samples, Task
 from sequel_core.stream.trees import tree_map
-from sequel_lightning._compat import dump_checkpoint, keep_signal_handlers, starts_scripts, without_launcher
+from sequel_lightning._compat import dump_checkpoint, keep_signal_handlers, without_launcher
 from sequel_lightning.backbones import canonical_weights
 from sequel_lightning.callbacks import (
     callbacks_of_task,
@@ -42,7 +42,7 @@ from sequel_lightning.consolidation import TRAINING, best_keeper
 from sequel_lightning.data import EvaluationBatches, TaskDataModule
 from sequel_lightning.distributed import check_strategy, lost_process_named
 from sequel_lightning.fast import FastSteps, NoProfiler
-from sequel_lightning.launch import started
+from sequel_lightning.launch import started, starts_processes
 from sequel_lightning.loggers import TrainersLoggers, log_hparams, log_image, log_table, resume_logger
 from sequel_lightning.module import ContinualModule
 from sequel_lightning.networks import evaluating, modes_kept_at_errors
@@ -147,25 +147,31 @@ class LightningLearner:
     def launch(self, function: Callable[[], T]) -> T:
         """Call a function in every process; see `sequel_core.runs.learner.OneProcess`.
 
-        With the strategy `ddp`, the other processes run this script again or, if `settings` of an experiment
-        are given, that experiment. With `ddp_spawn`, all processes are new, and this one waits for them.
+        The other processes run this script again. If `settings` of an experiment are given, they run that.
 
         Raises:
             LostProcessError: one of the processes has ended.
+            ValueError: the strategy is `ddp_spawn`, and there are no settings of an experiment.
         """
         strategy = self.trainer.strategy
         launcher = strategy.launcher
         if launcher is None or self._joined:
             return function()
-        if not hasattr(launcher, "cluster_environment"):
-            return self._spawn(function)
-        if self.settings is None or not starts_scripts(strategy):
+        runs_scripts = hasattr(launcher, "cluster_environment")
+        if starts_processes(strategy):
+            if self.settings is not None:
+                with started(self.settings, self.trainer):
+                    self._join()
+                    return function()
+            if not runs_scripts:
+                raise ValueError(
+                    "the Trainer's strategy ddp_spawn, ddp_fork or ddp_notebook needs an experiment of the "
+                    "command `sequel run`, got a learner made in Python; set strategy=ddp"
+                )
+        if runs_scripts:
             launcher.launch(int)
-            self._join()
-            return function()
-        with started(self.settings, self.trainer):
-            self._join()
-            return function()
+        self._join()
+        return function()
 
     def agree(self, value: T | None) -> T:
         """Return the value of the main process, in every process; the others may pass None."""
@@ -182,16 +188,6 @@ class LightningLearner:
         self.module.ranks.follow(self.trainer)
         if not self.main_process:
             self.loggers = TrainersLoggers(())
-
-    def _spawn(self, function: Callable[[], T]) -> T:
-        """Call a function in new processes, and take over the module of the first one."""
-        launcher: Any = self.trainer.strategy.launcher
-        with lost_process_named():
-            result, state, extra = launcher.launch(_spawned, self, function)
-        adopt_names(self.module, state)
-        self.module.load_state_dict(state)
-        self.module.on_load_checkpoint(extra)
-        return cast(T, result)
 
     def fit_task(self, task: Task, monitor: FitMonitor) -> None:
         """Train on one task, then consolidate it; see `sequel_core.runs.learner.Learner`."""
@@ -382,17 +378,6 @@ class LightningLearner:
         if self._joined:
             without_launcher(made)
         return made
-
-
-def _spawned(
-    learner: LightningLearner, function: Callable[[], T]
-) -> tuple[T, dict[str, Any], dict[str, Any]]:
-    """Call a function in a new process; return its result and the state of the module."""
-    learner._join()
-    result = function()
-    extra: dict[str, Any] = {}
-    learner.module.on_save_checkpoint(extra)
-    return result, learner.module.state_dict(), extra
 
 
 class StraightToFile(TorchCheckpointIO):

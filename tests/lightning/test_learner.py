@@ -346,3 +346,11 @@ def test_strategies_that_divide_the_network_raise_before_any_process_is_started(
     name = strategy if isinstance(strategy, str) else "ModelParallelStrategy"
     with pytest.raises(ValueError, match=f"must be auto, ddp, ddp_spawn or .* single device, got {name}"):
         learner(stream(), trainer={"accelerator": "cpu", "devices": 2, "strategy": strategy})
+
+
+def test_ddp_spawn_with_a_learner_made_in_python_raises_before_any_process_is_started(tmp_path: Path) -> None:
+    benchmark = stream()
+    made = learner(benchmark, trainer={"accelerator": "cpu", "devices": 2, "strategy": "ddp_spawn"})
+    with pytest.raises(ValueError, match="ddp_spawn.* got a learner made in Python; set strategy=ddp"):
+        run(made, benchmark, run_dir=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
