@@ -351,6 +351,6 @@ def test_strategies_that_divide_the_network_raise_before_any_process_is_started(
 def test_ddp_spawn_with_a_learner_made_in_python_raises_before_any_process_is_started(tmp_path: Path) -> None:
     benchmark = stream()
     made = learner(benchmark, trainer={"accelerator": "cpu", "devices": 2, "strategy": "ddp_spawn"})
-    with pytest.raises(ValueError, match="ddp_spawn.* got a learner made in Python; set strategy=ddp"):
+    with pytest.raises(ValueError, match=r"ddp_spawn.* got a learner made in Python; set strategy=ddp"):
         run(made, benchmark, run_dir=tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()

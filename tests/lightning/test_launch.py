@@ -1,0 +1,113 @@
+"""The command line starts the processes of a run, which may be killed, resumed and swept."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sequel_core.testing.resume import assert_same_records
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENT = (
+    "algo=er algo.mem_size=50 algo.mem_batch_size=6 benchmark=rotateddigits benchmark.num_tasks=3 "
+    "benchmark.subset=240 training.batch_size=12 training.dtype=float64 trainer.accelerator=cpu "
+    "checkpoint.every_n_steps=6 checkpoint.keep=100 optimizer.lr=0.05"
+).split()
+TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
+
+
+def sequel(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `sequel run` with a time limit; the processes that it starts end when it does."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "sequel_core.cli", "run", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def finished(folder: Path, *arguments: str) -> Path:
+    ended = sequel(*EXPERIMENT, f"run_dir={folder}", *arguments)
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+def matrix(run_dir: Path) -> str:
+    return (run_dir / "test_accuracy_matrix.csv").read_text()
+
+
+def assert_close(run_dir: Path, expected: Path) -> None:
+    assert matrix(run_dir) == matrix(expected)
+    with np.load(run_dir / "weights.npz") as actual, np.load(expected / "weights.npz") as arrays:
+        assert sorted(actual.files) == sorted(arrays.files)
+        for name in arrays.files:
+            np.testing.assert_allclose(actual[name], arrays[name], rtol=0, atol=1e-10, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(tmp_path_factory.mktemp("one") / "run")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished(tmp_path_factory.mktemp("two") / "run", *TWO)
+
+
+def test_two_processes_end_as_one(one: Path, two: Path) -> None:
+    assert_close(two, one)
+    numbers = [json.loads((run_dir / "summary.json").read_text())["num_devices"] for run_dir in (one, two)]
+    assert numbers == [1, 2]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_others_and_the_run_resumes(
+    rank: int, one: Path, two: Path, tmp_path: Path
+) -> None:
+    killed = tmp_path / "killed"
+    callback = f"callbacks=[{{_target_: tests.lightning.killing.KillProcess, rank: {rank}, step: 9}}]"
+    start = time.monotonic()
+    ended = sequel(*EXPERIMENT, *TWO, f"run_dir={killed}", callback)
+    print(f"rank {rank} killed: {time.monotonic() - start:.1f} s, {ended.returncode}, {ended.stderr!r}")
+    assert ended.returncode == (1 if rank else -9)
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("sequel: a process of the run has ended")
+    checkpoints = sorted((killed / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    assert json.loads((checkpoints[-1] / "run.json").read_text())["num_devices"] == 2
+    shutil.copytree(killed, tmp_path / "resumed_on_one")
+    assert_same_records(finished(killed, *TWO, "resume=auto"), two)
+    assert_close(finished(tmp_path / "resumed_on_one", "resume=auto"), one)
+
+
+def test_ddp_spawn_ends_as_ddp(two: Path, tmp_path: Path) -> None:
+    spawned = finished(tmp_path / "run", "trainer.devices=2", "trainer.strategy=ddp_spawn")
+    assert_same_records(spawned, two)
+
+
+def test_the_settings_of_a_sweep_reach_every_process(one: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    ended = sequel("-m", *EXPERIMENT, *TWO, "seed=0,1", f"run_dir={folder}")
+    assert ended.returncode == 0, ended.stderr
+    assert_close(folder / "0", one)
+    assert matrix(folder / "1") != matrix(folder / "0")
+    rows = list(csv.DictReader((folder / "sweep.csv").read_text().splitlines()))
+    assert [(row["seed"], row["status"]) for row in rows] == [("0", "finished"), ("1", "finished")]
+    for run_dir in (folder / "0", folder / "1"):
+        assert json.loads((run_dir / "summary.json").read_text())["num_devices"] == 2
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
+def test_strategies_that_divide_the_network_are_named(strategy: str, tmp_path: Path) -> None:
+    options = [f"run_dir={tmp_path / 'run'}", "trainer.devices=2", f"trainer.strategy={strategy}"]
+    ended = sequel(*EXPERIMENT, *options)
+    assert ended.returncode == 2
+    assert f"got {strategy}; set strategy=ddp" in ended.stderr
+    assert not (tmp_path / "run").exists()
