@@ -19,18 +19,19 @@ from sequel_core.testing.resume import assert_same_records
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-EXPERIMENT = (
-    "algo=er algo.mem_size=50 algo.mem_batch_size=6 benchmark=rotateddigits benchmark.num_tasks=3 "
-    "benchmark.subset=240 training.batch_size=12 training.dtype=float64 trainer.accelerator=cpu "
-    "checkpoint.every_n_steps=6 checkpoint.keep=100 optimizer.lr=0.05"
-).split()
+EXPERIMENT = [
+    *("algo=er", "algo.mem_size=50", "algo.mem_batch_size=6", "optimizer.lr=0.05"),
+    *("benchmark=rotateddigits", "benchmark.num_tasks=3", "benchmark.subset=240"),
+    *("training.batch_size=12", "training.dtype=float64", "trainer.accelerator=cpu"),
+    *("checkpoint.every_n_steps=6", "checkpoint.keep=100"),
+]
 TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
 
 
 def sequel(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run `sequel run` with a time limit; the processes that it starts end when it does."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "sequel_core.cli", "run", *arguments]
+    command = [str(Path(sys.executable).with_name("sequel")), "run", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -41,7 +42,7 @@ def finished(folder: Path, *arguments: str) -> Path:
 
 
 def matrix(run_dir: Path) -> str:
-    return (run_dir / "test_accuracy_matrix.csv").read_text()
+    return (run_dir / "accuracy_matrix.csv").read_text()
 
 
 def assert_close(run_dir: Path, expected: Path) -> None:
