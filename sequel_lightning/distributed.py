@@ -15,6 +15,7 @@ Lightning's DDPStrategy starts the processes. Its wrapper `DistributedDataParall
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -209,10 +210,13 @@ def check_rows(outputs: Any, num_rows: int) -> None:
 
 
 def running_statistics(net: nn.Module) -> list[Tensor]:
-    """Return the running statistics that a pass through a network has updated."""
+    """Return the running statistics that a pass through a network has updated.
+
+    They are changed before the backward pass, which does not use them. Autograd does not watch `data`.
+    """
     training: list[Any] = [m for m in net.modules() if m.training]
     modules = [m for m in training if getattr(m, "running_mean", None) is not None]
-    return [buffer for module in modules for buffer in (module.running_mean, module.running_var)]
+    return [buffer.data for module in modules for buffer in (module.running_mean, module.running_var)]
 
 
 def average(tensors: Sequence[Tensor], size: int) -> None:
@@ -241,7 +245,8 @@ def lost_process_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0]
+        line = str(error).strip().split("\n")[0]
+        reason = re.sub(r"^\[\S+:\d+\] ", "", line).partition(". ")[0]  # without the line of the C++ code
         raise LostProcessError(reason) from error
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sequel_benchmarks import RotatedDigits, SplitDigits
+from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
 from sequel_core.stream.benchmark import Benchmark
-from sequel_core.testing.parity import OPTIMIZERS, train
+from sequel_core.testing.parity import OPTIMIZERS, SILENT
 from sequel_core.testing.resume import tensors
-from sequel_lightning import MLP, build_optimizer, make_learner
-from tests.lightning.parts import BATCH, arrays, module, trainer
+from sequel_lightning import MLP, Naive, build_optimizer, make_learner, replay
+from tests.lightning.parts import BATCH, CLASSES, SIDE, arrays, float_spec, learn, module, trainer
 from tests.lightning.parts import stream as tiny
 from tests.lightning.processes import Group
 from tests.parity.cases import CASES, bar, name_of
@@ -65,8 +70,10 @@ def trained(
         training,
         trainer={"accelerator": "cpu", **several},
     )
-    train(made, benchmark)
-    scores = [[made.evaluate(task, "test").score for task in benchmark.tasks]]
+    scores = []
+    for task in hparams.training_tasks(benchmark, training.seed):
+        made.fit_task(task, SILENT)
+        scores.append([made.evaluate(each, "test").score for each in benchmark.tasks])
     return tensors(made), scores
 
 
@@ -78,9 +85,12 @@ def check(
 ) -> None:
     hparams, optimizer = case
     expected, matrix = one_process(hparams, optimizer, 1, subset, epochs)
-    for actual, scores in group.do(trained, hparams, optimizer, size, subset, epochs):
+    results = group.do(trained, hparams, optimizer, size, subset, epochs)
+    for actual, scores in results:
         assert scores == matrix
         assert actual.keys() == expected.keys()
+        for name, array in results[0][0].items():
+            np.testing.assert_array_equal(actual[name], array, err_msg=name)
         for name, array in expected.items():
             size_of = np.linalg.norm(array.astype(np.float64)) or 1.0
             gap = np.linalg.norm(actual[name].astype(np.float64) - array.astype(np.float64)) / size_of
@@ -121,3 +131,101 @@ def test_a_trainer_and_loaders_of_the_user(groups: Any) -> None:
 def test_a_distributed_sampler_raises(groups: Any) -> None:
     with pytest.raises(AssertionError, match="got different ones, as from a DistributedSampler"):
         groups(2).do(fitted, 2)
+
+
+def replayed() -> tuple[set[bytes], np.ndarray]:
+    """Train ER on two tasks; return the images that are drawn from the memory, and the memory at the end."""
+    drawn, read = set(), replay.read
+
+    def noted(memory: replay.Memory, slots: Any) -> replay.ReplayBatch:
+        samples = read(memory, slots)
+        drawn.update(image.tobytes() for image in samples.x.numpy())
+        return samples
+
+    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    several: dict[str, Any] = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
+    benchmark = tiny(steps=20)
+    model = module(benchmark, ERHParams(mem_size=9, mem_batch_size=6))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "read", noted)
+        for task in (0, 1):
+            learn(model, benchmark, task, use_distributed_sampler=False, **several)
+    return drawn, model.state.x.numpy()
+
+
+@pytest.mark.slow
+def test_four_processes_replay_the_samples_of_one(groups: Any) -> None:
+    drawn, memory = replayed()
+    results = groups(4).do(replayed)
+    assert len(set.union(*(images for images, _ in results))) == len(drawn) > len(memory) == 9
+    for images, kept in results:
+        assert images == drawn
+        np.testing.assert_array_equal(kept, memory)
+
+
+WIDTH, LR, ROWS = 6, 0.1, 9
+
+
+def normalised_net() -> nn.Module:
+    """Return a network with batch normalisation, in float64."""
+    torch.manual_seed(0)
+    layers = nn.Linear(SIDE * SIDE, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, CLASSES)
+    return nn.Sequential(nn.Flatten(), *layers).double()
+
+
+def fitted_with_batch_norm() -> dict[str, np.ndarray]:
+    benchmark = tiny()
+    sgd = partial(torch.optim.SGD, lr=LR)
+    model = Naive(normalised_net(), sgd, NaiveHParams(), float_spec(benchmark))
+    loader = DataLoader(TensorDataset(*arrays(benchmark, 0)), ROWS)
+    options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+    trainer(precision="64-true", **options).fit(model, loader)
+    return {name: tensor.numpy() for name, tensor in model.net.state_dict().items()}
+
+
+def reference_of_two_ranks() -> dict[str, np.ndarray]:
+    """Train by hand; each of two ranks normalises its rows. If one is missing, the last row is repeated."""
+    net = {name: tensor.numpy().copy() for name, tensor in normalised_net().state_dict().items()}
+    images, labels, _ = (a.numpy() for a in arrays(tiny(), 0))
+    flat = images.reshape(len(images), -1).astype(np.float64)
+    for first in range(0, len(flat), ROWS):
+        x, y = flat[first : first + ROWS], labels[first : first + ROWS]
+        total = {name: np.zeros_like(array) for name, array in net.items()}
+        for rank in (0, 1):
+            rows = np.arange(rank, len(x) + len(x) % 2, 2)
+            real = (rows < len(x))[:, None]
+            rows = rows.clip(max=len(x) - 1)
+            h = x[rows] @ net["1.weight"].T + net["1.bias"]
+            mean, variance = h.mean(0), h.var(0)
+            scale = 1 / np.sqrt(variance + 1e-5)
+            z = (h - mean) * scale
+            a = z * net["2.weight"] + net["2.bias"]
+            logits = a @ net["3.weight"].T + net["3.bias"]
+            p = np.exp(logits - logits.max(1, keepdims=True))
+            p /= p.sum(1, keepdims=True)
+            g = (p - np.eye(CLASSES)[y[rows]]) * real / len(x)
+            g_a = g @ net["3.weight"]
+            g_z = g_a * net["2.weight"]
+            g_h = scale * (g_z - g_z.mean(0) - z * (g_z * z).mean(0))
+            total["3.weight"] += g.T @ a
+            total["3.bias"] += g.sum(0)
+            total["2.weight"] += (g_a * z).sum(0)
+            total["2.bias"] += g_a.sum(0)
+            total["1.weight"] += g_h.T @ x[rows]
+            total["1.bias"] += g_h.sum(0)
+            total["2.running_mean"] += mean / 2
+            total["2.running_var"] += h.var(0, ddof=1) / 2
+        for name, value in total.items():
+            if name.startswith("2.running"):
+                net[name] = 0.9 * net[name] + 0.1 * value
+            elif name != "2.num_batches_tracked":
+                net[name] = net[name] - LR * value
+    return net
+
+
+def test_batch_normalisation_uses_the_rows_of_each_process(groups: Any) -> None:
+    expected = reference_of_two_ranks()
+    for actual in groups(2).do(fitted_with_batch_norm):
+        for name, array in expected.items():
+            if name != "2.num_batches_tracked":
+                np.testing.assert_allclose(actual[name], array, rtol=0, atol=1e-12, err_msg=name)

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sequel_core.runs.checkpoints import Checkpoints
 from sequel_core.testing.resume import assert_same_records
 
 pytestmark = pytest.mark.slow
@@ -74,15 +75,17 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(
     rank: int, one: Path, two: Path, tmp_path: Path
 ) -> None:
     killed = tmp_path / "killed"
-    callback = f"callbacks=[{{_target_: tests.lightning.killing.KillProcess, rank: {rank}, step: 9}}]"
-    start = time.monotonic()
-    ended = sequel(*EXPERIMENT, *TWO, f"run_dir={killed}", callback)
-    print(f"rank {rank} killed: {time.monotonic() - start:.1f} s, {ended.returncode}, {ended.stderr!r}")
+    mark = tmp_path / "mark"
+    callback = f"{{_target_: tests.lightning.killing.KillProcess, rank: {rank}, step: 9, mark: {mark}}}"
+    ended = sequel(*EXPERIMENT, *TWO, f"run_dir={killed}", f"callbacks=[{callback}]")
+    seconds = time.time() - mark.stat().st_mtime
+    print(f"rank {rank} killed: {seconds:.1f} s, code {ended.returncode}, {ended.stderr!r}")
     assert ended.returncode == (1 if rank else -9)
     (line,) = ended.stderr.splitlines()
     assert line.startswith("sequel: a process of the run has ended")
-    checkpoints = sorted((killed / "checkpoints").iterdir(), key=lambda path: int(path.name))
-    assert json.loads((checkpoints[-1] / "run.json").read_text())["num_devices"] == 2
+    checkpoint = Checkpoints(killed).newest()
+    assert checkpoint is not None
+    assert checkpoint.run["num_devices"] == 2
     shutil.copytree(killed, tmp_path / "resumed_on_one")
     assert_same_records(finished(killed, *TWO, "resume=auto"), two)
     assert_close(finished(tmp_path / "resumed_on_one", "resume=auto"), one)
