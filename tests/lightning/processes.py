@@ -52,16 +52,16 @@ class Group:
         """
         for pipe in self._pipes:
             pipe.send((job, args))
-        results = []
+        received = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(seconds):
                 self.close()
                 raise TimeoutError(f"process {rank} was not done after {seconds} seconds")
-            error, result = pipe.recv()
+            received.append(pipe.recv())
+        for rank, (error, _) in enumerate(received):
             if error is not None:
                 raise AssertionError(f"in process {rank}: {error}")
-            results.append(result)
-        return results
+        return [result for _, result in received]
 
     def close(self) -> None:
         """End the processes."""

@@ -135,7 +135,8 @@ def test_a_distributed_sampler_raises(groups: Any) -> None:
 
 def replayed() -> tuple[set[bytes], np.ndarray]:
     """Train ER on two tasks; return the images that are drawn from the memory, and the memory at the end."""
-    drawn, read = set(), replay.read
+    drawn: set[bytes] = set()
+    read = replay.read
 
     def noted(memory: replay.Memory, slots: Any) -> replay.ReplayBatch:
         samples = read(memory, slots)
@@ -145,7 +146,7 @@ def replayed() -> tuple[set[bytes], np.ndarray]:
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     several: dict[str, Any] = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
     benchmark = tiny(steps=20)
-    model = module(benchmark, ERHParams(mem_size=9, mem_batch_size=6))
+    model: Any = module(benchmark, ERHParams(mem_size=9, mem_batch_size=6))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replay, "read", noted)
         for task in (0, 1):
