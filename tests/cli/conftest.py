@@ -11,13 +11,13 @@ import pytest
 from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.objectives import Score
 from sequel_core.runs import learner
-from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor
+from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor, OneProcess
 from sequel_core.stream.arrays import FloatArray
 from sequel_core.stream.benchmark import Benchmark
 from sequel_core.stream.task import Task
 
 
-class NearestMean:
+class NearestMean(OneProcess):
     """A classifier that predicts the class with the nearest mean image of its latest task.
 
     With a learning rate below 0.01 it learns nothing and predicts class 0; from 100 on, it diverges.

@@ -92,7 +92,7 @@ def test_list_of_one_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "benchmrk"]) == 2
     assert capsys.readouterr().err == (
         "sequel: section must be one of algo, benchmark, backbone, optimizer, logger, training, checkpoint, "
-        "experiment, got 'benchmrk'; did you mean benchmark?\n"
+        "jax, experiment, got 'benchmrk'; did you mean benchmark?\n"
     )
 
 
