@@ -57,8 +57,12 @@ class Saver:
 
         if self._manager is None or Path(self._manager.directory) != path.parent.absolute():
             self.close()
+            options: dict[str, Any] = {}
+            if jax.process_count() > 1:  # only the main process saves
+                options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(active_processes={0})
+                options["create"] = False  # orbax cannot create the directory then; it exists
             self._manager = ocp.CheckpointManager(
-                path.parent.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=None)
+                path.parent.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=None, **options)
             )
         manager, args = self._manager, ocp.args.StandardSave(_storable(tree))
         with _system_errors(path):

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import clu.metrics
 import jax
@@ -39,7 +39,7 @@ from sequel_flax.hooks import Hook, Hooks
 from sequel_flax.objectives import build_objective
 from sequel_flax.optimizers import build_optimizer, clip_by_global_norm, get_learning_rate
 from sequel_flax.replay import Memory, stored_samples
-from sequel_flax.sharding import check_batch_size, device_mesh, one_copy, replicated
+from sequel_flax.sharding import agreed, check_batch_size, device_mesh, of_main_process, one_copy, replicated
 from sequel_flax.steps import (
     NEVER,
     CompiledSteps,
@@ -50,6 +50,8 @@ from sequel_flax.steps import (
     train_metrics,
 )
 from sequel_flax.writers import MetricWriter, close_writer, resume_writer, write_table
+
+T = TypeVar("T")
 
 
 def initial_train_state(
@@ -241,7 +243,7 @@ class FlaxLearner(OneProcess):
         metrics: A `clu.metrics.Collection` class, called with `loss`, `logits` (what the network returns) and
             `labels` (the targets); None for the loss and the score. The metrics with these names, for
             example `loss` and `accuracy`, are shown as progress.
-        writers: Objects with the methods of clu's MetricWriter.
+        writers: Objects with the methods of clu's MetricWriter; only the first of several processes writes.
         hooks: Called in this order before and after the stream, tasks, epochs, steps and evaluations.
         steps_per_call: The maximum number of steps in one compiled call, >= 1; 1 dispatches each step. None
             chooses 1 for a network with convolutions on a CPU, where XLA runs them slowly in loops, and 50
@@ -249,10 +251,11 @@ class FlaxLearner(OneProcess):
         init: The distribution of the initial weights of a built-in network; see `initial_variables`.
         devices: The number of devices that share each batch, >= 1; or a `jax.sharding.Mesh` with the axis
             `data`, and perhaps `runs`, over which `run_together` divides runs. It must divide the batch size.
+            With several processes of `jax.distributed`, these are the devices of all processes.
 
     Raises:
         ValueError: The model, the optimizer or the devices do not fit the settings, `steps_per_call` is below
-            1, or a hook is not a `Hook`.
+            1, or a hook is not a `Hook`. There are hooks with several processes of `jax.distributed`.
 
     Example:
         >>> from sequel_benchmarks import RotatedDigits
@@ -286,6 +289,11 @@ class FlaxLearner(OneProcess):
         devices: int | Mesh = 1,
     ) -> None:
         self.training = training or TrainingHParams()
+        if hooks and jax.process_count() > 1:
+            raise ValueError(
+                f"hooks need one process, got {len(hooks)} with {jax.process_count()} processes of "
+                "jax.distributed; leave them out"
+            )
         self.mesh = device_mesh(devices)
         self.num_devices = 1 if self.mesh is None else int(self.mesh.size)
         check_batch_size(self.mesh, self.training.batch_size)
@@ -298,7 +306,7 @@ class FlaxLearner(OneProcess):
         if algorithm.second_phase is not None:
             step: Any = algorithm.second_phase.step
             self._phase_steps = CompiledSteps(algorithm._replace(train_step=step), *of_steps)
-        self.writers = Loggers(writers)
+        self.writers = Loggers(writers if self.main_process else ())
         self.hooks = Hooks(hooks, self.writers)
         self.shows_progress = self.hooks.show_progress
         self.algorithm = algorithm
@@ -309,11 +317,22 @@ class FlaxLearner(OneProcess):
         ts: Any = initial_train_state(algorithm, self.model, tx, spec, self.training, init)
         self.ts: Any
         self.state: State
-        self.ts, self.state = replicated((ts, strong_types(algorithm.init(ts, spec))), self.mesh)
+        states = ts, strong_types(algorithm.init(ts, spec))
+        self.ts, self.state = replicated(of_main_process(states), self.mesh)
         self.planner = algorithm.planner(spec, self.state)
         self._position: TaskPosition | None = None  # None between tasks
         self._saver = Saver()
         self.evaluator = Evaluator(algorithm, spec, self.training.eval_batch_size, self.mesh)
+
+    @property
+    def main_process(self) -> bool:
+        """Whether this process records the run; see `sequel_core.runs.learner.OneProcess`."""
+        return jax.process_index() == 0
+
+    def agree(self, value: T | None) -> T:
+        """Return the value of the main process; see `sequel_core.runs.learner.OneProcess`."""
+        agreement: T = agreed(value)
+        return agreement
 
     @property
     def step(self) -> int:
@@ -365,9 +384,10 @@ class FlaxLearner(OneProcess):
         self._change(self.algorithm.end_task, map(jax.device_put, batches))
 
     def _change(self, function: Callable[..., Any], *args: Any) -> None:
-        """Set the states to `function(ts, state, *args)`; with several devices, the first one computes it."""
+        """Set the states to `function(ts, state, *args)`, computed by the first device of each process."""
         states = (self.ts, self.state) if self.mesh is None else one_copy((self.ts, self.state))
-        self.ts, self.state = replicated(strong_types(function(*states, *args)), self.mesh)
+        changed = strong_types(function(*states, *args))
+        self.ts, self.state = replicated(of_main_process(changed), self.mesh)
 
     def _fit_epoch(
         self, schedule: TaskSchedule, epoch: int, position: TaskPosition, monitor: FitMonitor

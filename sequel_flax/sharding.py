@@ -3,15 +3,20 @@
 The axis `data` of the mesh divides the samples of a batch, and the axis `runs`, if there is one, divides many
 runs at once. The train state and the state, with the memory, are replicated: each device has a copy. XLA adds
 the sums over devices, so a step has the results of one device, up to rounding.
+
+The devices may be those of several processes of `jax.distributed`. Every process makes the same plans and has
+all samples on the host; it copies the rows of its own devices to them.
 """
 
 from __future__ import annotations
 
 import math
+import pickle
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sequel_core.stream.augmentation import AugmentedPlan, method_plan
@@ -33,7 +38,7 @@ def device_mesh(devices: int | Mesh, runs: int = 1) -> Mesh | None:
 
     Raises:
         ValueError: There are fewer devices, a mesh has other axes, `runs` does not divide the devices, or
-            `jax.distributed` has started several processes.
+            devices of a process of `jax.distributed` are missing.
 
     Example:
         >>> device_mesh(1) is None
@@ -41,10 +46,12 @@ def device_mesh(devices: int | Mesh, runs: int = 1) -> Mesh | None:
         >>> device_mesh(jax.make_mesh((1,), ("data",))).shape["data"]
         1
     """
-    if devices != 1 and jax.process_count() > 1:
+    existing, processes = jax.device_count(), jax.process_count()
+    count = devices.size if isinstance(devices, Mesh) else devices
+    if processes > 1 and (count != existing or runs > 1 or RUNS in getattr(devices, "shape", {})):
         raise ValueError(
-            f"devices must be 1 with {jax.process_count()} processes of jax.distributed, got {devices}; use "
-            "one process, which may have several devices"
+            f"devices must be {existing}, those of all {processes} processes of jax.distributed, without the "
+            f"axis {RUNS!r}, got {devices}; use devices={existing}"
         )
     if isinstance(devices, Mesh):
         if DATA not in devices.shape or devices.shape.keys() - {DATA, RUNS}:
@@ -53,7 +60,6 @@ def device_mesh(devices: int | Mesh, runs: int = 1) -> Mesh | None:
                 f"{', '.join(map(repr, devices.axis_names))}; rename them: jax.make_mesh((4,), ('{DATA}',))"
             )
         return Mesh(devices.devices, devices.axis_names)
-    existing = jax.device_count()
     if not 1 <= devices <= existing:
         raise ValueError(
             f"devices must be from 1 to {existing}, the number of {jax.default_backend()} devices that JAX "
@@ -117,7 +123,7 @@ def replicated(tree: Any, mesh: Mesh | None) -> Any:
         mesh: The mesh; None for one device, which returns the tree itself.
     """
     sharding = copies(mesh)
-    return tree if sharding is None else jax.device_put(tree, sharding)
+    return tree if sharding is None else jax.tree.map(lambda a: _placed(a, sharding), tree)
 
 
 def one_copy(tree: Any) -> Any:
@@ -127,6 +133,31 @@ def one_copy(tree: Any) -> Any:
         tree: A tree of arrays, which may also be on one device.
     """
     return jax.tree.map(lambda a: a.addressable_data(0) if isinstance(a, jax.Array) else a, tree)
+
+
+def of_main_process(tree: Any) -> Any:
+    """Return the arrays of the main process, in all processes; with one process, the tree itself.
+
+    Processes that compute the same results may round them differently, for example on different machines.
+
+    Args:
+        tree: A tree of arrays of one device, whose shapes are equal in all processes.
+    """
+    return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
+
+
+def agreed(value: Any) -> Any:
+    """Return the value of the main process, in all processes.
+
+    Args:
+        value: An object that pickle can copy; the other processes may pass None.
+    """
+    if jax.process_count() == 1:
+        return value
+    content = np.frombuffer(pickle.dumps(value), np.uint8)
+    size = int(of_main_process(np.int32(content.size)))
+    received = of_main_process(np.resize(content, size))
+    return pickle.loads(received.tobytes())
 
 
 def sharded(batch: Any, mesh: Mesh | None, axis: int = 0, runs: bool = False) -> Any:
@@ -146,7 +177,7 @@ def sharded(batch: Any, mesh: Mesh | None, axis: int = 0, runs: bool = False) ->
 
     def put(tree: Any, axis: int) -> Any:
         spec = PartitionSpec(*[RUNS if runs and k == 0 else None for k in range(axis)], DATA)
-        return jax.tree.map(lambda a: jax.device_put(a, _fitting(a.shape, mesh, spec)), tree)
+        return jax.tree.map(lambda a: _placed(a, _fitting(a.shape, mesh, spec)), tree)
 
     if isinstance(batch, PhaseSteps):
         return replicated(batch, mesh)._replace(slots=put(batch.slots, axis))
@@ -158,6 +189,17 @@ def sharded(batch: Any, mesh: Mesh | None, axis: int = 0, runs: bool = False) ->
         placed_plan = replicated(batch.plan._replace(plan=()), mesh)._replace(plan=placed_plan)
     x, y, t = (put(part, axis) for part in batch[:3])
     return Batch(x, y, t, placed_plan)
+
+
+def _placed(array: Any, sharding: NamedSharding) -> jax.Array:
+    """Return an array with a sharding; `device_put` would compare the arrays of all processes."""
+    if isinstance(array, jax.Array) and array.sharding == sharding:
+        return array
+    if sharding.is_fully_addressable:
+        placed: jax.Array = jax.device_put(array, sharding)
+        return placed
+    on_host = np.asarray(array)
+    return jax.make_array_from_callback(on_host.shape, sharding, lambda index: on_host[index])
 
 
 def _fitting(shape: tuple[int, ...], mesh: Mesh, spec: PartitionSpec) -> NamedSharding:

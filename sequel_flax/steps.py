@@ -17,7 +17,7 @@ from sequel_core.stream.task import Batch
 from sequel_flax.bundle import Algorithm, AnyStep, State, StepOutputs
 from sequel_flax.objectives import Objective
 from sequel_flax.placement import keeps_on_host
-from sequel_flax.sharding import copies, sharded
+from sequel_flax.sharding import copies, replicated, sharded
 
 NEVER = np.iinfo(np.int32).max
 STEPS_PER_LOOP = 50
@@ -177,6 +177,8 @@ class CompiledSteps:
             return ts, state, self._add(running, outputs, carry[0].step)
         single = self.steps_per_call == 1
         batches = sharded(batches, self._mesh, axis=0 if single else 1)
+        ts, state, running = carry
+        carry = (ts, state, replicated(running, self._mesh))  # else new metrics compile the step again
         after: Carry = self._step(*carry, batches) if single else self._loop(*carry, batches, steps)
         return after
 

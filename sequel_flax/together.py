@@ -465,6 +465,11 @@ def _check(
 ) -> None:
     """Raise ValueError if an argument of `run_together` is invalid."""
     count = len(learners)
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"run_together needs one process, got {jax.process_count()} of jax.distributed; use run for each "
+            "learner"
+        )
     if not count:
         raise ValueError("learners must have at least one learner, got none")
     for name, values in {"benchmark": benchmarks, "run_dirs": paths, "each": arguments}.items():

@@ -316,8 +316,8 @@ class Checkpointer:
         self._files.close()
 
     def bytes(self) -> int:
-        """Return the disk space of the checkpoints in bytes."""
-        return self._files.bytes()
+        """Return the disk space of the checkpoints in bytes, 0 in a process that does not write them."""
+        return self._files.bytes() if self._learner.main_process else 0
 
 
 def verify(path: Path) -> dict[str, Any]:

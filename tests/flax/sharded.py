@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 from jax import monitoring
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -25,7 +26,9 @@ from sequel_core.stream.task import Batch
 from sequel_core.testing.parity import SILENT, WIDTHS
 from sequel_core.testing.streams import table
 from sequel_flax import MLP, FlaxLearner, make_learner, run_together
+from sequel_flax.backbones import BatchNorm
 from sequel_flax.evaluation import as_batch
+from sequel_flax.sharding import sharded
 from tests.parity.cases import CASES
 
 BATCH = 12
@@ -34,19 +37,32 @@ METHODS["kcl"] = KCLHParams(task_given=True, core_size=12, d_rn_f=64, tau=0.1, l
 COMPILED: Counter[str] = Counter()
 
 
-def learner(hparams: AlgorithmHParams, stream: Benchmark, devices: int | Mesh, seed: int = 3) -> FlaxLearner:
+class Normalised(nn.Module):
+    """A network with batch normalisation."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Return logits."""
+        hidden = BatchNorm()(nn.Dense(16, use_bias=False)(x), use_running_average=not train)
+        return nn.Dense(self.num_classes)(nn.relu(hidden))
+
+
+def learner(
+    hparams: AlgorithmHParams, stream: Benchmark, devices: int | Mesh, seed: int = 3, **options: Any
+) -> FlaxLearner:
     """Return a learner with batches of 12 on all devices together."""
     training = TrainingHParams(batch_size=BATCH, dtype="float64", seed=seed)
     optimizer = OptimizerHParams(lr=0.02, momentum=0.9)
-    return make_learner(
-        hparams, MLP(WIDTHS, stream.num_classes), optimizer, stream, training, devices=devices
-    )
+    model = options.pop("model", MLP(WIDTHS, stream.num_classes))
+    return make_learner(hparams, model, optimizer, stream, training, devices=devices, **options)
 
 
-def trained(hparams: AlgorithmHParams, stream: Benchmark, devices: int) -> dict[str, Any]:
+def trained(hparams: AlgorithmHParams, stream: Benchmark, devices: int, **options: Any) -> dict[str, Any]:
     """Return what three tasks end with: trees, the matrix, and the compilations of the step."""
     COMPILED.clear()
-    made = learner(hparams, stream, devices)
+    made = learner(hparams, stream, devices, **options)
     matrix = []
     for task in made.hparams.training_tasks(stream, made.training.seed):
         made.fit_task(task, SILENT)
@@ -74,6 +90,27 @@ def own_loop(stream: Benchmark, mesh: Mesh) -> dict[str, Any]:
             ts, state, _ = step(ts, state, Batch(x, y, t, plan))
         ts, state = jax.device_put(algorithm.end_task(ts, state, batches), copies)
     return ended(ts, state, "train_step")
+
+
+def replayed(stream: Benchmark, devices: int) -> set[bytes]:
+    """Return the distinct samples that the devices replay, each from its own copy of the memory of ER."""
+    made: Any = learner(METHODS["er"], stream, devices, steps_per_call=1)
+    samples: set[bytes] = set()
+    train = made._train
+
+    def counted(running: Any, batch: Batch, steps: int) -> Any:
+        reads = jax.device_put(sharded(batch, made.mesh).plan.reads)
+        memory = made.state.memory.x
+        contents = {shard.device: np.asarray(shard.data) for shard in memory.addressable_shards}
+        for shard in reads.addressable_shards:
+            slots = np.asarray(shard.data).ravel()
+            samples.update(x.tobytes() for x in contents[shard.device][slots[slots < len(memory)]])
+        return train(running, batch, steps)
+
+    made._train = counted
+    for task in stream.tasks:
+        made.fit_task(task, SILENT)
+    return samples
 
 
 def together(stream: Benchmark, devices: int | Mesh) -> dict[str, Any]:
@@ -117,17 +154,26 @@ def copies_differ(made: FlaxLearner) -> int:
     return differ
 
 
-def main(steps: int, *names: str) -> None:
-    """Print a line of JSON for each method."""
-    jax.config.update("jax_enable_x64", True)
+def count_compilations() -> None:
+    """Count what JAX compiles from now on."""
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             COMPILED[str(kwargs["fun_name"])] += 1
 
     monitoring.register_event_duration_secs_listener(listen)
+
+
+def main(steps: int, *names: str) -> None:
+    """Print a line of JSON for each method."""
+    jax.config.update("jax_enable_x64", True)
+    count_compilations()
     stream = table("classes", train=steps * BATCH)
     for name in names or METHODS:
+        if name == "replayed":
+            sets = [replayed(stream, devices) for devices in (1, jax.device_count())]
+            print(json.dumps({"distinct": [*map(len, sets)], "same": sets[0] == sets[1]}), flush=True)
+            continue
         one, all_devices = both(name, stream)
         gaps = {key: difference(all_devices["trees"][key], tree) for key, tree in one["trees"].items()}
         report = {"method": name, **gaps, "compiled": [one["compiled"], all_devices["compiled"]]}
@@ -145,7 +191,9 @@ def both(name: str, stream: Benchmark) -> tuple[dict[str, Any], dict[str, Any]]:
         return own_loop(stream, Mesh(devices[:1], ("data",))), own_loop(stream, Mesh(devices, ("data",)))
     if name == "together":
         return together(stream, 1), together(stream, Mesh(devices.reshape(2, -1), ("runs", "data")))
-    return trained(METHODS[name], stream, 1), trained(METHODS[name], stream, len(devices))
+    options = {"model": Normalised(stream.num_classes)} if name == "batch_norm" else {}
+    hparams = METHODS.get(name, METHODS["er"])
+    return trained(hparams, stream, 1, **options), trained(hparams, stream, len(devices), **options)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -22,10 +26,10 @@ from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.hparams import OptimizerHParams, TrainingHParams
 from sequel_core.stream.task import Batch
 from sequel_core.testing.streams import table
-from sequel_flax import MLP, FlaxLearner, make_learner
+from sequel_flax import MLP, FlaxLearner, Hook, make_learner, run_together
 from sequel_flax.sharding import check_batch_size, device_mesh, sharded
 from tests.flax.parts import SILENT
-from tests.flax.sharded import METHODS
+from tests.flax.sharded import METHODS, difference
 
 ROOT = Path(__file__).parents[2]
 DEVICES = "--xla_force_host_platform_device_count"
@@ -36,6 +40,14 @@ def forced(devices: int) -> dict[str, str]:
     """Return the environment of a process whose CPU has this number of devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}={devices}"
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_NUMPY_RANK_PROMOTION": "allow"}
+
+
+def free_port() -> int:
+    """Return a port of this machine that is not in use."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def reports(*arguments: str, devices: int = 4, seconds: float = 300) -> list[dict[str, Any]]:
@@ -79,6 +91,12 @@ def test_four_devices_with_every_method() -> None:
 
 
 @pytest.mark.slow
+def test_four_devices_with_batch_normalisation() -> None:
+    (report,) = reports("50", "batch_norm")
+    check(report)
+
+
+@pytest.mark.slow
 def test_four_devices_with_a_jit_of_the_user() -> None:
     (report,) = reports("50", "own_loop")
     assert report["weights"] < 1e-10, report
@@ -92,6 +110,117 @@ def test_many_runs_at_once_in_two_groups_of_two_devices() -> None:
     assert report["weights"] < 1e-10, report
     assert report["state"] < 1e-10, report
     assert report["compiled"] == [1, 1], report
+
+
+@pytest.mark.slow
+def test_four_devices_replay_the_samples_that_one_device_replays() -> None:
+    (report,) = reports("50", "replayed")
+    assert report["same"], report
+    assert report["distinct"][0] > ER.mem_size, report
+
+
+def start(folder: Path, devices: int, *options: str) -> subprocess.Popen[str]:
+    """Start a process of `tests.flax.distributed`."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.flax.distributed", str(folder), *options],
+        cwd=ROOT,
+        env=forced(devices),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(*processes: subprocess.Popen[str], seconds: float = 300) -> list[int]:
+    """Return the exit codes of processes, which are killed if they take longer."""
+    try:
+        for process in processes:
+            process.communicate(timeout=seconds)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(10)
+    return [process.returncode for process in processes]
+
+
+def end(folder: Path, name: str, process: int = 0) -> dict[str, Any]:
+    """Return what a run of a process ended with."""
+    content: dict[str, Any] = pickle.loads((folder / f"{name}_{process}.end").read_bytes())
+    return content
+
+
+def compare(actual: dict[str, Any], expected: dict[str, Any], tolerance: float) -> None:
+    """Compare what two runs ended with."""
+    np.testing.assert_array_equal(actual["matrix"], expected["matrix"])
+    for name, tree in expected["trees"].items():
+        assert difference(actual["trees"][name], tree) <= tolerance, name
+
+
+def two_processes(folder: Path, *options: str) -> tuple[subprocess.Popen[str], subprocess.Popen[str]]:
+    """Start two processes with two devices each."""
+    port = f"--port={free_port()}"
+    first, second = (start(folder, 2, *options, port, f"--process={k}") for k in (0, 1))
+    return first, second
+
+
+def check_two_processes(folder: Path, steps: int, *names: str, seconds: float = 300) -> None:
+    """Compare two processes of two devices each with one process and one device."""
+    both, alone = folder / "both", folder / "alone"
+    for path in (both, alone):
+        path.mkdir()
+    steps_of_task = f"--steps={steps}"
+    assert finished(*two_processes(both, *names, steps_of_task), seconds=seconds) == [0, 0]
+    assert finished(start(alone, 1, *names, steps_of_task), seconds=seconds) == [0]
+    for name in names or METHODS:
+        expected, second_phase = end(alone, name), name in ("bic", "gdumb")
+        for process in (0, 1):
+            actual = end(both, name, process)
+            compare(actual, expected, 1e-8 if name == "kcl" else 1e-10)
+            assert actual["compiled"] == 1 + second_phase
+            assert (actual["devices"], actual["copies_differ"]) == (4, 0)
+        assert (both / f"{name}_0" / "summary.json").exists()
+        assert not (both / f"{name}_1").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices(tmp_path: Path) -> None:
+    check_two_processes(tmp_path, 12, "er", "ewc")
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices_with_every_method(tmp_path: Path) -> None:
+    check_two_processes(tmp_path, 200, seconds=3600)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_resumes_on_any_number_of_devices(tmp_path: Path) -> None:
+    straight, killed, other = (tmp_path / name for name in ("straight", "killed", "other"))
+    for folder in (straight, killed):
+        folder.mkdir()
+    assert finished(start(straight, 4, "derpp")) == [0]
+    assert finished(start(killed, 4, "derpp", "--kill=5")) == [-signal.SIGKILL]  # in the second task
+    assert not (killed / "derpp_0" / "summary.json").exists()
+    shutil.copytree(killed, other)
+    assert finished(start(killed, 4, "derpp")) == [0]
+    compare(end(killed, "derpp"), end(straight, "derpp"), 0)
+    assert finished(start(other, 1, "derpp")) == [0]
+    compare(end(other, "derpp"), end(straight, "derpp"), 1e-10)
+    assert json.loads((other / "derpp_0" / "summary.json").read_text())["num_devices"] == 1
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_of_which_one_is_killed(tmp_path: Path) -> None:
+    straight, killed = (tmp_path / name for name in ("straight", "killed"))
+    for folder in (straight, killed):
+        folder.mkdir()
+    assert finished(*two_processes(straight, "derpp")) == [0, 0]
+    port = f"--port={free_port()}"
+    first = start(killed, 2, "derpp", port, "--process=0")
+    second = start(killed, 2, "derpp", port, "--process=1", "--kill=5")
+    code, of_killed = finished(first, second, seconds=150)
+    assert of_killed == -signal.SIGKILL
+    assert code not in (0, -signal.SIGKILL)  # it ended itself
+    assert finished(*two_processes(killed, "derpp")) == [0, 0]
+    compare(end(killed, "derpp"), end(straight, "derpp"), 0)
 
 
 def learner(hparams: Any = ER, batch_size: int = 12, **options: Any) -> FlaxLearner:
@@ -164,12 +293,28 @@ def test_devices_that_cannot_be_used(arguments: Any, message: str) -> None:
         device_mesh(*arguments)
 
 
-def test_several_processes_cannot_share_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_need_all_their_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    for devices in (2, jax.make_mesh((1,), ("data",))):
-        with pytest.raises(ValueError, match=r"devices must be 1 with 2 processes of jax.distributed, got "):
-            device_mesh(devices)
-    assert device_mesh(1) is None
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    meshes = [jax.make_mesh((1,), ("data",)), jax.make_mesh((1, 1), ("runs", "data"))]
+    message = (
+        r"devices must be 4, those of all 2 processes of jax\.distributed, without the axis 'runs', got "
+    )
+    for devices in (1, 2, *meshes):
+        with pytest.raises(ValueError, match=message):
+            learner(devices=devices)
+    with pytest.raises(ValueError, match=message):
+        device_mesh(4, runs=2)
+
+
+def test_what_needs_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = learner()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="run_together needs one process, got 2 of jax"):
+        run_together([made], table("classes", train=60), progress=False)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="hooks need one process, got 1 with 2 processes"):
+        learner(devices=jax.make_mesh((1,), ("data",)), hooks=[Hook()])
 
 
 @pytest.mark.parametrize(

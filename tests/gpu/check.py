@@ -1,7 +1,8 @@
 """Trains on a GPU and on the CPU, in both modes, and compares the weights: `python -m tests.gpu.check`.
 
 Two tasks of 60 steps in float64. A memory is on the GPU (auto), then in host memory (cpu). Each line has the
-greatest relative difference of a weight matrix between the devices, which must be below 1e-9.
+greatest relative difference of a weight matrix between the devices, which must be below 1e-9. With several
+GPUs, JAX divides the batches among them, too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch uses th
 import jax
 import numpy as np
 import torch
+from jax.sharding import Mesh
 
 import sequel_flax
 import sequel_lightning
@@ -40,10 +42,12 @@ METHODS: list[AlgorithmHParams] = [
 ]
 
 
-def trained(mode: str, hparams: AlgorithmHParams, device: str) -> Any:
-    """Return a learner after two tasks on a device, `cpu` or `gpu`."""
-    stream = table("classes", train=STEPS * BATCH)
-    training = TrainingHParams(batch_size=BATCH, dtype="float64", seed=3)
+def trained(
+    mode: str, hparams: AlgorithmHParams, device: str, batch_size: int = BATCH, shared: int = 1
+) -> Any:
+    """Return a learner after two tasks on a device, `cpu` or `gpu`; with JAX, `shared` ones share a batch."""
+    stream = table("classes", train=STEPS * batch_size)
+    training = TrainingHParams(batch_size=batch_size, dtype="float64", seed=3)
     optimizer = OptimizerHParams(lr=0.05)
     context: AbstractContextManager[Any] = nullcontext()
     learner: Any
@@ -52,7 +56,11 @@ def trained(mode: str, hparams: AlgorithmHParams, device: str) -> Any:
     with context:
         if mode == "jax":
             tx = sequel_flax.build_optimizer(optimizer)
-            learner = sequel_flax.make_learner(hparams, sequel_flax.MLP((32, 24), 4), tx, stream, training)
+            mesh = Mesh(np.array(jax.devices(device)[:shared]), ("data",))
+            devices: Any = {"devices": mesh} if shared > 1 else {}
+            learner = sequel_flax.make_learner(
+                hparams, sequel_flax.MLP((32, 24), 4), tx, stream, training, **devices
+            )
         else:
             net = sequel_lightning.MLP((32, 24), 4, image_shape=stream.spec.x.shape).double()
             factory = sequel_lightning.build_optimizer(optimizer)
@@ -110,7 +118,20 @@ def main() -> int:
                     f"{time.perf_counter() - start:.1f} s {'ok' if passed else 'FAILED'}",
                     flush=True,
                 )
-    return int(failed)
+    return int(sharding_failed(device) or failed)
+
+
+def sharding_failed(device: str) -> bool:
+    """Print a line for each method that JAX trains on all devices; return whether one failed."""
+    count = len(jax.devices(device))
+    failed = False
+    for hparams in METHODS if count > 1 else ():
+        one, several = (trained("jax", hparams, device, 4 * count, shared).weights() for shared in (1, count))
+        passed = (largest := difference(several, one)) < BAR
+        failed |= not passed
+        verdict = "ok" if passed else "FAILED"
+        print(f"jax      {hparams.name:6s} {count} devices difference={largest:.1e} {verdict}", flush=True)
+    return failed
 
 
 if __name__ == "__main__":
