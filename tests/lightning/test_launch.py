@@ -108,6 +108,33 @@ def test_the_settings_of_a_sweep_reach_every_process(one: Path, tmp_path: Path) 
         assert json.loads((run_dir / "summary.json").read_text())["num_devices"] == 2
 
 
+SCRIPT = """
+from functools import partial
+import torch
+from sequel_benchmarks import RotatedDigits
+from sequel_core import ERHParams, run
+from sequel_core.hparams import TrainingHParams
+from sequel_lightning import MLP, initialise, make_learner
+
+digits = RotatedDigits(num_tasks=2, subset=100)
+net = initialise(MLP((16,), num_classes=10, image_shape=digits.image_shape), seed=0).double()
+learner = make_learner(
+    ERHParams(mem_size=20), net, partial(torch.optim.SGD, lr=0.1), digits, TrainingHParams(dtype="float64"),
+    trainer={"accelerator": "cpu", "devices": DEVICES, "strategy": "STRATEGY"},
+)
+run(learner, digits, run_dir="RUN_DIR", progress=False)
+"""
+
+
+def test_a_script_is_started_again_for_each_process(tmp_path: Path) -> None:
+    for devices, strategy in ((1, "auto"), (2, "ddp")):
+        text = SCRIPT.replace("DEVICES", str(devices)).replace("STRATEGY", strategy)
+        script = tmp_path / f"script_{devices}.py"
+        script.write_text(text.replace("RUN_DIR", str(tmp_path / f"run_{devices}")))
+        subprocess.run([sys.executable, str(script)], check=True, timeout=300)
+    assert_close(tmp_path / "run_2", tmp_path / "run_1")
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
 def test_strategies_that_divide_the_network_are_named(strategy: str, tmp_path: Path) -> None:
     options = [f"run_dir={tmp_path / 'run'}", "trainer.devices=2", f"trainer.strategy={strategy}"]
