@@ -3,7 +3,7 @@
 # make docs   the documentation site in build/docs, which any web server can serve
 # make bench  training steps per second, compared with hand-written loops; make bench ARGS=--help lists the options
 # make slow   the tests that take minutes each
-# make tables docs/trust/tables.md and the results of README.md, from the measured values in docs/tables/
+# make tables the pages of published tables and the results of README.md, from the measured values in docs/tables/
 # make adapters  tests with streams of Avalanche and Continuum, in a separate environment
 # make launchers  sweeps with Hydra's launchers joblib, submitit and ray, in a separate environment
 # make peers  training steps per second beside Avalanche's, in a separate environment; writes docs/trust/

@@ -27,8 +27,13 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "sphinx_design",
+    "docs._ext.api",  # public names, commands and schemas
     "docs._ext.generated",  # tables from the code and from committed results
 ]
+autodoc_member_order = "bysource"
+default_role = "code"  # of single backticks in docstrings
+nitpick_ignore_regex = [("py:.*", ".*")]  # types in signatures, most of them of other packages
+suppress_warnings = ["ref.python"]  # types in signatures that both plug-ins have
 exclude_patterns = ["**/.ipynb_checkpoints"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]

@@ -1,4 +1,4 @@
-"""Writes docs/trust/tables.md and the numbers of verdicts in README.md: `make tables`."""
+"""Writes docs/trust/tables.md, a page for each table, and the numbers in README.md: `make tables`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sequel_core.runs.statistics import Equivalence, Verdict, interval
 from tests.pages import README, ROOT
 
 FOLDER = ROOT / "docs" / "tables"
-PAGE = ROOT / "docs" / "trust" / "tables.md"
+TRUST = ROOT / "docs" / "trust"
 START, END = "<!-- tables -->\n", "<!-- /tables -->"
 NOT_MEASURED = "not measured"
 MODES: tuple[Mode, ...] = ("jax", "pytorch")
@@ -26,7 +26,7 @@ NAMES = {"jax": "JAX", "pytorch": "PyTorch"}
 
 INTRODUCTION = """# Published tables
 
-Do not edit this page: `make tables` writes it from `configs/tables/*.yaml` and the measured values in
+Do not edit the pages of tables: `make tables` writes them from `configs/tables/*.yaml` and the measured values in
 `docs/tables/`, to which `sequel reproduce TABLE --record FILE` adds
 ([Command line](../reference/command-line.md#published-tables)).
 
@@ -86,11 +86,23 @@ def minutes(table: PublishedTable, measured: MeasuredTable) -> str:
     return f"{sum(spent.values()) / 60:.0f}" if spent else ""
 
 
-def section(name: str, table: PublishedTable, measured: MeasuredTable) -> Iterator[str]:
-    """Yield the lines of a table's section."""
-    yield f"\n## {name}\n\n{table.title}, <{table.source}>. Protocol: {table.protocol.strip()}\n"
+def page_of(name: str) -> str:
+    """Return the file name of a table's page, in docs/trust/."""
+    return f"table-{name}.md"
+
+
+def page(name: str, table: PublishedTable, measured: MeasuredTable) -> str:
+    """Return the text of a table's page."""
+    return "\n".join(lines_of(name, table, measured)).rstrip() + "\n"
+
+
+def lines_of(name: str, table: PublishedTable, measured: MeasuredTable) -> Iterator[str]:
+    """Yield the lines of a table's page."""
+    yield f"# Published table `{name}`\n\n{table.title}, <{table.source}>.\n"
+    yield f"Protocol: {table.protocol.strip()}\n"
     yield "".join(f"- {what}: {text}.\n" for what, text in table.details(table.rows).items())
     yield f"The spread in parentheses is the {table.spread} of the published runs."
+    yield "[Published tables](tables.md) explains the columns."
     if measured.rows:
         yield f"Every run: [JSON](../tables/{name}.json), [CSV](../tables/{name}.csv)."
     yield ""
@@ -118,8 +130,8 @@ def counts(table: PublishedTable, measured: MeasuredTable, evidence: str) -> Cou
     )
 
 
-def summary(measured: dict[str, MeasuredTable], page: str = "") -> str:
-    """Return the numbers of verdicts of all tables, with links to their sections of a page."""
+def summary(measured: dict[str, MeasuredTable], folder: str = "") -> str:
+    """Return the numbers of verdicts of all tables, with links to their pages in a folder."""
     columns = (*get_args(Verdict), NOT_EXPRESSIBLE, NOT_MEASURED)
     rows = []
     for name, values in measured.items():
@@ -129,30 +141,24 @@ def summary(measured: dict[str, MeasuredTable], page: str = "") -> str:
             (verified[column] or "", f"({recalled[column]})" * bool(recalled[column])) for column in columns
         ]
         numbers = [" ".join(filter(None, map(str, cell))) for cell in cells]
-        rows.append([f"[{name}]({page}#{name})", *numbers, minutes(table, values)])
+        rows.append([f"[{name}]({folder}{page_of(name)})", *numbers, minutes(table, values)])
     return markdown_table(["table", *columns, "minutes"], rows)
-
-
-def page() -> str:
-    """Return the text of docs/trust/tables.md."""
-    measured = measured_tables()
-    lines = [INTRODUCTION, summary(measured)]
-    for name, values in measured.items():
-        lines += section(name, read_table(name), values)
-    return "\n".join(lines).rstrip() + "\n"
 
 
 def readme() -> str:
     """Return README.md with the numbers of verdicts of the tables."""
-    written = summary(measured_tables(), "docs/trust/tables.md")
+    written = summary(measured_tables(), "docs/trust/")
     before, _, rest = README.read_text(encoding="utf-8").partition(START)
     return f"{before}{START}{written}\n{END}{rest.partition(END)[2]}"
 
 
 def files() -> dict[Path, str]:
     """Return the content of every generated file."""
-    written = {FOLDER / f"{n}.csv": as_csv(m, read_table(n)) for n, m in measured_tables().items() if m.rows}
-    return {PAGE: page(), README: readme(), **written}
+    measured = measured_tables()
+    values = {FOLDER / f"{n}.csv": as_csv(m, read_table(n)) for n, m in measured.items() if m.rows}
+    pages = {TRUST / page_of(n): page(n, read_table(n), m) for n, m in measured.items()}
+    overview = f"{INTRODUCTION}\n{summary(measured)}\n"
+    return {TRUST / "tables.md": overview, README: readme(), **pages, **values}
 
 
 if __name__ == "__main__":

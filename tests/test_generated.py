@@ -74,4 +74,4 @@ def test_measured_numbers_are_those_of_the_committed_file() -> None:
 def test_a_benchmark_names_the_tables_that_use_it() -> None:
     lines = GENERATED["published"]("benchmark=permutedmnist").splitlines()
     assert [line.partition("]")[0] for line in lines] == ["- [mcsgd", "- [si"]
-    assert "| `bwt` | [lamaml](../trust/tables.md#lamaml) (5) |" in GENERATED["published"]("metric")
+    assert "| `bwt` | [lamaml](../trust/table-lamaml.md) (5) |" in GENERATED["published"]("metric")

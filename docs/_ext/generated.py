@@ -23,16 +23,19 @@ import yaml
 
 from sequel_benchmarks import from_arrays
 from sequel_core.algorithms import ALGORITHMS
-from sequel_core.experiment.published import PublishedRow, PublishedTable, read_table, tables
+from sequel_core.experiment import published
+from sequel_core.experiment.published import PublishedRow, PublishedTable, tables
 from sequel_core.experiment.schema import settings, settings_class
 from sequel_core.runs.formatting import markdown_table
 from sequel_core.settings import as_text
 from sequel_core.stream.benchmark import StreamSpec
-from tests.measured import MODES, NAMES, mean, measured_tables, result_of, verdict
+from tests.measured import MODES, NAMES, mean, measured_tables, page_of, result_of, verdict
 from tests.pages import written_table
 
 METHODS_PAGE = Path(__file__).parents[1] / "methods" / "index.md"
 SCENARIOS = ("domain", "task", "class")
+
+read_table = cache(published.read_table)
 
 
 def escaped(text: str) -> str:
@@ -190,8 +193,8 @@ def metrics_table() -> str:
 
 
 def link_to(stem: str) -> str:
-    """Return a link to the section of a published table, from a folder of docs/."""
-    return f"[{stem}](../trust/tables.md#{stem})"
+    """Return a link to the page of a published table, from a folder of docs/."""
+    return f"[{stem}](../trust/{page_of(stem)})"
 
 
 GENERATED: dict[str, Callable[[str], str]] = {
