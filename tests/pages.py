@@ -12,6 +12,9 @@ PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 
 FENCE = re.compile(r"^```([^`\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+NOT_PROSE = re.compile(
+    r"^---\n.*?^---$|^(`{3,}|:{3,}).*?^\1$|^\|.*?$|^    .*?$|<!--.*?-->|^#+ .*?$", re.MULTILINE | re.DOTALL
+)
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
 
@@ -39,6 +42,14 @@ def commands(page: Path) -> list[str]:
     lines += [line[4:] for line in FENCE.sub("", text).splitlines() if line.startswith("    ")]
     lines = [line.partition(" #")[0].strip().removeprefix(".venv/bin/") for line in lines]
     return [line for line in lines if line.startswith("sequel ")]
+
+
+def sentences(page: Path) -> list[str]:
+    """Return the sentences of a page, without code, tables, directives and headings; a link is its text."""
+    text = NOT_PROSE.sub("\n\n", page.read_text(encoding="utf-8"))
+    text = re.sub(r"`[^`]+`", "CODE", re.sub(r"\[([^\]]*)\]\([^)\s]+\)", r"\1", text))
+    parts = re.split(r"\n\s*\n|\n *(?:[-*]|\d+\.) |(?<=[.!?])[)*]*\s+", text)
+    return [" ".join(part.split()) for part in parts if part.strip()]
 
 
 def links(page: Path) -> list[str]:

@@ -1,15 +1,28 @@
 """Checks the built documentation without a network: `python -m tests.site build/docs`.
 
-Every link within the site leads to a file and an anchor, and a page loads nothing from elsewhere.
+Every link within the site leads to a file and an anchor, a page loads nothing from elsewhere, and every public
+name has an anchor.
 """
 
 from __future__ import annotations
 
 import sys
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+PUBLIC = (
+    "sequel_core",
+    "sequel_core.report",
+    "sequel_core.testing",
+    "sequel_lightning",
+    "sequel_lightning.attach",
+    "sequel_lightning.backbones",
+    "sequel_flax",
+    "sequel_flax.backbones",
+    "sequel_benchmarks",
+)
 LOADS = {"script": "src", "img": "src", "link": "href", "iframe": "src"}
 
 
@@ -49,6 +62,17 @@ def problems(site: Path) -> list[str]:
                 messages.append(f"{name}: no file {link}")
             elif target in pages and unquote(parts.fragment) not in pages[target].anchors:
                 messages.append(f"{name}: no anchor {link}")
+    return messages + unknown_names(set().union(*(page.anchors for page in pages.values())))
+
+
+def unknown_names(anchors: set[str]) -> list[str]:
+    """Return a line for each public name that has no anchor, under its package or the one above."""
+    messages = []
+    for package in PUBLIC:
+        for name in import_module(package).__all__:
+            paths = f"{package}.{name}", f"{package.partition('.')[0]}.{name}", f"module-{package}.{name}"
+            if anchors.isdisjoint(paths):
+                messages.append(f"no anchor for {package}.{name}")
     return messages
 
 

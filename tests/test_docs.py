@@ -16,7 +16,7 @@ import sequel_lightning  # noqa: F401  lets a page import torchvision beside any
 from sequel_core import load_result
 from sequel_core.algorithms import ALGORITHMS
 from sequel_core.cli import COMMANDS, main
-from tests.pages import PAGES, README, ROOT, anchors, code_blocks, commands, links, run_block
+from tests.pages import PAGES, README, ROOT, anchors, code_blocks, commands, links, run_block, sentences
 from tests.quick import some
 
 DOCS = ROOT / "docs"
@@ -25,6 +25,8 @@ ELSEWHERE = {README, *(DOCS / "guides" / f"{name}.md" for name in ("examples", "
 
 SCRIPTS = [page for page in PAGES if page not in ELSEWHERE and code_blocks(page, "python")]
 SLOW = {
+    "docs/guides/flax.md",
+    "docs/guides/optax.md",
     "docs/guides/many-seeds.md",
     "docs/guides/own-methods.md",
     *(f"docs/methods/{name}.md" for name in ALGORITHMS.keys() - {"ewc", "er"}),
@@ -38,6 +40,13 @@ def name_of(page: Path) -> str:
 
 def test_the_readme_is_short() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_pages_and_sentences_are_short(page: Path) -> None:
+    counts = {sentence: len(sentence.split()) for sentence in sentences(page)}
+    assert sum(counts.values()) <= 1500
+    assert not [sentence for sentence, count in counts.items() if count > 35]
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)

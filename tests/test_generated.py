@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.optim import SGD
 
 from docs._ext.generated import GENERATED
+from sequel_benchmarks import RotatedDigits
+from sequel_core import NaiveHParams, run
 from sequel_core.algorithms import ALGORITHMS
 from sequel_core.hparams import AlgorithmHParams
-from tests.pages import ROOT
+from sequel_lightning import MLP, make_learner
+from tests.pages import ROOT, written_table
 
 METHODS = ROOT / "docs" / "methods"
 HEADINGS = (
@@ -75,3 +79,15 @@ def test_a_benchmark_names_the_tables_that_use_it() -> None:
     lines = GENERATED["published"]("benchmark=permutedmnist").splitlines()
     assert [line.partition("]")[0] for line in lines] == ["- [mcsgd", "- [si"]
     assert "| `bwt` | [lamaml](../trust/table-lamaml.md) (5) |" in GENERATED["published"]("metric")
+
+
+def test_the_reference_has_every_key_that_a_run_records(tmp_path: Path) -> None:
+    benchmark = RotatedDigits(num_tasks=2, subset=20, test_subset=20)
+    learner = make_learner(NaiveHParams(), MLP([4], 10, image_shape=benchmark.image_shape), SGD, benchmark)
+    run(learner, benchmark, run_dir=tmp_path, progress=False)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    kinds = {record["kind"]: set(record) for record in records}
+    kinds["summary"] = set(json.loads((tmp_path / "summary.json").read_text()))
+    for kind, keys in kinds.items():
+        rows = written_table(ROOT / "docs" / "reference" / "run-directory.md", kind)[2:]
+        assert {row[0].strip("`") for row in rows} == keys, kind
