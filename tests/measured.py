@@ -26,8 +26,8 @@ NAMES = {"jax": "JAX", "pytorch": "PyTorch"}
 
 INTRODUCTION = """# Published tables
 
-Do not edit the pages of tables. `make tables` writes them from `configs/tables/*.yaml` and the measured values
-in `docs/tables/`, to which `sequel reproduce TABLE --record FILE` adds
+Do not edit the pages of tables. `make tables` writes them from `configs/tables/*.yaml` and the measured
+values in `docs/tables/`, to which `sequel reproduce TABLE --record FILE` adds
 ([Command line](../reference/command-line.md#published-tables)).
 
 - Accuracies are in percent. Means are followed by their 95 % interval over seeds.

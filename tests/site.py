@@ -1,7 +1,7 @@
 """Checks the built documentation without a network: `python -m tests.site build/docs`.
 
-Every link within the site leads to a file and an anchor, a page loads nothing from elsewhere, and every public
-name has an anchor.
+Every link within the site leads to a file and an anchor, a page loads nothing from elsewhere, and every
+public name has an anchor.
 """
 
 from __future__ import annotations
