@@ -1,6 +1,7 @@
 # make run    virtual environment, install, then naive finetuning against EWC in both frameworks, on real images
 # make test   the same install, then ruff, mypy and pytest
 # make docs   the documentation site in build/docs, which any web server can serve
+# make axe    axe-core on every page of build/docs, in Chromium; needs npm
 # make bench  training steps per second, compared with hand-written loops; make bench ARGS=--help lists the options
 # make slow   the tests that take minutes each
 # make tables the pages of published tables and the results of README.md, from the measured values in docs/tables/
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FILES := $(VENV)/.package-files
 
-.PHONY: run test docs bench slow tables adapters launchers peers clu install clean FORCE
+.PHONY: run test docs axe bench slow tables adapters launchers peers clu install clean FORCE
 .DELETE_ON_ERROR:
 
 run: install
@@ -33,6 +34,10 @@ test: install
 docs: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
 	$(BIN)/python -m tests.site build/docs
+
+axe: install
+	npm install --prefix build/axe --no-fund --no-audit axe-core@4
+	$(BIN)/python -m tests.axe build/docs build/axe/node_modules/axe-core/axe.min.js
 
 bench: install
 	$(BIN)/python -m tests.speed $(ARGS)

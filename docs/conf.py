@@ -49,6 +49,7 @@ copybutton_line_continuation_character = "\\"
 html_theme = "sphinx_book_theme"
 html_title = f"SequeL {release}"
 html_theme_options = {"show_navbar_depth": 1, "use_download_button": False, "navbar_persistent": []}
+templates_path = ["_templates"]
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False

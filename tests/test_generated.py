@@ -86,8 +86,8 @@ def test_the_reference_has_every_key_that_a_run_records(tmp_path: Path) -> None:
     learner = make_learner(NaiveHParams(), MLP([4], 10, image_shape=benchmark.image_shape), SGD, benchmark)
     run(learner, benchmark, run_dir=tmp_path, progress=False)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    kinds = {record["kind"]: set(record) for record in records}
-    kinds["summary"] = set(json.loads((tmp_path / "summary.json").read_text()))
-    for kind, keys in kinds.items():
-        rows = written_table(ROOT / "docs" / "reference" / "run-directory.md", kind)[2:]
-        assert {row[0].strip("`") for row in rows} == keys, kind
+    recorded = {record["kind"]: set(record) for record in records}
+    recorded["summary"] = set(json.loads((tmp_path / "summary.json").read_text()))
+    for name, keys in recorded.items():
+        rows = written_table(ROOT / "docs" / "reference" / "run-directory.md", name)[2:]
+        assert {row[0].strip("`") for row in rows} == keys, name
