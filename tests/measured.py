@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
@@ -41,6 +42,7 @@ values in `docs/tables/`, to which `sequel reproduce TABLE --record FILE` adds
 """
 
 
+@cache
 def measured_tables() -> dict[str, MeasuredTable]:
     """Return the measured values of the shipped tables, without values for those that were not measured."""
     return {name: measured_before(FOLDER / f"{name}.json", name) for name in tables()}
