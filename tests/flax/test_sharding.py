@@ -209,7 +209,7 @@ def test_a_run_that_is_killed_resumes_on_any_number_of_devices(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_of_which_one_is_killed(tmp_path: Path) -> None:
-    straight, killed = (tmp_path / name for name in ("straight", "killed"))
+    straight, killed, other = (tmp_path / name for name in ("straight", "killed", "other"))
     for folder in (straight, killed):
         folder.mkdir()
     assert finished(*two_processes(straight, "derpp")) == [0, 0]
@@ -219,8 +219,11 @@ def test_a_run_of_two_processes_of_which_one_is_killed(tmp_path: Path) -> None:
     code, of_killed = finished(first, second, seconds=150)
     assert of_killed == -signal.SIGKILL
     assert code not in (0, -signal.SIGKILL)  # it ended itself
+    shutil.copytree(killed, other)
     assert finished(*two_processes(killed, "derpp")) == [0, 0]
     compare(end(killed, "derpp"), end(straight, "derpp"), 0)
+    assert finished(start(other, 1, "derpp")) == [0]
+    compare(end(other, "derpp"), end(straight, "derpp"), 1e-10)
 
 
 def learner(hparams: Any = ER, batch_size: int = 12, **options: Any) -> FlaxLearner:
