@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import clu.metrics
 import jax
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
 from sequel_core.objectives import ObjectiveHParams
-from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor, Mode, OneProcess, Progress
+from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
 from sequel_core.runs.loggers import Loggers
 from sequel_core.stream import plan
 from sequel_core.stream.arrays import FloatArray
@@ -39,7 +39,14 @@ from sequel_flax.hooks import Hook, Hooks
 from sequel_flax.objectives import build_objective
 from sequel_flax.optimizers import build_optimizer, clip_by_global_norm, get_learning_rate
 from sequel_flax.replay import Memory, stored_samples
-from sequel_flax.sharding import agreed, check_batch_size, device_mesh, of_main_process, one_copy, replicated
+from sequel_flax.sharding import (
+    JaxProcesses,
+    check_batch_size,
+    device_mesh,
+    of_main_process,
+    one_copy,
+    replicated,
+)
 from sequel_flax.steps import (
     NEVER,
     CompiledSteps,
@@ -50,8 +57,6 @@ from sequel_flax.steps import (
     train_metrics,
 )
 from sequel_flax.writers import MetricWriter, close_writer, resume_writer, write_table
-
-T = TypeVar("T")
 
 
 def initial_train_state(
@@ -229,7 +234,7 @@ def planned(algorithm: Algorithm, spec: StreamSpec, state: State, batch: Batch) 
     return batch._replace(plan=algorithm.planner(spec, state).next(batch.y, batch.t))
 
 
-class FlaxLearner(OneProcess):
+class FlaxLearner(JaxProcesses):
     """Trains an algorithm on the tasks of a stream; `sequel_core.run` calls it.
 
     Args:
@@ -323,16 +328,6 @@ class FlaxLearner(OneProcess):
         self._position: TaskPosition | None = None  # None between tasks
         self._saver = Saver()
         self.evaluator = Evaluator(algorithm, spec, self.training.eval_batch_size, self.mesh)
-
-    @property
-    def main_process(self) -> bool:
-        """Whether this process records the run; see `sequel_core.runs.learner.OneProcess`."""
-        return jax.process_index() == 0
-
-    def agree(self, value: T | None) -> T:
-        """Return the value of the main process; see `sequel_core.runs.learner.OneProcess`."""
-        agreement: T = agreed(value)
-        return agreement
 
     @property
     def step(self) -> int:

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import math
 import pickle
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sequel_core.runs.learner import OneProcess
 from sequel_core.stream.augmentation import AugmentedPlan, method_plan
 from sequel_core.stream.phase import PhaseSteps
 from sequel_core.stream.task import Batch
 
 DATA, RUNS = "data", "runs"
+T = TypeVar("T")
 
 
 def device_mesh(devices: int | Mesh, runs: int = 1) -> Mesh | None:
@@ -71,6 +73,29 @@ def device_mesh(devices: int | Mesh, runs: int = 1) -> Mesh | None:
     if devices == 1:
         return None
     return Mesh(np.array(jax.devices()[:devices]).reshape(runs, -1), (RUNS, DATA))
+
+
+class JaxProcesses(OneProcess):
+    """The processes of `jax.distributed`, which do the same run; without it, this process.
+
+    Example:
+        >>> JaxProcesses().agree("results")
+        'results'
+    """
+
+    @property
+    def main_process(self) -> bool:
+        """Whether this process records the run; see `sequel_core.runs.learner.OneProcess`."""
+        return jax.process_index() == 0
+
+    def agree(self, value: T | None) -> T:
+        """Return the value of the main process; see `sequel_core.runs.learner.OneProcess`."""
+        if jax.process_count() == 1:
+            return cast(T, value)
+        content = np.frombuffer(pickle.dumps(value), np.uint8)
+        size = int(of_main_process(np.int32(content.size)))
+        agreed: T = pickle.loads(of_main_process(np.resize(content, size)).tobytes())
+        return agreed
 
 
 def check_batch_size(mesh: Mesh | None, batch_size: int) -> None:
@@ -144,20 +169,6 @@ def of_main_process(tree: Any) -> Any:
         tree: A tree of arrays of one device, whose shapes are equal in all processes.
     """
     return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
-
-
-def agreed(value: Any) -> Any:
-    """Return the value of the main process, in all processes.
-
-    Args:
-        value: An object that pickle can copy; the other processes may pass None.
-    """
-    if jax.process_count() == 1:
-        return value
-    content = np.frombuffer(pickle.dumps(value), np.uint8)
-    size = int(of_main_process(np.int32(content.size)))
-    received = of_main_process(np.resize(content, size))
-    return pickle.loads(received.tobytes())
 
 
 def sharded(batch: Any, mesh: Mesh | None, axis: int = 0, runs: bool = False) -> Any:
