@@ -110,7 +110,8 @@ def check(
     results: list[Any] = run_together(members, benchmarks, folders, progress=False)
     for k, single in alone.items():
         expected = run(single, benchmarks[k], run_dir=folder / f"alone_{k}", progress=False)
-        np.testing.assert_allclose(results[k].matrix, expected.matrix, atol=1e-12)
+        if tolerance < 1e-6:  # otherwise a sample may change its class
+            np.testing.assert_allclose(results[k].matrix, expected.matrix, atol=1e-12)
         trees = [jax.device_get((one.ts.params, one.ts.opt_state, one.state)) for one in (members[k], single)]
         here, there = (
             {str(k): np.asarray(leaf, np.float64) for k, leaf in enumerate(jax.tree.leaves(tree))}
@@ -121,10 +122,12 @@ def check(
     return results
 
 
-def mixed(hparams: Sequence[AlgorithmHParams], benchmark: Benchmark) -> list[FlaxLearner]:
+def mixed(
+    hparams: Sequence[AlgorithmHParams], benchmark: Benchmark, dtype: str = "float64"
+) -> list[FlaxLearner]:
     """Return learners with other seeds, strengths, learning rates and momenta."""
     settings = zip(hparams, range(3), OPTIMIZERS, strict=True)
-    return [learner(h, benchmark, seed, optimizer) for h, seed, optimizer in settings]
+    return [learner(h, benchmark, seed, optimizer, dtype=dtype) for h, seed, optimizer in settings]
 
 
 def test_a_run_that_diverges_does_not_change_the_others(tmp_path: Path) -> None:
@@ -218,3 +221,16 @@ def test_every_method_ends_with_the_states_of_single_runs(
     members, alone = (mixed(hparams, benchmark) for _ in range(2))
     check(members, dict(enumerate(alone)), [benchmark] * 3, tmp_path, 1e-8 if kcl else 1e-10)
     assert difference(members[0].weights(), members[1].weights()) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hparams", MIXED, ids=lambda hparams: hparams[0].name)
+def test_every_method_takes_the_first_fifty_steps_of_single_runs_in_float32(
+    hparams: Sequence[AlgorithmHParams], tmp_path: Path
+) -> None:
+    """Later, training amplifies the rounding errors."""
+    jax.config.update("jax_enable_x64", False)
+    benchmark = RotatedDigits(num_tasks=2, subset=175)
+    members, alone = (mixed(hparams, benchmark, "float32") for _ in range(2))
+    check(members, dict(enumerate(alone)), [benchmark] * 3, tmp_path, 1e-4)
+    assert members[0].step >= 50

@@ -121,6 +121,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "hand-written loops",
     )
     add("--evaluation", action="store_true", help="measure images per second of evaluation instead")
+    add("--together", action="store_true", help="measure what 1, 4 and 10 runs at once cost in JAX instead")
     add("--startup", action="store_true", help="measure first and second starts of `sequel run` instead")
     add("--json", type=Path, metavar="FILE", help="file to write the rows to")
     options = parser.parse_args(args)
@@ -138,6 +139,22 @@ def main(args: Sequence[str] | None = None) -> None:
         starts = measure_starts(options.mode, options.rounds)
         Console().print(start_table(starts, options.rounds))
         write(options.json, starts)
+        return
+    if options.together:
+        many = import_module("tests.speed.many")
+        for algo in options.algo or ():
+            if algo not in many.TOGETHER:
+                allowed = ", ".join(many.TOGETHER)
+                parser.error(f"--algo must be one of {allowed} with --together, got {algo!r}")
+        chosen = [(algo, size) for size in options.batch_size for algo in options.algo or many.TOGETHER]
+        steps = options.steps or network.steps["jax"]
+        of_many = [
+            row
+            for algo, size in track(chosen, "measuring", transient=True)
+            for row in many.measure_together(algo, size, steps, options.rounds)
+        ]
+        Console().print(many.many_table(of_many, options.rounds))
+        write(options.json, of_many)
         return
     if options.evaluation:
         pairs = [(algo, mode) for mode in options.mode for algo in options.algo or ("naive",)]
@@ -248,14 +265,15 @@ def make_contenders(
     task = benchmark.tasks[1]
 
     def make_learner(
-        hparams: AlgorithmHParams, log_to: Path | None = None
+        hparams: AlgorithmHParams, log_to: Path | None = None, **options: Any
     ) -> tuple[Any, Callable[[], float]]:
         """Return a learner after the first task, and the function that trains it on the second."""
         loggers = [loops.LOGGERS[name](log_to, {}) for name in LOGGERS] if log_to else []
         training = TrainingHParams(batch_size=batch_size)
         optimizer = loops.build_optimizer(OptimizerHParams(lr=RATE))
         network = loops.make_network(benchmark, backbone)
-        learner = loops.make_learner(hparams, network, optimizer, benchmark, training, loggers=loggers)
+        options["loggers"] = loggers
+        learner = loops.make_learner(hparams, network, optimizer, benchmark, training, **options)
         monitor = SILENT
         if loggers:
             learner.start_stream(learner.describe())
@@ -280,6 +298,10 @@ def make_contenders(
     stored = samples if task.coreset is None else task.coreset.take(np.arange(len(task.coreset)))
     learner, fit = make_learner(hparams)
     contenders = {"sequel": fit, **loops.contenders(learner, benchmark, samples, stored, backbone == "mlp")}
+    if mode == "pytorch":
+        callbacks = import_module("pytorch_lightning.callbacks")
+        observer = callbacks.LambdaCallback(on_train_batch_end=lambda *_: None)  # sees single steps
+        contenders["sequel, step by step"] = make_learner(hparams, callbacks=[observer])[1]
     if mode == "pytorch" and hparams.name != "naive":
         contenders["sequel, naive"] = make_learner(NaiveHParams())[1]
     return contenders

@@ -36,6 +36,7 @@ from tests.speed.bench import (
     stream,
     table,
 )
+from tests.speed.many import five_tasks
 
 MODES: list[Mode] = ["pytorch", "jax"]
 MODULES = {"pytorch": loops_lightning, "jax": loops_flax}
@@ -53,7 +54,7 @@ def test_every_algorithm_has_rows(algo: str, mode: str, tmp_path: Path) -> None:
     line = ["--algo", algo, "--mode", mode, "--batch-size", "10", "--steps", "3", "--rounds", "1"]
     main([*line, "--json", str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert len(rows) == (2 if mode == "jax" or algo == "naive" else 3)
+    assert len(rows) == (2 if mode == "jax" else 3 if algo == "naive" else 4)
     assert all(row["algo"] == algo and row["steps_per_second"] > 0 and row["ratio"] > 0 for row in rows)
 
 
@@ -65,6 +66,24 @@ def test_evaluation_has_rows(mode: str, tmp_path: Path, monkeypatch: pytest.Monk
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert (row["algo"], row["mode"]) == ("naive", mode)
     assert min(row["steps_per_second"], row["ratio"]) > 0
+
+
+@pytest.mark.slow
+def test_runs_at_once_have_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["--together", "--algo", "ewc", "--batch-size", "10", "--steps", "20", "--rounds", "1"]
+    main([*line, "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["algo"], row["members"]) for row in rows] == [("ewc", 1), ("ewc", 4), ("ewc", 10)]
+    assert all(row["seconds"] > 0 for row in rows)
+    assert rows[0]["ratio"] == 1
+    assert "Seconds of runs at once in JAX" in capsys.readouterr().out
+
+
+def test_five_tasks_have_the_batches_that_are_asked_for() -> None:
+    benchmark = five_tasks("er", 10, 3)
+    assert [(task.index, len(task.train), len(task.test)) for task in benchmark.tasks] == [
+        (i, 30, 5) for i in range(5)
+    ]
 
 
 @pytest.mark.slow
@@ -101,7 +120,8 @@ def test_convolutional_networks_have_rows(
     line = ["--backbone", backbone, "--algo", algo, "--batch-size", "4", "--steps", "2", "--rounds", "1"]
     main([*line, "--json", str(tmp_path / "rows.json")])
     rows = json.loads((tmp_path / "rows.json").read_text())
-    torch_rows = ["bare LightningModule", "PyTorch loop", *(["sequel, naive"] if algo != "naive" else [])]
+    torch_rows = ["bare LightningModule", "PyTorch loop", "sequel, step by step"]
+    torch_rows += ["sequel, naive"] if algo != "naive" else []
     assert [row["reference"] for row in rows] == [*torch_rows, "JAX step, dispatched"]
     assert all(row["steps_per_second"] > 0 and row["ratio"] > 0 for row in rows)
     out = " ".join(capsys.readouterr().out.split())
@@ -142,6 +162,10 @@ def test_the_table_of_an_mlp_has_no_caption() -> None:
         (["--backbone", "cnn", "--algo", "lfl"], r"--algo must be one of naive, .*, er with --backbone cnn"),
         (["--backbone", "resnet"], r"--backbone: invalid choice: 'resnet' \(choose from '?mlp'?, '?cnn"),
         (["--algo", "ewd"], r"--algo: invalid choice: 'ewd' \(choose from "),
+        (
+            ["--together", "--algo", "kcl"],
+            r"--algo must be one of naive, .*, mcsgd with --together, got 'kcl'",
+        ),
         (["--mode", "torch"], r"--mode: invalid choice: 'torch' \(choose from '?pytorch'?, '?jax"),
         (["--rounds", "0"], r"--rounds: invalid positive value: '0'"),
         (["--steps", "0"], r"--steps: invalid positive value: '0'"),
