@@ -1,7 +1,7 @@
 """`make bench ARGS=--together`: what many runs at once cost, compared with one run.
 
-The runs are whole ones in JAX, with plans, evaluation, records and compilation. There are five tasks of random
-images. Test sets have a sixth of the size of the training sets, as in MNIST.
+The runs are whole ones in JAX, with plans, evaluation, records and compilation. There are five tasks of
+random images. Test sets have a sixth of the size of the training sets, as in MNIST.
 """
 
 from __future__ import annotations
