@@ -14,11 +14,13 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import numpy as np
 from rich.table import Table
 
 from sequel_core.hparams import OptimizerHParams, TrainingHParams
 from sequel_core.runs.learner import plugin
 from sequel_core.stream.benchmark import Benchmark
+from sequel_core.stream.task import Split
 from tests.speed.bench import RATE, WIDTHS, settings, stream
 
 TOGETHER = ("naive", "ewc", "er", "derpp", "lamaml", "mcsgd")
@@ -54,11 +56,12 @@ def five_tasks(algo: str, batch_size: int, steps: int) -> Benchmark:
     """Return a stream of five tasks with `steps` batches each."""
     benchmark = stream(settings(algo, batch_size), batch_size * steps)
     first = benchmark.tasks[0]
-    test = first.train.head(max(len(first.train) // 6, 1))
-    tasks = [
-        replace(first, index=i, train=replace(first.train, task=i), test=replace(test, task=i))
-        for i in range(NUM_TASKS)
-    ]
+    samples = first.train.take(np.arange(len(first.train)))
+    tasks = []
+    for i in range(NUM_TASKS):
+        train = Split(samples.x, samples.y, i)
+        test = train.head(max(len(train) // 6, 1))
+        tasks.append(replace(first, index=i, train=train, test=test))
     return replace(benchmark, tasks=tuple(tasks))
 
 
