@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import tomllib
@@ -16,6 +17,7 @@ import sequel_lightning  # noqa: F401  lets a page import torchvision beside any
 from sequel_core import load_result
 from sequel_core.algorithms import ALGORITHMS
 from sequel_core.cli import COMMANDS, main
+from sequel_core.experiment.published import read_table
 from tests.pages import PAGES, README, ROOT, anchors, code_blocks, commands, links, run_block, sentences
 from tests.quick import some
 
@@ -86,6 +88,30 @@ def test_the_commands_of_a_page_are_accepted(
             given = [text for text in arguments if text not in ("--check", "--together")]
             code = main(["run", *multirun, "--cfg", *given])
             assert code == 0, f"{line}: {capsys.readouterr().err}"
+
+
+WITH_YAML = [page for page in PAGES if page.stem != "user-code" and code_blocks(page, "yaml")]
+
+
+@pytest.mark.parametrize("page", WITH_YAML, ids=name_of)
+def test_yaml_files_of_a_page_are_accepted(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for code in code_blocks(page, "yaml"):
+        Path("example.yaml").write_text(code)
+        if "rows" in yaml.safe_load(code):
+            assert read_table("example.yaml").rows
+        else:
+            assert main(["run", "example.yaml", "--cfg"]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_make_has_the_targets_and_pytest_the_folders_of_a_page(page: Path) -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r"^(?: {4})?make (\w+)", text, re.MULTILINE)) <= set(targets)
+    assert all((ROOT / path).is_dir() for path in re.findall(r"^pytest ([\w/]+)", text, re.MULTILINE))
 
 
 def test_the_error_that_the_configuration_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
