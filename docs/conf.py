@@ -59,7 +59,10 @@ html_math_renderer = "mathml"
 def visit_math(translator: Any, node: nodes.Node) -> None:
     """Write an equation as MathML, which browsers show without a script or a font from elsewhere."""
     display = "block" if isinstance(node, nodes.math_block) else "inline"
-    translator.body.append(convert(node.astext(), display=display))
+    mathml = convert(node.astext(), display=display)
+    if display == "block":  # the arrow keys scroll what has the focus
+        mathml = mathml.replace("<math", '<math tabindex="0"', 1)
+    translator.body.append(mathml)
     raise nodes.SkipNode
 
 
