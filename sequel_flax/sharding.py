@@ -115,9 +115,10 @@ def check_batch_size(mesh: Mesh | None, batch_size: int) -> None:
     if batch_size % count:
         below = batch_size // count * count
         sizes = f"{below} or {below + count}" if below else f"{count}"
+        divisor = math.gcd(batch_size, count)
         raise ValueError(
             f"batch_size must be a multiple of {count}, the number of devices that share a batch, got "
-            f"{batch_size}; use {sizes}, or {math.gcd(batch_size, count)} devices"
+            f"{batch_size}; use {sizes}, or {divisor} device{'s' if divisor > 1 else ''}"
         )
 
 

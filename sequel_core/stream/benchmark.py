@@ -114,6 +114,8 @@ class Benchmark:
         >>> split = Split(np.zeros((6, 8, 8, 1), np.uint8), np.arange(6) % 2)
         >>> task = Task(0, "zeros", (0, 1), train=split, test=split, validation=split.head(0))
         >>> benchmark = Benchmark("example", (task,), num_classes=2, scenario="domain")
+        >>> benchmark
+        <Benchmark 'example', 1 task>
         >>> len(benchmark), benchmark.spec.image_shape
         (1, (8, 8, 1))
     """
@@ -185,6 +187,10 @@ class Benchmark:
                 f"normalisation has {len(self.normalisation.mean)} channels, the images {channels}; "
                 f"give 1 or {channels}"
             )
+
+    def __repr__(self) -> str:
+        tasks = "1 task" if len(self) == 1 else f"{len(self)} tasks"
+        return f"<{type(self).__name__} {self.name!r}, {tasks}>"
 
     def __len__(self) -> int:
         return len(self.tasks)

@@ -218,6 +218,11 @@ def test_benchmark_mask_and_spec() -> None:
     assert not replace(benchmark, scenario="class").spec.masks_logits
 
 
+def test_a_benchmark_is_shown_in_one_line() -> None:
+    one, two = (Benchmark("digits", tuple(map(task_of, range(n))), 2, "domain") for n in (1, 2))
+    assert [repr(one), repr(two)] == ["<Benchmark 'digits', 1 task>", "<Benchmark 'digits', 2 tasks>"]
+
+
 def test_the_shape_of_inputs_that_are_not_images() -> None:
     def stream(x: Any) -> Benchmark:
         split = Split(x, np.zeros(4))

@@ -322,7 +322,7 @@ def test_what_needs_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("batch_size", "remedy"),
-    [(10, "use 8 or 12, or 2 devices"), (9, "use 8 or 12, or 1 devices"), (3, "use 4, or 1 devices")],
+    [(10, "use 8 or 12, or 2 devices"), (9, "use 8 or 12, or 1 device"), (3, "use 4, or 1 device")],
     ids=["even", "odd", "below"],
 )
 def test_a_batch_size_that_four_devices_do_not_divide(batch_size: int, remedy: str) -> None:
