@@ -27,16 +27,17 @@ NAMES = {"jax": "JAX", "pytorch": "PyTorch"}
 
 INTRODUCTION = """# Published tables
 
-Do not edit the pages of tables. `make tables` writes them from `configs/tables/*.yaml` and the measured
-values in `docs/tables/`, to which `sequel reproduce TABLE --record FILE` adds
-([Command line](../reference/command-line.md#published-tables)).
+% Written by `make tables`, as the pages of the tables are; do not edit them.
+
+`sequel reproduce TABLE` measures the rows of a table, and `--commands` prints the settings of each
+([Reproduce a published table](../guides/published-tables.md)).
 
 - Accuracies are in percent. Means are followed by their 95 % interval over seeds.
 - Verdicts compare the mean in JAX with the published mean, by two one-sided tests at level 5 %. The margin is
   1.5 points, or the published standard deviation if that is larger. A row measured only in PyTorch has the
   verdict of PyTorch.
-- Rows in italics do not count: their published value was recalled and not read in the paper. Their numbers
-  are in parentheses.
+- Rows in italics do not count. Their published value was written down from memory, and nobody has read it in
+  the paper yet. Their numbers are in parentheses.
 - Minutes are the sum over all runs of a table, each on one thread. The machine has two cores and had other
   work at the same time, so a quiet machine needs less.
 """

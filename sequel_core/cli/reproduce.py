@@ -86,6 +86,8 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder (default: {RESULTS})")
     recorded = "of a table: JSON file to which the values per seed are added; a CSV file is written beside it"
     parser.add_argument("--record", type=Path, metavar="FILE", help=recorded)
+    commands = "of a table: print the command `sequel run` of each row for seed 0, and stop"
+    parser.add_argument("--commands", action="store_true", help=commands)
     parser.add_argument("--data-dir", help="folder (default: SEQUEL_DATA_DIR, or the user's cache directory)")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_args(args)
@@ -98,12 +100,17 @@ def main(args: Sequence[str]) -> int:
             )
     mode = alias("mode", options.mode or ("jax" if is_table else "both"))
     check_name("--mode", mode, [*PLUGINS, "both"])
+    if options.commands and not is_table:
+        raise ValueError(f"--commands is for tables, got the experiment {options.name}; see sequel list")
     place = [] if options.data_dir is None else [f"benchmark.data_dir={quoted(options.data_dir)}"]
     modes = list(PLUGINS) if mode == "both" else [cast(Mode, mode)]
     if is_table:
-        command = import_module("sequel_core.cli.tables").reproduce_table
+        table_rows = import_module("sequel_core.cli.tables")
         rows = [text.strip() for text in options.rows.split(",") if text.strip()]
-        exit_code: int = command(
+        if options.commands:
+            table_rows.print_commands(options.name, rows, modes[::-1], place)
+            return 0
+        exit_code: int = table_rows.reproduce_table(
             options.name,
             rows,
             modes[::-1],

@@ -6,6 +6,7 @@ import argparse
 import logging
 import math
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -146,7 +147,12 @@ def _single(arguments: Sequence[str], console: Console, show: bool, test: bool, 
             return math.nan
 
     with _reserved(asked.run_dir, resume) as run_dir:
+        if resume and RunDirectory(run_dir).finished():
+            console.print(f"the run in {run_dir} has finished", markup=False, highlight=False, soft_wrap=True)
         _launch(attempt, [*asked.overrides, *asked.hydra, f"hydra.run.dir={quoted(str(run_dir))}"])
+    if failures and isinstance(failures[0], InterruptedRunError):
+        argument = shlex.quote(f"resume={run_dir}")
+        raise InterruptedRunError(failures[0].number, f"to go on: sequel run {argument}")
     if failures:
         raise failures[0]
     return 0
@@ -191,7 +197,10 @@ def resumed(arguments: Sequence[str]) -> tuple[list[str], Resume]:
         if "=" not in text or text.lstrip("+").startswith(("run_dir=", "file=", "experiment=")):
             raise ValueError(f"resume={directory} uses the settings and directory of its run; remove {text}")
     if not (directory / CONFIG).is_file():
-        raise ValueError(f"resume must be a run directory or auto, got {directory}, which has no {CONFIG}")
+        raise ValueError(
+            f"resume must be a run directory or auto, got {directory}, which has no {CONFIG}; if its run was "
+            "ended before training began, start it again with its settings"
+        )
     return [str(directory / CONFIG), *left, f"run_dir={directory}"], True
 
 

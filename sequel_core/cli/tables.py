@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -149,6 +150,30 @@ def reproduce_table(
         for key, rows in measured.items()
     )
     return 1 if failed or red else 0
+
+
+def print_commands(
+    name: str, patterns: Sequence[str], modes: Sequence[Mode], overrides: Sequence[str]
+) -> None:
+    """Print the command that runs each row with seed 0, below what is known to differ.
+
+    Args:
+        name: a shipped table, or the path of a YAML file.
+        patterns: names of rows, with `*` and `?`; empty for all.
+        modes: the frameworks.
+        overrides: Hydra overrides of all rows.
+
+    Raises:
+        ValueError: the table or a row does not exist.
+    """
+    table = read_table(name)
+    for key, row in _chosen(table, patterns).items():
+        print(f"# {key}: {row.location}")
+        for note in row.notes(None):
+            print(f"# {note}")
+        if not row.not_expressible:
+            for mode in modes:
+                print("sequel run", shlex.join(_settings(table, row, mode, 0, overrides)))
 
 
 def _chosen(table: PublishedTable, patterns: Sequence[str]) -> dict[str, PublishedRow]:

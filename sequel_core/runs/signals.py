@@ -18,10 +18,12 @@ class InterruptedRunError(Exception):
 
     Args:
         number: of the signal.
+        remedy: how to go on, if that is known.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"ended by {signal.Signals(number).name}")
+    def __init__(self, number: int, remedy: str = "") -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"ended by {name}; {remedy}" if remedy else f"ended by {name}")
         self.number = number
 
     @property

@@ -295,3 +295,24 @@ def test_every_row_of_the_shipped_tables_composes_in_both_modes() -> None:
         for row in table.rows.values():
             for mode in ("jax", "pytorch"):
                 assert compose([*table.settings, *row.settings, f"mode={mode}"]).notes == []
+
+
+def test_the_commands_of_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: dict[str, dict[str, Any]] = {
+        "a": {"settings": ["algo=er", "backbone.widths=[8,8]"], "value": 5, "differs": "the angles"},
+        "never": {"value": None, "not_expressible": "it needs a time machine"},
+    }
+    path = table_of(tmp_path / "mine.yaml", rows, settings=["benchmark=rotateddigits"])
+    assert main(["reproduce", path, "--mode", "both", "--commands"]) == 0
+    settings = "benchmark=rotateddigits algo=er 'backbone.widths=[8,8]'"
+    assert capsys.readouterr().out.splitlines() == [
+        "# a: table 1",
+        "# differs: the angles",
+        f"sequel run {settings} mode=jax seed=0 benchmark.seed=0",
+        f"sequel run {settings} mode=pytorch seed=0 benchmark.seed=0",
+        "# never: table 1",
+        "# cannot be expressed: it needs a time machine",
+    ]
+    assert not (tmp_path / "reproduced").exists()
+    assert main(["reproduce", "ewc", "--commands"]) == 2
+    assert "--commands is for tables, got the experiment ewc" in capsys.readouterr().err

@@ -50,7 +50,8 @@ def test_resume_uses_the_settings_of_the_run_and_trains_the_remaining_tasks(
     stop = Stop(monkeypatch, task=1)
     line = ["run", "algo=er", "algo.mem_size=77", *SMALL, "run_dir=runs/a b"]
     assert main(line) == 128 + signal.SIGTERM
-    assert capsys.readouterr().err == "sequel: ended by SIGTERM\n"
+    ended = f"ended by SIGTERM; to go on: sequel run 'resume={Path('runs/a b').resolve()}'"
+    assert capsys.readouterr().err == f"sequel: {ended}\n"
     assert load_result("runs/a b").summary["status"] == "interrupted"
     assert main(["run", "resume=runs/a b"]) == 0
     assert stop.trained == [0, 1, 1, 2]
