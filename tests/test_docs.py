@@ -27,6 +27,7 @@ ELSEWHERE = {README, *(DOCS / "guides" / f"{name}.md" for name in ("examples", "
 
 SCRIPTS = [page for page in PAGES if page not in ELSEWHERE and code_blocks(page, "python")]
 SLOW = {
+    "docs/guides/comparisons.md",
     "docs/guides/flax.md",
     "docs/guides/optax.md",
     "docs/guides/many-seeds.md",

@@ -36,10 +36,16 @@ MODES = {"pytorch": "PyTorch", "jax": "JAX"}
 
 
 class Estimate(NamedTuple):
-    """A mean over runs with its 95 % confidence interval."""
+    """A mean over runs with its 95 % confidence interval.
 
-    mean: float  # nan without values
-    half: float  # half-width of the interval; nan with fewer than two values
+    Args:
+        mean: nan without values.
+        half: half-width of the interval; nan with fewer than two values.
+        values: one number per run.
+    """
+
+    mean: float
+    half: float
     values: tuple[float, ...]
 
     def text(self, scale: float = 1.0, digits: int | None = 2) -> str:

@@ -60,25 +60,43 @@ class Run(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Runs that differ only in their seeds."""
+    """Runs that differ only in their seeds.
+
+    Args:
+        label: of the configuration.
+        mode: `pytorch` or `jax`.
+        seeds: of the runs that finished.
+        failed: seeds of the runs that failed.
+        task_given: whether predictions used the task of each sample, see `Result.task_given`.
+        measures: means over seeds with 95 % intervals, by name, such as `average_accuracy` and `forgetting`.
+    """
 
     label: str
     mode: Mode
-    seeds: tuple[int, ...]  # of the runs that finished
-    failed: tuple[int, ...]  # seeds of the runs that failed
-    task_given: bool  # whether predictions used the task of each sample, see `Result.task_given`
-    measures: Mapping[str, Estimate]  # by the names in `measure`: means over seeds with 95 % intervals
+    seeds: tuple[int, ...]
+    failed: tuple[int, ...]
+    task_given: bool
+    measures: Mapping[str, Estimate]
 
 
 class Difference(NamedTuple):
-    """Largest absolute differences between the runs of the two frameworks with equal label and seed."""
+    """Largest absolute differences between the runs of the two frameworks with equal label and seed.
+
+    Args:
+        label: of the two runs.
+        seed: of the two runs.
+        score: of the matrices of scores; nan if no entry is in both.
+        score_at: (i, j), on task j after training on task i; () if the difference is 0 or nan.
+        weight: of the final weights; nan if the arrays differ in name or shape.
+        weight_at: such as `dense_0/kernel[3, 17]`; empty if the difference is 0 or nan.
+    """
 
     label: str
     seed: int
-    score: float  # of the matrices of scores; nan if no entry is in both
-    score_at: tuple[int, ...]  # (i, j): on task j after training on task i; () if the difference is 0 or nan
-    weight: float  # of the final weights; nan if the arrays differ in name or shape
-    weight_at: str  # such as "dense_0/kernel[3, 17]"; empty if the difference is 0 or nan
+    score: float
+    score_at: tuple[int, ...]
+    weight: float
+    weight_at: str
 
 
 @dataclass(frozen=True, eq=False)

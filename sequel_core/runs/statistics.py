@@ -86,21 +86,36 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0) -> Interval:
 class PairedTest(NamedTuple):
     """The comparison of two configurations over their common seeds.
 
-    Differences are those of the scores with equal seeds, first minus second.
+    Differences are those of the scores with equal seeds, first minus second, in the unit of the scores:
+    fractions for accuracies.
+
+    Args:
+        first: label of a configuration.
+        second: label of the other one.
+        num_pairs: number of common seeds.
+        difference: mean of the differences.
+        interval: 95 % confidence interval of the mean (Student).
+        bootstrap: 95 % confidence interval of the mean (BCa bootstrap).
+        effect_size: mean / standard deviation of the differences (Cohen's d_z); +-inf if they are equal.
+        student: p of the paired t test.
+        wilcoxon: p of the signed-rank test.
+        permutation: p of the test that flips the signs of the differences.
+        corrected: p of the permutation test, corrected for all comparisons made (Holm).
+        pairs_needed: least number of pairs with which the corrected p can be <= 0.05.
     """
 
     first: str
     second: str
     num_pairs: int
-    difference: float  # mean
-    interval: Interval  # 95 %, Student
-    bootstrap: Interval  # 95 %, BCa
-    effect_size: float  # mean / standard deviation of the differences (Cohen's d_z); +-inf if they are equal
-    student: float  # p of the paired t test
-    wilcoxon: float  # p of the signed-rank test
-    permutation: float  # p of the test that flips the signs of the differences
-    corrected: float  # p of the permutation test, corrected for all comparisons made (Holm)
-    pairs_needed: int  # least number of pairs with which the corrected p can be <= 0.05
+    difference: float
+    interval: Interval
+    bootstrap: Interval
+    effect_size: float
+    student: float
+    wilcoxon: float
+    permutation: float
+    corrected: float
+    pairs_needed: int
 
     @property
     def significant(self) -> bool:
