@@ -25,7 +25,10 @@ from sequel_lightning.trees import StateTree
 def coreset_of(memory: Memory, k: Any, size: int) -> tuple[Tensor, Tensor]:
     """Return images `[N, ...]` and labels `[N]` of the coreset of task k."""
     rows = slice(k * size, (k + 1) * size)
-    return memory.x[rows], memory.y[rows]
+    x = memory.x[rows]
+    if x.ndim == 4 and x.shape[1] == 1:
+        x = x[:, 0, :, :, None].movedim(-1, 1)  # with the strides of other images, colours last
+    return x, memory.y[rows]
 
 
 def with_coreset(memory: Memory, k: int, x: Any, y: Any) -> Memory:

@@ -123,7 +123,8 @@ class Ranks:
             return
         code = 0
         for array in chain(leaves(batch.x), leaves(batch.y), [batch.t]):
-            code = zlib.crc32(array.detach().cpu().reshape(-1).view(torch.uint8).numpy(), code)
+            flat = array.detach().cpu().contiguous().view(-1)
+            code = zlib.crc32(flat.view(torch.uint8).numpy(), code)
         highest = torch.tensor([code, -code], device=batch.t.device)
         with lost_process_named():
             distributed.all_reduce(highest, distributed.ReduceOp.MAX)

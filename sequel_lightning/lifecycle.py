@@ -410,10 +410,15 @@ def check_resumed_file(module: Algorithm, checkpoint: Mapping[str, Any]) -> None
     index, phase = (int(checkpoint["state_dict"][name]) for name in ("task_index", "phase"))
     coming = module.lifecycle.next_task()
     if phase == CONSOLIDATED and checkpoint["global_step"] and (coming is None or coming.index != index):
-        raise ValueError(
-            f"ckpt_path is a checkpoint from after the end of task {index}, so nothing is left to resume; to "
-            "begin the next task, read it with load_from_checkpoint and call fit without ckpt_path"
-        )
+        raise finished_task(index, "read it with load_from_checkpoint")
+
+
+def finished_task(index: int, read: str) -> ValueError:
+    """Return the error for a fit with a checkpoint of a finished task; `read` says how to read it."""
+    return ValueError(
+        f"ckpt_path is a checkpoint from after the end of task {index}, so nothing is left to resume; to "
+        f"begin the next task, {read} and call fit without ckpt_path"
+    )
 
 
 def check_spoiling(callbacks: Iterable[Any]) -> None:

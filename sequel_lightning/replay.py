@@ -82,7 +82,11 @@ def empty_memory(
 
     def stored(leaf: LeafSpec) -> Tensor:
         zeros = torch.zeros((slots, *leaf.shape), dtype=memory_dtype(getattr(torch, leaf.dtype), hparams))
-        return zeros.movedim(-1, 1) if spec.images else zeros  # images are stored colours last
+        if not spec.images:
+            return zeros
+        if leaf.shape[-1] == 1:  # with the strides of a contiguous tensor, which processes can exchange
+            return zeros.view(slots, 1, *leaf.shape[:-1])
+        return zeros.movedim(-1, 1)  # images are stored colours last
 
     def kept(output: Tensor) -> Tensor:
         dtype = memory_dtype(output.dtype, hparams)
@@ -112,15 +116,15 @@ def read(memory: Memory, slots: Slots) -> ReplayBatch:
 
 
 def _select_rows(a: Tensor, index: Tensor) -> Tensor:
-    """Return `a[index]`, with the same strides, in half of the time."""
+    """Return `a[index]`, images with the strides of a view of `[N, H, W, C]`, in half of the time."""
     if _channels_last(a):
         return a.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return a.index_select(0, index)
 
 
 def _channels_last(a: Tensor) -> bool:
-    """Return whether a tensor `[N, C, H, W]` is a view of images `[N, H, W, C]`."""
-    return a.ndim == 4 and a.stride(1) == 1
+    """Return whether a tensor `[N, C, H, W]` is a view of images `[N, H, W, C]`, or can be."""
+    return a.ndim == 4 and 1 in (a.stride(1), a.shape[1])
 
 
 def write(memory: Memory, slots: Slots, batch: Batch, outputs: Any) -> Memory:

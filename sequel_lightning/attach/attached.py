@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sequel_lightning.attach.loaders import task_loader
 from sequel_lightning.attach.steps import metric_copies, without_logging
-from sequel_lightning.lifecycle import set_generators
+from sequel_lightning.lifecycle import check_unspent, finished_task, set_generators
 from sequel_lightning.module import ContinualModule
 from sequel_lightning.networks import evaluating
 
@@ -29,8 +29,8 @@ class Attached(Callback):
 
     Raises:
         ValueError: in `fit`, if the module optimizes manually or is a ContinualModule; if the Trainer has
-            several processes; or if the previous fit ended with an error, so that its task was never
-            consolidated.
+            several processes or no epochs left; if the previous fit ended with an error, so that its task
+            was never consolidated; or if `ckpt_path` is a checkpoint of a finished task.
 
     Example:
         >>> from sequel_lightning import attach
@@ -66,10 +66,16 @@ class Attached(Callback):
             raise ValueError(
                 f"attach.{name} needs one process, got {trainer.world_size}; set devices=1, num_nodes=1"
             )
+        check_unspent(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a task, or continue with the task of a checkpoint."""
         resumes, self._resumes = self._resumes, False
+        if resumes and not self._open and trainer.ckpt_path is not None:
+            raise finished_task(
+                self.tasks - 1,
+                'call load_state_dict of the module and the callback with its "state_dict" and "callbacks"',
+            )
         if self._open and not resumes:
             raise ValueError(
                 f"task {self.tasks} was never consolidated, because its fit ended with an error; call "

@@ -69,7 +69,8 @@ def check_loader(loader: Any, keep: Replay, labels: Any) -> None:
     if not isinstance(loader, DataLoader):
         raise ValueError(
             f"with_replay needs a DataLoader or a LightningDataModule with one, got a "
-            f"{type(loader).__name__}; the memory holds indices into the loader's dataset"
+            f"{type(loader).__name__}; the memory holds indices into the loader's dataset. Give a DataLoader "
+            "of a dataset with the samples; those of a task are task.train.take(np.arange(len(task.train)))"
         )
     dataset: Any = loader.dataset
     name = type(dataset).__name__

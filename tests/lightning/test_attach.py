@@ -337,6 +337,35 @@ def test_an_unfinished_task_has_to_be_consolidated() -> None:
     assert keep.tasks == 2
 
 
+def test_a_checkpoint_of_a_finished_task_begins_the_next_one_by_hand(tmp_path: Path) -> None:
+    """As in the process that wrote it; `ckpt_path` would train nothing."""
+    torch.manual_seed(3)
+    module, keep, path = (
+        Classifier(adam, dropout=0.2),
+        attach.ER(mem_size=20, mem_batch_size=5),
+        tmp_path / "end",
+    )
+    first = fit(module, 0, [keep], steps=3)
+    first.save_checkpoint(path)
+    with pytest.raises(ValueError, match="this Trainer is spent: max_epochs=1"):
+        first.fit(module, with_loader(loader(1, steps=3), [keep]))
+    fit(module, 1, [keep], steps=3)
+
+    torch.manual_seed(4)
+    resumed, kept = Classifier(adam, dropout=0.2), attach.ER(mem_size=20, mem_batch_size=5)
+    data = with_loader(loader(1, steps=3), [kept], past=[loader(0, steps=3)])
+    with pytest.raises(
+        ValueError, match="from after the end of task 0, so nothing is left to resume; to begin"
+    ):
+        trainer([kept]).fit(resumed, data, ckpt_path=str(path), weights_only=True)
+    checkpoint = torch.load(path, weights_only=True)
+    resumed.load_state_dict(checkpoint["state_dict"])
+    kept.load_state_dict(checkpoint["callbacks"][kept.state_key])
+    trainer([kept]).fit(resumed, data)
+    assert kept.rows == keep.rows
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in resumed.state_dict().items())
+
+
 class Bags(pl.LightningModule):
     """Texts as flat indices with offsets, or as padded rows."""
 

@@ -21,7 +21,7 @@ from sequel_core.stream.benchmark import Benchmark
 from sequel_core.testing.parity import OPTIMIZERS, SILENT
 from sequel_core.testing.resume import tensors
 from sequel_lightning import MLP, Naive, build_optimizer, make_learner, replay
-from tests.lightning.parts import BATCH, CLASSES, SIDE, arrays, float_spec, learn, module, trainer
+from tests.lightning.parts import BATCH, CLASSES, SIDE, arrays, data, float_spec, learn, module, trainer
 from tests.lightning.parts import stream as tiny
 from tests.lightning.processes import Group
 from tests.parity.cases import CASES, bar, name_of
@@ -111,11 +111,11 @@ def test_two_processes_end_as_one(groups: Any, name: str) -> None:
 
 
 def fitted(devices: int, **options: Any) -> dict[str, np.ndarray]:
-    """Fit a task with a Trainer and a DataLoader, as users do; its last batch has an odd number of rows."""
+    """Fit a task with a Trainer and a loader of `(x, y)`, as users do; the last batch has an odd size."""
     benchmark = tiny()
     model = module(benchmark).double()
     several: dict[str, Any] = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
-    loader = DataLoader(TensorDataset(*arrays(benchmark, 0)), BATCH - 1)
+    loader = DataLoader(TensorDataset(*arrays(benchmark, 0)[:2]), BATCH - 1)
     trainer(precision="64-true", **several, **options).fit(model, loader)
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
@@ -126,6 +126,23 @@ def test_a_trainer_and_loaders_of_the_user(groups: Any) -> None:
         assert actual.keys() == expected.keys()
         for name, array in expected.items():
             np.testing.assert_allclose(actual[name], array, rtol=0, atol=1e-10, err_msg=name)
+
+
+def scored() -> float:
+    """Fit ER on images of one colour, and test it with another Trainer of two devices."""
+    benchmark = tiny()
+    model = module(benchmark, ERHParams(mem_size=9, mem_batch_size=6))
+    options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+    learn(model, benchmark, 0, **options)
+    return trainer(**options).test(model, data(benchmark, 0), verbose=False)[0]["test/accuracy"]
+
+
+def test_a_replay_method_is_tested_on_two_devices(groups: Any) -> None:
+    benchmark = tiny()
+    model = module(benchmark, ERHParams(mem_size=9, mem_batch_size=6))
+    learn(model, benchmark, 0)
+    (scores,) = trainer().test(model, data(benchmark, 0), verbose=False)
+    assert groups(2).do(scored) == [scores["test/accuracy"]] * 2
 
 
 def test_a_distributed_sampler_raises(groups: Any) -> None:
