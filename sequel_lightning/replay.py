@@ -82,11 +82,7 @@ def empty_memory(
 
     def stored(leaf: LeafSpec) -> Tensor:
         zeros = torch.zeros((slots, *leaf.shape), dtype=memory_dtype(getattr(torch, leaf.dtype), hparams))
-        if not spec.images:
-            return zeros
-        if leaf.shape[-1] == 1:  # with the strides of a contiguous tensor, which processes can exchange
-            return zeros.view(slots, 1, *leaf.shape[:-1])
-        return zeros.movedim(-1, 1)  # images are stored colours last
+        return _colours_first(zeros) if spec.images else zeros  # images are stored colours last
 
     def kept(output: Tensor) -> Tensor:
         dtype = memory_dtype(output.dtype, hparams)
@@ -98,6 +94,11 @@ def empty_memory(
         t=torch.full((slots,), -1, dtype=torch.int32),
         outputs=None if output is None else kept(output),
     )
+
+
+def _colours_first(a: Tensor) -> Tensor:
+    """Return images `[N, H, W, C]` as `[N, C, H, W]`; of one colour with strides that torch can broadcast."""
+    return a[..., 0].unsqueeze(1) if a.shape[-1] == 1 else a.movedim(-1, 1)
 
 
 def memory_dtype(dtype: Any, hparams: MemoryHParams | None) -> Any:
