@@ -253,12 +253,14 @@ def fingerprint(config: ExperimentConfig) -> str:
     values = {key: value for key, value in config.plain().items() if key not in DOCUMENTATION}
     values["benchmark"].pop("data_dir", None)
     for section, key in {**dict.fromkeys(CLASSES, ""), **SECTIONS}.items():
-        if section not in config.user_code:
+        if section in values and section not in config.user_code:
             known = settings(section, values[section].get(key, ""))
             defaults = {one.key: plain(one.key, one.default) for one in known}
             values[section] = {k: v for k, v in values[section].items() if k == key or v != defaults.get(k)}
     defaults = {spec.name: spec.default for spec in fields(ExperimentConfig)}
     values = {key: value for key, value in values.items() if value != defaults.get(key)}
+    if not values.get("jax"):  # a section that version 0.1.0 did not have
+        values.pop("jax", None)
     text = json.dumps([metadata.version("sequel-cl"), values], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

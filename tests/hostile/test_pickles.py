@@ -173,7 +173,10 @@ SAFE = {"np.load": ("allow_pickle", False), "torch.load": ("weights_only", True)
 
 
 def test_no_code_loads_pickles() -> None:
-    """The exception is `_ArraysOnly` in cifar.py, which only rebuilds arrays."""
+    """The exceptions: `_ArraysOnly` in cifar.py only rebuilds arrays; sharding.py reads no file.
+
+    It sends values from the first process of a run to the others, as Lightning's `broadcast` does.
+    """
     problems = []
     for path in (path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -193,4 +196,8 @@ def test_no_code_loads_pickles() -> None:
                 names = {getattr(node, "module", None), *(alias.name for alias in node.names)}
                 if names & {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "marshal", "shelve"}:
                     problems.append(f"{path.relative_to(ROOT)} imports {ast.unparse(node)}")
-    assert problems == ["benchmarks/cifar.py imports import pickle"]
+    assert sorted(problems) == [
+        "benchmarks/cifar.py imports import pickle",
+        "sequel_flax/sharding.py imports import pickle",
+        "sequel_flax/sharding.py:97 pickle.loads",
+    ]
