@@ -19,8 +19,8 @@ from tests.measured import FOLDER, files
 
 PATHS = sorted(FOLDER.glob("*.json"))
 TABLES = [path.stem for path in PATHS]
-SLOW = {"lamaml", "mcsgd", "sequel", "si"}
-"""Tables of which the cheapest row takes more than about ten seconds."""
+SLOW = {"mcsgd", "sequel", "si"}
+"""Tables whose cheapest row takes more than about 20 seconds on one core; that of mcsgd takes 50."""
 
 
 def test_every_file_is_that_of_a_shipped_table_and_as_its_runs_recorded_it() -> None:
