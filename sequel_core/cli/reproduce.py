@@ -61,6 +61,28 @@ def main(args: Sequence[str]) -> int:
     """
     known = published()
     short = {name.removesuffix(SUFFIX): name for name in known if name.endswith(SUFFIX)}
+    options = _parser(known, short).parse_args(args)
+    place = [] if options.data_dir is None else [f"benchmark.data_dir={quoted(options.data_dir)}"]
+    if options.name in tables() or options.name.endswith((".yaml", ".yml")):
+        return _main_table(options, place)
+    check_name("NAME", options.name, [*short, *known, *tables()])
+    for flag in ("rows", "margin", "record", "commands"):
+        if getattr(options, flag) not in ("", None, False):
+            raise ValueError(f"--{flag} is for tables, got the experiment {options.name}; drop it")
+    return reproduce(
+        short.get(options.name, options.name),
+        _modes(options.mode or "both"),
+        options.seeds,
+        options.results,
+        place,
+        options.quiet,
+        options.jobs,
+        options.together,
+    )
+
+
+def _parser(known: Mapping[str, Mapping[str, Any]], short: Mapping[str, str]) -> Parser:
+    """Return the parser of the command line; its help lists the experiments and the tables."""
     width = max(map(len, known))
     lines = [f"  {name:<{width}}  {stated(expected)}" for name, expected in known.items()]
     parser = Parser(
@@ -90,51 +112,38 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--commands", action="store_true", help=commands)
     parser.add_argument("--data-dir", help="folder (default: SEQUEL_DATA_DIR, or the user's cache directory)")
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
-    options = parser.parse_args(args)
-    is_table = options.name in tables() or options.name.endswith((".yaml", ".yml"))
-    if not is_table:
-        check_name("NAME", options.name, [*short, *known, *tables()])
-        if options.rows or options.margin is not None or options.record:
-            raise ValueError(
-                f"--rows, --margin and --record are for tables, got the experiment {options.name}; drop them"
-            )
-    mode = alias("mode", options.mode or ("jax" if is_table else "both"))
-    check_name("--mode", mode, [*PLUGINS, "both"])
-    if options.commands and not is_table:
-        raise ValueError(f"--commands is for tables, got the experiment {options.name}; see sequel list")
-    place = [] if options.data_dir is None else [f"benchmark.data_dir={quoted(options.data_dir)}"]
-    modes = list(PLUGINS) if mode == "both" else [cast(Mode, mode)]
-    if is_table:
-        table_rows = import_module("sequel_core.cli.tables")
-        rows = [text.strip() for text in options.rows.split(",") if text.strip()]
-        if options.commands:
-            table_rows.print_commands(options.name, rows, modes[::-1], place)
-            return 0
-        exit_code: int = table_rows.reproduce_table(
-            options.name,
-            rows,
-            modes[::-1],
-            options.seeds,
-            options.results,
-            place,
-            options.margin,
-            options.quiet,
-            options.record,
-            options.jobs,
-            options.together,
-        )
-        return exit_code
-    experiment = short.get(options.name, options.name)
-    return reproduce(
-        experiment,
+    return parser
+
+
+def _main_table(options: argparse.Namespace, place: Sequence[str]) -> int:
+    """Run `sequel reproduce TABLE`; `sequel_core.cli.tables` imports this module, so it is imported here."""
+    table_rows = import_module("sequel_core.cli.tables")
+    rows = [text.strip() for text in options.rows.split(",") if text.strip()]
+    modes = _modes(options.mode or "jax")[::-1]  # the verdict is that of JAX
+    if options.commands:
+        table_rows.print_commands(options.name, rows, modes, place)
+        return 0
+    exit_code: int = table_rows.reproduce_table(
+        options.name,
+        rows,
         modes,
         options.seeds,
         options.results,
         place,
+        options.margin,
         options.quiet,
+        options.record,
         options.jobs,
         options.together,
     )
+    return exit_code
+
+
+def _modes(text: str) -> list[Mode]:
+    """Return the frameworks that `--mode` names."""
+    mode = alias("mode", text)
+    check_name("--mode", mode, [*PLUGINS, "both"])
+    return list(PLUGINS) if mode == "both" else [cast(Mode, mode)]
 
 
 def published() -> dict[str, Mapping[str, Any]]:

@@ -26,6 +26,7 @@ from sequel_core.experiment.published import (
     PublishedTable,
     read_table,
 )
+from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.runs.files import write_json
 from sequel_core.runs.formatting import number
 from sequel_core.runs.learner import Mode
@@ -103,14 +104,7 @@ def reproduce_table(
         for key, row in chosen.items()
         if not row.not_expressible
     }
-    for key, by_mode in configs.items():
-        group = [config for by_seed in by_mode.values() for config in by_seed.values()]
-        if chosen[key].metric in NOT_AT_THE_END and any(one.evaluate_every == "end" for one in group):
-            raise ValueError(
-                f"rows.{key}: metric={chosen[key].metric} needs an evaluation after every task, got "
-                "evaluate_every=end; use evaluate_every=task"
-            )
-        check_pending(folder, group)
+    _check_runs(chosen, configs, folder)
     console = Console(quiet=quiet)
     say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     say(f"{table.title}, {table.source}")
@@ -143,13 +137,33 @@ def reproduce_table(
     if recorded is not None:
         say(f"recorded in {recorded} and {recorded.with_suffix('.csv').name}")
     failed = any(one.failures for rows in measured.values() for one in rows)
-    red = any(
+    return 1 if failed or _unexplained(chosen, measured) else 0
+
+
+def _check_runs(
+    chosen: Mapping[str, PublishedRow],
+    configs: Mapping[str, Mapping[Mode, Mapping[int, ExperimentConfig]]],
+    folder: Path,
+) -> None:
+    """Raise ValueError if a row's metric needs more evaluations, or something is missing for its runs."""
+    for key, by_mode in configs.items():
+        group = [config for by_seed in by_mode.values() for config in by_seed.values()]
+        if chosen[key].metric in NOT_AT_THE_END and any(one.evaluate_every == "end" for one in group):
+            raise ValueError(
+                f"rows.{key}: metric={chosen[key].metric} needs an evaluation after every task, got "
+                "evaluate_every=end; use evaluate_every=task"
+            )
+        check_pending(folder, group)
+
+
+def _unexplained(chosen: Mapping[str, PublishedRow], measured: Mapping[str, Sequence[Measured]]) -> bool:
+    """Return whether a verified row differs and its cause is not in the file."""
+    return any(
         rows[0].result.verdict.startswith("different")
         and chosen[key].evidence == "verified"
         and not chosen[key].cause
         for key, rows in measured.items()
     )
-    return 1 if failed or red else 0
 
 
 def print_commands(

@@ -235,9 +235,10 @@ def test_runs_in_processes_are_the_same_and_do_not_stop_each_other(
 
 
 def test_options_of_tables_need_a_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["reproduce", "naive", "--rows", "a"]) == 2
-    message = "--rows, --margin and --record are for tables, got the experiment naive; drop them"
-    assert message in capsys.readouterr().err
+    for flag in (["--rows", "a"], ["--margin", "1"], ["--record", "a.json"], ["--commands"]):
+        assert main(["reproduce", "naive", *flag]) == 2
+        message = f"{flag[0]} is for tables, got the experiment naive; drop it"
+        assert message in capsys.readouterr().err
 
 
 def test_recorded_values_are_added_to_a_file(
