@@ -6,6 +6,7 @@ function.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from hydra.core.override_parser.types import Override
@@ -18,3 +19,8 @@ def override_value_text(value: Any) -> str:
         value: as `Override.value()` returns it.
     """
     return Override._get_value_element_as_str(value)
+
+
+def end_process(code: int) -> None:
+    """End this process at once, from any thread: `os._exit`, which is documented despite its name."""
+    os._exit(code)

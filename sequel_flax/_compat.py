@@ -14,6 +14,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from jax._src.distributed import global_state
+
+
+def coordinator_host() -> str | None:
+    """Return the machine of process 0 of `jax.distributed`: `coordinator_address` (jax 0.10.2).
+
+    Returns:
+        A name or an address; None without `jax.distributed`.
+    """
+    address = global_state.coordinator_address
+    return None if address is None else address.rpartition(":")[0].strip("[]")
+
 
 def set_class(module: Any, new: type[Any]) -> None:
     """Replace the class of an NNX module (flax 0.12.8).

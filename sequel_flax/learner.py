@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,14 @@ from numpy.typing import NDArray
 
 from sequel_core.hparams import AlgorithmHParams, OptimizerHParams, TrainingHParams
 from sequel_core.objectives import ObjectiveHParams
-from sequel_core.runs.learner import DivergenceError, Evaluation, FitMonitor, Mode, Progress
+from sequel_core.runs.learner import (
+    DivergenceError,
+    Evaluation,
+    FitMonitor,
+    Mode,
+    Progress,
+    check_same_settings,
+)
 from sequel_core.runs.loggers import Loggers
 from sequel_core.stream import plan
 from sequel_core.stream.arrays import FloatArray
@@ -260,7 +268,8 @@ class FlaxLearner(JaxProcesses):
 
     Raises:
         ValueError: The model, the optimizer or the devices do not fit the settings, `steps_per_call` is below
-            1, or a hook is not a `Hook`. There are hooks with several processes of `jax.distributed`.
+            1, or a hook is not a `Hook`. With several processes of `jax.distributed`, there are hooks, or the
+            settings differ.
 
     Example:
         >>> from sequel_benchmarks import RotatedDigits
@@ -323,6 +332,8 @@ class FlaxLearner(JaxProcesses):
         self.ts: Any
         self.state: State
         states = ts, strong_types(algorithm.init(ts, spec))
+        settings = {"algo": asdict(self.hparams), "training": asdict(self.training)}
+        check_same_settings(self.gather, {**settings, "model": repr(self.model)})
         self.ts, self.state = replicated(of_main_process(states), self.mesh)
         self.planner = algorithm.planner(spec, self.state)
         self._position: TaskPosition | None = None  # None between tasks

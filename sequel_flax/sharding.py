@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import jax
@@ -20,9 +21,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sequel_core.runs.learner import OneProcess
+from sequel_core.runs.watch import Watch, connected
 from sequel_core.stream.augmentation import AugmentedPlan, method_plan
 from sequel_core.stream.phase import PhaseSteps
 from sequel_core.stream.task import Batch
+from sequel_flax._compat import coordinator_host
 
 DATA, RUNS = "data", "runs"
 T = TypeVar("T")
@@ -88,6 +91,21 @@ class JaxProcesses(OneProcess):
         """Whether this process records the run; see `sequel_core.runs.learner.OneProcess`."""
         return jax.process_index() == 0
 
+    def launch(self, function: Callable[[], T]) -> T:
+        """Call a function that all processes call, and notice if one of them ends.
+
+        See `sequel_core.runs.learner.OneProcess` and `sequel_core.runs.watch`.
+        """
+        index, count, host = jax.process_index(), jax.process_count(), coordinator_host()
+        if count == 1 or host is None:
+            return function()
+        with Watch(index, connected(index, count, host, self.agree), jax.distributed.shutdown) as watch:
+            try:
+                return function()
+            except jax.errors.JaxRuntimeError:  # perhaps because a process was lost
+                watch.settle()
+                raise
+
     def agree(self, value: T | None) -> T:
         """Return the value of the main process; see `sequel_core.runs.learner.OneProcess`."""
         if jax.process_count() == 1:
@@ -96,6 +114,15 @@ class JaxProcesses(OneProcess):
         size = int(of_main_process(np.int32(content.size)))
         agreed: T = pickle.loads(of_main_process(np.resize(content, size)).tobytes())
         return agreed
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes; see `sequel_core.runs.learner.OneProcess`."""
+        if jax.process_count() == 1:
+            return [value]
+        content = np.frombuffer(pickle.dumps(value), np.uint8)
+        sizes = multihost_utils.process_allgather(np.int32(content.size))
+        contents = multihost_utils.process_allgather(np.resize(content, sizes.max()))
+        return [pickle.loads(row[:size].tobytes()) for row, size in zip(contents, sizes, strict=True)]
 
 
 def check_batch_size(mesh: Mesh | None, batch_size: int) -> None:

@@ -6,7 +6,6 @@ Each function says what it uses, the version in which that was seen, and why no 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -98,11 +97,6 @@ def keep_signal_handlers(trainer: pl.Trainer) -> None:
 def without_launcher(trainer: pl.Trainer) -> None:
     """Let a Trainer start no processes, since they run already: `_launcher` of its strategy."""
     trainer.strategy._launcher = None
-
-
-def end_process(code: int) -> None:
-    """End this process at once, from any thread: `os._exit`, which is documented despite its name."""
-    os._exit(code)
 
 
 def dump_checkpoint(trainer: pl.Trainer) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -34,6 +34,7 @@ from sequel_core.stream.task import Batch
 from sequel_core.stream.trees import leaves, tree_map
 from sequel_lightning.objectives import map_outputs, named_outputs
 
+T = TypeVar("T")
 Call = Callable[[Any, Tensor | None], Any]
 
 
@@ -116,6 +117,15 @@ class Ranks:
         with lost_process_named():
             distributed.all_gather(parts, rows.contiguous())
         return torch.stack(parts, 1).flatten(0, 1)[:num_rows]
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Return the values of all processes, in every process."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with lost_process_named():
+            distributed.all_gather_object(values, value)
+        return values
 
     def check_same(self, batch: Batch) -> None:
         """Raise ValueError in every process if the processes have different batches."""

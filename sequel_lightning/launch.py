@@ -22,8 +22,8 @@ import torch
 import yaml
 from torch import distributed
 
+from sequel_core._compat import end_process
 from sequel_core.runs.learner import LostProcessError
-from sequel_lightning._compat import end_process
 
 PROGRAM = "sequel_core.cli.rank"
 PATIENCE = 30.0

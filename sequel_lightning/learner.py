@@ -180,6 +180,10 @@ class LightningLearner:
                 value = self.trainer.strategy.broadcast(value)
         return cast(T, value)
 
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, in every process, from the main process on."""
+        return self.module.ranks.gather_objects(value)
+
     def _join(self) -> None:
         """Connect this process with the others."""
         with lost_process_named(), quiet():

@@ -12,12 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pytorch_lightning.callbacks import Callback, LearningRateFinder, ModelPruning, WeightAveraging
 from torch import Tensor, nn
 
+from sequel_core.runs.learner import check_same_settings
 from sequel_core.stream.phase import PhaseSteps
 from sequel_core.stream.task import Batch, Task
 from sequel_lightning._compat import attached_trainer, before_batch_transfer, set_logging_step
@@ -151,6 +153,8 @@ class TaskLifecycle:
         """Check the Trainer and the task; hooks that Lightning called earlier may belong to a tuner."""
         module, trainer = self.module, self.module.trainer
         check_unspent(trainer)
+        settings = {"algo": asdict(module.algorithm_hparams), "network": repr(module.net)}
+        check_same_settings(module.ranks.gather_objects, settings)
         module.ranks.copy_from_first(module)
         if module.phase != TRAINING:
             self.next_index()
@@ -239,6 +243,8 @@ class TaskLifecycle:
             prepared = map(self.prepared, batches)
             labels, labelled = module.preprocessing.allowed_labels, module.preprocessing.labelled
             module.end_task(checked_batches(prepared, int(module.task_index), labels, labelled))
+        settings = {"algo": asdict(module.algorithm_hparams), "network": repr(module.net)}
+        check_same_settings(module.ranks.gather_objects, settings)
         module.ranks.copy_from_first(module)
         self.saved = None
         module.phase.fill_(CONSOLIDATED)

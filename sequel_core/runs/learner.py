@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -87,6 +88,50 @@ class OneProcess(Protocol):
     def agree(self, value: T | None) -> T:
         """Return the value of the main process, in every process; the others may pass None."""
         return cast(T, value)
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, in every process, from the main process on."""
+        return [value]
+
+
+def check_same_settings(gather: Callable[[Any], list[Any]], settings: Mapping[str, Any]) -> None:
+    """Check that the processes of a run have the same settings.
+
+    Args:
+        gather: returns the values of all processes, in every process; see `OneProcess`.
+        settings: of this process; values may be mappings.
+
+    Raises:
+        ValueError: settings differ; every process raises it.
+
+    Example:
+        >>> from sequel_core.runs.learner import check_same_settings
+        >>> def gather(value):
+        ...     return [value, {**value, "training.seed": "1"}]
+        >>> check_same_settings(gather, {"training": {"seed": 0}})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: settings must be the same in every process, got training.seed=0 and 1 in processes ...
+    """
+    first, *others = gather(texts(settings))
+    for k, other in enumerate(others, 1):
+        names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if names:
+            pairs = [f"{name}={first.get(name)} and {other.get(name)}" for name in names]
+            raise ValueError(
+                f"settings must be the same in every process, got {', '.join(pairs)} in processes 0 and {k}; "
+                "start every process with the same settings"
+            )
+
+
+def texts(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return the text of each setting by its dotted name; the addresses of objects are left out."""
+    flat: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= texts(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = re.sub(r" at 0x[0-9a-f]+", "", str(value))
+    return flat
 
 
 class Evaluation(NamedTuple):

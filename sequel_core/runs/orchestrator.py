@@ -13,7 +13,15 @@ from sequel_core.hparams import CheckpointHParams
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.checkpoints import Checkpointer
 from sequel_core.runs.directory import ReadDirectory, RunDirectory
-from sequel_core.runs.learner import DivergenceError, EvaluateEvery, EvaluateOn, FitMonitor, Learner, Progress
+from sequel_core.runs.learner import (
+    DivergenceError,
+    EvaluateEvery,
+    EvaluateOn,
+    FitMonitor,
+    Learner,
+    Progress,
+    check_same_settings,
+)
 from sequel_core.runs.process import event_errors_left_to_the_caller
 from sequel_core.runs.recording import Recorder
 from sequel_core.runs.results import Result, load_result, with_score
@@ -128,6 +136,11 @@ class _Options(NamedTuple):
     progress: Shown
     checkpoint: CheckpointHParams
 
+    def compared(self) -> dict[str, Any]:
+        """Return the options that must be the same in every process."""
+        names = "evaluate_every", "evaluate_on", "evaluate_future"
+        return {name: getattr(self, name) for name in names} | {"checkpoint": asdict(self.checkpoint)}
+
 
 def _run(
     learner: Learner, benchmark: Benchmark, options: _Options, callbacks: Sequence[StreamCallback]
@@ -135,6 +148,7 @@ def _run(
     """Do the run in one of its processes; only the main process records it."""
     from sequel_core.runs.console import Display  # rich, which is slow to import
 
+    check_same_settings(learner.gather, {**_describe(learner, benchmark), **options.compared()})
     main, settings = learner.main_process, options.settings
     resume: Resume = learner.agree(options.resume)
     recorded = RunDirectory.open(options.run_dir, settings, resume) if main else None

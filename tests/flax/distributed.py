@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="of a task")
     parser.add_argument("--port", type=int, help="where two processes find each other")
     parser.add_argument("--process", type=int, choices=(0, 1), default=0)
+    parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--kill", type=int, help="the call at whose end the process is killed")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
@@ -40,15 +41,13 @@ def main() -> None:
             num_processes=2,
             process_id=options.process,
             initialization_timeout=60,
-            heartbeat_timeout_seconds=20,
-            shutdown_timeout_seconds=60,
         )
     if options.kill:
         kill_after(options.kill)
     stream = table("classes", train=options.steps * BATCH)
     for name in options.names:
         COMPILED.clear()
-        made = learner(METHODS[name], stream, jax.device_count())
+        made = learner(METHODS[name], stream, jax.device_count(), options.seed)
         checkpoint = CheckpointHParams(every_n_steps=options.steps // 3)
         run_dir = options.folder / f"{name}_{options.process}"
         result = run(made, stream, run_dir=run_dir, progress=False, resume="auto", checkpoint=checkpoint)

@@ -15,8 +15,14 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore
 from flax import nnx
+from jax._src.distributed import global_state
 
-from sequel_flax._compat import error_number, set_class, write_errors_left_to_the_caller
+from sequel_flax._compat import (
+    coordinator_host,
+    error_number,
+    set_class,
+    write_errors_left_to_the_caller,
+)
 
 
 def test_a_module_with_another_class_keeps_its_variables() -> None:
@@ -73,3 +79,10 @@ def test_closed_event_loops_are_not_reported_in_the_context(monkeypatch: pytest.
             sys.unraisablehook(SimpleNamespace(object=None, exc_value=RuntimeError(message)))
     assert reported == ["another"]
     assert sys.unraisablehook is hook
+
+
+def test_the_machine_of_the_first_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert coordinator_host() is None
+    for address, host in {"machine0:1234": "machine0", "[::1]:1234": "::1"}.items():
+        monkeypatch.setattr(global_state, "coordinator_address", address)
+        assert coordinator_host() == host

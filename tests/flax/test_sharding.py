@@ -208,22 +208,48 @@ def test_a_run_that_is_killed_resumes_on_any_number_of_devices(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_of_which_one_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_run_of_two_processes_of_which_one_is_killed(which: int, tmp_path: Path) -> None:
     straight, killed, other = (tmp_path / name for name in ("straight", "killed", "other"))
     for folder in (straight, killed):
         folder.mkdir()
     assert finished(*two_processes(straight, "derpp")) == [0, 0]
-    port = f"--port={free_port()}"
-    first = start(killed, 2, "derpp", port, "--process=0")
-    second = start(killed, 2, "derpp", port, "--process=1", "--kill=5")
-    code, of_killed = finished(first, second, seconds=150)
-    assert of_killed == -signal.SIGKILL
-    assert code not in (0, -signal.SIGKILL)  # it ended itself
+    port, kill = f"--port={free_port()}", "--kill=5"
+    both = [
+        start(killed, 2, "derpp", port, f"--process={k}", *([kill] if k == which else [])) for k in (0, 1)
+    ]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in both]
+    finally:
+        codes = finished(*both)
+    assert codes[which] == -signal.SIGKILL
+    assert codes[1 - which] in ((1,) if which else (1, -signal.SIGABRT))  # JAX ends with process 0, too
+    if which:
+        assert errors[0] == (
+            "sequel: process 1 of the run has ended or cannot be reached; start all processes again with "
+            "resume='auto'\n"
+        )
     shutil.copytree(killed, other)
     assert finished(*two_processes(killed, "derpp")) == [0, 0]
     compare(end(killed, "derpp"), end(straight, "derpp"), 0)
     assert finished(start(other, 1, "derpp")) == [0]
     compare(end(other, "derpp"), end(straight, "derpp"), 1e-10)
+
+
+@pytest.mark.slow
+def test_two_processes_with_different_settings(tmp_path: Path) -> None:
+    port = f"--port={free_port()}"
+    both = [start(tmp_path, 1, "er", port, f"--process={k}", f"--seed={k}") for k in (0, 1)]
+    try:
+        errors = [process.communicate(timeout=300)[1] for process in both]
+    finally:
+        finished(*both)
+    for error in errors:
+        assert (
+            "ValueError: settings must be the same in every process, got training.seed=0 and 1 in processes "
+            "0 and 1; start every process with the same settings\n"
+        ) in error
+    assert not (tmp_path / "er_0").exists()
 
 
 def learner(hparams: Any = ER, batch_size: int = 12, **options: Any) -> FlaxLearner:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sequel_benchmarks import RotatedDigits, SplitDigits
+from sequel_core import run
 from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
@@ -148,6 +150,37 @@ def test_a_replay_method_is_tested_on_two_devices(groups: Any) -> None:
 def test_a_distributed_sampler_raises(groups: Any) -> None:
     with pytest.raises(AssertionError, match="got different ones, as from a DistributedSampler"):
         groups(2).do(fitted, 2)
+
+
+def fitted_with_a_size_of_each_rank() -> None:
+    """Fit ER, with a larger memory in the second process."""
+    benchmark = tiny()
+    model = module(benchmark, ERHParams(mem_size=9 + int(os.environ["LOCAL_RANK"]), mem_batch_size=6))
+    learn(model, benchmark, 0, devices=2, strategy="ddp", use_distributed_sampler=False)
+
+
+def run_with_a_seed_of_each_rank(folder: Path) -> None:
+    """Run naive finetuning, with another seed in the second process."""
+    digits = RotatedDigits(num_tasks=2, subset=20)
+    net = MLP((8,), digits.num_classes, image_shape=digits.image_shape)
+    training = TrainingHParams(seed=int(os.environ["LOCAL_RANK"]))
+    options = {"accelerator": "cpu", "devices": 2, "strategy": "ddp"}
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    run(
+        make_learner(NaiveHParams(), net, sgd, digits, training, trainer=options),
+        digits,
+        run_dir=folder / os.environ["LOCAL_RANK"],
+        progress=False,
+    )
+
+
+def test_settings_that_differ_between_processes_raise(groups: Any, tmp_path: Path) -> None:
+    message = "ValueError: settings must be the same in every process, got {} in processes 0 and 1"
+    with pytest.raises(AssertionError, match=message.format("algo.mem_size=9 and 10")):
+        groups(2).do(fitted_with_a_size_of_each_rank)
+    with pytest.raises(AssertionError, match=message.format("training.seed=0 and 1")):
+        groups(2).do(run_with_a_seed_of_each_rank, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def replayed() -> tuple[set[bytes], np.ndarray]:
