@@ -22,7 +22,7 @@ from pytorch_lightning.profilers import PassThroughProfiler
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from sequel_lightning._compat import StepLogs, loaders_batches
+from sequel_lightning._compat import StepLogs, loaders_batches, without_records
 from sequel_lightning.module import ContinualModule
 
 CALLBACK_HOOKS = (
@@ -124,7 +124,7 @@ class _Steps:
         """Take the steps; stop early if the Trainer is to stop."""
         trainer, done = self._trainer, self._progress.current
         last = trainer.num_training_batches - 1
-        with self._logs.training_steps():
+        with self._logs.training_steps(), without_records(self._optimizer):
             for batch in batches:
                 if not self._plain:
                     batch = self._precision.convert_input(batch)

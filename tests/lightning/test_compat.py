@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,43 @@ def test_operators_on_lists_of_tensors() -> None:
     assert values(a) == [[12.0, 20.0], 30.0]
     _compat.foreach_copy_(a, b)
     assert values(a) == values(b)
+
+
+def test_an_optimizer_without_records_takes_the_same_steps() -> None:
+    values = []
+    for context in (nullcontext, _compat.without_records):
+        layer = nn.Linear(3, 2)
+        nn.init.constant_(layer.weight, 0.5)
+        nn.init.zeros_(layer.bias)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+        with context(optimizer):
+            for _ in range(3):
+                optimizer.zero_grad()
+                layer(torch.arange(3.0)).square().sum().backward()
+                optimizer.step()
+            optimizer.zero_grad()
+        assert not vars(optimizer).keys() & {"step", "zero_grad"}
+        assert all(p.grad is None for p in layer.parameters())
+        values.append(layer.weight.detach())
+    assert torch.equal(*values)
+
+
+def test_an_optimizer_with_hooks_or_a_profiler_keeps_its_records() -> None:
+    layer, calls = nn.Linear(3, 2), []
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with torch.profiler.profile() as profile, _compat.without_records(optimizer):
+        optimizer.step()
+    assert "Optimizer.step#SGD.step" in {event.key for event in profile.key_averages()}
+    hook = optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    with _compat.without_records(optimizer):
+        optimizer.step()
+    assert calls == [1]
+    hook.remove()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)  # counts the calls of `step`
+    step = optimizer.step
+    with _compat.without_records(optimizer):
+        assert optimizer.step is step
+    assert scheduler.get_last_lr() == [0.1]
 
 
 def test_the_version_of_a_tensor_changes_when_it_is_written_to() -> None:
