@@ -81,7 +81,7 @@ def takes(settings: type[StreamSettings], **named: str) -> Callable[[type[B]], t
     return decorate
 
 
-@takes(SplitSettings, num_tasks="number of tasks: 1, 2, 5 or 10", data_dir=DATA_DIR)
+@takes(SplitSettings, num_tasks="number of tasks, a divisor of 10", data_dir=DATA_DIR)
 class SplitMNIST(Benchmark):
     """MNIST, its ten classes divided among the tasks.
 
@@ -126,7 +126,7 @@ class RotatedMNIST(Benchmark):
         super().__init__(**vars(rotate(load("mnist", data_dir), settings)))
 
 
-@takes(SplitSettings, num_tasks="number of tasks: 1, 2, 5 or 10")
+@takes(SplitSettings, num_tasks="number of tasks, a divisor of 10")
 class SplitDigits(Benchmark):
     """scikit-learn's digits, the ten classes divided among the tasks.
 

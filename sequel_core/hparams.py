@@ -375,11 +375,13 @@ class TrainingHParams(Settings):
         1
     """
 
-    batch_size: int = setting(10, "number of training samples per step", ge=1)
+    batch_size: int = setting(10, "number of training samples per step, of all devices together", ge=1)
     drop_last: bool = setting(
         True, "drop the incomplete last batch of an epoch; false to train on it, as most published code does"
     )
-    eval_batch_size: int = setting(1000, "number of samples per evaluation step", ge=1)
+    eval_batch_size: int = setting(
+        1000, "number of samples per evaluation step, of all devices together", ge=1
+    )
     epochs_per_task: int | tuple[int, ...] = setting(
         1, "number of epochs per task, or a list with one number for each task", ge=1
     )

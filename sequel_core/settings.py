@@ -76,12 +76,15 @@ def choices_of(hint: Any) -> list[Any]:
 def nearest(word: str, candidates: Iterable[str] | Mapping[str, str]) -> str:
     """Return `; did you mean X?` for the candidate closest to a word, or an empty text.
 
+    A word that begins with a candidate is close, too: `class-incremental` to `class`.
+
     Args:
         word: the word.
         candidates: words, or a mapping of words to the texts that are shown for them.
     """
     shown = candidates if isinstance(candidates, Mapping) else {name: name for name in candidates}
-    match = get_close_matches(word, shown, n=1)
+    beginnings = sorted((name for name in shown if len(name) > 2 and word.startswith(name)), key=len)
+    match = get_close_matches(word, shown, n=1) or beginnings[-1:]
     return f"; did you mean {shown[match[0]]}?" if match else ""
 
 

@@ -116,13 +116,10 @@ def lines_of(name: str, table: PublishedTable, measured: MeasuredTable) -> Itera
         mark = "*" if row.evidence == "recalled" else ""
         cells = [f"{mark}{key}{mark}", *(mean(by_mode.get(mode)) for mode in MODES), row.published]
         difference = math.nan if result is None else result.difference
-        rows.append([*cells, number(difference), f"{margin:g}", verdict(row, result), seconds(by_mode)])
-    columns = ["published", "difference", "margin", "verdict", "seconds per run"]
+        cells += [number(difference), f"{margin:g}", verdict(row, result), seconds(by_mode)]
+        rows.append([*cells, "<br>".join(row.notes(result))])
+    columns = ["published", "difference", "margin", "verdict", "seconds per run", "notes"]
     yield markdown_table(["row", *(NAMES[mode] for mode in MODES), *columns], rows)
-    yield ""
-    for key, row in table.rows.items():
-        result = result_of(table, row, measured.rows.get(key, {}))
-        yield from (f"- {key}: {note}" for note in row.notes(result))
 
 
 def counts(table: PublishedTable, measured: MeasuredTable, evidence: str) -> Counter[str]:

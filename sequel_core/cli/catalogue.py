@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -18,7 +19,7 @@ from sequel_core.experiment.schema import (
     settings,
     summary,
 )
-from sequel_core.settings import as_text, check_name
+from sequel_core.settings import as_text, check_name, nearest
 
 SECTIONS = (
     "algo",
@@ -33,32 +34,72 @@ SECTIONS = (
 )
 
 
+NAMED = ("algo", "benchmark", "backbone", "optimizer", "logger", "experiment")
+"""The sections that have choices with names."""
+
+EXAMPLES = """examples:
+  sequel list              everything
+  sequel list algo         all methods with their settings
+  sequel list algo ewc     one method: paper, settings, defaults and ranges
+  sequel list ewc          the same
+"""
+
+
 def main(args: Sequence[str]) -> int:
     """Print tables of algorithms, benchmarks, ... with their settings; all of them if no section is given.
 
     Raises:
-        ValueError: an unknown section.
+        ValueError: an unknown section or name.
     """
-    parser = Parser(prog="sequel list", description="List all choices with settings, defaults and ranges.")
+    parser = Parser(
+        prog="sequel list",
+        description="List choices with settings, defaults and ranges.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("section", nargs="?", metavar="SECTION", help=", ".join(SECTIONS))
-    section = parser.parse_args(args).section
-    if section is not None:
-        section = section.removesuffix("s")
-        check_name("section", section, SECTIONS)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="one choice; the section may be left out")
+    options = parser.parse_args(args)
     console = Console()
-    for name in SECTIONS if section is None else [section]:
-        for table in _tables(name):
+    for section, name in _chosen(options.section, options.name):
+        for table in _tables(section, name):
             console.print(table)
     return 0
 
 
-def _tables(section: str) -> Iterable[Table]:
+def _chosen(section: str | None, name: str | None) -> list[tuple[str, str | None]]:
+    """Return the sections to show, each with a name if only that choice is shown."""
+    if section is None:
+        return [(each, None) for each in SECTIONS]
+    names = {each: _names(each) for each in NAMED}
+    if name is None and section.removesuffix("s") not in SECTIONS:
+        sections: list[tuple[str, str | None]] = [(key, section) for key in NAMED if section in names[key]]
+        if not sections:
+            hint = nearest(section, [*SECTIONS, *(choice for each in names.values() for choice in each)])
+            allowed = f"one of {', '.join(SECTIONS)}, or a name in one of them"
+            raise ValueError(f"section must be {allowed}, got {section!r}{hint}")
+        return sections
+    section = section.removesuffix("s")
+    check_name("section", section, SECTIONS if name is None else NAMED)
+    if name is not None:
+        check_name(section, name, names[section])
+    return [(section, name)]
+
+
+def _names(section: str) -> list[str]:
+    """Return the names of the choices of a section."""
     if section == "experiment":
-        yield _experiments()
+        return [path.name.removesuffix(".yaml") for path in _files()]
+    return choices(section)
+
+
+def _tables(section: str, only: str | None) -> Iterable[Table]:
+    if section == "experiment":
+        yield _experiments(only)
     elif section in CLASSES and section != "optimizer":
         yield _settings(f"{section}=...", summary(section), settings(section), section)
     else:
-        for name in choices(section):
+        for name in choices(section) if only is None else [only]:
             prefix = f"logger.{name}" if section == "logger" else section
             yield _settings(f"{section}={name}", summary(section, name), settings(section, name), prefix)
 
@@ -77,14 +118,20 @@ def _settings(title: str, text: str, specs: Iterable[Setting], section: str) -> 
     return table
 
 
-def _experiments() -> Table:
-    """Return a table of the shipped experiments with the first lines of their files."""
+def _files() -> list[Traversable]:
+    """Return the files of the shipped experiments."""
+    files = resources.files("sequel_configs").joinpath("experiment").iterdir()
+    return sorted((path for path in files if path.name.endswith(".yaml")), key=lambda path: path.name)
+
+
+def _experiments(only: str | None) -> Table:
+    """Return a table of the shipped experiments, or of one, with the first lines of their files."""
     table = Table(title="[bold]+experiment=...[/bold]", title_justify="left", title_style="")
     table.add_column("name")
     table.add_column("about", overflow="fold")
-    files = resources.files("sequel_configs").joinpath("experiment").iterdir()
-    for path in sorted(files, key=lambda item: item.name):
-        if path.name.endswith(".yaml"):
+    for path in _files():
+        name = path.name.removesuffix(".yaml")
+        if only in (None, name):
             about = [line for line in _remarks(path) if not line.startswith("@package")]
-            table.add_row(path.name.removesuffix(".yaml"), "\n".join(about))
+            table.add_row(name, "\n".join(about))
     return table

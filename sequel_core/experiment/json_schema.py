@@ -49,7 +49,7 @@ def json_schema() -> Schema:
     Example:
         >>> schema = json_schema()
         >>> schema["properties"]["training"]["properties"]["batch_size"]["description"]
-        'number of training samples per step'
+        'number of training samples per step, of all devices together'
     """
     top = _properties(ExperimentConfig)
     sections: Schema = {key: _section(key) for key in SECTIONS}

@@ -297,13 +297,14 @@ def _curve(axes: Axes, line: Curve, label: str, x_label: str, score: Score) -> N
         axes.fill_between(line.x, low, high, color=colour, alpha=0.16, linewidth=0)
 
 
-def bars(rows: Sequence[Row], width: float, x_label: str) -> Figure:
+def bars(rows: Sequence[Row], width: float, x_label: str, lowest: float = -math.inf) -> Figure:
     """Draw means as horizontal bars, with their intervals and the single values as points.
 
     Args:
         rows: groups of bars, from top to bottom.
         width: width of the figure in inches, > 2.
         x_label: label of the horizontal axis.
+        lowest: smallest possible value, at which the axis and the intervals end.
 
     Returns:
         The figure; its height depends on the number of bars. It has a legend if there are two series or more.
@@ -330,7 +331,7 @@ def bars(rows: Sequence[Row], width: float, x_label: str) -> Figure:
                 _bar(axes, row.label, bar, y + 0.11)
                 y += 0.22
             y += 0.02
-        axes.set(xlim=_limits(everything, width), ylim=(y, 0), xlabel=x_label)
+        axes.set(xlim=_limits(everything, width, lowest), ylim=(y, 0), xlabel=x_label)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
@@ -344,10 +345,10 @@ def bars(rows: Sequence[Row], width: float, x_label: str) -> Figure:
     return figure
 
 
-def _limits(drawn: Sequence[Bar], width: float) -> tuple[float, float]:
+def _limits(drawn: Sequence[Bar], width: float, lowest: float) -> tuple[float, float]:
     """Return the ends of the horizontal axis, with space for the texts right of the bars."""
     ends = [value for bar in drawn for value in (0.0, *bar.values, *_interval(bar))]
-    low, high = min(ends, default=0.0), max(ends, default=0.0)
+    low, high = max(lowest, min(ends, default=0.0)), max(ends, default=0.0)
     letters = max((len(bar.text) for bar in drawn), default=0)
     space = min(0.6, INCHES_PER_LETTER * (letters + 2) / (width - 0.4))
     span = (high - low or 1.0) / (1 - space)

@@ -150,7 +150,7 @@ class _Report:
         self.matrices = pictures.matrices(study)
         self.partial = pictures.partial(study)
         self.costs = [
-            *bar_chart(study, ["seconds", "total"], "Run time", "seconds"),
+            *bar_chart(study, ["seconds", "total"], "Run time", "seconds", lowest=0.0),
             *bar_chart(study, ["memory_bytes"], "Memory of the method", "MiB", 2**-20),
         ]
         self.tables = {

@@ -47,7 +47,13 @@ def drawn(study: Study) -> list[Group]:
 
 
 def bar_chart(
-    study: Study, key: Sequence[str], title: str, label: str, scale: float = 1.0, digits: int | None = 2
+    study: Study,
+    key: Sequence[str],
+    title: str,
+    label: str,
+    scale: float = 1.0,
+    digits: int | None = 2,
+    lowest: float = -math.inf,
 ) -> list[Picture]:
     """Draw a number of the summaries as bars, the two frameworks of a method under one heading.
 
@@ -58,6 +64,7 @@ def bar_chart(
         label: label of the axis.
         scale: factor for the numbers.
         digits: number of decimals; None for four significant digits.
+        lowest: smallest possible value, at which the axis ends.
 
     Returns:
         One picture; none if no run has the number.
@@ -79,7 +86,7 @@ def bar_chart(
         [[group.label, *_numbers(value, scale, digits)] for group, value in estimates.items()],
     )
     description = f"Bar chart; {label}. {text}"
-    return [Picture("_".join(key), title, description, lambda width: bars(rows, width, label), table)]
+    return [Picture("_".join(key), title, description, lambda width: bars(rows, width, label, lowest), table)]
 
 
 def _bar(value: Estimate, series: str, scale: float, digits: int | None) -> Bar:

@@ -30,7 +30,7 @@ class Table(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """A metric and its definition; R[i, j] is the score on task j after training on task i of T."""
+    """A metric and its definition; R[i, j] is the score on task j after training on task i, from 0."""
 
     key: str  # in summary.json
     name: str
@@ -57,14 +57,14 @@ def all_metrics(score: Score) -> list[Metric]:
             f"average_{key}",
             f"average {name}",
             better,
-            "mean over j of R[T, j]",
+            "mean over j of R[T-1, j]",
             f"{title} on each task after training on the last one, averaged over all tasks.",
         ),
         Metric(
             "forgetting",
             "forgetting",
             "lower",
-            f"mean over j < T of {gain(f'({best} over i < T of R[i, j])', 'R[T, j]')}",
+            f"mean over j < T-1 of {gain(f'({best} over i < T-1 of R[i, j])', 'R[T-1, j]')}",
             f"{drop} of each past task from its best {name} before the last task. Negative if tasks are best "
             "at the end of the stream.",
         ),
@@ -72,14 +72,14 @@ def all_metrics(score: Score) -> list[Metric]:
             "forgetting_with_final",
             "forgetting, final included",
             "lower",
-            f"mean over j < T of {gain(f'({best} over i of R[i, j])', 'R[T, j]')}",
+            f"mean over j < T-1 of {gain(f'({best} over i of R[i, j])', 'R[T-1, j]')}",
             f"Forgetting whose {best}imum includes the final {name}, so that it is never negative.",
         ),
         Metric(
             "bwt",
             "backward transfer",
             "higher",
-            f"mean over j < T of {gain('R[T, j]', 'R[j, j]')}",
+            f"mean over j < T-1 of {gain('R[T-1, j]', 'R[j, j]')}",
             f"Change of the {name} on each task between its training and the end of the stream. Negative "
             "values mean forgetting.",
         ),
@@ -87,7 +87,7 @@ def all_metrics(score: Score) -> list[Metric]:
             "fwt",
             "forward transfer",
             "higher",
-            f"mean over j > 1 of {gain('R[j - 1, j]', 'b[j]')}",
+            f"mean over j >= 1 of {gain('R[j-1, j]', 'b[j]')}",
             f"{title} on each task just before its training, compared with the {name} b[j] of the untrained "
             "network. Measured if evaluate_future=true.",
         ),
@@ -117,7 +117,7 @@ def all_metrics(score: Score) -> list[Metric]:
             f"worst_case_{key}",
             f"worst-case {name}",
             better,
-            f"1/T R[T, T] + (1 - 1/T) mean over j < T of ({worst} over i > j of R[i, j])",
+            f"1/T R[T-1, T-1] + (1 - 1/T) mean over j < T-1 of ({worst} over i > j of R[i, j])",
             f"Average of the final {name} on the last task and the worst {name} on each past task after a "
             "later one.",
         ),

@@ -1,4 +1,4 @@
-"""Display of a run: progress bars on a terminal, a line per task, and a table at the end."""
+"""Display of a run: a line at its start, progress bars on a terminal, a line per task, and a final table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OTHER_COLUMNS = 26  # width of the count, the time left and the spaces
 
 
 class Display:
-    """Shows progress bars on a terminal while a run is in progress, and prints a line per task.
+    """Shows progress bars on a terminal while a run is in progress, and prints lines about it and its tasks.
 
     Args:
         benchmark: the stream.
@@ -46,7 +46,7 @@ class Display:
     def __init__(
         self, benchmark: Benchmark, learner: Learner, progress: Shown, console: Console | None = None
     ) -> None:
-        self._benchmark, self._score = benchmark, learner.score
+        self._benchmark, self._learner, self._score = benchmark, learner, learner.score
         terminal = console or Console()
         self._console = terminal if progress is True else Console(quiet=True)
         self._epochs = 1
@@ -85,6 +85,13 @@ class Display:
         for handler, stream in self._handlers:
             handler.setStream(stream)
 
+    def announce(self, run_dir: Path, resumed: bool) -> None:
+        """Print a line about the run, before it starts."""
+        name, tasks = self._learner.hparams.name, len(self._benchmark)
+        line = f"{'resuming ' * resumed}{name} on {self._benchmark.name}, {self._learner.mode}, "
+        line += f"{tasks} task{'s' * (tasks > 1)}; results in {_relative(run_dir)}"
+        self._print(line)
+
     def start(self, task: Task, epochs: int) -> None:
         """Add the progress bar of a task."""
         self._epochs, self._last = epochs, None
@@ -113,8 +120,7 @@ class Display:
         line += "trained" if math.isnan(row[task.index]) else measured
         if self._last and self._last.task_step < self._last.task_steps:
             line += ", stopped early" + (f" in {self._epoch(self._last)}" if self._epochs > 1 else "")
-        to_file = not self._console.is_terminal  # lines in a file are not wrapped
-        self._console.print(line, markup=False, highlight=False, soft_wrap=to_file)
+        self._print(line)
 
     def summarise(self, result: Result) -> None:
         """Print the final table."""
@@ -133,11 +139,12 @@ class Display:
             "seconds",
             f"{seconds['total']:.1f} (train {seconds['train']:.1f}, evaluate {seconds['evaluate']:.1f})",
         )
-        folder, here = result.run_dir, Path.cwd()
-        if folder is not None and folder.is_relative_to(here):
-            folder = folder.relative_to(here)
-        table.add_row("results", escape(str(folder)))
+        table.add_row("results", escape(str(result.run_dir and _relative(result.run_dir))))
         self._console.print(table)
+
+    def _print(self, line: str) -> None:
+        to_file = not self._console.is_terminal  # lines in a file are not wrapped
+        self._console.print(line, markup=False, highlight=False, soft_wrap=to_file)
 
     def _move_stream(self, task: Task, fraction: float) -> None:
         tasks = len(self._benchmark)
@@ -163,6 +170,12 @@ class Display:
         if not math.isnan(self._average):
             parts.append(f"average {self._text(self._average)}")
         return Group(self._bars.make_tasks_table(self._bars.tasks), Text(", ".join(parts)))
+
+
+def _relative(folder: Path) -> Path:
+    """Return a folder relative to the working directory, if it lies there."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def _bars(console: Console) -> Bars:

@@ -74,8 +74,8 @@ def run(
             Forward transfer needs both.
         config: recorded as the run's configuration; None to record the settings of the learner and the
             benchmark.
-        progress: True for progress bars on a terminal, a line per task and a final table; `"bars"` for the
-            bars only; False to print nothing.
+        progress: True for a line at the start, progress bars on a terminal, a line per task and a final
+            table; `"bars"` for the bars only; False to print nothing.
         callbacks: called around the stream and each task, in this order.
         resume: True to resume the run in `run_dir` from its newest complete checkpoint, or from the start if
             there is none. The result is bit-identical to that of an uninterrupted run. A finished run is only
@@ -169,6 +169,7 @@ def _run(
             directory.rewind_metrics(0)
             settings = {**settings, WRITER: loaded_versions()[PACKAGE]}
             directory.write_config(settings)
+        display.announce(directory.path, resumed)
         stream = _Stream(
             learner, benchmark, directory, options.evaluate_on, state, checkpoints, signals, display
         )

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from sequel_core.settings import check_name
 from sequel_core.stream.arrays import BoolArray
 from sequel_core.stream.images import Augmentation, Normalisation
 from sequel_core.stream.task import AnySplit, JoinedSplit, Task, join
@@ -132,12 +133,8 @@ class Benchmark:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ValueError(f"benchmark {self.name} has no tasks; it needs at least one")
-        if self.scenario not in get_args(Scenario):
-            raise ValueError(
-                f"scenario must be one of {', '.join(get_args(Scenario))}, got {self.scenario!r}"
-            )
-        if self.heads not in get_args(Heads):
-            raise ValueError(f"heads must be one of {', '.join(get_args(Heads))}, got {self.heads!r}")
+        check_name("scenario", self.scenario, get_args(Scenario))
+        check_name("heads", self.heads, get_args(Heads))
         for i, task in enumerate(self.tasks):
             if task.index != i:
                 raise ValueError(f"tasks must be numbered from 0 in order: task {i} has index {task.index}")

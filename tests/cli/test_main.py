@@ -92,7 +92,28 @@ def test_list_of_one_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "benchmrk"]) == 2
     assert capsys.readouterr().err == (
         "sequel: section must be one of algo, benchmark, backbone, optimizer, logger, training, checkpoint, "
-        "jax, experiment, got 'benchmrk'; did you mean benchmark?\n"
+        "jax, experiment, or a name in one of them, got 'benchmrk'; did you mean benchmark?\n"
+    )
+
+
+def test_list_of_one_choice(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["list", "algo", "ewc"]) == 0
+    out = capsys.readouterr().out
+    assert main(["list", "ewc"]) == 0
+    assert capsys.readouterr().out == out
+    assert "algo.ewc_lambda" in out
+    assert "https://arxiv.org/abs/1612.00796" in out
+    assert "si_lambda" not in out
+    assert main(["list", "experiment", "ewc_rotatedmnist"]) == 0
+    assert "naive_rotatedmnist" not in capsys.readouterr().out
+    for line in (["ewcc"], ["algo", "ewcc"]):
+        assert main(["list", *line]) == 2
+        assert capsys.readouterr().err.endswith("got 'ewcc'; did you mean ewc?\n")
+    assert main(["list", "training", "ewc"]) == 2
+    assert (
+        "section must be one of algo, benchmark, backbone, optimizer, logger, experiment, got 'training'"
+        in (capsys.readouterr().err)
     )
 
 

@@ -33,7 +33,11 @@ def stream(*names: str) -> Any:
 
 
 def learner(shows_progress: bool = False) -> Learner:
-    return cast(Learner, SimpleNamespace(shows_progress=shows_progress, score=Score()))
+    hparams = SimpleNamespace(name="ewc")
+    return cast(
+        Learner,
+        SimpleNamespace(shows_progress=shows_progress, score=Score(), hparams=hparams, mode="jax"),
+    )
 
 
 class Terminal:
@@ -95,6 +99,17 @@ def test_a_line_per_task_where_there_is_no_terminal() -> None:
         "task 1/2 odd: accuracy 80.00 %, average 80.00 % over 1 seen\n"
         "task 2/2 even: accuracy 90.00 %, average 75.00 % over 2 seen\n"
     )
+
+
+@pytest.mark.parametrize(("resumed", "start"), [(False, ""), (True, "resuming ")])
+def test_a_line_before_the_first_task(
+    resumed: bool, start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, text in ((tmp_path / "runs" / "[1]", "runs/[1]"), (Path("/elsewhere"), "/elsewhere")):
+        terminal = Terminal(width=20, terminal=False)
+        Display(stream("odd", "even"), learner(), True, terminal.console).announce(folder, resumed)
+        assert terminal.written == f"{start}ewc on digits, jax, 2 tasks; results in {text}\n"
 
 
 def test_bars_on_a_terminal() -> None:

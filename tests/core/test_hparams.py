@@ -19,7 +19,7 @@ from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.algorithms.si import SIHParams
 from sequel_core.algorithms.stable_sgd import StableSGDHParams
 from sequel_core.hparams import MemoryHParams, MemoryPolicy, OptimizerHParams, ReplayHParams, TrainingHParams
-from sequel_core.settings import Settings, allowed, setting
+from sequel_core.settings import Settings, allowed, nearest, setting
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.memory import MemoryPlanner
 from sequel_core.stream.trees import LeafSpec
@@ -297,3 +297,17 @@ def test_epochs_are_one_number_or_one_per_task() -> None:
         ValueError, match=r"epochs_per_task must be a number or have one entry per task, got 2 entries"
     ):
         listed.epochs(2)
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("clas", "class"),
+        ("class-incremental", "class"),
+        ("task_incremental", "task"),
+        ("incremental", ""),
+        ("", ""),
+    ],
+)
+def test_the_hint_of_an_unknown_name(word: str, hint: str) -> None:
+    assert nearest(word, ["domain", "task", "class"]) == (f"; did you mean {hint}?" if hint else "")

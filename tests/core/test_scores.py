@@ -193,8 +193,8 @@ def test_report(tmp_path: Path) -> None:
     assert best in html
     assert best in text
     assert "| naive, factor=2 | 1 | 7 | 3.5 | 4 | -3.5 |" in text  # average, forgetting (twice), bwt
-    assert "mean over j &lt; T of R[j, j] - R[T, j]</code>; higher is better" in html
-    assert "mean over j of R[T, j]</code>; lower is better" in html
+    assert "mean over j &lt; T-1 of R[j, j] - R[T-1, j]</code>; higher is better" in html
+    assert "mean over j of R[T-1, j]</code>; lower is better" in html
     assert "| after task 3 | 0.5 | 6 | 4 |" in text
     for title in ("Average squared error after the last task", "Squared error matrix, one run"):
         assert title in html
