@@ -8,6 +8,7 @@
 # make adapters  tests with streams of Avalanche and Continuum, in a separate environment
 # make launchers  sweeps with Hydra's launchers joblib, submitit and ray, in a separate environment
 # make peers  training steps per second beside Avalanche's, in a separate environment; writes docs/trust/
+# make mutants  mutation testing of the methods, in a separate environment; writes docs/trust/mutants.json
 # make clu    tests with clu's writers, which need TensorFlow, in a separate environment
 # make clean  remove what these commands made; runs/ stays
 #
@@ -19,7 +20,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FILES := $(VENV)/.package-files
 
-.PHONY: run test docs axe bench slow tables adapters launchers peers clu install clean FORCE
+.PHONY: run test docs axe bench slow tables adapters launchers peers mutants clu install clean FORCE
 .DELETE_ON_ERROR:
 
 run: install
@@ -72,6 +73,13 @@ peers:
 	rm -rf $(VENV)-peers/lib/python*/site-packages/tests
 	$(VENV)-peers/bin/python -m tests.speed.peers $(ARGS)
 
+# ARGS="--count 6 ewc si" are other numbers of mutants and methods.
+mutants:
+	$(PYTHON) -m venv $(VENV)-mutants
+	$(VENV)-mutants/bin/pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict \
+		--editable '.[all,dev]' cosmic-ray==8.7.0
+	$(VENV)-mutants/bin/python -m tests.mutants $(ARGS)
+
 clu:
 	$(PYTHON) -m venv $(VENV)-clu
 	$(VENV)-clu/bin/pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict \
@@ -99,5 +107,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(VENV)-adapters $(VENV)-launchers $(VENV)-peers $(VENV)-clu build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV)-adapters $(VENV)-launchers $(VENV)-peers $(VENV)-mutants $(VENV)-clu build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
 	find hydra_plugins sequel_core sequel_lightning sequel_flax benchmarks configs tests -name __pycache__ -type d -prune -exec rm -rf {} +

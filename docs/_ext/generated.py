@@ -5,10 +5,12 @@
 - `{measured} ewc`: published beside measured numbers, and the experiments with this method.
 - `{published} benchmark=splitmnist`: the published tables that use a benchmark, and their protocols.
 - `{published} metric`: the metrics of published tables.
+- `{mutants} counts`: killed and tried mutants by method; `{mutants} survivors`: the others, with remarks.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,6 +35,7 @@ from tests.measured import MODES, NAMES, mean, measured_tables, page_of, result_
 from tests.pages import written_table
 
 METHODS_PAGE = Path(__file__).parents[1] / "methods" / "index.md"
+MUTANTS = Path(__file__).parents[1] / "trust" / "mutants.json"
 SCENARIOS = ("domain", "task", "class")
 
 read_table = cache(published.read_table)
@@ -192,6 +195,28 @@ def metrics_table() -> str:
     return markdown_table(["metric", "published tables (number of rows)"], rows)
 
 
+def mutants(choice: str) -> str:
+    """Return the numbers of killed and tried mutants of each method, or the list of survivors."""
+    files = json.loads(MUTANTS.read_text(encoding="utf-8"))["files"]
+    if choice == "survivors":
+        alive = [m for results in files.values() for m in results if not m["killed_by"]]
+        heads = [f"`{m['file']}`, `{m['function']}`" for m in alive]
+        changes = [f"`{m['before']}` becomes `{m['after'] or 'nothing'}`" for m in alive]
+        items = [f"{h}\n: {c}. {m['remark']}" for h, c, m in zip(heads, changes, alive, strict=True)]
+        return "\n\n".join(items) or "There are none."
+    rows, total = [], Counter[str]()
+    for name in ALGORITHMS:
+        cells = [f"[`{name}`](../methods/{name}.md)"]
+        for package in ("sequel_flax", "sequel_lightning"):
+            results = files.get(f"{package}/algorithms/{name}.py", [])
+            killed = sum(bool(m["killed_by"]) for m in results)
+            total.update({f"{package} killed": killed, package: len(results)})
+            cells.append(f"{killed} of {len(results)}" if results else "-")
+        rows.append(cells)
+    counts = [f"{total[f'{p} killed']} of {total[p]}" for p in ("sequel_flax", "sequel_lightning")]
+    return markdown_table(["method", "JAX/Flax", "PyTorch Lightning"], [*rows, ["all", *counts]])
+
+
 def link_to(stem: str) -> str:
     """Return a link to the page of a published table, from a folder of docs/."""
     return f"[{stem}](../trust/{page_of(stem)})"
@@ -202,6 +227,7 @@ GENERATED: dict[str, Callable[[str], str]] = {
     "support": support_list,
     "measured": measured_table,
     "published": published_list,
+    "mutants": mutants,
 }
 
 

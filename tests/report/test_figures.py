@@ -122,6 +122,14 @@ def test_two_series_of_bars_have_tooltips_and_a_legend() -> None:
     assert "naive: 0.00" in texts(inline_svg(bars([alone], 9, "percent"), "a-"), "title")
 
 
+def test_an_axis_of_seconds_begins_at_zero_below_which_an_interval_may_reach() -> None:
+    rows = [Row("naive", [Bar("", 0, 2.0, 6.0, [1.5, 2.5], "2.00 ± 6.00")])]
+    assert bars(rows, 9, "seconds").axes[0].get_xlim()[0] < -4
+    low, high = bars(rows, 9, "seconds", lowest=0.0).axes[0].get_xlim()
+    assert low == 0
+    assert high > 8
+
+
 def test_svg_can_be_inlined_in_a_page() -> None:
     """Ids have the prefix and references are valid, colours are CSS variables, and there are no URLs."""
     rows = [Row("a", [Bar("x", 0, 1, NAN, [1], "1"), Bar("y", 1, 2, NAN, [2], "2")])]
