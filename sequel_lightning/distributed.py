@@ -28,6 +28,7 @@ import torch
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.data import DistributedSampler
 
 from sequel_core.runs.learner import LostProcessError
 from sequel_core.stream.task import Batch
@@ -127,6 +128,26 @@ class Ranks:
             distributed.all_gather_object(values, value)
         return values
 
+    def whole(self, batch: Batch, loader: Any, batch_idx: int) -> Batch:
+        """Return a batch of all processes, from the rows of it that a DistributedSampler gave to each.
+
+        The samples that the sampler repeats, so that each process has the same number, are left out. They are
+        the last ones of the last batch.
+
+        Args:
+            batch: of this process.
+            loader: that it is from; a batch of a loader without a DistributedSampler is returned as it is.
+            batch_idx: its index within the loader.
+        """
+        sampler = getattr(loader, "sampler", None)
+        if self.size == 1 or not isinstance(sampler, DistributedSampler):
+            return batch
+        count = len(batch.t) * self.size
+        done = batch_idx * loader.batch_sampler.batch_size + len(batch.t)
+        if done == len(sampler):
+            count -= max(0, sampler.total_size - len(sampler.dataset))  # type: ignore[arg-type]
+        return Batch(*(tree_map(lambda rows: self.gather(rows, count), tree) for tree in batch[:3]))
+
     def check_same(self, batch: Batch) -> None:
         """Raise ValueError in every process if the processes have different batches."""
         if self.size == 1:
@@ -140,9 +161,9 @@ class Ranks:
             distributed.all_reduce(highest, distributed.ReduceOp.MAX)
         if highest.sum() != 0:
             raise ValueError(
-                "batches must be the same in every process, since each batch is divided among the processes, "
-                "got different ones, as from a DistributedSampler; set use_distributed_sampler=False of the "
-                "Trainer, and the same seed for the shuffling of every process"
+                "batches must be the same in every process, or their loader must have a DistributedSampler; "
+                "got different ones; shuffle with the same seed in every process, or leave the Trainer's "
+                "use_distributed_sampler=True"
             )
 
     # -- the state of a module

@@ -224,13 +224,13 @@ class TaskLifecycle:
         if module.algorithm_hparams.consolidate == "best" and not taken:
             take_best(module)
         read = module.running_metrics.steps_done - module.running_metrics.task_start - taken
-        self.end_task(consolidation_batches(module.trainer, read))
+        self.end_task(consolidation_batches(module.trainer, read), module.trainer.train_dataloader)
         optimizers = module.trainer.optimizers
         if not module.algorithm_hparams.reset_optimizer and len(optimizers) == 1:
             self.carried_optimizer = named_state(optimizers[0], self.names_of_trained())
 
-    def end_task(self, batches: Iterable[Any]) -> None:
-        """Do the end-of-task work on batches as a loader yields them."""
+    def end_task(self, batches: Iterable[Any], loader: Any = None) -> None:
+        """Do the end-of-task work on batches as a loader yields them, from its first batch on."""
         module, trainer = self.module, attached_trainer(self.module)
         self.follow_trained()
         weights = self.consolidated_at if self.phase_steps_taken() else fingerprint(module)
@@ -240,11 +240,11 @@ class TaskLifecycle:
             with torch.enable_grad(), context(), module.ranks.divided():
                 self.fit_second_phase()
         with evaluating(module), torch.enable_grad(), context(), module.ranks.divided():
-            prepared = map(self.prepared, batches)
+            prepared = (
+                module.ranks.whole(self.prepared(batch), loader, k) for k, batch in enumerate(batches)
+            )
             labels, labelled = module.preprocessing.allowed_labels, module.preprocessing.labelled
             module.end_task(checked_batches(prepared, int(module.task_index), labels, labelled))
-        settings = {"algo": asdict(module.algorithm_hparams), "network": repr(module.net)}
-        check_same_settings(module.ranks.gather_objects, settings)
         module.ranks.copy_from_first(module)
         self.saved = None
         module.phase.fill_(CONSOLIDATED)

@@ -100,7 +100,7 @@ class ContinualModule(Algorithm, LoadHook):
         loader: Any = batches.train_dataloader() if isinstance(batches, pl.LightningDataModule) else batches
         if hasattr(loader, "consolidation_batches"):
             loader = loader.consolidation_batches()
-        self.lifecycle.end_task(loader)
+        self.lifecycle.end_task(loader, loader)
 
     # -- Lightning: training
 
@@ -145,6 +145,7 @@ class ContinualModule(Algorithm, LoadHook):
 
     def _training_step(self, batch: Any, batch_idx: int) -> Tensor:
         batch, reporting = self.as_batch(batch), self.reporting
+        batch = self.ranks.whole(batch, self.trainer.train_dataloader, batch_idx)
         if reporting.unchecked:
             reporting.check_first_batch(batch)
         loss, outputs = self.training_loss(batch)
@@ -195,7 +196,9 @@ class ContinualModule(Algorithm, LoadHook):
         """
         if dataloader_idx is not None:
             batch = with_loaders_task(batch, dataloader_idx, self.spec, self.objective.target)
-        batch = self.as_batch(batch)
+        loaders: Any = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
+        loader = loaders if dataloader_idx is None else loaders[dataloader_idx]
+        batch = self.ranks.whole(self.as_batch(batch), loader, batch_idx)
         if batch_idx == 0:
             self.ranks.check_same(batch)
         with self.ranks.divided():

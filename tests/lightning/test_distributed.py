@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from sequel_benchmarks import RotatedDigits, SplitDigits
 from sequel_core import run
 from sequel_core.algorithms.er import ERHParams
+from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.algorithms.naive import NaiveHParams
 from sequel_core.hparams import AlgorithmHParams, TrainingHParams
 from sequel_core.stream.benchmark import Benchmark
@@ -112,22 +113,44 @@ def test_two_processes_end_as_one(groups: Any, name: str) -> None:
     check(groups(2), 2, case, 100, 1)
 
 
-def fitted(devices: int, **options: Any) -> dict[str, np.ndarray]:
-    """Fit a task with a Trainer and a loader of `(x, y)`, as users do; the last batch has an odd size."""
+def fitted(
+    hparams: AlgorithmHParams, devices: int, batch_size: int, sampler: bool = False
+) -> dict[str, np.ndarray]:
+    """Fit a task with a Trainer and a loader of `(x, y)`, as users do; the number of samples is odd."""
     benchmark = tiny()
-    model = module(benchmark).double()
+    model = module(benchmark, hparams, spec=float_spec(benchmark)).double()
     several: dict[str, Any] = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
-    loader = DataLoader(TensorDataset(*arrays(benchmark, 0)[:2]), BATCH - 1)
-    trainer(precision="64-true", **several, **options).fit(model, loader)
+    x, y, _ = arrays(benchmark, 0)
+    samples: Any = TensorDataset(x[:-1], y[:-1])
+    order: Any = DistributedSampler(samples, shuffle=False) if sampler else None
+    loader = DataLoader(samples, batch_size, sampler=order)
+    trainer(precision="64-true", use_distributed_sampler=False, **several).fit(model, loader, loader)
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
-def test_a_trainer_and_loaders_of_the_user(groups: Any) -> None:
-    expected = fitted(1)
-    for actual in groups(2).do(partial(fitted, use_distributed_sampler=False), 2):
+EWC, SMALL = EWCHParams(ewc_lambda=10.0), ERHParams(mem_size=9, mem_batch_size=6)
+
+
+@pytest.mark.parametrize(
+    ("hparams", "batch_size", "share", "sampler"),
+    [
+        (EWC, 3, 3, False),
+        (EWC, 6, 3, True),  # each process has three rows of a batch of six
+        (SMALL, 6, 3, True),
+        (SMALL, 2, 1, True),  # the last batch has one sample, and a copy of another
+    ],
+    ids=["same batches", "importances", "memory", "a copy in the last batch"],
+)
+def test_a_trainer_and_loaders_of_the_user(
+    groups: Any, hparams: Any, batch_size: int, share: int, sampler: bool
+) -> None:
+    expected = fitted(hparams, 1, batch_size)
+    results = groups(2).do(fitted, hparams, 2, share, sampler)
+    for actual in results:
         assert actual.keys() == expected.keys()
         for name, array in expected.items():
             np.testing.assert_allclose(actual[name], array, rtol=0, atol=1e-10, err_msg=name)
+            np.testing.assert_array_equal(actual[name], results[0][name], err_msg=name)
 
 
 def scored() -> float:
@@ -147,9 +170,33 @@ def test_a_replay_method_is_tested_on_two_devices(groups: Any) -> None:
     assert groups(2).do(scored) == [scores["test/accuracy"]] * 2
 
 
-def test_a_distributed_sampler_raises(groups: Any) -> None:
-    with pytest.raises(AssertionError, match="got different ones, as from a DistributedSampler"):
-        groups(2).do(fitted, 2)
+def accuracy(devices: int, batch_size: int) -> float:
+    """Return the accuracy of an untrained network on an odd number of samples."""
+    benchmark = tiny()
+    model = module(benchmark)
+    x, y, _ = arrays(benchmark, 0)
+    several: dict[str, Any] = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
+    loader = DataLoader(TensorDataset(x[:-1], y[:-1]), batch_size)
+    return trainer(**several).test(model, loader, verbose=False)[0]["test/accuracy"]
+
+
+def test_a_distributed_sampler_repeats_no_sample_of_a_test(groups: Any) -> None:
+    assert groups(2).do(accuracy, 2, 5) == [accuracy(1, 10)] * 2
+
+
+def fitted_with_batches_of_each_rank() -> None:
+    """Fit a task; the second process has the samples in another order."""
+    benchmark = tiny()
+    x, y, _ = arrays(benchmark, 0)
+    order = torch.arange(len(y)).roll(int(os.environ["LOCAL_RANK"]))
+    loader = DataLoader(TensorDataset(x[order], y[order]), BATCH)
+    options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
+    trainer(**options).fit(module(benchmark), loader)
+
+
+def test_batches_that_differ_raise(groups: Any) -> None:
+    with pytest.raises(AssertionError, match="batches must be the same in every process, or their loader"):
+        groups(2).do(fitted_with_batches_of_each_rank)
 
 
 def fitted_with_a_size_of_each_rank() -> None:
