@@ -108,6 +108,7 @@ def lines_of(name: str, table: PublishedTable, measured: MeasuredTable) -> Itera
     yield "[Published tables](tables.md) explains the columns."
     if measured.rows:
         yield f"Every run: [JSON](../tables/{name}.json), [CSV](../tables/{name}.csv)."
+        yield f"All runs took {minutes(table, measured)} minutes on two cores that also had other work."
     yield ""
     rows = []
     for key, row in table.rows.items():
