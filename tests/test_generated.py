@@ -91,3 +91,10 @@ def test_the_reference_has_every_key_that_a_run_records(tmp_path: Path) -> None:
     for name, keys in recorded.items():
         rows = written_table(ROOT / "docs" / "reference" / "run-directory.md", name)[2:]
         assert {row[0].strip("`") for row in rows} == keys, name
+
+
+def test_every_survivor_among_the_mutants_has_a_remark() -> None:
+    files = json.loads((ROOT / "docs" / "trust" / "mutants.json").read_text(encoding="utf-8"))["files"]
+    assert all((ROOT / file).is_file() for file in files)
+    mutants = [mutant for results in files.values() for mutant in results]
+    assert not [m for m in mutants if not m["killed_by"] and not m["remark"]]
