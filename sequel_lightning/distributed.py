@@ -58,6 +58,8 @@ class Ranks:
             ValueError: the Trainer's strategy is not supported.
         """
         check_strategy(trainer.strategy)
+        if trainer.strategy.launcher is not None and not starts_scripts(trainer.strategy):
+            raise spawned_processes()
         self.rank, self.size = trainer.global_rank, trainer.world_size
         if isinstance(trainer.strategy, DDPStrategy):
             strategy: Any = trainer.strategy
@@ -280,6 +282,28 @@ def lost_process_named() -> Iterator[None]:
         line = str(error).strip().split("\n")[0]
         reason = re.sub(r"^\[\S+:\d+\] ", "", line).partition(". ")[0]  # without the line of the C++ code
         raise LostProcessError(reason) from error
+
+
+def check_batch_norm(net: nn.Module, device: torch.device) -> None:
+    """Raise ValueError for synchronised batch normalisation on a CPU, which PyTorch does not have."""
+    if device.type == "cpu" and any(isinstance(module, nn.SyncBatchNorm) for module in net.modules()):
+        raise ValueError(
+            "synchronised batch normalisation needs a GPU, got accelerator=cpu; set sync_batchnorm=False of "
+            "the Trainer, which normalises the rows of each process"
+        )
+
+
+def starts_scripts(strategy: Any) -> bool:
+    """Return whether the further processes of a strategy run the script again, as those of `ddp` do."""
+    return hasattr(strategy.launcher, "cluster_environment")
+
+
+def spawned_processes() -> ValueError:
+    """Return the error for processes whose module would not come back: only its weights do."""
+    return ValueError(
+        "the Trainer's strategy must be ddp, which runs the script in every process, got ddp_spawn, ddp_fork "
+        "or ddp_notebook, which only the command `sequel run` supports; set strategy=ddp"
+    )
 
 
 def check_strategy(strategy: Any) -> None:

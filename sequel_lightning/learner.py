@@ -40,7 +40,12 @@ from sequel_lightning.callbacks import (
 )
 from sequel_lightning.consolidation import TRAINING, best_keeper
 from sequel_lightning.data import EvaluationBatches, TaskDataModule
-from sequel_lightning.distributed import check_strategy, lost_process_named
+from sequel_lightning.distributed import (
+    check_strategy,
+    lost_process_named,
+    spawned_processes,
+    starts_scripts,
+)
 from sequel_lightning.fast import FastSteps, NoProfiler
 from sequel_lightning.launch import started, starts_processes
 from sequel_lightning.loggers import TrainersLoggers, log_hparams, log_image, log_table, resume_logger
@@ -157,17 +162,14 @@ class LightningLearner:
         launcher = strategy.launcher
         if launcher is None or self._joined:
             return function()
-        runs_scripts = hasattr(launcher, "cluster_environment")
+        runs_scripts = starts_scripts(strategy)
         if starts_processes(strategy):
             if self.settings is not None:
                 with started(self.settings, self.trainer):
                     self._join()
                     return function()
             if not runs_scripts:
-                raise ValueError(
-                    "the Trainer's strategy ddp_spawn, ddp_fork or ddp_notebook needs an experiment of the "
-                    "command `sequel run`, got a learner made in Python; set strategy=ddp"
-                )
+                raise spawned_processes()
         if runs_scripts:
             launcher.launch(int)
         self._join()
@@ -189,6 +191,7 @@ class LightningLearner:
         with lost_process_named(), quiet():
             self.trainer.strategy.setup_environment()
         self._joined = True
+        without_launcher(self.trainer)
         self.module.ranks.follow(self.trainer)
         if not self.main_process:
             self.loggers = TrainersLoggers(())

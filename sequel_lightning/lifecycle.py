@@ -36,6 +36,7 @@ from sequel_lightning.consolidation import (
     save_state,
     take_best,
 )
+from sequel_lightning.distributed import check_batch_norm
 from sequel_lightning.networks import evaluating, start_task
 from sequel_lightning.objectives import map_outputs
 from sequel_lightning.optimizers import named_state
@@ -153,6 +154,7 @@ class TaskLifecycle:
         """Check the Trainer and the task; hooks that Lightning called earlier may belong to a tuner."""
         module, trainer = self.module, self.module.trainer
         check_unspent(trainer)
+        check_batch_norm(module.net, module.device)
         settings = {"algo": asdict(module.algorithm_hparams), "network": repr(module.net)}
         check_same_settings(module.ranks.gather_objects, settings)
         module.ranks.copy_from_first(module)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import chain
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,6 +25,7 @@ from sequel_lightning._compat import LoadHook
 from sequel_lightning.algorithm import Algorithm
 from sequel_lightning.batches import inputs_of
 from sequel_lightning.consolidation import CONSOLIDATED, IDLE, TRAINING
+from sequel_lightning.distributed import spawned_processes
 from sequel_lightning.lifecycle import check_open_task, check_trainer
 from sequel_lightning.objectives import map_outputs
 from sequel_lightning.optimizers import OptimizerFactory, configured_optimizer
@@ -61,6 +63,16 @@ class ContinualModule(Algorithm, LoadHook):
         >>> module.algorithm_hparams
         NaiveHParams(lr_decay=1.0, min_lr=0.0, reset_optimizer=True, consolidate='last', task_given=False)
     """
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied or pickled.
+
+        Raises:
+            ValueError: a Trainer starts processes with `ddp_spawn`, which would need a pickle of the module.
+        """
+        if get_spawning_popen() is not None:
+            raise spawned_processes()
+        return super().__getstate__()
 
     def memory_bytes(self) -> int:
         """Return the bytes of what the algorithm keeps of past tasks: anchors, samples, outputs, ..."""

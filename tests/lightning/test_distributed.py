@@ -271,13 +271,13 @@ def normalised_net() -> nn.Module:
     return nn.Sequential(nn.Flatten(), *layers).double()
 
 
-def fitted_with_batch_norm() -> dict[str, np.ndarray]:
+def fitted_with_batch_norm(**more: Any) -> dict[str, np.ndarray]:
     benchmark = tiny()
     sgd = partial(torch.optim.SGD, lr=LR)
     model = Naive(normalised_net(), sgd, NaiveHParams(), float_spec(benchmark))
     loader = DataLoader(TensorDataset(*arrays(benchmark, 0)), ROWS)
     options: dict[str, Any] = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False}
-    trainer(precision="64-true", **options).fit(model, loader)
+    trainer(precision="64-true", **options, **more).fit(model, loader)
     return {name: tensor.numpy() for name, tensor in model.net.state_dict().items()}
 
 
@@ -327,3 +327,8 @@ def test_batch_normalisation_uses_the_rows_of_each_process(groups: Any) -> None:
         for name, array in expected.items():
             if name != "2.num_batches_tracked":
                 np.testing.assert_allclose(actual[name], array, rtol=0, atol=1e-12, err_msg=name)
+
+
+def test_synchronised_batch_normalisation_needs_a_gpu(groups: Any) -> None:
+    with pytest.raises(AssertionError, match=r"got accelerator=cpu; set sync_batchnorm=False of the Trainer"):
+        groups(2).do(partial(fitted_with_batch_norm, sync_batchnorm=True))

@@ -38,6 +38,7 @@ from tests.lightning.parts import (
     learn,
     module,
     network,
+    own_loader,
     stream,
     trainer,
 )
@@ -348,9 +349,19 @@ def test_strategies_that_divide_the_network_raise_before_any_process_is_started(
         learner(stream(), trainer={"accelerator": "cpu", "devices": 2, "strategy": strategy})
 
 
+SPAWNED = r"strategy must be ddp, .* got ddp_spawn, ddp_fork or ddp_notebook, .*; set strategy=ddp"
+
+
 def test_ddp_spawn_with_a_learner_made_in_python_raises_before_any_process_is_started(tmp_path: Path) -> None:
     benchmark = stream()
     made = learner(benchmark, trainer={"accelerator": "cpu", "devices": 2, "strategy": "ddp_spawn"})
-    with pytest.raises(ValueError, match=r"ddp_spawn.* got a learner made in Python; set strategy=ddp"):
+    with pytest.raises(ValueError, match=SPAWNED):
         run(made, benchmark, run_dir=tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_ddp_spawn_of_a_trainer_of_the_user_raises_before_any_process_is_started() -> None:
+    benchmark = stream()
+    spawning = trainer(devices=2, strategy="ddp_spawn")
+    with pytest.raises(ValueError, match=SPAWNED):
+        spawning.fit(module(benchmark), own_loader(benchmark, 0, with_task=True))
