@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pooch
 from filelock import FileLock
 
 from sequel_core.runs.files import read_json
@@ -297,6 +296,8 @@ def _download(origin: Origin, root: Path) -> Decode:
     Raises:
         ValueError: no mirror has them. The message names the expected folder and files.
     """
+    import pooch  # slow to import
+
     errors: list[Exception] = []
     for mirror in origin.mirrors:
         try:
