@@ -248,3 +248,8 @@ def test_separate_anchors_equal_one_anchor_up_to_a_constant(rng: np.random.Gener
         terms = [dot(fisher, square) for fisher, square in zip(fishers, squares, strict=True)]
         constants.append(sum(terms) / 2 - float(penalty(arrays_of(params), *state)))
     np.testing.assert_allclose(constants, constants[0], rtol=1e-10)
+
+
+def test_a_reference_too_small_to_square_changes_nothing() -> None:
+    gradient, reference = ({"w": jnp.float32(values)} for values in ([1.0, -2.0], [-1e-25, 1e-25]))
+    np.testing.assert_array_equal(project(gradient, reference)["w"], gradient["w"])
