@@ -201,7 +201,7 @@ def mutants(choice: str) -> str:
     if choice == "survivors":
         alive = [m for results in files.values() for m in results if not m["killed_by"]]
         heads = [f"`{m['file']}`, `{m['function']}`" for m in alive]
-        changes = [f"`{m['before']}` becomes `{m['after'] or 'nothing'}`" for m in alive]
+        changes = [f"`` {m['before']} `` becomes `` {m['after'] or 'nothing'} ``" for m in alive]
         items = [f"{h}\n: {c}. {m['remark']}" for h, c, m in zip(heads, changes, alive, strict=True)]
         return "\n\n".join(items) or "There are none."
     rows, total = [], Counter[str]()
