@@ -8,14 +8,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import clu.metrics
 import jax
 import optax
 import scipy.linalg  # noqa: F401 - whose LAPACK jaxlib calls
 from flax import linen as nn
-from flax import nnx
 from threadpoolctl import threadpool_limits
 
 from sequel_core import entry_points
@@ -37,6 +36,9 @@ from sequel_flax.optimizers import build_optimizer as build_optimizer
 from sequel_flax.programs import kept_on_disk, released
 from sequel_flax.sharding import device_mesh
 from sequel_flax.writers import WRITERS, MetricWriter
+
+if TYPE_CHECKING:
+    from flax import nnx  # slow to import
 
 
 def make_learner(
@@ -183,6 +185,8 @@ def build_learner(
     """
     targets = config.user_code
     if "backbone" in targets:
+        from flax import nnx
+
         shape = {"image_shape": benchmark.image_shape} if benchmark.spec.images else {}
         model = targets["backbone"].make(
             num_classes=benchmark.num_classes, rngs=nnx.Rngs(config.training.seed), **shape

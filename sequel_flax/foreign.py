@@ -10,23 +10,18 @@ The rest of the plug-in calls every network with linen's interface and one keywo
 from __future__ import annotations
 
 import inspect
-import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import partial
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
-from flax import nnx
 from flax.errors import ScopeCollectionNotFound
 from flax.training.train_state import TrainState
-from flax.traverse_util import unflatten_dict
-
-from sequel_flax._compat import set_class
 
 Path = tuple[Any, ...]  # of a leaf in an NNX module: attribute names, and integers for list elements
 Apply = Callable[..., Any]
@@ -40,12 +35,10 @@ MODES = {
 }
 """Arguments that set the mode of a module, with the value that each has in training."""
 
-STREAMS = (nnx.RngKey, nnx.RngCount)
-"""Variables of random streams, which are seeded in each step."""
 TASK = "t"
 """The argument of a module that receives the task index of each sample."""
 
-_row_mask: ContextVar[jax.Array | None] = ContextVar("row_mask", default=None)
+row_mask: ContextVar[jax.Array | None] = ContextVar("row_mask", default=None)
 
 
 def adapted(model: Any, x: Any = ()) -> Any:
@@ -91,22 +84,40 @@ def adapted(model: Any, x: Any = ()) -> Any:
         >>> model.apply(variables, x, train=True).shape
         (4, 2)
     """
-    if isinstance(model, _LinenNetwork | _NNXNetwork):
+    if isinstance(model, AdaptedNetwork):
         return model
-    if not isinstance(model, nn.Module | nnx.Module) or not callable(model):
+    of_nnx = is_nnx(model)
+    if not (of_nnx or isinstance(model, nn.Module)) or not callable(model):
         received = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
         raise ValueError(
             f"the model must be an instance of a linen or an NNX module with a __call__, got {received}"
         )
     inputs = tuple(x) if isinstance(x, Mapping) else ()
-    if isinstance(model, nnx.Module):
-        return _NNXNetwork(model, inputs)
+    if of_nnx:
+        from sequel_flax.nnx_network import NNXNetwork  # flax.nnx, which is slow to import
+
+        return NNXNetwork(model, inputs)
     features = getattr(type(model), "features", None)
     features_take_train = not callable(features) or "train" in inspect.signature(features).parameters
-    keywords = set(_keywords(model.__call__, inputs=inputs)) - {TASK}
+    keywords = set(mode_keywords(model.__call__, inputs=inputs)) - {TASK}
     if keywords == {"train"} and features_take_train:
         return model
     return _LinenNetwork(model, inputs)
+
+
+def is_nnx(model: Any) -> bool:
+    """Return whether a model is an NNX module; this does not import `flax.nnx`, which is slow.
+
+    Args:
+        model: Any object.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> is_nnx(nn.Dense(2))
+        False
+    """
+    nnx = sys.modules.get("flax.nnx")  # a module of NNX exists only after the import
+    return nnx is not None and isinstance(model, nnx.Module)
 
 
 def as_called(apply_fn: Any, x: Any = ()) -> Apply:
@@ -164,10 +175,9 @@ def task_argument(apply_fn: Any) -> inspect.Parameter | None:
         ('t', None)
     """
     owner = getattr(apply_fn, "__self__", None)
-    if isinstance(owner, _NNXNetwork):
+    if isinstance(owner, AdaptedNetwork):
         return owner.signature.parameters.get(TASK)
-    model = owner.model if isinstance(owner, _LinenNetwork) else owner
-    function = model.__call__ if isinstance(model, nn.Module) else apply_fn
+    function = owner.__call__ if isinstance(owner, nn.Module) else apply_fn
     return inspect.signature(function).parameters.get(TASK) if callable(function) else None
 
 
@@ -216,13 +226,13 @@ def recording(layer: str) -> Iterator[dict[str, Any]]:
         yield outputs
 
 
-def write_back(module: nnx.Module, ts: TrainState) -> None:
+def write_back(module: Any, ts: TrainState) -> None:
     """Copy the parameters and other variables of a TrainState into an NNX module.
 
     Parameters that the module does not have, such as those of KCL's kernel, are ignored.
 
     Args:
-        module: The module that was passed to `adapted`. It is changed in place.
+        module: The NNX module that was passed to `adapted`. It is changed in place.
         ts: A TrainState, for example `learner.ts`, with the structure of `adapted(module).init`.
 
     Raises:
@@ -241,18 +251,20 @@ def write_back(module: nnx.Module, ts: TrainState) -> None:
         >>> module.bias[...].tolist() == ts.params["bias"].tolist()
         True
     """
+    from sequel_flax.nnx_network import collection, leaves_of
+
     values = []
-    variables = {path: leaf for path, leaf in _leaves(module).items() if _collection(leaf)}
+    variables = {path: leaf for path, leaf in leaves_of(module).items() if collection(leaf)}
     trees = {name: getattr(ts, name, {}) for name in ("params", "batch_stats")} | getattr(
         ts, "collections", {}
     )
     for path, leaf in variables.items():
-        name = _collection(leaf)
-        value = _at(trees.get(name), path)
+        name = collection(leaf)
+        value = leaf_at(trees.get(name), path)
         shape = None if value is None else jnp.shape(value)
         if shape != leaf.shape:
             raise ValueError(
-                f"ts.{name} must have the array {_text(path)} of {type(module).__name__} with shape "
+                f"ts.{name} must have the array {path_text(path)} of {type(module).__name__} with shape "
                 f"{list(leaf.shape)}, got {'none' if shape is None else list(shape)}; use the module that "
                 "was passed to sequel_flax.adapted to make the TrainState"
             )
@@ -286,12 +298,12 @@ def with_row_mask(apply: Apply, mask: jax.Array) -> Apply:
     """
 
     def masked(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        token = _row_mask.set(mask)
+        token = row_mask.set(mask)
         try:
             with nn.intercept_methods(_mask_linen_layer):
                 out, updates = apply(variables, *args, **kwargs)
         finally:
-            _row_mask.reset(token)
+            row_mask.reset(token)
 
         def select(new: Any, old: Any) -> Any:
             return jnp.where(mask.any(), new, old)
@@ -301,18 +313,36 @@ def with_row_mask(apply: Apply, mask: jax.Array) -> Apply:
     return masked
 
 
-class _LinenNetwork:
+class AdaptedNetwork:
+    """A network with the interface of this module's docstring.
+
+    Args:
+        function: The method that is called with the inputs.
+        inputs: The keywords of the inputs; empty if they are its first argument.
+
+    Example:
+        >>> AdaptedNetwork(lambda x, t: x).signature
+        <Signature (x, t)>
+    """
+
+    def __init__(self, function: Apply, inputs: tuple[str, ...] = ()) -> None:
+        self.signature, self.inputs = inspect.signature(function), inputs
+
+
+class _LinenNetwork(AdaptedNetwork):
     """A linen module without the argument `train`."""
 
     def __init__(self, model: nn.Module, inputs: tuple[str, ...] = ()) -> None:
+        super().__init__(model.__call__, inputs)
         self.model = model
-        self.inputs = inputs
 
     def __repr__(self) -> str:
         return repr(self.model)
 
     def init(self, key: Any, *x: Any, train: bool = False, **inputs: Any) -> Any:
-        return self.model.init(key, *x, **inputs, **_mode(self.model.__call__, train, inputs=self.inputs))
+        return self.model.init(
+            key, *x, **inputs, **mode_arguments(self.model.__call__, train, inputs=self.inputs)
+        )
 
     def apply(
         self,
@@ -323,107 +353,14 @@ class _LinenNetwork:
         **options: Any,
     ) -> Any:
         function = method if callable(method) else getattr(self.model, method or "__call__")
-        mode = {} if callable(method) else _mode(function, train, inputs=self.inputs)
+        mode = {} if callable(method) else mode_arguments(function, train, inputs=self.inputs)
         return self.model.apply(variables, *x, **mode, method=function, **options)
-
-
-class _NNXNetwork:
-    """An NNX module as pure functions of its variables."""
-
-    # nnx.bridge.ToLinen (flax 0.12.8) cannot replace this class: it raises KeyError for list elements under
-    # string keys, raises for the parameters that KCL adds, keeps subclasses of Param out of "params", uses
-    # the module's own statistics if "batch_stats" is missing, and does not reseed the module's streams.
-
-    def __init__(self, model: nnx.Module, inputs: tuple[str, ...] = ()) -> None:
-        _keywords(model.__call__, "rngs", inputs=inputs)
-        self.signature = inspect.signature(model.__call__)
-        self.inputs = inputs
-        self.text = re.sub(r" at 0x[0-9a-f]+", "", repr(model))  # addresses differ between runs
-        self.leaves = _leaves(model)
-        self.names = sorted({name for name in map(_collection, self.leaves.values()) if name})
-        for path, leaf in self.leaves.items():
-            _check_state(model, path, leaf)
-        self.unmaskable: list[Path] = []
-        self.graphdefs = {}
-        for train in (True, False):
-            copy = nnx.clone(model)
-            copy.train() if train else copy.eval()
-            layers = [(path, layer) for path, layer in nnx.iter_modules(copy) if _has_statistics(layer)]
-            self.unmaskable = [path for path, layer in layers if not _takes_mask(layer)]
-            for path, layer in layers:
-                if path not in self.unmaskable:
-                    set_class(layer, _masked_class(type(layer)))
-            self.graphdefs[train] = nnx.graphdef(copy)
-
-    def __repr__(self) -> str:
-        return self.text
-
-    def init(self, key: Any, *x: Any, train: bool = False, **inputs: Any) -> dict[str, Any]:
-        """Return copies of the module's current values; the key is not used."""
-        names = dict.fromkeys(["params", *self.names])
-        return {name: jax.tree.map(jnp.array, self._collected(self.leaves, name)) for name in names}
-
-    def apply(
-        self,
-        variables: Mapping[str, Any],
-        *x: Any,
-        train: bool = False,
-        rngs: Mapping[str, jax.Array] | None = None,
-        method: str | Apply | None = None,
-        mutable: bool | Sequence[str] = False,
-        **inputs: Any,
-    ) -> Any:
-        if _row_mask.get() is not None and self.unmaskable:
-            raise ValueError(_no_mask(_text(self.unmaskable[0])))
-        key = rngs["dropout"] if rngs else None
-        values = self._values(variables, key)
-        module = nnx.merge(self.graphdefs[train], unflatten_dict(values))
-        if callable(method):
-            out = method(module, *x)
-        else:
-            function = getattr(module, method or "__call__")
-            keywords = _mode(function, train, "rngs", inputs=self.inputs)
-            if "rngs" in keywords and key is not None:
-                keywords["rngs"] = nnx.Rngs(key)
-            out = function(*x, **inputs, **keywords)
-        leaves = _leaves(module)
-        for path, leaf in self.leaves.items():
-            if not isinstance(leaf, nnx.Variable) and leaves[path] is not values[path]:
-                raise ValueError(_no_state(module, path, "an array that changes in a call"))
-        if not mutable:
-            return out
-        names = [name for name in self.names if name != "params" and (mutable is True or name in mutable)]
-        return out, {name: self._collected(leaves, name) for name in names}
-
-    def _collected(self, leaves: Mapping[Path, Any], name: str) -> Any:
-        """Return the arrays of a collection as a tree whose keys are strings."""
-        paths = [path for path, leaf in self.leaves.items() if _collection(leaf) == name]
-        return unflatten_dict({tuple(map(str, path)): leaves[path][...] for path in paths})
-
-    def _values(self, variables: Mapping[str, Any], key: jax.Array | None) -> dict[Path, Any]:
-        """Return an array for each leaf of the module; a key reseeds every random stream."""
-        if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            key = jax.random.wrap_key_data(key)
-        values = {}
-        for i, (path, leaf) in enumerate(self.leaves.items()):
-            value = leaf[...] if isinstance(leaf, nnx.Variable) else leaf
-            if name := _collection(leaf):
-                value = _at(variables.get(name), path)
-                if value is None:
-                    raise ValueError(_no_variable(f"no array {name}/{_text(path)}"))
-            elif isinstance(leaf, nnx.RngKey) and key is not None:
-                stream_key = jax.random.fold_in(key, i)
-                value = jax.random.split(stream_key, value.shape) if value.shape else stream_key
-            elif isinstance(leaf, nnx.RngCount) and key is not None:
-                value = jnp.zeros_like(value)
-            values[path] = value
-        return values
 
 
 # -- arguments
 
 
-def _keywords(function: Apply, *others: str, inputs: Sequence[str] = ()) -> tuple[str, ...]:
+def mode_keywords(function: Apply, *others: str, inputs: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the arguments of a method that set the mode, and those of `others` that it takes.
 
     The inputs are its first argument, or the keywords `inputs`.
@@ -444,9 +381,9 @@ def _keywords(function: Apply, *others: str, inputs: Sequence[str] = ()) -> tupl
     return tuple(names)
 
 
-def _mode(function: Apply, train: bool, *others: str, inputs: Sequence[str] = ()) -> dict[str, Any]:
+def mode_arguments(function: Apply, train: bool, *others: str, inputs: Sequence[str] = ()) -> dict[str, Any]:
     """Return the keyword arguments that set the mode of a method, and those of `others` as None."""
-    names = [name for name in _keywords(function, *others, inputs=inputs) if name != TASK]
+    names = [name for name in mode_keywords(function, *others, inputs=inputs) if name != TASK]
     return {name: train == MODES[name] if name in MODES else None for name in names}
 
 
@@ -458,10 +395,11 @@ def _with_error(apply: Apply, *args: Any, **kwargs: Any) -> Any:
     try:
         return apply(*args, **kwargs)
     except ScopeCollectionNotFound as error:
-        raise ValueError(_no_variable(str(error).partition(" (http")[0])) from error
+        raise ValueError(no_variable(str(error).partition(" (http")[0])) from error
 
 
-def _no_variable(reason: str) -> str:
+def no_variable(reason: str) -> str:
+    """Return the message of an error: the TrainState lacks variables."""
     return (
         f"the network has variables that the TrainState lacks: {reason.rstrip('.')}; make it with "
         "sequel_flax.BatchStatsTrainState.create(apply_fn=model.apply, tx=tx, **variables), with variables = "
@@ -469,45 +407,16 @@ def _no_variable(reason: str) -> str:
     )
 
 
-def _leaves(module: nnx.Module) -> dict[Path, Any]:
-    """Return the variables and the plain arrays of an NNX module."""
-    state: Any = nnx.to_flat_state(nnx.state(module))
-    return dict(state)
-
-
-def _collection(leaf: Any) -> str:
-    """Return the linen collection of an NNX variable; "" for random streams and plain arrays."""
-    if isinstance(leaf, nnx.Param):
-        return "params"
-    if isinstance(leaf, nnx.BatchStat):
-        return "batch_stats"
-    return type(leaf).__name__ if isinstance(leaf, nnx.Variable) and not isinstance(leaf, STREAMS) else ""
-
-
-def _at(tree: Any, path: Path) -> Any:
+def leaf_at(tree: Any, path: Path) -> Any:
     """Return the leaf of a nested dict with string keys; None if there is none."""
     for part in path:
         tree = tree.get(str(part)) if isinstance(tree, Mapping) else None
     return tree
 
 
-def _text(path: Path) -> str:
+def path_text(path: Path) -> str:
+    """Return the name of a leaf, such as `layers/0/kernel`."""
     return "/".join(map(str, path))
-
-
-def _check_state(module: nnx.Module, path: Path, leaf: Any) -> None:
-    if isinstance(leaf, nnx.Intermediate):
-        raise ValueError(_no_state(module, path, f"a {type(leaf).__name__}"))
-    if isinstance(leaf, nnx.Variable) and not isinstance(leaf.get_value(), jax.Array | np.ndarray):
-        raise ValueError(_no_state(module, path, f"a {type(leaf).__name__} that is not one array"))
-
-
-def _no_state(module: nnx.Module, path: Path, problem: str) -> str:
-    return (
-        f"{type(module).__name__} is an NNX module with state that cannot be carried from step to step: "
-        f"{_text(path)} is {problem}; keep parameters in nnx.Param, batch statistics in nnx.BatchStat, "
-        "random streams in nnx.Rngs, other state in a subclass of nnx.Variable, and constants in plain arrays"
-    )
 
 
 # -- row masks
@@ -523,23 +432,14 @@ def _mask_linen_layer(call: Apply, args: tuple[Any, ...], kwargs: dict[str, Any]
         return call(*args, **kwargs)
     if isinstance(layer, nn.SpectralNorm):  # its statistics are those of weights
         return call(*args, **kwargs)
-    if not _takes_mask(layer):
-        raise ValueError(_no_mask(_text(layer.path) or type(layer).__name__))
-    return _call_with_mask(call, args, kwargs)
+    if not takes_mask(layer):
+        raise ValueError(no_mask(path_text(layer.path) or type(layer).__name__))
+    return call_with_mask(call, args, kwargs)
 
 
-@cache
-def _masked_class(layer: type[Any]) -> type[Any]:
-    """Return a subclass of an NNX layer's class whose calls pass the mask."""
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _call_with_mask(partial(layer.__call__, self), args, kwargs)
-
-    return type(layer.__name__, (layer,), {"__call__": call})
-
-
-def _call_with_mask(call: Apply, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    mask = _row_mask.get()
+def call_with_mask(call: Apply, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a layer with the mask of `with_row_mask`, if there is one."""
+    mask = row_mask.get()
     if mask is not None and kwargs.get("mask") is None:
         x = args[0] if args else kwargs["x"]
         rows = mask | ~mask.any()  # never the mean of no row: its NaN would reach the gradient
@@ -547,16 +447,13 @@ def _call_with_mask(call: Apply, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return call(*args, **kwargs)
 
 
-def _has_statistics(layer: Any) -> bool:
-    is_spectral = isinstance(layer, nnx.SpectralNorm)  # its statistics are those of weights
-    return not is_spectral and any(isinstance(value, nnx.BatchStat) for value in vars(layer).values())
-
-
-def _takes_mask(layer: Any) -> bool:
+def takes_mask(layer: Any) -> bool:
+    """Return whether a layer has an argument `mask`."""
     return callable(layer) and "mask" in inspect.signature(layer).parameters
 
 
-def _no_mask(layer: str) -> str:
+def no_mask(layer: str) -> str:
+    """Return the message of an error: a layer has no argument `mask`."""
     return (
         f"the layer {layer} has batch statistics, but its __call__ has no argument mask (the rows to count), "
         "which a replay method needs; add one, as in BatchNorm of linen and NNX"

@@ -7,14 +7,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import clu.metrics
 import jax
 import numpy as np
 import optax
 from flax import linen as nn
-from flax import nnx
 from flax.training.train_state import TrainState
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
@@ -65,6 +64,9 @@ from sequel_flax.steps import (
     train_metrics,
 )
 from sequel_flax.writers import MetricWriter, close_writer, resume_writer, write_table
+
+if TYPE_CHECKING:
+    from flax import nnx  # slow to import
 
 
 def initial_train_state(

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from flax.training.train_state import TrainState
 
 from sequel_flax.foreign import as_called
@@ -102,6 +101,8 @@ def _predicate(
     """Return a function of a parameter's path and array, from a predicate over paths or an NNX filter."""
     if callable(trainable) and not isinstance(trainable, type) and _takes_a_path_only(trainable):
         return lambda path, leaf: trainable(path)
+    from flax import nnx  # slow to import
+
     try:
         selects = nnx.filterlib.to_predicate(trainable)
     except (TypeError, ValueError) as error:

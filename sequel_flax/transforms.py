@@ -17,6 +17,7 @@ The equations are those of `sequel_flax.algorithms.ewc`, `mas` and `si`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -25,7 +26,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from sequel_flax.bundle import empty_sum
 from sequel_flax.trainable import Selection, trained_mask
@@ -411,7 +411,8 @@ def selected(wrt: Selection, params: Params) -> Params:
     """
     if wrt is None:
         return params
-    if isinstance(params, nnx.State):
+    nnx = sys.modules.get("flax.nnx")  # a state of NNX exists only after this slow import
+    if nnx is not None and isinstance(params, nnx.State):
         network = SimpleNamespace(leaves=dict(nnx.to_flat_state(params)))
         mask = trained_mask(wrt, nnx.to_pure_dict(params), network, name="wrt")
         mask = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(mask))
