@@ -64,7 +64,7 @@ def test_unsupported_data_is_ignored(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensorboard_loads_neither_torch_nor_tensorflow(tmp_path: Path) -> None:
+def test_tensorboard_loads_neither_torch_nor_tensorflow_nor_nnx(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
@@ -77,7 +77,7 @@ writer.write_images(1, {"b": np.zeros((1, 2, 2, 3), np.uint8)})
 writer.write_texts(1, {"c": "d"})
 writer.write_histograms(1, {"e": np.arange(9)})
 writer.close()
-print([name for name in ("torch", "tensorflow", "tensorboardX") if name in sys.modules])
+print([name for name in ("torch", "tensorflow", "tensorboardX", "flax.nnx") if name in sys.modules])
 """
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True
