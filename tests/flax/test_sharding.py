@@ -24,12 +24,14 @@ from jax.sharding import AbstractMesh
 from sequel_core.algorithms.er import ERHParams
 from sequel_core.algorithms.ewc import EWCHParams
 from sequel_core.hparams import OptimizerHParams, TrainingHParams
+from sequel_core.runs.results import load_result
 from sequel_core.stream.task import Batch
 from sequel_core.testing.streams import table
 from sequel_flax import MLP, FlaxLearner, Hook, make_learner, run_together
 from sequel_flax.sharding import check_batch_size, device_mesh, sharded
 from tests.flax.parts import SILENT
 from tests.flax.sharded import METHODS, difference
+from tests.pages import code_blocks
 
 ROOT = Path(__file__).parents[2]
 DEVICES = "--xla_force_host_platform_device_count"
@@ -184,6 +186,27 @@ def check_two_processes(folder: Path, steps: int, *names: str, seconds: float = 
 @pytest.mark.slow
 def test_two_processes_of_two_devices(tmp_path: Path) -> None:
     check_two_processes(tmp_path, 12, "er", "ewc")
+
+
+def test_the_program_of_the_guide(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "guides" / "devices.md"
+    (program,) = (code for code in code_blocks(page, "py") if "jax.distributed" in code)
+    (tmp_path / "train.py").write_text(program)
+    address = f"localhost:{free_port()}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "train.py", address, str(process)],
+            cwd=tmp_path,
+            env={**forced(2), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    last = [process.communicate(timeout=120)[0].splitlines()[-1].split() for process in processes]
+    accuracy = load_result(tmp_path / "runs" / "er").average_accuracy
+    assert last == [[str(process), "4", str(accuracy)] for process in range(2)]
 
 
 @pytest.mark.slow

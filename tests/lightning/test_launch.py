@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from sequel_core.runs.checkpoints import Checkpoints
+from sequel_core.runs.results import load_result
 from sequel_core.testing.resume import assert_same_records
+from tests.pages import code_blocks
 
 pytestmark = pytest.mark.slow
 
@@ -133,6 +135,17 @@ def test_a_script_is_started_again_for_each_process(tmp_path: Path) -> None:
         script.write_text(text.replace("RUN_DIR", str(tmp_path / f"run_{devices}")))
         subprocess.run([sys.executable, str(script)], check=True, timeout=300)
     assert_close(tmp_path / "run_2", tmp_path / "run_1")
+
+
+def test_the_program_of_the_guide(tmp_path: Path) -> None:
+    program, *_ = code_blocks(ROOT / "docs" / "guides" / "devices.md", "py")
+    (tmp_path / "train.py").write_text(program)
+    command = [sys.executable, "train.py"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300)
+    result = load_result(tmp_path / "runs" / "er")
+    assert result.summary["num_devices"] == 2
+    lines = [f"{main} {result.average_accuracy}" for main in (True, False)]
+    assert {*lines} <= {*ended.stdout.splitlines()}
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
