@@ -120,20 +120,27 @@ def test_feature_distance(rng: np.random.Generator) -> None:
 
 
 def test_the_dual_of_gem_is_the_minimum_over_all_active_sets(rng: np.random.Generator) -> None:
-    """Also with tasks without samples, equal gradients, more tasks than parameters and one large gradient."""
+    """Also with tasks without samples, equal gradients, more tasks than parameters, any lengths.
+
+    The gradients of past tasks share a direction, so that numbers leave the active set again.
+    """
     positive = 0
     for trial in range(60):
-        references, g = rng.normal(size=(4, 2 + trial % 6)), rng.normal(size=2 + trial % 6)
+        references, g, shared = (rng.normal(size=(*k, 2 + trial % 6)) for k in ((6,), (), ()))
+        references, g = references + 2 * shared, g - 2 * shared
         if trial % 3 == 1:
             references[1], references[2] = 2 * references[0], 0
-        references[3] *= 1000 if trial % 3 == 2 else 1
         gram, linear = references @ references.T, references @ g
-        v = gem.solve_dual(gram, linear)
         expected = nonnegative_minimum(gram, linear)
+        least = 0.5 * expected @ gram @ expected + linear @ expected  # for references of any lengths
+        if trial % 3 == 2:
+            references *= [[1e-9], [1], [1], [1e6], [1], [1]]
+            gram, linear = references @ references.T, references @ g
+        v = gem.solve_dual(gram, linear)
         assert (v >= 0).all()
-        least, value = (0.5 * w @ gram @ w + linear @ w for w in (expected, v))
-        assert value == pytest.approx(least, rel=1e-10, abs=1e-12)
-        assert (references @ (g + v @ references)).min() > -1e-10 * max(1, np.abs(references).max())
+        assert 0.5 * v @ gram @ v + linear @ v == pytest.approx(least, rel=1e-10, abs=1e-12)
+        lengths = np.linalg.norm(references, axis=1)
+        assert (references @ (g + v @ references) >= -1e-10 * lengths).all()
         positive += (v > 0).sum() > 1
     assert positive > 10
 
