@@ -298,6 +298,7 @@ def _download(origin: Origin, root: Path) -> Decode:
     """
     import pooch  # slow to import
 
+    pooch.get_logger().setLevel("WARNING")  # no line before the error's; a bar shows the progress
     errors: list[Exception] = []
     for mirror in origin.mirrors:
         try:
