@@ -134,7 +134,7 @@ def test_the_dual_of_gem_is_the_minimum_over_all_active_sets(rng: np.random.Gene
         expected = nonnegative_minimum(gram, linear)
         least = 0.5 * expected @ gram @ expected + linear @ expected  # for references of any lengths
         if trial % 3 == 2:
-            references *= [[1e-9], [1], [1], [1e6], [1], [1]]
+            references *= np.array([1e-9, 1, 1, 1e6, 1, 1])[:, None]
             gram, linear = references @ references.T, references @ g
         v = gem.solve_dual(gram, linear)
         assert (v >= 0).all()
