@@ -188,6 +188,7 @@ def test_two_processes_of_two_devices(tmp_path: Path) -> None:
     check_two_processes(tmp_path, 12, "er", "ewc")
 
 
+@pytest.mark.slow
 def test_the_program_of_the_guide(tmp_path: Path) -> None:
     page = ROOT / "docs" / "guides" / "devices.md"
     (program,) = (code for code in code_blocks(page, "py") if "jax.distributed" in code)
