@@ -1,7 +1,7 @@
 """Connections between the processes of a run, by which each of them notices how the others end.
 
-Process 0 listens, the others connect to it, and it passes on what it receives. A process that leaves the run
-sends how. A connection that is closed without such a message is that of a process that was killed.
+Process 0 listens, the others connect to it, and it forwards what it receives. A process that leaves the run
+sends an `Ending`. If its connection closes without one, the process was killed.
 
 A process may wait for another one inside a compiled program, which no exception can interrupt. It is then
 ended, with one line that says why.
