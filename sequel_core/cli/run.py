@@ -23,7 +23,6 @@ import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
@@ -139,9 +138,10 @@ def _single(arguments: Sequence[str], console: Console, show: bool, test: bool, 
         return 0
     failures: list[Exception] = []
 
-    def attempt(given: DictConfig) -> float:
+    def attempt(_: DictConfig) -> float:
         try:
-            return job(given, quiet, resume)
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            return ranked_by(execute(composed.config, folder, not quiet, resume))
         except Exception as error:  # Hydra would print it in its own format
             failures.append(error)
             return math.nan
@@ -224,24 +224,18 @@ def check(config: ExperimentConfig, console: Console) -> None:
 
 
 def job(_: DictConfig, quiet: bool, resume: Resume = False) -> float:
-    """Run one Hydra job: compose, build and run the experiment in the directory that Hydra chose.
+    """Run one job of a sweep: compose, build and run the experiment in the directory that Hydra chose.
 
     Args:
         quiet: print nothing but errors.
         resume: see `sequel_core.run`.
 
     Returns:
-        The score by which a sweep is ranked, see `ranked_by`; nan if a run of a sweep failed. Its directory
-        then contains the reason.
-
-    Raises:
-        ValueError: a setting does not fit the built stream or learner (single runs).
-        DivergenceError: the loss became nan or infinite (single runs).
+        The score by which a sweep is ranked, see `ranked_by`; nan if the run failed. Its directory then
+        contains the reason.
     """
     context = HydraConfig.get()
     overrides, run_dir = list(context.overrides.task), Path(context.runtime.output_dir)
-    if context.mode != RunMode.MULTIRUN:
-        return ranked_by(execute(compose(overrides).config, run_dir, not quiet, resume))
     console = Console(quiet=quiet)
     written = " ".join(text.lstrip("+") for text in overrides)
     console.rule(escape(f"run {run_dir.name}: {written}"), align="left")
