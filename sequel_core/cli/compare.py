@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import Literal, cast
 
 from sequel_core.cli.arguments import Parser
 from sequel_core.runs.compare import compare
@@ -16,9 +17,10 @@ EXAMPLES = """examples:
   sequel compare algo=er,derpp --budget memory=1MB         memories of equal size; or steps=N, seconds=S
   sequel compare algo=ewc,er mode=jax seed=range(10) --together  all at once in JAX
   sequel compare algo=ewc training.dtype=float64           the same in float64: differences of rounding only
+  sequel compare algo=ewc,er run_dir=DIR resume=auto       start it, or run what is missing in DIR
 
 Every combination of comma-separated values is run. Other arguments are those of sequel run; run_dir=DIR is
-the folder of all runs.
+the folder of all runs. With resume=auto, finished runs there are reused and only what is missing is run.
 """
 
 
@@ -44,10 +46,12 @@ def main(args: Sequence[str]) -> int:
     parser.add_argument("--together", action="store_true", help=together)
     parser.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     options = parser.parse_intermixed_args(args)
+    values = [text.partition("=")[2] for text in options.arguments if text.startswith("resume=")]
     comparison = compare(
-        options.arguments,
+        [text for text in options.arguments if not text.startswith("resume=")],
         progress=not options.quiet,
         budget=options.budget,
         together=options.together,
+        resume=cast(Literal["auto"], values[-1]) if values and values[-1] != "null" else False,
     )
     return 1 if any(run.result is None for run in comparison.runs) else 0

@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain, count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -377,7 +378,8 @@ def _sweep(arguments: Sequence[str], console: Console, show: bool, test: bool, r
 
     with _reserved(asked.run_dir or str(new_path("_sweep")), resume) as directory:
         configs = [with_score(item.config.plain(), score) for item, score in zip(jobs, scores, strict=True)]
-        places = assigned(directory, configs)
+        free = map(str, count(len(jobs)))
+        places = assigned(directory, configs, [chain([str(k)], free) for k in range(len(jobs))])
         missing = [k for k, path in enumerate(places) if together or not RunDirectory(path).finished()]
         if len(missing) < len(jobs):
             print_notes(console, [f"{len(jobs) - len(missing)} of {len(jobs)} runs are finished"])

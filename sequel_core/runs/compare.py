@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,11 +22,11 @@ from sequel_core.experiment.schema import ExperimentConfig
 from sequel_core.objectives import Score
 from sequel_core.runs import learner
 from sequel_core.runs.budget import Budget, parse_budget, within_budget
-from sequel_core.runs.directory import CONFIG, RunDirectory, numbered
+from sequel_core.runs.directory import CONFIG, ERROR, RunDirectory, assigned, numbered
 from sequel_core.runs.formatting import number, scaling, score_text
 from sequel_core.runs.learner import PLUGINS, Learner, Mode
-from sequel_core.runs.orchestrator import Shown, check_run, run
-from sequel_core.runs.results import TASK_GIVEN, Result, common_score, load_weights
+from sequel_core.runs.orchestrator import Resume, Shown, check_run, recorded_settings, run
+from sequel_core.runs.results import TASK_GIVEN, Result, common_score, load_result, load_weights, with_score
 from sequel_core.runs.signals import InterruptedRunError
 from sequel_core.runs.statistics import PairedTest, compare_pairs
 from sequel_core.settings import check_name
@@ -105,7 +106,7 @@ class Comparison:
 
     Args:
         directory: of the comparison; it contains one directory per run, and the report.
-        runs: in the order in which they were started.
+        runs: in the order of the labels.
         rows: one per label and framework.
         differences: one per label and seed that finished in both frameworks.
         tests: by framework, the comparison of every two labels with at least two common seeds.
@@ -148,6 +149,7 @@ def compare(
     progress: bool = True,
     budget: str | None = None,
     together: bool = False,
+    resume: Literal[False, "auto"] = False,
     **settings: Any,
 ) -> Comparison:
     """Run experiments one after another and compare their results.
@@ -165,12 +167,16 @@ def compare(
 
             Runs with the same label are compared over frameworks and seeds.
         benchmark: the stream; only for learners.
-        run_dir: an empty or new directory; None for a new one under `runs/`.
+        run_dir: an empty or new directory, or with `resume` that of an earlier comparison; None for a new one
+            under `runs/`.
         progress: False to print nothing.
         budget: only for overrides and configurations, what every run may use: `steps=N`, `seconds=S` or
             `memory=SIZE`, see `sequel_core.runs.budget.within_budget`. Tables and report state it.
         together: run all experiments in JAX at once, see `sequel_flax.run_together`; not with a budget of
             seconds.
+        resume: `"auto"` to run only what `run_dir` lacks: finished runs with the same settings are read, and
+            interrupted ones are resumed. Runs with other settings stay there, but are not part of the
+            comparison. Not with a budget of seconds.
         settings: only for learners, arguments of `sequel_core.run`: `evaluate_every`, `evaluate_on`,
             `evaluate_future`, `callbacks`, `checkpoint`.
 
@@ -203,20 +209,16 @@ def compare(
         run_dir = composed_run_dir if run_dir is None else run_dir
     shown: Shown = "bars" if progress else False
     allowed = None if budget is None else parse_budget(budget)
-    trials = _trials(runs, benchmark, settings, shown)
+    _check_resume(resume, run_dir, allowed)
+    trials = _trials(runs, benchmark, settings, shown, resume)
     if together:
         _check_together(trials, allowed)
     print_notes(console, notes)
     if allowed is not None:
-        trials = _trials(within_budget(_by_label(runs), allowed, say), benchmark, settings, shown)
-    directory = RunDirectory.create(run_dir).path
-    at_once = [trial for trial in trials if together and trial.mode == "jax"]
-    done: list[Run] = []
-    for trial in trials:
-        if not together or trial.mode != "jax":
-            done.append(_run_trial(trial, directory, say))
-    if at_once:
-        done += _run_together(at_once, directory, benchmark, settings, say)
+        trials = _trials(within_budget(_by_label(runs), allowed, say), benchmark, settings, shown, resume)
+    existing = resume and run_dir is not None and Path(run_dir).is_dir()
+    directory = Path(str(run_dir)) if existing else RunDirectory.create(run_dir).path
+    done = _run_all(trials, directory, benchmark, settings, say, together, resume)
     recorded = [item.directory for item in done if (item.directory / CONFIG).is_file()]
     report = directory / REPORT if recorded else None
     for item in done:
@@ -255,16 +257,58 @@ class _Trial(NamedTuple):
     mode: Mode
     seed: int
     experiment: Experiment
+    config: Mapping[str, Any]  # as the run records it
     start: Callable[[Path], Result]
 
     @property
     def name(self) -> str:
         return f"{self.label}, {self.mode}, seed {self.seed}"
 
+    @property
+    def directory(self) -> str:
+        stem = re.sub(r"[^\w.=+-]+", "-", self.label)[:100]
+        return f"{stem}_{self.mode}_seed{self.seed}"
 
-def _run_trial(trial: _Trial, parent: Path, say: Callable[[str], None]) -> Run:
-    """Run a trial in a new directory; report and record an error instead of raising it."""
-    path = _new_directory(parent, trial)
+
+def _run_all(
+    trials: Sequence[_Trial],
+    parent: Path,
+    benchmark: Benchmark | None,
+    settings: Mapping[str, Any],
+    say: Callable[[str], None],
+    together: bool,
+    resume: Resume,
+) -> list[Run]:
+    """Run the trials, or read the finished runs of an earlier comparison."""
+    names = [map(str, numbered(Path(trial.directory))) for trial in trials]
+    paths = assigned(parent, [trial.config for trial in trials], names)
+    ended = {
+        trial.name: Run(trial.label, trial.mode, trial.seed, path, load_result(path))
+        for trial, path in zip(trials, paths, strict=True)
+        if isinstance(trial.experiment, ExperimentConfig) and RunDirectory(path).finished()
+    }
+    at_once = []
+    try:
+        for trial, path in zip(trials, paths, strict=True):
+            if trial.name in ended:
+                say(f"{trial.name}: reused from {path}")
+                continue
+            path.mkdir(exist_ok=True)
+            path.joinpath(ERROR).unlink(missing_ok=True)
+            if together and trial.mode == "jax":
+                at_once.append((trial, path))
+            else:
+                ended[trial.name] = _run_trial(trial, path, say)
+        if at_once:
+            ended |= _run_together(at_once, parent, benchmark, settings, say, resume)
+    except InterruptedRunError as error:
+        place = shlex.quote(f"run_dir={parent}")
+        raise InterruptedRunError(error.number, f"to go on: repeat it with {place} resume=auto") from error
+    return [ended[trial.name] for trial in trials]
+
+
+def _run_trial(trial: _Trial, path: Path, say: Callable[[str], None]) -> Run:
+    """Run a trial; report and record an error instead of raising it."""
     say(f"{trial.name}: running in {path}")
     outcome: Result | Exception
     try:
@@ -303,25 +347,44 @@ def _check_together(trials: Sequence[_Trial], budget: Budget | None) -> None:
     check_together([experiment for experiment in in_jax if isinstance(experiment, ExperimentConfig)])
 
 
+def _check_resume(resume: Resume, run_dir: str | Path | None, budget: Budget | None) -> None:
+    """Raise ValueError if a comparison cannot be resumed."""
+    if resume not in (False, "auto"):
+        raise ValueError(
+            f"resume must be auto for a comparison, got {resume!r}; it resumes all runs of run_dir"
+        )
+    if resume and run_dir is None:
+        raise ValueError("resume=auto needs run_dir, got none; set it to the directory of the comparison")
+    if resume and budget is not None and budget.quantity == "seconds":
+        raise ValueError(
+            f"resume needs a budget of steps or memory, got {budget}; how many epochs fit is measured anew "
+            "each time"
+        )
+
+
 def _run_together(
-    trials: Sequence[_Trial],
+    trials: Sequence[tuple[_Trial, Path]],
     parent: Path,
     benchmark: Benchmark | None,
     settings: Mapping[str, Any],
     say: Callable[[str], None],
-) -> list[Run]:
-    """Run trials at once, each in a new directory."""
+    resume: Resume,
+) -> dict[str, Run]:
+    """Run trials at once; return the runs by name."""
     from sequel_core.cli.together import execute_together
 
-    paths = [_new_directory(parent, trial) for trial in trials]
     say(f"{len(trials)} runs in JAX: running at once in {parent}")
-    experiments: list[Any] = [trial.experiment for trial in trials]
+    experiments: list[Any] = [trial.experiment for trial, _ in trials]
+    paths = [path for _, path in trials]
     if benchmark is None:
-        outcomes = execute_together(experiments, paths, progress=False)
+        outcomes = execute_together(experiments, paths, progress=False, resume=resume)
     else:
         run_together = learner.plugin("jax").run_together
-        outcomes = run_together(experiments, benchmark, paths, progress=False, **settings)
-    return [_ended(*ended, say) for ended in zip(trials, paths, outcomes, strict=True)]
+        outcomes = run_together(experiments, benchmark, paths, progress=False, resume=resume, **settings)
+    return {
+        trial.name: _ended(trial, path, outcome, say)
+        for (trial, path), outcome in zip(trials, outcomes, strict=True)
+    }
 
 
 def _composed(overrides: Sequence[str]) -> tuple[dict[str, list[ExperimentConfig]], list[str], str | None]:
@@ -347,23 +410,22 @@ def _trials(
     benchmark: Benchmark | None,
     settings: Mapping[str, Any],
     progress: Shown,
+    resume: Resume,
 ) -> list[_Trial]:
     """Return the runs to start, in order; all checks that are possible before the first run are made."""
     from sequel_core.cli.run import execute
     from sequel_core.cli.sweep import check_streams
 
-    trials, configs, learners = [], {}, dict[Learner, Score]()
+    trials, configs, learners = list[_Trial](), {}, dict[Learner, Score]()
     for label, group in runs.items() if isinstance(runs, Mapping) else [("", runs)]:
         for experiment in group if isinstance(group, Sequence) else [group]:
             if isinstance(experiment, ExperimentConfig):
-                start = partial(execute, experiment, progress=progress)
-                label_or_name = label or experiment.algo.name
-                trials.append(
-                    _Trial(label_or_name, experiment.mode, experiment.training.seed, experiment, start)
-                )
+                start = partial(execute, experiment, progress=progress, resume=resume)
+                key = label or experiment.algo.name, experiment.mode, experiment.training.seed
+                trials.append(_Trial(*key, experiment, experiment.plain(), start))
                 configs[trials[-1].name] = experiment
             else:
-                trials.append(_learner_trial(label, experiment, benchmark, settings, progress))
+                trials.append(_learner_trial(label, experiment, benchmark, settings, progress, resume))
                 if experiment in learners:
                     raise ValueError(
                         f"learners must be new, got that of {trials[-1].name} twice; make another"
@@ -375,8 +437,12 @@ def _trials(
         raise ValueError(f"{name} is for learners, a configuration has its own; drop it")
     for config in configs.values():
         learner.plugin(config.mode)
-    common_score([*learners.values(), *check_streams(configs)])
-    return trials
+    scores = dict(zip(configs, check_streams(configs), strict=True))
+    common_score([*learners.values(), *scores.values()])
+    return [
+        trial._replace(config=with_score(trial.config, scores[trial.name])) if trial.name in scores else trial
+        for trial in trials
+    ]
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -391,7 +457,12 @@ def _check_names(names: Sequence[str]) -> None:
 
 
 def _learner_trial(
-    label: str, model: Learner, benchmark: Benchmark | None, settings: Mapping[str, Any], progress: Shown
+    label: str,
+    model: Learner,
+    benchmark: Benchmark | None,
+    settings: Mapping[str, Any],
+    progress: Shown,
+    resume: Resume,
 ) -> _Trial:
     if not hasattr(model, "fit_task"):
         raise ValueError(
@@ -413,18 +484,10 @@ def _learner_trial(
     )
 
     def start(run_dir: Path) -> Result:
-        return run(model, benchmark, run_dir=run_dir, progress=progress, **settings)
+        return run(model, benchmark, run_dir=run_dir, progress=progress, resume=resume, **settings)
 
-    return _Trial(label or model.hparams.name, model.mode, model.training.seed, model, start)
-
-
-def _new_directory(parent: Path, trial: _Trial) -> Path:
-    """Make a directory named after the label, the framework and the seed."""
-    stem = re.sub(r"[^\w.=+-]+", "-", trial.label)[:100]
-    stem = f"{stem}_{trial.mode}_seed{trial.seed}"
-    path = next(path for path in numbered(parent / stem) if not path.exists())
-    path.mkdir()
-    return path
+    config = recorded_settings(model, benchmark)
+    return _Trial(label or model.hparams.name, model.mode, model.training.seed, model, config, start)
 
 
 def measure(result: Result) -> dict[str, float]:

@@ -22,11 +22,11 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -315,32 +315,36 @@ def _differing(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> list[st
     return [key for key in keys if key not in MAY_DIFFER and key.partition(".")[0] not in MAY_DIFFER]
 
 
-def assigned(directory: Path, configs: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Return the subdirectory of each run of a sweep.
+def assigned(
+    directory: Path, configs: Sequence[Mapping[str, Any]], names: Sequence[Iterable[str]]
+) -> list[Path]:
+    """Return the subdirectory of each run of a sweep or comparison.
 
     Args:
         directory: that of the sweep; it may have runs of an earlier one.
         configs: the settings of each run.
+        names: of each run, infinitely many, the preferred one first.
 
     Returns:
-        The directory of an earlier run with the same settings, as in `RunDirectory.check_config`, or a number
-        that no run has.
+        The directory of an earlier run with the same settings, as in `RunDirectory.check_config`, or the
+        first name that no run has.
 
     Raises:
         ValueError: a `config.yaml` is damaged; the error names it.
     """
     earlier = {path.parent.name: _flatten(read_file(path)) for path in sorted(directory.glob(f"*/{CONFIG}"))}
     taken = set(earlier)
-    free = (str(k) for k in count(len(configs)) if str(k) not in taken)
     places = []
-    for k, config in enumerate(configs):
-        given = _flatten(files.plain("config", config))
-        names = [*({str(k)} & earlier.keys()), *earlier]  # usually it is the number of the run
-        place = next((name for name in names if not _differing(earlier[name], given)), None)
+    for config, candidates in zip(configs, names, strict=True):
+        given, new = _flatten(files.plain("config", config)), iter(candidates)
+        preferred = next(new)  # usually the earlier run has this name
+        known = [*({preferred} & earlier.keys()), *earlier]
+        place = next((name for name in known if not _differing(earlier[name], given)), None)
         if place is not None:
             del earlier[place]
         else:
-            place = str(k) if str(k) not in taken else next(free)
+            place = next(name for name in chain([preferred], new) if name not in taken)
+            taken.add(place)
         places.append(directory / place)
     return places
 

@@ -110,7 +110,7 @@ def run(
     check_run(learner, benchmark, evaluate_every, evaluate_on, evaluate_future)
     if resume not in (True, False, "auto"):
         raise ValueError(f"resume must be True, False or 'auto', got {resume!r}")
-    settings = with_score(masked(_describe(learner, benchmark) if config is None else config), learner.score)
+    settings = recorded_settings(learner, benchmark, config)
     options = _Options(
         None if run_dir is None else Path(run_dir),
         settings,
@@ -220,6 +220,13 @@ def check_run(
                 f"evaluate_on=validation needs validation samples, task {task.index} has none; "
                 "set benchmark.validation=0.1"
             )
+
+
+def recorded_settings(
+    learner: Learner, benchmark: Benchmark, config: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the configuration that `run` records for the same arguments."""
+    return with_score(masked(_describe(learner, benchmark) if config is None else config), learner.score)
 
 
 def _describe(learner: Learner, benchmark: Benchmark) -> dict[str, Any]:

@@ -87,9 +87,21 @@ def test_a_failing_run_is_exit_code_1(capsys: pytest.CaptureFixture[str], tmp_pa
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+def test_a_repeated_command_runs_what_is_missing(
+    capsys: pytest.CaptureFixture[str], plugin: ScriptedPlugin
+) -> None:
+    line = ["compare", "mode=jax", *SMALL, "run_dir=out", "resume=auto"]
+    assert main([*line, "seed=0,1"]) == 0
+    assert main([*line, "seed=0,1,2"]) == 0
+    assert [config.training.seed for config in plugin.built] == [0, 1, 2]
+    seeds = [row[2] for row in cells(capsys.readouterr().out) if row[0] == "naive"]
+    assert seeds == ["0, 1", "0, 1, 2"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        (["resume=out"], "resume must be auto for a comparison, got 'out'; "),
         ([], "the following arguments are required: FILE|KEY=VALUE; see sequel compare --help"),
         (["algo=naive,ewcc"], "algo must be one of "),
         (["nofile.yaml"], "nofile.yaml is neither a file nor an override such as algo=ewc"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from sequel_core.runs import learner
 from sequel_core.runs.callbacks import StreamCallback
 from sequel_core.runs.compare import Difference, Row
 from sequel_core.runs.learner import PLUGINS, Learner, Mode
+from sequel_core.runs.signals import InterruptedRunError
 from tests.core.scripted import STEPS, ScriptedPlugin, scripted
 
 MODES: tuple[Mode, ...] = ("pytorch", "jax")
@@ -198,6 +202,23 @@ def test_runs_in_jax_at_once_end_like_single_runs(tmp_path: Path) -> None:
             with np.load(run.directory / "weights.npz") as a, np.load(by_name[run[:3]] / "weights.npz") as b:
                 assert max(np.abs(a[name] - b[name]).max() for name in a.files) < 1e-4
         assert [row.seeds for row in at_once.rows] == [(0, 1)] * len(alone.rows)
+        if benchmark is None:
+            check_at_once_again(small, at_once)
+
+
+def check_at_once_again(overrides: Any, first: Comparison) -> None:
+    """Repeat a comparison, of which one run in JAX has no summary and one is gone."""
+    directories = {run.directory.name: run.directory for run in first.runs}
+    (directories["naive_jax_seed1"] / "summary.json").unlink()
+    shutil.rmtree(directories["ewc_jax_seed0"])
+    before = files(directories["ewc_jax_seed1"])
+    again = compare(overrides, run_dir=first.directory, progress=False, together=True, resume="auto")
+    assert files(directories["ewc_jax_seed1"]) == before
+    assert [run[:4] for run in again.runs] == [run[:4] for run in first.runs]
+    for old, new in zip(first.runs, again.runs, strict=True):
+        assert old.result is not None
+        assert new.result is not None
+        np.testing.assert_allclose(new.result.matrix, old.result.matrix, atol=0.02)  # one of 50 samples
 
 
 def test_labels_of_ones_own(digits: Benchmark, tmp_path: Path) -> None:
@@ -259,6 +280,87 @@ def test_configurations(plugin: ScriptedPlugin, tmp_path: Path) -> None:
         ("naive", "pytorch", (3, 4)), ("naive", "jax", (3, 4)),
     ]  # fmt: skip
     assert plugin.built == configs
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def test_a_repeated_comparison_runs_only_what_is_missing(
+    plugin: ScriptedPlugin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run is finished, of one only the directory is left, one failed, and one was never started."""
+    overrides = ["algo=naive,ewc", "mode=jax", "seed=3,4", *SMALL]
+    straight = compare(overrides, run_dir=tmp_path / "straight", progress=False)
+    compare(overrides, run_dir=tmp_path / "all", progress=False)
+    for name in ("naive_jax_seed4", "ewc_jax_seed3", "ewc_jax_seed4"):
+        shutil.rmtree(tmp_path / "all" / name)
+    (tmp_path / "all" / "naive_jax_seed4").mkdir()
+    (tmp_path / "all" / "ewc_jax_seed3").mkdir()
+    (tmp_path / "all" / "ewc_jax_seed3" / "error.txt").write_text("no space\n")
+    before = files(tmp_path / "all" / "naive_jax_seed3")
+    plugin.built.clear()
+
+    again = compare(overrides, run_dir=tmp_path / "all", resume="auto")
+    assert [(config.algo.name, config.training.seed) for config in plugin.built] == [
+        ("naive", 4), ("ewc", 3), ("ewc", 4),
+    ]  # fmt: skip
+    assert (
+        f"naive, jax, seed 3: reused from {tmp_path / 'all' / 'naive_jax_seed3'}" in capsys.readouterr().out
+    )
+    assert files(tmp_path / "all" / "naive_jax_seed3") == before
+    assert not (tmp_path / "all" / "ewc_jax_seed3" / "error.txt").exists()
+    for name in ("average_accuracy", "forgetting", "learning_accuracy", "memory_bytes"):
+        assert [row.measures[name] for row in again.rows] == [row.measures[name] for row in straight.rows]
+    assert again.tests == straight.tests
+
+    plugin.built.clear()
+    more = compare([*overrides[1:], "algo=er,ewc", "seed=4,5"], run_dir=tmp_path / "all", resume="auto")
+    assert [(config.algo.name, config.training.seed) for config in plugin.built] == [
+        ("er", 4), ("er", 5), ("ewc", 5),
+    ]  # fmt: skip
+    assert [(row.label, row.seeds) for row in more.rows] == [("er", (4, 5)), ("ewc", (4, 5))]
+
+
+def test_a_repeated_comparison_with_other_settings_keeps_the_first_runs(
+    plugin: ScriptedPlugin, tmp_path: Path
+) -> None:
+    overrides = ["algo=ewc", "mode=jax", *SMALL]
+
+    def compared(strength: str) -> list[str]:
+        chosen = [*overrides, f"algo.ewc_lambda={strength}"]
+        comparison = compare(chosen, run_dir=tmp_path / "all", resume="auto", progress=False)
+        return [run.directory.name for run in comparison.runs]
+
+    assert compared("1") == ["ewc_jax_seed0"]
+    first = files(tmp_path / "all" / "ewc_jax_seed0")
+    assert compared("2") == ["ewc_jax_seed0_1"]
+    assert compared("1,2,3") == ["ewc_jax_seed0", "ewc_jax_seed0_1", "algo.ewc_lambda=3_jax_seed0"]
+    assert [vars(config.algo)["ewc_lambda"] for config in plugin.built] == [1, 2, 3]
+    assert files(tmp_path / "all" / "ewc_jax_seed0") == first
+
+
+def test_an_interrupted_comparison_says_how_to_go_on(
+    digits: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From learners; the run that was not interrupted is read."""
+    learners = four_learners(digits)
+
+    def interrupt(*_: Any) -> None:
+        raise InterruptedRunError(signal.SIGTERM)
+
+    monkeypatch.setattr(learners[1], "fit_task", interrupt)
+    place = re.escape(str(tmp_path / "the runs"))
+    message = rf"^ended by SIGTERM; to go on: repeat it with 'run_dir={place}' resume=auto$"
+    with pytest.raises(InterruptedRunError, match=message):
+        compare(learners, digits, run_dir=tmp_path / "the runs", progress=False)
+    before = files(tmp_path / "the runs" / "naive_pytorch_seed0")
+    learners = four_learners(digits)
+    monkeypatch.setattr(learners[0], "restore", lambda path: None)
+    comparison = compare(learners, digits, run_dir=tmp_path / "the runs", progress=False, resume="auto")
+    assert [run.result is None for run in comparison.runs] == [False] * 4
+    assert files(tmp_path / "the runs" / "naive_pytorch_seed0") == before
+    assert learners[0].step == 0
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(
@@ -388,6 +490,9 @@ def test_the_parts_are_importable() -> None:
          "memory, got "),
         (["algo=naive", "training.dtype=float32,float64"], {"together": True}, "runs at once need the same "
          "training.dtype, got float32 and float64"),
+        (["run_dir=new"], {"resume": True}, "resume must be auto for a comparison, got True; "),
+        (["algo=naive"], {"resume": "auto"}, "resume=auto needs run_dir, got none; "),
+        (["run_dir=new"], {"resume": "auto", "budget": "seconds=5"}, "resume needs a budget of steps"),
         ([3], {}, "runs must hold learners, configurations or overrides, got a int"),
     ],
 )  # fmt: skip
