@@ -52,7 +52,7 @@ class Ranks:
         self.rank, self.size, self.dividing = 0, 1, False
 
     def follow(self, trainer: pl.Trainer) -> None:
-        """Follow the processes of a Trainer, and let it train the module without torch's wrapper.
+        """Follow the processes of a Trainer.
 
         Raises:
             ValueError: the Trainer's strategy is not supported.
@@ -61,9 +61,6 @@ class Ranks:
         if trainer.strategy.launcher is not None and not starts_scripts(trainer.strategy):
             raise spawned_processes()
         self.rank, self.size = trainer.global_rank, trainer.world_size
-        if isinstance(trainer.strategy, DDPStrategy):
-            strategy: Any = trainer.strategy
-            strategy.configure_ddp = lambda: None
 
     @contextmanager
     def divided(self, divide: bool = True) -> Iterator[None]:
@@ -111,11 +108,20 @@ class Ranks:
         """Return the number of rows of all processes with the padding."""
         return -(-num_rows // self.size) * self.size
 
+    def weight(self, num_rows: int) -> float:
+        """Return the factor of a mean over the rows of this process, in a mean over the processes.
+
+        The mean over the processes is then that of all rows.
+        """
+        return len(range(self.rank, num_rows, self.size)) * self.size / max(num_rows, 1)
+
     def gather(self, rows: Tensor, num_rows: int | None = None) -> Tensor:
         """Return the rows of all processes `[num_rows, ...]`, from those of this one `[n, ...]`.
 
         Row k of process r is row r + size * k of the result. `num_rows` is size * n if it is None.
         """
+        if self.size == 1:
+            return rows[:num_rows]
         parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(self.size)]
         with lost_process_named():
             distributed.all_gather(parts, rows.contiguous())
@@ -140,14 +146,24 @@ class Ranks:
             batch: of this process.
             loader: that it is from; a batch of a loader without a DistributedSampler is returned as it is.
             batch_idx: its index within the loader.
+
+        Raises:
+            ValueError: the loader does not say how many samples its batches have.
         """
-        sampler = getattr(loader, "sampler", None)
-        if self.size == 1 or not isinstance(sampler, DistributedSampler):
+        sampler = distributed_sampler(loader, self)
+        if self.size == 1 or sampler is None:
             return batch
+        batch_size = getattr(loader.batch_sampler, "batch_size", None)
+        if batch_size is None:
+            name = type(loader.batch_sampler).__name__
+            raise ValueError(
+                "the batch sampler of a loader with a DistributedSampler needs batch_size, which says which "
+                f"samples are repeated, got a {name} without it; give the loader batch_size, or no "
+                "DistributedSampler and the same batches in every process"
+            )
         count = len(batch.t) * self.size
-        done = batch_idx * loader.batch_sampler.batch_size + len(batch.t)
-        if done == len(sampler):
-            count -= max(0, sampler.total_size - len(sampler.dataset))  # type: ignore[arg-type]
+        if batch_idx * batch_size + len(batch.t) == len(sampler):
+            count -= max(0, sampler.total_size - len(sampler.dataset))
         return Batch(*(tree_map(lambda rows: self.gather(rows, count), tree) for tree in batch[:3]))
 
     def check_same(self, batch: Batch) -> None:
@@ -223,13 +239,17 @@ class DividedPass(torch.autograd.Function):
                 outputs.append(output)
                 given.append(rows)
         local = torch.autograd.grad(outputs, params, given, allow_unused=True)
-        used = torch.tensor([g is not None for g in local], dtype=params[0].dtype, device=params[0].device)
-        sums = [torch.zeros_like(p) if g is None else g for p, g in zip(params, local, strict=True)]
-        reduce([*sums, used])
-        everywhere = all(g is not None for g in local)  # then `used` is not read, which would take time
-        numbers = [1] * len(params) if everywhere else used.tolist()
-        result = [g if n else None for g, n in zip(sums, numbers, strict=True)]
-        return None, None, None, None, *result
+        return None, None, None, None, *sum_gradients(local, params)
+
+
+def sum_gradients(local: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the sums of gradients over the processes; None for a parameter that no process uses."""
+    used = torch.tensor([g is not None for g in local], dtype=params[0].dtype, device=params[0].device)
+    sums = [torch.zeros_like(p) if g is None else g for p, g in zip(params, local, strict=True)]
+    reduce([*sums, used])
+    everywhere = all(g is not None for g in local)  # then `used` is not read, which would take time
+    numbers = [1] * len(params) if everywhere else used.tolist()
+    return [g if n else None for g, n in zip(sums, numbers, strict=True)]
 
 
 def check_rows(outputs: Any, num_rows: int) -> None:
@@ -293,6 +313,22 @@ def check_batch_norm(net: nn.Module, device: torch.device) -> None:
         )
 
 
+def without_wrapper(trainer: pl.Trainer) -> None:
+    """Let a Trainer train a module without torch's wrapper for data parallelism."""
+    if isinstance(trainer.strategy, DDPStrategy):
+        strategy: Any = trainer.strategy
+        strategy.configure_ddp = lambda: None
+
+
+def distributed_sampler(loader: Any, ranks: Ranks) -> Any:
+    """Return the DistributedSampler of a loader or of its batch sampler, for these processes, or None."""
+    for part in (loader, getattr(loader, "batch_sampler", None)):
+        sampler = getattr(part, "sampler", None)
+        if isinstance(sampler, DistributedSampler) and sampler.num_replicas == ranks.size:
+            return sampler
+    return None
+
+
 def starts_scripts(strategy: Any) -> bool:
     """Return whether the further processes of a strategy run the script again, as those of `ddp` do."""
     return hasattr(strategy.launcher, "cluster_environment")
@@ -302,7 +338,7 @@ def spawned_processes() -> ValueError:
     """Return the error for processes whose module would not come back: only its weights do."""
     return ValueError(
         "the Trainer's strategy must be ddp, which runs the script in every process, got ddp_spawn, ddp_fork "
-        "or ddp_notebook, which only the command `sequel run` supports; set strategy=ddp"
+        "or ddp_notebook, whose processes return the weights, but not what a method keeps; set strategy=ddp"
     )
 
 

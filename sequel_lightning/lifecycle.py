@@ -36,7 +36,7 @@ from sequel_lightning.consolidation import (
     save_state,
     take_best,
 )
-from sequel_lightning.distributed import check_batch_norm
+from sequel_lightning.distributed import check_batch_norm, without_wrapper
 from sequel_lightning.networks import evaluating, start_task
 from sequel_lightning.objectives import map_outputs
 from sequel_lightning.optimizers import named_state
@@ -115,6 +115,7 @@ class TaskLifecycle:
     def setup(self, stage: str) -> None:
         """Check the Trainer, and continue the x-axis of its loggers where the last Trainer's ended."""
         self.module.ranks.follow(self.module.trainer)
+        without_wrapper(self.module.trainer)
         self.restore_saved(before_fit=stage == "fit")
         first = int(stage == "fit")  # the number of a fit's first step; Lightning starts every fit at 0
         set_logging_step(self.module.trainer, self.module.running_metrics.steps_done + first)

@@ -20,6 +20,9 @@ Gradients, in the order of a step:
 2. Once per optimizer step, after accumulation and unscaling and before clipping: A-GEM projects the gradient;
    SI stores it for its path integral; EWC, MAS and SI add the gradient of the penalty. Several callbacks do
    so in the order of the Trainer's list.
+
+With strategy `ddp`, the gradients of step 1 are means over the processes, as that of `training_step` is, and
+step 2 is the same in all processes.
 """
 
 from __future__ import annotations

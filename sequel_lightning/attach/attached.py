@@ -11,8 +11,10 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 
+from sequel_core.runs.learner import check_same_settings
 from sequel_lightning.attach.loaders import task_loader
 from sequel_lightning.attach.steps import metric_copies, without_logging
+from sequel_lightning.distributed import Ranks
 from sequel_lightning.lifecycle import check_unspent, finished_task, set_generators
 from sequel_lightning.module import ContinualModule
 from sequel_lightning.networks import evaluating
@@ -24,13 +26,17 @@ class Attached(Callback):
     The state is in the checkpoints of the Trainer, with that of torch's random generators, so a fit that is
     resumed by `ckpt_path` continues within its task.
 
+    With strategy `ddp`, every process has the same state. Call `consolidate` in every process, too.
+
     Attributes:
         tasks: number of tasks that were consolidated.
+        ranks: the processes of the latest Trainer.
 
     Raises:
         ValueError: in `fit`, if the module optimizes manually or is a ContinualModule; if the Trainer has
-            several processes or no epochs left; if the previous fit ended with an error, so that its task
-            was never consolidated; or if `ckpt_path` is a checkpoint of a finished task.
+            a strategy that is not supported or no epochs left; if the previous fit ended with an error, so
+            that its task was never consolidated; if `ckpt_path` is a checkpoint of a finished task; or if
+            processes have different settings.
 
     Example:
         >>> from sequel_lightning import attach
@@ -41,9 +47,10 @@ class Attached(Callback):
 
     def __init__(self) -> None:
         self.tasks = 0
+        self.ranks = Ranks()
         self._open = False  # whether a task has begun and is not consolidated
         self._resumes = False
-        self._generators: list[Tensor] = []  # states in the resumed checkpoint
+        self._generators: list[list[Tensor]] = []  # states of each process in the resumed checkpoint
 
     # -- hooks of Lightning
 
@@ -62,10 +69,7 @@ class Attached(Callback):
                 f"attach.{name} needs automatic optimization, got automatic_optimization=False in "
                 f"{type(pl_module).__name__}: only automatic optimization says when a step is taken"
             )
-        if trainer.world_size > 1:
-            raise ValueError(
-                f"attach.{name} needs one process, got {trainer.world_size}; set devices=1, num_nodes=1"
-            )
+        self.ranks.follow(trainer)
         check_unspent(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -81,8 +85,10 @@ class Attached(Callback):
                 f"task {self.tasks} was never consolidated, because its fit ended with an error; call "
                 f"consolidate(module, loader) of the callback {type(self).__name__}, or resume with ckpt_path"
             )
+        check_same_settings(self.ranks.gather_objects, {f"attach.{type(self).__name__}": self._settings()})
         if resumes:
-            set_generators(self._generators)
+            same = len(self._generators) == self.ranks.size
+            set_generators(self._generators[self.ranks.rank if same else 0])
         self.prepare(pl_module)
         if not self._open:
             self._open = True
@@ -113,6 +119,7 @@ class Attached(Callback):
         """
         if not self._open:
             raise ValueError("no task has begun, or it is consolidated already; call fit first")
+        self.ranks.copy_from_first(module)  # running statistics are of the rows of a process
         self.prepare(module)
         with isolate_rng(), evaluating(module), without_logging(module, metric_copies(module)):
             self.end_task(module, batches)
@@ -137,7 +144,14 @@ class Attached(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the coming steps depend on."""
         generators = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        return {"tasks": self.tasks, "open": self._open, "generators": generators, **self.memory()}
+        return {"tasks": self.tasks, "open": self._open, "generators": [generators], **self.memory()}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the random generators of the other processes to the state of the callback."""
+        state = checkpoint["callbacks"][self.state_key]
+        state["generators"] = self.ranks.gather_objects(state["generators"][0])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from the state of a checkpoint."""
@@ -145,3 +159,9 @@ class Attached(Callback):
         self._generators = state_dict["generators"]
         self.load_memory(state_dict)
         self._resumes = True
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the arguments that are numbers or texts; `hparams` is a dataclass of such."""
+        arguments = {**vars(self), **vars(getattr(self, "hparams", self))}
+        plain = (bool, int, float, str)
+        return {k: v for k, v in arguments.items() if not k.startswith("_") and isinstance(v, plain)}

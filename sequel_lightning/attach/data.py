@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, IterableDataset
 
-from sequel_lightning.attach.loaders import ReplayLoader, task_dataset
+from sequel_lightning.attach.loaders import ReplayLoader, replay_loader, task_dataset
 from sequel_lightning.attach.replay import Replay
 
 
@@ -52,13 +52,13 @@ def with_replay(data: Any, keep: Replay, labels: Any = None, past: Iterable[Any]
         keep.datasets = [task_dataset(loader) for loader in past]
     if not isinstance(data, pl.LightningDataModule):
         check_loader(data, keep, labels)
-        return ReplayLoader(data, keep, labels)
+        return replay_loader(data, keep, labels)
     module: Any = copy.copy(data)
 
     def train_dataloader() -> ReplayLoader:
         loader = type(module).train_dataloader(module)
         check_loader(loader, keep, labels)
-        return ReplayLoader(loader, keep, labels)
+        return replay_loader(loader, keep, labels)
 
     module.train_dataloader = train_dataloader
     return module

@@ -88,7 +88,7 @@ class LFL(Attached):
                 with torch.no_grad():
                     old = self.features(self._old, self._batch)
                 penalty = self.strength * feature_distance(features, old)
-            add_gradient(trainer, penalty)
+            add_gradient(trainer, penalty, self.ranks)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer

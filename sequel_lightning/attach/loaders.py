@@ -10,14 +10,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, zip_longest
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, Dataset
 
 from sequel_core.stream.memory import StepPlan
+from sequel_lightning.distributed import Ranks, distributed_sampler
 
 if TYPE_CHECKING:
     from sequel_lightning.attach.replay import Replay
@@ -30,7 +33,10 @@ class Step(NamedTuple):
     """What a training step needs beside its batch."""
 
     plan: StepPlan
-    rows: list[Row]  # of the batch
+    rows: list[Row]  # of the batch, in all processes
+    ranks: Ranks  # the processes among which the batch and the draws are divided
+    reads: list[NDArray[np.integer[Any]]]  # slots of the samples of each draw in this process
+    weights: list[float]  # of the mean loss of each draw, in a mean over the processes
     draws: list[Any]  # a batch for each draw that is not in the batch; None for an empty one
 
 
@@ -71,37 +77,50 @@ class Sampler:
         return self._items()
 
 
+class Epoch(NamedTuple):
+    """The indices of batches, of all processes."""
+
+    batches: list[list[Any]]  # indices of each batch; row r + size * k is row k of process r, if divided
+    divided: bool  # whether each process has other rows
+    repeated: int  # number of indices at the end that a DistributedSampler has repeated
+
+
 class ReplayLoader(DataLoader[Any]):
-    """A task's loader with the replay of a callback; `with_replay` makes it.
+    """A task's loader with the replay of a callback; `with_replay` makes it, with the options of the loader.
 
     It continues within an epoch if Lightning's checkpoint was written there, with the same batches.
+    Lightning may make it again, with a DistributedSampler. Then each process has some rows of a batch and of
+    the draws. All processes make the plan of the whole batch.
 
     Attributes:
-        loader: of the task.
+        keep: the callback.
+        labels: of each sample of the dataset, or None.
         steps: what the callback needs for the batches that the loader has given and that are not trained yet.
     """
 
-    def __init__(self, loader: DataLoader[Any], keep: Replay, labels: Any) -> None:
-        super().__init__(
-            loader.dataset,
-            batch_sampler=loader.batch_sampler,
-            collate_fn=loader.collate_fn,
-            **{name: getattr(loader, name) for name in OPTIONS},
-        )
-        self.loader, self.keep = loader, keep
+    def __init__(self, dataset: Any, keep: Replay, labels: Any, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.keep, self.labels = keep, labels
         self.steps: deque[Step] = deque()
-        self._labels = labels
-        self._planned: deque[tuple[StepPlan, list[Row]]] = deque()
-        self._epoch: list[Any] = []  # the rows of each batch of this epoch
+        self._planned: deque[Step] = deque()  # without draws
+        self._epoch = Epoch([], False, 0)
         self._trained = 0  # batches of this epoch that were trained on
-        self._remaining: list[Any] | None = None  # rows of the batches that a resumed epoch begins with
+        self._remaining: Epoch | None = None  # the batches that a resumed epoch begins with
         self._inner: tuple[int, DataLoader[Any]] | None = None  # number of past tasks, and the loader of rows
+
+    @property
+    def loader(self) -> DataLoader[Any]:
+        """The loader of the task without replay."""
+        options = {name: getattr(self, name) for name in OPTIONS}
+        return DataLoader(
+            self.dataset, batch_sampler=self.batch_sampler, collate_fn=self.collate_fn, **options
+        )
 
     def __iter__(self) -> Any:
         """Return the batches of an epoch."""
         self.steps.clear()
         self._planned.clear()
-        self._epoch, self._trained = [], 0
+        self._epoch, self._trained = Epoch([], False, 0), 0
         with self._same_generators(self._remaining is not None):
             batches = iter(self._rows_loader())
         return self._batches(batches)
@@ -114,17 +133,19 @@ class ReplayLoader(DataLoader[Any]):
         """Return the rows of the batches that are left in this epoch."""
         generator = self.generator
         state = None if generator is None else generator.get_state()
-        return {"remaining": self._epoch[self._trained :], "generator": state}
+        remaining = self._epoch._replace(batches=self._epoch.batches[self._trained :])
+        return {"remaining": remaining._asdict(), "generator": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from the state of a checkpoint."""
-        self._remaining = state_dict["remaining"] or None
+        remaining = Epoch(**state_dict["remaining"])
+        self._remaining = remaining if remaining.batches else None
         if self.generator is not None and state_dict["generator"] is not None:
             self.generator.set_state(state_dict["generator"])
 
     def _batches(self, parts: Iterator[list[Any]]) -> Iterator[Any]:
         for batch, *draws in parts:
-            self.steps.append(Step(*self._planned.popleft(), draws))
+            self.steps.append(self._planned.popleft()._replace(draws=draws))
             yield batch
 
     @contextmanager
@@ -159,18 +180,52 @@ class ReplayLoader(DataLoader[Any]):
         keep, task = self.keep, self.keep.tasks
         planner, held = keep.planner(), list(keep.rows)
         remaining, self._remaining = self._remaining, None
-        self._epoch = list(self.batch_sampler or ()) if remaining is None else remaining
-        for indices in self._epoch:
-            rows = [(task, index) for index in indices]
-            labels = [int(self._labels[index]) for index in indices] if keep.labelled else [0] * len(rows)
+        self._epoch = self._new_epoch() if remaining is None else remaining
+        batches, divided, repeated = self._epoch
+        ranks = keep.ranks if divided else Ranks()
+        for k, indices in enumerate(batches, 1):
+            every = [(task, index) for index in indices]
+            rows = every[: len(every) - repeated] if k == len(batches) else every
+            labels = [int(self.labels[index]) for _, index in rows] if keep.labelled else [0] * len(rows)
             plan = planner.next(labels, [keep.planned_task()] * len(rows))
-            reads = [[held[slot] for slot in slots if slot < len(held)] for slots in plan.reads]
-            draws = [draw if used else [] for draw, used in zip(reads, keep.used_draws(), strict=True)]
+            reads, weights = self._divide(plan, ranks, len(every))
+            draws = [[held[slot] for slot in slots] for slots in reads]
             for slot, row in zip(plan.write, rows, strict=True):
                 if slot < len(held):
                     held[slot] = row
-            self._planned.append((plan, rows))
-            yield [rows + draws[0]] if keep.together else [rows, *draws]
+            self._planned.append(Step(plan, rows, ranks, reads, weights, []))
+            batch = every[ranks.rank :: ranks.size]
+            yield [batch + draws[0]] if keep.together else [batch, *draws]
+
+    def _divide(self, plan: StepPlan, ranks: Ranks, num_rows: int) -> tuple[list[Any], list[float]]:
+        """Return the slots of this process of each draw, and the weights of its mean losses."""
+        keep = self.keep
+        draws = [
+            held_slots(slots if used else [], len(keep.rows))
+            for slots, used in zip(plan.reads, keep.used_draws(), strict=True)
+        ]
+        parts = [slots[ranks.rank :: ranks.size] for slots in draws]
+        if keep.together:
+            return parts, [ranks.weight(num_rows + len(slots)) for slots in draws]
+        weights = [ranks.weight(len(slots)) for slots in draws]
+        # Every process takes a pass, perhaps with a sample of weight 0.
+        return [a if len(a) else slots[-1:] for a, slots in zip(parts, draws, strict=True)], weights
+
+    def _new_epoch(self) -> Epoch:
+        """Return the batches of an epoch, in all processes.
+
+        Raises:
+            ValueError: the batches of the processes differ in size, or do not fit into the memory.
+        """
+        ranks, sampler = self.keep.ranks, distributed_sampler(self, self.keep.ranks)
+        batches = [list(indices) for indices in self.batch_sampler or ()]
+        processes = ranks.gather_objects(batches)
+        divided = sampler is not None or any(other != batches for other in processes)
+        if divided:
+            batches = joined_batches(processes)
+        self.keep.check_batch_size(max(map(len, batches), default=1))
+        repeated = 0 if sampler is None else max(0, sum(map(len, batches)) - len(sampler.dataset))
+        return Epoch(batches, divided, repeated)
 
 
 OPTIONS = (
@@ -184,6 +239,36 @@ OPTIONS = (
     "persistent_workers",
 )
 """Arguments of a DataLoader that a loader of rows takes over."""
+
+
+def replay_loader(loader: DataLoader[Any], keep: Replay, labels: Any) -> ReplayLoader:
+    """Return a loader with the options of a task's loader, and the replay of a callback."""
+    names = ("batch_sampler",) if loader.batch_size is None else ("batch_size", "sampler", "drop_last")
+    options = {name: getattr(loader, name) for name in (*names, "collate_fn", *OPTIONS)}
+    return ReplayLoader(loader.dataset, keep, labels, **options)
+
+
+def joined_batches(processes: list[list[list[Any]]]) -> list[list[Any]]:
+    """Return the indices of the batches of all processes, from the batches of each.
+
+    Raises:
+        ValueError: the batches of the processes differ in size.
+    """
+    for k, parts in enumerate(zip_longest(*processes, fillvalue=[])):
+        sizes = [len(indices) for indices in parts]
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"with_replay needs batches of the same size in every process, got {sizes} samples in batch "
+                f"{k}; use a DistributedSampler, or drop_last=True"
+            )
+    return [
+        [index for row in zip(*parts, strict=True) for index in row] for parts in zip(*processes, strict=True)
+    ]
+
+
+def held_slots(slots: Any, size: int) -> Any:
+    """Return the slots of a plan that are slots of a memory, without padding."""
+    return np.asarray(slots)[np.asarray(slots) < size]
 
 
 def _unchanged(batches: list[Any]) -> list[Any]:

@@ -16,7 +16,7 @@ from sequel_core.algorithms.si import SIHParams
 from sequel_lightning import quadratic
 from sequel_lightning.algorithms import si
 from sequel_lightning.attach.attached import Attached
-from sequel_lightning.attach.steps import PerSample, mean_gradients, prepared, trained, training_loss
+from sequel_lightning.attach.steps import PerSample, mean_gradients, trained, training_loss
 from sequel_lightning.quadratic import QuadraticState
 from sequel_lightning.trees import Params, zero_sum
 
@@ -150,7 +150,7 @@ class EWC(Penalty):
     def end_task(self, module: pl.LightningModule, batches: Iterable[Any]) -> None:
         """Add the Fisher information of the task, and move the anchor."""
         value = self.nll or training_loss
-        fisher = mean_gradients(module, prepared(module, batches), value, torch.square, self.samples)
+        fisher = mean_gradients(module, batches, value, torch.square, self.samples, self.ranks)
         _add(self, module, fisher, self.separate, self.gamma)
 
 
@@ -186,7 +186,7 @@ class MAS(Penalty):
         def norm(module: Any, batch: Any) -> Tensor:
             return self.outputs(module, batch).square().sum()
 
-        importance = mean_gradients(module, prepared(module, batches), norm, torch.abs, self.samples)
+        importance = mean_gradients(module, batches, norm, torch.abs, self.samples, self.ranks)
         _add(self, module, importance, separate=False, gamma=1.0)
 
 

@@ -26,7 +26,7 @@ from sequel_core.stream.memory import MemoryPlanner
 from sequel_core.stream.trees import LeafSpec
 from sequel_lightning.algorithms import agem, der
 from sequel_lightning.attach.attached import Attached
-from sequel_lightning.attach.loaders import ReplayLoader, Row, Step, task_dataset
+from sequel_lightning.attach.loaders import ReplayLoader, Row, Step, held_slots, task_dataset
 from sequel_lightning.attach.steps import (
     MetricCopies,
     PerSample,
@@ -38,6 +38,7 @@ from sequel_lightning.attach.steps import (
     training_loss,
     without_logging,
 )
+from sequel_lightning.distributed import average
 from sequel_lightning.gradients import backward
 from sequel_lightning.replay import Outputs
 from sequel_lightning.trees import Params
@@ -176,10 +177,12 @@ class Replay(Attached):
             if slot < len(self.rows):
                 self.rows[slot] = row
 
-    def loss(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Tensor:
-        """Return the mean loss of a draw, shape ()."""
+    def loss(self, trainer: pl.Trainer, module: pl.LightningModule, k: int) -> Tensor:
+        """Return the mean loss of draw k, with its weight in a mean over the processes, shape ()."""
         with without_logging(module, self._metrics), trainer.precision_plugin.train_step_context():
-            return training_loss(module, batch) if self.nll is None else self.nll(module, batch).mean()
+            draw, weight = self._draws[k], float(self._step.weights[k])
+            loss = training_loss(module, draw) if self.nll is None else self.nll(module, draw).mean()
+            return weight * loss
 
     # -- the end of a task, and checkpoints
 
@@ -247,6 +250,12 @@ class ER(Replay):
         hparams = ERHParams(memory=memory, mem_size=mem_size, mem_batch_size=mem_batch_size)
         super().__init__(hparams, None, num_tasks, classes, seed)
 
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Give the loss of this process its weight in the mean over the processes."""
+        (weight,) = self._step.weights
+        if weight != 1:
+            loss.register_hook(lambda gradient: gradient * weight)
+
 
 class Dark(Replay):
     """Dark experience replay: `DER`, and with beta `DERpp`.
@@ -292,25 +301,25 @@ class Dark(Replay):
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the gradients of the losses of the draws."""
-        for loss, draw in zip((self.distance, self.second), self._draws, strict=False):
-            if draw is not None:
-                add_gradient(trainer, loss(trainer, pl_module, draw))
+        for k, loss in enumerate((self.distance, self.second)[: self.num_draws]):
+            if self._draws[k] is not None:
+                add_gradient(trainer, loss(trainer, pl_module), self.ranks)
 
-    def distance(self, trainer: pl.Trainer, module: pl.LightningModule, draw: Any) -> Tensor:
-        """Return alpha times the distance of a draw's outputs to the stored ones, shape ()."""
-        slots = held_slots(self._step.plan.reads[0], len(self.rows))
-        stored = self.stored[torch.from_numpy(slots).to(self.stored.device, torch.int64)]
-        outputs = self._outputs(trainer, module, draw)
+    def distance(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
+        """Return alpha times the distance of the first draw's outputs to the stored ones, shape ()."""
+        slots = torch.from_numpy(self._step.reads[0]).to(self.stored.device, torch.int64)
+        stored, outputs = self.stored[slots], self._outputs(trainer, module, self._draws[0])
         samples = Outputs(outputs, None, outputs, None, stored, len(stored))
-        return self.dark.alpha * der.output_distance(samples, self.dark)
+        weight: float = self._step.weights[0] * self.dark.alpha
+        return weight * der.output_distance(samples, self.dark)
 
     def _outputs(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Tensor:
         with without_logging(module, self._metrics), trainer.precision_plugin.train_step_context():
             return self.outputs(module, batch)
 
-    def second(self, trainer: pl.Trainer, module: pl.LightningModule, draw: Any) -> Tensor:
-        """Return beta times the mean loss of a draw, shape ()."""
-        return self.beta * self.loss(trainer, module, draw)
+    def second(self, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
+        """Return beta times the mean loss of the second draw, shape ()."""
+        return self.beta * self.loss(trainer, module, 1)
 
     def write(self, step: Step) -> None:
         """Write the rows of a batch to the memory, and the outputs for them."""
@@ -324,12 +333,13 @@ class Dark(Replay):
         )
         if self.stored is None:
             self.stored = outputs.new_zeros((len(self.rows), *outputs.shape[1:]))
-        if outputs.shape[1:] != self.stored.shape[1:] or len(outputs) != len(step.rows):
+        count = step.ranks.padded(len(step.rows)) // step.ranks.size
+        if outputs.shape[1:] != self.stored.shape[1:] or len(outputs) != count:
             raise ValueError(
-                f"outputs must return {[len(step.rows), *self.stored.shape[1:]]} for a batch of "
-                f"{len(step.rows)} samples, got {list(outputs.shape)}; the memory holds arrays of one shape"
+                f"outputs must return {[count, *self.stored.shape[1:]]} for a batch of {count} samples, got "
+                f"{list(outputs.shape)}; the memory holds arrays of one shape"
             )
-        self.stored[slots] = outputs[source]
+        self.stored[slots] = step.ranks.gather(outputs, len(step.rows))[source]
 
     def memory(self) -> dict[str, Any]:
         """Return also the stored outputs, for a checkpoint."""
@@ -497,12 +507,13 @@ class AGEM(Replay):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Project the gradient."""
-        draw = self._draws[0] if self._draws else None
-        if draw is None:
+        if not self._draws or self._draws[0] is None:
             return
         params = self._params
         with torch.enable_grad():
-            reference = backward(self.loss(trainer, pl_module, draw), params, pl_module)
+            reference = backward(self.loss(trainer, pl_module, 0), params, pl_module)
+        if self.ranks.size > 1:
+            average(list(reference.values()), self.ranks.size)
         gradient = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()}
         projected = agem.project(gradient, reference)
         if projected is not gradient:
@@ -520,8 +531,3 @@ def memory_spec(num_tasks: int, classes: Classes | None) -> StreamSpec:
     for task, labels in enumerate(classes):
         mask[task, list(labels)] = True
     return StreamSpec(LeafSpec(()), width, num_tasks, "class", mask)
-
-
-def held_slots(slots: Any, size: int) -> Any:
-    """Return the slots of a plan that are slots of a memory, without padding."""
-    return np.asarray(slots)[np.asarray(slots) < size]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from sequel_lightning._compat import attached_trainer, before_batch_transfer
+from sequel_lightning.distributed import Ranks, distributed_sampler, reduce, sum_gradients
 from sequel_lightning.gradients import backward
 from sequel_lightning.trees import Params, zero_sum
 
@@ -59,49 +62,62 @@ def prepared(module: pl.LightningModule, batches: Iterable[Any]) -> Iterator[Any
             yield trainer.strategy.batch_to_device(batch)
 
 
-def add_gradient(trainer: pl.Trainer, loss: Tensor) -> None:
-    """Add the gradient of a loss to `.grad`, in `on_after_backward`.
+def add_gradient(trainer: pl.Trainer, loss: Tensor, ranks: Ranks) -> None:
+    """Add the gradient of the mean of a loss over processes to `.grad`, in `on_after_backward`.
 
     The loss is divided by the number of accumulated batches and multiplied by the factor of a gradient
-    scaler, as Lightning does with the loss of the training step.
+    scaler, as Lightning does with the loss of the training step. While gradients are accumulated, each
+    process has its own; torch's DDP averages them after the last batch.
     """
     loss = loss / trainer.accumulate_grad_batches
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     (loss if scaler is None else scaler.scale(loss)).backward()
+    model: Any = trainer.model
+    if ranks.size > 1 and model.require_backward_grad_sync:
+        params = [p for p in model.parameters() if p.requires_grad]
+        for p, gradient in zip(params, sum_gradients([p.grad for p in params], params), strict=True):
+            p.grad = None if gradient is None else gradient / ranks.size
 
 
 def mean_gradients(
     module: pl.LightningModule,
-    batches: Iterable[Any],
+    loader: Iterable[Any],
     value: PerSample,
     contribution: Callable[[Tensor], Tensor],
     samples: int | None,
+    ranks: Ranks,
 ) -> Params:
     """Return 1/N sum_n contribution(d value(x_n) / d theta), with one backward pass per sample.
 
     Args:
         module: in evaluation mode.
-        batches: of samples, as `training_step` takes them.
+        loader: of batches, as `training_step` takes them.
         value: of a batch of one sample.
         contribution: of a gradient array to the sum, elementwise.
-        samples: N, the first so many samples; None for all.
+        samples: N, the first so many samples; None for all. Of a loader without a DistributedSampler, each
+            process takes so many.
+        ranks: the processes, over which the mean is.
 
     Raises:
         ValueError: there are no batches, or they cannot be divided into samples.
     """
-    params = trained(module)
+    params, sampler = trained(module), distributed_sampler(loader, ranks)
+    wanted, share = sys.maxsize if samples is None else samples, Ranks()
+    if sampler is not None:  # sample n of process r is sample r + size * n of all; repeated ones are the last
+        wanted, share = min(wanted, len(sampler.dataset)), ranks
     total, count = {name: zero_sum(p) for name, p in params.items()}, 0
-    for batch in batches:
-        for sample in single_samples(batch):
-            if count == samples:
-                break
-            with torch.enable_grad():
-                gradient = backward(_of_one_sample(value, module, sample), params, module)
+    every = (sample for batch in prepared(module, loader) for sample in single_samples(batch))
+    for n, sample in enumerate(islice(every, -(-wanted // share.size))):
+        with torch.enable_grad():
+            gradient = backward(_of_one_sample(value, module, sample), params, module)
+        if n * share.size + share.rank < wanted:
             for name, g in gradient.items():
                 total[name] += contribution(g.to(total[name].dtype))
             count += 1
-        if count == samples:
-            break
+    if ranks.size > 1:
+        counts = torch.tensor(count, device=module.device)
+        reduce([*total.values(), counts])
+        count = int(counts)
     if not count:
         raise ValueError(
             "the loader gave no batch for the end of the task (an iterator can be read only once)"

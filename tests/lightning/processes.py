@@ -6,10 +6,11 @@ import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
+import pytest
 from torch import distributed
 
 TIMEOUT = 60.0
@@ -68,6 +69,25 @@ class Group:
         for process in self._processes:
             process.kill()
             process.join(10)
+
+
+def groups_of_a_file() -> Any:
+    """Return a fixture: a function that returns the group of a size, which all tests of a file share."""
+
+    @pytest.fixture(scope="module")
+    def groups() -> Iterator[Callable[[int], Group]]:
+        made: dict[int, Group] = {}
+
+        def group(size: int) -> Group:
+            if size not in made:
+                made[size] = Group(size)
+            return made[size]
+
+        yield group
+        for one in made.values():
+            one.close()
+
+    return groups
 
 
 def _work(rank: int, size: int, port: int, pipe: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -298,8 +297,6 @@ def test_errors_before_training() -> None:
         fit(Manual(), 0, [attach.EWC(1.0)])
     with pytest.raises(ValueError, match="needs a module of your own, got a Naive"):
         fit(Naive(network(), adam), 0, [attach.EWC(1.0)])
-    with pytest.raises(ValueError, match="needs one process, got 2"):
-        attach.ER().setup(SimpleNamespace(world_size=2), Classifier(adam), "fit")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"head must be the name of a submodule of Classifier, got 'top'"):
         fit(Classifier(adam), 0, [attach.LFL(1.0, features, head="top")])
     for call, message in (

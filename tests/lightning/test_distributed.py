@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from sequel_benchmarks import RotatedDigits, SplitDigits
 from sequel_core import run
@@ -26,25 +26,14 @@ from sequel_core.testing.resume import tensors
 from sequel_lightning import MLP, Naive, build_optimizer, make_learner, replay
 from tests.lightning.parts import BATCH, CLASSES, SIDE, arrays, data, float_spec, learn, module, trainer
 from tests.lightning.parts import stream as tiny
-from tests.lightning.processes import Group
+from tests.lightning.processes import Group, groups_of_a_file
 from tests.parity.cases import CASES, bar, name_of
 
 FIRST = list({hparams.name: (hparams, optimizer) for hparams, optimizer in reversed(CASES)}.values())[::-1]
 """The first case of each method."""
 
 
-@pytest.fixture(scope="module")
-def groups() -> Iterator[Any]:
-    made: dict[int, Group] = {}
-
-    def group(size: int) -> Group:
-        if size not in made:
-            made[size] = Group(size)
-        return made[size]
-
-    yield group
-    for one in made.values():
-        one.close()
+groups = groups_of_a_file()
 
 
 def stream(hparams: AlgorithmHParams, subset: int | None) -> Benchmark:
@@ -114,43 +103,77 @@ def test_two_processes_end_as_one(groups: Any, name: str) -> None:
 
 
 def fitted(
-    hparams: AlgorithmHParams, devices: int, batch_size: int, sampler: bool = False
+    hparams: AlgorithmHParams, devices: int, batch_size: int, order: str = "same", count: int = 21
 ) -> dict[str, np.ndarray]:
-    """Fit a task with a Trainer and a loader of `(x, y)`, as users do; the number of samples is odd."""
+    """Fit a task for two epochs with a Trainer and a loader of `(x, y)`, as users do."""
     benchmark = tiny()
     model = module(benchmark, hparams, spec=float_spec(benchmark)).double()
     several: dict[str, Any] = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
     x, y, _ = arrays(benchmark, 0)
-    samples: Any = TensorDataset(x[:-1], y[:-1])
-    order: Any = DistributedSampler(samples, shuffle=False) if sampler else None
-    loader = DataLoader(samples, batch_size, sampler=order)
-    trainer(precision="64-true", use_distributed_sampler=False, **several).fit(model, loader, loader)
+    samples: Any = TensorDataset(x[:count], y[:count])
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    sampler: Any = DistributedSampler(samples, devices, rank, shuffle=order == "shuffled")
+    if order == "same":
+        loader = DataLoader(samples, batch_size)
+    elif order == "batch sampler":
+        loader = DataLoader(samples, batch_sampler=BatchSampler(sampler, batch_size, drop_last=False))
+    elif order == "lists":
+        loader = DataLoader(samples, batch_sampler=Lists(sampler, batch_size))
+    else:
+        loader = DataLoader(samples, batch_size, sampler=sampler)
+    several |= {"precision": "64-true", "use_distributed_sampler": False}
+    trainer(2, **several).fit(model, loader, loader)
     return {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+
+
+class Lists:
+    """A batch sampler of a user, without a batch size."""
+
+    def __init__(self, sampler: Any, count: int) -> None:
+        self.sampler, self._count = sampler, count
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(torch.tensor(list(self.sampler)).split(self._count))
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self._count)
 
 
 EWC, SMALL = EWCHParams(ewc_lambda=10.0), ERHParams(mem_size=9, mem_batch_size=6)
 
 
 @pytest.mark.parametrize(
-    ("hparams", "batch_size", "share", "sampler"),
+    ("hparams", "size", "share", "order", "count"),
     [
-        (EWC, 3, 3, False),
-        (EWC, 6, 3, True),  # each process has three rows of a batch of six
-        (SMALL, 6, 3, True),
-        (SMALL, 2, 1, True),  # the last batch has one sample, and a copy of another
+        (EWC, 2, 3, "same", 21),
+        (EWC, 2, 3, "in order", 21),  # each process has three rows of a batch of six
+        (SMALL, 2, 3, "shuffled", 21),
+        (SMALL, 2, 1, "in order", 21),  # the last batch has one sample, and a copy of another
+        (SMALL, 2, 3, "batch sampler", 21),
+        (SMALL, 3, 2, "shuffled", 20),
+        (EWC, 3, 1, "shuffled", 19),  # and two copies
     ],
-    ids=["same batches", "importances", "memory", "a copy in the last batch"],
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_a_trainer_and_loaders_of_the_user(
-    groups: Any, hparams: Any, batch_size: int, share: int, sampler: bool
+    groups: Any, hparams: Any, size: int, share: int, order: str, count: int
 ) -> None:
-    expected = fitted(hparams, 1, batch_size)
-    results = groups(2).do(fitted, hparams, 2, share, sampler)
+    batch_size = share if order == "same" else share * size
+    expected = fitted(hparams, 1, batch_size, order, count)
+    results = groups(size).do(fitted, hparams, size, share, order, count)
     for actual in results:
         assert actual.keys() == expected.keys()
         for name, array in expected.items():
             np.testing.assert_allclose(actual[name], array, rtol=0, atol=1e-10, err_msg=name)
             np.testing.assert_array_equal(actual[name], results[0][name], err_msg=name)
+
+
+def test_a_batch_sampler_without_a_batch_size_raises(groups: Any) -> None:
+    message = (
+        "ValueError: the batch sampler of a loader with a DistributedSampler needs batch_size, .* got a Lists"
+    )
+    with pytest.raises(AssertionError, match=message):
+        groups(2).do(fitted, EWC, 2, 3, "lists")
 
 
 def scored() -> float:
