@@ -135,8 +135,8 @@ def _reference_memories(
 
 
 def kept_of(memory: MemoryPolicy, size: int, spec: StreamSpec, y: IntArray, t: IntArray) -> BoolArray:
-    """Return which samples the memory holds after a stream `[n]`, for 2500 seeds, bool `[2500, n]`."""
-    kept = np.zeros((2500, len(y)), np.bool_)
+    """Return which samples the memory holds after a stream `[n]`, for 1000 seeds, bool `[1000, n]`."""
+    kept = np.zeros((1000, len(y)), np.bool_)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "BLOCK_NUMBERS", 1)  # a short stream needs few random numbers
         for seed, row in enumerate(kept):
