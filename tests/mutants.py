@@ -1,8 +1,8 @@
 """Mutation testing of the methods: `make mutants`, or `python -m tests.mutants [METHOD ...]`.
 
 cosmic-ray changes the two files of a method in one place at a time, in a copy of the repository. A mutant is
-killed if a test fails that compares the method with NumPy or with the other framework. The mutants are a
-sample, drawn from a seed. docs/trust/mutants.json has the results.
+killed if a test fails that compares the method with NumPy or with the other framework, or in JAX one on
+other data than images. The mutants are a sample, drawn from a seed. docs/trust/mutants.json has the results.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ PLUGINS = {"sequel_flax": ("flax", "jax"), "sequel_lightning": ("lightning", "py
 STAGES = (
     ("tests/reference/test_reference.py", "slow or not slow"),
     ("tests/parity/test_parity.py", "not slow"),
+    ("tests/flax/test_any_data.py", "not slow"),
 )
 """Files of tests, and which of them are run."""
 
@@ -213,7 +214,8 @@ class Selection:
     def selects(self, name: str) -> bool:
         path, _, test = name.partition("::")
         words = re.split(r"[^a-z0-9]+", f"{Path(path).stem} {test}".lower())
-        return f" {self.method} " in f" {' '.join(words)} " and words[-2] not in self.others
+        of_method = f" {self.method} " in f" {' '.join(words)} "
+        return of_method and not {words[-2], Path(path).parent.name} & self.others
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:

@@ -370,7 +370,7 @@ def fisher_of(made: FlaxLearner, hparams: EWCHParams, objective: Objective) -> A
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "exact", "batch", "mean", "weighted"])
-def test_fisher_of_a_linear_classifier(fisher: Any) -> None:
+def test_ewc_fisher_of_a_linear_classifier(fisher: Any) -> None:
     """Label smoothing and class weights do not change it: `nll` has neither."""
     hparams = EWCHParams(fisher=fisher, fisher_samples=None)
     made = make_learner(hparams, MLP((), 4), sgd(), LABELS)
@@ -380,7 +380,7 @@ def test_fisher_of_a_linear_classifier(fisher: Any) -> None:
     np.testing.assert_array_equal(plain, other)
 
 
-def test_sampled_fisher_is_near_the_exact_one_and_the_same_in_parts() -> None:
+def test_ewc_sampled_fisher_is_near_the_exact_one_and_the_same_in_parts() -> None:
     """With many repetitions of the samples; `plan_end` and `apply_end` give the same as `end_task`."""
     hparams = EWCHParams(fisher="sampled", fisher_samples=None)
     made = make_learner(hparams, MLP((), 4), sgd(), LABELS)
