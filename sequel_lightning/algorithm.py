@@ -18,7 +18,7 @@ from sequel_core.objectives import ObjectiveHParams
 from sequel_core.stream.augmentation import augmenting
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.phase import PhaseSteps
-from sequel_core.stream.planner import NoPlanner
+from sequel_core.stream.planner import AheadPlanner, NoPlanner
 from sequel_core.stream.task import AnySplit, Batch
 from sequel_lightning.accumulation import Accumulation
 from sequel_lightning.augmentation import cropped
@@ -144,7 +144,8 @@ class Algorithm(NetworkModule):
         self.ranks = Ranks()
         self._trained_params: Params = {}  # `params()` during a fit, as listing them is slow in deep networks
         self.init_memory()
-        self.planner = NoPlanner() if spec is None else augmenting(self.make_planner(spec), spec, seed)
+        planner = NoPlanner() if spec is None else augmenting(self.make_planner(spec), spec, seed)
+        self.planner: Any = planner if isinstance(planner, NoPlanner) else AheadPlanner(planner)
 
     # -- what subclasses override, in the order of the Flax bundle
 
@@ -250,6 +251,16 @@ class Algorithm(NetworkModule):
         planner = self.planner if self.lifecycle.fitting else copy.deepcopy(self.planner)
         y = batch.y.cpu().numpy() if self.preprocessing.labelled else None
         return batch._replace(plan=planner.next(y, batch.t.cpu().numpy()))
+
+    def plan_ahead(self, y: Any, t: Any) -> None:
+        """Plan the steps of the coming batches.
+
+        Args:
+            y: their targets `[steps, B, ...]`, on the host.
+            t: their task indices `[steps, B]`, on the host.
+        """
+        if isinstance(self.planner, AheadPlanner):
+            self.planner.prepare(y if self.preprocessing.labelled else None, t)
 
     def trained_on(self, batch: Batch) -> Batch:
         """Return the batch with its plan, augmented if the stream is."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -13,6 +13,9 @@ from sequel_core.stream import plan
 from sequel_core.stream.task import AnySplit, Batch, Samples, Task
 from sequel_core.stream.trees import Tree, is_image, leaves, tree_map
 from sequel_lightning.batches import rows
+
+AHEAD = 64
+"""Steps that are planned at once."""
 
 
 def as_batch(samples: Samples, images: bool = True) -> Batch:
@@ -82,7 +85,9 @@ class PlannedBatches:
             self._position,
         ):
             x, y, t = as_batch(samples, images)[:3]
-            for batch in zip(steps_of(x), steps_of(y), t, strict=True):
+            for k, batch in enumerate(zip(steps_of(x), steps_of(y), t, strict=True)):
+                if module.plan_ahead is not None and k % AHEAD == 0:
+                    module.plan_ahead(*(tree_map(itemgetter(slice(k, k + AHEAD)), a) for a in samples[1:]))
                 self._position += 1
                 yield batch
 
@@ -166,6 +171,7 @@ class TaskDataModule(pl.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.seed = seed
         self.drop_last = drop_last
+        self.plan_ahead: Callable[[Tree, Any], None] | None = None  # called with the coming targets and tasks
 
     def train_dataloader(self) -> Any:
         """Return the planned training batches."""

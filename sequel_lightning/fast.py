@@ -109,6 +109,8 @@ class _Steps:
     def __init__(self, trainer: Any, loop: Any) -> None:
         self._trainer, self._loop = trainer, loop
         self._module: ContinualModule = trainer.lightning_module
+        built_in = type(self._module).__module__.startswith("sequel_lightning.")
+        self._clears_first = built_in  # another method may read the last gradient in its loss
         self._optimizer: Any = trainer.optimizers[0]
         self._schedulers = bool(trainer.lr_scheduler_configs)
         self._epoch: int = trainer.current_epoch
@@ -153,13 +155,20 @@ class _Steps:
         logs.end()
 
     def _closure(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the loss of a batch, with its gradient in the parameters; the optimizer calls this."""
+        """Return the loss of a batch, with its gradient in the parameters; the optimizer calls this.
+
+        Lightning clears the last gradient after the forward pass. Before it, its memory is still in the
+        processor's cache, and the forward pass can use it.
+        """
         module, optimizer = self._module, self._optimizer
+        if self._clears_first:
+            module.optimizer_zero_grad(self._epoch, batch_idx, optimizer)
         with nullcontext() if self._plain else self._precision.train_step_context():
             loss = module.training_step(batch, batch_idx)
         self._counts.zero_grad.increment_ready()
         self._counts.zero_grad.increment_started()
-        module.optimizer_zero_grad(self._epoch, batch_idx, optimizer)
+        if not self._clears_first:
+            module.optimizer_zero_grad(self._epoch, batch_idx, optimizer)
         self._counts.zero_grad.increment_completed()
         loss.backward()
         module.on_before_optimizer_step(optimizer)

@@ -213,6 +213,7 @@ class LightningLearner:
         separate_checkpoints(self.trainer, task)
         self.fast_steps.attach(self.trainer)
         data.trainer = self.trainer  # not attached: Lightning looks up its batch hooks at every step
+        data.plan_ahead = self.module.plan_ahead
         self.module.reporting.observer = watcher
         loaders = data.train_dataloader(), data.val_dataloader()
         resumed, self._resumed = self._resumed, None

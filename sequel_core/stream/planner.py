@@ -9,6 +9,7 @@ is made from the state resumes at exactly that position.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -146,3 +147,91 @@ class NoPlanner:
                 f"the planner's state must have 0 numbers, got {np.size(values)}; it comes from a stream "
                 "with augmentation or from another method"
             )
+
+
+class AheadPlanner:
+    """A planner that can plan several steps at once, which takes a fifth of the time of single steps.
+
+    `next` returns a plan that was made ahead if it gets the same labels and tasks. If it gets others, the
+    planner first returns to the step that was taken last. It does so, too, when its state is read.
+
+    Args:
+        planner: makes the plans. Each plan has a `position`, as the planner itself, unless that is None.
+
+    Example:
+        >>> from sequel_core import ERHParams, LeafSpec
+        >>> from sequel_core.stream.benchmark import StreamSpec
+        >>> from sequel_core.stream.memory import MemoryPlanner
+        >>> spec = StreamSpec(LeafSpec((3,)), 2, 1, "domain", np.ones((1, 2), bool))
+        >>> planner = AheadPlanner(MemoryPlanner(ERHParams(mem_size=6, mem_batch_size=2), spec, seed=0))
+        >>> planner.prepare(y=np.array([[0, 1], [1, 1]]), t=np.zeros((2, 2), int))
+        >>> planner.next(y=[0, 1], t=[0, 0]).write.tolist(), planner.state.tolist()
+        ([0, 1], [1, 2, 2])
+    """
+
+    def __init__(self, planner: Planner) -> None:
+        self._planner = planner
+        self._coming: deque[tuple[Any, Any, Any]] = deque()  # labels, tasks and plan of each step
+        self._taken: Any = None  # the position after the step that was taken last, if others are coming
+
+    def prepare(self, y: Any, t: Any) -> None:
+        """Plan the steps that follow those that are planned already.
+
+        Args:
+            y: labels of their batches `[steps, B]`, or None.
+            t: task indices `[steps, B]`.
+        """
+        if self._planner.position is None:
+            return
+        if not self._coming:
+            self._taken = self._planner.position
+        plans = steps_of(self._planner.next(y, t), len(t))
+        self._coming.extend(zip([None] * len(t) if y is None else y, t, plans, strict=True))
+
+    def next(self, y: Any, t: Any) -> Any:
+        """Return the plan of the next step or steps; see `Planner.next`."""
+        if self._coming:
+            labels, tasks, plan = self._coming[0]
+            if np.array_equal(labels, y) and np.array_equal(tasks, t):
+                self._coming.popleft()
+                self._taken = plan.position
+                return plan
+            self._return()
+        return self._planner.next(y, t)
+
+    def _return(self) -> None:
+        """Forget the steps that were not taken."""
+        if self._coming:
+            self._coming.clear()
+            self._planner.resume(self._taken)
+
+    @property
+    def state(self) -> IntArray:
+        """See `Planner.state`."""
+        self._return()
+        return self._planner.state
+
+    @state.setter
+    def state(self, values: IntArray) -> None:
+        self._coming.clear()
+        self._planner.state = values
+
+    @property
+    def position(self) -> SlotArray | None:
+        """See `Planner.position`."""
+        self._return()
+        return self._planner.position
+
+    def resume(self, position: Any) -> None:
+        """Continue from a saved position."""
+        self._coming.clear()
+        self._planner.resume(position)
+
+
+def steps_of(plan: Any, count: int) -> list[Any]:
+    """Return the plan of each of `count` steps, from a plan of arrays `[count, ...]`."""
+    if not isinstance(plan, tuple):
+        return list(plan)
+    if not plan:
+        return [plan] * count
+    return [type(plan)(*parts) for parts in zip(*(steps_of(part, count) for part in plan), strict=True)]

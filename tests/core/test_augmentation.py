@@ -12,7 +12,7 @@ from sequel_core.stream.augmentation import AugmentingPlanner, augmenting
 from sequel_core.stream.benchmark import StreamSpec
 from sequel_core.stream.images import Augmentation, Normalisation
 from sequel_core.stream.memory import MemoryPlanner
-from sequel_core.stream.planner import NoPlanner
+from sequel_core.stream.planner import AheadPlanner, NoPlanner
 from sequel_core.stream.trees import LeafSpec
 
 MASK = np.ones((2, 3), np.bool_)
@@ -66,6 +66,12 @@ def test_chunks_of_any_length_and_a_restored_state_give_the_same_plan() -> None:
         np.testing.assert_array_equal(np.concatenate([p[k] for p in parts]), expected[k], err_msg=name)
     np.testing.assert_array_equal(np.concatenate([p.plan.write for p in parts]), expected.plan.write)
     np.testing.assert_array_equal(resumed.state, whole.state)
+    ahead = AheadPlanner(planner())
+    ahead.prepare(ZEROS, ZEROS)
+    steps = [ahead.next(zeros, zeros) for zeros in ZEROS]
+    np.testing.assert_array_equal(np.stack([step.reads for step in steps]), expected.reads)
+    np.testing.assert_array_equal(np.stack([step.plan.reads for step in steps]), expected.plan.reads)
+    np.testing.assert_array_equal(ahead.state, whole.state)
 
 
 def test_a_sample_that_is_drawn_again_gets_new_crops() -> None:

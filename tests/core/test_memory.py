@@ -29,7 +29,7 @@ from sequel_core.stream.memory import (
     joined_with_memory,
     memory_stream,
 )
-from sequel_core.stream.planner import NoPlanner
+from sequel_core.stream.planner import AheadPlanner, NoPlanner
 from sequel_core.stream.task import Samples, Split, Task
 from sequel_core.stream.trees import LeafSpec
 
@@ -457,6 +457,22 @@ def test_chunks_of_any_length_give_the_same_plan(
     assert_same(StepPlan(*map(np.concatenate, zip(*chunks, strict=True))), expected)
     for other in (single, planner):
         np.testing.assert_array_equal(other.state, whole.state)
+
+
+@every_policy
+def test_steps_that_are_planned_ahead_are_planned_as_single_steps(memory: MemoryPolicy) -> None:
+    y, t = stream_of(6, 5)
+    single, ahead = planner_of(memory, 3, draws=2), AheadPlanner(planner_of(memory, 3, draws=2))
+    for k, (labels, tasks) in enumerate(zip(y, t, strict=True)):
+        if k % 4 == 0:
+            ahead.prepare(y[k : k + 5], t[k : k + 5])  # one step more than is taken
+        if k == 6:
+            labels = np.roll(labels, 1)  # not those that were planned
+        assert_same(ahead.next(labels, tasks), single.next(labels, tasks))
+        if k % 5 == 2:
+            np.testing.assert_array_equal(ahead.state, single.state)
+            ahead.resume(single.position)
+    np.testing.assert_array_equal(ahead.state, single.state)
 
 
 @every_policy
