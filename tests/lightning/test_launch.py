@@ -17,6 +17,7 @@ import pytest
 from sequel_core.runs.checkpoints import Checkpoints
 from sequel_core.runs.results import load_result
 from sequel_core.testing.resume import assert_same_records
+from tests.lightning.processes import free_port
 from tests.pages import code_blocks
 
 pytestmark = pytest.mark.slow
@@ -31,16 +32,40 @@ EXPERIMENT = [
 TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
 
 
-def sequel(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `sequel run` with a time limit; the processes that it starts end when it does."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def started(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start `sequel run`; the processes that it starts end when it does."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     command = [str(Path(sys.executable).with_name("sequel")), "run", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=variables, stdout=pipe, stderr=pipe, text=True)
+
+
+def ended(*processes: subprocess.Popen[str]) -> list[tuple[int, str, str]]:
+    """Return exit code, output and error output of processes, with a time limit."""
+    try:
+        texts = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
+
+
+def sequel(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `sequel run` with a time limit."""
+    ((code, output, error),) = ended(started(*arguments))
+    return subprocess.CompletedProcess(arguments, code, output, error)
+
+
+def two_nodes(*arguments: str) -> list[tuple[int, str, str]]:
+    """Run `sequel run` as on two machines, with two processes on each."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    options = [*EXPERIMENT, *TWO, "trainer.num_nodes=2", *arguments]
+    return ended(*(started(*options, NODE_RANK=rank, **address) for rank in ("0", "1")))
 
 
 def finished(folder: Path, *arguments: str) -> Path:
-    ended = sequel(*EXPERIMENT, f"run_dir={folder}", *arguments)
-    assert ended.returncode == 0, ended.stderr
+    result = sequel(*EXPERIMENT, f"run_dir={folder}", *arguments)
+    assert result.returncode == 0, result.stderr
     return folder
 
 
@@ -79,11 +104,11 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(
     killed = tmp_path / "killed"
     mark = tmp_path / "mark"
     callback = f"{{_target_: tests.lightning.killing.KillProcess, rank: {rank}, step: 9, mark: {mark}}}"
-    ended = sequel(*EXPERIMENT, *TWO, f"run_dir={killed}", f"callbacks=[{callback}]")
+    result = sequel(*EXPERIMENT, *TWO, f"run_dir={killed}", f"callbacks=[{callback}]")
     seconds = time.time() - mark.stat().st_mtime
-    print(f"rank {rank} killed: {seconds:.1f} s, code {ended.returncode}, {ended.stderr!r}")
-    assert ended.returncode == (1 if rank else -9)
-    (line,) = ended.stderr.splitlines()
+    print(f"rank {rank} killed: {seconds:.1f} s, code {result.returncode}, {result.stderr!r}")
+    assert result.returncode == (1 if rank else -9)
+    (line,) = result.stderr.splitlines()
     assert line.startswith("sequel: a process of the run has ended")
     checkpoint = Checkpoints(killed).newest()
     assert checkpoint is not None
@@ -93,6 +118,41 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(
     assert_close(finished(tmp_path / "resumed_on_one", "resume=auto"), one)
 
 
+def test_two_nodes_end_as_one_process(one: Path, tmp_path: Path) -> None:
+    results = two_nodes(f"run_dir={tmp_path / 'run'}")
+    assert [(code, error) for code, _, error in results] == [(0, ""), (0, "")]
+    assert [bool(output) for _, output, _ in results] == [True, False]  # the first process reports the run
+    assert_close(tmp_path / "run", one)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_devices"] == 4
+
+
+def test_torchrun_may_start_the_processes(one: Path, tmp_path: Path) -> None:
+    torchrun, command = (str(Path(sys.executable).with_name(name)) for name in ("torchrun", "sequel"))
+    options = ["run", *EXPERIMENT, *TWO, f"run_dir={tmp_path / 'run'}"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [torchrun, "--nproc-per-node=2", command, *options], env=variables, check=True, timeout=300
+    )
+    assert_close(tmp_path / "run", one)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["num_devices"] == 2
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_killed_process_ends_those_of_the_other_node(rank: int, one: Path, tmp_path: Path) -> None:
+    callback = (
+        f"{{_target_: tests.lightning.killing.KillProcess, rank: {rank}, step: 9, mark: {tmp_path / 'mark'}}}"
+    )
+    results = two_nodes(f"run_dir={tmp_path / 'run'}", f"callbacks=[{callback}]")
+    seconds = time.time() - (tmp_path / "mark").stat().st_mtime
+    print(f"rank {rank} killed: {seconds:.1f} s, {results}")
+    assert seconds < 60
+    for node, (code, _, error) in enumerate(results):
+        assert code == (-9 if (rank, node) == (0, 0) else 1)
+        assert len(error.splitlines()) == 1
+        assert error.startswith("sequel: a process of the run has ended")
+    assert_close(finished(tmp_path / "run", "resume=auto"), one)
+
+
 def test_ddp_spawn_ends_as_ddp(two: Path, tmp_path: Path) -> None:
     spawned = finished(tmp_path / "run", "trainer.devices=2", "trainer.strategy=ddp_spawn")
     assert_same_records(spawned, two)
@@ -100,8 +160,8 @@ def test_ddp_spawn_ends_as_ddp(two: Path, tmp_path: Path) -> None:
 
 def test_the_settings_of_a_sweep_reach_every_process(one: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    ended = sequel("-m", *EXPERIMENT, *TWO, "seed=0,1", f"run_dir={folder}")
-    assert ended.returncode == 0, ended.stderr
+    result = sequel("-m", *EXPERIMENT, *TWO, "seed=0,1", f"run_dir={folder}")
+    assert result.returncode == 0, result.stderr
     assert_close(folder / "0", one)
     assert matrix(folder / "1") != matrix(folder / "0")
     rows = list(csv.DictReader((folder / "sweep.csv").read_text().splitlines()))
@@ -141,17 +201,17 @@ def test_the_program_of_the_guide(tmp_path: Path) -> None:
     program, *_ = code_blocks(ROOT / "docs" / "guides" / "devices.md", "py")
     (tmp_path / "train.py").write_text(program)
     command = [sys.executable, "train.py"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300)
     result = load_result(tmp_path / "runs" / "er")
     assert result.summary["num_devices"] == 2
     lines = [f"{main} {result.average_accuracy}" for main in (True, False)]
-    assert {*lines} <= {*ended.stdout.splitlines()}
+    assert {*lines} <= {*done.stdout.splitlines()}
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
 def test_strategies_that_divide_the_network_are_named(strategy: str, tmp_path: Path) -> None:
     options = [f"run_dir={tmp_path / 'run'}", "trainer.devices=2", f"trainer.strategy={strategy}"]
-    ended = sequel(*EXPERIMENT, *options)
-    assert ended.returncode == 2
-    assert f"got {strategy}; set strategy=ddp" in ended.stderr
+    result = sequel(*EXPERIMENT, *options)
+    assert result.returncode == 2
+    assert f"got {strategy}; set strategy=ddp" in result.stderr
     assert not (tmp_path / "run").exists()
