@@ -110,10 +110,11 @@ def run(
     check_run(learner, benchmark, evaluate_every, evaluate_on, evaluate_future)
     if resume not in (True, False, "auto"):
         raise ValueError(f"resume must be True, False or 'auto', got {resume!r}")
-    settings = recorded_settings(learner, benchmark, config)
+    described = _describe(learner, benchmark)
     options = _Options(
         None if run_dir is None else Path(run_dir),
-        settings,
+        described,
+        recorded_settings(learner, benchmark, described if config is None else config),
         resume,
         evaluate_every,
         evaluate_on,
@@ -128,7 +129,8 @@ class _Options(NamedTuple):
     """Arguments of `run`."""
 
     run_dir: Path | None
-    settings: dict[str, Any]
+    described: dict[str, Any]  # the learner and the benchmark
+    settings: dict[str, Any]  # as recorded
     resume: Resume
     evaluate_every: EvaluateEvery
     evaluate_on: EvaluateOn
@@ -137,9 +139,10 @@ class _Options(NamedTuple):
     checkpoint: CheckpointHParams
 
     def compared(self) -> dict[str, Any]:
-        """Return the options that must be the same in every process."""
+        """Return what must be the same in every process."""
         names = "evaluate_every", "evaluate_on", "evaluate_future"
-        return {name: getattr(self, name) for name in names} | {"checkpoint": asdict(self.checkpoint)}
+        named = {name: getattr(self, name) for name in names}
+        return {**self.described, **named, "checkpoint": asdict(self.checkpoint)}
 
 
 def _run(
@@ -148,7 +151,7 @@ def _run(
     """Do the run in one of its processes; only the main process records it."""
     from sequel_core.runs.console import Display  # rich, which is slow to import
 
-    check_same_settings(learner.gather, {**_describe(learner, benchmark), **options.compared()})
+    check_same_settings(learner.gather, options.compared())
     main, settings = learner.main_process, options.settings
     resume: Resume = learner.agree(options.resume)
     recorded = RunDirectory.open(options.run_dir, settings, resume) if main else None
