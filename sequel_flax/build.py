@@ -183,6 +183,7 @@ def build_learner(
         >>> learner.hparams.name
         'ewc'
     """
+    join_processes(config.jax.devices)
     targets = config.user_code
     if "backbone" in targets:
         from flax import nnx
@@ -212,6 +213,20 @@ def build_learner(
         hooks=callbacks,
         devices=device_mesh(config.jax.devices, config.jax.runs) or 1,
     )
+
+
+def join_processes(devices: int) -> None:
+    """Connect the processes that SLURM's `srun` has started, if a run divides batches among their devices.
+
+    Args:
+        devices: Of the run, in all processes.
+
+    Example:
+        >>> join_processes(1)
+    """
+    started = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+    if devices > 1 and started and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
 
 
 def user_objective(config: ExperimentConfig, benchmark: Benchmark) -> Objective | None:

@@ -53,7 +53,8 @@ def device_mesh(devices: int | Mesh, runs: int = 1) -> Mesh | None:
     """
     existing, processes = jax.device_count(), jax.process_count()
     count = devices.size if isinstance(devices, Mesh) else devices
-    if processes > 1 and (count != existing or runs > 1 or RUNS in getattr(devices, "shape", {})):
+    groups = devices.shape.get(RUNS, 1) if isinstance(devices, Mesh) else runs
+    if processes > 1 and (count != existing or groups > 1):
         raise ValueError(
             f"devices must be {existing}, those of all {processes} processes of jax.distributed, without the "
             f"axis {RUNS!r}, got {devices}; use devices={existing}"

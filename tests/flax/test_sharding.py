@@ -211,6 +211,36 @@ def test_the_program_of_the_guide(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_processes_of_slurm_share_a_run_of_the_command_line(tmp_path: Path) -> None:
+    """Two processes have the variables of `srun`; one process has four devices."""
+    command = [
+        *(str(Path(sys.executable).with_name("sequel")), "run", "mode=jax", "jax.devices=4", "algo=er"),
+        *("algo.mem_size=50", "algo.mem_batch_size=8", "benchmark=rotateddigits", "benchmark.num_tasks=2"),
+        *("benchmark.subset=200", "training.batch_size=16", "training.dtype=float64"),
+    ]
+    subprocess.run([*command, f"run_dir={tmp_path / 'one'}"], env=forced(4), check=True, timeout=300)
+    slurm = {
+        **{"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "localhost"},
+        **{"JAX_COORDINATOR_PORT": str(free_port()), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"},
+    }
+    processes = [
+        subprocess.Popen(
+            [*command, f"run_dir={tmp_path / 'two'}"],
+            env={**forced(2), **slurm, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    assert finished(*processes) == [0, 0]
+    actual, expected = (load_result(tmp_path / name) for name in ("two", "one"))
+    np.testing.assert_array_equal(actual.matrix, expected.matrix)
+    with np.load(tmp_path / "two" / "weights.npz") as two, np.load(tmp_path / "one" / "weights.npz") as one:
+        for name in one.files:
+            np.testing.assert_allclose(two[name], one[name], rtol=0, atol=1e-10, err_msg=name)
+
+
+@pytest.mark.slow
 def test_two_processes_of_two_devices_with_every_method(tmp_path: Path) -> None:
     check_two_processes(tmp_path, 200, seconds=3600)
 
