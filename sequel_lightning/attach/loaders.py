@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from sequel_core.stream.memory import StepPlan
 from sequel_lightning.distributed import Ranks, distributed_sampler
@@ -243,8 +243,12 @@ OPTIONS = (
 
 def replay_loader(loader: DataLoader[Any], keep: Replay, labels: Any) -> ReplayLoader:
     """Return a loader with the options of a task's loader, and the replay of a callback."""
-    names = ("batch_sampler",) if loader.batch_size is None else ("batch_size", "sampler", "drop_last")
-    options = {name: getattr(loader, name) for name in (*names, "collate_fn", *OPTIONS)}
+    options = {name: getattr(loader, name) for name in ("collate_fn", *OPTIONS)}
+    batches: Any = loader.batch_sampler
+    if type(batches) is BatchSampler:  # Lightning replaces its sampler
+        options |= {name: getattr(batches, name) for name in ("batch_size", "sampler", "drop_last")}
+    else:
+        options["batch_sampler"] = batches
     return ReplayLoader(loader.dataset, keep, labels, **options)
 
 

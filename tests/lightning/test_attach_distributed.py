@@ -12,7 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
 from sequel_lightning import attach
 from sequel_lightning.attach.replay import Replay
@@ -184,21 +184,25 @@ def test_a_fit_of_two_processes_resumes_within_a_task(groups: Any, name: str, tm
 
 
 class Data(pl.LightningDataModule):
-    """A user's data module."""
+    """A user's data module with a batch sampler, whose sampler Lightning replaces."""
 
     def train_dataloader(self) -> Any:
-        return DataLoader(samples(0, 17), 3, shuffle=True)
+        data = samples(0, 17)
+        return DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 3, drop_last=False))
 
 
-def with_data_module() -> list[Any]:
+def with_data_module(hook: bool) -> list[Any]:
+    """Return the memory after a fit with a data module, or with the loader that it returns."""
     module, keep = Classifier(adam), attach.ER(mem_size=50, mem_batch_size=3)
-    trainer([keep], **several(2)).fit(module, datamodule=attach.with_replay(Data(), keep))
+    data = attach.with_replay(Data() if hook else Data().train_dataloader(), keep)
+    trainer([keep], **several(2)).fit(module, data)
     return keep.rows
 
 
-def test_a_data_module(groups: Any) -> None:
+@pytest.mark.parametrize("hook", [True, False])
+def test_a_data_module_and_its_loader(groups: Any, hook: bool) -> None:
     order = torch.randperm(17, generator=torch.Generator().manual_seed(0))  # of a DistributedSampler
-    assert groups(2).do(with_data_module) == [[(0, int(k)) for k in order] + [None] * 33] * 2
+    assert groups(2).do(with_data_module, hook) == [[(0, int(k)) for k in order] + [None] * 33] * 2
 
 
 def wrong(name: str) -> str:
