@@ -89,8 +89,16 @@ def as_text(app: Any, what: str, name: str, item: Any, options: Any, lines: list
 
 
 def skip(app: Any, what: str, name: str, item: Any, skipped: bool, options: Any) -> bool | None:
-    """Leave out the fields of named tuples, which have no text of their own."""
-    return True if str(getattr(item, "__doc__", "")).startswith("Alias for field number") else None
+    """Leave out the fields of named tuples and the settings of pydantic, which have no text of their own."""
+    field = str(getattr(item, "__doc__", "")).startswith("Alias for field number")
+    return True if field or name == "model_config" else None
+
+
+def readable(
+    app: Any, what: str, name: str, item: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Write an ellipsis for a default that is no expression, such as a function: Sphinx cannot parse it."""
+    return signature and re.sub(r"<(?:[^<>]|<[^<>]*>)*>", "...", signature), returns
 
 
 def write_schemas(app: Any, error: Exception | None) -> None:
@@ -125,5 +133,6 @@ def setup(app: Any) -> dict[str, bool]:
     app.add_directive("usage", Usage)
     app.connect("autodoc-process-docstring", as_text, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", skip)
+    app.connect("autodoc-process-signature", readable)
     app.connect("build-finished", write_schemas)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
