@@ -200,7 +200,7 @@ class ER(Replay):
 
     Args:
         mem_size: number of samples in the memory, at least the batch size; 0 for none.
-        mem_batch_size: number of samples of a draw, >= 1.
+        mem_batch_size: number of samples of a draw, in all processes together, >= 1.
         memory: which samples are kept, see `help(ERHParams)`. `reservoir` needs neither tasks nor labels.
         num_tasks: number of tasks; needed unless the memory is a reservoir.
         classes: labels of each task, for a memory that is divided among classes; replaces `num_tasks`.
