@@ -288,6 +288,7 @@ def _run_all(
         if isinstance(trial.experiment, ExperimentConfig) and RunDirectory(path).finished()
     }
     at_once = []
+    remedy = f"to go on: repeat it with {shlex.quote(f'run_dir={parent}')} resume=auto"
     try:
         for trial, path in zip(trials, paths, strict=True):
             if trial.name in ended:
@@ -302,8 +303,10 @@ def _run_all(
         if at_once:
             ended |= _run_together(at_once, parent, benchmark, settings, say, resume)
     except InterruptedRunError as error:
-        place = shlex.quote(f"run_dir={parent}")
-        raise InterruptedRunError(error.number, f"to go on: repeat it with {place} resume=auto") from error
+        raise InterruptedRunError(error.number, remedy) from error
+    except KeyboardInterrupt:  # between two runs
+        say(remedy)
+        raise
     return [ended[trial.name] for trial in trials]
 
 

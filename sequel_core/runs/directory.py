@@ -109,7 +109,7 @@ class RunDirectory:
         if occupied is not None:
             raise ValueError(
                 f"run_dir must be empty or new, got {target}, which holds {occupied.name}; choose another "
-                "path, delete its contents, or resume its run"
+                "path, delete its contents, or resume its run with resume=auto"
             )
         return cls(target)
 

@@ -407,7 +407,9 @@ def test_no_report_where_no_learner_could_be_built(
     assert "│naive│jax │-; failed: 0│" in captured.out
 
 
-def test_an_interruption_ends_all(digits: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_ends_all(
+    digits: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     learners = four_learners(digits)
 
     def interrupt(*_: Any) -> None:
@@ -415,8 +417,9 @@ def test_an_interruption_ends_all(digits: Benchmark, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(learners[1], "fit_task", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        compare(learners, digits, run_dir=tmp_path, progress=False)
+        compare(learners, digits, run_dir=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"naive_pytorch_seed0", "naive_jax_seed0"}
+    assert capsys.readouterr().out.endswith(f"to go on: repeat it with run_dir={tmp_path} resume=auto\n")
 
 
 def test_what_is_printed(
