@@ -185,7 +185,7 @@ class AheadPlanner:
             return
         if not self._coming:
             self._taken = self._planner.position
-        plans = steps_of(self._planner.next(y, t), len(t))
+        plans = single_plans(self._planner.next(y, t), len(t))
         self._coming.extend(zip([None] * len(t) if y is None else y, t, plans, strict=True))
 
     def next(self, y: Any, t: Any) -> Any:
@@ -228,10 +228,10 @@ class AheadPlanner:
         self._planner.resume(position)
 
 
-def steps_of(plan: Any, count: int) -> list[Any]:
+def single_plans(plan: Any, count: int) -> list[Any]:
     """Return the plan of each of `count` steps, from a plan of arrays `[count, ...]`."""
     if not isinstance(plan, tuple):
         return list(plan)
     if not plan:
         return [plan] * count
-    return [type(plan)(*parts) for parts in zip(*(steps_of(part, count) for part in plan), strict=True)]
+    return [type(plan)(*parts) for parts in zip(*(single_plans(part, count) for part in plan), strict=True)]
